@@ -1,0 +1,12 @@
+//! Every decision of the node, and nothing else: what goes in are events, facts and a [`clock::Moment`]; what comes out are
+//! effects, plans and documents as data. `terway-daemon` runs them. This crate has no tokio, no netlink, no aya and no clock,
+//! so a restart is a replay and every rule is an ordinary unit test.
+
+pub mod clock;
+pub mod cloud;
+pub mod cni;
+pub mod config;
+pub mod errors;
+pub mod ident;
+pub mod ipam;
+pub mod route;
