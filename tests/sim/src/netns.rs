@@ -124,9 +124,7 @@ impl NetNs {
     pub fn ip(&self, lines: &str) -> Result<()> {
         let mut command = self.command("ip");
         command.args(["-batch", "-"]);
-        feed(&mut command, lines)
-            .map(drop)
-            .with_context(|| format!("ip in {}:\n{}", self.name, lines.trim_end()))
+        feed(&mut command, lines).map(drop).with_context(|| format!("ip in {}:\n{}", self.name, lines.trim_end()))
     }
 
     /// Runs a program in the namespace and gives back its standard output.
