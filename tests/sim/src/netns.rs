@@ -320,7 +320,7 @@ mod tests {
         let mut sleeper = ns.command("sleep").arg("60").spawn().unwrap();
         ns.kill_processes().unwrap();
         sleeper.wait().unwrap();
-        assert_eq!(names(&name).unwrap(), [name.clone()]);
+        assert_eq!(names(&name).unwrap(), std::slice::from_ref(&name));
         ns.delete().unwrap();
         assert!(names(&name).unwrap().is_empty());
     }

@@ -16,7 +16,8 @@ use terway_core::ident::{EniId, Mac, VSwitchId};
 use super::{Fabric, FabricEni};
 use crate::netns::{NetNs, feed};
 
-/// The rules of the VPC. Link-local and multicast are not routed by a VPC and therefore not judged; DAD probes come from `::`.
+/// The rules of the VPC. What stays on the link is not judged: link-local and multicast, DAD probes from `::`, and neighbour discovery,
+/// whose probes a node may still send from an address seconds after it was taken away.
 const RULES: &str = "table inet vpc {
   set macs { type ifname . ether_addr; }
   set v4 { type ifname . ipv4_addr; }
@@ -31,6 +32,7 @@ const RULES: &str = "table inet vpc {
     ip daddr 224.0.0.0/4 accept
     meta nfproto ipv4 iifname . ip saddr != @v4 counter name foreign_v4 drop
     ip6 saddr { ::, fe80::/10 } accept
+    ip6 hoplimit 255 icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert } accept
     meta nfproto ipv6 iifname . ip6 saddr != @v6 counter name foreign_v6 drop
   }
 }
