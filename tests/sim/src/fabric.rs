@@ -3,6 +3,8 @@
 //! The cloud calls a [`Fabric`] from a blocking thread, one call at a time and in the order in which the changes became true in the
 //! VPC. A fabric never calls back into the cloud.
 
+pub mod vpc;
+
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::{Ipv4Net, Ipv6Net};
