@@ -5,3 +5,4 @@ pub mod cri;
 pub mod fabric;
 pub mod image;
 pub mod netns;
+pub mod node;
