@@ -36,7 +36,9 @@ pub struct NetConf {
 
 /// What ADD and CHECK take from the configuration.
 ///
-/// The keys are those of the reference project's configuration (terway), so that its conflists work unchanged.
+/// The keys are those of the reference project's configuration (terway), so that its conflists work unchanged. Only `mtu`,
+/// `runtimeConfig`, `dns` and `prevResult` change what the plugin does; the others are checked, so that a typing error
+/// shows, and decided by the daemon's own configuration (eni-config), which knows the node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// `mtu` of the pod's interface in bytes; `None` leaves it to the daemon.
