@@ -1,1 +1,20 @@
-//! Placeholder.
+//! The gRPC contract between the plugin, the command line and the daemon of one node, and how an error of the catalogue travels in it.
+//!
+//! [`v1`] is generated from `terway/v1/node.proto` by `cargo xtask codegen` and committed. Server code is behind the feature `server`.
+
+mod detail;
+
+pub use detail::{METADATA_KEY, detail, status};
+
+/// Version 1 of the contract.
+pub mod v1 {
+    #![allow(
+        clippy::allow_attributes_without_reason,
+        clippy::clone_on_ref_ptr,
+        clippy::use_self,
+        missing_docs,
+        unused_qualifications,
+        reason = "generated code; its documentation is that of the .proto file"
+    )]
+    include!("generated.rs");
+}

@@ -1,1 +1,3 @@
-//! Placeholder.
+//! The parts of `terwayd` and `terway-cli`.
+
+pub mod cloud;

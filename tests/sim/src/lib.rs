@@ -1,1 +1,8 @@
-//! Placeholder.
+//! A cloud on one machine: the ECS/VPC OpenAPI and metadata servers, and the wire they command.
+
+pub mod containerd;
+pub mod cri;
+pub mod fabric;
+pub mod image;
+pub mod netns;
+pub mod node;

@@ -1,0 +1,168 @@
+//! The cloud as the daemon asks it: ECS and VPC by OpenAPI, the node itself by the metadata service.
+//!
+//! [`Cloud`] is the border. Its calls are *make it so* operations: every one can be repeated after a crash or a lost reply without a
+//! second effect, either because it carries a caller's token or because the wanted state is checked.
+
+mod aliyun;
+mod config;
+mod credentials;
+mod limits;
+mod metadata;
+mod rpc;
+mod secret;
+mod sign;
+mod wire;
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use terway_core::cloud::{CloudError, Eni, EniKind, EniStatus, InstanceLimits, NodeIdentity, Subnet, VSwitch};
+use terway_core::ident::{EniId, InstanceId, Mac, SecurityGroupId, VSwitchId};
+
+pub use self::aliyun::Aliyun;
+pub use self::config::{BadEndpoint, CredentialSource, EcsConfig, EndpointNetwork, METADATA, Retry, endpoint};
+pub use self::metadata::{Metadata, Nic};
+pub use self::secret::Secret;
+
+/// Addresses that one assign or unassign call may name (ECS API reference, `AssignPrivateIpAddresses`: `PrivateIpAddress.N`, N up to 10).
+pub const MAX_ADDRESSES_PER_CALL: u32 = 10;
+
+/// Addresses, the primary one included, that an ENI may be created with (ECS API reference, `CreateNetworkInterface`: 49 secondary ones).
+pub const MAX_V4_AT_CREATION: u32 = 50;
+
+/// A result of the cloud.
+pub type Result<T> = std::result::Result<T, CloudError>;
+
+/// An ENI to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateEni {
+    /// `ClientToken`: at most 64 ASCII characters. The same token with the same parameters makes one ENI, however often it is sent.
+    pub token: String,
+    /// Where its addresses come from.
+    pub vswitch: VSwitchId,
+    /// Its security groups, 1 to 10.
+    pub security_groups: Vec<SecurityGroupId>,
+    /// IPv4 addresses in all, the primary one included: 1 to [`MAX_V4_AT_CREATION`].
+    pub v4_count: u32,
+    /// IPv6 addresses, 0 to [`MAX_ADDRESSES_PER_CALL`].
+    pub v6_count: u32,
+    /// Tags; how the ENIs of this cluster are recognised later.
+    pub tags: BTreeMap<String, String>,
+    /// The resource group it belongs to; the account's default one if empty.
+    pub resource_group: Option<String>,
+}
+
+/// Which ENIs to list; all conditions must hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EniFilter {
+    /// Attached to (or attaching to, or detaching from) this instance.
+    pub instance: Option<InstanceId>,
+    /// One of these; any if empty. At most 100.
+    pub ids: Vec<EniId>,
+    /// In this state.
+    pub status: Option<EniStatus>,
+    /// Of this role.
+    pub kind: Option<EniKind>,
+    /// Having all these tags. At most 20.
+    pub tags: BTreeMap<String, String>,
+}
+
+impl EniFilter {
+    /// All ENIs of an instance.
+    #[must_use]
+    pub fn of_instance(instance: &InstanceId) -> Self {
+        Self { instance: Some(instance.clone()), ..Self::default() }
+    }
+
+    /// The ENIs with these ids.
+    #[must_use]
+    pub fn ids(ids: &[EniId]) -> Self {
+        Self { ids: ids.to_vec(), ..Self::default() }
+    }
+}
+
+/// What the daemon asks of the cloud.
+///
+/// Throttled calls and calls without an answer are repeated inside, a bounded number of times; an error that comes out is final for
+/// the caller's attempt, and [`CloudError::class`] says what to do about it. Dropping a future gives up waiting, not the effect.
+#[async_trait]
+pub trait Cloud: Send + Sync {
+    /// Who this node is.
+    async fn node_identity(&self) -> Result<NodeIdentity>;
+
+    /// What an instance type can carry.
+    async fn instance_limits(&self, instance_type: &str) -> Result<InstanceLimits>;
+
+    /// The vSwitches with these ids, in the order asked. One that does not exist is left out.
+    async fn vswitches(&self, ids: &[VSwitchId]) -> Result<Vec<VSwitch>>;
+
+    /// All ENIs that pass a filter, ordered by id.
+    async fn enis(&self, filter: &EniFilter) -> Result<Vec<Eni>>;
+
+    /// Makes an ENI. It is `Available` when this returns.
+    async fn create_eni(&self, request: &CreateEni) -> Result<Eni>;
+
+    /// Begins to attach an ENI; see [`Cloud::wait_eni`] for the end. Succeeds at once if it is attached or attaching there already.
+    async fn attach_eni(&self, eni: &EniId, instance: &InstanceId) -> Result<()>;
+
+    /// Begins to detach an ENI. Succeeds at once if it is detached or detaching already, or gone.
+    async fn detach_eni(&self, eni: &EniId, instance: &InstanceId) -> Result<()>;
+
+    /// Deletes a detached ENI with its addresses. Succeeds if it is gone already.
+    async fn delete_eni(&self, eni: &EniId) -> Result<()>;
+
+    /// Adds IPv4 addresses (1 to [`MAX_ADDRESSES_PER_CALL`]) to an ENI and returns the new ones: all or none.
+    ///
+    /// The same token returns the same addresses again.
+    async fn assign_v4(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv4Addr>>;
+
+    /// Adds IPv6 addresses; as [`Cloud::assign_v4`].
+    async fn assign_v6(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv6Addr>>;
+
+    /// Takes IPv4 addresses (at most [`MAX_ADDRESSES_PER_CALL`], never the primary one) away from an ENI. Those it does not have are
+    /// passed over, as is an ENI that is gone.
+    async fn unassign_v4(&self, eni: &EniId, addresses: &[Ipv4Addr]) -> Result<()>;
+
+    /// Takes IPv6 addresses away; as [`Cloud::unassign_v4`].
+    async fn unassign_v6(&self, eni: &EniId, addresses: &[Ipv6Addr]) -> Result<()>;
+
+    /// The subnet of the attached ENI with this MAC, from the metadata service. `NotFound` until the NIC has arrived.
+    async fn subnet(&self, mac: Mac) -> Result<Subnet>;
+
+    /// One ENI. `NotFound` if it does not exist.
+    async fn describe_eni(&self, eni: &EniId) -> Result<Eni>;
+
+    /// Asks until the ENI is in `status`, and returns it so.
+    ///
+    /// Ends early with `NotFound` when it is gone, and with `InvalidState` after `within`, naming the state it is in.
+    async fn wait_eni(&self, eni: &EniId, status: EniStatus, within: Duration) -> Result<Eni>;
+}
+
+/// One HTTP exchange with the cloud, after it ended. Repeated calls are observed each.
+#[derive(Clone, Copy, Debug)]
+pub struct ObservedCall<'a> {
+    /// The action, such as `AssignPrivateIpAddresses`; `metadata` for the metadata service.
+    pub api: &'a str,
+    /// How it failed, if it did.
+    pub error: Option<&'a CloudError>,
+    /// From the request's first byte to the reply's last; waiting for the rate limit is not in it.
+    pub duration: Duration,
+}
+
+impl ObservedCall<'_> {
+    /// The value of a metric label `error`: the cloud's code, or the class if there was no answer, or empty on success.
+    #[must_use]
+    pub fn error_label(&self) -> String {
+        match self.error {
+            None => String::new(),
+            Some(error) if error.code.is_empty() => format!("{:?}", error.class),
+            Some(error) => error.code.clone(),
+        }
+    }
+}
+
+/// Is told of every exchange. Must be quick: it runs on the caller's task.
+pub type CallObserver = Arc<dyn Fn(&ObservedCall<'_>) + Send + Sync>;

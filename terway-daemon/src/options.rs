@@ -1,0 +1,89 @@
+//! Command line of `terwayd`. Paths have the defaults of a Kubernetes node; everything else comes from `eni_conf`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Parser;
+
+/// The node daemon of the terway container network.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "terwayd", version, about)]
+pub struct Options {
+    /// The `eni_conf` document of the eni-config ConfigMap, as mounted.
+    #[arg(long, default_value = "/etc/eni/eni_conf", value_name = "FILE")]
+    pub config: PathBuf,
+    /// State that survives restarts: the store, the lock, queued DELs.
+    #[arg(long, default_value = "/var/lib/cni/terway", value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// Unix socket of the gRPC service, made with mode 0600.
+    #[arg(long, default_value = terway_core::cni::DEFAULT_SOCKET, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// Folder on a BPF file system; programs and maps are pinned below it.
+    #[arg(long, default_value = "/sys/fs/bpf/terway", value_name = "DIR")]
+    pub bpffs: PathBuf,
+    /// Where the runtime looks for network configurations.
+    #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
+    pub cni_conf_dir: PathBuf,
+    /// Address of /metrics, /healthz and /readyz.
+    #[arg(long, default_value = "127.0.0.1:9099", value_name = "ADDR")]
+    pub listen: SocketAddr,
+    /// Name of this node; default: the host name.
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    pub node: Option<String>,
+    /// MTU of pod interfaces in bytes; default: the MTU of the pod's ENI.
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<u32>,
+    /// ECS endpoint; default: the region's VPC endpoint.
+    #[arg(long, env = "ECS_ENDPOINT", value_name = "URL")]
+    pub ecs_endpoint: Option<String>,
+    /// VPC endpoint; default: the region's VPC endpoint.
+    #[arg(long, env = "VPC_ENDPOINT", value_name = "URL")]
+    pub vpc_endpoint: Option<String>,
+    /// Metadata service.
+    #[arg(long, default_value = "http://100.100.100.200", value_name = "URL")]
+    pub metadata: String,
+    /// Entries of the flow table, for each family.
+    #[arg(long, default_value_t = 65_536, value_name = "N")]
+    pub flow_entries: u32,
+    /// Seconds an address rests before another pod may get it.
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    pub cooling: u64,
+    /// Log filter, such as info or terway_daemon=debug.
+    #[arg(long, env = "TERWAY_LOG", default_value = "info", value_name = "FILTER")]
+    pub log: String,
+    /// Log as JSON, one object a line.
+    #[arg(long)]
+    pub log_json: bool,
+}
+
+impl Options {
+    /// The name of this node.
+    #[must_use]
+    pub fn node_name(&self) -> String {
+        self.node.clone().or_else(|| nix::unistd::gethostname().ok()?.into_string().ok()).unwrap_or_else(|| "node".into())
+    }
+
+    /// The store's file.
+    #[must_use]
+    pub fn store_path(&self) -> PathBuf {
+        self.state_dir.join("terway.redb")
+    }
+
+    /// Where the plugin leaves DELs that found no daemon.
+    #[must_use]
+    pub fn spool_dir(&self) -> PathBuf {
+        self.state_dir.join("del")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Options::command().debug_assert();
+    }
+}

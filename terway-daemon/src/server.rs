@@ -1,0 +1,195 @@
+//! The gRPC service: decodes requests, hands them to the [`Engine`], encodes replies and errors. Decides nothing.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use terway_core::errors::{self, Error};
+use terway_core::ident::{AttachmentKey, PodRef};
+use terway_proto::v1;
+use terway_proto::v1::node_network_server::{NodeNetwork, NodeNetworkServer};
+use tonic::{Code, Request, Response, Status};
+use tracing::{info, warn};
+
+use crate::engine::{AddRequest, Engine};
+use crate::metrics::{Metrics, Phase, Verb};
+
+/// The service on top of an engine.
+#[derive(Clone)]
+pub struct Service {
+    engine: Arc<Engine>,
+    metrics: Metrics,
+}
+
+impl Service {
+    /// A tonic service that can be added to a server.
+    #[must_use]
+    pub fn server(engine: Arc<Engine>, metrics: Metrics) -> NodeNetworkServer<Self> {
+        NodeNetworkServer::new(Self { engine, metrics })
+    }
+
+    fn done<T>(&self, api: &'static str, start: Instant, result: Result<T, Error>) -> Result<Response<T>, Status> {
+        let took = start.elapsed();
+        match result {
+            Ok(reply) => {
+                self.metrics.rpc(api, "", took);
+                Ok(Response::new(reply))
+            }
+            Err(error) => {
+                self.metrics.rpc(api, error.code.name, took);
+                warn!(api, code = error.code.id, detail = error.detail, "call failed");
+                Err(status(&error))
+            }
+        }
+    }
+}
+
+/// The gRPC status that carries an error of the catalogue.
+fn status(error: &Error) -> Status {
+    let code = match error.code {
+        errors::CNI_NETNS | errors::CNI_CONFIG | errors::CNI_ENV => Code::InvalidArgument,
+        errors::UNKNOWN_ATTACHMENT => Code::NotFound,
+        errors::NO_ADDRESS | errors::VSWITCH_EXHAUSTED | errors::CLOUD_QUOTA => Code::ResourceExhausted,
+        errors::CHECK_FAILED => Code::FailedPrecondition,
+        errors::INTERNAL => Code::Internal,
+        _ => Code::Unavailable,
+    };
+    terway_proto::status(code, &detail(error))
+}
+
+/// An error of the catalogue as the contract writes it.
+pub(crate) fn detail(error: &Error) -> v1::ErrorDetail {
+    v1::ErrorDetail {
+        code: error.code.id.to_owned(),
+        cause: error.code.cause.to_owned(),
+        remedy: error.code.remedy.to_owned(),
+        detail: error.detail.clone(),
+        cni_code: error.code.cni,
+    }
+}
+
+/// Container ids and interface names become parts of keys, log lines and aliases: the limits of the CNI specification 1.1.0
+/// ("Parameters") hold for every caller of the socket, not only for our plugin.
+fn key(attachment: Option<v1::Attachment>) -> Result<AttachmentKey, Error> {
+    let given = attachment.unwrap_or_default();
+    let key = AttachmentKey { network: given.network, container_id: given.container_id, ifname: given.ifname };
+    let id_like = |s: &str| {
+        s.len() <= 253
+            && s.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
+            && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+    };
+    let ifname_like = |s: &str| {
+        (1..=15).contains(&s.len()) && s != "." && s != ".." && s.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':')
+    };
+    if !id_like(&key.network) {
+        return Err(Error::new(errors::CNI_CONFIG, format!("network name {:?} is not valid", key.network)));
+    }
+    if !id_like(&key.container_id) {
+        return Err(Error::new(errors::CNI_ENV, format!("container id {:?} is not valid", key.container_id)));
+    }
+    if !ifname_like(&key.ifname) {
+        return Err(Error::new(errors::CNI_ENV, format!("interface name {:?} is not valid", key.ifname)));
+    }
+    Ok(key)
+}
+
+fn attachment(key: AttachmentKey) -> v1::Attachment {
+    v1::Attachment { network: key.network, container_id: key.container_id, ifname: key.ifname }
+}
+
+#[tonic::async_trait]
+impl NodeNetwork for Service {
+    async fn add_pod(&self, request: Request<v1::AddPodRequest>) -> Result<Response<v1::AddPodResponse>, Status> {
+        let start = Instant::now();
+        let request = request.into_inner();
+        let pod = request.pod.unwrap_or_default();
+        let result = async {
+            let add = AddRequest {
+                key: key(request.attachment)?,
+                pod: PodRef { namespace: pod.namespace, name: pod.name, uid: pod.uid },
+                netns: request.netns,
+                mtu: (request.mtu > 0).then_some(request.mtu),
+            };
+            let (key, pod) = (add.key.clone(), add.pod.clone());
+            let network = self.engine.add(add).await?;
+            let addresses: Vec<&str> = network.addresses.iter().map(|a| a.cidr.as_str()).collect();
+            info!(%pod, container = key.container_id, eni = network.eni, ?addresses, took = ?start.elapsed(), "pod added");
+            Ok(v1::AddPodResponse { network: Some(network) })
+        }
+        .await;
+        self.metrics.phase(Verb::Add, Phase::Total, start.elapsed());
+        self.done("AddPod", start, result)
+    }
+
+    async fn del_pod(&self, request: Request<v1::DelPodRequest>) -> Result<Response<v1::DelPodResponse>, Status> {
+        let start = Instant::now();
+        let result = async {
+            let key = key(request.into_inner().attachment)?;
+            self.engine.del(key.clone()).await?;
+            info!(container = key.container_id, ifname = key.ifname, took = ?start.elapsed(), "pod deleted");
+            Ok(v1::DelPodResponse {})
+        }
+        .await;
+        self.metrics.phase(Verb::Del, Phase::Total, start.elapsed());
+        self.done("DelPod", start, result)
+    }
+
+    async fn check_pod(&self, request: Request<v1::CheckPodRequest>) -> Result<Response<v1::CheckPodResponse>, Status> {
+        let start = Instant::now();
+        let request = request.into_inner();
+        let result = async {
+            self.engine.check(key(request.attachment)?, request.netns, request.addresses).await?;
+            Ok(v1::CheckPodResponse {})
+        }
+        .await;
+        self.done("CheckPod", start, result)
+    }
+
+    async fn gc_pods(&self, request: Request<v1::GcPodsRequest>) -> Result<Response<v1::GcPodsResponse>, Status> {
+        let start = Instant::now();
+        let request = request.into_inner();
+        let result = async {
+            let valid = request.valid.into_iter().map(|a| key(Some(a))).collect::<Result<Vec<_>, _>>()?;
+            let removed = self.engine.gc(request.network, valid).await?;
+            Ok(v1::GcPodsResponse { removed: removed.into_iter().map(attachment).collect() })
+        }
+        .await;
+        self.done("GcPods", start, result)
+    }
+
+    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        let start = Instant::now();
+        self.done("Status", start, Ok(self.engine.status()))
+    }
+
+    async fn list_pods(&self, _: Request<v1::ListPodsRequest>) -> Result<Response<v1::ListPodsResponse>, Status> {
+        let start = Instant::now();
+        self.done("ListPods", start, Ok(v1::ListPodsResponse { pods: self.engine.list() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attachment(network: &str, container_id: &str, ifname: &str) -> Option<v1::Attachment> {
+        Some(v1::Attachment { network: network.into(), container_id: container_id.into(), ifname: ifname.into() })
+    }
+
+    #[test]
+    fn keys_are_checked_for_every_caller() {
+        assert!(key(attachment("terway", "abc_1.2-3", "eth0")).is_ok());
+        for bad in [
+            None,
+            attachment("", "abc", "eth0"),
+            attachment("terway", "../x", "eth0"),
+            attachment("terway", "a/b", "eth0"),
+            attachment("terway", "abc", ""),
+            attachment("terway", "abc", ".."),
+            attachment("terway", "abc", "a/b"),
+            attachment("terway", "abc", "sixteen-letters!"),
+            attachment("terway", "abc", "et h0"),
+        ] {
+            assert!(key(bad.clone()).is_err(), "{bad:?}");
+        }
+    }
+}

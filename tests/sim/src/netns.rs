@@ -1,0 +1,327 @@
+//! Network namespaces by name, as `ip netns` makes them: one is the VPC, one is each node, one is each pod of a test.
+//!
+//! Nothing here changes the namespace of a calling thread: work inside a namespace runs on a thread of its own ([`NetNs::run`]) or in
+//! a child process ([`NetNs::command`]). `ip netns exec` is not used, because it mounts another `/sys` and hides the cgroups with it.
+
+use std::ffi::{CString, OsStr};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+
+/// Where `ip netns` keeps its names.
+const NAMES: &str = "/run/netns";
+
+/// A network namespace that this process made; it loses its name on drop, and dies when the last process in it does.
+///
+/// The handle is shared freely between threads: it is a name and an open file, never the state of a thread.
+#[derive(Debug)]
+pub struct NetNs {
+    name: String,
+    file: Arc<File>,
+    owned: bool,
+}
+
+impl NetNs {
+    /// Makes a namespace with nothing but its loopback interface, which is up.
+    ///
+    /// # Errors
+    /// When the name is taken or the kernel refuses (not root).
+    pub fn create(name: &str) -> Result<Self> {
+        fs::create_dir_all(NAMES).with_context(|| format!("create {NAMES}"))?;
+        let path = Path::new(NAMES).join(name);
+        File::options()
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .with_context(|| format!("create {}", path.display()))?;
+        let made = std::thread::scope(|scope| {
+            let worker = scope.spawn(|| -> Result<()> {
+                unshare(CloneFlags::CLONE_NEWNET).context("unshare the network namespace")?;
+                loopback_up().context("set lo up")?;
+                mount(Some("/proc/thread-self/ns/net"), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+                    .with_context(|| format!("bind a namespace to {}", path.display()))?;
+                Ok(())
+            });
+            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        if let Err(error) = made {
+            let _ = fs::remove_file(&path);
+            return Err(error);
+        }
+        let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+        Ok(Self { name: name.to_owned(), file: Arc::new(file), owned: true })
+    }
+
+    /// A namespace that somebody else made and will remove, such as a pod's of a container runtime.
+    ///
+    /// # Errors
+    /// When there is no such file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        Ok(Self { name, file: Arc::new(file), owned: false })
+    }
+
+    /// Its name in `/run/netns`.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The path that a CNI plugin gets as `CNI_NETNS`.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        Path::new(NAMES).join(&self.name)
+    }
+
+    /// The inode of the namespace, by which `/proc/PID/ns/net` is recognised.
+    ///
+    /// # Errors
+    /// When the file cannot be asked.
+    pub fn inode(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.ino())
+    }
+
+    /// Runs `work` on a thread of its own inside the namespace and gives back what it returns.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        std::thread::scope(|scope| {
+            let worker = scope.spawn(|| {
+                setns(&*self.file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {}", self.name))?;
+                Ok(work())
+            });
+            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// A command whose process lives in the namespace.
+    #[must_use]
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
+        let file = Arc::clone(&self.file);
+        // SAFETY: between fork and exec the closure makes one system call on a descriptor that it owns, and allocates nothing.
+        unsafe {
+            command.pre_exec(move || setns(file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(io::Error::from));
+        }
+        command
+    }
+
+    /// Runs lines of `ip` in the namespace as one batch; the first that fails ends it.
+    ///
+    /// # Errors
+    /// The words of `ip`, with the lines.
+    pub fn ip(&self, lines: &str) -> Result<()> {
+        let mut command = self.command("ip");
+        command.args(["-batch", "-"]);
+        feed(&mut command, lines).map(drop).with_context(|| format!("ip in {}:\n{}", self.name, lines.trim_end()))
+    }
+
+    /// Runs a program in the namespace and gives back its standard output.
+    ///
+    /// # Errors
+    /// When it cannot be started or exits with another status than 0.
+    pub fn output(&self, program: &str, args: &[&str]) -> Result<String> {
+        let mut command = self.command(program);
+        command.args(args);
+        feed(&mut command, "").with_context(|| format!("{program} {} in {}", args.join(" "), self.name))
+    }
+
+    /// Writes a value under `/proc/sys/net`, such as `ipv4/ip_forward`, as the namespace sees it.
+    ///
+    /// # Errors
+    /// When there is no such key, or the value is refused.
+    pub fn sysctl(&self, values: &[(&str, &str)]) -> Result<()> {
+        self.run(|| {
+            for (key, value) in values {
+                let path = Path::new("/proc/sys/net").join(key);
+                fs::write(&path, value).with_context(|| format!("write {value} to {}", path.display()))?;
+            }
+            Ok(())
+        })?
+    }
+
+    /// The processes that live in the namespace.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn pids(&self) -> io::Result<Vec<i32>> {
+        let inode = self.inode()?;
+        let mut pids = Vec::new();
+        for entry in fs::read_dir("/proc")? {
+            let entry = entry?;
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            // A process may end while we look.
+            if fs::metadata(entry.path().join("ns/net")).is_ok_and(|ns| ns.ino() == inode) {
+                pids.push(pid);
+            }
+        }
+        Ok(pids)
+    }
+
+    /// Ends every process that lives in the namespace: whoever is in a namespace of ours was started by us or by a child of ours.
+    ///
+    /// # Errors
+    /// When one is still there after two seconds.
+    pub fn kill_processes(&self) -> Result<()> {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(2);
+        let own = std::process::id().cast_signed();
+        loop {
+            let pids: Vec<i32> = self.pids()?.into_iter().filter(|pid| *pid != own && !is_zombie(*pid)).collect();
+            if pids.is_empty() {
+                return Ok(());
+            }
+            if std::time::Instant::now() > deadline {
+                bail!("processes {pids:?} in {} outlive SIGKILL", self.name);
+            }
+            for pid in pids {
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
+    /// Takes the name away and says what went wrong, which drop cannot.
+    ///
+    /// # Errors
+    /// When the mount or the file cannot be removed.
+    pub fn delete(mut self) -> Result<()> {
+        self.owned = false;
+        remove_name(&self.path())
+    }
+}
+
+impl AsFd for NetNs {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for NetNs {
+    fn drop(&mut self) {
+        if self.owned {
+            let _ = remove_name(&self.path());
+        }
+    }
+}
+
+/// The names of all namespaces that start with `prefix`.
+///
+/// # Errors
+/// When the folder exists and cannot be read.
+pub fn names(prefix: &str) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(NAMES) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with(prefix))
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Removes one name from `/run/netns`, whoever made it.
+///
+/// # Errors
+/// When the mount or the file cannot be removed.
+pub fn remove_name(path: &Path) -> Result<()> {
+    match umount2(path, MntFlags::MNT_DETACH) {
+        // EINVAL: a plain file, left by one who died between creating and mounting.
+        Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+        Err(error) => return Err(error).with_context(|| format!("unmount {}", path.display())),
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Runs a command with `input` on its standard input and gives back its standard output.
+///
+/// # Errors
+/// When it cannot be started or exits with another status than 0; the error holds its standard error.
+pub fn feed(command: &mut Command, input: &str) -> Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("start {program}"))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A program that fails early closes its input; its own words tell more than EPIPE.
+        let _ = stdin.write_all(input.as_bytes());
+    }
+    let output = child.wait_with_output().with_context(|| format!("wait for {program}"))?;
+    if !output.status.success() {
+        bail!("{program}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Whether a process has ended and only waits for its parent to ask.
+fn is_zombie(pid: i32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
+    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'))
+}
+
+/// `SIOCSIFFLAGS` on `lo` of the calling thread's namespace.
+fn loopback_up() -> Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    let name = CString::new("lo")?;
+    // SAFETY: all-zero bytes are a valid `ifreq`: it is made of integers and character arrays.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (slot, byte) in request.ifr_name.iter_mut().zip(name.as_bytes_with_nul()) {
+        *slot = byte.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: the descriptor is open, and `request` is an `ifreq` that lives across the call, as SIOCSIFFLAGS reads it.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    if result != 0 {
+        return Err(io::Error::last_os_error().into());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_is_entered_by_threads_and_processes_and_leaves_no_name() {
+        let name = format!("fabric-t{}", std::process::id());
+        let Ok(ns) = NetNs::create(&name) else {
+            println!("SKIP: no right to make network namespaces");
+            return;
+        };
+        let before = fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+        let inode = ns.run(|| fs::metadata("/proc/thread-self/ns/net").unwrap().ino()).unwrap();
+        assert_eq!(inode, ns.inode().unwrap());
+        assert_ne!(inode, before);
+        assert_eq!(fs::metadata("/proc/thread-self/ns/net").unwrap().ino(), before);
+        let link = ns.output("readlink", &["/proc/self/ns/net"]).unwrap();
+        assert!(link.contains(&inode.to_string()), "{link}");
+        ns.sysctl(&[("ipv4/ip_forward", "1")]).unwrap();
+        assert!(ns.output("ip", &["-br", "link", "show", "up"]).unwrap().starts_with("lo"));
+        let mut sleeper = ns.command("sleep").arg("60").spawn().unwrap();
+        ns.kill_processes().unwrap();
+        sleeper.wait().unwrap();
+        assert_eq!(names(&name).unwrap(), std::slice::from_ref(&name));
+        ns.delete().unwrap();
+        assert!(names(&name).unwrap().is_empty());
+    }
+}

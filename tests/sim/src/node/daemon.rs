@@ -1,0 +1,209 @@
+//! Starting, stopping and asking `terwayd` of one node.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use terway_proto::v1;
+use terway_proto::v1::node_network_client::NodeNetworkClient;
+use tokio::runtime::Handle;
+use tonic::transport::{Channel, Endpoint};
+
+use super::Node;
+
+/// How the daemon of a node is to run.
+#[derive(Clone, Debug)]
+pub struct DaemonOptions {
+    /// The folder with `terwayd`, `terway-cli` and the plugin `terway`.
+    pub bin_dir: PathBuf,
+    /// The document `eni_conf`.
+    pub eni_conf: Value,
+    /// URL of the ECS and VPC endpoint.
+    pub endpoint: String,
+    /// How long a freed address rests, in seconds.
+    pub cooling: u64,
+    /// The log filter.
+    pub log: String,
+}
+
+/// The daemon's process, if it runs.
+#[derive(Debug, Default)]
+pub(super) struct Slot(Mutex<Option<Child>>);
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, Option<Child>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection to the daemon's socket; calls block the calling thread.
+#[derive(Debug)]
+pub struct Rpc {
+    handle: Handle,
+    client: NodeNetworkClient<Channel>,
+}
+
+impl Rpc {
+    pub(super) fn connect(handle: &Handle, socket: &Path) -> Result<Self> {
+        let channel = handle
+            .block_on(async {
+                Endpoint::try_from(format!("unix://{}", socket.display()))?
+                    .timeout(Duration::from_secs(10))
+                    .connect()
+                    .await
+            })
+            .with_context(|| format!("connect to terwayd at {}", socket.display()))?;
+        Ok(Self { handle: handle.clone(), client: NodeNetworkClient::new(channel) })
+    }
+
+    /// `Status`.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub fn status(&mut self) -> Result<v1::StatusResponse> {
+        let call = self.client.status(v1::StatusRequest {});
+        self.handle.block_on(call).map(tonic::Response::into_inner).map_err(|status| refused("Status", &status))
+    }
+
+    /// `ListPods`.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub fn list_pods(&mut self) -> Result<Vec<v1::PodState>> {
+        let call = self.client.list_pods(v1::ListPodsRequest {});
+        self.handle.block_on(call).map(|answer| answer.into_inner().pods).map_err(|status| refused("ListPods", &status))
+    }
+}
+
+fn refused(call: &str, status: &tonic::Status) -> anyhow::Error {
+    anyhow!("{call}: {:?}: {}", status.code(), status.message())
+}
+
+impl Node {
+    /// Starts the daemon; it is not ready yet.
+    ///
+    /// # Errors
+    /// When it runs already or cannot be started.
+    pub fn start_daemon(&self) -> Result<()> {
+        let mut slot = self.daemon.lock();
+        if slot.is_some() {
+            bail!("terwayd of {} runs already", self.name);
+        }
+        let config = self.work.join("eni_conf");
+        fs::write(&config, self.options.eni_conf.to_string())?;
+        let log = fs::File::options().create(true).append(true).open(self.daemon_log())?;
+        let mut command = self.ns.command(self.options.bin_dir.join("terwayd"));
+        // The one place that knows the daemon's flags.
+        command
+            .arg("--config")
+            .arg(config)
+            .arg("--state-dir")
+            .arg(self.work.join("state"))
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("--bpffs")
+            .arg(self.bpffs().join("terway"))
+            .arg("--cni-conf-dir")
+            .arg(self.cni_conf_dir())
+            .args(["--node", &self.name])
+            .args(["--listen", "127.0.0.1:9099"])
+            .args(["--ecs-endpoint", &self.options.endpoint])
+            .args(["--vpc-endpoint", &self.options.endpoint])
+            .args(["--cooling", &self.options.cooling.to_string()])
+            .args(["--log", &self.options.log])
+            .current_dir(&self.work)
+            .env("RUST_BACKTRACE", "1")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        *slot = Some(command.spawn().context("start terwayd")?);
+        Ok(())
+    }
+
+    /// Where the daemon logs to.
+    #[must_use]
+    pub fn daemon_log(&self) -> PathBuf {
+        self.work.join("terwayd.log")
+    }
+
+    /// Waits until the daemon takes pods: the conflist is there and `Status` says ready.
+    ///
+    /// # Errors
+    /// When it ended, or is not ready in time, with the end of its log.
+    pub fn wait_ready(&self, limit: Duration) -> Result<()> {
+        let ready = self.wait(limit, "terwayd is ready", |node| {
+            node.daemon_alive()?;
+            let status = node.status()?;
+            if let Some(problem) = status.problems.first() {
+                bail!("{} {} {}", problem.code, problem.cause, problem.detail);
+            }
+            Ok(status.ready && node.conflist().is_ok())
+        });
+        ready.with_context(|| format!("the end of {}:\n{}", self.daemon_log().display(), self.log_tail(30)))
+    }
+
+    /// The last lines of the daemon's log.
+    #[must_use]
+    pub fn log_tail(&self, lines: usize) -> String {
+        let log = fs::read_to_string(self.daemon_log()).unwrap_or_default();
+        let all: Vec<&str> = log.lines().collect();
+        all.get(all.len().saturating_sub(lines)..).unwrap_or_default().join("\n")
+    }
+
+    fn daemon_alive(&self) -> Result<()> {
+        match self.daemon.lock().as_mut() {
+            None => bail!("terwayd was not started"),
+            Some(child) => match child.try_wait()? {
+                Some(status) => bail!("terwayd ended with {status}"),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// The daemon's process id, while it runs.
+    #[must_use]
+    pub fn daemon_pid(&self) -> Option<u32> {
+        self.daemon.lock().as_ref().map(Child::id)
+    }
+
+    /// Stops the daemon by SIGTERM, as the kubelet does; no error when it does not run.
+    ///
+    /// # Errors
+    /// When it does not end within 10 s (it is killed then) or does not exit with 0.
+    pub fn stop_daemon(&self) -> Result<()> {
+        let Some(mut child) = self.daemon.lock().take() else { return Ok(()) };
+        if child.try_wait()?.is_none() {
+            kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?;
+        }
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match child.try_wait()? {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => bail!("terwayd ended with {status}; the end of its log:\n{}", self.log_tail(30)),
+                None if Instant::now() > deadline => {
+                    child.kill()?;
+                    child.wait()?;
+                    bail!("terwayd does not end within 10 s of SIGTERM; the end of its log:\n{}", self.log_tail(30));
+                }
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+
+    /// Ends the daemon by SIGKILL, as an OOM kill does; no error when it does not run.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn kill_daemon(&self) -> Result<()> {
+        let Some(mut child) = self.daemon.lock().take() else { return Ok(()) };
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+}
