@@ -4,6 +4,7 @@
 
 mod binaries;
 mod ci;
+mod codegen;
 mod process;
 mod setup;
 mod suites;
@@ -46,6 +47,12 @@ enum Verb {
         /// Record the present ABI; refused while ABI_VERSION is the one recorded.
         #[arg(long)]
         bless_abi: bool,
+    },
+    /// Write the files that are generated and committed.
+    Codegen {
+        /// Only say whether they are up to date.
+        #[arg(long)]
+        check: bool,
     },
     /// Run the demonstration: a simulated cloud, two nodes, real pods.
     Demo {
@@ -91,6 +98,10 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Test { rungs } => Ok(verdict(suites::run(&workspace, &rungs)?)),
         Verb::Tidy { bless_abi } => Ok(verdict(tidy::run(&workspace, bless_abi)?)),
+        Verb::Codegen { check } => {
+            codegen::run(check)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Demo { json, keep } => binaries::demo(&workspace, json, keep),
         Verb::Bench { name, json } => binaries::bench(&workspace, name.as_deref(), json),
         Verb::Ci => Ok(verdict(ci::run(&workspace)?)),
