@@ -5,6 +5,7 @@
 mod binaries;
 mod ci;
 mod codegen;
+mod image;
 mod process;
 mod setup;
 mod suites;
@@ -12,6 +13,7 @@ mod tidy;
 mod vm;
 mod workspace;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -71,6 +73,15 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Make the container image of the DaemonSet as an OCI archive.
+    Image {
+        /// Where to write it; by default into cargo's build folder.
+        #[arg(long)]
+        output: Option<PathBuf>,
+        /// The image's name and tag.
+        #[arg(long, default_value = concat!("localhost/terway:", env!("CARGO_PKG_VERSION")))]
+        name: String,
+    },
     /// Everything that a submission must pass.
     Ci,
     /// Run a command under a Debian kernel in QEMU.
@@ -104,6 +115,10 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Demo { json, keep } => binaries::demo(&workspace, json, keep),
         Verb::Bench { name, json } => binaries::bench(&workspace, name.as_deref(), json),
+        Verb::Image { output, name } => {
+            image::run(&workspace, output, &name)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Ci => Ok(verdict(ci::run(&workspace)?)),
         Verb::Vm(args) => vm::run(&workspace, args),
     }
