@@ -125,7 +125,7 @@ fn apt(args: &[&str]) -> Result<()> {
             .args(args)
             .env("DEBIAN_FRONTEND", "noninteractive")
             .env("LC_ALL", "C");
-        match process::output(&mut command) {
+        match process::output_as(&mut command, &format!("apt-get {}", args.join(" "))) {
             Ok(_) => return Ok(()),
             // DPkg::Lock::Timeout does not cover the lock of the lists.
             Err(error) if is_lock(&error.to_string()) && started.elapsed() < PATIENCE => {

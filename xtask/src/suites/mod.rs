@@ -121,7 +121,7 @@ pub(crate) fn climb(workspace: &Workspace, rungs: &[Rung]) -> Result<Tally> {
     let present = names(&packages, true);
     let mut total = Tally::default();
     for stray in present.iter().filter(|s| !Rung::ALL.iter().any(|r| r.suites().contains(s))) {
-        total.add(Tally::fail(&format!("tests/tests/{stray}.rs: no rung runs it; name it in xtask/src/suites/mod.rs")));
+        total.add(Tally::fail(&format!("tests/tests/{stray}: no rung runs it; name it in xtask/src/suites/mod.rs")));
     }
 
     let planned: Vec<(Rung, Option<String>)> =
@@ -227,7 +227,7 @@ impl Built {
                 // One at a time unless the suite says otherwise: these tests share the machine's kernel.
                 Some(binary) => tally.add(self.execute(workspace, binary, Some(threads(&binary.source)))?),
                 None => {
-                    println!("skipped: tests/tests/{name}.rs is not there yet");
+                    println!("skipped: tests/tests/{name} is not there yet");
                     tally.add(Tally::skip(&format!("suite {name} is not there yet")));
                 }
             }
