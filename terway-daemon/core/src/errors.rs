@@ -55,6 +55,10 @@ catalogue! {
     UNKNOWN_ATTACHMENT = "TW0006", "unknown-attachment", 3,
         "The daemon knows no such attachment of this container.",
         "Delete the pod; its replacement gets a new attachment.";
+    /// The pod has an interface of the requested name that is not ours (CNI spec 1.1.0, "ADD": the plugin must refuse).
+    IFNAME_TAKEN = "TW0007", "ifname-taken", 4,
+        "The pod already has an interface of the name in CNI_IFNAME, and another plugin made it.",
+        "Remove the other plugin from the conflist, or give one of the two another interface name.";
     /// The daemon's socket does not answer.
     DAEMON_UNREACHABLE = "TW0101", "daemon-unreachable", 11,
         "The terway daemon of this node does not answer on its socket.",
