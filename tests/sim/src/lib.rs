@@ -1,3 +1,4 @@
 //! A cloud on one machine: the ECS/VPC OpenAPI and metadata servers, and the wire they command.
 
+pub mod cloud;
 pub mod fabric;
