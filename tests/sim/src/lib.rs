@@ -4,5 +4,7 @@ pub mod containerd;
 pub mod cri;
 pub mod fabric;
 pub mod image;
+pub mod leftovers;
 pub mod netns;
 pub mod node;
+pub mod probe;

@@ -12,6 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -102,6 +103,15 @@ impl NetNs {
                 Ok(work())
             });
             worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Starts a thread inside the namespace that outlives this call, such as a server.
+    pub fn spawn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<Result<T>> {
+        let (file, name) = (Arc::clone(&self.file), self.name.clone());
+        std::thread::spawn(move || {
+            setns(&*file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {name}"))?;
+            Ok(work())
         })
     }
 
