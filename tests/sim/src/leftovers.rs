@@ -190,24 +190,51 @@ fn walk(folder: &Path, found: &mut Vec<String>) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Waits until no trace of pods is left on a node that had none in `before`. ENIs and addresses may have been added meanwhile, for the
+/// pool grows and shrinks as it likes; every ENI accounts for its own link, table, rules and pins.
+///
+/// # Errors
+/// After `limit`, with what remains.
+pub fn settle_pods(node_: &Node, before: &Snapshot, limit: Duration) -> Result<()> {
+    settle_by(node_, before, limit, |snapshot| {
+        let mut snapshot = snapshot.clone();
+        let enis: BTreeSet<String> = snapshot
+            .0
+            .get("link")
+            .into_iter()
+            .flatten()
+            .filter_map(|link| Some(link.split_whitespace().nth(1)?.split(['@', ':']).next()?.to_owned()))
+            .filter(|name| name.strip_prefix("eth").is_some_and(|n| n != "0" && n.parse::<u32>().is_ok()))
+            .collect();
+        for subject in ["link", "address", "IPv4 route", "IPv6 route", "qdisc", "filter", "neighbour", "pin"] {
+            if let Some(facts) = snapshot.0.get_mut(subject) {
+                facts.retain(|fact| !fact.split([' ', ':', '@', '/', '-', '_', '.']).any(|word| enis.contains(word)));
+            }
+        }
+        snapshot.0.remove("ENI");
+        snapshot
+    })
+}
+
 /// Waits until a node is again as it was in `before`: links are deleted in the background and addresses cool for a while.
 ///
 /// # Errors
 /// After `limit`, with the differences that remain.
 pub fn settle(node_: &Node, before: &Snapshot, limit: Duration) -> Result<()> {
+    settle_by(node_, before, limit, Snapshot::clone)
+}
+
+fn settle_by(node_: &Node, before: &Snapshot, limit: Duration, view: impl Fn(&Snapshot) -> Snapshot) -> Result<()> {
     let deadline = Instant::now() + limit;
+    let before = view(before);
     loop {
-        let now = node(node_);
-        match now {
-            Ok(now) => match before.differences(&now) {
-                None => return Ok(()),
-                Some(text) if Instant::now() > deadline => bail!("left on {}:\n{text}", node_.name()),
-                Some(_) => {}
-            },
-            Err(error) if Instant::now() > deadline => return Err(error),
-            Err(_) => {}
+        let late = Instant::now() > deadline;
+        match node(node_).map(|now| before.differences(&view(&now))) {
+            Ok(None) => return Ok(()),
+            Ok(Some(text)) if late => bail!("left on {}:\n{text}", node_.name()),
+            Err(error) if late => return Err(error),
+            Ok(Some(_)) | Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
-        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
