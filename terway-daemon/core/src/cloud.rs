@@ -178,6 +178,8 @@ impl CloudError {
             _ if code.starts_with("Throttling") => ErrorClass::Throttled,
             _ if code.starts_with("Forbidden")
                 || code.starts_with("InvalidAccessKeyId")
+                || code.starts_with("InvalidSecurityToken")
+                || code.starts_with("InvalidTimeStamp")
                 || code == "SignatureDoesNotMatch" =>
             {
                 ErrorClass::Forbidden

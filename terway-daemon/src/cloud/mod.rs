@@ -3,6 +3,16 @@
 //! [`Cloud`] is the border. Its calls are *make it so* operations: every one can be repeated after a crash or a lost reply without a
 //! second effect, either because it carries a caller's token or because the wanted state is checked.
 
+mod aliyun;
+mod config;
+mod credentials;
+mod limits;
+mod metadata;
+mod rpc;
+mod secret;
+mod sign;
+mod wire;
+
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -11,6 +21,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use terway_core::cloud::{CloudError, Eni, EniKind, EniStatus, InstanceLimits, NodeIdentity, Subnet, VSwitch};
 use terway_core::ident::{EniId, InstanceId, Mac, SecurityGroupId, VSwitchId};
+
+pub use self::aliyun::Aliyun;
+pub use self::config::{BadEndpoint, CredentialSource, EcsConfig, EndpointNetwork, METADATA, Retry, endpoint};
+pub use self::metadata::{Metadata, Nic};
+pub use self::secret::Secret;
 
 /// Addresses that one assign or unassign call may name (ECS API reference, `AssignPrivateIpAddresses`: `PrivateIpAddress.N`, N up to 10).
 pub const MAX_ADDRESSES_PER_CALL: u32 = 10;

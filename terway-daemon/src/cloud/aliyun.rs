@@ -1,0 +1,352 @@
+//! [`Cloud`] over the OpenAPI of ECS and VPC and the metadata service.
+
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use terway_core::cloud::{
+    CloudError, Eni, EniKind, EniStatus, ErrorClass, InstanceLimits, NodeIdentity, Subnet, VSwitch,
+};
+use terway_core::ident::{EniId, InstanceId, Mac, VSwitchId};
+use tracing::warn;
+
+use super::config::EcsConfig;
+use super::credentials::Keyring;
+use super::metadata::Metadata;
+use super::rpc::{Parameters, Rpc, Service, failure};
+use super::wire::{
+    AssignIpv6Addresses, AssignPrivateIpAddresses, DescribeInstanceTypes, DescribeNetworkInterfaces, DescribeVSwitches,
+    Done, Unfit, WireEni,
+};
+use super::{Cloud, CreateEni, EniFilter, MAX_ADDRESSES_PER_CALL, MAX_V4_AT_CREATION, Result};
+
+/// Entries a page (`DescribeNetworkInterfaces`, `MaxResults`: at most 500).
+const ENIS_PER_PAGE: u32 = 500;
+/// `DescribeVSwitches` takes a comma-separated list of 20 ids, and 50 entries a page.
+const VSWITCHES_PER_CALL: usize = 20;
+/// How long a created ENI may be unknown to `DescribeNetworkInterfaces`.
+const VISIBLE_WITHIN: Duration = Duration::from_secs(10);
+
+/// The real cloud.
+pub struct Aliyun {
+    rpc: Rpc,
+    metadata: Arc<Metadata>,
+    poll: Duration,
+}
+
+impl Aliyun {
+    /// A client; nothing is sent yet.
+    ///
+    /// # Errors
+    /// When no HTTP client can be built.
+    pub fn new(config: &EcsConfig) -> Result<Self> {
+        let metadata = Arc::new(Metadata::new(
+            config.metadata.clone(),
+            config.timeout.min(Duration::from_secs(5)),
+            config.retry,
+            config.observer.clone(),
+        )?);
+        let keyring = Keyring::new(config.credentials.clone(), Arc::clone(&metadata));
+        Ok(Self { rpc: Rpc::new(config, keyring)?, metadata, poll: config.poll })
+    }
+
+    /// The metadata service, which works when the OpenAPI does not.
+    #[must_use]
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// The present state of an ENI, for a caller whose request the cloud refused because of it; `None` if it is gone.
+    async fn state(&self, eni: &EniId) -> Result<Option<Eni>> {
+        match self.describe_eni(eni).await {
+            Ok(eni) => Ok(Some(eni)),
+            Err(error) if error.class == ErrorClass::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Unassigns; if the cloud says that an address is not there, once more with those that are.
+    async fn unassign<A: Copy + Ord + ToString + Send + Sync>(
+        &self,
+        action: &'static str,
+        name: &str,
+        eni: &EniId,
+        addresses: &[A],
+        of: impl Fn(&Eni) -> &[A] + Send,
+    ) -> Result<()> {
+        let mut wanted: Vec<A> = addresses.to_vec();
+        wanted.truncate(MAX_ADDRESSES_PER_CALL as usize);
+        if wanted.len() != addresses.len() {
+            return Err(too_many(action, addresses.len()));
+        }
+        for last in [false, true] {
+            if wanted.is_empty() {
+                return Ok(());
+            }
+            let mut parameters = id(eni);
+            repeated(&mut parameters, name, &wanted);
+            match self.rpc.call::<Done>(Service::Ecs, action, parameters).await {
+                Ok(_) => return Ok(()),
+                Err(error) if error.code == "InvalidEniId.NotFound" => return Ok(()),
+                Err(error) if error.class == ErrorClass::NotFound && !last => match self.state(eni).await? {
+                    None => return Ok(()),
+                    Some(eni) => {
+                        let present: BTreeSet<A> = of(&eni).iter().copied().collect();
+                        wanted.retain(|address| present.contains(address));
+                    }
+                },
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn created(&self, eni: &EniId) -> Result<Eni> {
+        let began = Instant::now();
+        loop {
+            match self.describe_eni(eni).await {
+                Err(error) if error.class == ErrorClass::NotFound && began.elapsed() < VISIBLE_WITHIN => {
+                    tokio::time::sleep(self.pause()).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn pause(&self) -> Duration {
+        // Half fixed, half random: nodes that attach at the same time do not ask at the same time.
+        self.poll.mul_f64(0.5 + fastrand::f64() / 2.0)
+    }
+}
+
+#[async_trait]
+impl Cloud for Aliyun {
+    async fn node_identity(&self) -> Result<NodeIdentity> {
+        self.metadata.node_identity().await
+    }
+
+    async fn instance_limits(&self, instance_type: &str) -> Result<InstanceLimits> {
+        let action = "DescribeInstanceTypes";
+        let parameters = vec![pair("InstanceTypes.1", instance_type)];
+        let reply: DescribeInstanceTypes = self.rpc.call(Service::Ecs, action, parameters).await?;
+        reply
+            .instance_types
+            .instance_type
+            .iter()
+            .find(|found| found.instance_type_id == instance_type)
+            .map(super::wire::InstanceType::limits)
+            .ok_or_else(|| failure(action, ErrorClass::NotFound, format!("no instance type `{instance_type}`")))
+    }
+
+    async fn vswitches(&self, ids: &[VSwitchId]) -> Result<Vec<VSwitch>> {
+        let action = "DescribeVSwitches";
+        let mut found = Vec::new();
+        for ids in ids.chunks(VSWITCHES_PER_CALL) {
+            let list = ids.iter().map(VSwitchId::as_str).collect::<Vec<_>>().join(",");
+            let parameters = vec![pair("VSwitchId", list), pair("PageSize", "50")];
+            let reply: DescribeVSwitches = self.rpc.call(Service::Vpc, action, parameters).await?;
+            for vswitch in reply.v_switches.v_switch {
+                found.push(vswitch.checked().map_err(|what| malformed(action, &what))?);
+            }
+        }
+        Ok(ids.iter().filter_map(|id| found.iter().find(|vswitch| vswitch.id == *id)).cloned().collect())
+    }
+
+    async fn enis(&self, filter: &EniFilter) -> Result<Vec<Eni>> {
+        let action = "DescribeNetworkInterfaces";
+        let mut parameters = vec![pair("MaxResults", ENIS_PER_PAGE.to_string())];
+        repeated(&mut parameters, "NetworkInterfaceId", &filter.ids);
+        parameters.extend(filter.instance.iter().map(|instance| pair("InstanceId", instance.as_str())));
+        parameters.extend(filter.status.iter().map(|status| pair("Status", format!("{status:?}"))));
+        parameters.extend(filter.kind.iter().map(|kind: &EniKind| pair("Type", format!("{kind:?}"))));
+        tags(&mut parameters, &filter.tags);
+        let mut enis = Vec::new();
+        let mut seen = BTreeSet::new();
+        let mut token: Option<String> = None;
+        loop {
+            let mut parameters = parameters.clone();
+            parameters.extend(token.iter().map(|token| pair("NextToken", token)));
+            let reply: DescribeNetworkInterfaces = self.rpc.call(Service::Ecs, action, parameters).await?;
+            for eni in reply.network_interface_sets.network_interface_set {
+                let name = eni.network_interface_id.clone();
+                match eni.checked() {
+                    Ok(eni) => enis.push(eni),
+                    Err(Unfit::Unknown(what)) => warn!(eni = name, what, "an ENI of an unknown kind is left alone"),
+                    Err(Unfit::Malformed(what)) => return Err(malformed(action, &format!("{name}: {what}"))),
+                }
+            }
+            match reply.next_token.filter(|next| !next.is_empty()) {
+                None => break,
+                // A cloud that sends the same page for ever must not hang the daemon.
+                Some(next) if !seen.insert(next.clone()) => return Err(malformed(action, "NextToken repeats")),
+                next => token = next,
+            }
+        }
+        // An ENI that appears between two pages can come twice.
+        enis.sort_by(|a: &Eni, b| a.id.cmp(&b.id));
+        enis.dedup_by(|a, b| a.id == b.id);
+        Ok(enis)
+    }
+
+    async fn create_eni(&self, request: &CreateEni) -> Result<Eni> {
+        let action = "CreateNetworkInterface";
+        let CreateEni { token, vswitch, security_groups, v4_count, v6_count, .. } = request;
+        if !(1..=MAX_V4_AT_CREATION).contains(v4_count) || *v6_count > MAX_ADDRESSES_PER_CALL {
+            return Err(failure(action, ErrorClass::Invalid, format!("{v4_count} IPv4 and {v6_count} IPv6 addresses")));
+        }
+        let mut parameters = vec![
+            pair("VSwitchId", vswitch.as_str()),
+            pair("ClientToken", token),
+            pair("InstanceType", "Secondary"),
+            pair("Description", "pod addresses, by terwayd"),
+            // The ENI goes with its instance, should the daemon not live to delete it.
+            pair("DeleteOnRelease", "true"),
+        ];
+        repeated(&mut parameters, "SecurityGroupIds", security_groups);
+        if *v4_count > 1 {
+            parameters.push(pair("SecondaryPrivateIpAddressCount", (v4_count - 1).to_string()));
+        }
+        if *v6_count > 0 {
+            parameters.push(pair("Ipv6AddressCount", v6_count.to_string()));
+        }
+        parameters.extend(request.resource_group.iter().map(|group| pair("ResourceGroupId", group)));
+        tags(&mut parameters, &request.tags);
+        let reply: WireEni = self.rpc.call(Service::Ecs, action, parameters).await?;
+        let id = EniId::new(reply.network_interface_id.clone());
+        match reply.checked() {
+            Ok(eni) => Ok(eni),
+            Err(_) => self.created(&id).await,
+        }
+    }
+
+    async fn attach_eni(&self, eni: &EniId, instance: &InstanceId) -> Result<()> {
+        let mut parameters = id(eni);
+        parameters.push(pair("InstanceId", instance.as_str()));
+        match self.rpc.call::<Done>(Service::Ecs, "AttachNetworkInterface", parameters).await {
+            Err(error) if error.class == ErrorClass::InvalidState => match self.state(eni).await? {
+                Some(now)
+                    if now.instance.as_ref() == Some(instance)
+                        && matches!(now.status, EniStatus::Attaching | EniStatus::InUse) =>
+                {
+                    Ok(())
+                }
+                _ => Err(error),
+            },
+            result => result.map(drop),
+        }
+    }
+
+    async fn detach_eni(&self, eni: &EniId, instance: &InstanceId) -> Result<()> {
+        let mut parameters = id(eni);
+        parameters.push(pair("InstanceId", instance.as_str()));
+        match self.rpc.call::<Done>(Service::Ecs, "DetachNetworkInterface", parameters).await {
+            Err(error) if matches!(error.class, ErrorClass::InvalidState | ErrorClass::NotFound) => {
+                match self.state(eni).await? {
+                    None => Ok(()),
+                    Some(now) if matches!(now.status, EniStatus::Attaching | EniStatus::InUse) => Err(error),
+                    Some(_) => Ok(()),
+                }
+            }
+            result => result.map(drop),
+        }
+    }
+
+    async fn delete_eni(&self, eni: &EniId) -> Result<()> {
+        match self.rpc.call::<Done>(Service::Ecs, "DeleteNetworkInterface", id(eni)).await {
+            Err(error) if error.class == ErrorClass::NotFound => Ok(()),
+            Err(error) if error.class == ErrorClass::InvalidState => match self.state(eni).await? {
+                None => Ok(()),
+                Some(now) if now.status == EniStatus::Deleting => Ok(()),
+                Some(_) => Err(error),
+            },
+            result => result.map(drop),
+        }
+    }
+
+    async fn assign_v4(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv4Addr>> {
+        let action = "AssignPrivateIpAddresses";
+        let parameters = assign(action, eni, "SecondaryPrivateIpAddressCount", count, token)?;
+        let reply: AssignPrivateIpAddresses = self.rpc.call(Service::Ecs, action, parameters).await?;
+        Ok(reply.assigned_private_ip_addresses_set.private_ip_set.private_ip_address)
+    }
+
+    async fn assign_v6(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv6Addr>> {
+        let action = "AssignIpv6Addresses";
+        let parameters = assign(action, eni, "Ipv6AddressCount", count, token)?;
+        let reply: AssignIpv6Addresses = self.rpc.call(Service::Ecs, action, parameters).await?;
+        Ok(reply.ipv6_sets.ipv6_address)
+    }
+
+    async fn unassign_v4(&self, eni: &EniId, addresses: &[Ipv4Addr]) -> Result<()> {
+        self.unassign("UnassignPrivateIpAddresses", "PrivateIpAddress", eni, addresses, |eni| &eni.v4).await
+    }
+
+    async fn unassign_v6(&self, eni: &EniId, addresses: &[Ipv6Addr]) -> Result<()> {
+        self.unassign("UnassignIpv6Addresses", "Ipv6Address", eni, addresses, |eni| &eni.v6).await
+    }
+
+    async fn subnet(&self, mac: Mac) -> Result<Subnet> {
+        self.metadata.subnet(mac).await
+    }
+
+    async fn describe_eni(&self, eni: &EniId) -> Result<Eni> {
+        self.enis(&EniFilter::ids(std::slice::from_ref(eni))).await?.pop().ok_or_else(|| {
+            failure("DescribeNetworkInterfaces", ErrorClass::NotFound, format!("no ENI {eni} that this daemon can use"))
+        })
+    }
+
+    async fn wait_eni(&self, eni: &EniId, status: EniStatus, within: Duration) -> Result<Eni> {
+        let began = Instant::now();
+        loop {
+            let now = self.describe_eni(eni).await?;
+            if now.status == status {
+                return Ok(now);
+            }
+            let pause = self.pause();
+            if began.elapsed() + pause > within {
+                let message = format!("{eni} is {:?}, not {status:?}, after {within:?}", now.status);
+                return Err(failure("DescribeNetworkInterfaces", ErrorClass::InvalidState, message));
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+}
+
+fn assign(action: &str, eni: &EniId, name: &str, count: u32, token: &str) -> Result<Parameters> {
+    if !(1..=MAX_ADDRESSES_PER_CALL).contains(&count) {
+        return Err(too_many(action, count as usize));
+    }
+    let mut parameters = id(eni);
+    parameters.extend([pair(name, count.to_string()), pair("ClientToken", token)]);
+    Ok(parameters)
+}
+
+fn too_many(action: &str, count: usize) -> CloudError {
+    let message = format!("{count} addresses in a call, not 1 to {MAX_ADDRESSES_PER_CALL}");
+    failure(action, ErrorClass::Invalid, message)
+}
+
+fn malformed(action: &str, what: &str) -> CloudError {
+    failure(action, ErrorClass::Unknown, format!("malformed reply: {what}"))
+}
+
+fn pair(name: &str, value: impl Into<String>) -> (String, String) {
+    (name.to_owned(), value.into())
+}
+
+fn id(eni: &EniId) -> Parameters {
+    vec![pair("NetworkInterfaceId", eni.as_str())]
+}
+
+/// `Name.1=…&Name.2=…`: RPC-style lists count from 1.
+fn repeated<T: ToString>(parameters: &mut Parameters, name: &str, values: &[T]) {
+    parameters.extend((1..).zip(values).map(|(n, value)| (format!("{name}.{n}"), value.to_string())));
+}
+
+fn tags(parameters: &mut Parameters, tags: &std::collections::BTreeMap<String, String>) {
+    for (n, (key, value)) in (1..).zip(tags) {
+        parameters.extend([(format!("Tag.{n}.Key"), key.clone()), (format!("Tag.{n}.Value"), value.clone())]);
+    }
+}
