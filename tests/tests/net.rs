@@ -39,12 +39,22 @@ impl Netns {
             File::open("/proc/thread-self/ns/net").unwrap()
         };
         let netns = Self(std::thread::spawn(make).join().unwrap());
+        netns.inside(|| std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0").unwrap());
         netns.ip("link set lo up");
         netns
     }
 
+    /// Waits until the kernel's workers have seen that a link's other end is up.
+    fn settle(&self, dev: &str) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !self.ip(&format!("-o link show {dev}")).contains("state UP") {
+            assert!(Instant::now() < deadline, "{dev} does not come up");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     fn path(&self) -> String {
-        format!("/proc/self/fd/{}", self.0.as_raw_fd())
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
     /// Runs `work` on a thread inside.
@@ -128,8 +138,10 @@ impl Node {
             "-6 addr add fd00:1::fffd/128 dev gw nodad",
             &format!("addr add {FAR_V4}/32 dev lo"),
             &format!("-6 addr add {FAR_V6}/128 dev lo nodad"),
-            "route add 10.0.0.0/16 dev gw",
-            "-6 route add fd00:1::/64 dev gw",
+            &format!("route add {NODE_V4}/32 dev gw"),
+            &format!("-6 route add {NODE_V6}/128 dev gw"),
+            &format!("route add 10.0.1.0/24 via {NODE_V4} dev gw onlink"),
+            &format!("-6 route add fd00:1::/64 via {NODE_V6} dev gw onlink"),
         ] {
             vpc.ip(command);
         }
@@ -155,8 +167,14 @@ impl Node {
     /// A node whose ENI is ready.
     fn ready(stack: Stack) -> Self {
         let node = Self::new(stack);
-        node.runtime.block_on(node.host.ensure_eni(&node.eni)).unwrap();
+        node.ensure_eni();
         node
+    }
+
+    fn ensure_eni(&self) {
+        self.runtime.block_on(self.host.ensure_eni(&self.eni)).unwrap();
+        self.netns.settle("eth1");
+        self.vpc.settle("gw");
     }
 
     fn plan(&self, stack: Stack, container: &str, name: &str, number: u8) -> PodPlan {
@@ -239,7 +257,7 @@ fn node_and_far(source: IpAddr) -> (IpAddr, IpAddr) {
 fn applied_and_undone(stack: Stack) {
     let node = Node::new(stack);
     let bare = node.netns.everything();
-    node.runtime.block_on(node.host.ensure_eni(&node.eni)).unwrap();
+    node.ensure_eni();
     let found = node.runtime.block_on(node.host.check(node.eni.steps.clone(), None)).unwrap();
     assert_eq!(found, []);
     let with_eni = node.netns.everything();
@@ -275,8 +293,8 @@ fn applied_and_undone(stack: Stack) {
             IpAddr::V4(_) => (node.netns.ip("rule"), ""),
             IpAddr::V6(_) => (node.netns.ip("-6 rule"), ""),
         };
-        assert!(rules.contains(&format!("512:\tfrom all to {address}{bits} lookup main proto kernel")), "{rules}");
-        assert!(rules.contains(&format!("2048:\tfrom {address}{bits} lookup {table} proto kernel")), "{rules}");
+        assert!(rules.contains(&format!("512:\tfrom all to {address}{bits} lookup main\n")), "{rules}");
+        assert!(rules.contains(&format!("2048:\tfrom {address}{bits} lookup {table}\n")), "{rules}");
     }
 
     node.runtime.block_on(node.host.detach_pod(&plan)).unwrap();
@@ -415,8 +433,8 @@ fn changes_by_others_are_told_and_repaired() {
     node.netns.ip("-6 rule del priority 2048");
     node.netns.ip("route del 10.0.1.7/32");
     pod.ip("route del default");
-    pod.ip("addr del 10.0.1.7/32 dev eth0");
     pod.ip("neigh del 169.254.1.1 dev eth0");
+    pod.ip("addr del 10.0.1.7/32 dev eth0");
     pod.ip("link set eth0 mtu 1400");
 
     let netns = PodNetns::open(pod.path()).unwrap();
@@ -750,7 +768,8 @@ fn addresses_are_told_as_they_change() {
     let mut addresses = watch.addresses();
     assert!(addresses.borrow_and_update().is_empty(), "neither loopback nor link-local counts");
     let mut change = || {
-        node.runtime.block_on(tokio::time::timeout(Duration::from_secs(5), addresses.changed())).unwrap().unwrap();
+        let change = async { tokio::time::timeout(Duration::from_secs(5), addresses.changed()).await };
+        node.runtime.block_on(change).unwrap().unwrap();
         addresses.borrow_and_update().iter().map(ToString::to_string).collect::<Vec<_>>()
     };
     node.netns.ip("addr add 169.254.20.10/32 dev lo");
