@@ -109,7 +109,8 @@ impl Cluster {
             return Some("needs root".to_owned());
         }
         for tool in ["ip", "tc", "nft", "ping"] {
-            let found = std::env::var("PATH").unwrap_or_default().split(':').any(|dir| Path::new(dir).join(tool).exists());
+            let found =
+                std::env::var("PATH").unwrap_or_default().split(':').any(|dir| Path::new(dir).join(tool).exists());
             if !found {
                 return Some(format!("`{tool}` is missing"));
             }
@@ -143,28 +144,14 @@ impl Cluster {
         fs::create_dir(&work).with_context(|| format!("create {}", work.display()))?;
         let vpc = Arc::new(Vpc::create(&format!("{prefix}-vpc"), options.mtu)?);
         let external = Arc::new(NetNs::create(&format!("{prefix}-ext"))?);
-        let mut cluster = Self {
-            prefix,
-            work,
-            nodes: Vec::new(),
-            cloud: None,
-            vpc,
-            external,
-            machine,
-            runtime,
-            _lock: lock,
-        };
+        let mut cluster =
+            Self { prefix, work, nodes: Vec::new(), cloud: None, vpc, external, machine, runtime, _lock: lock };
         cluster.start_nodes(options)?;
         Ok(cluster)
     }
 
     fn start_nodes(&mut self, options: &Options) -> Result<()> {
-        self.vpc.plug_external(
-            "external",
-            Arc::clone(&self.external),
-            setup::EXTERNAL_V4,
-            setup::EXTERNAL_V6,
-        )?;
+        self.vpc.plug_external("external", Arc::clone(&self.external), setup::EXTERNAL_V4, setup::EXTERNAL_V6)?;
         let daemon = DaemonOptions {
             bin_dir: options.bin_dir.clone(),
             eni_conf: setup::eni_conf(options),
@@ -278,9 +265,8 @@ impl Cluster {
         self.cloud = None;
         errors.extend(remove(&self.prefix).err().map(|error| format!("{error:#}")));
         match leftovers::machine(&self.prefix) {
-            Ok(after) => errors.extend(
-                self.machine.differences(&after).map(|text| format!("the machine is not as it was:\n{text}")),
-            ),
+            Ok(after) => errors
+                .extend(self.machine.differences(&after).map(|text| format!("the machine is not as it was:\n{text}"))),
             Err(error) => errors.push(format!("{error:#}")),
         }
         if errors.is_empty() { Ok(()) } else { bail!("{}", errors.join("\n")) }
@@ -321,7 +307,8 @@ fn save_logs(prefix: &str, work: &Path) {
 
 /// Waits for the lock of the machine's only cluster.
 fn lock() -> Result<Flock<File>> {
-    let file = File::options().create(true).truncate(false).write(true).open(LOCK).with_context(|| format!("open {LOCK}"))?;
+    let file =
+        File::options().create(true).truncate(false).write(true).open(LOCK).with_context(|| format!("open {LOCK}"))?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).with_context(|| format!("lock {LOCK}"))
 }
 
