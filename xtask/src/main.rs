@@ -1,2 +1,99 @@
-//! Placeholder until its owner writes it.
-fn main() {}
+//! The one interface to all chores. Run as `cargo xtask <verb>`; `cargo xtask help` lists the verbs.
+//!
+//! CI calls the same verbs that a person does. An error is one sentence on stderr and exit code 1.
+
+mod binaries;
+mod ci;
+mod process;
+mod setup;
+mod suites;
+mod tidy;
+mod vm;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::setup::Part;
+use crate::suites::Rung;
+use crate::workspace::Workspace;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "The chores of this workspace.")]
+struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Install what building and testing need on a Debian machine.
+    Setup {
+        /// Only these parts.
+        #[arg(long, value_enum)]
+        only: Vec<Part>,
+    },
+    /// Run rungs of the test ladder; without a name, all that can run here.
+    Test {
+        /// The rungs.
+        #[arg(value_enum)]
+        rungs: Vec<Rung>,
+    },
+    /// Check the rules that no compiler checks.
+    Tidy {
+        /// Record the present ABI; refused while ABI_VERSION is the one recorded.
+        #[arg(long)]
+        bless_abi: bool,
+    },
+    /// Run the demonstration: a simulated cloud, two nodes, real pods.
+    Demo {
+        /// Print machine-readable events.
+        #[arg(long)]
+        json: bool,
+        /// Leave everything running for a look around.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Measure: `add`, `path` or `prog`; without a name, all three.
+    Bench {
+        /// One benchmark.
+        name: Option<String>,
+        /// Print machine-readable results.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Everything that a submission must pass.
+    Ci,
+    /// Run a command under a Debian kernel in QEMU.
+    Vm(vm::Args),
+}
+
+fn main() -> ExitCode {
+    process::catch_signals();
+    match run(Args::parse().verb) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<ExitCode> {
+    let workspace = Workspace::find()?;
+    let verdict = |good: bool| if good { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    match verb {
+        Verb::Setup { only } => {
+            setup::run(&workspace, if only.is_empty() { &Part::ALL } else { &only })?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Test { rungs } => Ok(verdict(suites::run(&workspace, &rungs)?)),
+        Verb::Tidy { bless_abi } => Ok(verdict(tidy::run(&workspace, bless_abi)?)),
+        Verb::Demo { json, keep } => binaries::demo(&workspace, json, keep),
+        Verb::Bench { name, json } => binaries::bench(&workspace, name.as_deref(), json),
+        Verb::Ci => Ok(verdict(ci::run(&workspace)?)),
+        Verb::Vm(args) => vm::run(&workspace, args),
+    }
+}

@@ -55,6 +55,10 @@ catalogue! {
     UNKNOWN_ATTACHMENT = "TW0006", "unknown-attachment", 3,
         "The daemon knows no such attachment of this container.",
         "Delete the pod; its replacement gets a new attachment.";
+    /// stdin cannot be read.
+    CNI_IO = "TW0007", "cni-io", 5,
+        "The network configuration cannot be read from stdin.",
+        "Check the container runtime's log; the runtime tries again by itself.";
     /// The daemon's socket does not answer.
     DAEMON_UNREACHABLE = "TW0101", "daemon-unreachable", 11,
         "The terway daemon of this node does not answer on its socket.",

@@ -55,7 +55,10 @@ impl Report {
         let detail = outcome.unwrap_or_else(|error| format!("{error:#}"));
         let ms = elapsed.as_secs_f64() * 1000.0;
         if self.json {
-            line(&json!({"check": name, "passed": passed, "ms": (ms * 10.0).round() / 10.0, "detail": detail}).to_string());
+            line(
+                &json!({"check": name, "passed": passed, "ms": (ms * 10.0).round() / 10.0, "detail": detail})
+                    .to_string(),
+            );
             return passed;
         }
         let mark = if passed { "ok    " } else { "FAILED" };

@@ -1,1 +1,50 @@
-//! Placeholder until its owner writes it.
+//! The address pool of one node: which ENIs it has, which address belongs to which pod, and what to ask of the cloud next.
+//!
+//! [`Pool`] is a state machine without IO. The daemon's engine feeds it [`Event`]s and runs the [`Effect`]s it returns:
+//!
+//! ```text
+//! slot   Absent → Creating → Idle → Bound → Cooling → Idle | Releasing → Absent
+//! ENI    Creating → Attaching → Configuring → InUse → Draining → Detaching → Deleting → gone
+//! pod    (waiting) → SettingUp → Ready → Releasing → gone        the stored phases; waiting is not stored
+//! ```
+//!
+//! # The engine's part of the contract
+//!
+//! 1. Effects are in order, over all calls of [`Pool::step`]. **An effect other than a `Persist` starts only when every `Persist` before it,
+//!    in this batch or an earlier one, is durable.** `Persist` and `PersistLazily` themselves are handed to the store in order and at once, without
+//!    waiting for each other, so that many share one flush. Everything else may run in parallel. A batch holds at most one write, and it is the first.
+//! 2. Every effect with an `op` gets exactly one report with that number (`Disconnect`: `Unplugged` at most once, then one of the
+//!    others), however long it takes, unless the process ends. Reports of effects that the pool no longer waits for are ignored, so late and repeated
+//!    ones do no harm.
+//! 3. `Connect`, `Disconnect`, `ConfigureNic` and all cloud calls are idempotent: after a crash they come again.
+//! 4. A `Cancel` is sent at the deadline of a request; its answer then comes in the same batch.
+//! 5. A write that fails ends the process: what is promised must be on disk.
+//! 6. After [`Pool::new`] a first `Tick` starts the warm-up. [`Pool::restore`] returns its effects itself.
+//!
+//! So a crash leaves the store with a prefix of the writes, the kernel and the cloud with some of the effects before the end of that
+//! prefix, and `restore` finishes or undoes every one of them.
+//!
+//! # What holds at any moment
+//!
+//! - No address is bound to two pods; a bound, cooling or unknown address is never given back to the cloud, nor is its ENI.
+//! - An address is bound on disk before a pod is wired with it, and stays so until nothing of the pod is left in the kernel.
+//! - A `Del` is answered with success only when the release is on disk and the datapath forgot the pod; nothing wires it again.
+//! - Absence of evidence frees nothing: while the cloud does not answer, and for addresses missing from its lists, pods keep what they have.
+//! - A call that makes something in the cloud is on disk with its token before it is sent, and is repeated with the same token until its outcome is known.
+//! - One call at a time per ENI and family, because the outcome of two could not be told apart in the cloud's lists.
+
+mod config;
+mod effect;
+mod event;
+mod record;
+
+pub use config::{Backoff, PoolConfig, VSwitchSelection};
+pub use effect::{Answer, Effect, Grant, Nic};
+pub use event::{Add, Event, OpId, Ticket, Token};
+pub use record::{
+    AddressRecord, AssignmentRecord, AttachmentRecord, BadRecord, Change, CreationRecord, EniRecord, EniStage, Hold,
+    Phase, Record, RecordKey, VERSION,
+};
+
+/// The tag that carries an ENI's creation token, by which it is recognised when the reply to its creation was lost.
+pub const TOKEN_TAG: &str = "terway-token";

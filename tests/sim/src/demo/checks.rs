@@ -38,7 +38,8 @@ impl RunningPod {
             let ip = status.ips.iter().copied().find(|ip| ip.is_ipv4() == v4);
             ip.with_context(|| format!("{name} has {:?}", status.ips))
         };
-        let netns = status.netns.clone().with_context(|| format!("containerd does not tell the namespace of {name}"))?;
+        let netns =
+            status.netns.clone().with_context(|| format!("containerd does not tell the namespace of {name}"))?;
         Ok(Self { node, spec, container, netns, v4: of(true)?, v6: of(false)?, sandbox })
     }
 
@@ -82,7 +83,7 @@ pub(super) fn all(report: &mut Report, cluster: &Cluster) {
     if pods.len() == 4 {
         connectivity(report, cluster, &pods);
         cheating(report, cluster, &pods);
-        large(report, cluster, &pods);
+        large(report, &pods);
         operation(report, cluster, &mut pods);
     }
     report.check("deleted pods leave nothing on the nodes", || {
@@ -105,10 +106,8 @@ pub(super) fn all(report: &mut Report, cluster: &Cluster) {
 fn create(cluster: &Cluster) -> Result<Vec<RunningPod>> {
     let names = [(1, "a"), (1, "b"), (2, "c"), (2, "d")];
     std::thread::scope(|scope| {
-        let starting: Vec<_> = names
-            .into_iter()
-            .map(|(node, name)| scope.spawn(move || RunningPod::start(cluster, node, name)))
-            .collect();
+        let starting: Vec<_> =
+            names.into_iter().map(|(node, name)| scope.spawn(move || RunningPod::start(cluster, node, name))).collect();
         starting.into_iter().map(|pod| pod.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
     })
 }
@@ -118,7 +117,8 @@ fn connectivity(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
     report.check("pods have addresses of the pods' vSwitch, and nothing else in their namespace", || {
         let (v4, v6) = cluster.pod_blocks();
         for pod in pods {
-            let inside = matches!((pod.v4, pod.v6), (IpAddr::V4(a), IpAddr::V6(b)) if v4.contains(&a) && v6.contains(&b));
+            let inside =
+                matches!((pod.v4, pod.v6), (IpAddr::V4(a), IpAddr::V6(b)) if v4.contains(&a) && v6.contains(&b));
             ensure!(inside, "{} has {} and {}", pod.spec.name, pod.v4, pod.v6);
             let links = pod.run(cluster, &["ip", "-o", "link"])?;
             ensure!(links.lines().count() == 2, "links of {}:\n{links}", pod.spec.name);
@@ -177,9 +177,11 @@ fn cheating(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
     let [a, b, ..] = pods else { return };
     report.check("a pod cannot send from an address that is not its own, and the drop has a reason", || {
         let before = drops(cluster.node(1))?;
-        for (address, bits, target) in
-            [("10.0.7.77", "32", b.v4), (&*b.v4.to_string(), "32", cluster.external_addresses().0), ("2001:db8::77", "128", b.v6)]
-        {
+        for (address, bits, target) in [
+            ("10.0.7.77", "32", b.v4),
+            (&*b.v4.to_string(), "32", cluster.external_addresses().0),
+            ("2001:db8::77", "128", b.v6),
+        ] {
             let own = format!("{address}/{bits}");
             a.run(cluster, &["ip", "addr", "add", &own, "dev", "lo"])?;
             let target = target.to_string();
@@ -200,7 +202,7 @@ fn cheating(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
     });
 }
 
-fn large(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
+fn large(report: &mut Report, pods: &[RunningPod]) {
     let [a, b, c, _] = pods else { return };
     report.check("packets of the full MTU pass unfragmented, larger ones in fragments", || {
         let mtu = 1500;
@@ -223,7 +225,7 @@ fn large(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
             Err(error) => format!("{error:#}"),
             Ok(text) => bail!("a packet with TTL 1 arrived at another node: {text}"),
         };
-        let text2 = probe::ping(&a.ns()?, c.v4, &["-t", "2"]).map_or_else(|error| format!("{error:#}"), |text| text);
+        let text2 = probe::ping(&a.ns()?, c.v4, &["-t", "2"]).unwrap_or_else(|error| format!("{error:#}"));
         ensure!((text + &text2).contains("Time to live exceeded"), "{text2}");
         Ok(String::new())
     });
@@ -261,24 +263,27 @@ fn operation(report: &mut Report, cluster: &Cluster, pods: &mut Vec<RunningPod>)
         ensure!(tcp.lost + udp.lost == 0, "lost: TCP {tcp:?}, UDP {udp:?}");
         Ok(format!("{} requests, none lost", tcp.sent + udp.sent))
     });
-    report.check("the daemon comes back under traffic, with the pods that are there and without the one that is gone", || {
-        let (from, to) = (pods[0].ns()?, pods[1].ns()?);
-        let _server = Echo::start(&to)?;
-        let traffic = Traffic::start(&from, pods[1].v4)?;
-        for node in cluster.nodes() {
-            node.start_daemon()?;
-        }
-        for node in cluster.nodes() {
-            node.wait_ready(Duration::from_secs(20))?;
-        }
-        cluster.node(1).wait(Duration::from_secs(5), "only pod a is listed", |node| {
-            let list = node.cli(&["list"])?;
-            Ok(list.contains("demo/a") && !list.contains("demo/b"))
-        })?;
-        let (tcp, udp) = traffic.stop()?;
-        ensure!(tcp.lost + udp.lost == 0, "lost: TCP {tcp:?}, UDP {udp:?}");
-        Ok(format!("{} requests, none lost", tcp.sent + udp.sent))
-    });
+    report.check(
+        "the daemon comes back under traffic, with the pods that are there and without the one that is gone",
+        || {
+            let (from, to) = (pods[0].ns()?, pods[1].ns()?);
+            let _server = Echo::start(&to)?;
+            let traffic = Traffic::start(&from, pods[1].v4)?;
+            for node in cluster.nodes() {
+                node.start_daemon()?;
+            }
+            for node in cluster.nodes() {
+                node.wait_ready(Duration::from_secs(20))?;
+            }
+            cluster.node(1).wait(Duration::from_secs(5), "only pod a is listed", |node| {
+                let list = node.cli(&["list"])?;
+                Ok(list.contains("demo/a") && !list.contains("demo/b"))
+            })?;
+            let (tcp, udp) = traffic.stop()?;
+            ensure!(tcp.lost + udp.lost == 0, "lost: TCP {tcp:?}, UDP {udp:?}");
+            Ok(format!("{} requests, none lost", tcp.sent + udp.sent))
+        },
+    );
     report.check("a new pod works after that", || {
         let pod = RunningPod::start(cluster, 1, "e")?;
         let far = pods[1].v4;

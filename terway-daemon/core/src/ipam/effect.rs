@@ -1,0 +1,171 @@
+//! What the pool wants done. The rules of execution are in the [module's documentation](super).
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use super::event::{OpId, Ticket, Token};
+use super::record::Change;
+use crate::clock::Moment;
+use crate::cloud::Subnet;
+use crate::errors::Error;
+use crate::ident::{Addresses, AttachmentKey, EniId, Family, Mac, PodRef, SecurityGroupId, VSwitchId};
+
+/// One thing to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Write to the store, all or nothing, and let no later effect start before it is durable.
+    Persist(Vec<Change>),
+    /// Write to the store, all or nothing, in order with the others; nothing waits for it, and losing it in a crash is harmless.
+    PersistLazily(Vec<Change>),
+
+    /// Wire the pod. Idempotent: after a crash it comes again for what may be half done or done.
+    /// Reports: `Connected` or `ConnectFailed`.
+    Connect {
+        /// Number for the report.
+        op: OpId,
+        /// The attachment.
+        key: AttachmentKey,
+        /// Whose it is.
+        pod: PodRef,
+        /// Path of the pod's network namespace.
+        netns: String,
+        /// What the engine gave with the Add.
+        options: String,
+        /// The addresses and the ENI they belong to.
+        grant: Grant,
+    },
+    /// Remove all of an attachment, in whatever state it is, netns or no netns. Idempotent.
+    /// Reports: `Unplugged` when the datapath forgot it, then `Disconnected` when the links are gone too; or `DisconnectFailed`.
+    Disconnect {
+        /// Number for the reports.
+        op: OpId,
+        /// The attachment.
+        key: AttachmentKey,
+        /// Path of the pod's network namespace when it was attached; may be gone.
+        netns: String,
+        /// What it had been granted. The interface index may be stale after a reboot.
+        grant: Grant,
+    },
+    /// Answer a request. Every ticket is answered exactly once, unless a crash comes first.
+    Answer {
+        /// Whose.
+        ticket: Ticket,
+        /// With what.
+        result: Result<Answer, Error>,
+    },
+
+    /// `CreateNetworkInterface`. Report: `EniCreated`.
+    CreateEni {
+        /// Number for the report.
+        op: OpId,
+        /// `ClientToken`.
+        token: Token,
+        /// In which vSwitch.
+        vswitch: VSwitchId,
+        /// With which security groups.
+        security_groups: Vec<SecurityGroupId>,
+        /// IPv4 addresses in all, the primary one included (at least 1).
+        v4: u32,
+        /// IPv6 addresses.
+        v6: u32,
+        /// Tags, [`TOKEN_TAG`](super::TOKEN_TAG) included.
+        tags: BTreeMap<String, String>,
+    },
+    /// `AttachNetworkInterface` to this instance, and wait for `InUse`. Report: `EniAttached`.
+    AttachEni {
+        /// Number for the report.
+        op: OpId,
+        /// The ENI.
+        eni: EniId,
+    },
+    /// Find the NIC by its MAC, wait for it as long as it usually takes, bring it up, make its routing table and attach the
+    /// datapath; look up its subnet. Idempotent. Report: `NicReady` or `NicFailed`.
+    ConfigureNic {
+        /// Number for the report.
+        op: OpId,
+        /// The ENI.
+        eni: EniId,
+        /// How to recognise it.
+        mac: Mac,
+    },
+    /// `AssignPrivateIpAddresses` or `AssignIpv6Addresses`. Report: `Assigned`.
+    Assign {
+        /// Number for the report.
+        op: OpId,
+        /// `ClientToken`.
+        token: Token,
+        /// To which ENI.
+        eni: EniId,
+        /// Which family.
+        family: Family,
+        /// How many; at most what one call takes.
+        count: u32,
+    },
+    /// `UnassignPrivateIpAddresses` or `UnassignIpv6Addresses`. Report: `Unassigned`.
+    Unassign {
+        /// Number for the report.
+        op: OpId,
+        /// From which ENI.
+        eni: EniId,
+        /// Which family all of them are of.
+        family: Family,
+        /// Which.
+        addresses: Vec<IpAddr>,
+    },
+    /// Undo `ConfigureNic`, `DetachNetworkInterface`, and wait for `Available`. Report: `Detached`.
+    Detach {
+        /// Number for the report.
+        op: OpId,
+        /// The ENI.
+        eni: EniId,
+    },
+    /// `DeleteNetworkInterface`. Report: `Deleted`.
+    Delete {
+        /// Number for the report.
+        op: OpId,
+        /// The ENI.
+        eni: EniId,
+    },
+    /// `DescribeNetworkInterfaces` of this instance. Report: `Inventory`.
+    TakeInventory {
+        /// Number for the report.
+        op: OpId,
+    },
+    /// Send a `Tick` at this moment. Replaces what an earlier `WakeAt` said.
+    WakeAt(Moment),
+}
+
+/// What a request is answered with when it went well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The pod is attached.
+    Attached(Grant),
+    /// The attachment is gone from the datapath, and its release is on disk.
+    Detached,
+    /// These were garbage and are gone in the same sense.
+    Collected(Vec<AttachmentKey>),
+}
+
+/// What a pod gets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grant {
+    /// The ENI all addresses belong to: the VPC drops the pod's packets on any other.
+    pub eni: EniId,
+    /// The ENI's MAC.
+    pub mac: Mac,
+    /// The NIC and its subnet.
+    pub nic: Nic,
+    /// The pod's own addresses.
+    pub addresses: Addresses,
+}
+
+/// The node's side of an attached ENI.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// The kernel's index of the NIC in the node's netns.
+    pub ifindex: u32,
+    /// Blocks and gateways.
+    pub subnet: Subnet,
+}

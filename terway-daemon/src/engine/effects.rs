@@ -1,0 +1,191 @@
+//! Executes the pool's effects.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use terway_core::cloud::{CloudError, EniStatus, ErrorClass};
+use terway_core::errors::{self, Error};
+use terway_core::ident::{EniId, Family};
+use terway_core::ipam::{Effect, Event};
+use tracing::{debug, error};
+
+use super::{Core, Engine};
+use crate::cloud::{CreateEni, EniFilter};
+
+/// How long an attach or detach may take until the cloud is asked anew. Terway's own bound for ECS is two minutes.
+const ATTACH_WITHIN: Duration = Duration::from_secs(120);
+
+impl Engine {
+    /// Hands writes to the store in order, then starts the rest when they are durable.
+    pub(super) fn dispatch(self: &Arc<Self>, core: &mut Core, effects: Vec<Effect>) {
+        let mut write = None;
+        let mut rest = Vec::with_capacity(effects.len());
+        for effect in effects {
+            match effect {
+                Effect::Persist(changes) => {
+                    core.written += 1;
+                    write = Some(self.store.commit(changes));
+                }
+                Effect::PersistLazily(changes) => self.store.commit_lazily(changes),
+                Effect::WakeAt(moment) => {
+                    self.wake.send_replace(Some(moment));
+                }
+                effect => rest.push(effect),
+            }
+        }
+        if write.is_none() && rest.is_empty() {
+            return;
+        }
+        let number = core.written;
+        let engine = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Some(write) = write {
+                if let Err(error) = write.await {
+                    engine.fail(Error::new(errors::STORE_FAILED, error.to_string()));
+                    return;
+                }
+                engine.durable.send_if_modified(|durable| {
+                    let news = *durable < number;
+                    *durable = (*durable).max(number);
+                    news
+                });
+            } else if engine.durable.subscribe().wait_for(|durable| *durable >= number).await.is_err() {
+                return;
+            }
+            for effect in rest {
+                engine.start(effect);
+            }
+        });
+    }
+
+    /// Ends the daemon: what it promises could not be kept. Requests that wait are told why.
+    fn fail(&self, reason: Error) {
+        error!(code = reason.code.id, detail = reason.detail, "cannot go on");
+        for (_, waiting) in self.core().waiting.drain() {
+            let _ = waiting.send(Err(reason.clone()));
+        }
+        self.fatal.send_replace(Some(reason));
+    }
+
+    fn start(self: &Arc<Self>, effect: Effect) {
+        if self.fatal.borrow().is_some() {
+            return;
+        }
+        if let Effect::Answer { ticket, result } = effect {
+            let waiting = self.core().waiting.remove(&ticket);
+            if let Some(waiting) = waiting {
+                // The caller may be gone; the attachment stays for its DEL.
+                let _ = waiting.send(result);
+            }
+            return;
+        }
+        let engine = Arc::clone(self);
+        tokio::spawn(async move {
+            debug!(?effect, "effect");
+            if let Some(report) = engine.execute(effect).await {
+                engine.feed(report);
+            }
+        });
+    }
+
+    /// Executes one effect and returns its (last) report.
+    async fn execute(self: &Arc<Self>, effect: Effect) -> Option<Event> {
+        Some(match effect {
+            Effect::Connect { op, key, pod, netns, options, grant } => {
+                match self.connect(&key, &pod, &netns, &options, &grant).await {
+                    Ok(()) => Event::Connected { op, key },
+                    Err(error) => {
+                        let undone = self.disconnect(&key, &grant, || {}).await.is_ok();
+                        Event::ConnectFailed { op, key, error, undone }
+                    }
+                }
+            }
+            Effect::Disconnect { op, key, netns: _, grant } => {
+                let unplugged = || self.feed(Event::Unplugged { op, key: key.clone() });
+                match self.disconnect(&key, &grant, unplugged).await {
+                    Ok(()) => Event::Disconnected { op, key },
+                    Err(error) => Event::DisconnectFailed { op, key, error },
+                }
+            }
+            Effect::CreateEni { op, token, vswitch, security_groups, v4, v6, tags } => {
+                let request = CreateEni {
+                    token: token.0,
+                    vswitch,
+                    security_groups,
+                    v4_count: v4,
+                    v6_count: v6,
+                    tags,
+                    resource_group: None,
+                };
+                Event::EniCreated { op, result: self.cloud.create_eni(&request).await }
+            }
+            Effect::AttachEni { op, eni } => {
+                let result = self.attach(&eni).await;
+                Event::EniAttached { op, eni, result }
+            }
+            Effect::ConfigureNic { op, eni, mac } => match self.configure_nic(mac).await {
+                Ok((ifindex, subnet)) => Event::NicReady { op, eni, ifindex, subnet },
+                Err(error) => Event::NicFailed { op, eni, error },
+            },
+            Effect::Assign { op, token, eni, family, count } => {
+                let result = match family {
+                    Family::V4 => self.cloud.assign_v4(&eni, count, &token.0).await.map(any),
+                    Family::V6 => self.cloud.assign_v6(&eni, count, &token.0).await.map(any),
+                };
+                Event::Assigned { op, eni, family, result }
+            }
+            Effect::Unassign { op, eni, family, addresses } => {
+                let result = self.unassign(&eni, &addresses).await;
+                Event::Unassigned { op, eni, family, result }
+            }
+            Effect::Detach { op, eni } => {
+                let result = self.detach(&eni).await;
+                Event::Detached { op, eni, result }
+            }
+            Effect::Delete { op, eni } => {
+                let result = self.cloud.delete_eni(&eni).await;
+                Event::Deleted { op, eni, result }
+            }
+            Effect::TakeInventory { op } => {
+                let result = self.cloud.enis(&EniFilter::of_instance(self.instance())).await;
+                Event::Inventory { op, result }
+            }
+            Effect::Answer { .. } | Effect::Persist(_) | Effect::PersistLazily(_) | Effect::WakeAt(_) => return None,
+        })
+    }
+
+    async fn attach(&self, eni: &EniId) -> Result<(), CloudError> {
+        self.cloud.attach_eni(eni, self.instance()).await?;
+        self.cloud.wait_eni(eni, EniStatus::InUse, ATTACH_WITHIN).await.map(|_| ())
+    }
+
+    async fn unassign(&self, eni: &EniId, addresses: &[IpAddr]) -> Result<(), CloudError> {
+        let v4: Vec<_> = addresses.iter().filter_map(|a| if let IpAddr::V4(a) = a { Some(*a) } else { None }).collect();
+        let v6: Vec<_> = addresses.iter().filter_map(|a| if let IpAddr::V6(a) = a { Some(*a) } else { None }).collect();
+        if !v4.is_empty() {
+            self.cloud.unassign_v4(eni, &v4).await?;
+        }
+        if !v6.is_empty() {
+            self.cloud.unassign_v6(eni, &v6).await?;
+        }
+        Ok(())
+    }
+
+    async fn detach(&self, eni: &EniId) -> Result<(), CloudError> {
+        match self.cloud.describe_eni(eni).await {
+            Ok(known) => self.release_nic(known.mac).await,
+            Err(e) if e.class == ErrorClass::NotFound => return Ok(()),
+            Err(e) => return Err(e),
+        }
+        self.cloud.detach_eni(eni, self.instance()).await?;
+        match self.cloud.wait_eni(eni, EniStatus::Available, ATTACH_WITHIN).await {
+            Err(e) if e.class == ErrorClass::NotFound => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+}
+
+fn any<A: Into<IpAddr>>(addresses: Vec<A>) -> Vec<IpAddr> {
+    addresses.into_iter().map(Into::into).collect()
+}

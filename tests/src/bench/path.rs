@@ -1,0 +1,122 @@
+//! `path`: what a pod-to-pod packet costs, on one node and across nodes, against a routed veth pair without eBPF and loopback.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use terway_sim::netns::NetNs;
+
+use crate::figures::{Bar, Better, Figure, percentile};
+use crate::load::{Ends, Kind, run};
+
+/// CPU both ends are pinned to.
+const CPU: usize = 1;
+
+/// Rounds of each path and kind; the figure is their median.
+const ROUNDS: usize = 7;
+
+/// Length of a round. Long enough that its start does not count, short enough that drift hits all paths alike.
+const ROUND: Duration = Duration::from_millis(600);
+
+/// Two pods behind a router, all plain veth and kernel routing: what a user without an eBPF datapath has.
+#[derive(Debug)]
+pub struct Routed {
+    client: NetNs,
+    server: NetNs,
+    _router: NetNs,
+}
+
+impl Routed {
+    const SERVER: [u8; 4] = [10, 99, 1, 2];
+
+    /// Makes the three namespaces, with names that begin with `prefix`.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn create(prefix: &str) -> Result<Self> {
+        let router = NetNs::create(&format!("{prefix}-r"))?;
+        let client = NetNs::create(&format!("{prefix}-c"))?;
+        let server = NetNs::create(&format!("{prefix}-s"))?;
+        router.sysctl(&[("ipv4/ip_forward", "1")])?;
+        for (pod, link, address) in [(&client, "vc", "10.99.0.2"), (&server, "vs", "10.99.1.2")] {
+            router.ip(&format!(
+                "link add {link} type veth peer name eth0 netns {}\nlink set {link} up\naddr add 169.254.1.1/32 dev {link}\nroute add {address}/32 dev {link}\n",
+                pod.name()
+            ))?;
+            pod.ip(&format!(
+                "addr add {address}/32 dev eth0\nlink set eth0 up\nroute add 169.254.1.1 dev eth0\nroute add default via 169.254.1.1\n"
+            ))?;
+        }
+        Ok(Self { client, server, _router: router })
+    }
+
+    /// The ends of the path.
+    #[must_use]
+    pub fn ends(&self) -> Ends {
+        Ends { client: self.client.path(), server: self.server.path(), address: Self::SERVER.into() }
+    }
+
+    /// The server reaching itself: no path at all, the limit.
+    #[must_use]
+    pub fn loopback(&self) -> Ends {
+        Ends { client: self.server.path(), server: self.server.path(), address: [127, 0, 0, 1].into() }
+    }
+}
+
+/// A path of ours with the ratio it must reach against the routed pair, by kind.
+#[derive(Debug)]
+pub struct Path {
+    /// Name in the figure.
+    pub name: &'static str,
+    /// Its ends.
+    pub ends: Ends,
+    /// Least ratio for request/response and for connect/request/response; none when the path has no counterpart.
+    pub bars: Option<(f64, f64)>,
+}
+
+/// Measures `paths` against the anchors.
+///
+/// # Errors
+/// When a path does not carry the traffic.
+pub fn measure(paths: &[Path], routed: &Routed) -> Result<Vec<Figure>> {
+    let mut figures = Vec::new();
+    for kind in Kind::ALL {
+        let mut ours = vec![Vec::new(); paths.len()];
+        let (mut raw, mut loopback) = (Vec::new(), Vec::new());
+        for round in 0..=ROUNDS {
+            let mut sample = |into: &mut Vec<f64>, ends: &Ends| -> Result<()> {
+                let figure = run(kind, ends, CPU, ROUND)?;
+                // The first round fills neighbour tables, flow tables and caches.
+                if round > 0 {
+                    into.push(figure);
+                }
+                Ok(())
+            };
+            for (into, path) in ours.iter_mut().zip(paths) {
+                sample(into, &path.ends)?;
+                sample(&mut raw, &routed.ends())?;
+            }
+            sample(&mut loopback, &routed.loopback())?;
+        }
+        let (raw, loopback) = (percentile(&raw, 50.0), percentile(&loopback, 50.0));
+        let unit = if kind == Kind::TcpStream { "bytes_per_s" } else { "per_s" };
+        for (rounds, path) in ours.iter().zip(paths) {
+            let value = percentile(rounds, 50.0);
+            let bar = match (kind, path.bars) {
+                (Kind::TcpRr, Some((rr, _))) => Bar::Ratio(rr),
+                (Kind::TcpCrr, Some((_, crr))) => Bar::Ratio(crr),
+                _ => Bar::None,
+            };
+            for (anchor, anchor_value, bar) in [("routed veth", raw, bar), ("loopback", loopback, Bar::None)] {
+                figures.push(Figure {
+                    bench: "path",
+                    name: format!("{}_{}_{unit}", path.name, kind.name()),
+                    value,
+                    anchor: Some((anchor, anchor_value)),
+                    better: Better::More,
+                    bars: vec![bar],
+                });
+            }
+        }
+    }
+    Ok(figures)
+}

@@ -1,0 +1,113 @@
+//! `cargo xtask setup`: everything that building and testing need on a Debian machine, and nothing else.
+//!
+//! Each part looks first and installs only what is missing, so a second run takes a fraction of a second and no rights.
+
+mod apt;
+mod ebpf;
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::workspace::Workspace;
+
+/// What a chore may need of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub(crate) enum Part {
+    /// The compiler and linker of the eBPF programs.
+    Ebpf,
+    /// Programs that the suites in network namespaces call.
+    Net,
+    /// containerd and what it runs.
+    Cri,
+    /// QEMU and what a guest is made of.
+    Vm,
+}
+
+impl Part {
+    /// Every part, in the order of installation.
+    pub(crate) const ALL: [Self; 4] = [Self::Ebpf, Self::Net, Self::Cri, Self::Vm];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ebpf => "ebpf",
+            Self::Net => "net",
+            Self::Cri => "cri",
+            Self::Vm => "vm",
+        }
+    }
+
+    /// Debian packages of this part. Those of `Ebpf` depend on the compiler and are chosen there.
+    fn packages(self) -> &'static [&'static str] {
+        match self {
+            Self::Ebpf => &[],
+            Self::Net => &["iproute2", "iptables", "iputils-ping", "nftables", "tcpdump"],
+            // containernetworking-plugins: ptp and host-local, which the benchmark compares with; busybox: the pod's image.
+            Self::Cri => &["busybox-static", "containerd", "containernetworking-plugins", "runc"],
+            // zstd, lz4, xz: kernels and modules come compressed by any of them.
+            Self::Vm => &[
+                "bpftool",
+                "busybox-static",
+                "iproute2",
+                "iputils-ping",
+                "lz4",
+                "nftables",
+                "qemu-system-x86",
+                "xz-utils",
+                "zstd",
+            ],
+        }
+    }
+}
+
+/// The verb: makes sure of `parts`, printing one line for each.
+///
+/// # Errors
+/// A right or a package is missing and cannot be had; the message is one sentence that says what to do.
+pub(crate) fn run(workspace: &Workspace, parts: &[Part]) -> Result<()> {
+    steps(workspace, parts, true)
+}
+
+/// For other verbs: as [`run`], but silent where nothing is to do, and never on stdout.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn ensure(workspace: &Workspace, parts: &[Part]) -> Result<()> {
+    steps(workspace, parts, false)
+}
+
+fn steps(workspace: &Workspace, parts: &[Part], all: bool) -> Result<()> {
+    for &part in parts {
+        let started = Instant::now();
+        let done = match part {
+            Part::Ebpf => ebpf::ensure(workspace),
+            _ => apt::ensure(part.packages()).map(|installed| (part.packages().join(" "), installed)),
+        };
+        let (what, installed) = done.with_context(|| format!("setup of `{}`", part.name()))?;
+        if installed {
+            eprintln!("setup {:<4} installed in {:.0} s: {what}", part.name(), started.elapsed().as_secs_f32());
+        } else if all {
+            println!("setup {:<4} ok: {what}", part.name());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_package_is_a_debian_name_and_listed_once_in_its_part() {
+        for part in Part::ALL {
+            let packages = part.packages();
+            assert!(packages.is_sorted() && packages.windows(2).all(|w| w[0] != w[1]), "{part:?}");
+            for name in packages {
+                assert!(
+                    name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.".contains(c)),
+                    "{name}"
+                );
+            }
+        }
+    }
+}

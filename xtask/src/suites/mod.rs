@@ -1,0 +1,318 @@
+//! `cargo xtask test [RUNG…]`: the test ladder. A rung sets up what it needs, everything is built once, each suite is one
+//! test binary. A rung that cannot run says why and counts as skipped.
+//!
+//! The last line is always `N passed, M failed, K skipped`.
+
+mod compile;
+mod guests;
+mod libtest;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use self::compile::Binary;
+use self::libtest::Reader;
+pub(crate) use self::libtest::Tally;
+use crate::binaries;
+use crate::process::{self, End};
+use crate::setup::{self, Part};
+use crate::workspace::{Package, Workspace, is_root};
+
+/// The package of the suites.
+const SUITES: &str = "terway-tests";
+/// What one suite may take; the longest (a thousand pods, two hundred kills) needs a fraction of it.
+const LIMIT: Duration = Duration::from_secs(1800);
+
+/// A rung of the ladder, from cheap and near to dear and real.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Rung {
+    /// Every crate's own tests, documentation included.
+    Unit,
+    /// Every program in every feature shape through the kernel's verifier.
+    Verifier,
+    /// Packets through the programs by `BPF_PROG_TEST_RUN`.
+    Prog,
+    /// Plugin, daemon and simulated cloud in network namespaces.
+    Netns,
+    /// The same under containerd.
+    Cri,
+    /// A real API server.
+    Kube,
+    /// Suites of the lower rungs under Debian's kernels in QEMU.
+    Vm,
+}
+
+impl Rung {
+    /// All rungs, in the order they run.
+    pub(crate) const ALL: [Self; 7] =
+        [Self::Unit, Self::Verifier, Self::Prog, Self::Netns, Self::Cri, Self::Kube, Self::Vm];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Verifier => "verifier",
+            Self::Prog => "prog",
+            Self::Netns => "netns",
+            Self::Cri => "cri",
+            Self::Kube => "kube",
+            Self::Vm => "vm",
+        }
+    }
+
+    /// The files of tests/tests that belong to it, in their order.
+    fn suites(self) -> &'static [&'static str] {
+        match self {
+            Self::Unit | Self::Kube | Self::Vm => &[],
+            Self::Verifier => &["verifier"],
+            Self::Prog => &["prog", "datapath"],
+            Self::Netns => &["net", "cloud", "cni", "netns", "isolation"],
+            Self::Cri => &["cri"],
+        }
+    }
+
+    /// What it needs of the machine besides the eBPF toolchain, which the build needs.
+    fn parts(self) -> &'static [Part] {
+        match self {
+            Self::Unit | Self::Verifier | Self::Prog | Self::Kube => &[],
+            Self::Netns => &[Part::Net],
+            Self::Cri => &[Part::Net, Part::Cri],
+            Self::Vm => &[Part::Vm],
+        }
+    }
+
+    /// Why it cannot run here, if so.
+    fn obstacle(self, workspace: &Workspace, present: &[&str]) -> Option<String> {
+        if self == Self::Kube {
+            return Some("no suite uses an API server yet".into());
+        }
+        if !matches!(self, Self::Unit | Self::Vm) {
+            if !is_root() {
+                return Some("needs root".into());
+            }
+            if !self.suites().iter().any(|s| present.contains(s)) {
+                return Some(format!("none of its suites is there yet ({})", self.suites().join(", ")));
+            }
+        }
+        setup::ensure(workspace, self.parts()).err().map(|error| format!("{error:#}"))
+    }
+}
+
+/// Runs rungs (none named: all) and prints the closing line; true when nothing failed.
+///
+/// # Errors
+/// The workspace cannot be read, or a signal arrives.
+pub(crate) fn run(workspace: &Workspace, rungs: &[Rung]) -> Result<bool> {
+    let tally = climb(workspace, if rungs.is_empty() { &Rung::ALL } else { rungs })?;
+    println!("{}", tally.line());
+    Ok(tally.failed == 0)
+}
+
+/// Runs rungs and prints everything but the closing line.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn climb(workspace: &Workspace, rungs: &[Rung]) -> Result<Tally> {
+    // The daemon's build script compiles the programs, so without this part nothing can be built.
+    setup::ensure(workspace, &[Part::Ebpf])?;
+    let packages = workspace.metadata()?;
+    let present = names(&packages, true);
+    let mut total = Tally::default();
+    for stray in present.iter().filter(|s| !Rung::ALL.iter().any(|r| r.suites().contains(s))) {
+        total.add(Tally::fail(&format!("tests/tests/{stray}.rs: no rung runs it; name it in xtask/src/suites/mod.rs")));
+    }
+
+    let planned: Vec<(Rung, Option<String>)> =
+        rungs.iter().map(|&rung| (rung, rung.obstacle(workspace, &present))).collect();
+    let runs = |rung: Rung| planned.iter().any(|(r, obstacle)| *r == rung && obstacle.is_none());
+    let built = match build(workspace, &packages, &present, runs) {
+        Ok(built) => built,
+        Err(error) => {
+            process::interrupted()?;
+            total.add(Tally::fail(&format!("build: {error:#}")));
+            summary(&[], &total);
+            return Ok(total);
+        }
+    };
+
+    let mut table = Vec::new();
+    for (rung, obstacle) in planned {
+        let started = Instant::now();
+        println!("\n== {}", rung.name());
+        let tally = match obstacle {
+            Some(reason) => {
+                println!("skipped: {reason}");
+                Tally::skip(&format!("rung {}: {reason}", rung.name()))
+            }
+            None if rung == Rung::Vm => guests::run(workspace, &built)?,
+            None => built.rung(workspace, rung)?,
+        };
+        println!("-- {}: {} ({:.0} s)", rung.name(), tally.line(), started.elapsed().as_secs_f32());
+        table.push((rung, tally.line(), started.elapsed()));
+        total.add(tally);
+    }
+    summary(&table, &total);
+    Ok(total)
+}
+
+fn summary(table: &[(Rung, String, Duration)], total: &Tally) {
+    println!("\n== summary");
+    for (rung, line, time) in table {
+        println!("{:<9} {line} ({:.0} s)", rung.name(), time.as_secs_f32());
+    }
+    for (reason, count) in &total.reasons {
+        println!("skipped {count}: {reason}");
+    }
+    for failure in &total.failures {
+        println!("FAILED {failure}");
+    }
+}
+
+/// Names of the integration tests: those of the suites' package, or of all others.
+fn names(packages: &[Package], suites: bool) -> Vec<&str> {
+    let packages = packages.iter().filter(|p| (p.name == SUITES) == suites);
+    packages.flat_map(|p| &p.targets).filter(|t| t.kind == "test").map(|t| t.name.as_str()).collect()
+}
+
+/// What the rungs run.
+struct Built {
+    tests: Vec<Binary>,
+    /// The programs as shipped; suites find it in `TERWAY_BIN_DIR`.
+    bin_dir: Option<PathBuf>,
+}
+
+fn build(workspace: &Workspace, packages: &[Package], present: &[&str], runs: impl Fn(Rung) -> bool) -> Result<Built> {
+    let mut targets: Vec<String> = Vec::new();
+    let mut wanted = Vec::new();
+    if runs(Rung::Unit) {
+        targets.extend(["--lib".into(), "--bins".into()]);
+        wanted.extend(names(packages, false));
+    }
+    for rung in Rung::ALL.into_iter().filter(|r| runs(*r)) {
+        let suites = if rung == Rung::Vm { guests::SUITES } else { rung.suites() };
+        wanted.extend(suites.iter().copied().filter(|s| present.contains(s)));
+    }
+    wanted.sort_unstable();
+    wanted.dedup();
+    targets.extend(wanted.iter().flat_map(|name| ["--test".to_owned(), (*name).to_owned()]));
+    let started = Instant::now();
+    let bin_dir =
+        if runs(Rung::Netns) || runs(Rung::Cri) { Some(binaries::for_tests(workspace, packages)?) } else { None };
+    let tests = if targets.is_empty() { Vec::new() } else { compile::tests(workspace, &targets)? };
+    println!("built in {:.0} s", started.elapsed().as_secs_f32());
+    Ok(Built { tests, bin_dir })
+}
+
+impl Built {
+    /// A suite of the suites' package.
+    fn suite(&self, name: &str) -> Option<&Binary> {
+        self.tests.iter().find(|b| b.package == SUITES && b.kind == "test" && b.name == name)
+    }
+
+    fn rung(&self, workspace: &Workspace, rung: Rung) -> Result<Tally> {
+        let mut tally = Tally::default();
+        if rung == Rung::Unit {
+            let own = |b: &&Binary| b.package != SUITES || b.kind != "test";
+            for binary in self.tests.iter().filter(own) {
+                tally.add(self.execute(workspace, binary, None)?);
+            }
+            tally.add(documentation(workspace)?);
+            return Ok(tally);
+        }
+        for name in rung.suites() {
+            match self.suite(name) {
+                // One at a time unless the suite says otherwise: these tests share the machine's kernel.
+                Some(binary) => tally.add(self.execute(workspace, binary, Some(threads(&binary.source)))?),
+                None => {
+                    println!("skipped: tests/tests/{name}.rs is not there yet");
+                    tally.add(Tally::skip(&format!("suite {name} is not there yet")));
+                }
+            }
+        }
+        Ok(tally)
+    }
+
+    fn execute(&self, workspace: &Workspace, binary: &Binary, threads: Option<usize>) -> Result<Tally> {
+        let title = format!("{} {}", binary.package, binary.name);
+        let mut command = std::process::Command::new(&binary.program);
+        workspace.prepare(&mut command);
+        command.arg("--show-output").current_dir(&binary.folder).env("CARGO_MANIFEST_DIR", &binary.folder);
+        if let Some(threads) = threads {
+            command.arg(format!("--test-threads={threads}"));
+        }
+        if let Some(dir) = &self.bin_dir {
+            command.env("TERWAY_BIN_DIR", dir);
+        }
+        read(workspace, &title, &mut command)
+    }
+}
+
+fn documentation(workspace: &Workspace) -> Result<Tally> {
+    let mut command = workspace.cargo("test");
+    command.args(["--workspace", "--doc", "--quiet", "--", "--show-output"]);
+    read(workspace, "documentation", &mut command)
+}
+
+/// Runs a test binary, shows what matters of its output and keeps all of it in a log.
+fn read(workspace: &Workspace, title: &str, command: &mut std::process::Command) -> Result<Tally> {
+    let started = Instant::now();
+    let dir = workspace.target.join("test-logs");
+    std::fs::create_dir_all(&dir)?;
+    let path = dir.join(format!("{}.log", title.replace(' ', "-")));
+    let mut log = std::fs::File::create(&path).with_context(|| path.display().to_string())?;
+    let mut reader = Reader::new();
+    let end = process::watch(command, LIMIT, |line| {
+        // A full disk must not fail a test; the log is for people only.
+        drop(writeln!(log, "{line}"));
+        if reader.line(line) {
+            println!("{line}");
+        }
+    })?;
+    let trouble = match end {
+        End::Exit(status) => (!status.success()).then(|| status.to_string()),
+        End::TimedOut => Some(format!("stopped after {} s", LIMIT.as_secs())),
+    };
+    let tally = reader.finish(title, trouble.as_deref());
+    println!("   {title}: {} ({:.1} s)", tally.line(), started.elapsed().as_secs_f32());
+    if tally.failed > 0 {
+        println!("   whole output: {}", path.display());
+    }
+    Ok(tally)
+}
+
+/// How many tests of a suite may run at a time: its header may say `Threads: N`.
+fn threads(source: &Path) -> usize {
+    let text = std::fs::read_to_string(source).unwrap_or_default();
+    let mut header = text.lines().take_while(|l| l.starts_with("//!"));
+    header
+        .find_map(|l| l.split_once("Threads:")?.1.split_whitespace().next()?.trim_end_matches('.').parse().ok())
+        .unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_suite_belongs_to_one_rung() {
+        let mut all: Vec<_> = Rung::ALL.iter().flat_map(|r| r.suites()).collect();
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), count);
+        assert!(guests::SUITES.iter().all(|s| all.contains(&s)));
+    }
+
+    #[test]
+    fn the_header_of_a_suite_sets_its_threads() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("x.rs");
+        std::fs::write(&file, "//! A suite.\n//! Threads: 4.\nfn main() {}\n").unwrap();
+        assert_eq!(threads(&file), 4);
+        std::fs::write(&file, "//! A suite.\n\n//! Threads: 4\n").unwrap();
+        assert_eq!(threads(&file), 1);
+        assert_eq!(threads(&dir.path().join("gone")), 1);
+    }
+}

@@ -1,0 +1,261 @@
+//! What the guest finds when it starts: one initramfs, made of a base cached per kernel (busybox, modules, init) and
+//! an addition per run (the command, its files, host programs, and the libraries that all of these load).
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+
+use super::cpio::Cpio;
+use super::kernel::Kernel;
+use super::modules;
+use crate::process;
+use crate::workspace::{Workspace, which};
+
+const INIT: &str = include_str!("init.sh");
+/// Raise it when the base changes in a way that its inputs do not show.
+const BASE_FORMAT: u32 = 1;
+/// Top-level links of a merged /usr, as on Debian.
+const MERGED: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
+/// Left to the host's own programs: busybox's versions differ in what tests look at.
+const NOT_FROM_BUSYBOX: [&str; 8] = ["busybox", "ip", "nc", "ping", "ping6", "sh", "tc", "wget"];
+
+/// What one run adds.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Payload {
+    /// The command and its arguments; a path of the host is copied in.
+    pub(crate) command: Vec<String>,
+    /// Files and folders of the host, and their place in the guest.
+    pub(crate) files: Vec<(PathBuf, PathBuf)>,
+    /// Programs of the host, by name.
+    pub(crate) tools: Vec<String>,
+    /// Environment of the command.
+    pub(crate) environment: Vec<(String, String)>,
+}
+
+/// Writes the initramfs of one run to `path`.
+///
+/// # Errors
+/// A file of the payload is missing, or does not find its libraries; or the disk is full.
+pub(super) fn write(workspace: &Workspace, kernel: &Kernel, payload: &Payload, path: &Path) -> Result<()> {
+    let base = base(workspace, kernel)?;
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    io::copy(&mut File::open(&base)?, &mut out)?;
+    let mut cpio = Cpio::new(out);
+    // These are links or folders in the base; an entry of the same name would replace them.
+    cpio.assume(&["usr", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "etc", "tmp", "root", "var", "run", "vm"]);
+    let mut command = payload.command.clone();
+    if let Some(program) = command.first_mut()
+        && program.contains('/')
+        && Path::new(program.as_str()).is_file()
+    {
+        let host = fs::canonicalize(&program).with_context(|| program.clone())?;
+        add(&mut cpio, &host, &host)?;
+        *program = host.to_string_lossy().into_owned();
+    }
+    for tool in &payload.tools {
+        let host = which(tool).with_context(|| format!("no program `{tool}` on this machine for the guest"))?;
+        // By its resolved file, under the name that was asked for (`iptables` and `tc` are links on some systems).
+        add(&mut cpio, &fs::canonicalize(&host)?, &host)?;
+    }
+    for (host, guest) in &payload.files {
+        add(&mut cpio, host, guest)?;
+    }
+    let mut script = String::new();
+    for (name, value) in &payload.environment {
+        script.push_str(&format!("export {name}={}\n", quoted(value)));
+    }
+    let words: Vec<_> = command.iter().map(|w| quoted(w)).collect();
+    script.push_str(&format!("cd /\nexec {}\n", words.join(" ")));
+    cpio.file("vm/command", 0o644, script.as_bytes())?;
+    cpio.finish()?;
+    Ok(())
+}
+
+/// The base of this kernel, made when it is not cached.
+fn base(workspace: &Workspace, kernel: &Kernel) -> Result<PathBuf> {
+    let busybox = which("busybox").context("no busybox; run `cargo xtask setup --only vm`")?;
+    let mut hash = Sha256::new();
+    for part in [INIT, &kernel.version, &busybox.to_string_lossy(), &BASE_FORMAT.to_string()] {
+        hash.update(part);
+        hash.update([0]);
+    }
+    hash.update(fs::metadata(&kernel.image)?.len().to_le_bytes());
+    let dir = workspace.cache.join("guests");
+    let path = dir.join(format!("{}-{}.cpio", kernel.version, hex8(&hash.finalize())));
+    if !path.is_file() {
+        fs::create_dir_all(&dir)?;
+        let mut file = tempfile::NamedTempFile::new_in(&dir)?;
+        write_base(&mut BufWriter::with_capacity(1 << 20, file.as_file_mut()), kernel, &busybox)
+            .with_context(|| format!("cannot make the guest of kernel {}", kernel.version))?;
+        file.persist(&path)?;
+    }
+    Ok(path)
+}
+
+fn write_base(out: &mut impl Write, kernel: &Kernel, busybox: &Path) -> Result<()> {
+    let mut cpio = Cpio::new(out);
+    for dir in ["usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "proc", "sys", "dev", "run", "etc", "root", "var/lib"] {
+        cpio.directory(dir, 0o755)?;
+    }
+    for dir in ["vm", "mnt", "opt"] {
+        cpio.directory(dir, 0o755)?;
+    }
+    cpio.directory("tmp", 0o1777)?;
+    for name in MERGED {
+        cpio.link(name, &format!("usr/{name}"))?;
+    }
+    cpio.link("var/run", "/run")?;
+    cpio.link("var/tmp", "/tmp")?;
+    // The kernel opens the console for init before devtmpfs is mounted.
+    cpio.device("dev/console", 0o600, (5, 1))?;
+    cpio.device("dev/null", 0o666, (1, 3))?;
+    cpio.file("usr/bin/busybox", 0o755, &fs::read(busybox)?)?;
+    // A shell that is not busybox's: that one prefers its own applets over PATH.
+    let shell = fs::canonicalize("/bin/sh")?;
+    add(&mut cpio, &shell, Path::new("/bin/sh"))?;
+    let applets = process::output(Command::new(busybox).arg("--list"))?;
+    for applet in applets.lines().filter(|a| !NOT_FROM_BUSYBOX.contains(a)) {
+        cpio.link(&format!("usr/bin/{applet}"), "busybox")?;
+    }
+    // Where the kernel calls it (CONFIG_MODPROBE_PATH).
+    cpio.link("usr/sbin/modprobe", "/bin/busybox")?;
+    cpio.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")?;
+    cpio.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
+    cpio.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n")?;
+    cpio.file("etc/nsswitch.conf", 0o644, b"passwd: files\ngroup: files\nhosts: files\n")?;
+
+    let folder = format!("usr/lib/modules/{}", kernel.version);
+    let chosen = modules::choose(&kernel.modules)?;
+    for module in chosen.values() {
+        cpio.file(&format!("{folder}/{}", module.path), 0o644, &module.object)?;
+    }
+    for (name, content) in modules::indexes(&chosen) {
+        cpio.file(&format!("{folder}/{name}"), 0o644, content.as_bytes())?;
+    }
+    for name in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
+        if let Ok(content) = fs::read(kernel.modules.join(name)) {
+            cpio.file(&format!("{folder}/{name}"), 0o644, &content)?;
+        }
+    }
+    cpio.file("init", 0o755, INIT.as_bytes())?;
+    cpio.finish()?;
+    Ok(())
+}
+
+/// Adds a file with the libraries it loads, or a folder with all that is in it.
+fn add<W: Write>(cpio: &mut Cpio<W>, host: &Path, guest: &Path) -> Result<()> {
+    let about = || format!("cannot put {} into the guest", host.display());
+    let meta = fs::metadata(host).with_context(about)?;
+    if meta.is_dir() {
+        cpio.directory(&place(guest), 0o755)?;
+        for entry in fs::read_dir(host).with_context(about)? {
+            let entry = entry?;
+            add(cpio, &entry.path(), &guest.join(entry.file_name()))?;
+        }
+        return Ok(());
+    }
+    let executable = meta.permissions().mode() & 0o111 != 0;
+    if cpio.has(&place(guest)) {
+        return Ok(());
+    }
+    cpio.file(&place(guest), if executable { 0o755 } else { 0o644 }, &fs::read(host).with_context(about)?)?;
+    if executable {
+        for library in libraries(host).with_context(about)? {
+            let name = place(&library);
+            if !cpio.has(&name) {
+                cpio.file(&name, 0o755, &fs::read(&library)?)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The shared libraries of a program, the loader among them.
+///
+/// # Errors
+/// One of them is not installed.
+pub(crate) fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let mut magic = [0; 4];
+    let read = File::open(program).and_then(|mut f| io::Read::read_exact(&mut f, &mut magic));
+    if read.is_err() || magic != *b"\x7fELF" {
+        return Ok(Vec::new());
+    }
+    // ldd fails for a static program; that one needs nothing.
+    let out = Command::new("ldd").arg(program).env("LC_ALL", "C").output().context("cannot run ldd")?;
+    parse_ldd(&String::from_utf8_lossy(&out.stdout))
+}
+
+fn parse_ldd(text: &str) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for line in text.lines().map(str::trim) {
+        if line.contains("not found") {
+            bail!("{line}");
+        }
+        let file = line.split_once("=> ").map_or(line, |(_, file)| file);
+        if let Some((file, _)) = file.split_once(" (0x")
+            && file.starts_with('/')
+        {
+            found.push(file.into());
+        }
+    }
+    Ok(found)
+}
+
+/// Where a path ends up below the guest's merged /usr, without the leading slash.
+fn place(path: &Path) -> String {
+    let path = path.to_string_lossy();
+    let path = path.trim_start_matches('/');
+    match path.split_once('/') {
+        Some((top, _)) if MERGED.contains(&top) => format!("usr/{path}"),
+        _ => path.to_owned(),
+    }
+}
+
+/// A word that a POSIX shell reads back unchanged.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+fn hex8(bytes: &[u8]) -> String {
+    bytes.iter().take(8).map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_from_the_three_kinds_of_lines() {
+        let text = "\tlinux-vdso.so.1 (0x00007ffe)\n\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
+                    \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
+        let found = parse_ldd(text).unwrap();
+        assert_eq!(found, [Path::new("/lib/x86_64-linux-gnu/libc.so.6"), Path::new("/lib64/ld-linux-x86-64.so.2")]);
+        assert!(parse_ldd("\tlibx.so => not found\n").is_err());
+        assert!(parse_ldd("\tstatically linked\n").unwrap().is_empty());
+    }
+
+    #[test]
+    fn paths_follow_the_merged_usr() {
+        assert_eq!(place(Path::new("/bin/sh")), "usr/bin/sh");
+        assert_eq!(place(Path::new("/lib64/ld.so")), "usr/lib64/ld.so");
+        assert_eq!(place(Path::new("/opt/lib/x")), "opt/lib/x");
+    }
+
+    #[test]
+    fn a_shell_reads_quoted_words_back() {
+        for word in ["plain", "", "two words", "it's", "$HOME", "a\nb", "*"] {
+            let script = format!("printf %s {}", quoted(word));
+            let out = Command::new("sh").args(["-c", &script]).output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&out.stdout), word);
+        }
+    }
+}
