@@ -136,13 +136,13 @@ impl Metrics {
     }
 
     /// Sets how many addresses are in `state`.
-    pub fn addresses(&self, state: &'static str, count: usize) {
-        self.addresses.get_or_create(&StateLabels { state }).set(i64::try_from(count).unwrap_or(i64::MAX));
+    pub fn addresses(&self, state: &'static str, count: u32) {
+        self.addresses.get_or_create(&StateLabels { state }).set(i64::from(count));
     }
 
     /// Sets how many ENIs are in `state`.
-    pub fn enis(&self, state: &'static str, count: usize) {
-        self.enis.get_or_create(&StateLabels { state }).set(i64::try_from(count).unwrap_or(i64::MAX));
+    pub fn enis(&self, state: &'static str, count: u32) {
+        self.enis.get_or_create(&StateLabels { state }).set(i64::from(count));
     }
 
     /// Records how long the start took.

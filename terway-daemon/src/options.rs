@@ -69,6 +69,12 @@ impl Options {
         self.state_dir.join("terway.redb")
     }
 
+    /// The kept identity of the node.
+    #[must_use]
+    pub fn node_path(&self) -> PathBuf {
+        self.state_dir.join("node.json")
+    }
+
     /// Where the plugin leaves DELs that found no daemon.
     #[must_use]
     pub fn spool_dir(&self) -> PathBuf {

@@ -93,11 +93,9 @@ impl Engine {
         let attachments: Vec<&AttachmentRecord> =
             records.iter().filter_map(|r| if let Record::Attachment(a) = r { Some(a) } else { None }).collect();
         self.remove_leftovers(&attachments).await?;
-        let mut gone = Vec::new();
-        for attachment in attachments.iter().filter(|a| a.phase == Phase::Ready) {
-            if self.netns_is_gone(&attachment.netns) {
-                gone.push(attachment.key.clone());
-            } else if let Err(error) = self.adopt(attachment).await {
+        let here = attachments.iter().filter(|a| a.phase == Phase::Ready && !netns_is_gone(&self.host, &a.netns));
+        for attachment in here {
+            if let Err(error) = self.adopt(attachment).await {
                 warn!(pod = %attachment.pod, key = %attachment.key, %error, "a running pod could not be adopted whole");
             }
         }
@@ -105,10 +103,7 @@ impl Engine {
             let mut core = self.core();
             self.dispatch(&mut core, effects);
         }
-        info!(attachments = attachments.len(), gone = gone.len(), "restored");
-        for key in gone {
-            self.feed(Event::Gone { key });
-        }
+        info!(attachments = attachments.len(), "restored");
         self.feed(Event::Tick);
         Ok(())
     }
@@ -158,18 +153,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Whether a pod's namespace provably does not exist any more. A path that cannot be read proves nothing.
-    fn netns_is_gone(&self, path: &str) -> bool {
-        match self.host.open_netns(path) {
-            Ok(_) => false,
-            Err(NetError::Netns { .. }) => {
-                // The bind mount is gone with its file, or the file is left and is no namespace any more (a reboot's leftover).
-                !std::path::Path::new(path).exists() || std::fs::metadata(path).is_ok()
-            }
-            Err(_) => false,
-        }
-    }
-
     /// Looks for attachments whose namespace is gone without a DEL (runtimes do forget some), and frees them.
     pub fn collect(self: &Arc<Self>) {
         let ready: Vec<(AttachmentKey, String)> = {
@@ -177,10 +160,23 @@ impl Engine {
             core.pool.list().into_iter().filter(|a| a.phase == Phase::Ready).map(|a| (a.key, a.netns)).collect()
         };
         for (key, netns) in ready {
-            if self.netns_is_gone(&netns) {
+            if netns_is_gone(&self.host, &netns) {
                 info!(%key, netns, "the pod's namespace is gone without a DEL; freeing its addresses");
                 self.feed(Event::Gone { key });
             }
         }
+    }
+}
+
+/// Whether a pod's namespace provably does not exist any more. A path that cannot be asked proves nothing.
+#[must_use]
+pub fn netns_is_gone(host: &Host, path: &str) -> bool {
+    if path.is_empty() {
+        return false;
+    }
+    match std::fs::metadata(path) {
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        // The mount point is left and the mount is gone: so after a reboot, and when a runtime unmounted without removing.
+        Ok(_) => matches!(host.open_netns(path), Err(NetError::Netns { .. })),
     }
 }

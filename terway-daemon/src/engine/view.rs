@@ -19,7 +19,7 @@ impl Engine {
     /// # Errors
     /// [`errors::UNKNOWN_ATTACHMENT`], or [`errors::CHECK_FAILED`] with every difference.
     pub async fn check(self: &Arc<Self>, key: AttachmentKey, netns: String, addresses: Vec<String>) -> Result<(), Error> {
-        let attachment = self.core().pool.list().into_iter().find(|a| a.key == key);
+        let attachment = self.core().pool.get(&key);
         let Some(attachment) = attachment.filter(|a| a.phase != Phase::Releasing) else {
             return Err(Error::new(errors::UNKNOWN_ATTACHMENT, key.to_string()));
         };
@@ -77,13 +77,13 @@ impl Engine {
         problems.extend(self.fatal.borrow().clone());
         let nics: HashMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.mac, nic.name)).collect();
         let enis = enis.into_iter().map(|eni| v1::EniState {
-            id: eni.id.to_string(),
-            mac: eni.mac.to_string(),
+            id: eni.id.map(|id| id.to_string()).unwrap_or_default(),
+            mac: eni.mac.map(|mac| mac.to_string()).unwrap_or_default(),
             vswitch: eni.vswitch.to_string(),
-            state: eni.state.to_string(),
-            ifname: nics.get(&eni.mac).cloned().unwrap_or_default(),
-            addresses: small(eni.addresses),
-            bound: small(eni.bound),
+            state: eni.phase.as_str().to_owned(),
+            ifname: eni.mac.and_then(|mac| nics.get(&mac).cloned()).unwrap_or_default(),
+            addresses: u32::try_from(eni.addresses.len()).unwrap_or(u32::MAX),
+            bound: eni.bound,
         });
         v1::StatusResponse {
             ready: problems.is_empty(),
@@ -91,11 +91,11 @@ impl Engine {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.facts.node.clone(),
             pool: Some(v1::Pool {
-                capacity: small(stats.capacity),
-                idle: small(stats.idle),
-                bound: small(stats.bound),
-                cooling: small(stats.cooling),
-                pending: small(stats.pending),
+                capacity: stats.capacity,
+                idle: stats.idle,
+                bound: stats.bound,
+                cooling: stats.cooling,
+                pending: stats.pending,
             }),
             enis: enis.collect(),
             datapath: Some(self.datapath_view()),
@@ -127,12 +127,7 @@ impl Engine {
                     ifname: a.key.ifname,
                 }),
                 pod: Some(v1::Pod { namespace: a.pod.namespace, name: a.pod.name, uid: a.pod.uid }),
-                phase: match a.phase {
-                    Phase::SettingUp => "setting-up",
-                    Phase::Ready => "ready",
-                    Phase::Releasing => "releasing",
-                }
-                .to_owned(),
+                phase: a.phase.as_str().to_owned(),
                 addresses: a.grant.addresses.iter().map(|address| address.to_string()).collect(),
                 eni: a.grant.eni.to_string(),
             })
@@ -150,16 +145,12 @@ impl Engine {
         {
             self.metrics.addresses(state, count);
         }
-        let mut by_state: HashMap<&'static str, usize> = HashMap::new();
+        let mut by_state: HashMap<&'static str, u32> = HashMap::new();
         for eni in &enis {
-            *by_state.entry(eni.state.name()).or_default() += 1;
+            *by_state.entry(eni.phase.as_str()).or_default() += 1;
         }
         for (state, count) in by_state {
             self.metrics.enis(state, count);
         }
     }
-}
-
-fn small(count: usize) -> u32 {
-    u32::try_from(count).unwrap_or(u32::MAX)
 }

@@ -343,6 +343,7 @@ impl Pool {
         self.out.effect(Effect::Disconnect {
             op: fresh,
             key: key.clone(),
+            pod: attachment.pod.clone(),
             netns: attachment.netns.clone(),
             grant: attachment.grant.clone(),
         });
