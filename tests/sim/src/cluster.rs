@@ -128,6 +128,13 @@ impl Cluster {
     /// # Errors
     /// When something does not start; what was started is taken down again.
     pub fn start(options: &Options) -> Result<Self> {
+        let mut cluster = Self::power_on(options)?;
+        cluster.start_programs(options)?;
+        Ok(cluster)
+    }
+
+    /// VPC, cloud, and nodes as they are after their first boot, with none of our programs.
+    fn power_on(options: &Options) -> Result<Self> {
         static CLUSTERS: AtomicU32 = AtomicU32::new(0);
         let lock = lock()?;
         sweep()?;
@@ -140,17 +147,17 @@ impl Cluster {
             .enable_all()
             .build()
             .context("start the async runtime")?;
-        let work = Path::new("/tmp").join(&prefix);
-        fs::create_dir(&work).with_context(|| format!("create {}", work.display()))?;
         let vpc = Arc::new(Vpc::create(&format!("{prefix}-vpc"), options.mtu)?);
         let external = Arc::new(NetNs::create(&format!("{prefix}-ext"))?);
+        let work = Path::new("/tmp").join(&prefix);
+        fs::create_dir(&work).with_context(|| format!("create {}", work.display()))?;
         let mut cluster =
             Self { prefix, work, nodes: Vec::new(), cloud: None, vpc, external, machine, runtime, _lock: lock };
-        cluster.start_nodes(options)?;
+        cluster.boot(options)?;
         Ok(cluster)
     }
 
-    fn start_nodes(&mut self, options: &Options) -> Result<()> {
+    fn boot(&mut self, options: &Options) -> Result<()> {
         self.vpc.plug_external("external", Arc::clone(&self.external), setup::EXTERNAL_V4, setup::EXTERNAL_V6)?;
         let daemon = DaemonOptions {
             bin_dir: options.bin_dir.clone(),
@@ -170,6 +177,12 @@ impl Cluster {
         for node in &self.nodes {
             let primary = self.vpc.primary(node.name()).with_context(|| format!("{} has no ENI", node.name()))?;
             node.boot(&primary)?;
+        }
+        Ok(())
+    }
+
+    fn start_programs(&mut self, options: &Options) -> Result<()> {
+        for node in &self.nodes {
             node.start_daemon()?;
         }
         if let Some(bin_dir) = &options.containerd {
@@ -405,7 +418,38 @@ fn remove(prefix: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
+
+    #[test]
+    fn nodes_reach_their_cloud_and_nothing_is_left() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIP: needs root");
+            return;
+        }
+        let cluster = Cluster::power_on(&Options::new().unwrap()).unwrap();
+        for (node, request) in [
+            ("n1", "PUT /latest/api/token HTTP/1.0\r\nX-aliyun-ecs-metadata-token-ttl-seconds: 60\r\n\r\n"),
+            ("n2", "PUT /latest/api/token HTTP/1.0\r\nX-aliyun-ecs-metadata-token-ttl-seconds: 60\r\n\r\n"),
+        ] {
+            let node = cluster.nodes.iter().find(|known| known.name() == node).unwrap();
+            let answer = node.netns().run(|| {
+                let mut stream = std::net::TcpStream::connect("100.100.100.200:80").unwrap();
+                stream.write_all(request.as_bytes()).unwrap();
+                std::io::read_to_string(stream).unwrap()
+            });
+            let answer = answer.unwrap();
+            assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
+        }
+        let primary = cluster.vpc.primary("n2").unwrap();
+        crate::probe::ping(cluster.node(1).netns(), primary.v4[0].into(), &[]).unwrap();
+        crate::probe::ping(cluster.external(), primary.v6[0].into(), &[]).unwrap();
+        assert_eq!(cluster.vpc.spoofed().unwrap().total(), 0);
+        let work = cluster.work.clone();
+        cluster.finish().unwrap();
+        assert!(!work.exists());
+    }
 
     #[test]
     fn prefixes_name_their_owner() {

@@ -83,7 +83,7 @@ pub(super) fn all(report: &mut Report, cluster: &Cluster) {
     if pods.len() == 4 {
         connectivity(report, cluster, &pods);
         cheating(report, cluster, &pods);
-        large(report, cluster, &pods);
+        large(report, &pods);
         operation(report, cluster, &mut pods);
     }
     report.check("deleted pods leave nothing on the nodes", || {
@@ -202,7 +202,7 @@ fn cheating(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
     });
 }
 
-fn large(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
+fn large(report: &mut Report, pods: &[RunningPod]) {
     let [a, b, c, _] = pods else { return };
     report.check("packets of the full MTU pass unfragmented, larger ones in fragments", || {
         let mtu = 1500;
@@ -225,7 +225,7 @@ fn large(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
             Err(error) => format!("{error:#}"),
             Ok(text) => bail!("a packet with TTL 1 arrived at another node: {text}"),
         };
-        let text2 = probe::ping(&a.ns()?, c.v4, &["-t", "2"]).map_or_else(|error| format!("{error:#}"), |text| text);
+        let text2 = probe::ping(&a.ns()?, c.v4, &["-t", "2"]).unwrap_or_else(|error| format!("{error:#}"));
         ensure!((text + &text2).contains("Time to live exceeded"), "{text2}");
         Ok(String::new())
     });

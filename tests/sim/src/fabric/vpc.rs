@@ -265,6 +265,8 @@ impl Fabric for Vpc {
         let nft = format!("add element inet vpc macs {{ \"{veth}\" . {mac} }}\n");
         feed(self.ns.command("nft").args(["-f", "-"]), &nft).with_context(|| format!("nft in the VPC: {nft}"))?;
         self.ns.ip(&ip)?;
+        // Else a proxy waits up to 0.8 s before it answers (net/ipv4/arp.c, arp_process).
+        self.ns.sysctl(&[(&format!("ipv4/neigh/{veth}/proxy_delay"), "0")])?;
         let addresses = all(&eni.v4, &eni.v6);
         self.readdress(&veth, mac, &BTreeSet::new(), &addresses)?;
         state.enis.insert(eni.id.clone(), Plugged { veth, mac, addresses });
