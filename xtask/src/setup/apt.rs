@@ -113,7 +113,11 @@ fn lists_are_fresh() -> bool {
     filled && age.is_some_and(|age| age < Duration::from_secs(86_400))
 }
 
-fn update() -> Result<()> {
+/// Fetches the lists of the machine's sources.
+///
+/// # Errors
+/// Not root, or the mirror cannot be reached.
+pub(super) fn update() -> Result<()> {
     eprintln!("setup      apt-get update");
     apt(&["update"]).context("cannot fetch the package lists")
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::apt;
 use crate::process;
-use crate::workspace::{Workspace, cargo_home, which};
+use crate::workspace::{Workspace, cargo_home, is_root, which};
 
 /// The version that the programs are known to pass the verifier with.
 const BPF_LINKER: &str = "0.13.0";
@@ -54,7 +54,14 @@ fn system_compiler() -> Result<()> {
         let version = apt::candidate(packages[2]);
         version.as_deref().and_then(minor).is_some_and(|minor| minor >= OLDEST)
     };
-    let Some(packages) = [&BROWSER, &PLAIN].into_iter().find(new_enough) else {
+    let choose = || [&BROWSER, &PLAIN].into_iter().find(new_enough);
+    let mut chosen = choose();
+    if chosen.is_none() && is_root() {
+        // The sources may have changed since the lists were fetched.
+        apt::update()?;
+        chosen = choose();
+    }
+    let Some(packages) = chosen else {
         bail!(
             "the machine's apt sources have no rustc from 1.{OLDEST} on; enable Debian's security updates in them, or \
              add rust-src to a rustup nightly"
