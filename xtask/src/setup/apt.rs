@@ -72,7 +72,7 @@ pub(super) fn candidate(package: &str) -> Option<String> {
 /// # Errors
 /// Not root, or the mirror cannot be reached.
 pub(super) fn ensure_lists() -> Result<()> {
-    if lists_are_fresh() || !is_root() { Ok(()) } else { update() }
+    if lists_are_fresh() { Ok(()) } else { update() }
 }
 
 fn parse_candidate(policy: &str) -> Option<String> {
