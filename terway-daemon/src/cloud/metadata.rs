@@ -214,16 +214,18 @@ impl Metadata {
         let mut pauses = self.retry.pauses();
         let mut renewed = false;
         loop {
-            let token = self.token().await?;
-            let error = match self.get(path, &token).await {
-                Ok(text) => return Ok(text.trim_end_matches('\n').to_owned()),
+            let error = match self.token().await {
+                Ok(token) => match self.get(path, &token).await {
+                    Ok(text) => return Ok(text.trim_end_matches('\n').to_owned()),
+                    Err(error) if error.code == "401" && !renewed => {
+                        renewed = true;
+                        self.forget(&token).await;
+                        continue;
+                    }
+                    Err(error) => error,
+                },
                 Err(error) => error,
             };
-            if error.code == "401" && !renewed {
-                renewed = true;
-                self.forget(&token).await;
-                continue;
-            }
             if !matches!(error.class, ErrorClass::Throttled | ErrorClass::Unknown) {
                 return Err(error);
             }
@@ -243,10 +245,6 @@ impl Metadata {
             *held = match self.exchange("api/token", request).await {
                 Ok(token) => Token::Held(Arc::new(Secret::new(token.trim()))),
                 Err(error) if matches!(error.code.as_str(), "404" | "405") => Token::Unsupported,
-                // Not cached: the GET that follows fails as well, and the next one tries again.
-                Err(error) if matches!(error.class, ErrorClass::Throttled | ErrorClass::Unknown) => {
-                    return Ok(Token::Missing);
-                }
                 Err(error) => return Err(error),
             };
         }
