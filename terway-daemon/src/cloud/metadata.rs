@@ -55,6 +55,8 @@ pub struct Metadata {
 #[derive(Clone)]
 enum Token {
     Missing,
+    /// The attempt to get one failed, at this time.
+    Failed(Instant, CloudError),
     /// The service answered that it knows no tokens.
     Unsupported,
     Held(Arc<Secret>),
@@ -236,16 +238,25 @@ impl Metadata {
         }
     }
 
-    /// The lock is held while asking, so that many callers make one token.
+    /// The lock is held while asking, so that many callers make one token, and share one failure.
     async fn token(&self) -> Result<Token> {
+        let asked = Instant::now();
         let mut held = self.token.lock().await;
-        if matches!(*held, Token::Missing) {
+        if let Token::Failed(ended, error) = &*held
+            && *ended >= asked
+        {
+            return Err(error.clone());
+        }
+        if matches!(*held, Token::Missing | Token::Failed(..)) {
             let url = self.url("latest/api/token")?;
             let request = self.http.put(url).header(TOKEN_TTL_HEADER, TOKEN_TTL);
             *held = match self.exchange("api/token", request).await {
                 Ok(token) => Token::Held(Arc::new(Secret::new(token.trim()))),
                 Err(error) if matches!(error.code.as_str(), "404" | "405") => Token::Unsupported,
-                Err(error) => return Err(error),
+                Err(error) => {
+                    *held = Token::Failed(Instant::now(), error.clone());
+                    return Err(error);
+                }
             };
         }
         Ok(held.clone())

@@ -156,3 +156,21 @@ async fn every_exchange_is_observed() {
         ]
     );
 }
+
+#[tokio::test]
+async fn a_crowd_shares_one_failure() {
+    let rig = Rig::new(world()).await;
+    let cloud = Arc::new(Aliyun::new(&rig.by_role()).unwrap());
+    rig.sim.set_faults(vec![Fault::refuse("metadata", 100_000, "", 503)]);
+    let mut callers = tokio::task::JoinSet::new();
+    for _ in 0..20 {
+        let cloud = Arc::clone(&cloud);
+        callers.spawn(async move { cloud.enis(&EniFilter::default()).await });
+    }
+    for result in callers.join_all().await {
+        is(result.unwrap_err(), ErrorClass::Unknown, "503");
+    }
+    assert_eq!(rig.total("metadata"), 5, "one attempt with four repetitions, not one for each of twenty callers");
+    rig.sim.set_faults(Vec::new());
+    cloud.enis(&EniFilter::default()).await.unwrap();
+}
