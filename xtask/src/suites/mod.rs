@@ -196,6 +196,7 @@ fn build(workspace: &Workspace, packages: &[Package], present: &[&str], runs: im
     }
     wanted.sort_unstable();
     wanted.dedup();
+    println!("building");
     targets.extend(wanted.iter().flat_map(|name| ["--test".to_owned(), (*name).to_owned()]));
     let started = Instant::now();
     let programs =
