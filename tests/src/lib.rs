@@ -1,5 +1,8 @@
-//! What the suites share: packets, sandboxes, measurements.
+//! What the suites and benchmarks share: packets, sandboxes, load, figures.
 
+pub mod bench;
+pub mod figures;
+pub mod load;
 pub mod packet;
 pub mod prog_bench;
 pub mod sandbox;
