@@ -120,7 +120,7 @@ fn perform(world: &mut World, action: &Action) {
             }
         }
         Action::Crash { flushed, ran, outcome, cloud, choice } => {
-            world.crash(*flushed, *ran, *outcome, *cloud, *choice)
+            world.crash(*flushed, *ran, *outcome, *cloud, *choice);
         }
     }
 }
@@ -166,6 +166,7 @@ fn check_at_rest(world: &World, scarce: bool) {
     assert!(stats.idle <= world.config.ceiling() + primaries, "{stats:?}");
 }
 
+#[allow(clippy::disallowed_methods, reason = "whoever debugs a failure says where its trace goes")]
 fn history(stack: IpStack, min_idle: u32, scarce: bool, actions: &[Action]) {
     let mut config = config(stack, 3, 4);
     config.min_idle = min_idle;
@@ -210,7 +211,6 @@ fn history(stack: IpStack, min_idle: u32, scarce: bool, actions: &[Action]) {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(300),
         max_shrink_iters: 20_000,
         failure_persistence: None,
         ..ProptestConfig::default()

@@ -471,6 +471,43 @@ impl World {
         }
     }
 
+    /// The tasks of one kind that may run, with their effects.
+    pub(crate) fn find(&self, wanted: impl Fn(&Effect) -> bool) -> Vec<Effect> {
+        let tasks = self.runnable().into_iter().map(|i| &self.pending[i].task);
+        tasks
+            .filter_map(|task| if let Task::Run(effect) = task { Some(effect.clone()) } else { None })
+            .filter(wanted)
+            .collect()
+    }
+
+    /// Runs the first task of one kind; everything before it is on disk.
+    pub(crate) fn run_one(&mut self, outcome: Outcome, wanted: impl Fn(&Effect) -> bool) {
+        self.flush(usize::MAX);
+        let index = self.runnable().into_iter().find(|i| matches!(&self.pending[*i].task, Task::Run(e) if wanted(e)));
+        self.run(index.expect("no such effect is pending"), outcome, usize::MAX);
+    }
+
+    /// Runs answers only, and says what one ticket got.
+    pub(crate) fn answer(&mut self, ticket: Ticket) -> Option<Result<Answer, Error>> {
+        self.flush(usize::MAX);
+        while let Some(i) =
+            self.runnable().into_iter().find(|i| matches!(self.pending[*i].task, Task::Run(Effect::Answer { .. })))
+        {
+            self.run(i, Outcome::Fine, 0);
+        }
+        self.answers.get(&ticket).cloned()
+    }
+
+    /// A pod that is there, and what it got.
+    pub(crate) fn granted(&mut self, n: usize) -> Grant {
+        let ticket = self.add(&key(n));
+        self.drive();
+        match self.answer(ticket) {
+            Some(Ok(Answer::Attached(grant))) => grant,
+            other => panic!("pod {n}: {other:?}"),
+        }
+    }
+
     /// Everything works from now on: runs all there is to run, and lets `time` pass.
     pub(crate) fn settle(&mut self, time: Duration) {
         let end = self.now.after(time);
