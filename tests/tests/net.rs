@@ -1,6 +1,8 @@
 //! Rung netns, subject net: plans against the real kernel, in network namespaces that live as long as their test. `ip` is the second witness
 //! of what the kernel holds.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, where the backtrace points at it")]
+
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
@@ -809,13 +811,53 @@ fn thirty_two_pods_at_once() {
         }
     }
     runtime.block_on(async {
-        let downs = pods.iter().map(|(_, plan)| async move {
+        let downs = pods.iter().skip(16).map(|(_, plan)| async move {
             host.detach_pod(plan).await.unwrap();
             host.delete_link(plan).await.unwrap();
         });
         futures(downs).await;
+        let rest: Vec<PodPlan> = pods.iter().take(16).map(|(_, plan)| plan.clone()).collect();
+        futures(rest.iter().map(|plan| async move { host.detach_pod(plan).await.unwrap() })).await;
+        let start = Instant::now();
+        host.delete_links(rest.clone()).await.unwrap();
+        println!("16 pairs deleted in {:?}", start.elapsed());
+        host.delete_links(rest).await.unwrap();
     });
     assert_eq!(netns.everything(), before);
+}
+
+#[test]
+fn deleting_many_links_spares_those_of_others() {
+    if skipped() {
+        return;
+    }
+    let node = Node::ready(Stack::V4);
+    let before = node.netns.everything();
+    let mut pods: Vec<(Netns, PodPlan)> =
+        (0..4).map(|i| (Netns::new(), node.plan(Stack::V4, &format!("c{i}"), &format!("web-{i}"), 10 + i))).collect();
+    for (pod, plan) in &pods {
+        node.up(plan, pod);
+    }
+    // One is gone with its namespace, one's name belongs to its successor, two are there; one more stays.
+    let (vanished, _) = pods.remove(0);
+    drop(vanished);
+    let (successor_pod, successor) = (Netns::new(), node.plan(Stack::V4, "next", "web-1", 20));
+    node.up(&successor, &successor_pod);
+    let (kept_pod, kept) = (Netns::new(), node.plan(Stack::V4, "kept", "kept", 21));
+    node.up(&kept, &kept_pod);
+    let plans: Vec<PodPlan> =
+        (0..4).map(|i| node.plan(Stack::V4, &format!("c{i}"), &format!("web-{i}"), 10 + i)).collect();
+    node.runtime.block_on(async {
+        for plan in &plans {
+            node.host.detach_pod(plan).await.unwrap();
+        }
+        node.host.delete_links(plans).await.unwrap();
+    });
+    for (pod, plan) in [(&successor_pod, &successor), (&kept_pod, &kept)] {
+        assert_eq!(node.problems(plan, pod), Vec::<String>::new());
+        node.down(plan);
+    }
+    assert_eq!(node.netns.everything(), before);
 }
 
 /// Runs all futures at the same time on the current thread.
