@@ -696,7 +696,7 @@ fn nics_are_found_when_they_appear() {
         };
         let waiters: Vec<_> = (0..20).map(|_| tokio::spawn(wait(late))).collect();
         tokio::time::sleep(Duration::from_millis(20)).await;
-        // The NIC arrives as in the simulated cloud: moved in from the VPC. A VLAN on it has the same address and is no NIC.
+        // The NIC arrives as in the simulated cloud: moved in from the VPC.
         node.vpc.ip("link add nic address 00:16:3e:00:00:01 type veth peer name nic-peer");
         node.vpc.ip(&format!("link set nic netns {} name eth2", node.netns.path()));
         for waiter in waiters {

@@ -121,7 +121,7 @@ pub(super) fn enable(host: &mut Netlink, plan: &PodPlan, links: Links) -> Result
     let pod_end = vec![(plan.inputs.pod_ifname.clone(), links.pod_ifindex)];
     apply::run(&plan.enable, &mut Sides::host(host, host_end).and_pod(&mut pod, pod_end))?;
     // The host end got its carrier when the pod's came up; its queue is attached by a kernel worker, a moment later, and drops packets till
-    // then. Asking for the link makes the kernel (6.8: net/core/rtnetlink.c, rtnl_getlink, netdev_link_sync) do it first.
+    // then. Asking for the link makes the kernel (6.8: net/core/rtnetlink.c, rtnl_getlink calls linkwatch_sync_dev) do it first.
     let (message, flags) = encode::get_link_at(links.host_ifindex);
     match host.request(message, flags)? {
         Ok(_) => Ok(()),
