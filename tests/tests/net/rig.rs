@@ -37,10 +37,16 @@ impl Netns {
         netns
     }
 
-    /// Waits until the kernel's workers have seen that a link's other end is up.
+    /// Waits until the kernel's workers have seen that a link's other end is up, and given it its link-local address.
     pub(crate) fn settle(&self, dev: &str) {
         let deadline = Instant::now() + Duration::from_secs(10);
-        while !self.ip(&format!("-o link show {dev}")).contains("state UP") {
+        let settled = || {
+            let local = self.ip(&format!("-6 -o addr show dev {dev} scope link"));
+            self.ip(&format!("-o link show {dev}")).contains("state UP")
+                && local.contains("fe80")
+                && !local.contains("tentative")
+        };
+        while !settled() {
             assert!(Instant::now() < deadline, "{dev} does not come up");
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -224,10 +230,19 @@ pub(crate) fn ifindex(netns: &Netns, name: &str) -> u32 {
 
 /// Sends a datagram from one namespace to an address of another, and back; the source address must survive both ways.
 pub(crate) fn exchange(from: &Netns, source: IpAddr, to: &Netns, target: IpAddr) -> Result<(), String> {
+    exchange_within(Duration::from_secs(5), from, source, to, target)
+}
+
+/// Whether nothing comes through, for as long as one is willing to wait for what does not happen.
+pub(crate) fn unreachable(from: &Netns, source: IpAddr, to: &Netns, target: IpAddr) -> bool {
+    exchange_within(Duration::from_millis(200), from, source, to, target).is_err()
+}
+
+fn exchange_within(patience: Duration, from: &Netns, source: IpAddr, to: &Netns, target: IpAddr) -> Result<(), String> {
     let server = to.inside(|| UdpSocket::bind((target, 0))).map_err(|error| format!("bind {target}: {error}"))?;
     let client = from.inside(|| UdpSocket::bind((source, 0))).map_err(|error| format!("bind {source}: {error}"))?;
     for socket in [&server, &client] {
-        socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        socket.set_read_timeout(Some(patience)).unwrap();
     }
     let mut buffer = [0; 16];
     client.send_to(b"there", server.local_addr().unwrap()).map_err(|error| format!("send: {error}"))?;
