@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,9 @@ pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// How many containers a concurrent cell has.
 const CROWD: usize = 8;
+
+/// How many cells are tried at once: plugins wait for the kernel more than they work.
+const WORKERS: usize = 4;
 
 /// After this long a plugin hangs.
 const HANGS: Duration = Duration::from_secs(30);
@@ -73,7 +76,7 @@ pub trait Plugin: Sync {
 }
 
 /// The daemon behind a plugin.
-pub trait Daemon {
+pub trait Daemon: Sync {
     /// Ends it, so that its socket does not answer.
     fn stop(&self);
     /// Starts it again and waits until it answers.
@@ -134,23 +137,38 @@ pub struct Deviation {
 #[must_use]
 pub fn run(plugin: &dyn Plugin) -> Report {
     let claims = plugin.claims();
-    let mut rows = Vec::new();
+    let mut cells = Vec::new();
     for verb in Verb::ALL {
         for version in VERSIONS {
             for situation in Situation::ALL {
                 let spoken = plugin.versions().contains(&version);
                 let daemon = plugin.daemon().is_some();
-                let Some(expected) = expectation(verb, version, situation, spoken, daemon, &claims) else { continue };
-                let cell = Cell { plugin, claims: &claims, verb, version, situation, expected };
-                let complaints = cell.run();
-                rows.push(Row {
-                    name: format!("{} {version} {}", verb.name(), situation.name()),
-                    complaints,
-                    excuse: None,
-                });
+                if let Some(expected) = expectation(verb, version, situation, spoken, daemon, &claims) {
+                    cells.push(Cell { plugin, claims: &claims, verb, version, situation, expected });
+                }
             }
         }
     }
+    // What is done to the daemon is done to all, so those cells come last and one at a time.
+    let (alone, together): (Vec<Cell<'_>>, Vec<Cell<'_>>) =
+        cells.into_iter().partition(|cell| matches!(cell.situation, Situation::DaemonDown | Situation::DaemonSlow));
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut rows = Vec::new();
+        while let Some(cell) = together.get(next.fetch_add(1, Ordering::Relaxed)) {
+            rows.push(cell.row());
+        }
+        rows
+    };
+    let mut rows: Vec<Row> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(worker)).collect();
+        workers
+            .into_iter()
+            .flat_map(|handle| handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    rows.extend(alone.iter().map(Cell::row));
+    rows.sort_by(|one, other| one.name.cmp(&other.name));
     let deviations = plugin.deviations();
     let mut used = BTreeSet::new();
     for row in rows.iter_mut().filter(|row| !row.complaints.is_empty()) {
@@ -250,6 +268,11 @@ struct Container {
 }
 
 impl Cell<'_> {
+    fn row(&self) -> Row {
+        let name = format!("{} {} {}", self.verb.name(), self.version, self.situation.name());
+        Row { name, complaints: self.run(), excuse: None }
+    }
+
     /// Sets the cell's stage, calls, and clears up; returns the complaints.
     fn run(&self) -> Vec<String> {
         let mut complaints = Vec::new();
@@ -375,7 +398,7 @@ impl Cell<'_> {
             return Err(complaint);
         }
         if let Some(word) = self.expected.naming
-            && !outcome.error()?["msg"].as_str().unwrap_or_default().contains(word)
+            && !outcome.error()?["msg"].as_str().unwrap_or_default().to_lowercase().contains(&word.to_lowercase())
         {
             return Err(format!("msg does not name {word}: {}", outcome.stdout.trim()));
         }
@@ -411,7 +434,8 @@ impl Cell<'_> {
     fn call(&self, verb: Verb, container: &Container) -> Call {
         let mut conf = self.plugin.conf();
         conf["cniVersion"] = self.version.into();
-        conf["name"] = "matrix".into();
+        // A network for each cell, so that a GC takes nothing from the others.
+        conf["name"] = format!("{}-{}-{}", self.verb.name(), self.version, self.situation.name()).into();
         // 0.3.x has prevResult for chained plugins only ("Network Configuration Lists"), later ones for CHECK and DEL.
         if let (Verb::Check | Verb::Del, Some(result)) = (verb, &container.result) {
             conf["prevResult"] = result.clone();

@@ -198,7 +198,7 @@ pub(super) fn expectation(
         // "DEL": CNI_NETNS is optional. The other verbs have no container.
         Situation::MissingEnv(_) => expect(&[good]),
         Situation::BadContainerId if container => {
-            Some(Expectation { naming: Some("ontainer"), ..expect(&[Ending::Error(CODE_4)])? })
+            Some(Expectation { naming: Some("containerid"), ..expect(&[Ending::Error(CODE_4)])? })
         }
         Situation::BadIfname if container => expect(&[Ending::Error(CODE_4)]),
         // pkg/skel of libcni: no CNI_COMMAND is a human, who gets the "about" text.
