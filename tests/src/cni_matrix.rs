@@ -443,7 +443,8 @@ impl Cell<'_> {
         if verb == Verb::Gc {
             conf["cni.dev/valid-attachments"] = json!([{"containerID": container.id, "ifname": "eth0"}]);
         }
-        if verb == Verb::Version {
+        // "VERSION" has nothing but the version on stdin; a verb that nobody knows has what all others have.
+        if verb == Verb::Version && self.situation != Situation::UnknownCommand {
             conf = json!({ "cniVersion": self.version });
         }
         let mut env = BTreeMap::from([("CNI_COMMAND", verb.name().to_owned()), ("CNI_PATH", self.plugin.cni_path())]);
