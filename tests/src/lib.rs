@@ -1,6 +1,7 @@
-//! What the suites and benchmarks share: packets, sandboxes, load, figures.
+//! What the suites and benchmarks share: packets, sandboxes, the CNI verb matrix, load, figures.
 
 pub mod bench;
+pub mod cni_matrix;
 pub mod figures;
 pub mod load;
 pub mod packet;
