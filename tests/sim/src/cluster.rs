@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -62,6 +62,8 @@ pub struct Options {
     pub log: String,
     /// The folder of our own programs.
     pub bin_dir: PathBuf,
+    /// Once true, waiting ends with an error.
+    pub interrupted: Arc<AtomicBool>,
 }
 
 impl Options {
@@ -82,6 +84,7 @@ impl Options {
             containerd: None,
             log: "info".to_owned(),
             bin_dir: node::bin_dir()?,
+            interrupted: Arc::default(),
         })
     }
 }
@@ -97,6 +100,7 @@ pub struct Cluster {
     external: Arc<NetNs>,
     machine: Snapshot,
     runtime: Runtime,
+    interrupted: Arc<AtomicBool>,
     /// Held until the end.
     _lock: Flock<File>,
 }
@@ -151,8 +155,18 @@ impl Cluster {
         let external = Arc::new(NetNs::create(&format!("{prefix}-ext"))?);
         let work = Path::new("/tmp").join(&prefix);
         fs::create_dir(&work).with_context(|| format!("create {}", work.display()))?;
-        let mut cluster =
-            Self { prefix, work, nodes: Vec::new(), cloud: None, vpc, external, machine, runtime, _lock: lock };
+        let mut cluster = Self {
+            prefix,
+            work,
+            nodes: Vec::new(),
+            cloud: None,
+            vpc,
+            external,
+            machine,
+            runtime,
+            interrupted: Arc::clone(&options.interrupted),
+            _lock: lock,
+        };
         cluster.boot(options)?;
         Ok(cluster)
     }
@@ -165,6 +179,7 @@ impl Cluster {
             endpoint: setup::ENDPOINT_URL.to_owned(),
             cooling: options.cooling,
             log: options.log.clone(),
+            interrupted: Arc::clone(&options.interrupted),
         };
         for number in 1..=options.nodes {
             let name = format!("n{number}");
@@ -291,7 +306,7 @@ impl Drop for Cluster {
         if !self.work.exists() {
             return; // finished
         }
-        if std::thread::panicking() || !self.nodes.is_empty() {
+        if !self.interrupted.load(Ordering::Acquire) {
             save_logs(&self.prefix, &self.work);
         }
         self.nodes.clear();
