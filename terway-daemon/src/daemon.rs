@@ -18,7 +18,9 @@ use tracing::{error, info, warn};
 
 use crate::atomic_file;
 use crate::bpf::{self, Datapath};
-use crate::cloud::{Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, Metadata, Retry, Secret, endpoint};
+use crate::cloud::{
+    Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, Metadata, Retry, Secret, endpoint,
+};
 use crate::engine::{Engine, Facts, Parts, netns_is_gone};
 use crate::http;
 use crate::identity::{self, Node};
@@ -72,7 +74,8 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let facts = prepare_node(&options, &config, &node, &host).await?;
     follow_addresses(&links, &datapath, &config)?;
 
-    let snapshot = Snapshot { records: records.clone(), enis: inventory(&*cloud, &node).await, facts: gone(&host, &records) };
+    let snapshot =
+        Snapshot { records: records.clone(), enis: inventory(&*cloud, &node).await, facts: gone(&host, &records) };
     let (pool, effects) = Pool::restore(pool_config(&options, &config, &node), snapshot, Moment::ZERO)
         .map_err(|error| failed(errors::STORE_FAILED, "restore", &error))?;
     let parts =
@@ -110,12 +113,13 @@ pub async fn run(options: Options) -> Result<(), Error> {
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let service = Service::server(Arc::clone(&engine), metrics.clone());
-    let mut server = tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
-        socket::trusted(listener),
-        async {
-            let _ = stopped.await;
-        },
-    ));
+    let mut server =
+        tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
+            socket::trusted(listener),
+            async {
+                let _ = stopped.await;
+            },
+        ));
     write_conflist(&options)?;
     metrics.started(start.elapsed());
     info!(took = ?start.elapsed(), node = options.node_name(), "serving");
@@ -148,7 +152,11 @@ async fn repeat<F: Future<Output = ()>>(every: Duration, mut work: impl FnMut() 
     }
 }
 
-async fn serve_http(listen: std::net::SocketAddr, registry: Arc<prometheus_client::registry::Registry>, ready: http::Ready) {
+async fn serve_http(
+    listen: std::net::SocketAddr,
+    registry: Arc<prometheus_client::registry::Registry>,
+    ready: http::Ready,
+) {
     // Metrics are worth a log line, not a node without pods.
     if let Err(error) = http::serve(listen, registry, ready).await {
         error!(%listen, %error, "metrics and health are not served");
@@ -192,17 +200,17 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
     };
 
     let credentials = match &config.access_key {
-        Some(key) => CredentialSource::AccessKey {
-            id: Secret::new(key.id.as_str()),
-            secret: Secret::new(key.secret.expose()),
-        },
+        Some(key) => {
+            CredentialSource::AccessKey { id: Secret::new(key.id.as_str()), secret: Secret::new(key.secret.expose()) }
+        }
         None => CredentialSource::RamRole { role: None },
     };
     let region = config.region.as_deref().unwrap_or(&identity.region);
     let mut ecs = EcsConfig::for_region(region, EndpointNetwork::Vpc, credentials).map_err(|e| bad(&e))?;
     ecs.metadata = metadata_url;
     ecs.observer = Some(observer);
-    for (url, given) in [(&mut ecs.ecs_endpoint, &options.ecs_endpoint), (&mut ecs.vpc_endpoint, &options.vpc_endpoint)] {
+    for (url, given) in [(&mut ecs.ecs_endpoint, &options.ecs_endpoint), (&mut ecs.vpc_endpoint, &options.vpc_endpoint)]
+    {
         if let Some(given) = given {
             *url = endpoint(given).map_err(|e| bad(&e))?;
         }
@@ -212,9 +220,10 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
     let node = match kept {
         Some(node) => node,
         None => {
-            let limits =
-                identity::insist("ECS: what the instance type carries", || cloud.instance_limits(&identity.instance_type))
-                    .await;
+            let limits = identity::insist("ECS: what the instance type carries", || {
+                cloud.instance_limits(&identity.instance_type)
+            })
+            .await;
             let token_seed =
                 identity::token_seed(&identity).map_err(|e| failed(errors::INTERNAL, "/dev/urandom", &e))?;
             let node = Node { identity, limits, token_seed };
@@ -229,11 +238,11 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
 
 /// Makes the node forward, and collects what plans depend on.
 async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Host) -> Result<Facts, Error> {
-    let inputs =
-        NodeInputs { v4: config.ip_stack.v4(), v6: config.ip_stack.v6(), ra_links: host.ra_links().await? };
+    let inputs = NodeInputs { v4: config.ip_stack.v4(), v6: config.ip_stack.v6(), ra_links: host.ra_links().await? };
     host.ensure_node(&NodePlan::forwarding(&inputs)).await?;
     let state = host.observe(BTreeSet::new()).await?;
-    let primary = state.links.iter().find(|(_, link)| link.mac == Some(node.identity.primary_mac) && link.kind.is_none());
+    let primary =
+        state.links.iter().find(|(_, link)| link.mac == Some(node.identity.primary_mac) && link.kind.is_none());
     let primary = primary.or_else(|| state.links.iter().find(|(_, link)| link.mac == Some(node.identity.primary_mac)));
     let mut addresses = Addresses::default();
     let mut nic_mtu = 1500;

@@ -3,13 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use std::sync::atomic::AtomicU64;
+
+use crate::bpf::Datapath;
 
 /// A step of an ADD or DEL that has a histogram of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -100,7 +105,12 @@ impl Metrics {
             Unit::Seconds,
             metrics.phases.clone(),
         );
-        registry.register_with_unit("terway_rpc_latency", "Time of each gRPC call", Unit::Seconds, metrics.rpcs.clone());
+        registry.register_with_unit(
+            "terway_rpc_latency",
+            "Time of each gRPC call",
+            Unit::Seconds,
+            metrics.rpcs.clone(),
+        );
         registry.register_with_unit(
             "aliyun_openapi_latency",
             "Time of each cloud API call by its error code",
@@ -156,12 +166,38 @@ impl Metrics {
     }
 }
 
-/// The registry together with the metrics in it.
+/// A registry with the metrics in it.
 #[must_use]
-pub fn registry() -> (Arc<Registry>, Metrics) {
+pub fn new_registry() -> (Registry, Metrics) {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
-    (Arc::new(registry), metrics)
+    (registry, metrics)
+}
+
+/// Adds the datapath's counters; they are read from the kernel at each scrape.
+pub fn register_datapath(registry: &mut Registry, datapath: &Arc<Datapath>) {
+    registry.register_collector(Box::new(DatapathCounters(Arc::clone(datapath))));
+}
+
+#[derive(Debug)]
+struct DatapathCounters(Arc<Datapath>);
+
+impl Collector for DatapathCounters {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        // A scrape without the datapath's part is better than no scrape.
+        let Ok(drops) = self.0.drops() else { return Ok(()) };
+        for (name, help, bytes) in [
+            ("terway_drop_packets", "Packets dropped by the datapath", false),
+            ("terway_drop_bytes", "Bytes dropped by the datapath", true),
+        ] {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for drop in &drops {
+                let value = if bytes { drop.bytes } else { drop.packets };
+                ConstCounter::new(value).encode(family.encode_family(&[("reason", drop.reason.name())])?)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -170,7 +206,7 @@ mod tests {
 
     #[test]
     fn names_and_labels_are_as_documented() {
-        let (registry, metrics) = registry();
+        let (registry, metrics) = new_registry();
         metrics.phase(Verb::Add, Phase::Links, Duration::from_millis(1));
         metrics.rpc("AddPod", "", Duration::from_millis(2));
         metrics.cloud_call("AssignPrivateIpAddresses", "Throttling", Duration::from_millis(300));

@@ -60,7 +60,10 @@ impl Options {
     /// The name of this node.
     #[must_use]
     pub fn node_name(&self) -> String {
-        self.node.clone().or_else(|| nix::unistd::gethostname().ok()?.into_string().ok()).unwrap_or_else(|| "node".into())
+        self.node
+            .clone()
+            .or_else(|| nix::unistd::gethostname().ok()?.into_string().ok())
+            .unwrap_or_else(|| "node".into())
     }
 
     /// The store's file.

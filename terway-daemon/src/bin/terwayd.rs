@@ -38,7 +38,13 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            error!(code = error.code.id, cause = error.code.cause, detail = error.detail, remedy = error.code.remedy, "terwayd ends");
+            error!(
+                code = error.code.id,
+                cause = error.code.cause,
+                detail = error.detail,
+                remedy = error.code.remedy,
+                "terwayd ends"
+            );
             ExitCode::FAILURE
         }
     }

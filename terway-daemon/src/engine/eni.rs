@@ -19,13 +19,13 @@ const NIC_WITHIN: Duration = Duration::from_secs(20);
 impl Engine {
     /// Waits for the NIC with this MAC and sets it up. Idempotent.
     pub(super) async fn configure_nic(&self, mac: Mac) -> Result<(u32, Subnet), Error> {
-        let nic = self
-            .links
-            .wait_for_mac(mac, Instant::now() + NIC_WITHIN)
-            .await
-            .ok_or_else(|| Error::new(errors::NIC_MISSING, format!("MAC {mac}, waited {}s", NIC_WITHIN.as_secs())))?;
+        let nic =
+            self.links.wait_for_mac(mac, Instant::now() + NIC_WITHIN).await.ok_or_else(|| {
+                Error::new(errors::NIC_MISSING, format!("MAC {mac}, waited {}s", NIC_WITHIN.as_secs()))
+            })?;
         // Asked after the NIC is there: the metadata service knows an ENI no earlier.
-        let subnet = self.cloud.subnet(mac).await.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string()))?;
+        let subnet =
+            self.cloud.subnet(mac).await.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string()))?;
         self.host.ensure_eni(&self.eni_plan(&nic, &subnet)).await.map_err(net_error)?;
         let (ifindex, name) = (nic.ifindex, nic.name.clone());
         self.with_datapath(move |datapath| datapath.attach_eni(ifindex, &name)).await?;

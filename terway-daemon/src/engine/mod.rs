@@ -27,7 +27,7 @@ use crate::net::{Host, Watch};
 use crate::store::Store;
 
 pub use pod::PodOptions;
-pub use start::{Facts, Parts};
+pub use start::{Facts, Parts, netns_is_gone};
 
 /// An ADD as the service hands it over.
 #[derive(Clone, Debug)]

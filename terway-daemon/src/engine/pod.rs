@@ -5,10 +5,9 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use terway_core::errors::{self, Error};
-use terway_core::ident::{AttachmentKey, Mac, PodRef};
+use terway_core::ident::{AttachmentKey, Family, Mac, PodRef};
 use terway_core::ipam::Grant;
 use terway_core::route::{PodInputs, PodPlan, gateway, host_ifname};
-use terway_core::{ident::Family, route};
 use terway_proto::v1;
 
 use super::Engine;
@@ -143,7 +142,13 @@ impl Engine {
     }
 
     /// The network of a pod as the CNI result needs it.
-    pub(super) fn network(&self, key: &AttachmentKey, pod: &PodRef, grant: &Grant, options: &PodOptions) -> v1::Network {
+    pub(super) fn network(
+        &self,
+        key: &AttachmentKey,
+        pod: &PodRef,
+        grant: &Grant,
+        options: &PodOptions,
+    ) -> v1::Network {
         let plan = self.plan(key, pod, grant, options);
         let addresses = grant.addresses.iter().map(|address| {
             let gateway = gateway(Family::of(address)).to_string();
@@ -152,7 +157,7 @@ impl Engine {
         let routes = grant.addresses.iter().map(|address| {
             let family = Family::of(address);
             let dst = if family == Family::V4 { "0.0.0.0/0" } else { "::/0" };
-            v1::Route { dst: dst.to_owned(), gw: route::gateway(family).to_string() }
+            v1::Route { dst: dst.to_owned(), gw: gateway(family).to_string() }
         });
         v1::Network {
             host_ifname: plan.inputs.host_ifname.clone(),

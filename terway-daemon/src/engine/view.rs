@@ -18,7 +18,12 @@ impl Engine {
     ///
     /// # Errors
     /// [`errors::UNKNOWN_ATTACHMENT`], or [`errors::CHECK_FAILED`] with every difference.
-    pub async fn check(self: &Arc<Self>, key: AttachmentKey, netns: String, addresses: Vec<String>) -> Result<(), Error> {
+    pub async fn check(
+        self: &Arc<Self>,
+        key: AttachmentKey,
+        netns: String,
+        addresses: Vec<String>,
+    ) -> Result<(), Error> {
         let attachment = self.core().pool.get(&key);
         let Some(attachment) = attachment.filter(|a| a.phase != Phase::Releasing) else {
             return Err(Error::new(errors::UNKNOWN_ATTACHMENT, key.to_string()));

@@ -32,22 +32,17 @@ pub(super) fn instance_types(vpc: &Vpc, parameters: &Parameters) -> Result<Value
 }
 
 pub(super) fn vswitches(vpc: &Vpc, parameters: &Parameters) -> Result<Value, Refusal> {
-    let ids: Vec<&str> = parameters.get("VSwitchId").map(|ids| ids.split(',').collect()).unwrap_or_default();
-    if ids.len() > 20 {
-        return Err(Refusal::invalid("VSwitchId", "at most 20 ids"));
-    }
     let size = parameters.number("PageSize")?.unwrap_or(10);
     let number = parameters.number("PageNumber")?.unwrap_or(1);
     if !(1..=50).contains(&size) || number == 0 {
         return Err(Refusal::invalid("PageSize", "1 to 50"));
     }
-    let zone = parameters.get("ZoneId");
+    let is = |name: &str, value: &str| parameters.get(name).is_none_or(|wanted| wanted == value);
     let all: Vec<Value> = vpc
         .config
         .vswitches
         .iter()
-        .filter(|vswitch| ids.is_empty() || ids.contains(&vswitch.id.as_str()))
-        .filter(|vswitch| zone.is_none_or(|zone| zone == vswitch.zone))
+        .filter(|vswitch| is("VSwitchId", &vswitch.id) && is("ZoneId", &vswitch.zone) && is("VpcId", &vpc.config.vpc))
         .map(|vswitch| {
             json!({
                 "VSwitchId": vswitch.id,

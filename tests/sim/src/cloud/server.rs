@@ -148,7 +148,7 @@ async fn ask_metadata(inner: &Arc<Inner>, from: SocketAddr, head: &request::Part
     let struck = inner.faults.lock().strike("metadata");
     for kind in struck {
         match kind {
-            FaultKind::Error { status, .. } => ordered = StatusCode::from_u16(status).ok(),
+            FaultKind::Error { status, .. } => ordered = ordered.or(StatusCode::from_u16(status).ok()),
             FaultKind::Delay { ms } => tokio::time::sleep(Duration::from_millis(ms)).await,
             FaultKind::LoseReply | FaultKind::Garble => lost = true,
         }
