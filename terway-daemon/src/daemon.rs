@@ -177,7 +177,8 @@ fn read_config(path: &Path) -> Result<Config, Error> {
 }
 
 fn open_datapath(options: &Options) -> Result<Datapath, Error> {
-    let config = bpf::Config { flow_entries: options.flow_entries, ..bpf::Config::new(&options.bpffs) };
+    let entries = options.flow_entries;
+    let config = bpf::Config { flows_v4: entries, flows_v6: entries, ..bpf::Config::new(&options.bpffs) };
     Datapath::open(&config).map_err(|error| failed(errors::BPF_FAILED, &options.bpffs.display().to_string(), &error))
 }
 

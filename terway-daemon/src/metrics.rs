@@ -14,6 +14,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use std::sync::atomic::AtomicU64;
 
+use terway_abi::{Drop, Kind};
+
 use crate::bpf::Datapath;
 
 /// A step of an ADD or DEL that has a histogram of its own.
@@ -185,15 +187,20 @@ struct DatapathCounters(Arc<Datapath>);
 impl Collector for DatapathCounters {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         // A scrape without the datapath's part is better than no scrape.
-        let Ok(drops) = self.0.drops() else { return Ok(()) };
-        for (name, help, bytes) in [
-            ("terway_drop_packets", "Packets dropped by the datapath", false),
-            ("terway_drop_bytes", "Bytes dropped by the datapath", true),
+        let Ok(counters) = self.0.counters() else { return Ok(()) };
+        let drops: Vec<_> = Drop::ALL.iter().map(|reason| (reason.name(), counters.drop(*reason))).collect();
+        let ways: Vec<_> = Kind::ALL.iter().map(|kind| (kind.name(), counters.kind(*kind))).collect();
+        for (name, help, label, rows) in [
+            ("terway_drop", "dropped by the datapath", "reason", &drops),
+            ("terway_forward", "forwarded by the datapath", "path", &ways),
         ] {
-            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-            for drop in &drops {
-                let value = if bytes { drop.bytes } else { drop.packets };
-                ConstCounter::new(value).encode(family.encode_family(&[("reason", drop.reason.name())])?)?;
+            for (unit, what) in [("packets", "Packets"), ("bytes", "Bytes")] {
+                let (name, help) = (format!("{name}_{unit}"), format!("{what} {help}"));
+                let mut family = encoder.encode_descriptor(&name, &help, None, MetricType::Counter)?;
+                for (value, counter) in rows {
+                    let count = if unit == "packets" { counter.packets } else { counter.bytes };
+                    ConstCounter::new(count).encode(family.encode_family(&[(label, *value)])?)?;
+                }
             }
         }
         Ok(())

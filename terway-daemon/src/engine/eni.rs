@@ -27,8 +27,8 @@ impl Engine {
         let subnet =
             self.cloud.subnet(mac).await.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string()))?;
         self.host.ensure_eni(&self.eni_plan(&nic, &subnet)).await.map_err(net_error)?;
-        let (ifindex, name) = (nic.ifindex, nic.name.clone());
-        self.with_datapath(move |datapath| datapath.attach_eni(ifindex, &name)).await?;
+        let ifindex = nic.ifindex;
+        self.with_datapath(move |datapath| datapath.attach_eni(ifindex)).await?;
         info!(%mac, ifindex, name = nic.name, gateway = %subnet.gateway_v4, "ENI is ready");
         Ok((ifindex, subnet))
     }

@@ -5,13 +5,13 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use terway_core::errors::{self, Error};
-use terway_core::ident::{AttachmentKey, Family, Mac, PodRef};
+use terway_core::ident::{Addresses, AttachmentKey, Family, Mac, PodRef};
 use terway_core::ipam::Grant;
 use terway_core::route::{PodInputs, PodPlan, gateway, host_ifname};
 use terway_proto::v1;
 
 use super::Engine;
-use crate::bpf::{BpfError, Endpoint};
+use crate::bpf::{BpfError, Datapath, Endpoint};
 use crate::metrics::{Phase, Verb};
 use crate::net::NetError;
 
@@ -59,8 +59,7 @@ impl Engine {
             host_ifindex,
             host_mac: plan.inputs.host_mac,
             pod_mac: plan.inputs.pod_mac,
-            v4: grant.addresses.v4,
-            v6: grant.addresses.v6,
+            addresses: grant.addresses,
             eni_ifindex: grant.nic.ifindex,
             gateway_v4: grant.addresses.v4.map(|_| subnet.gateway_v4),
             gateway_v6: grant.addresses.v6.and(subnet.gateway_v6),
@@ -115,7 +114,7 @@ impl Engine {
         let plan = self.plan(key, pod, grant, &PodOptions::default());
         let addresses = grant.addresses;
         let start = Instant::now();
-        self.with_datapath(move |datapath| datapath.remove_addresses(addresses.v4, addresses.v6)).await?;
+        self.with_datapath(move |datapath| forget(datapath, addresses)).await?;
         let removed = Instant::now();
         self.metrics.phase(Verb::Del, Phase::Datapath, removed - start);
 
@@ -132,7 +131,7 @@ impl Engine {
     /// Runs BPF system calls off the runtime: attaching waits for RTNL, which others may hold for tens of milliseconds.
     pub(super) async fn with_datapath<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&crate::bpf::Datapath) -> Result<T, BpfError> + Send + 'static,
+        work: impl FnOnce(&Datapath) -> Result<T, BpfError> + Send + 'static,
     ) -> Result<T, Error> {
         let datapath = Arc::clone(&self.datapath);
         match tokio::task::spawn_blocking(move || work(&datapath)).await {
@@ -169,6 +168,14 @@ impl Engine {
             eni: grant.eni.to_string(),
         }
     }
+}
+
+/// Removes the endpoint that has these addresses, if there is one: found by address, since after a restart nobody remembers an index.
+pub(super) fn forget(datapath: &Datapath, addresses: Addresses) -> Result<(), BpfError> {
+    for endpoint in datapath.endpoints().into_iter().filter(|endpoint| endpoint.addresses == addresses) {
+        datapath.remove_endpoint(endpoint.host_ifindex)?;
+    }
+    Ok(())
 }
 
 /// An error with its sources, as one line.

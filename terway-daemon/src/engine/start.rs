@@ -137,10 +137,9 @@ impl Engine {
         let stale = self
             .with_datapath(move |datapath| {
                 let mut stale = 0;
-                for endpoint in datapath.endpoints()? {
-                    let theirs = [endpoint.v4.map(IpAddr::V4), endpoint.v6.map(IpAddr::V6)];
-                    if !theirs.into_iter().flatten().any(|address| addresses.contains(&address)) {
-                        datapath.remove_addresses(endpoint.v4, endpoint.v6)?;
+                for endpoint in datapath.endpoints() {
+                    if !endpoint.addresses.iter().any(|address| addresses.contains(&address)) {
+                        datapath.remove_endpoint(endpoint.host_ifindex)?;
                         stale += 1;
                     }
                 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use terway_abi::Drop;
 use terway_core::errors::{self, Error};
 use terway_core::ident::AttachmentKey;
 use terway_core::ipam::Phase;
@@ -43,17 +44,8 @@ impl Engine {
         wrong.extend(differences.into_iter().map(|difference| difference.sentence));
 
         let own = attachment.grant.addresses;
-        let plugged = self
-            .with_datapath(move |datapath| {
-                let endpoint = datapath.endpoints()?.into_iter().find(|e| e.v4 == own.v4 && e.v6 == own.v6);
-                let Some(endpoint) = endpoint else { return Ok(None) };
-                Ok(Some(datapath.pod_is_attached(endpoint.host_ifindex)?))
-            })
-            .await?;
-        match plugged {
-            None => wrong.push("the datapath does not know the pod".to_owned()),
-            Some(false) => wrong.push("the datapath's programs are not attached to the pod's interface".to_owned()),
-            Some(true) => {}
+        if !self.datapath.endpoints().iter().any(|endpoint| endpoint.addresses == own) {
+            wrong.push("the datapath does not know the pod".to_owned());
         }
         if wrong.is_empty() { Ok(()) } else { Err(Error::new(errors::CHECK_FAILED, wrong.join("; "))) }
     }
@@ -108,13 +100,14 @@ impl Engine {
     }
 
     fn datapath_view(&self) -> v1::Datapath {
-        let drops = self.datapath.drops().unwrap_or_default();
+        let counters = self.datapath.counters().unwrap_or_default();
+        let drops = Drop::ALL.iter().map(|reason| (reason.name().to_owned(), counters.drop(*reason).packets));
         v1::Datapath {
             pod_hook: "clsact".to_owned(),
-            eni_hook: self.datapath.features().eni_hook().to_owned(),
+            eni_hook: if self.datapath.features().tcx { "tcx" } else { "clsact" }.to_owned(),
             abi_version: terway_abi::ABI_VERSION,
-            endpoints: self.datapath.endpoints().map_or(0, |all| all.len() as u64),
-            drops: drops.into_iter().map(|d| (d.reason.name().to_owned(), d.packets)).collect(),
+            endpoints: self.datapath.endpoints().len() as u64,
+            drops: drops.collect(),
         }
     }
 

@@ -119,12 +119,15 @@ pub fn machine(ours: &str) -> Result<Snapshot> {
         mine(at).then(|| format!("{at} {kind} {options}"))
     });
     snapshot.put("mount", mounts);
-    for folder in ["/run/netns", "/tmp", "/var/lib/cni/results", "/run/containerd/runc/k8s.io", "/run/containerd/s"] {
-        let shared = matches!(folder, "/run/netns" | "/tmp");
-        snapshot.put(
-            "file",
-            names(folder).filter(|name| !shared || name.contains(ours)).map(|name| format!("{folder}/{name}")),
-        );
+    for folder in ["/run/netns", "/tmp"] {
+        snapshot.put("file", names(folder).filter(|name| name.contains(ours)).map(|name| format!("{folder}/{name}")));
+    }
+    // Named by random ids; whose they are is told by the paths they hold.
+    for (folder, inner) in [("/var/lib/cni/results", ""), ("/run/containerd/runc/k8s.io", "/state.json")] {
+        let ours = names(folder)
+            .map(|name| format!("{folder}/{name}{inner}"))
+            .filter(|path| fs::read(path).is_ok_and(|content| String::from_utf8_lossy(&content).contains(ours)));
+        snapshot.put("file", ours);
     }
     for hierarchy in names("/sys/fs/cgroup").chain([String::new()]) {
         let folder = format!("/sys/fs/cgroup/{hierarchy}");

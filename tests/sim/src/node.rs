@@ -236,6 +236,9 @@ impl Node {
             if matches!(answer, Ok(true)) {
                 return Ok(());
             }
+            if self.options.interrupted.load(Ordering::Acquire) {
+                bail!("interrupted");
+            }
             if std::time::Instant::now() > deadline {
                 let why = answer.err().map(|error| format!(": {error:#}")).unwrap_or_default();
                 bail!("{}: not within {limit:?}: {what}{why}", self.name);

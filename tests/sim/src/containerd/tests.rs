@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::cri::PodSpec;
+use crate::image;
 
 /// Two pods on `ptp` reach each other, and nothing is left afterwards.
 fn two_pods(bin_dir: &Path, tag: &str) {
