@@ -97,7 +97,7 @@ pub fn measure(paths: &[Path], routed: &Routed) -> Result<Vec<Figure>> {
         let mut ours = vec![Vec::new(); paths.len()];
         let (mut raw, mut loopback) = (Vec::new(), Vec::new());
         for round in 0..=ROUNDS {
-            let mut sample = |into: &mut Vec<f64>, ends: &Ends| -> Result<()> {
+            let sample = |into: &mut Vec<f64>, ends: &Ends| -> Result<()> {
                 let figure = run(kind, ends, CPU, ROUND)?;
                 // The first round fills neighbour tables, flow tables and caches.
                 if round > 0 {

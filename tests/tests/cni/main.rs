@@ -60,11 +60,11 @@ impl Plugin for Terway {
     }
 
     fn netns(&self) -> Netns {
-        Netns { path: self.pod.path(), guard: Box::new(()) }
+        Netns { path: self.pod.path().to_owned(), guard: Box::new(()) }
     }
 
     fn own_netns(&self) -> PathBuf {
-        self.node.path()
+        self.node.path().to_owned()
     }
 
     fn daemon(&self) -> Option<&dyn Daemon> {
@@ -139,11 +139,11 @@ impl Plugin for Reference {
 
     fn netns(&self) -> Netns {
         let namespace = namespace();
-        Netns { path: namespace.path(), guard: Box::new(namespace) }
+        Netns { path: namespace.path().to_owned(), guard: Box::new(namespace) }
     }
 
     fn own_netns(&self) -> PathBuf {
-        self.node.path()
+        self.node.path().to_owned()
     }
 
     fn deviations(&self) -> Vec<Deviation> {
