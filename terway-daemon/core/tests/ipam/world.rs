@@ -52,6 +52,7 @@ pub(crate) struct Wired {
 }
 
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a test can afford it")]
 pub(crate) enum Task {
     Run(Effect),
     /// The second half of a Disconnect.
@@ -101,7 +102,7 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub(crate) fn new(config: PoolConfig, vswitches: &[u8]) -> Self {
+    pub(crate) fn new(config: PoolConfig, vswitches: &[u16]) -> Self {
         let cloud = Cloud::new(&config, vswitches);
         let mut world = Self {
             pool: Pool::new(config.clone()),
