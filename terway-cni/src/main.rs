@@ -9,7 +9,7 @@ mod netns;
 mod spool;
 mod verbs;
 
-use std::io::{Read as _, Write as _};
+use std::io::{IsTerminal as _, Read as _, Write as _};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -39,29 +39,40 @@ fn main() -> ExitCode {
             about();
             ExitCode::SUCCESS
         }
-        Ok(Some(request)) => finish(answer(&request, started)),
-        Err(error) => finish(failed(error.into(), None)),
+        Ok(Some(request)) => finish(match read_stdin() {
+            Ok(stdin) => answer(&request, &stdin, started),
+            Err(error) => failed(error.into(), None),
+        }),
+        Err(error) => {
+            // The error should be of the configuration's version; a human at a terminal has none to type.
+            let stdin = if std::io::stdin().is_terminal() { Vec::new() } else { read_stdin().unwrap_or_default() };
+            finish(failed(error.into(), NetConf::version_of(&stdin)))
+        }
+    }
+}
+
+fn read_stdin() -> Result<Vec<u8>, Error> {
+    let mut stdin = Vec::new();
+    match std::io::stdin().lock().take(STDIN_MAX + 1).read_to_end(&mut stdin) {
+        Err(error) => Err(Error::new(CNI_IO, format!("{error}."))),
+        Ok(_) if stdin.len() as u64 > STDIN_MAX => {
+            Err(Error::new(CNI_DECODE, format!("stdin is longer than {STDIN_MAX} bytes.")))
+        }
+        Ok(_) => Ok(stdin),
     }
 }
 
 /// The whole of a call, up to printing.
-fn answer(request: &Request, started: Instant) -> Answer {
-    let mut stdin = Vec::new();
-    if let Err(error) = std::io::stdin().lock().take(STDIN_MAX + 1).read_to_end(&mut stdin) {
-        return failed(Error::new(CNI_IO, format!("{error}.")).into(), None);
-    }
-    if stdin.len() as u64 > STDIN_MAX {
-        return failed(Error::new(CNI_DECODE, format!("stdin is longer than {STDIN_MAX} bytes.")).into(), None);
-    }
+fn answer(request: &Request, stdin: &[u8], started: Instant) -> Answer {
     if matches!(request, Request::Version) {
-        return match NetConf::version_asked(&stdin) {
+        return match NetConf::version_asked(stdin) {
             Ok(asked) => Answer { document: Some(version::supported(asked.as_deref())), failed: false },
             Err(error) => failed(error.into(), None),
         };
     }
-    let conf = match NetConf::decode(&stdin) {
+    let conf = match NetConf::decode(stdin) {
         Ok(conf) => conf,
-        Err(error) => return failed(error.into(), None),
+        Err(error) => return failed(error.into(), NetConf::version_of(stdin)),
     };
     match conf.version.require(request.verb()).map_err(Failure::from).and_then(|()| verbs::run(request, &conf, started))
     {

@@ -1,5 +1,9 @@
-//! What the suites share: packets, sandboxes, measurements.
+//! What the suites and benchmarks share: packets, sandboxes, the CNI verb matrix, load, figures.
 
+pub mod bench;
+pub mod cni_matrix;
+pub mod figures;
+pub mod load;
 pub mod packet;
 pub mod prog_bench;
 pub mod sandbox;

@@ -3,16 +3,21 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 use terway_core::ident::Mac;
 use terway_core::route::{Link, RULE_FROM_POD, RULE_TO_POD, Rule, Scope, Selector, TABLE_BASE, TABLE_MAIN};
 
 use super::encode::PROTOCOL;
+use super::socket::{attributes, text};
+
+/// Length of `struct nlmsghdr`.
+const NLMSGHDR: usize = 16;
+/// Length of `struct ifinfomsg`.
+const IFINFOMSG: usize = 16;
 
 /// A link with its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,45 +27,55 @@ pub(super) struct NamedLink {
     pub(super) loopback: bool,
 }
 
-pub(super) fn link(message: &LinkMessage) -> NamedLink {
+/// Reads `RTM_NEWLINK`. By hand, because a link comes with a kilobyte of things that do not matter here, and because a single attribute of a
+/// newer kernel must never make a link invisible.
+pub(super) fn link(message: &[u8]) -> Option<NamedLink> {
+    if u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?) != libc::RTM_NEWLINK {
+        return None;
+    }
+    // struct ifinfomsg: family, pad, type (2 bytes), index (4), flags (4), change (4).
+    let info = message.get(NLMSGHDR..NLMSGHDR + IFINFOMSG)?;
+    let number = |bytes: &[u8]| <[u8; 4]>::try_from(bytes).ok().map(u32::from_ne_bytes);
+    let flags = number(&info[8..12])?;
     let mut name = String::new();
     let mut link = Link {
-        index: message.header.index,
+        index: number(&info[4..8])?,
         mac: None,
         mtu: 0,
-        up: message.header.flags.contains(LinkFlags::Up),
+        up: flags & libc::IFF_UP as u32 != 0,
         group: 0,
         alias: None,
         kind: None,
         peer: None,
     };
-    for attribute in &message.attributes {
-        match attribute {
-            LinkAttribute::IfName(text) => name.clone_from(text),
-            LinkAttribute::Address(bytes) => link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac),
-            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
-            LinkAttribute::Group(group) => link.group = *group,
-            LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
-            LinkAttribute::Link(peer) => link.peer = Some(*peer),
-            LinkAttribute::LinkInfo(infos) => {
-                link.kind = infos.iter().find_map(|info| match info {
-                    LinkInfo::Kind(InfoKind::Other(kind)) => Some(kind.clone()),
-                    LinkInfo::Kind(kind) => Some(kind.to_string()),
-                    _ => None,
-                });
+    for (kind, value) in attributes(message.get(NLMSGHDR + IFINFOMSG..)?) {
+        match kind {
+            libc::IFLA_IFNAME => name = text(value),
+            libc::IFLA_ADDRESS => link.mac = <[u8; 6]>::try_from(value).ok().map(Mac),
+            libc::IFLA_MTU => link.mtu = number(value)?,
+            libc::IFLA_GROUP => link.group = number(value)?,
+            libc::IFLA_IFALIAS => link.alias = Some(text(value)),
+            libc::IFLA_LINK => link.peer = number(value),
+            libc::IFLA_LINKINFO => {
+                link.kind =
+                    attributes(value).find(|(kind, _)| *kind == libc::IFLA_INFO_KIND).map(|(_, kind)| text(kind));
             }
             _ => {}
         }
     }
-    NamedLink { name, link, loopback: message.header.flags.contains(LinkFlags::Loopback) }
+    Some(NamedLink { name, link, loopback: flags & libc::IFF_LOOPBACK as u32 != 0 })
+}
+
+/// The index in an `RTM_DELLINK`.
+pub(super) fn deleted_link(message: &[u8]) -> Option<u32> {
+    let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
+    let index = message.get(NLMSGHDR + 4..NLMSGHDR + 8)?;
+    (kind == libc::RTM_DELLINK).then_some(u32::from_ne_bytes(index.try_into().ok()?))
 }
 
 /// The link that an answer speaks of.
-pub(super) fn link_of(answer: Option<Message>) -> Option<NamedLink> {
-    match answer {
-        Some(Message::NewLink(message)) => Some(link(&message)),
-        _ => None,
-    }
+pub(super) fn link_of(answer: Option<Vec<u8>>) -> Option<NamedLink> {
+    link(&answer?)
 }
 
 /// An address with the index of its interface. The local end, where the two ends of a point-to-point link differ.

@@ -17,7 +17,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 use terway_core::ident::{Family, Mac};
-use terway_core::route::{LINK_GROUP, Neighbour, Route, Rule, Scope, Selector, VethEnd};
+use terway_core::route::{LINK_GROUP, LINK_GROUP_DOOMED, Neighbour, Route, Rule, Scope, Selector, VethEnd};
 
 use super::socket::Request;
 
@@ -80,6 +80,18 @@ pub(super) fn add_veth(host: &VethEnd, pod: &VethEnd, mtu: u32, pod_ns: RawFd) -
 pub(super) fn delete_link(index: u32) -> Request {
     let mut link = LinkMessage::default();
     link.header.index = index;
+    (Message::DelLink(link), 0)
+}
+
+/// Marks a link for [`delete_doomed`].
+pub(super) fn doom(index: u32) -> Request {
+    change_link(index, LinkAttribute::Group(LINK_GROUP_DOOMED))
+}
+
+/// Deletes all marked links at once.
+pub(super) fn delete_doomed() -> Request {
+    let mut link = LinkMessage::default();
+    link.attributes = vec![LinkAttribute::Group(LINK_GROUP_DOOMED)];
     (Message::DelLink(link), 0)
 }
 

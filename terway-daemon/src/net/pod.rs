@@ -121,7 +121,7 @@ pub(super) fn enable(host: &mut Netlink, plan: &PodPlan, links: Links) -> Result
     let pod_end = vec![(plan.inputs.pod_ifname.clone(), links.pod_ifindex)];
     apply::run(&plan.enable, &mut Sides::host(host, host_end).and_pod(&mut pod, pod_end))?;
     // The host end got its carrier when the pod's came up; its queue is attached by a kernel worker, a moment later, and drops packets till
-    // then. Asking for the link makes the kernel (6.8: net/core/rtnetlink.c, rtnl_getlink, netdev_link_sync) do it first.
+    // then. Asking for the link makes the kernel (6.8: net/core/rtnetlink.c, rtnl_getlink calls linkwatch_sync_dev) do it first.
     let (message, flags) = encode::get_link_at(links.host_ifindex);
     match host.request(message, flags)? {
         Ok(_) => Ok(()),
@@ -145,12 +145,30 @@ pub(super) fn detach(host: &mut Netlink, plan: &PodPlan) -> Result<(), NetError>
     }
 }
 
-/// The second part of `PodPlan::teardown`.
-pub(super) fn delete(host: &mut Netlink, plan: &PodPlan) -> Result<(), NetError> {
-    let name = &plan.inputs.host_ifname;
-    let (message, flags) = encode::get_link(name);
-    match present(host.request(message, flags)?, name)? {
-        Some(found) if is_of(&found.link, plan) => remove(host, found.link.index, name),
+/// The second part of `PodPlan::teardown`, for any number of pods.
+///
+/// Deleting an interface holds RTNL for a grace period, in which no pod can be set up. The kernel deletes a whole group within one.
+pub(super) fn delete(host: &mut Netlink, plans: &[PodPlan]) -> Result<(), NetError> {
+    let names = || plans.iter().map(|plan| plan.inputs.host_ifname.as_str());
+    let answers = host.batch(names().map(encode::get_link).collect())?;
+    let mut doomed = Vec::new();
+    for ((plan, name), answer) in plans.iter().zip(names()).zip(answers) {
+        if let Some(found) = present(answer, name)?.filter(|found| is_of(&found.link, plan)) {
+            doomed.push((found.link.index, name));
+        }
+    }
+    match doomed.as_slice() {
+        [] => return Ok(()),
+        [(index, name)] => return remove(host, *index, name),
+        _ => {}
+    }
+    let requests = doomed.iter().map(|(index, _)| encode::doom(*index)).chain([encode::delete_doomed()]).collect();
+    match host.batch(requests)?.pop() {
+        // ENODEV: all went by themselves meanwhile.
+        Some(Err(refusal)) if refusal.errno != libc::ENODEV => {
+            let names: Vec<_> = doomed.iter().map(|(_, name)| *name).collect();
+            Err(refusal.during(format!("delete links {}", names.join(" "))))
+        }
         _ => Ok(()),
     }
 }

@@ -153,6 +153,12 @@ impl NetConf {
         }
     }
 
+    /// The version of a configuration that is wrong otherwise, for the error about it.
+    #[must_use]
+    pub fn version_of(stdin: &[u8]) -> Option<Version> {
+        Version::parse(&Self::version_asked(stdin).ok()??).ok()
+    }
+
     /// What ADD and CHECK need besides.
     ///
     /// # Errors
@@ -391,6 +397,8 @@ mod tests {
         assert_eq!(NetConf::version_asked(b"{}"), Ok(None));
         assert_eq!(NetConf::version_asked(br#"{"cniVersion":"7.0"}"#), Ok(Some("7.0".into())));
         assert_eq!(NetConf::version_asked(b"{").unwrap_err().code.cni, 6);
+        assert_eq!(NetConf::version_of(br#"{"cniVersion":"0.4.0","name":7}"#), Some(Version::V0_4_0));
+        assert_eq!(NetConf::version_of(b"{"), None);
     }
 
     #[test]
