@@ -1,3 +1,17 @@
-//! The parts of `terwayd` and `terway-cli`.
+//! The daemon's rooms. Each acts on one thing outside; what to do is decided in `terway-core`.
 
+pub mod atomic_file;
+pub mod bpf;
+pub mod cli;
 pub mod cloud;
+pub mod daemon;
+pub mod engine;
+pub mod http;
+pub mod identity;
+pub mod metrics;
+pub mod net;
+pub mod options;
+pub mod queue;
+pub mod server;
+pub mod socket;
+pub mod store;

@@ -3,13 +3,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use std::sync::atomic::AtomicU64;
+
+use terway_abi::{Drop, Kind};
+
+use crate::bpf::Datapath;
 
 /// A step of an ADD or DEL that has a histogram of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -100,7 +107,12 @@ impl Metrics {
             Unit::Seconds,
             metrics.phases.clone(),
         );
-        registry.register_with_unit("terway_rpc_latency", "Time of each gRPC call", Unit::Seconds, metrics.rpcs.clone());
+        registry.register_with_unit(
+            "terway_rpc_latency",
+            "Time of each gRPC call",
+            Unit::Seconds,
+            metrics.rpcs.clone(),
+        );
         registry.register_with_unit(
             "aliyun_openapi_latency",
             "Time of each cloud API call by its error code",
@@ -136,13 +148,13 @@ impl Metrics {
     }
 
     /// Sets how many addresses are in `state`.
-    pub fn addresses(&self, state: &'static str, count: usize) {
-        self.addresses.get_or_create(&StateLabels { state }).set(i64::try_from(count).unwrap_or(i64::MAX));
+    pub fn addresses(&self, state: &'static str, count: u32) {
+        self.addresses.get_or_create(&StateLabels { state }).set(i64::from(count));
     }
 
     /// Sets how many ENIs are in `state`.
-    pub fn enis(&self, state: &'static str, count: usize) {
-        self.enis.get_or_create(&StateLabels { state }).set(i64::try_from(count).unwrap_or(i64::MAX));
+    pub fn enis(&self, state: &'static str, count: u32) {
+        self.enis.get_or_create(&StateLabels { state }).set(i64::from(count));
     }
 
     /// Records how long the start took.
@@ -156,12 +168,43 @@ impl Metrics {
     }
 }
 
-/// The registry together with the metrics in it.
+/// A registry with the metrics in it.
 #[must_use]
-pub fn registry() -> (Arc<Registry>, Metrics) {
+pub fn new_registry() -> (Registry, Metrics) {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
-    (Arc::new(registry), metrics)
+    (registry, metrics)
+}
+
+/// Adds the datapath's counters; they are read from the kernel at each scrape.
+pub fn register_datapath(registry: &mut Registry, datapath: &Arc<Datapath>) {
+    registry.register_collector(Box::new(DatapathCounters(Arc::clone(datapath))));
+}
+
+#[derive(Debug)]
+struct DatapathCounters(Arc<Datapath>);
+
+impl Collector for DatapathCounters {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        // A scrape without the datapath's part is better than no scrape.
+        let Ok(counters) = self.0.counters() else { return Ok(()) };
+        let drops: Vec<_> = Drop::ALL.iter().map(|reason| (reason.name(), counters.drop(*reason))).collect();
+        let ways: Vec<_> = Kind::ALL.iter().map(|kind| (kind.name(), counters.kind(*kind))).collect();
+        for (name, help, label, rows) in [
+            ("terway_drop", "dropped by the datapath", "reason", &drops),
+            ("terway_forward", "forwarded by the datapath", "path", &ways),
+        ] {
+            for (unit, what) in [("packets", "Packets"), ("bytes", "Bytes")] {
+                let (name, help) = (format!("{name}_{unit}"), format!("{what} {help}"));
+                let mut family = encoder.encode_descriptor(&name, &help, None, MetricType::Counter)?;
+                for (value, counter) in rows {
+                    let count = if unit == "packets" { counter.packets } else { counter.bytes };
+                    ConstCounter::new(count).encode(family.encode_family(&[(label, *value)])?)?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -170,7 +213,7 @@ mod tests {
 
     #[test]
     fn names_and_labels_are_as_documented() {
-        let (registry, metrics) = registry();
+        let (registry, metrics) = new_registry();
         metrics.phase(Verb::Add, Phase::Links, Duration::from_millis(1));
         metrics.rpc("AddPod", "", Duration::from_millis(2));
         metrics.cloud_call("AssignPrivateIpAddresses", "Throttling", Duration::from_millis(300));

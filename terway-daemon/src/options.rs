@@ -60,13 +60,22 @@ impl Options {
     /// The name of this node.
     #[must_use]
     pub fn node_name(&self) -> String {
-        self.node.clone().or_else(|| nix::unistd::gethostname().ok()?.into_string().ok()).unwrap_or_else(|| "node".into())
+        self.node
+            .clone()
+            .or_else(|| nix::unistd::gethostname().ok()?.into_string().ok())
+            .unwrap_or_else(|| "node".into())
     }
 
     /// The store's file.
     #[must_use]
     pub fn store_path(&self) -> PathBuf {
         self.state_dir.join("terway.redb")
+    }
+
+    /// The kept identity of the node.
+    #[must_use]
+    pub fn node_path(&self) -> PathBuf {
+        self.state_dir.join("node.json")
     }
 
     /// Where the plugin leaves DELs that found no daemon.

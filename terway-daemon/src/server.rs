@@ -78,7 +78,10 @@ fn key(attachment: Option<v1::Attachment>) -> Result<AttachmentKey, Error> {
             && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
     };
     let ifname_like = |s: &str| {
-        (1..=15).contains(&s.len()) && s != "." && s != ".." && s.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':')
+        (1..=15).contains(&s.len())
+            && s != "."
+            && s != ".."
+            && s.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':')
     };
     if !id_like(&key.network) {
         return Err(Error::new(errors::CNI_CONFIG, format!("network name {:?} is not valid", key.network)));

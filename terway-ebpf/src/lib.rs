@@ -1,1 +1,21 @@
-//! Placeholder.
+//! The datapath as a library: how packets are parsed, what is decided about them, and what a flow remembers. Everything here runs
+//! under the host's `cargo test`; what touches the kernel (`kernel`) exists only in the BPF build, and `bin/terway.rs` holds the
+//! programs, which are shells around this.
+//!
+//! The way of a packet: [`parse`] → flow table → (first packet only: [`decide`] → [`flow`] entries of both directions) → verdict.
+
+#![cfg_attr(not(test), no_std)]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+#![warn(clippy::indexing_slicing)] // an index is a panic, and a panic is a program the verifier refuses
+
+pub mod csum;
+pub mod decide;
+pub mod family;
+pub mod flow;
+pub mod frame;
+pub mod icmp;
+pub mod neighbour;
+pub mod parse;
+
+#[cfg(target_arch = "bpf")]
+pub mod kernel;

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
+use crate::codegen;
 use crate::process;
 use crate::setup::{self, Part};
 use crate::suites::{self, Rung, Tally};
@@ -29,6 +30,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     }
     steps.step("fmt", || process::check(workspace.cargo("fmt").args(["--all", "--check"])))?;
     steps.step("tidy", || if tidy::run(workspace, false)? { Ok(()) } else { bail!("see above") })?;
+    steps.step("codegen", || codegen::run(true))?;
     steps.step("deny", || deny(workspace))?;
     steps.step("clippy", || {
         let mut command = workspace.cargo("clippy");

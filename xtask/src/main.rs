@@ -4,6 +4,8 @@
 
 mod binaries;
 mod ci;
+mod codegen;
+mod image;
 mod process;
 mod setup;
 mod suites;
@@ -11,6 +13,7 @@ mod tidy;
 mod vm;
 mod workspace;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -47,6 +50,12 @@ enum Verb {
         #[arg(long)]
         bless_abi: bool,
     },
+    /// Write the files that are generated and committed.
+    Codegen {
+        /// Only say whether they are up to date.
+        #[arg(long)]
+        check: bool,
+    },
     /// Run the demonstration: a simulated cloud, two nodes, real pods.
     Demo {
         /// Print machine-readable events.
@@ -63,6 +72,15 @@ enum Verb {
         /// Print machine-readable results.
         #[arg(long)]
         json: bool,
+    },
+    /// Make the container image of the DaemonSet as an OCI archive.
+    Image {
+        /// Where to write it; by default into cargo's build folder.
+        #[arg(long)]
+        output: Option<PathBuf>,
+        /// The image's name and tag.
+        #[arg(long, default_value = concat!("localhost/terway:", env!("CARGO_PKG_VERSION")))]
+        name: String,
     },
     /// Everything that a submission must pass.
     Ci,
@@ -91,8 +109,16 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Test { rungs } => Ok(verdict(suites::run(&workspace, &rungs)?)),
         Verb::Tidy { bless_abi } => Ok(verdict(tidy::run(&workspace, bless_abi)?)),
+        Verb::Codegen { check } => {
+            codegen::run(check)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Demo { json, keep } => binaries::demo(&workspace, json, keep),
         Verb::Bench { name, json } => binaries::bench(&workspace, name.as_deref(), json),
+        Verb::Image { output, name } => {
+            image::run(&workspace, output, &name)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Ci => Ok(verdict(ci::run(&workspace)?)),
         Verb::Vm(args) => vm::run(&workspace, args),
     }

@@ -59,6 +59,10 @@ catalogue! {
     CNI_IO = "TW0007", "cni-io", 5,
         "The network configuration cannot be read from stdin.",
         "Check the container runtime's log; the runtime tries again by itself.";
+    /// The pod has an interface of the requested name that is not ours (CNI spec 1.1.0, "ADD": the plugin must refuse).
+    IFNAME_TAKEN = "TW0008", "ifname-taken", 4,
+        "The pod already has an interface of the name in CNI_IFNAME, and another plugin made it.",
+        "Remove the other plugin from the conflist, or give one of the two another interface name.";
     /// The daemon's socket does not answer.
     DAEMON_UNREACHABLE = "TW0101", "daemon-unreachable", 11,
         "The terway daemon of this node does not answer on its socket.",

@@ -134,7 +134,11 @@ mod tests {
     #[test]
     fn a_status_names_problem_and_remedy() {
         let status = v1::StatusResponse {
-            problems: vec![v1::ErrorDetail { code: "TW0202".into(), remedy: "Add a vSwitch.".into(), ..Default::default() }],
+            problems: vec![v1::ErrorDetail {
+                code: "TW0202".into(),
+                remedy: "Add a vSwitch.".into(),
+                ..Default::default()
+            }],
             ..Default::default()
         };
         let text = status_text(&status);

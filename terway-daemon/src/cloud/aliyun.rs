@@ -18,14 +18,12 @@ use super::metadata::Metadata;
 use super::rpc::{Parameters, Rpc, Service, failure};
 use super::wire::{
     AssignIpv6Addresses, AssignPrivateIpAddresses, DescribeInstanceTypes, DescribeNetworkInterfaces, DescribeVSwitches,
-    Done, Unfit, WireEni,
+    Done, Unfit, WireEni, WireVSwitch,
 };
 use super::{Cloud, CreateEni, EniFilter, MAX_ADDRESSES_PER_CALL, MAX_V4_AT_CREATION, Result};
 
 /// Entries a page (`DescribeNetworkInterfaces`, `MaxResults`: at most 500).
 const ENIS_PER_PAGE: u32 = 500;
-/// `DescribeVSwitches` takes a comma-separated list of 20 ids, and 50 entries a page.
-const VSWITCHES_PER_CALL: usize = 20;
 /// How long a created ENI may be unknown to `DescribeNetworkInterfaces`.
 const VISIBLE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -142,16 +140,20 @@ impl Cloud for Aliyun {
 
     async fn vswitches(&self, ids: &[VSwitchId]) -> Result<Vec<VSwitch>> {
         let action = "DescribeVSwitches";
-        let mut found = Vec::new();
-        for ids in ids.chunks(VSWITCHES_PER_CALL) {
-            let list = ids.iter().map(VSwitchId::as_str).collect::<Vec<_>>().join(",");
-            let parameters = vec![pair("VSwitchId", list), pair("PageSize", "50")];
+        // The action takes one id; without one it would page through the whole account.
+        let calls = ids.iter().map(|id| async move {
+            let parameters = vec![pair("VSwitchId", id.as_str())];
             let reply: DescribeVSwitches = self.rpc.call(Service::Vpc, action, parameters).await?;
-            for vswitch in reply.v_switches.v_switch {
-                found.push(vswitch.checked().map_err(|what| malformed(action, &what))?);
-            }
-        }
-        Ok(ids.iter().filter_map(|id| found.iter().find(|vswitch| vswitch.id == *id)).cloned().collect())
+            reply
+                .v_switches
+                .v_switch
+                .into_iter()
+                .next()
+                .map(WireVSwitch::checked)
+                .transpose()
+                .map_err(|what| malformed(action, &format!("{id}: {what}")))
+        });
+        Ok(futures_util::future::try_join_all(calls).await?.into_iter().flatten().collect())
     }
 
     async fn enis(&self, filter: &EniFilter) -> Result<Vec<Eni>> {

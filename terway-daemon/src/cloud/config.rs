@@ -71,6 +71,8 @@ impl Retry {
             .with_max_delay(self.longest)
             .with_max_times(self.times)
             .with_jitter()
+            // backon's own seed is a constant without its `std` feature: all nodes would pause in step.
+            .with_jitter_seed(fastrand::u64(..))
             .build()
     }
 }

@@ -1,8 +1,9 @@
 //! The keys that sign, fetched and renewed ahead of their expiry.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
+use terway_core::cloud::CloudError;
 use tokio::sync::Mutex;
 use tracing::{info, warn};
 
@@ -29,7 +30,14 @@ pub(super) struct Credentials {
 pub(super) struct Keyring {
     source: CredentialSource,
     metadata: Arc<Metadata>,
-    held: Mutex<Option<Held>>,
+    held: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    held: Option<Held>,
+    /// The last fetch, if it failed, and when it ended.
+    failed: Option<(Instant, CloudError)>,
 }
 
 struct Held {
@@ -39,12 +47,18 @@ struct Held {
 
 impl Keyring {
     pub(super) fn new(source: CredentialSource, metadata: Arc<Metadata>) -> Self {
-        Self { source, metadata, held: Mutex::new(None) }
+        Self { source, metadata, held: Mutex::default() }
     }
 
     /// The keys to sign with now. The lock is held while fetching, so that many callers fetch once.
     pub(super) async fn current(&self) -> Result<Arc<Credentials>> {
-        let mut held = self.held.lock().await;
+        let asked = Instant::now();
+        let mut state = self.held.lock().await;
+        let State { held, failed } = &mut *state;
+        // Who waited for a fetch that failed has its answer: a queue of callers must not try one after the other.
+        if let Some((_, error)) = failed.as_ref().filter(|(ended, _)| *ended >= asked) {
+            return Err(error.clone());
+        }
         let now = SystemTime::now();
         let good = held.as_ref().filter(|held| held.credentials.expires.is_none_or(|expires| now < expires));
         if let Some(held) = good
@@ -69,7 +83,10 @@ impl Keyring {
                     old.renew_from = Some(now + RENEWAL_PAUSE);
                     Ok(Arc::clone(&old.credentials))
                 }
-                _ => Err(error),
+                _ => {
+                    *failed = Some((Instant::now(), error.clone()));
+                    Err(error)
+                }
             },
         }
     }
@@ -79,9 +96,9 @@ impl Keyring {
         if matches!(self.source, CredentialSource::AccessKey { .. }) {
             return false;
         }
-        let mut held = self.held.lock().await;
-        if held.as_ref().is_some_and(|held| Arc::ptr_eq(&held.credentials, used)) {
-            *held = None;
+        let mut state = self.held.lock().await;
+        if state.held.as_ref().is_some_and(|held| Arc::ptr_eq(&held.credentials, used)) {
+            state.held = None;
         }
         true
     }

@@ -55,6 +55,8 @@ pub struct Metadata {
 #[derive(Clone)]
 enum Token {
     Missing,
+    /// The attempt to get one failed, at this time.
+    Failed(Instant, CloudError),
     /// The service answered that it knows no tokens.
     Unsupported,
     Held(Arc<Secret>),
@@ -214,16 +216,18 @@ impl Metadata {
         let mut pauses = self.retry.pauses();
         let mut renewed = false;
         loop {
-            let token = self.token().await?;
-            let error = match self.get(path, &token).await {
-                Ok(text) => return Ok(text.trim_end_matches('\n').to_owned()),
+            let error = match self.token().await {
+                Ok(token) => match self.get(path, &token).await {
+                    Ok(text) => return Ok(text.trim_end_matches('\n').to_owned()),
+                    Err(error) if error.code == "401" && !renewed => {
+                        renewed = true;
+                        self.forget(&token).await;
+                        continue;
+                    }
+                    Err(error) => error,
+                },
                 Err(error) => error,
             };
-            if error.code == "401" && !renewed {
-                renewed = true;
-                self.forget(&token).await;
-                continue;
-            }
             if !matches!(error.class, ErrorClass::Throttled | ErrorClass::Unknown) {
                 return Err(error);
             }
@@ -234,20 +238,25 @@ impl Metadata {
         }
     }
 
-    /// The lock is held while asking, so that many callers make one token.
+    /// The lock is held while asking, so that many callers make one token, and share one failure.
     async fn token(&self) -> Result<Token> {
+        let asked = Instant::now();
         let mut held = self.token.lock().await;
-        if matches!(*held, Token::Missing) {
+        if let Token::Failed(ended, error) = &*held
+            && *ended >= asked
+        {
+            return Err(error.clone());
+        }
+        if matches!(*held, Token::Missing | Token::Failed(..)) {
             let url = self.url("latest/api/token")?;
             let request = self.http.put(url).header(TOKEN_TTL_HEADER, TOKEN_TTL);
             *held = match self.exchange("api/token", request).await {
                 Ok(token) => Token::Held(Arc::new(Secret::new(token.trim()))),
                 Err(error) if matches!(error.code.as_str(), "404" | "405") => Token::Unsupported,
-                // Not cached: the GET that follows fails as well, and the next one tries again.
-                Err(error) if matches!(error.class, ErrorClass::Throttled | ErrorClass::Unknown) => {
-                    return Ok(Token::Missing);
+                Err(error) => {
+                    *held = Token::Failed(Instant::now(), error.clone());
+                    return Err(error);
                 }
-                Err(error) => return Err(error),
             };
         }
         Ok(held.clone())

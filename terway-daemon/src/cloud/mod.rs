@@ -102,7 +102,7 @@ pub trait Cloud: Send + Sync {
     /// All ENIs that pass a filter, ordered by id.
     async fn enis(&self, filter: &EniFilter) -> Result<Vec<Eni>>;
 
-    /// Makes an ENI. It is `Available` when this returns.
+    /// Makes an ENI. It is `Available` when the first call with its token returns; a repeated one may return that moment's state.
     async fn create_eni(&self, request: &CreateEni) -> Result<Eni>;
 
     /// Begins to attach an ENI; see [`Cloud::wait_eni`] for the end. Succeeds at once if it is attached or attaching there already.

@@ -106,7 +106,9 @@ impl Rpc {
                 Ok(reply) => return Ok(reply),
                 Err(failure) => failure,
             };
-            if error.code.starts_with("InvalidSecurityToken") && !rekeyed {
+            let key_refused =
+                ["InvalidSecurityToken", "InvalidAccessKeyId"].iter().any(|code| error.code.starts_with(code));
+            if key_refused && !rekeyed {
                 rekeyed = true;
                 if self.keyring.refused(&credentials).await {
                     continue;
@@ -149,7 +151,7 @@ impl Rpc {
         }
         match (&result, error) {
             (_, Some(error)) => {
-                debug!(action, ?duration, class = ?error.class, code = error.code, request = error.request_id, message = error.message, "cloud call failed");
+                debug!(action, ?duration, class = ?error.class, code = error.code, request = error.request_id, words = error.message, "cloud call failed");
             }
             (Ok((_, request)), None) => debug!(action, ?duration, request, "cloud call"),
             (Err(_), None) => {}

@@ -96,14 +96,14 @@ impl Engine {
                 match self.connect(&key, &pod, &netns, &options, &grant).await {
                     Ok(()) => Event::Connected { op, key },
                     Err(error) => {
-                        let undone = self.disconnect(&key, &grant, || {}).await.is_ok();
+                        let undone = self.disconnect(&key, &pod, &grant, || {}).await.is_ok();
                         Event::ConnectFailed { op, key, error, undone }
                     }
                 }
             }
-            Effect::Disconnect { op, key, netns: _, grant } => {
+            Effect::Disconnect { op, key, pod, netns: _, grant } => {
                 let unplugged = || self.feed(Event::Unplugged { op, key: key.clone() });
-                match self.disconnect(&key, &grant, unplugged).await {
+                match self.disconnect(&key, &pod, &grant, unplugged).await {
                     Ok(()) => Event::Disconnected { op, key },
                     Err(error) => Event::DisconnectFailed { op, key, error },
                 }

@@ -23,11 +23,11 @@ use tokio::sync::{oneshot, watch};
 use crate::bpf::Datapath;
 use crate::cloud::Cloud;
 use crate::metrics::Metrics;
-use crate::net::{Host, LinkWatch, NetnsPool};
+use crate::net::{Host, Watch};
 use crate::store::Store;
 
 pub use pod::PodOptions;
-pub use start::{Facts, Parts};
+pub use start::{Facts, Parts, netns_is_gone};
 
 /// An ADD as the service hands it over.
 #[derive(Clone, Debug)]
@@ -56,8 +56,7 @@ pub struct Engine {
     cloud: Arc<dyn Cloud>,
     datapath: Arc<Datapath>,
     host: Arc<Host>,
-    netns: NetnsPool,
-    links: LinkWatch,
+    links: Watch,
     facts: Facts,
     metrics: Metrics,
 }

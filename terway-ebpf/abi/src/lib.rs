@@ -1,1 +1,130 @@
-//! Placeholder.
+//! Every type and name that crosses the border between the eBPF programs and user space, and no logic.
+//!
+//! Conventions, everywhere in this crate:
+//! * All structs are `repr(C)`, hold no implicit padding, and have their sizes and offsets asserted at compile time.
+//! * Addresses and ports stand in memory as they stand in the packet (network byte order). An IPv4 address is the `u32` that a
+//!   native load of its four bytes gives, an IPv6 address is four such words; a port pair is one word, source port first.
+//! * Interface indices, slots, epochs and counters are native integers.
+//! * Times are the low 32 bits of the kernel's jiffies; see [`jiffies_at`].
+//!
+//! Any change of a layout, of a map's kind or name, or of the meaning of a number raises [`ABI_VERSION`].
+
+#![no_std]
+
+mod counter;
+mod drop;
+mod endpoint;
+mod event;
+mod flow;
+
+pub use counter::{COUNTERS, Counter, DROP_BASE, Kind};
+pub use drop::Drop;
+pub use endpoint::{Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, bucket_v6, endpoint_flags};
+pub use event::{Budget, DropEvent, Program};
+pub use flow::{
+    Action, Flow, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4, FragmentKeyV6,
+    FragmentValue, HOOK_IN, HOOK_TO_POD, Nexthop, flow_flags,
+};
+
+/// The version of everything in this crate. Pins of different versions never meet: they live in different folders.
+pub const ABI_VERSION: u32 = 1;
+
+/// The folder under the pin root that holds this version's maps and links.
+pub const PIN_DIR: &str = "v1";
+
+/// The packet mark (`skb->mark`) by which `from_pod` tells `to_vpc` that source and ENI have been checked.
+///
+/// A pod cannot forge it: crossing a veth into another network namespace clears the mark (`skb_scrub_packet`, net/core/skbuff.c).
+/// The value is "TW" and a serial number; it keeps clear of the bits that kube-proxy (0x4000, 0x8000) and symmetric routing (0x10) use.
+pub const MARK_CHECKED: u32 = 0x5457_0001;
+
+/// Names of maps, programs and globals. A map's pin has the map's name.
+pub mod names {
+    /// `HASH`: host interface index → [`crate::Endpoint`]. Written by the daemon.
+    pub const ENDPOINTS: &str = "ENDPOINTS";
+    /// `HASH`: IPv4 address → [`crate::Endpoint`]. Written by the daemon.
+    pub const OWNERS_V4: &str = "OWNERS_V4";
+    /// `HASH`: IPv6 address → [`crate::Endpoint`]. Written by the daemon.
+    pub const OWNERS_V6: &str = "OWNERS_V6";
+    /// `ARRAY`: slot → epoch (`u32`). Written by the daemon.
+    pub const EPOCHS: &str = "EPOCHS";
+    /// `LPM_TRIE`: IPv4 prefixes (`struct bpf_lpm_trie_key`: length in bits, address) that the host stack serves → `u32`, which is 1. Written by the daemon.
+    pub const HOST_V4: &str = "HOST_V4";
+    /// `LPM_TRIE`: IPv6 prefixes that the host stack serves → `u32`, which is 1. Written by the daemon.
+    pub const HOST_V6: &str = "HOST_V6";
+    /// `LRU_HASH`: [`crate::FlowKeyV4`] → [`crate::FlowV4`]. Written by the programs.
+    pub const FLOWS_V4: &str = "FLOWS_V4";
+    /// `LRU_HASH`: [`crate::FlowKeyV6`] → [`crate::FlowV6`]. Written by the programs.
+    pub const FLOWS_V6: &str = "FLOWS_V6";
+    /// `LRU_HASH`: [`crate::FragmentKeyV4`] → [`crate::FragmentValue`]. Written by the programs.
+    pub const FRAGMENTS_V4: &str = "FRAGMENTS_V4";
+    /// `LRU_HASH`: [`crate::FragmentKeyV6`] → [`crate::FragmentValue`]. Written by the programs.
+    pub const FRAGMENTS_V6: &str = "FRAGMENTS_V6";
+    /// `PERCPU_ARRAY`: [`crate::Kind`] and [`crate::Drop`] → [`crate::Counter`]. Written by the programs.
+    pub const COUNTERS: &str = "COUNTERS";
+    /// `PERCPU_ARRAY` of one [`crate::Budget`]: how many events this CPU may still report. Written by the programs.
+    pub const BUDGET: &str = "BUDGET";
+    /// `RINGBUF` of [`crate::DropEvent`]. Written by the programs.
+    pub const EVENTS: &str = "EVENTS";
+
+    /// Every map, in the order above.
+    pub const MAPS: [&str; 13] = [
+        ENDPOINTS,
+        OWNERS_V4,
+        OWNERS_V6,
+        EPOCHS,
+        HOST_V4,
+        HOST_V6,
+        FLOWS_V4,
+        FLOWS_V6,
+        FRAGMENTS_V4,
+        FRAGMENTS_V6,
+        COUNTERS,
+        BUDGET,
+        EVENTS,
+    ];
+
+    /// The program on the ingress of the host end of a pod's veth: what the pod sends.
+    pub const FROM_POD: &str = "from_pod";
+    /// The program on the egress of the host end of a pod's veth: what the host stack sends to the pod.
+    pub const TO_POD: &str = "to_pod";
+    /// The program on the ingress of an ENI.
+    pub const FROM_VPC: &str = "from_vpc";
+    /// The program on the egress of an ENI.
+    pub const TO_VPC: &str = "to_vpc";
+
+    /// Every program, in the order above.
+    pub const PROGRAMS: [&str; 4] = [FROM_POD, TO_POD, FROM_VPC, TO_VPC];
+
+    /// Global `u32`: jiffies per second of the running kernel.
+    pub const HZ: &str = "HZ";
+    /// Global `u32`: events that one CPU may report per second.
+    pub const EVENTS_PER_SECOND: &str = "EVENTS_PER_SECOND";
+    /// Global `u32`: 1 reports every first packet through `bpf_trace_printk`; 0 folds the code away.
+    pub const DEBUG: &str = "DEBUG";
+
+    /// Every global, in the order above.
+    pub const GLOBALS: [&str; 3] = [HZ, EVENTS_PER_SECOND, DEBUG];
+}
+
+/// The low 32 bits of jiffies at `monotonic_ns` on `CLOCK_MONOTONIC`, for a kernel of `hz` jiffies per second.
+///
+/// Jiffies start five minutes before their 32-bit wrap (`INITIAL_JIFFIES`, include/linux/jiffies.h) and advance with
+/// `CLOCK_MONOTONIC` (`tick_do_update_jiffies64`, kernel/time/tick-sched.c), so the daemon knows them without asking the kernel.
+#[must_use]
+pub const fn jiffies_at(monotonic_ns: u64, hz: u32) -> u32 {
+    let ticks = (monotonic_ns as u128 * hz as u128 / 1_000_000_000) as u32;
+    ticks.wrapping_sub(300_u32.wrapping_mul(hz))
+}
+
+/// Makes types `aya::Pod` and asserts what that promises: a fixed size and no hole between fields.
+macro_rules! pod {
+    ($($type:ty: $size:literal),* $(,)?) => { $(
+        const _: () = assert!(size_of::<$type>() == $size);
+        // SAFETY: the type is `repr(C)`, made of integers only, and the sizes of its fields add up to its size (asserted above and
+        // by `no_holes` in the tests), so every byte of it is initialised and every bit pattern is a value.
+        #[cfg(feature = "user")]
+        unsafe impl aya::Pod for $type {}
+    )* };
+}
+pub(crate) use pod;

@@ -1,2 +1,107 @@
-//! Placeholder.
-fn main() {}
+//! The eBPF programs, in one object file: shells around `terway_ebpf`, whose way is parse → decide → verdict → [`finish`].
+
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {
+    // On the host there is nothing to run; `terway-ebpf/compile.rs` builds the programs.
+}
+
+#[cfg(target_arch = "bpf")]
+mod programs {
+    use aya_ebpf::macros::classifier;
+    use aya_ebpf::programs::TcContext;
+    use terway_abi::{Drop, Kind, MARK_CHECKED, Program};
+    use terway_ebpf::decide;
+    use terway_ebpf::family::{V4, V6};
+    use terway_ebpf::frame::Frame as _;
+    use terway_ebpf::kernel::exit::{Verdict, finish};
+    use terway_ebpf::kernel::maps::Maps;
+    use terway_ebpf::kernel::path::{FROM_POD, FROM_VPC, TO_POD, established, first, other};
+    use terway_ebpf::kernel::skb::Skb;
+    use terway_ebpf::parse::{Ipv4Header, Ipv6Header, ethertype};
+
+    /// Ingress of the host end of a pod's veth: what the pod sends.
+    #[classifier]
+    pub(crate) fn from_pod(ctx: TcContext) -> i32 {
+        let skb = Skb(ctx.skb.skb);
+        let window = skb.window();
+        let verdict = match window.ethertype() {
+            _ if skb.has_vlan() => Verdict::drop(Drop::VlanTagged),
+            Some(ethertype::IPV4) => match established::<V4, FROM_POD>(skb, window) {
+                Some(verdict) => verdict,
+                None => first::<V4, FROM_POD>(skb.0),
+            },
+            Some(ethertype::IPV6) => match established::<V6, FROM_POD>(skb, window) {
+                Some(verdict) => verdict,
+                None => first::<V6, FROM_POD>(skb.0),
+            },
+            _ => other(skb.0),
+        };
+        finish(skb, Program::FromPod, verdict)
+    }
+
+    /// Egress of the host end of a pod's veth: what the host stack sends to the pod.
+    #[classifier]
+    pub(crate) fn to_pod(ctx: TcContext) -> i32 {
+        let skb = Skb(ctx.skb.skb);
+        let window = skb.window();
+        let verdict = match window.ethertype() {
+            Some(ethertype::IPV4) => match established::<V4, TO_POD>(skb, window) {
+                Some(verdict) => verdict,
+                None => first::<V4, TO_POD>(skb.0),
+            },
+            Some(ethertype::IPV6) => match established::<V6, TO_POD>(skb, window) {
+                Some(verdict) => verdict,
+                None => first::<V6, TO_POD>(skb.0),
+            },
+            _ => Verdict::next(Kind::Neighbour),
+        };
+        finish(skb, Program::ToPod, verdict)
+    }
+
+    /// Ingress of an ENI.
+    #[classifier]
+    pub(crate) fn from_vpc(ctx: TcContext) -> i32 {
+        let skb = Skb(ctx.skb.skb);
+        let window = skb.window();
+        let verdict = match window.ethertype() {
+            // Frames for others (a capture makes the NIC take them) and tagged ones are no pod's.
+            _ if !skb.is_to_us() || skb.has_vlan() => Verdict::next(Kind::VpcToHost),
+            Some(ethertype::IPV4) => match established::<V4, FROM_VPC>(skb, window) {
+                Some(verdict) => verdict,
+                None => first::<V4, FROM_VPC>(skb.0),
+            },
+            Some(ethertype::IPV6) => match established::<V6, FROM_VPC>(skb, window) {
+                Some(verdict) => verdict,
+                None => first::<V6, FROM_VPC>(skb.0),
+            },
+            _ => Verdict::next(Kind::VpcToHost),
+        };
+        finish(skb, Program::FromVpc, verdict)
+    }
+
+    /// Egress of an ENI.
+    #[classifier]
+    pub(crate) fn to_vpc(ctx: TcContext) -> i32 {
+        let skb = Skb(ctx.skb.skb);
+        if skb.mark() == MARK_CHECKED {
+            // `from_pod` has checked and counted it. The mark ends here, where others begin to read marks.
+            skb.set_mark(0);
+            return aya_ebpf::bindings::TC_ACT_UNSPEC;
+        }
+        let window = skb.pull();
+        let checked = match window.ethertype() {
+            Some(ethertype::IPV4) => window
+                .read::<Ipv4Header>(14)
+                .ok_or(Drop::Truncated)
+                .and_then(|header| decide::to_vpc::<V4, _>(&Maps, &header.src, skb.ifindex())),
+            Some(ethertype::IPV6) => window
+                .read::<Ipv6Header>(14)
+                .ok_or(Drop::Truncated)
+                .and_then(|header| decide::to_vpc::<V6, _>(&Maps, &header.src, skb.ifindex())),
+            _ => Ok(()),
+        };
+        finish(skb, Program::ToVpc, checked.map(|()| Verdict::next(Kind::HostToVpc)).into())
+    }
+}

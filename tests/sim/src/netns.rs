@@ -12,6 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -26,6 +27,7 @@ const NAMES: &str = "/run/netns";
 #[derive(Debug)]
 pub struct NetNs {
     name: String,
+    path: PathBuf,
     file: Arc<File>,
     owned: bool,
 }
@@ -58,7 +60,7 @@ impl NetNs {
             return Err(error);
         }
         let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
-        Ok(Self { name: name.to_owned(), file: Arc::new(file), owned: true })
+        Ok(Self { name: name.to_owned(), path, file: Arc::new(file), owned: true })
     }
 
     /// A namespace that somebody else made and will remove, such as a pod's of a container runtime.
@@ -68,7 +70,7 @@ impl NetNs {
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        Ok(Self { name, file: Arc::new(file), owned: false })
+        Ok(Self { name, path: path.to_owned(), file: Arc::new(file), owned: false })
     }
 
     /// Its name in `/run/netns`.
@@ -79,16 +81,16 @@ impl NetNs {
 
     /// The path that a CNI plugin gets as `CNI_NETNS`.
     #[must_use]
-    pub fn path(&self) -> PathBuf {
-        Path::new(NAMES).join(&self.name)
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// The inode of the namespace, by which `/proc/PID/ns/net` is recognised.
+    /// Device and inode of the namespace, by which `/proc/PID/ns/net` is recognised.
     ///
     /// # Errors
     /// When the file cannot be asked.
-    pub fn inode(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.ino())
+    pub fn identity(&self) -> io::Result<(u64, u64)> {
+        self.file.metadata().map(|ns| (ns.dev(), ns.ino()))
     }
 
     /// Runs `work` on a thread of its own inside the namespace and gives back what it returns.
@@ -102,6 +104,15 @@ impl NetNs {
                 Ok(work())
             });
             worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Starts a thread inside the namespace that outlives this call, such as a server.
+    pub fn spawn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<Result<T>> {
+        let (file, name) = (Arc::clone(&self.file), self.name.clone());
+        std::thread::spawn(move || {
+            setns(&*file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {name}"))?;
+            Ok(work())
         })
     }
 
@@ -156,13 +167,13 @@ impl NetNs {
     /// # Errors
     /// When `/proc` cannot be read.
     pub fn pids(&self) -> io::Result<Vec<i32>> {
-        let inode = self.inode()?;
+        let identity = self.identity()?;
         let mut pids = Vec::new();
         for entry in fs::read_dir("/proc")? {
             let entry = entry?;
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             // A process may end while we look.
-            if fs::metadata(entry.path().join("ns/net")).is_ok_and(|ns| ns.ino() == inode) {
+            if fs::metadata(entry.path().join("ns/net")).is_ok_and(|ns| (ns.dev(), ns.ino()) == identity) {
                 pids.push(pid);
             }
         }
@@ -197,7 +208,7 @@ impl NetNs {
     /// When the mount or the file cannot be removed.
     pub fn delete(mut self) -> Result<()> {
         self.owned = false;
-        remove_name(&self.path())
+        remove_name(&self.path)
     }
 }
 
@@ -210,7 +221,7 @@ impl AsFd for NetNs {
 impl Drop for NetNs {
     fn drop(&mut self) {
         if self.owned {
-            let _ = remove_name(&self.path());
+            let _ = remove_name(&self.path);
         }
     }
 }
@@ -310,7 +321,7 @@ mod tests {
         };
         let before = fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
         let inode = ns.run(|| fs::metadata("/proc/thread-self/ns/net").unwrap().ino()).unwrap();
-        assert_eq!(inode, ns.inode().unwrap());
+        assert_eq!(inode, ns.identity().unwrap().1);
         assert_ne!(inode, before);
         assert_eq!(fs::metadata("/proc/thread-self/ns/net").unwrap().ino(), before);
         let link = ns.output("readlink", &["/proc/self/ns/net"]).unwrap();

@@ -258,7 +258,7 @@ impl Node {
         errors.extend(containerd::unmount_below(&self.work).err());
         let name = self.name.clone();
         // Tests may still hold the namespace; its name goes now in any case.
-        errors.extend(netns::remove_name(&self.ns.path()).err());
+        errors.extend(netns::remove_name(self.ns.path()).err());
         if errors.is_empty() {
             return Ok(());
         }

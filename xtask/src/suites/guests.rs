@@ -136,7 +136,7 @@ impl Transcript {
     fn finish(mut self, trouble: Option<&str>) -> Tally {
         match (self.open.take(), trouble) {
             (Some((name, reader)), trouble) => {
-                self.total.add(reader.finish(&name, Some(trouble.unwrap_or("cut short"))))
+                self.total.add(reader.finish(&name, Some(trouble.unwrap_or("cut short"))));
             }
             (None, Some(trouble)) => self.total.add(Tally::fail(&format!("kernel {}: {trouble}", self.version))),
             (None, None) => {}

@@ -207,7 +207,7 @@ fn parse_ldd(text: &str) -> Result<Vec<PathBuf>> {
 }
 
 /// Where a path ends up below the guest's merged /usr, without the leading slash.
-fn place(path: &Path) -> String {
+pub(crate) fn place(path: &Path) -> String {
     let path = path.to_string_lossy();
     let path = path.trim_start_matches('/');
     match path.split_once('/') {

@@ -20,7 +20,7 @@ $bb ln -s /proc/self/fd /dev/fd
 $bb ln -s /proc/mounts /etc/mtab
 $bb hostname guest
 $bb ip link set lo up
-$bb modprobe -qa virtio_pci virtio_console veth ipvlan dummy sch_ingress cls_bpf 2>/dev/null
+$bb modprobe -qa virtio_pci virtio_console veth ipvlan sch_ingress cls_bpf 2>/dev/null
 
 # Port 1 carries the command's output, port 2 its result.
 if [ ! -c /dev/vport0p2 ]; then

@@ -43,6 +43,8 @@ pub enum Effect {
         op: OpId,
         /// The attachment.
         key: AttachmentKey,
+        /// Whose it was.
+        pod: PodRef,
         /// Path of the pod's network namespace when it was attached; may be gone.
         netns: String,
         /// What it had been granted. The interface index may be stale after a reboot.

@@ -33,18 +33,32 @@
 //! - A call that makes something in the cloud is on disk with its token before it is sent, and is repeated with the same token until its outcome is known.
 //! - One call at a time per ENI and family, because the outcome of two could not be told apart in the cloud's lists.
 
+mod addresses;
 mod config;
+mod demand;
 mod effect;
+mod eni;
 mod event;
+mod lifecycle;
+mod pods;
+mod pool;
+mod reconcile;
 mod record;
+mod restore;
+mod slot;
+mod view;
+mod vswitch;
 
 pub use config::{Backoff, PoolConfig, VSwitchSelection};
 pub use effect::{Answer, Effect, Grant, Nic};
 pub use event::{Add, Event, OpId, Ticket, Token};
+pub use pool::Pool;
 pub use record::{
     AddressRecord, AssignmentRecord, AttachmentRecord, BadRecord, Change, CreationRecord, EniRecord, EniStage, Hold,
     Phase, Record, RecordKey, VERSION,
 };
+pub use restore::{NodeFacts, RestoreError, Snapshot};
+pub use view::{AttachmentView, EniPhase, EniView, Stats};
 
 /// The tag that carries an ENI's creation token, by which it is recognised when the reply to its creation was lost.
 pub const TOKEN_TAG: &str = "terway-token";

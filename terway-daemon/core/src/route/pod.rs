@@ -65,6 +65,7 @@ impl PodPlan {
         let addresses: Vec<IpAddr> = inputs.addresses.iter().collect();
         let table = eni_table(inputs.eni_ifindex);
 
+        // Steps of one place stand together: each run of them is one system call.
         let mut create = vec![
             Step::host(NetOp::AddVeth {
                 host: VethEnd { name: host_dev.clone(), mac: inputs.host_mac },
@@ -73,21 +74,21 @@ impl PodPlan {
                 owner: alias(&inputs.key),
             }),
             Step::host(NetOp::NoAddrGen { dev: host_dev.clone() }),
-            Step::pod(NetOp::NoAddrGen { dev: pod_dev.clone() }),
         ];
+        for address in &addresses {
+            // With no link-local address the host could not ask for the pod's; and an answer that needs no asking cannot be forged.
+            create.push(neighbour(Place::Host, *address, inputs.pod_mac, host_dev));
+        }
         if inputs.addresses.v6.is_some() {
             // Some runtimes create sandboxes with IPv6 off. Writing `all` reaches every interface that exists, `lo` included.
             create.push(sysctl("net/ipv6/conf/all/disable_ipv6", "0"));
             create.push(sysctl(&format!("net/ipv6/conf/{pod_dev}/accept_ra"), "0"));
         }
-        for address in &addresses {
-            create.push(Step::pod(NetOp::AddAddress { dev: pod_dev.clone(), address: IpNet::from(*address) }));
-        }
+        create.push(Step::pod(NetOp::NoAddrGen { dev: pod_dev.clone() }));
         for address in &addresses {
             let gateway = gateway(Family::of(*address));
+            create.push(Step::pod(NetOp::AddAddress { dev: pod_dev.clone(), address: IpNet::from(*address) }));
             create.push(neighbour(Place::Pod, gateway, inputs.host_mac, pod_dev));
-            // With no link-local address the host could not ask for the pod's; and an answer that needs no asking cannot be forged.
-            create.push(neighbour(Place::Host, *address, inputs.pod_mac, host_dev));
         }
 
         let mut enable = vec![Step::host(NetOp::SetUp { dev: host_dev.clone() })];

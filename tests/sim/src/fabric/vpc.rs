@@ -69,6 +69,7 @@ pub struct Vpc {
 struct State {
     nodes: BTreeMap<String, Arc<NetNs>>,
     enis: BTreeMap<EniId, Plugged>,
+    primaries: BTreeMap<String, FabricEni>,
     gateways: BTreeSet<Ipv4Addr>,
     made: u32,
 }
@@ -183,6 +184,12 @@ impl Vpc {
         Ok(spoofed)
     }
 
+    /// The primary ENI of a node, once the cloud has plugged it.
+    #[must_use]
+    pub fn primary(&self, node: &str) -> Option<FabricEni> {
+        self.state().primaries.get(node).cloned()
+    }
+
     /// Gives the path behind one ENI another MTU, in bytes, as a tunnel or another network on the way would have.
     ///
     /// # Errors
@@ -258,9 +265,14 @@ impl Fabric for Vpc {
         let nft = format!("add element inet vpc macs {{ \"{veth}\" . {mac} }}\n");
         feed(self.ns.command("nft").args(["-f", "-"]), &nft).with_context(|| format!("nft in the VPC: {nft}"))?;
         self.ns.ip(&ip)?;
+        // Else a proxy waits up to 0.8 s before it answers (net/ipv4/arp.c, arp_process).
+        self.ns.sysctl(&[(&format!("ipv4/neigh/{veth}/proxy_delay"), "0")])?;
         let addresses = all(&eni.v4, &eni.v6);
         self.readdress(&veth, mac, &BTreeSet::new(), &addresses)?;
         state.enis.insert(eni.id.clone(), Plugged { veth, mac, addresses });
+        if eni.primary {
+            state.primaries.insert(node.to_owned(), eni.clone());
+        }
         Ok(())
     }
 

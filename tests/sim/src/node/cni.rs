@@ -4,7 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,15 @@ impl Pod {
     pub(super) fn create(netns: &str, name: &str) -> Result<Self> {
         let id = hex::encode(Sha256::digest(format!("{netns}/{name}")));
         Ok(Self { ns: NetNs::create(netns)?, id, name: name.to_owned(), ips: Vec::new(), result: Value::Null })
+    }
+
+    /// A pod of a container runtime: its namespace, the sandbox id, and its name.
+    ///
+    /// # Errors
+    /// When the namespace is gone.
+    pub fn of_runtime(netns: &Path, id: &str, name: &str) -> Result<Self> {
+        let ns = NetNs::open(netns)?;
+        Ok(Self { ns, id: id.to_owned(), name: name.to_owned(), ips: Vec::new(), result: Value::Null })
     }
 
     /// Its IPv4 address.

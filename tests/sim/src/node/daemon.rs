@@ -1,6 +1,7 @@
 //! Starting, stopping and asking `terwayd` of one node.
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -119,6 +120,8 @@ impl Node {
             .args(["--log", &self.options.log])
             .current_dir(&self.work)
             .env("RUST_BACKTRACE", "1")
+            // Ctrl-C at a terminal is for the scenario, which stops the daemon in its own time.
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);

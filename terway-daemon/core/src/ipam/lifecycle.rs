@@ -1,0 +1,311 @@
+//! The life of an ENI: created, attached, configured, and the way back.
+
+use super::TOKEN_TAG;
+use super::config::PoolConfig;
+use super::effect::{Effect, Nic};
+use super::eni::{EniState, Stage};
+use super::event::{OpId, Token};
+use super::pool::{Pool, Timer};
+use super::record::{CreationRecord, Record, RecordKey};
+use super::slot::{CallKind, SlotState};
+use crate::cloud::{CloudError, Eni, EniStatus, ErrorClass, Subnet};
+use crate::errors::{self, Error};
+use crate::ident::{EniId, Family, IpStack, VSwitchId};
+
+/// An ENI that may have been asked for.
+#[derive(Debug)]
+pub(super) struct Creation {
+    pub(super) record: CreationRecord,
+    /// The attempt under way; `None` while it waits to be repeated.
+    pub(super) op: Option<OpId>,
+    pub(super) failures: u32,
+    pub(super) error: Option<CloudError>,
+    /// An attempt ended without an outcome: only the cloud's word about this very token may end it.
+    uncertain: bool,
+}
+
+impl Creation {
+    pub(super) const fn restored(record: CreationRecord) -> Self {
+        Self { record, op: None, failures: 0, error: None, uncertain: true }
+    }
+
+    /// Units it brings.
+    pub(super) const fn units(&self, config: &PoolConfig) -> u32 {
+        match config.stack {
+            IpStack::Ipv4 => self.record.v4,
+            IpStack::Ipv6 => self.record.v6,
+            IpStack::Dual => {
+                if self.record.v4 < self.record.v6 {
+                    self.record.v4
+                } else {
+                    self.record.v6
+                }
+            }
+        }
+    }
+}
+
+/// What the user is told about a failed call.
+pub(super) fn explain(error: &CloudError) -> Error {
+    let code = match error.class {
+        ErrorClass::Throttled => errors::CLOUD_THROTTLED,
+        ErrorClass::VSwitchExhausted => errors::VSWITCH_EXHAUSTED,
+        ErrorClass::Quota => errors::CLOUD_QUOTA,
+        ErrorClass::Forbidden => errors::CLOUD_FORBIDDEN,
+        ErrorClass::NotFound | ErrorClass::InvalidState | ErrorClass::Invalid | ErrorClass::Unknown => {
+            errors::CLOUD_FAILED
+        }
+    };
+    Error::new(code, error.to_string())
+}
+
+impl Pool {
+    /// Whether an ENI is attached to this instance and working, by the cloud's word.
+    pub(super) fn is_ours(&self, eni: &Eni) -> bool {
+        eni.status == EniStatus::InUse && eni.instance.as_ref() == Some(&self.config.instance)
+    }
+
+    pub(super) fn create_eni(&mut self, vswitch: VSwitchId, v4: u32, v6: u32) {
+        let token = self.token();
+        let mut tags = self.config.tags.clone();
+        tags.insert(TOKEN_TAG.to_owned(), token.0.clone());
+        let security_groups = self.config.security_groups.clone();
+        let record = CreationRecord { token: token.clone(), vswitch, security_groups, v4, v6, tags };
+        self.out.put(Record::Creation(record.clone()));
+        let creation = Creation { record, op: None, failures: 0, error: None, uncertain: false };
+        self.creations.insert(token.clone(), creation);
+        self.retry_creation(&token);
+    }
+
+    pub(super) fn retry_creation(&mut self, token: &Token) {
+        let fresh = self.op();
+        let Some(Creation { record, op: op @ None, .. }) = self.creations.get_mut(token) else { return };
+        *op = Some(fresh);
+        let CreationRecord { token, vswitch, security_groups, v4, v6, tags } = record.clone();
+        self.out.effect(Effect::CreateEni { op: fresh, token, vswitch, security_groups, v4, v6, tags });
+    }
+
+    pub(super) fn eni_created(&mut self, report: OpId, result: Result<Eni, CloudError>) {
+        let Some((token, creation)) = self.creations.iter_mut().find(|(_, c)| c.op == Some(report)) else { return };
+        let token = token.clone();
+        let error = match result {
+            Ok(eni) => {
+                self.creations.remove(&token);
+                self.out.delete(RecordKey::Creation(token));
+                self.welcome(&eni);
+                return self.retry_eni(&eni.id);
+            }
+            Err(error) => error,
+        };
+        creation.uncertain |= error.class == ErrorClass::Unknown;
+        let repeat = match error.class {
+            ErrorClass::Throttled | ErrorClass::Unknown | ErrorClass::InvalidState => true,
+            // The cloud turned us away at the door, so this says nothing about an earlier attempt.
+            ErrorClass::Forbidden => creation.uncertain,
+            ErrorClass::VSwitchExhausted | ErrorClass::Quota | ErrorClass::NotFound | ErrorClass::Invalid => false,
+        };
+        if repeat {
+            creation.op = None;
+            creation.failures += 1;
+            creation.error = Some(error);
+            let failures = creation.failures;
+            let at = self.retry_at(failures);
+            return self.wake(at, Timer::Creation(token));
+        }
+        let Some(creation) = self.creations.remove(&token) else { return };
+        // Lost in a crash, the call is repeated: at worst there is an ENI more, which is used or given back.
+        self.out.delete_lazily(RecordKey::Creation(token));
+        if error.class == ErrorClass::VSwitchExhausted {
+            let until = self.vswitches.exhausted(&creation.record.vswitch, creation.record.v4, error, self.now);
+            self.wake(until, Timer::Plan);
+        } else {
+            self.block_creation(error);
+        }
+    }
+
+    fn block_creation(&mut self, error: CloudError) {
+        let until = self.now.after(self.config.refusal_rest);
+        self.creation_blocked = Some((until, error));
+        self.wake(until, Timer::Plan);
+    }
+
+    /// Takes in an ENI that was created for this pool.
+    pub(super) fn welcome(&mut self, eni: &Eni) {
+        if !self.enis.contains_key(&eni.id) {
+            let attached = self.is_ours(eni);
+            self.enter(eni, if attached { Stage::Configuring } else { Stage::Attaching });
+        }
+    }
+
+    /// Enters an ENI with its addresses, all of them idle.
+    pub(super) fn enter(&mut self, eni: &Eni, stage: Stage) {
+        let mut state = EniState::from_cloud(eni, stage);
+        for address in addresses(eni) {
+            state.slots_mut(Family::of(address)).enter(address, SlotState::Idle);
+        }
+        state.changed = Some(self.now);
+        self.out.put(Record::Eni(state.record()));
+        self.foreign.retain(|other| other.id != eni.id);
+        self.enis.insert(eni.id.clone(), state);
+    }
+
+    /// Orders the step of its life that an ENI is at, if none is under way.
+    pub(super) fn retry_eni(&mut self, id: &EniId) {
+        let op = self.op();
+        let Some(state) = self.enis.get_mut(id).filter(|state| state.op.is_none()) else { return };
+        let eni = id.clone();
+        let effect = match state.stage {
+            Stage::Attaching => Effect::AttachEni { op, eni },
+            Stage::Configuring => Effect::ConfigureNic { op, eni, mac: state.mac },
+            Stage::InUse => return,
+            Stage::Detaching => Effect::Detach { op, eni },
+            Stage::Deleting => Effect::Delete { op, eni },
+        };
+        state.op = Some(op);
+        self.out.effect(effect);
+    }
+
+    /// The ENI that waits for this very report.
+    fn reported(&mut self, op: OpId, id: &EniId, stage: Stage) -> Option<&mut EniState> {
+        let now = self.now;
+        let state = self.enis.get_mut(id).filter(|s| s.op == Some(op) && s.stage == stage)?;
+        state.op = None;
+        state.changed = Some(now);
+        Some(state)
+    }
+
+    /// Moves an ENI on to the next step of its life.
+    pub(super) fn proceed(&mut self, id: &EniId, stage: Stage) {
+        let Some(state) = self.enis.get_mut(id) else { return };
+        state.stage = stage;
+        state.failures = 0;
+        state.error = None;
+        state.changed = Some(self.now);
+        let record = Record::Eni(state.record());
+        // What cannot be taken back is written first; the way up can be found again.
+        if matches!(stage, Stage::Detaching | Stage::Deleting) {
+            self.out.put(record);
+        } else {
+            self.out.put_lazily(record);
+        }
+        self.retry_eni(id);
+    }
+
+    fn fail(&mut self, id: &EniId, error: Error) {
+        let Some(state) = self.enis.get_mut(id) else { return };
+        state.failures += 1;
+        state.error = Some(error);
+        let failures = state.failures;
+        let at = self.retry_at(failures);
+        self.wake(at, Timer::Eni(id.clone()));
+    }
+
+    fn fail_by_cloud(&mut self, id: &EniId, error: &CloudError) {
+        if matches!(error.class, ErrorClass::Unknown | ErrorClass::InvalidState) {
+            // It may be further than we think.
+            self.take_inventory();
+        }
+        self.fail(id, explain(error));
+    }
+
+    pub(super) fn eni_attached(&mut self, op: OpId, id: &EniId, result: Result<(), CloudError>) {
+        if self.reported(op, id, Stage::Attaching).is_none() {
+            return;
+        }
+        match result {
+            Ok(()) => self.proceed(id, Stage::Configuring),
+            Err(error) => match error.class {
+                ErrorClass::NotFound => self.forget(id),
+                ErrorClass::Quota | ErrorClass::Invalid => {
+                    self.block_creation(error);
+                    self.proceed(id, Stage::Deleting);
+                }
+                _ => self.fail_by_cloud(id, &error),
+            },
+        }
+    }
+
+    pub(super) fn nic_ready(&mut self, op: OpId, id: &EniId, ifindex: u32, subnet: Subnet) {
+        let Some(state) = self.reported(op, id, Stage::Configuring) else { return };
+        state.nic = Some(Nic { ifindex, subnet });
+        let unconnected = std::mem::take(&mut state.unconnected);
+        self.proceed(id, Stage::InUse);
+        for key in unconnected {
+            self.reconnect(&key);
+        }
+        self.advance_drain(id);
+    }
+
+    pub(super) fn nic_failed(&mut self, op: OpId, id: &EniId, error: Error) {
+        if self.reported(op, id, Stage::Configuring).is_some() {
+            // The cloud may have detached it meanwhile.
+            self.take_inventory();
+            self.fail(id, error);
+        }
+    }
+
+    /// Puts no more pods on an ENI, and gives it back after its last one.
+    pub(super) fn begin_drain(&mut self, id: &EniId) {
+        let Some(state) = self.enis.get_mut(id).filter(|state| !state.draining) else { return };
+        state.draining = true;
+        self.out.put(Record::Eni(state.record()));
+        self.advance_drain(id);
+    }
+
+    /// Detaches a draining ENI if nothing keeps it.
+    pub(super) fn advance_drain(&mut self, id: &EniId) {
+        let done = self.enis.get(id).is_some_and(|state| {
+            let idle = state.stage == Stage::InUse || (state.stage == Stage::Configuring && state.op.is_none());
+            state.draining && idle && !state.in_use() && !state.calling()
+        });
+        if done {
+            self.proceed(id, Stage::Detaching);
+        }
+    }
+
+    pub(super) fn detached(&mut self, op: OpId, id: &EniId, result: Result<(), CloudError>) {
+        if self.reported(op, id, Stage::Detaching).is_none() {
+            return;
+        }
+        match result {
+            Ok(()) => self.proceed(id, Stage::Deleting),
+            Err(error) if error.class == ErrorClass::NotFound => self.forget(id),
+            Err(error) => self.fail_by_cloud(id, &error),
+        }
+    }
+
+    pub(super) fn deleted(&mut self, op: OpId, id: &EniId, result: Result<(), CloudError>) {
+        if self.reported(op, id, Stage::Deleting).is_none() {
+            return;
+        }
+        match result {
+            Err(error) if error.class != ErrorClass::NotFound => self.fail_by_cloud(id, &error),
+            Ok(()) | Err(_) => self.forget(id),
+        }
+    }
+
+    /// Strikes an ENI that does not exist any more. Nothing of it may be bound.
+    pub(super) fn forget(&mut self, id: &EniId) {
+        let Some(state) = self.enis.remove(id) else { return };
+        debug_assert!(state.v4.counts().bound + state.v6.counts().bound == 0, "{id} has pods");
+        for slots in [&state.v4, &state.v6] {
+            if let Some(CallKind::Assign { token, .. }) = slots.call.as_ref().map(|call| &call.kind) {
+                self.out.delete_lazily(RecordKey::Assignment(token.clone()));
+            }
+            let held =
+                slots.iter().filter(|(_, s)| matches!(s.state, SlotState::Cooling { .. } | SlotState::Releasing));
+            for address in held.map(|(address, _)| address).chain(slots.ghosts.keys().copied()) {
+                self.out.delete_lazily(RecordKey::Address(id.clone(), address));
+            }
+        }
+        self.out.delete_lazily(RecordKey::Eni(id.clone()));
+        self.inventory.forgotten.insert(id.clone(), self.now);
+    }
+}
+
+/// All addresses of an ENI.
+pub(super) fn addresses(eni: &Eni) -> impl Iterator<Item = std::net::IpAddr> {
+    // The primary address is in the list of the real cloud; it is entered once in any case.
+    let v4 = std::iter::once(eni.primary_v4).chain(eni.v4.iter().copied());
+    v4.map(std::net::IpAddr::V4).chain(eni.v6.iter().copied().map(std::net::IpAddr::V6))
+}

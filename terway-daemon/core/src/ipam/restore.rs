@@ -1,0 +1,231 @@
+//! The way back after a restart: store, cloud and node put together, and everything that was cut off ordered again.
+//!
+//! The store says what was promised, the cloud what there is, the node what is certainly gone. Where the cloud does not answer, or does not
+//! list an address, pods keep what the store says they have.
+
+use std::collections::BTreeSet;
+
+use super::TOKEN_TAG;
+use super::config::PoolConfig;
+use super::effect::Effect;
+use super::eni::{EniState, Stage};
+use super::lifecycle::Creation;
+use super::pods::Attachment;
+use super::pool::{Pool, Timer};
+use super::record::{
+    AddressRecord, AssignmentRecord, AttachmentRecord, CreationRecord, EniRecord, EniStage, Hold, Phase, Record,
+    RecordKey,
+};
+use super::slot::{CallKind, SlotState};
+use crate::clock::Moment;
+use crate::cloud::{Eni, EniKind, EniStatus};
+use crate::ident::{AttachmentKey, EniId, Family};
+
+/// What is known at the start.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Everything in the store.
+    pub records: Vec<Record>,
+    /// Every ENI of this instance, and those with the node's tags that are not attached if they can be had.
+    /// `None` if the cloud does not answer.
+    pub enis: Option<Vec<Eni>>,
+    /// What the node knows.
+    pub facts: NodeFacts,
+}
+
+/// What the node knows about the attachments in the store.
+#[derive(Clone, Debug, Default)]
+pub struct NodeFacts {
+    /// Attachments whose network namespace does certainly not exist any more.
+    pub netns_gone: BTreeSet<AttachmentKey>,
+}
+
+/// The store contradicts itself. Nothing that this daemon writes can do that, so somebody must look.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RestoreError {
+    /// Two attachments hold one address.
+    #[error("{address} on {eni} is stored as bound to {key} and to another attachment")]
+    BoundTwice {
+        /// The address.
+        address: std::net::IpAddr,
+        /// Its ENI.
+        eni: EniId,
+        /// One of the two.
+        key: AttachmentKey,
+    },
+    /// An attachment's ENI is not in the store.
+    #[error("{key} is stored as bound to {eni}, which is not in the store")]
+    UnknownEni {
+        /// The attachment.
+        key: AttachmentKey,
+        /// The ENI.
+        eni: EniId,
+    },
+}
+
+#[derive(Default)]
+struct Sorted {
+    attachments: Vec<AttachmentRecord>,
+    holds: Vec<AddressRecord>,
+    creations: Vec<CreationRecord>,
+    assignments: Vec<AssignmentRecord>,
+}
+
+impl Pool {
+    /// The pool as it was, and the effects that finish or undo what was under way. Moments start anew, so cooling does too.
+    ///
+    /// # Errors
+    /// [`RestoreError`] if the store contradicts itself.
+    pub fn restore(config: PoolConfig, snapshot: Snapshot, now: Moment) -> Result<(Self, Vec<Effect>), RestoreError> {
+        let mut pool = Self::new(config);
+        pool.now = now;
+        let mut sorted = Sorted::default();
+        for record in snapshot.records {
+            match record {
+                Record::Attachment(record) => sorted.attachments.push(record),
+                Record::Eni(record) => pool.restore_eni(record),
+                Record::Address(record) => sorted.holds.push(record),
+                Record::Creation(record) => sorted.creations.push(record),
+                Record::Assignment(record) => sorted.assignments.push(record),
+                Record::Counter { next } => pool.next_token = next,
+            }
+        }
+        for record in sorted.attachments {
+            pool.restore_attachment(record)?;
+        }
+        for record in sorted.holds {
+            pool.restore_hold(record);
+        }
+        let list = snapshot.enis;
+        for record in sorted.creations {
+            pool.restore_creation(record, list.as_deref().unwrap_or_default());
+        }
+        match list {
+            Some(list) => {
+                pool.inventory_at(now.after(pool.config.resync));
+                // The process that may have changed things meanwhile is gone, so there is nothing to wait for.
+                pool.reconcile(&list, Moment::from_nanos(u64::MAX));
+            }
+            None => {
+                pool.inventory.known = false;
+                pool.inventory_at(now.after(pool.config.retry.first));
+            }
+        }
+        for record in sorted.assignments {
+            pool.restore_assignment(record);
+        }
+        let tokens: Vec<_> = pool.creations.keys().cloned().collect();
+        for token in tokens {
+            pool.retry_creation(&token);
+        }
+        pool.resume_attachments(&snapshot.facts);
+        let enis: Vec<_> = pool.enis.keys().cloned().collect();
+        for eni in enis {
+            pool.advance_drain(&eni);
+            pool.retry_eni(&eni);
+        }
+        let effects = pool.finish();
+        Ok((pool, effects))
+    }
+
+    fn restore_eni(&mut self, record: EniRecord) {
+        let stage = match record.stage {
+            EniStage::Attaching => Stage::Attaching,
+            // The NIC may have another index, or be gone: it is looked for anew.
+            EniStage::InUse | EniStage::Draining => Stage::Configuring,
+            EniStage::Detaching => Stage::Detaching,
+            EniStage::Deleting => Stage::Deleting,
+        };
+        let mut eni = EniState::new(record.id.clone(), record.mac, record.vswitch, record.primary_v4, stage);
+        eni.draining = record.stage == EniStage::Draining;
+        eni.nic = record.nic;
+        for address in record.addresses {
+            eni.slots_mut(Family::of(address)).enter(address, SlotState::Idle);
+        }
+        self.enis.insert(record.id, eni);
+    }
+
+    fn restore_attachment(&mut self, record: AttachmentRecord) -> Result<(), RestoreError> {
+        let key = record.key.clone();
+        let Some(eni) = self.enis.get_mut(&record.grant.eni) else {
+            return Err(RestoreError::UnknownEni { key, eni: record.grant.eni });
+        };
+        for address in record.grant.addresses.iter() {
+            let slots = eni.slots_mut(Family::of(address));
+            if !slots.enter(address, SlotState::Bound) {
+                if slots.get(address).is_some_and(|slot| slot.state == SlotState::Bound) {
+                    return Err(RestoreError::BoundTwice { address, eni: record.grant.eni, key });
+                }
+                slots.set(address, SlotState::Bound, None);
+            }
+        }
+        self.attachments.insert(key, Attachment::restored(record));
+        Ok(())
+    }
+
+    fn restore_hold(&mut self, record: AddressRecord) {
+        let AddressRecord { eni, address, hold } = record;
+        let until = self.now.after(self.config.cooling);
+        let state = self.enis.get_mut(&eni);
+        let Some(slots) = state.map(|state| state.slots_mut(Family::of(address))) else {
+            return self.out.delete_lazily(RecordKey::Address(eni, address));
+        };
+        slots.enter(address, SlotState::Idle);
+        if slots.get(address).is_some_and(|slot| slot.state == SlotState::Bound) {
+            // The later write wins, and a pod's address is never given away.
+            return self.out.delete_lazily(RecordKey::Address(eni, address));
+        }
+        match hold {
+            Hold::Cooling => {
+                slots.set(address, SlotState::Cooling { until }, None);
+                self.wake(until, Timer::Cooled(eni, address));
+            }
+            Hold::Releasing => slots.set(address, SlotState::Releasing, None),
+        }
+    }
+
+    fn restore_creation(&mut self, record: CreationRecord, list: &[Eni]) {
+        let made = list.iter().find(|eni| {
+            let usable = eni.status == EniStatus::Available || self.is_ours(eni);
+            eni.kind == EniKind::Secondary && usable && eni.tags.get(TOKEN_TAG) == Some(&record.token.0)
+        });
+        if let Some(eni) = made {
+            self.out.delete(RecordKey::Creation(record.token));
+            self.welcome(eni);
+        } else {
+            self.creations.insert(record.token.clone(), Creation::restored(record));
+        }
+    }
+
+    fn restore_assignment(&mut self, record: AssignmentRecord) {
+        let AssignmentRecord { token, eni, family, count } = record;
+        let ready = |eni: &EniState| eni.attached() && eni.slots(family).call.is_none();
+        if self.enis.get(&eni).is_some_and(ready) {
+            self.call(&eni, family, CallKind::Assign { token, count });
+            if let Some(call) = self.enis.get_mut(&eni).and_then(|eni| eni.slots_mut(family).call.as_mut()) {
+                call.uncertain = true;
+            }
+        } else {
+            self.out.delete_lazily(RecordKey::Assignment(token));
+        }
+    }
+
+    fn resume_attachments(&mut self, facts: &NodeFacts) {
+        let keys: Vec<_> =
+            self.attachments.iter().map(|(key, a)| (key.clone(), a.phase(), a.grant.eni.clone())).collect();
+        for (key, phase, eni) in keys {
+            match phase {
+                Phase::SettingUp | Phase::Ready if facts.netns_gone.contains(&key) => {
+                    self.start_release(&key, Vec::new());
+                }
+                Phase::SettingUp => {
+                    if let Some(eni) = self.enis.get_mut(&eni) {
+                        eni.unconnected.push(key);
+                    }
+                }
+                Phase::Ready => {}
+                Phase::Releasing => self.retry_disconnect(&key),
+            }
+        }
+    }
+}

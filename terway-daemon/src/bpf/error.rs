@@ -1,0 +1,111 @@
+//! What can go wrong between the daemon and the kernel's BPF.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// A failed step of the datapath.
+#[derive(Debug, thiserror::Error)]
+pub enum BpfError {
+    /// The daemon was built with `TERWAY_SKIP_EBPF=1`.
+    #[error("this build has no eBPF programs: it was made with TERWAY_SKIP_EBPF=1")]
+    NoPrograms,
+    /// A file or folder on the bpffs.
+    #[error("cannot use {}: {source} (is a bpffs mounted there?)", path.display())]
+    Pin {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A pinned map is not what this version makes.
+    #[error("the pinned map {} has {found}, but this version needs {wanted}; delete it to have it made anew", path.display())]
+    Layout {
+        /// Where it is pinned.
+        path: PathBuf,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        wanted: String,
+    },
+    /// The object file could not be loaded.
+    #[error("cannot load the eBPF object: {0}")]
+    Object(#[from] aya::EbpfError),
+    /// The object file lacks a map or a program.
+    #[error("the eBPF object has no `{0}`")]
+    Missing(String),
+    /// The kernel refused a program, a link or a test run.
+    #[error("program {name}: {source}")]
+    Program {
+        /// Which.
+        name: String,
+        /// Why; holds the verifier's words.
+        source: Box<aya::programs::ProgramError>,
+    },
+    /// A pinned link could not be used.
+    #[error("link of interface {ifindex}: {source}")]
+    Link {
+        /// The interface.
+        ifindex: u32,
+        /// Why.
+        source: aya::programs::links::LinkError,
+    },
+    /// The kernel refused a map operation.
+    #[error("map {name}: {source}")]
+    Map {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        source: aya::maps::MapError,
+    },
+    /// The kernel refused a netlink request.
+    #[error("{step} on interface {ifindex}: {source}")]
+    Netlink {
+        /// What was asked.
+        step: &'static str,
+        /// The interface; 0 if none is concerned.
+        ifindex: u32,
+        /// Why.
+        source: io::Error,
+    },
+    /// More endpoints than the datapath holds.
+    #[error("the datapath holds at most {0} endpoints")]
+    Full(u32),
+    /// The events are being read already.
+    #[error("the drop events are being read already")]
+    EventsTaken,
+    /// A system call that none of the above covers.
+    #[error("{call}: {source}")]
+    System {
+        /// Which.
+        call: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl BpfError {
+    /// Whether this says that the interface does not exist (any more).
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Self::Netlink { source, .. } | Self::System { source, .. } => {
+                matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENXIO))
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn map(name: &'static str) -> impl FnOnce(aya::maps::MapError) -> Self {
+        move |source| Self::Map { name, source }
+    }
+
+    pub(super) fn program(name: &str) -> impl FnOnce(aya::programs::ProgramError) -> Self {
+        move |source| Self::Program { name: name.to_owned(), source: Box::new(source) }
+    }
+}
+
+/// Locks. What is behind these locks mirrors the kernel's state, step by step, so a panic elsewhere leaves it usable.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

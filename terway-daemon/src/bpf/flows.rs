@@ -1,0 +1,184 @@
+//! The flow tables, read out and tidied up.
+
+use std::net::IpAddr;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use aya::maps::{HashMap, MapData, MapError};
+use aya::{Ebpf, Pod};
+use terway_abi::{Flow, FlowKey, flow_flags, jiffies_at, names};
+
+use super::endpoints::{Table, absent_is_fine, address_v4, address_v6};
+use super::error::{BpfError, lock};
+use super::object::take;
+
+/// Both tables. Programs write them; user space only reads and deletes, so there is no lock.
+#[derive(Debug)]
+pub(super) struct Tables {
+    v4: Mutex<HashMap<MapData, FlowKey<u32>, Flow<u32>>>,
+    v6: Mutex<HashMap<MapData, FlowKey<[u32; 4]>, Flow<[u32; 4]>>>,
+}
+
+/// One end of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowSide {
+    /// Address.
+    pub address: IpAddr,
+    /// Port, or 0.
+    pub port: u16,
+}
+
+/// One direction of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowRow {
+    /// Where its packets come from.
+    pub source: FlowSide,
+    /// Where they go.
+    pub destination: FlowSide,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The interface of its hook.
+    pub ifindex: u32,
+    /// The hook of its key (`terway_abi::HOOK_IN` …).
+    pub hook: u8,
+    /// An `terway_abi::Action` by number.
+    pub action: u32,
+    /// The interface it is sent to.
+    pub oif: u32,
+    /// Bits of `terway_abi::flow_flags`.
+    pub flags: u32,
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Time since the last packet.
+    pub idle: Duration,
+    /// Whether what it was decided by still holds.
+    pub valid: bool,
+}
+
+/// What a sweep did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Entries that stay.
+    pub kept: usize,
+    /// Entries deleted.
+    pub deleted: usize,
+}
+
+/// TCP connections that have been closed are kept this long for what is still on the way (2 MSL of Linux is a minute, but a late
+/// segment finds its way through the slow path too).
+const CLOSED: Duration = Duration::from_secs(10);
+
+fn now(hz: u32) -> u32 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a live value, which the call fills; the clock exists on every kernel.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    jiffies_at(now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned(), hz)
+}
+
+fn idle<A>(flow: &Flow<A>, now: u32, hz: u32) -> Duration {
+    // A packet may have come after `now` was read: that difference is negative, and means zero.
+    let ticks = now.wrapping_sub(flow.last_seen).cast_signed().max(0);
+    Duration::from_millis(u64::from(ticks.cast_unsigned()) * 1000 / u64::from(hz.max(1)))
+}
+
+fn valid<A>(flow: &Flow<A>, endpoints: &Table) -> Result<bool, BpfError> {
+    let ([source, destination], [at_source, at_destination]) = (flow.slots, flow.epochs);
+    Ok(endpoints.epoch(source)? == at_source && endpoints.epoch(destination)? == at_destination)
+}
+
+impl Tables {
+    pub(super) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+        Ok(Self { v4: Mutex::new(take(loaded, names::FLOWS_V4)?), v6: Mutex::new(take(loaded, names::FLOWS_V6)?) })
+    }
+
+    pub(super) fn count(&self) -> Result<(usize, usize), BpfError> {
+        Ok((count(&lock(&self.v4), names::FLOWS_V4)?, count(&lock(&self.v6), names::FLOWS_V6)?))
+    }
+
+    pub(super) fn dump(&self, limit: usize, hz: u32, endpoints: &Table) -> Result<Vec<FlowRow>, BpfError> {
+        let mut rows = dump(&lock(&self.v4), names::FLOWS_V4, limit, hz, endpoints, |a| address_v4(a).into())?;
+        rows.extend(dump(&lock(&self.v6), names::FLOWS_V6, limit, hz, endpoints, |a| address_v6(a).into())?);
+        Ok(rows)
+    }
+
+    pub(super) fn sweep(&self, after: Duration, hz: u32, endpoints: &Mutex<Table>) -> Result<Swept, BpfError> {
+        let v4 = sweep(&mut lock(&self.v4), names::FLOWS_V4, after, hz, endpoints)?;
+        let v6 = sweep(&mut lock(&self.v6), names::FLOWS_V6, after, hz, endpoints)?;
+        Ok(Swept { kept: v4.kept + v6.kept, deleted: v4.deleted + v6.deleted })
+    }
+}
+
+fn count<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>, name: &'static str) -> Result<usize, BpfError> {
+    map.keys().try_fold(0, |n, key| key.map(|_| n + 1)).map_err(BpfError::map(name))
+}
+
+fn dump<A: Copy>(
+    map: &HashMap<MapData, FlowKey<A>, Flow<A>>,
+    name: &'static str,
+    limit: usize,
+    hz: u32,
+    endpoints: &Table,
+    address: impl Fn(A) -> IpAddr,
+) -> Result<Vec<FlowRow>, BpfError>
+where
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let now = now(hz);
+    map.iter()
+        .take(limit)
+        .map(|entry| {
+            let (key, flow) = entry.map_err(BpfError::map(name))?;
+            let (source, destination) = key.port_numbers();
+            Ok(FlowRow {
+                source: FlowSide { address: address(key.src), port: source },
+                destination: FlowSide { address: address(key.dst), port: destination },
+                protocol: key.protocol(),
+                ifindex: key.ifindex,
+                hook: key.hook(),
+                action: flow.action,
+                oif: flow.oif,
+                flags: flow.flags,
+                packets: flow.packets,
+                bytes: flow.bytes,
+                idle: idle(&flow, now, hz),
+                valid: valid(&flow, endpoints)?,
+            })
+        })
+        .collect()
+}
+
+fn sweep<A>(
+    map: &mut HashMap<MapData, FlowKey<A>, Flow<A>>,
+    name: &'static str,
+    after: Duration,
+    hz: u32,
+    endpoints: &Mutex<Table>,
+) -> Result<Swept, BpfError>
+where
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let keys: Vec<FlowKey<A>> = map.keys().collect::<Result<_, _>>().map_err(BpfError::map(name))?;
+    let mut swept = Swept::default();
+    let now = now(hz);
+    for key in keys {
+        let flow = match map.get(&key, 0) {
+            Ok(flow) => flow,
+            Err(MapError::KeyNotFound) => continue,
+            Err(source) => return Err(BpfError::Map { name, source }),
+        };
+        let closed = flow.flags & (flow_flags::FIN | flow_flags::RST) != 0;
+        let limit = if closed { CLOSED.min(after) } else { after };
+        // Locked for each entry, not for the sweep: a pod may be added meanwhile.
+        if idle(&flow, now, hz) > limit || !valid(&flow, &lock(endpoints))? {
+            absent_is_fine(map.remove(&key)).map_err(BpfError::map(name))?;
+            swept.deleted += 1;
+        } else {
+            swept.kept += 1;
+        }
+    }
+    Ok(swept)
+}

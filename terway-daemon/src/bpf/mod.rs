@@ -1,0 +1,288 @@
+//! The eBPF datapath as the daemon sees it: loaded, told about pods, attached, and read out.
+//!
+//! ```text
+//! let datapath = Datapath::open(&Config::new("/sys/fs/bpf/terway"))?;   // adopts what an earlier daemon pinned
+//! datapath.set_host_addresses(&[...])?;                                 // who the host stack is
+//! datapath.attach_eni(eni_ifindex)?;                                    // once per ENI, and again at each start
+//! datapath.upsert_endpoint(&endpoint)?;                                 // first the pod's entry …
+//! datapath.attach_pod(endpoint.host_ifindex)?;                          // … then its interface; again at each start
+//! datapath.remove_endpoint(host_ifindex)?;                              // true if there was one; its flows die at once
+//! datapath.endpoints(); datapath.counters()?; datapath.flow_count()?; datapath.take_events()?;
+//! ```
+//!
+//! Every method takes `&self`, is synchronous and may be called from any thread; calls for different pods run in parallel except for
+//! the microseconds of a map write. Interface indices are those of the network namespace in which [`Datapath::open`] was called.
+//! Everything in the kernel outlives the daemon: maps and links are pinned, and filters belong to their interfaces.
+//!
+//! After a restart `open` finds the endpoints and flows in the pinned maps. The caller attaches its pods and ENIs again, which
+//! replaces the programs without a gap, and removes endpoints whose pods are gone.
+
+mod attach;
+mod clsact;
+mod endpoints;
+mod error;
+mod events;
+mod flows;
+mod host;
+mod object;
+mod pin;
+mod run;
+mod stats;
+
+use std::fmt;
+use std::os::fd::{AsRawFd as _, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use aya::maps::{MapData, PerCpuArray};
+use ipnet::IpNet;
+pub use object::OBJECT;
+use terway_abi::{Counter, Program};
+
+pub use self::attach::EniHook;
+pub use self::endpoints::Endpoint;
+pub use self::error::BpfError;
+pub use self::events::DropEvents;
+pub use self::flows::{FlowRow, FlowSide, Swept};
+pub use self::run::{Ran, RunContext};
+pub use self::stats::Counters;
+
+/// What the datapath is made with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// A folder on a bpffs, made if missing. Maps go to `v<ABI>` and links to `links` in it.
+    pub pin_root: PathBuf,
+    /// Entries of the IPv4 flow table. A connection takes two.
+    pub flows_v4: u32,
+    /// Entries of the IPv6 flow table.
+    pub flows_v6: u32,
+    /// Drop events that one CPU reports per second; the others are only counted.
+    pub events_per_second: u32,
+    /// Reports every first packet to the kernel's trace pipe.
+    pub debug: bool,
+    /// Use clsact for ENIs even where the kernel has TCX.
+    pub force_clsact: bool,
+}
+
+impl Config {
+    /// Defaults, with pins under `pin_root`.
+    #[must_use]
+    pub fn new(pin_root: impl Into<PathBuf>) -> Self {
+        Self {
+            pin_root: pin_root.into(),
+            flows_v4: 65_536,
+            flows_v6: 65_536,
+            events_per_second: 100,
+            debug: false,
+            force_clsact: false,
+        }
+    }
+}
+
+/// What the running kernel can do, found out by asking it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// TCX links (Linux 6.6).
+    pub tcx: bool,
+    /// Jiffies per second (`CONFIG_HZ`).
+    pub hz: u32,
+}
+
+/// The loaded datapath.
+pub struct Datapath {
+    pins: PathBuf,
+    links: PathBuf,
+    features: Features,
+    programs: Mutex<object::Programs>,
+    netlink: Mutex<clsact::Socket>,
+    endpoints: Mutex<endpoints::Table>,
+    host: Mutex<host::Prefixes>,
+    flows: flows::Tables,
+    counters: PerCpuArray<MapData, Counter>,
+}
+
+impl fmt::Debug for Datapath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Datapath").field("pins", &self.pins).field("features", &self.features).finish_non_exhaustive()
+    }
+}
+
+impl Datapath {
+    /// Loads the programs and adopts or makes the maps.
+    ///
+    /// # Errors
+    /// [`BpfError`], whose text says which step failed and why.
+    pub fn open(config: &Config) -> Result<Self, BpfError> {
+        object::raise_memlock();
+        let pins = config.pin_root.join(terway_abi::PIN_DIR);
+        let links = config.pin_root.join("links");
+        for folder in [&pins, &links] {
+            std::fs::create_dir_all(folder).map_err(|source| BpfError::Pin { path: folder.clone(), source })?;
+        }
+        pin::check(&pins, config)?;
+        let features = object::probe()?;
+        let mut loaded = object::load(config, &pins, features)?;
+        let mut endpoints = endpoints::Table::new(&mut loaded)?;
+        endpoints.recover()?;
+        Ok(Self {
+            features: Features { tcx: features.tcx && !config.force_clsact, ..features },
+            netlink: Mutex::new(clsact::Socket::open()?),
+            endpoints: Mutex::new(endpoints),
+            host: Mutex::new(host::Prefixes::new(&mut loaded)?),
+            flows: flows::Tables::new(&mut loaded)?,
+            counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
+            programs: Mutex::new(object::Programs::load(loaded)?),
+            pins,
+            links,
+        })
+    }
+
+    /// What the kernel can do.
+    #[must_use]
+    pub const fn features(&self) -> Features {
+        self.features
+    }
+
+    /// The folder of this version's maps.
+    #[must_use]
+    pub fn pins(&self) -> &Path {
+        &self.pins
+    }
+
+    /// Attaches `from_pod` and `to_pod` to the host end of a pod's veth, replacing what an earlier daemon attached.
+    ///
+    /// # Errors
+    /// [`BpfError::Netlink`], with `ENODEV` if the interface is gone.
+    pub fn attach_pod(&self, ifindex: u32) -> Result<(), BpfError> {
+        let (from, to) = (self.program_fd(Program::FromPod)?, self.program_fd(Program::ToPod)?);
+        error::lock(&self.netlink).attach(ifindex, from, to)
+    }
+
+    /// Attaches `from_vpc` and `to_vpc` to an ENI, replacing what an earlier daemon attached.
+    ///
+    /// # Errors
+    /// [`BpfError`], which says which step failed.
+    pub fn attach_eni(&self, ifindex: u32) -> Result<EniHook, BpfError> {
+        if self.features.tcx {
+            attach::tcx(&mut error::lock(&self.programs), &self.links, ifindex)?;
+            // A daemon that was told to use clsact may have left filters, which would see every packet a second time.
+            error::lock(&self.netlink).detach(ifindex)?;
+            return Ok(EniHook::Tcx);
+        }
+        let (from, to) = (self.program_fd(Program::FromVpc)?, self.program_fd(Program::ToVpc)?);
+        error::lock(&self.netlink).attach(ifindex, from, to)?;
+        attach::release(&self.links, ifindex)?;
+        Ok(EniHook::Clsact)
+    }
+
+    /// Detaches from an ENI. One that is gone, or was never attached, is no error.
+    ///
+    /// # Errors
+    /// [`BpfError`], which says which step failed.
+    pub fn detach_eni(&self, ifindex: u32) -> Result<(), BpfError> {
+        attach::release(&self.links, ifindex)?;
+        error::lock(&self.netlink).detach(ifindex)
+    }
+
+    /// Detaches from the host end of a pod's veth. Deleting the interface does that by itself.
+    ///
+    /// # Errors
+    /// [`BpfError::Netlink`].
+    pub fn detach_pod(&self, ifindex: u32) -> Result<(), BpfError> {
+        error::lock(&self.netlink).detach(ifindex)
+    }
+
+    /// The ENIs that hold pinned links, by interface index: those that need [`Datapath::detach_eni`] if they are no longer wanted.
+    ///
+    /// # Errors
+    /// [`BpfError::Pin`].
+    pub fn attached_enis(&self) -> Result<Vec<u32>, BpfError> {
+        attach::pinned(&self.links)
+    }
+
+    /// Adds a pod, or changes it. Packets see it whole or not at all; flows that a change touches are decided anew.
+    ///
+    /// An address that another endpoint had goes over to this one, and that other endpoint is removed: two pods never share one.
+    ///
+    /// # Errors
+    /// [`BpfError`]; nothing or a part was written, and calling again completes it.
+    pub fn upsert_endpoint(&self, endpoint: &Endpoint) -> Result<(), BpfError> {
+        error::lock(&self.endpoints).upsert(endpoint)
+    }
+
+    /// Removes the pod behind this interface and voids its flows; `false` if there is none.
+    ///
+    /// # Errors
+    /// [`BpfError`]; calling again completes it.
+    pub fn remove_endpoint(&self, host_ifindex: u32) -> Result<bool, BpfError> {
+        error::lock(&self.endpoints).remove(host_ifindex)
+    }
+
+    /// All pods, by interface index.
+    #[must_use]
+    pub fn endpoints(&self) -> Vec<Endpoint> {
+        error::lock(&self.endpoints).list()
+    }
+
+    /// Sets which addresses the host stack serves: the node's own and `host_stack_cidrs`. Pods' packets to them are passed to it.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`]; calling again completes it.
+    pub fn set_host_addresses(&self, prefixes: &[IpNet]) -> Result<(), BpfError> {
+        let changed = error::lock(&self.host).set(prefixes)?;
+        if changed { error::lock(&self.endpoints).void_unowned() } else { Ok(()) }
+    }
+
+    /// Packets and bytes by way and by drop reason, summed over CPUs.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn counters(&self) -> Result<Counters, BpfError> {
+        stats::read(&self.counters)
+    }
+
+    /// Entries of the flow tables, IPv4 and IPv6, void ones included.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn flow_count(&self) -> Result<(usize, usize), BpfError> {
+        self.flows.count()
+    }
+
+    /// Up to `limit` flows of each family.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn flows(&self, limit: usize) -> Result<Vec<FlowRow>, BpfError> {
+        self.flows.dump(limit, self.features.hz, &error::lock(&self.endpoints))
+    }
+
+    /// Deletes flows that are void, and those idle for longer than `idle` (or, closed by TCP, than ten seconds).
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn sweep_flows(&self, idle: std::time::Duration) -> Result<Swept, BpfError> {
+        self.flows.sweep(idle, self.features.hz, &self.endpoints)
+    }
+
+    /// The stream of drop events. The kernel's buffer has one reader, so it can be taken once.
+    ///
+    /// # Errors
+    /// [`BpfError::EventsTaken`], or the kernel's refusal. Must be called within a tokio runtime.
+    pub fn take_events(&self) -> Result<DropEvents, BpfError> {
+        error::lock(&self.programs).take_events()
+    }
+
+    /// Runs a program once or more on a packet that goes nowhere (`BPF_PROG_TEST_RUN`), for tests and benchmarks.
+    ///
+    /// # Errors
+    /// [`BpfError::Program`].
+    pub fn run(&self, program: Program, packet: &[u8], context: RunContext) -> Result<Ran, BpfError> {
+        run::run(&error::lock(&self.programs), program, packet, context)
+    }
+
+    fn program_fd(&self, program: Program) -> Result<RawFd, BpfError> {
+        // The programs live as long as `self`, so the number stays good after the lock is gone.
+        Ok(error::lock(&self.programs).fd(program)?.as_raw_fd())
+    }
+}

@@ -1,0 +1,111 @@
+//! The embedded object file: loading, globals, features.
+
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+use aya::maps::{Map, MapError};
+use aya::programs::{SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader};
+use terway_abi::{Program, names};
+
+use super::error::BpfError;
+use super::events::DropEvents;
+use super::{Config, Features};
+
+/// The object file with all programs; empty if the build skipped it.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/terway.o"));
+
+/// Kernels before 5.11 charge maps to this limit, whose default is 64 KiB; later ones do not look at it, and there it does not
+/// matter that a container without CAP_SYS_RESOURCE is refused.
+pub(super) fn raise_memlock() {
+    let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the pointer is to a live value, which the call only reads.
+    if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) } != 0 {
+        tracing::debug!(error = %io::Error::last_os_error(), "cannot raise RLIMIT_MEMLOCK; kernels before 5.11 need that");
+    }
+}
+
+/// Asks the kernel what it can do.
+pub(super) fn probe() -> Result<Features, BpfError> {
+    // The query fails with EINVAL where the attach type is unknown; every network namespace has a loopback interface.
+    let tcx = SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok();
+    let mut resolution = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a live value, which the call fills.
+    if unsafe { libc::clock_getres(libc::CLOCK_MONOTONIC_COARSE, &raw mut resolution) } != 0 {
+        return Err(BpfError::System { call: "clock_getres", source: io::Error::last_os_error() });
+    }
+    // The coarse clock's resolution is one tick (`KTIME_LOW_RES`, kernel/time/posix-timers.c).
+    let hz = u32::try_from(1_000_000_000 / resolution.tv_nsec.max(1)).unwrap_or(1000);
+    Ok(Features { tcx, hz })
+}
+
+/// Loads maps and relocates programs; adopts maps that are pinned in `pins`.
+pub(super) fn load(config: &Config, pins: &Path, features: Features) -> Result<Ebpf, BpfError> {
+    if OBJECT.is_empty() {
+        return Err(BpfError::NoPrograms);
+    }
+    let debug = u32::from(config.debug);
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global(names::HZ, &features.hz, true)
+        .override_global(names::EVENTS_PER_SECOND, &config.events_per_second, true)
+        .override_global(names::DEBUG, &debug, true)
+        .map_max_entries(names::FLOWS_V4, config.flows_v4)
+        .map_max_entries(names::FLOWS_V6, config.flows_v6);
+    for name in names::MAPS {
+        loader.map_pin_path(name, pins.join(name));
+    }
+    Ok(loader.load(OBJECT)?)
+}
+
+/// A typed map out of the loaded object.
+pub(super) fn take<M>(loaded: &mut Ebpf, name: &'static str) -> Result<M, BpfError>
+where
+    M: TryFrom<Map, Error = MapError>,
+{
+    let map = loaded.take_map(name).ok_or_else(|| BpfError::Missing(name.to_owned()))?;
+    M::try_from(map).map_err(BpfError::map(name))
+}
+
+/// The verified programs.
+#[derive(Debug)]
+pub(super) struct Programs {
+    loaded: Ebpf,
+    events: Option<Map>,
+}
+
+impl Programs {
+    /// Has the kernel verify all programs.
+    pub(super) fn load(mut loaded: Ebpf) -> Result<Self, BpfError> {
+        for name in names::PROGRAMS {
+            classifier(&mut loaded, name)?.load().map_err(BpfError::program(name))?;
+        }
+        let events = loaded.take_map(names::EVENTS);
+        Ok(Self { loaded, events })
+    }
+
+    pub(super) fn get(&self, program: Program) -> Result<&SchedClassifier, BpfError> {
+        let name = program.name();
+        let found = self.loaded.program(name).ok_or_else(|| BpfError::Missing(name.to_owned()))?;
+        found.try_into().map_err(BpfError::program(name))
+    }
+
+    pub(super) fn get_mut(&mut self, program: Program) -> Result<&mut SchedClassifier, BpfError> {
+        classifier(&mut self.loaded, program.name())
+    }
+
+    pub(super) fn fd(&self, program: Program) -> Result<BorrowedFd<'_>, BpfError> {
+        Ok(self.get(program)?.fd().map_err(BpfError::program(program.name()))?.as_fd())
+    }
+
+    pub(super) fn take_events(&mut self) -> Result<DropEvents, BpfError> {
+        DropEvents::new(self.events.take().ok_or(BpfError::EventsTaken)?)
+    }
+}
+
+fn classifier<'a>(loaded: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, BpfError> {
+    let found = loaded.program_mut(name).ok_or_else(|| BpfError::Missing(name.to_owned()))?;
+    found.try_into().map_err(BpfError::program(name))
+}

@@ -1,0 +1,89 @@
+//! Pinned maps: whether they are what this version makes. aya believes a pin blindly, and the kernel notices only at program load,
+//! after user space has read values of the wrong size.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use aya::maps::{MapInfo, MapType};
+use terway_abi::{
+    Budget, COUNTERS, Counter, Endpoint, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6,
+    FragmentValue, MAX_ENDPOINTS, SLOTS, names,
+};
+
+use super::Config;
+use super::error::BpfError;
+
+struct Layout {
+    name: &'static str,
+    kind: MapType,
+    key: usize,
+    value: usize,
+    entries: Option<u32>,
+    /// Only a cache: a map of another size is dropped and made anew.
+    cache: bool,
+}
+
+const fn layout<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -> Layout {
+    Layout { name, kind, key: size_of::<K>(), value: size_of::<V>(), entries, cache: false }
+}
+
+fn layouts(config: &Config) -> [Layout; 13] {
+    [
+        layout::<u32, Endpoint>(names::ENDPOINTS, MapType::Hash, Some(MAX_ENDPOINTS)),
+        layout::<u32, Endpoint>(names::OWNERS_V4, MapType::Hash, Some(MAX_ENDPOINTS)),
+        layout::<[u32; 4], Endpoint>(names::OWNERS_V6, MapType::Hash, Some(MAX_ENDPOINTS)),
+        layout::<u32, u32>(names::EPOCHS, MapType::Array, Some(SLOTS)),
+        layout::<[u32; 2], u32>(names::HOST_V4, MapType::LpmTrie, None),
+        layout::<[u32; 5], u32>(names::HOST_V6, MapType::LpmTrie, None),
+        Layout { cache: true, ..layout::<FlowKeyV4, FlowV4>(names::FLOWS_V4, MapType::LruHash, Some(config.flows_v4)) },
+        Layout { cache: true, ..layout::<FlowKeyV6, FlowV6>(names::FLOWS_V6, MapType::LruHash, Some(config.flows_v6)) },
+        layout::<FragmentKeyV4, FragmentValue>(names::FRAGMENTS_V4, MapType::LruHash, None),
+        layout::<FragmentKeyV6, FragmentValue>(names::FRAGMENTS_V6, MapType::LruHash, None),
+        layout::<u32, Counter>(names::COUNTERS, MapType::PerCpuArray, Some(COUNTERS)),
+        layout::<u32, Budget>(names::BUDGET, MapType::PerCpuArray, Some(1)),
+        layout::<(), ()>(names::EVENTS, MapType::RingBuf, None),
+    ]
+}
+
+/// Checks every map that is pinned in `pins`.
+pub(super) fn check(pins: &Path, config: &Config) -> Result<(), BpfError> {
+    for wanted in layouts(config) {
+        let path = pins.join(wanted.name);
+        if !path.exists() {
+            continue;
+        }
+        let found = MapInfo::from_pin(&path).map_err(BpfError::map(wanted.name))?;
+        let kind = found.map_type().map_err(BpfError::map(wanted.name))?;
+        let (key, value, entries) = (found.key_size(), found.value_size(), found.max_entries());
+        let same_shape = kind == wanted.kind && key as usize == wanted.key && value as usize == wanted.value;
+        let same_size = wanted.entries.is_none_or(|wanted| wanted == entries);
+        if same_shape && same_size {
+            continue;
+        }
+        if same_shape && wanted.cache {
+            // Flows are decided anew; what is attached keeps the old table until it is attached again.
+            tracing::info!(map = wanted.name, from = entries, to = wanted.entries, "flow table gets another size");
+            unlink(&path)?;
+            continue;
+        }
+        let describe = |kind: &MapType, key: usize, value: usize, entries: Option<u32>| {
+            let entries = entries.map_or_else(|| "any number of".to_owned(), |n| n.to_string());
+            format!("kind {kind:?}, {key}-byte keys, {value}-byte values and {entries} entries")
+        };
+        return Err(BpfError::Layout {
+            path,
+            found: describe(&kind, key as usize, value as usize, Some(entries)),
+            wanted: describe(&wanted.kind, wanted.key, wanted.value, wanted.entries),
+        });
+    }
+    Ok(())
+}
+
+/// Removes a pin; one that is gone is no error.
+pub(super) fn unlink(path: &Path) -> Result<(), BpfError> {
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(BpfError::Pin { path: path.to_owned(), source }),
+        _ => Ok(()),
+    }
+}

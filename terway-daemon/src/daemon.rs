@@ -1,0 +1,379 @@
+//! The life of `terwayd`: from the lock to the last answer.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::Map;
+use terway_core::clock::Moment;
+use terway_core::cni;
+use terway_core::config::{self, Config};
+use terway_core::errors::{self, Error};
+use terway_core::ident::Addresses;
+use terway_core::ipam::{NodeFacts, Pool, PoolConfig, Record, Snapshot, VSwitchSelection};
+use terway_core::route::{NodeInputs, NodePlan};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{error, info, warn};
+
+use crate::atomic_file;
+use crate::bpf::{self, Datapath};
+use crate::cloud::{
+    Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, Metadata, Retry, Secret, endpoint,
+};
+use crate::engine::{Engine, Facts, Parts, netns_is_gone};
+use crate::http;
+use crate::identity::{self, Node};
+use crate::metrics::{self, Metrics};
+use crate::net::Host;
+use crate::options::Options;
+use crate::queue;
+use crate::server::Service;
+use crate::socket::{self, InstanceLock};
+use crate::store::Store;
+
+/// How long the start waits for the cloud's list of ENIs before it goes on with what the store says.
+const INVENTORY_WITHIN: Duration = Duration::from_secs(10);
+
+/// How often the namespaces of pods are looked at, for runtimes that forget a DEL.
+const COLLECT_EVERY: Duration = Duration::from_secs(60);
+
+/// How often the plugin's queue is looked at, for DELs that were answered too late.
+const QUEUE_EVERY: Duration = Duration::from_secs(30);
+
+/// How long calls under way may take after SIGTERM.
+const STOP_WITHIN: Duration = Duration::from_secs(5);
+
+/// The name of the network in the conflist; part of every key, so it never changes.
+pub const NETWORK: &str = "terway";
+
+/// Runs the daemon until a signal or a failure ends it.
+///
+/// # Errors
+/// Why it could not start or go on. The datapath stays as it is in every case.
+pub async fn run(options: Options) -> Result<(), Error> {
+    let start = Instant::now();
+    let _lock = InstanceLock::take(&options.state_dir).map_err(|error| match error.kind() {
+        std::io::ErrorKind::WouldBlock => {
+            Error::new(errors::STORE_FAILED, format!("another terwayd holds {}", options.state_dir.display()))
+        }
+        _ => failed(errors::STORE_FAILED, &options.state_dir.display().to_string(), &error),
+    })?;
+    let config = read_config(&options.config)?;
+    let store = Store::open(&options.store_path())
+        .map_err(|error| failed(errors::STORE_FAILED, &options.store_path().display().to_string(), &error))?;
+    let records = store.load().map_err(|error| failed(errors::STORE_FAILED, "load", &error))?;
+
+    let (mut registry, metrics) = metrics::new_registry();
+    let host = Arc::new(Host::new()?);
+    let links = host.watch()?;
+    let datapath = Arc::new(open_datapath(&options)?);
+    metrics::register_datapath(&mut registry, &datapath);
+
+    let (node, cloud) = meet_cloud(&options, &config, &metrics).await?;
+    let facts = prepare_node(&options, &config, &node, &host).await?;
+    follow_addresses(&links, &datapath, &config)?;
+
+    let snapshot =
+        Snapshot { records: records.clone(), enis: inventory(&*cloud, &node).await, facts: gone(&host, &records) };
+    let (pool, effects) = Pool::restore(pool_config(&options, &config, &node), snapshot, Moment::ZERO)
+        .map_err(|error| failed(errors::STORE_FAILED, "restore", &error))?;
+    let parts =
+        Parts { pool, origin: Instant::now(), store, cloud, datapath, host, links, facts, metrics: metrics.clone() };
+    let engine = Engine::new(parts);
+    engine.begin(&records, effects).await?;
+    tokio::spawn(Arc::clone(&engine).tick());
+
+    // Listening comes before reading the queue: see terway_core::cni::queue for why nothing falls in between.
+    let listener = socket::bind(&options.socket)
+        .map_err(|error| failed(errors::INTERNAL, &options.socket.display().to_string(), &error))?;
+    work_off_queue(&engine, &options.spool_dir(), &metrics).await;
+    tokio::spawn(repeat(COLLECT_EVERY, {
+        let engine = Arc::clone(&engine);
+        move || {
+            let engine = Arc::clone(&engine);
+            async move { engine.collect() }
+        }
+    }));
+    tokio::spawn(repeat(QUEUE_EVERY, {
+        let (engine, dir, metrics) = (Arc::clone(&engine), options.spool_dir(), metrics.clone());
+        move || {
+            let (engine, dir, metrics) = (Arc::clone(&engine), dir.clone(), metrics.clone());
+            async move { work_off_queue(&engine, &dir, &metrics).await }
+        }
+    }));
+    let ready: http::Ready = {
+        let engine = Arc::clone(&engine);
+        Arc::new(move || {
+            engine.refresh_gauges();
+            engine.ready()
+        })
+    };
+    tokio::spawn(serve_http(options.listen, Arc::new(registry), ready));
+
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let service = Service::server(Arc::clone(&engine), metrics.clone());
+    let mut server =
+        tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
+            socket::trusted(listener),
+            async {
+                let _ = stopped.await;
+            },
+        ));
+    write_conflist(&options)?;
+    metrics.started(start.elapsed());
+    info!(took = ?start.elapsed(), node = options.node_name(), "serving");
+
+    let outcome = tokio::select! {
+        () = signalled() => Ok(()),
+        reason = engine.failed() => Err(reason),
+        ended = &mut server => {
+            let detail = format!("the gRPC server ended: {ended:?}");
+            return Err(Error::new(errors::INTERNAL, detail));
+        }
+    };
+    // Pods keep their network: programs stay attached, maps and links stay pinned, the conflist stays in place.
+    let _ = stop.send(());
+    if tokio::time::timeout(STOP_WITHIN, server).await.is_err() {
+        warn!("some calls did not finish in time; the next start takes them up");
+    }
+    info!("stopped; the datapath goes on");
+    outcome
+}
+
+fn failed(code: errors::Code, what: &str, error: &dyn std::error::Error) -> Error {
+    Error::new(code, format!("{what}: {error}"))
+}
+
+async fn repeat<F: Future<Output = ()>>(every: Duration, mut work: impl FnMut() -> F) {
+    loop {
+        tokio::time::sleep(every).await;
+        work().await;
+    }
+}
+
+async fn serve_http(
+    listen: std::net::SocketAddr,
+    registry: Arc<prometheus_client::registry::Registry>,
+    ready: http::Ready,
+) {
+    // Metrics are worth a log line, not a node without pods.
+    if let Err(error) = http::serve(listen, registry, ready).await {
+        error!(%listen, %error, "metrics and health are not served");
+    }
+}
+
+fn read_config(path: &Path) -> Result<Config, Error> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| failed(errors::CONFIG_INVALID, &path.display().to_string(), &error))?;
+    let (config, warnings) = config::parse(&text).map_err(|bad| {
+        let all: Vec<String> = bad.iter().map(ToString::to_string).collect();
+        Error::new(errors::CONFIG_INVALID, format!("{}: {}", path.display(), all.join("; ")))
+    })?;
+    for warning in warnings {
+        warn!(key = warning.key, "eni_conf: {}", warning.message);
+    }
+    Ok(config)
+}
+
+fn open_datapath(options: &Options) -> Result<Datapath, Error> {
+    let entries = options.flow_entries;
+    let config = bpf::Config { flows_v4: entries, flows_v6: entries, ..bpf::Config::new(&options.bpffs) };
+    Datapath::open(&config).map_err(|error| failed(errors::BPF_FAILED, &options.bpffs.display().to_string(), &error))
+}
+
+/// Learns who this node is and makes the client of its cloud.
+async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Result<(Node, Arc<dyn Cloud>), Error> {
+    let bad = |error: &dyn std::error::Error| failed(errors::CONFIG_INVALID, "endpoint", error);
+    let observer: crate::cloud::CallObserver = {
+        let metrics = metrics.clone();
+        Arc::new(move |call| metrics.cloud_call(call.api, &call.error_label(), call.duration))
+    };
+    let metadata_url = endpoint(&options.metadata).map_err(|e| bad(&e))?;
+    let kept = identity::kept(&options.node_path());
+    let identity = if let Some(kept) = &kept {
+        kept.identity.clone()
+    } else {
+        let metadata =
+            Metadata::new(metadata_url.clone(), Duration::from_secs(5), Retry::default(), Some(Arc::clone(&observer)))
+                .map_err(|e| failed(errors::CLOUD_FAILED, "metadata", &e))?;
+        identity::insist("metadata service: who is this node", || metadata.node_identity()).await
+    };
+
+    let credentials = match &config.access_key {
+        Some(key) => {
+            CredentialSource::AccessKey { id: Secret::new(key.id.as_str()), secret: Secret::new(key.secret.expose()) }
+        }
+        None => CredentialSource::RamRole { role: None },
+    };
+    let region = config.region.as_deref().unwrap_or(&identity.region);
+    let mut ecs = EcsConfig::for_region(region, EndpointNetwork::Vpc, credentials).map_err(|e| bad(&e))?;
+    ecs.metadata = metadata_url;
+    ecs.observer = Some(observer);
+    for (url, given) in [(&mut ecs.ecs_endpoint, &options.ecs_endpoint), (&mut ecs.vpc_endpoint, &options.vpc_endpoint)]
+    {
+        if let Some(given) = given {
+            *url = endpoint(given).map_err(|e| bad(&e))?;
+        }
+    }
+    let cloud = Aliyun::new(&ecs).map_err(|e| failed(errors::CLOUD_FAILED, "client", &e))?;
+
+    let node = match kept {
+        Some(node) => node,
+        None => {
+            let limits = identity::insist("ECS: what the instance type carries", || {
+                cloud.instance_limits(&identity.instance_type)
+            })
+            .await;
+            let token_seed =
+                identity::token_seed(&identity).map_err(|e| failed(errors::INTERNAL, "/dev/urandom", &e))?;
+            let node = Node { identity, limits, token_seed };
+            identity::keep(&options.node_path(), &node)
+                .map_err(|e| failed(errors::STORE_FAILED, &options.node_path().display().to_string(), &e))?;
+            node
+        }
+    };
+    info!(instance = %node.identity.instance, kind = node.identity.instance_type, zone = node.identity.zone, "this node");
+    Ok((node, Arc::new(cloud)))
+}
+
+/// Makes the node forward, and collects what plans depend on.
+async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Host) -> Result<Facts, Error> {
+    let inputs = NodeInputs { v4: config.ip_stack.v4(), v6: config.ip_stack.v6(), ra_links: host.ra_links().await? };
+    host.ensure_node(&NodePlan::forwarding(&inputs)).await?;
+    let state = host.observe(BTreeSet::new()).await?;
+    let primary =
+        state.links.iter().find(|(_, link)| link.mac == Some(node.identity.primary_mac) && link.kind.is_none());
+    let primary = primary.or_else(|| state.links.iter().find(|(_, link)| link.mac == Some(node.identity.primary_mac)));
+    let mut addresses = Addresses::default();
+    let mut nic_mtu = 1500;
+    match primary {
+        Some((name, link)) => {
+            nic_mtu = link.mtu;
+            for (_, net) in state.addresses.iter().filter(|(dev, _)| dev == name) {
+                match net.addr() {
+                    std::net::IpAddr::V4(v4) if config.ip_stack.v4() => addresses.v4 = addresses.v4.or(Some(v4)),
+                    std::net::IpAddr::V6(v6) if config.ip_stack.v6() && !v6.is_unicast_link_local() => {
+                        addresses.v6 = addresses.v6.or(Some(v6));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        None => warn!(mac = %node.identity.primary_mac, "no interface has the primary ENI's MAC address"),
+    }
+    Ok(Facts {
+        node: options.node_name(),
+        identity: node.identity.clone(),
+        stack: config.ip_stack,
+        addresses,
+        nic_mtu,
+        mtu: options.mtu,
+    })
+}
+
+/// Keeps the datapath's idea of "the node itself" in line with the node's addresses.
+fn follow_addresses(links: &crate::net::Watch, datapath: &Arc<Datapath>, config: &Config) -> Result<(), Error> {
+    let mut addresses = links.addresses();
+    let (datapath, fixed) = (Arc::clone(datapath), config.host_stack_cidrs.clone());
+    let apply = move |now: &[ipnet::IpNet]| {
+        let hosts = now.iter().map(|net| ipnet::IpNet::from(net.addr()));
+        let all: Vec<ipnet::IpNet> = hosts.chain(fixed.iter().copied()).collect();
+        datapath.set_host_addresses(&all)
+    };
+    let first = Arc::clone(&addresses.borrow_and_update());
+    apply(&first).map_err(|error| failed(errors::BPF_FAILED, "host addresses", &error))?;
+    tokio::spawn(async move {
+        while addresses.changed().await.is_ok() {
+            let now = Arc::clone(&addresses.borrow_and_update());
+            if let Err(error) = apply(&now) {
+                error!(%error, "the datapath does not know the node's present addresses");
+            }
+        }
+    });
+    Ok(())
+}
+
+async fn inventory(cloud: &dyn Cloud, node: &Node) -> Option<Vec<terway_core::cloud::Eni>> {
+    let filter = EniFilter::of_instance(&node.identity.instance);
+    match tokio::time::timeout(INVENTORY_WITHIN, cloud.enis(&filter)).await {
+        Ok(Ok(enis)) => Some(enis),
+        Ok(Err(error)) => {
+            warn!(%error, "the cloud does not list the ENIs; going on with what the store says");
+            None
+        }
+        Err(_) => {
+            warn!("the cloud does not answer; going on with what the store says");
+            None
+        }
+    }
+}
+
+fn gone(host: &Host, records: &[Record]) -> NodeFacts {
+    let netns_gone = records.iter().filter_map(|record| match record {
+        Record::Attachment(a) if netns_is_gone(host, &a.netns) => Some(a.key.clone()),
+        _ => None,
+    });
+    NodeFacts { netns_gone: netns_gone.collect() }
+}
+
+fn pool_config(options: &Options, config: &Config, node: &Node) -> PoolConfig {
+    let zone = &node.identity.zone;
+    let vswitches = config.vswitches.get(zone).cloned().unwrap_or_default();
+    if vswitches.is_empty() {
+        error!(zone, "eni_conf has no vSwitch in this node's zone: no ENI can be made");
+    }
+    PoolConfig {
+        max_enis: config.max_eni,
+        stack: config.ip_stack,
+        vswitches,
+        selection: VSwitchSelection::Ordered,
+        security_groups: config.security_groups.clone(),
+        tags: config.eni_tags.clone(),
+        min_idle: config.min_idle,
+        max_idle: config.max_idle,
+        cooling: Duration::from_secs(options.cooling),
+        ..PoolConfig::new(node.identity.instance.clone(), node.limits, node.token_seed.clone())
+    }
+}
+
+async fn work_off_queue(engine: &Arc<Engine>, dir: &Path, metrics: &Metrics) {
+    let queued = match queue::read(dir) {
+        Ok(queued) => queued,
+        Err(error) => {
+            warn!(dir = %dir.display(), %error, "the queue of DELs cannot be read");
+            return;
+        }
+    };
+    for (path, del) in queued {
+        match engine.del(del.attachment.clone()).await {
+            Ok(()) => {
+                info!(key = %del.attachment, "carried out a queued DEL");
+                metrics.spooled_del();
+                let _ = std::fs::remove_file(path);
+            }
+            Err(error) => warn!(key = %del.attachment, %error, "a queued DEL failed; it stays queued"),
+        }
+    }
+}
+
+/// Tells the runtime that the node can take pods. Written last, by rename, and left in place when the daemon ends.
+fn write_conflist(options: &Options) -> Result<(), Error> {
+    let text = |path: &Path| path.display().to_string();
+    let list = cni::conflist::conflist(NETWORK, &text(&options.socket), &text(&options.spool_dir()), &Map::new());
+    let path = options.cni_conf_dir.join(cni::conflist::FILE_NAME);
+    std::fs::create_dir_all(&options.cni_conf_dir)
+        .and_then(|()| atomic_file::write_if_changed(&path, list.as_bytes()))
+        .map(|written| info!(path = %path.display(), written, "conflist"))
+        .map_err(|error| failed(errors::STORE_FAILED, &path.display().to_string(), &error))
+}
+
+async fn signalled() {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => info!("SIGTERM"),
+        _ = int.recv() => info!("SIGINT"),
+    }
+}

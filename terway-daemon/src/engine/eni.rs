@@ -1,0 +1,70 @@
+//! The node's side of an ENI: finding its NIC, giving it its table, attaching the datapath; and the way back.
+
+use std::time::Duration;
+
+use terway_core::cloud::Subnet;
+use terway_core::errors::{self, Error};
+use terway_core::ident::Mac;
+use terway_core::route::{EniInputs, EniPlan};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::Engine;
+use super::pod::net_error;
+use crate::net::Nic;
+
+/// How long a NIC may stay away after the cloud said "attached". Hot-plugging takes up to some ten seconds; the pool asks again later.
+const NIC_WITHIN: Duration = Duration::from_secs(20);
+
+impl Engine {
+    /// Waits for the NIC with this MAC and sets it up. Idempotent.
+    pub(super) async fn configure_nic(&self, mac: Mac) -> Result<(u32, Subnet), Error> {
+        let nic =
+            self.links.wait_for_mac(mac, Instant::now() + NIC_WITHIN).await.ok_or_else(|| {
+                Error::new(errors::NIC_MISSING, format!("MAC {mac}, waited {}s", NIC_WITHIN.as_secs()))
+            })?;
+        // Asked after the NIC is there: the metadata service knows an ENI no earlier.
+        let subnet =
+            self.cloud.subnet(mac).await.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string()))?;
+        self.host.ensure_eni(&self.eni_plan(&nic, &subnet)).await.map_err(net_error)?;
+        let ifindex = nic.ifindex;
+        self.with_datapath(move |datapath| datapath.attach_eni(ifindex)).await?;
+        info!(%mac, ifindex, name = nic.name, gateway = %subnet.gateway_v4, "ENI is ready");
+        Ok((ifindex, subnet))
+    }
+
+    /// Takes back what [`configure_nic`](Self::configure_nic) did, as far as the NIC is still there. Best effort: detaching unplugs it anyway.
+    pub(super) async fn release_nic(&self, mac: Mac) {
+        let Some(nic) = self.links.nics().into_iter().find(|nic| nic.mac == mac) else { return };
+        let ifindex = nic.ifindex;
+        if let Err(error) = self.with_datapath(move |datapath| datapath.detach_eni(ifindex)).await {
+            warn!(%mac, %error, "the programs of an ENI could not be detached");
+        }
+        if let Err(error) = self.host.remove_eni(&self.bare_eni_plan(&nic)).await {
+            warn!(%mac, %error, "the routes of an ENI could not be removed");
+        }
+    }
+
+    fn eni_plan(&self, nic: &Nic, subnet: &Subnet) -> EniPlan {
+        EniPlan::shared(EniInputs {
+            ifindex: nic.ifindex,
+            ifname: nic.name.clone(),
+            mtu: self.facts.nic_mtu,
+            node: self.facts.addresses,
+            gateway_v4: self.facts.stack.v4().then_some(subnet.gateway_v4),
+            gateway_v6: subnet.gateway_v6.filter(|_| self.facts.stack.v6()),
+        })
+    }
+
+    /// A plan whose teardown removes what does not depend on the subnet; the rest goes with the NIC.
+    fn bare_eni_plan(&self, nic: &Nic) -> EniPlan {
+        EniPlan::shared(EniInputs {
+            ifindex: nic.ifindex,
+            ifname: nic.name.clone(),
+            mtu: self.facts.nic_mtu,
+            node: self.facts.addresses,
+            gateway_v4: None,
+            gateway_v6: None,
+        })
+    }
+}

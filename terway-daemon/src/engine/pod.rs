@@ -1,0 +1,197 @@
+//! Wiring and unwiring one pod: links and routes by `net`, programs and maps by `bpf`, in an order in which no packet meets half of it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use terway_core::errors::{self, Error};
+use terway_core::ident::{Addresses, AttachmentKey, Family, Mac, PodRef};
+use terway_core::ipam::Grant;
+use terway_core::route::{PodInputs, PodPlan, gateway, host_ifname};
+use terway_proto::v1;
+
+use super::Engine;
+use crate::bpf::{BpfError, Datapath, Endpoint};
+use crate::metrics::{Phase, Verb};
+use crate::net::NetError;
+
+/// What the pool keeps of an ADD for the engine, without looking at it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodOptions {
+    /// MTU in bytes that the network configuration asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+}
+
+impl PodOptions {
+    pub(super) fn encode(&self) -> String {
+        // A struct of numbers always serialises.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
+    /// What an older daemon wrote reads as the defaults.
+    pub(super) fn decode(text: &str) -> Self {
+        serde_json::from_str(text).unwrap_or_default()
+    }
+}
+
+impl Engine {
+    /// The plan of a pod; the same inputs give the same plan after a restart.
+    pub(super) fn plan(&self, key: &AttachmentKey, pod: &PodRef, grant: &Grant, options: &PodOptions) -> PodPlan {
+        let seed = key.to_string();
+        PodPlan::veth(PodInputs {
+            key: key.clone(),
+            host_ifname: host_ifname(pod, key),
+            pod_ifname: key.ifname.clone(),
+            host_mac: Mac::derived(&[b"host", seed.as_bytes()]),
+            pod_mac: Mac::derived(&[b"pod", seed.as_bytes()]),
+            addresses: grant.addresses,
+            eni_ifindex: grant.nic.ifindex,
+            mtu: options.mtu.or(self.facts.mtu).unwrap_or(self.facts.nic_mtu),
+            default_route: true,
+            extra_routes: Vec::new(),
+        })
+    }
+
+    pub(super) fn endpoint(plan: &PodPlan, grant: &Grant, host_ifindex: u32) -> Endpoint {
+        let subnet = &grant.nic.subnet;
+        Endpoint {
+            host_ifindex,
+            host_mac: plan.inputs.host_mac,
+            pod_mac: plan.inputs.pod_mac,
+            addresses: grant.addresses,
+            eni_ifindex: grant.nic.ifindex,
+            gateway_v4: grant.addresses.v4.map(|_| subnet.gateway_v4),
+            gateway_v6: grant.addresses.v6.and(subnet.gateway_v6),
+        }
+    }
+
+    /// Wires a pod. Idempotent: what is there already and right stays.
+    pub(super) async fn connect(
+        &self,
+        key: &AttachmentKey,
+        pod: &PodRef,
+        netns: &str,
+        options: &str,
+        grant: &Grant,
+    ) -> Result<(), Error> {
+        let plan = self.plan(key, pod, grant, &PodOptions::decode(options));
+        let netns = self.host.open_netns(netns).map_err(net_error)?;
+
+        let start = Instant::now();
+        let links = self.host.create_pod(&plan, &netns).await.map_err(net_error)?;
+        let created = Instant::now();
+        self.metrics.phase(Verb::Add, Phase::Links, created - start);
+
+        // Between here and `enable_pod` both ends are down: the programs and the maps are complete before the first packet.
+        let endpoint = Self::endpoint(&plan, grant, links.host_ifindex);
+        self.plug(endpoint).await?;
+        let plugged = Instant::now();
+        self.metrics.phase(Verb::Add, Phase::Datapath, plugged - created);
+
+        self.host.enable_pod(&plan, &netns, links).await.map_err(net_error)?;
+        self.metrics.phase(Verb::Add, Phase::Host, plugged.elapsed());
+        Ok(())
+    }
+
+    /// Writes an endpoint and attaches the programs of its interface.
+    pub(super) async fn plug(&self, endpoint: Endpoint) -> Result<(), Error> {
+        self.with_datapath(move |datapath| {
+            datapath.upsert_endpoint(&endpoint)?;
+            datapath.attach_pod(endpoint.host_ifindex)
+        })
+        .await
+    }
+
+    /// Unwires a pod, whatever of it is there. Calls `unplugged` when no packet can come or go any more; the links take longer.
+    pub(super) async fn disconnect(
+        &self,
+        key: &AttachmentKey,
+        pod: &PodRef,
+        grant: &Grant,
+        unplugged: impl FnOnce(),
+    ) -> Result<(), Error> {
+        let plan = self.plan(key, pod, grant, &PodOptions::default());
+        let addresses = grant.addresses;
+        let start = Instant::now();
+        self.with_datapath(move |datapath| forget(datapath, addresses)).await?;
+        let removed = Instant::now();
+        self.metrics.phase(Verb::Del, Phase::Datapath, removed - start);
+
+        self.host.detach_pod(&plan).await.map_err(net_error)?;
+        self.metrics.phase(Verb::Del, Phase::Host, removed.elapsed());
+        unplugged();
+
+        let detached = Instant::now();
+        self.host.delete_link(&plan).await.map_err(net_error)?;
+        self.metrics.phase(Verb::Del, Phase::Links, detached.elapsed());
+        Ok(())
+    }
+
+    /// Runs BPF system calls off the runtime: attaching waits for RTNL, which others may hold for tens of milliseconds.
+    pub(super) async fn with_datapath<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Datapath) -> Result<T, BpfError> + Send + 'static,
+    ) -> Result<T, Error> {
+        let datapath = Arc::clone(&self.datapath);
+        match tokio::task::spawn_blocking(move || work(&datapath)).await {
+            Ok(result) => result.map_err(|error| Error::new(errors::BPF_FAILED, chain(&error))),
+            Err(error) => Err(Error::new(errors::INTERNAL, error.to_string())),
+        }
+    }
+
+    /// The network of a pod as the CNI result needs it.
+    pub(super) fn network(
+        &self,
+        key: &AttachmentKey,
+        pod: &PodRef,
+        grant: &Grant,
+        options: &PodOptions,
+    ) -> v1::Network {
+        let plan = self.plan(key, pod, grant, options);
+        let addresses = grant.addresses.iter().map(|address| {
+            let gateway = gateway(Family::of(address)).to_string();
+            v1::Address { cidr: ipnet::IpNet::from(address).to_string(), gateway }
+        });
+        let routes = grant.addresses.iter().map(|address| {
+            let family = Family::of(address);
+            let dst = if family == Family::V4 { "0.0.0.0/0" } else { "::/0" };
+            v1::Route { dst: dst.to_owned(), gw: gateway(family).to_string() }
+        });
+        v1::Network {
+            host_ifname: plan.inputs.host_ifname.clone(),
+            host_mac: plan.inputs.host_mac.to_string(),
+            pod_mac: plan.inputs.pod_mac.to_string(),
+            mtu: plan.inputs.mtu,
+            addresses: addresses.collect(),
+            routes: routes.collect(),
+            eni: grant.eni.to_string(),
+        }
+    }
+}
+
+/// Removes the endpoint that has these addresses, if there is one: found by address, since after a restart nobody remembers an index.
+pub(super) fn forget(datapath: &Datapath, addresses: Addresses) -> Result<(), BpfError> {
+    for endpoint in datapath.endpoints().into_iter().filter(|endpoint| endpoint.addresses == addresses) {
+        datapath.remove_endpoint(endpoint.host_ifindex)?;
+    }
+    Ok(())
+}
+
+/// An error with its sources, as one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+pub(super) fn net_error(error: NetError) -> Error {
+    error.into()
+}

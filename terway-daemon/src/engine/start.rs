@@ -1,0 +1,181 @@
+//! Making an engine, and bringing kernel and datapath in line with what the store knows.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use terway_core::cloud::NodeIdentity;
+use terway_core::errors::Error;
+use terway_core::ident::{Addresses, AttachmentKey, IpStack};
+use terway_core::ipam::{AttachmentRecord, Effect, Event, Phase, Pool, Record};
+use terway_core::route::{Known, alias, leftovers};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::pod::{PodOptions, net_error};
+use super::{Core, Engine};
+use crate::bpf::Datapath;
+use crate::cloud::Cloud;
+use crate::metrics::Metrics;
+use crate::net::{Host, NetError, Watch};
+use crate::store::Store;
+
+/// What the engine knows of the node and does not change while it runs.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The node's name.
+    pub node: String,
+    /// Instance, type, region, zone.
+    pub identity: NodeIdentity,
+    /// Families of pods.
+    pub stack: IpStack,
+    /// The node's own addresses, which its ENIs carry as a source for ARP and ND.
+    pub addresses: Addresses,
+    /// MTU of the node's primary interface in bytes.
+    pub nic_mtu: u32,
+    /// MTU of pods in bytes, if the operator chose one.
+    pub mtu: Option<u32>,
+}
+
+/// What an engine is made of.
+pub struct Parts {
+    /// The restored pool.
+    pub pool: Pool,
+    /// The origin of the moments the pool was restored with.
+    pub origin: Instant,
+    /// Where promises are kept.
+    pub store: Store,
+    /// The cloud.
+    pub cloud: Arc<dyn Cloud>,
+    /// The datapath.
+    pub datapath: Arc<Datapath>,
+    /// The kernel's network.
+    pub host: Arc<Host>,
+    /// News of NICs and addresses.
+    pub links: Watch,
+    /// What does not change.
+    pub facts: Facts,
+    /// Counters and times.
+    pub metrics: Metrics,
+}
+
+impl Engine {
+    /// Makes an engine; nothing runs yet.
+    #[must_use]
+    pub fn new(parts: Parts) -> Arc<Self> {
+        let Parts { pool, origin, store, cloud, datapath, host, links, facts, metrics } = parts;
+        let core = Core { pool, waiting: HashMap::new(), next_ticket: 0, written: 0 };
+        Arc::new(Self {
+            core: Mutex::new(core),
+            durable: watch::Sender::new(0),
+            wake: watch::Sender::new(None),
+            fatal: watch::Sender::new(None),
+            origin,
+            store,
+            cloud,
+            datapath,
+            host,
+            links,
+            facts,
+            metrics,
+        })
+    }
+
+    /// Brings the kernel in line with `records` and starts the pool's first effects.
+    ///
+    /// Pods that are there are adopted in place: their programs are replaced atomically, their endpoints rewritten if they differ. What is
+    /// provably ours and of nobody who is known is removed.
+    ///
+    /// # Errors
+    /// When the kernel cannot be read.
+    pub async fn begin(self: &Arc<Self>, records: &[Record], effects: Vec<Effect>) -> Result<(), Error> {
+        let attachments: Vec<&AttachmentRecord> =
+            records.iter().filter_map(|r| if let Record::Attachment(a) = r { Some(a) } else { None }).collect();
+        self.remove_leftovers(&attachments).await?;
+        let here = attachments.iter().filter(|a| a.phase == Phase::Ready && !netns_is_gone(&self.host, &a.netns));
+        for attachment in here {
+            if let Err(error) = self.adopt(attachment).await {
+                warn!(pod = %attachment.pod, key = %attachment.key, %error, "a running pod could not be adopted whole");
+            }
+        }
+        {
+            let mut core = self.core();
+            self.dispatch(&mut core, effects);
+        }
+        info!(attachments = attachments.len(), "restored");
+        self.feed(Event::Tick);
+        Ok(())
+    }
+
+    async fn adopt(&self, attachment: &AttachmentRecord) -> Result<(), Error> {
+        let AttachmentRecord { key, pod, options, grant, .. } = attachment;
+        let plan = self.plan(key, pod, grant, &PodOptions::decode(options));
+        let state = self.host.observe(BTreeSet::new()).await.map_err(net_error)?;
+        let link = state.links.get(&plan.inputs.host_ifname).filter(|link| link.alias.as_deref() == Some(&alias(key)));
+        let Some(link) = link else {
+            let detail = format!("the interface {} is missing", plan.inputs.host_ifname);
+            return Err(Error::new(terway_core::errors::CHECK_FAILED, detail));
+        };
+        self.plug(Self::endpoint(&plan, grant, link.index)).await
+    }
+
+    /// Removes links, rules, routes and endpoints that are ours and belong to nobody.
+    async fn remove_leftovers(&self, attachments: &[&AttachmentRecord]) -> Result<(), Error> {
+        let addresses: BTreeSet<IpAddr> = attachments.iter().flat_map(|a| a.grant.addresses.iter()).collect();
+        let known = Known {
+            aliases: attachments.iter().map(|a| alias(&a.key)).collect(),
+            addresses: addresses.clone(),
+            enis: self.links.nics().iter().map(|nic| nic.ifindex).collect(),
+        };
+        let state = self.host.observe(BTreeSet::new()).await.map_err(net_error)?;
+        let stale = leftovers(&state, &known);
+        if !stale.is_empty() {
+            info!(?stale, "removing what earlier runs left behind");
+            self.host.remove(stale).await.map_err(net_error)?;
+        }
+        let stale = self
+            .with_datapath(move |datapath| {
+                let mut stale = 0;
+                for endpoint in datapath.endpoints() {
+                    if !endpoint.addresses.iter().any(|address| addresses.contains(&address)) {
+                        datapath.remove_endpoint(endpoint.host_ifindex)?;
+                        stale += 1;
+                    }
+                }
+                Ok(stale)
+            })
+            .await?;
+        if stale > 0 {
+            info!(stale, "removed endpoints that belong to no pod");
+        }
+        Ok(())
+    }
+
+    /// Looks for attachments whose namespace is gone without a DEL (runtimes do forget some), and frees them.
+    pub fn collect(self: &Arc<Self>) {
+        let ready: Vec<(AttachmentKey, String)> = {
+            let core = self.core();
+            core.pool.list().into_iter().filter(|a| a.phase == Phase::Ready).map(|a| (a.key, a.netns)).collect()
+        };
+        for (key, netns) in ready {
+            if netns_is_gone(&self.host, &netns) {
+                info!(%key, netns, "the pod's namespace is gone without a DEL; freeing its addresses");
+                self.feed(Event::Gone { key });
+            }
+        }
+    }
+}
+
+/// Whether a pod's namespace provably does not exist any more. A path that cannot be asked proves nothing.
+#[must_use]
+pub fn netns_is_gone(host: &Host, path: &str) -> bool {
+    if path.is_empty() {
+        return false;
+    }
+    match std::fs::metadata(path) {
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        // The mount point is left and the mount is gone: so after a reboot, and when a runtime unmounted without removing.
+        Ok(_) => matches!(host.open_netns(path), Err(NetError::Netns { .. })),
+    }
+}

@@ -1,0 +1,100 @@
+//! What can go wrong between a plan and the kernel.
+
+use std::io;
+
+use netlink_packet_core::DecodeError;
+use terway_core::errors::{self, Error};
+
+/// A failed step.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// The kernel refused, or a system call failed.
+    #[error("{op}: {source}{}", extack.as_ref().map(|text| format!(" ({text})")).unwrap_or_default())]
+    Kernel {
+        /// The step, in words.
+        op: String,
+        /// The error number.
+        source: io::Error,
+        /// The kernel's own explanation (`NLMSGERR_ATTR_MSG`), where it gave one.
+        extack: Option<String>,
+    },
+    /// The kernel's answer got lost, so that the outcome is unknown. Doing it again is safe.
+    #[error("{op}: the kernel's answer got lost")]
+    NoAnswer {
+        /// The step, in words.
+        op: String,
+    },
+    /// The kernel's answer cannot be read.
+    #[error("{op}: cannot read the kernel's answer")]
+    Decode {
+        /// The step, in words.
+        op: String,
+        /// Why.
+        source: DecodeError,
+    },
+    /// A path does not lead to the network namespace of a pod.
+    #[error("{path}: {reason}")]
+    Netns {
+        /// The path.
+        path: String,
+        /// Why.
+        reason: String,
+    },
+    /// The pod has an interface of this name that is not ours.
+    #[error("CNI_IFNAME {ifname} exists in the pod")]
+    IfnameTaken {
+        /// The interface.
+        ifname: String,
+    },
+    /// The node has an interface of the name we need that is not ours.
+    #[error("the node's interface {name} exists and was not made by terway; rename or delete it")]
+    ForeignLink {
+        /// The interface.
+        name: String,
+    },
+    /// The interface with this index has another name than planned, or none.
+    #[error("interface {index} is {found} instead of {planned}")]
+    Renamed {
+        /// Interface index.
+        index: u32,
+        /// The name in the plan.
+        planned: String,
+        /// The name it has, or "gone".
+        found: String,
+    },
+    /// The thread that worked on it ended.
+    #[error("the network thread ended in the middle of the work")]
+    Worker,
+}
+
+impl NetError {
+    /// The last system call's error, as a failure of `op`.
+    pub(super) fn io(op: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::Kernel { op: op.into(), source: source.into(), extack: None }
+    }
+
+    /// The kernel's error number, if it gave one.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Kernel { source, .. } => source.raw_os_error(),
+            _ => None,
+        }
+    }
+}
+
+impl From<NetError> for Error {
+    fn from(error: NetError) -> Self {
+        let code = match &error {
+            NetError::Netns { .. } => errors::CNI_NETNS,
+            NetError::IfnameTaken { .. } => errors::IFNAME_TAKEN,
+            NetError::Worker => errors::INTERNAL,
+            _ => errors::NET_FAILED,
+        };
+        let mut detail = error.to_string();
+        if let NetError::Decode { source, .. } = &error {
+            detail = format!("{detail}: {source}");
+        }
+        Self::new(code, detail)
+    }
+}

@@ -1,0 +1,108 @@
+//! What one network namespace holds, read with dumps.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
+use netlink_packet_route::neighbour::NeighbourMessage;
+use netlink_packet_route::route::RouteMessage;
+use netlink_packet_route::rule::RuleMessage;
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
+use terway_core::route::KernelState;
+
+use super::decode::NamedLink;
+use super::socket::Netlink;
+use super::{NetError, apply, decode};
+
+const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
+
+/// Reads everything but sysctls, of which only those in `sysctls` are read, by the calling thread, which must be in the same namespace.
+pub(super) fn state<'a>(
+    netlink: &mut Netlink,
+    sysctls: impl IntoIterator<Item = &'a str>,
+) -> Result<KernelState, NetError> {
+    let mut state = KernelState::default();
+    let mut names: BTreeMap<u32, String> = BTreeMap::new();
+    for NamedLink { name, link, .. } in links(netlink)? {
+        names.insert(link.index, name.clone());
+        state.links.insert(name, link);
+    }
+    // What belongs to a link that has come or gone between two dumps is left out.
+    for (index, address) in addresses(netlink)? {
+        if let Some(name) = names.get(&index) {
+            state.addresses.insert((name.clone(), address));
+        }
+    }
+    for family in FAMILIES {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family;
+        for answer in netlink.dump("list routes", Message::GetRoute(message))? {
+            if let Message::NewRoute(message) = answer
+                && let Some((index, mut route)) = decode::route(&message)
+                && let Some(name) = names.get(&index)
+            {
+                route.dev.clone_from(name);
+                state.routes.insert(route);
+            }
+        }
+        let mut message = RuleMessage::default();
+        message.header.family = family;
+        for answer in netlink.dump("list rules", Message::GetRule(message))? {
+            if let Message::NewRule(message) = answer {
+                state.rules.extend(decode::rule(&message));
+            }
+        }
+        let mut message = NeighbourMessage::default();
+        message.header.family = family;
+        for answer in netlink.dump("list neighbours", Message::GetNeighbour(message))? {
+            if let Message::NewNeighbour(message) = answer
+                && let Some((index, mut neighbour)) = decode::neighbour(&message)
+                && let Some(name) = names.get(&index)
+            {
+                neighbour.dev.clone_from(name);
+                state.neighbours.insert(neighbour);
+            }
+        }
+    }
+    for path in sysctls {
+        if let Ok(value) = apply::read_sysctl(path) {
+            state.sysctls.insert(path.to_owned(), value);
+        }
+    }
+    Ok(state)
+}
+
+pub(super) fn links(netlink: &mut Netlink) -> Result<Vec<NamedLink>, NetError> {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
+    let answers = netlink.dump("list links", Message::GetLink(message))?;
+    Ok(answers
+        .iter()
+        .filter_map(|answer| match answer {
+            Message::NewLink(message) => Some(decode::link(message)),
+            _ => None,
+        })
+        .collect())
+}
+
+pub(super) fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNet)>, NetError> {
+    let answers = netlink.dump("list addresses", Message::GetAddress(AddressMessage::default()))?;
+    Ok(answers
+        .iter()
+        .filter_map(|answer| match answer {
+            Message::NewAddress(message) => decode::address(message),
+            _ => None,
+        })
+        .collect())
+}
+
+/// Whether others can reach the node under this address: neither loopback nor IPv6 link-local. (IPv4 link-local addresses count: node-local
+/// DNS caches use them.)
+pub(super) fn reachable(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => !address.is_loopback() && !address.is_unspecified(),
+        IpAddr::V6(address) => !address.is_loopback() && !address.is_unspecified() && !address.is_unicast_link_local(),
+    }
+}

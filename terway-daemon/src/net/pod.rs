@@ -1,0 +1,182 @@
+//! A pod's veth pair: made, opened, closed, deleted; and whose it is when the name is taken.
+
+use std::os::fd::RawFd;
+
+use terway_core::route::{Link, NetOp, PodPlan};
+
+use super::apply::{self, Sides};
+use super::decode::NamedLink;
+use super::host::{Links, owner};
+use super::socket::{Netlink, Refusal};
+use super::{NetError, decode, encode};
+
+/// How often a name may turn out to be taken by a leftover while we make room.
+const TRIES: u32 = 3;
+
+/// `PodPlan::create`; the calling thread is in the pod's namespace, whose descriptor is `pod_ns`, and `host` is a socket of the node's.
+pub(super) fn create(host: &mut Netlink, plan: &PodPlan, pod_ns: RawFd) -> Result<Links, NetError> {
+    let mut pod = Netlink::open()?;
+    let links = pair(host, &mut pod, plan, pod_ns)?;
+    let host_end = vec![(plan.inputs.host_ifname.clone(), links.host_ifindex)];
+    let pod_end = vec![(plan.inputs.pod_ifname.clone(), links.pod_ifindex)];
+    apply::run(&plan.create, &mut Sides::host(host, host_end).and_pod(&mut pod, pod_end))?;
+    Ok(links)
+}
+
+/// Makes the pair, or finds the one that an interrupted try for the same attachment has made.
+fn pair(host: &mut Netlink, pod: &mut Netlink, plan: &PodPlan, pod_ns: RawFd) -> Result<Links, NetError> {
+    let Some((veth, host_end, pod_end, mtu)) = plan.create.iter().find_map(|step| match &step.op {
+        NetOp::AddVeth { host, pod, mtu, .. } => Some((&step.op, host, pod, *mtu)),
+        _ => None,
+    }) else {
+        return Err(NetError::NoAnswer { op: "a plan without a veth".to_owned() });
+    };
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let answers =
+            host.batch(vec![encode::add_veth(host_end, pod_end, mtu, pod_ns), encode::get_link(&host_end.name)])?;
+        let Ok([made, found]) = <[_; 2]>::try_from(answers) else {
+            return Err(NetError::NoAnswer { op: veth.to_string() });
+        };
+        let found = present(found, &host_end.name)?;
+        match made {
+            Ok(_) => {
+                // Gone again at once: the pod's namespace died.
+                let Some(NamedLink { link, .. }) = found else {
+                    return Err(Refusal { errno: libc::ENODEV, extack: None }.during(veth.to_string()));
+                };
+                claim(host, &link, plan)?;
+                return links(&link).ok_or_else(|| NetError::NoAnswer { op: veth.to_string() });
+            }
+            Err(refusal) if refusal.errno == libc::EEXIST && tries < TRIES => {
+                if let Some(links) = make_room(host, pod, plan, found)? {
+                    return Ok(links);
+                }
+            }
+            Err(refusal) => return Err(refusal.during(veth.to_string())),
+        }
+    }
+}
+
+/// Resolves "file exists": returns our own pair if it is complete, clears away a leftover of ours, refuses to touch anything else.
+fn make_room(
+    host: &mut Netlink,
+    pod: &mut Netlink,
+    plan: &PodPlan,
+    found: Option<NamedLink>,
+) -> Result<Option<Links>, NetError> {
+    let (message, flags) = encode::get_link(&plan.inputs.pod_ifname);
+    let inside = present(pod.request(message, flags)?, &plan.inputs.pod_ifname)?.map(|found| found.link);
+    let Some(NamedLink { name, link, .. }) = found else {
+        // The name that is taken is the pod's; unless the link of ours that had it is gone since, when it is free now.
+        return match inside {
+            Some(_) => Err(NetError::IfnameTaken { ifname: plan.inputs.pod_ifname.clone() }),
+            None => Ok(None),
+        };
+    };
+    if !link.is_ours() {
+        return Err(NetError::ForeignLink { name });
+    }
+    let whole = inside.is_some_and(|end| end.peer == Some(link.index) && link.peer == Some(end.index) && end.is_ours());
+    if whole && is_of(&link, plan) {
+        claim(host, &link, plan)?;
+        return Ok(links(&link));
+    }
+    tracing::warn!(%name, alias = link.alias.as_deref(), "deleted a leftover link that has the name of a new pod's");
+    remove(host, link.index, &name)?;
+    Ok(None)
+}
+
+/// Writes the owner's alias. Until then the group says that the link is ours, and the MAC whose.
+fn claim(host: &mut Netlink, link: &Link, plan: &PodPlan) -> Result<(), NetError> {
+    let owner = owner(plan);
+    if link.alias.as_ref() == Some(&owner) {
+        return Ok(());
+    }
+    let (message, flags) = encode::set_alias(link.index, &owner);
+    match host.request(message, flags)? {
+        Ok(_) => Ok(()),
+        Err(refusal) => Err(refusal.during(format!("set the alias of {}", plan.inputs.host_ifname))),
+    }
+}
+
+fn links(host_end: &Link) -> Option<Links> {
+    Some(Links { host_ifindex: host_end.index, pod_ifindex: host_end.peer? })
+}
+
+/// Whether this host end belongs to the plan's attachment: by its alias, or, before it had one, by its MAC.
+fn is_of(link: &Link, plan: &PodPlan) -> bool {
+    link.is_ours()
+        && match &link.alias {
+            Some(alias) => *alias == owner(plan),
+            None => link.mac == Some(plan.inputs.host_mac),
+        }
+}
+
+/// `PodPlan::enable`; the calling thread is in the pod's namespace.
+pub(super) fn enable(host: &mut Netlink, plan: &PodPlan, links: Links) -> Result<(), NetError> {
+    let mut pod = Netlink::open()?;
+    let host_end = vec![(plan.inputs.host_ifname.clone(), links.host_ifindex)];
+    let pod_end = vec![(plan.inputs.pod_ifname.clone(), links.pod_ifindex)];
+    apply::run(&plan.enable, &mut Sides::host(host, host_end).and_pod(&mut pod, pod_end))?;
+    // The host end got its carrier when the pod's came up; its queue is attached by a kernel worker, a moment later, and drops packets till
+    // then. Asking for the link makes the kernel (6.8: net/core/rtnetlink.c, rtnl_getlink, netdev_link_sync) do it first.
+    let (message, flags) = encode::get_link_at(links.host_ifindex);
+    match host.request(message, flags)? {
+        Ok(_) => Ok(()),
+        Err(refusal) => Err(refusal.during(format!("look up interface {}", plan.inputs.host_ifname))),
+    }
+}
+
+/// The first part of `PodPlan::teardown`.
+pub(super) fn detach(host: &mut Netlink, plan: &PodPlan) -> Result<(), NetError> {
+    let name = &plan.inputs.host_ifname;
+    let (message, flags) = encode::get_link(name);
+    let link = present(host.request(message, flags)?, name)?.filter(|found| is_of(&found.link, plan));
+    let down = plan.teardown();
+    match link {
+        Some(found) => apply::run(&down.detach, &mut Sides::host(host, vec![(name.clone(), found.link.index)])),
+        // Routes and neighbours went with the link; those on a link of the same name are another pod's.
+        None => {
+            let rules = down.detach.iter().filter(|step| matches!(step.op, NetOp::DelRule(_)));
+            apply::run(rules, &mut Sides::host(host, Vec::new()))
+        }
+    }
+}
+
+/// The second part of `PodPlan::teardown`.
+pub(super) fn delete(host: &mut Netlink, plan: &PodPlan) -> Result<(), NetError> {
+    let name = &plan.inputs.host_ifname;
+    let (message, flags) = encode::get_link(name);
+    match present(host.request(message, flags)?, name)? {
+        Some(found) if is_of(&found.link, plan) => remove(host, found.link.index, name),
+        _ => Ok(()),
+    }
+}
+
+/// Deletes a leftover host end, if the link with this index still is one with this alias.
+pub(super) fn delete_stale(host: &mut Netlink, index: u32, alias: Option<&str>) -> Result<(), NetError> {
+    let (message, flags) = encode::get_link_at(index);
+    match present(host.request(message, flags)?, "leftover")? {
+        Some(found) if found.link.is_ours() && found.link.alias.as_deref() == alias => remove(host, index, &found.name),
+        _ => Ok(()),
+    }
+}
+
+fn remove(host: &mut Netlink, index: u32, name: &str) -> Result<(), NetError> {
+    let (message, flags) = encode::delete_link(index);
+    match host.request(message, flags)? {
+        Err(refusal) if refusal.errno != libc::ENODEV => Err(refusal.during(format!("delete link {name}"))),
+        _ => Ok(()),
+    }
+}
+
+/// The link of an answer, `None` if there is none of that name.
+fn present(answer: super::socket::Answer, name: &str) -> Result<Option<NamedLink>, NetError> {
+    match answer {
+        Ok(answer) => Ok(decode::link_of(answer)),
+        Err(refusal) if refusal.errno == libc::ENODEV => Ok(None),
+        Err(refusal) => Err(refusal.during(format!("look up interface {name}"))),
+    }
+}

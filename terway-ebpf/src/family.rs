@@ -1,0 +1,265 @@
+//! What differs between IPv4 and IPv6, so that everything else is written once.
+
+use terway_abi::{Drop, Endpoint, Nexthop, bucket_v4, bucket_v6};
+
+use crate::csum;
+use crate::frame::{ETH_LEN, Frame};
+use crate::parse::{self, Packet};
+
+/// An address family.
+pub trait Family: Sized + 'static {
+    /// An address as it stands in the packet.
+    type Addr: Copy + 'static;
+    /// 4 or 6.
+    const VERSION: u8;
+    /// The unspecified address; also "none" in an [`Endpoint`].
+    const NONE: Self::Addr;
+    /// ICMP's number in this family.
+    const ICMP: u8;
+
+    /// Addresses and ports of a packet of the most common shape (no options, no fragment, TCP or UDP); `None` if it needs
+    /// [`Family::parse`].
+    fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>>;
+
+    /// Any packet.
+    ///
+    /// # Errors
+    /// The reason to drop it.
+    fn parse<P: Frame>(frame: &P, packet: &mut Packet<Self>) -> Result<(), Drop>;
+
+    /// Whether two addresses are the same.
+    ///
+    /// Not `==`: for four words LLVM makes that one 16-byte comparison, aligns the variable to 16 bytes for it, and then dies of a
+    /// copy with that alignment (`BPFInstrInfo::expandMEMCPY`, LLVM 22).
+    fn same(a: &Self::Addr, b: &Self::Addr) -> bool;
+
+    /// Takes one from the TTL or hop limit; `None` if it does not allow another hop.
+    fn hop<P: Frame>(frame: &mut P) -> Option<()>;
+
+    /// The endpoint's address of this family, [`Family::NONE`] if it has none.
+    fn address(endpoint: &Endpoint) -> Self::Addr;
+
+    /// The gateway of the endpoint's ENI.
+    fn gateway(endpoint: &Endpoint) -> Option<Nexthop>;
+
+    /// The slot of an address that is nobody's here.
+    fn bucket(address: &Self::Addr) -> u32;
+
+    /// Why packets between these addresses never leave a pod, if they don't.
+    fn unroutable(src: &Self::Addr, dst: &Self::Addr) -> Option<Drop>;
+
+    /// The address as an event holds it.
+    fn widen(address: &Self::Addr) -> [u32; 4];
+}
+
+/// What the fast path takes from a packet.
+#[derive(Clone, Copy)]
+pub struct Glance<F: Family> {
+    /// Source address.
+    pub src: F::Addr,
+    /// Destination address.
+    pub dst: F::Addr,
+    /// Ports as in the packet.
+    pub ports: u32,
+    /// Protocol number.
+    pub protocol: u8,
+    /// TCP's flags; 0 for UDP.
+    pub tcp_flags: u8,
+}
+
+/// `AF_INET` (include/linux/socket.h).
+const AF_INET: u32 = 2;
+/// `AF_INET6`.
+const AF_INET6: u32 = 10;
+
+/// IPv4.
+pub struct V4;
+
+impl Family for V4 {
+    type Addr = u32;
+    const VERSION: u8 = 4;
+    const NONE: u32 = 0;
+    const ICMP: u8 = parse::ICMP;
+
+    #[inline(always)]
+    fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
+        parse::glance_v4(frame)
+    }
+
+    #[inline(always)]
+    fn parse<P: Frame>(frame: &P, packet: &mut Packet<Self>) -> Result<(), Drop> {
+        parse::parse_v4(frame, packet)
+    }
+
+    #[inline(always)]
+    fn same(a: &u32, b: &u32) -> bool {
+        a == b
+    }
+
+    #[inline(always)]
+    fn hop<P: Frame>(frame: &mut P) -> Option<()> {
+        let word = frame.read::<u32>(ETH_LEN + 8)?;
+        frame.write(ETH_LEN + 8, csum::decrement_ttl(word)?)
+    }
+
+    #[inline(always)]
+    fn address(endpoint: &Endpoint) -> u32 {
+        endpoint.v4
+    }
+
+    #[inline(always)]
+    fn gateway(endpoint: &Endpoint) -> Option<Nexthop> {
+        let gateway = endpoint.gateway_v4;
+        (gateway != 0).then_some(Nexthop { family: AF_INET, address: [gateway, 0, 0, 0] })
+    }
+
+    #[inline(always)]
+    fn bucket(address: &u32) -> u32 {
+        bucket_v4(*address)
+    }
+
+    #[inline(always)]
+    fn unroutable(_src: &u32, dst: &u32) -> Option<Drop> {
+        let [first, ..] = dst.to_ne_bytes();
+        match first {
+            // RFC 1112 and 919: 224.0.0.0/4 and 255.255.255.255.
+            224..=239 => Some(Drop::Multicast),
+            _ if *dst == u32::MAX => Some(Drop::Multicast),
+            // RFC 6890: 0.0.0.0/8, 127.0.0.0/8, 240.0.0.0/4.
+            0 | 127 | 240..=255 => Some(Drop::BadDestination),
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    fn widen(address: &u32) -> [u32; 4] {
+        [*address, 0, 0, 0]
+    }
+}
+
+/// IPv6.
+pub struct V6;
+
+/// Whether the address lies in fe80::/10.
+#[inline(always)]
+#[must_use]
+pub fn is_link_local(address: &[u32; 4]) -> bool {
+    let [first, ..] = *address;
+    first & u32::from_ne_bytes([0xff, 0xc0, 0, 0]) == u32::from_ne_bytes([0xfe, 0x80, 0, 0])
+}
+
+impl Family for V6 {
+    type Addr = [u32; 4];
+    const VERSION: u8 = 6;
+    const NONE: [u32; 4] = [0; 4];
+    const ICMP: u8 = parse::ICMPV6;
+
+    #[inline(always)]
+    fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
+        parse::glance_v6(frame)
+    }
+
+    #[inline(always)]
+    fn parse<P: Frame>(frame: &P, packet: &mut Packet<Self>) -> Result<(), Drop> {
+        parse::parse_v6(frame, packet)
+    }
+
+    #[inline(always)]
+    fn same(a: &[u32; 4], b: &[u32; 4]) -> bool {
+        let ([a, b, c, d], [e, f, g, h]) = (*a, *b);
+        (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
+    }
+
+    #[inline(always)]
+    fn hop<P: Frame>(frame: &mut P) -> Option<()> {
+        let limit = frame.read::<u8>(ETH_LEN + 7)?;
+        if limit <= 1 {
+            return None;
+        }
+        frame.write(ETH_LEN + 7, limit - 1)
+    }
+
+    #[inline(always)]
+    fn address(endpoint: &Endpoint) -> [u32; 4] {
+        endpoint.v6
+    }
+
+    #[inline(always)]
+    fn gateway(endpoint: &Endpoint) -> Option<Nexthop> {
+        let gateway = endpoint.gateway_v6;
+        (!Self::same(&gateway, &Self::NONE)).then_some(Nexthop { family: AF_INET6, address: gateway })
+    }
+
+    #[inline(always)]
+    fn bucket(address: &[u32; 4]) -> u32 {
+        bucket_v6(*address)
+    }
+
+    #[inline(always)]
+    fn unroutable(src: &[u32; 4], dst: &[u32; 4]) -> Option<Drop> {
+        let [a, b, c, d] = *dst;
+        let [first, ..] = a.to_ne_bytes();
+        // RFC 4291 section 2.4: multicast ff00::/8, unspecified ::, loopback ::1.
+        if first == 0xff {
+            Some(Drop::Multicast)
+        } else if is_link_local(src) || is_link_local(dst) {
+            Some(Drop::LinkLocal)
+        } else if a | b | c == 0 && (d == 0 || d == 1_u32.to_be()) {
+            Some(Drop::BadDestination)
+        } else {
+            None
+        }
+    }
+
+    #[inline(always)]
+    fn widen(address: &[u32; 4]) -> [u32; 4] {
+        *address
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use super::*;
+
+    fn v4(text: &str) -> u32 {
+        u32::from_ne_bytes(text.parse::<Ipv4Addr>().unwrap().octets())
+    }
+
+    pub(crate) fn v6(text: &str) -> [u32; 4] {
+        let octets = text.parse::<Ipv6Addr>().unwrap().octets();
+        core::array::from_fn(|i| u32::from_ne_bytes(octets[4 * i..4 * i + 4].try_into().unwrap()))
+    }
+
+    #[test]
+    fn what_never_leaves_a_pod() {
+        for (dst, want) in [
+            ("10.0.0.1", None),
+            ("169.254.169.254", None),
+            ("100.100.100.200", None),
+            ("224.0.0.1", Some(Drop::Multicast)),
+            ("239.255.255.255", Some(Drop::Multicast)),
+            ("255.255.255.255", Some(Drop::Multicast)),
+            ("0.0.0.0", Some(Drop::BadDestination)),
+            ("127.0.0.1", Some(Drop::BadDestination)),
+            ("240.0.0.1", Some(Drop::BadDestination)),
+        ] {
+            assert_eq!(V4::unroutable(&v4("10.0.0.9"), &v4(dst)), want, "{dst}");
+        }
+        for (src, dst, want) in [
+            ("fd00::1", "fd00::2", None),
+            ("fd00::1", "ff02::16", Some(Drop::Multicast)),
+            ("fe80::9", "ff02::16", Some(Drop::Multicast)),
+            ("fe80::9", "fd00::2", Some(Drop::LinkLocal)),
+            ("fd00::1", "fe80::1", Some(Drop::LinkLocal)),
+            ("fd00::1", "febf::1", Some(Drop::LinkLocal)),
+            ("fd00::1", "fec0::1", None),
+            ("fd00::1", "::1", Some(Drop::BadDestination)),
+            ("fd00::1", "::", Some(Drop::BadDestination)),
+            ("fd00::1", "::2", None),
+        ] {
+            assert_eq!(V6::unroutable(&v6(src), &v6(dst)), want, "{src} {dst}");
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Flow entries: how they are made, in pairs, and what an established packet asks of them.
+
+use terway_abi::{Action, Endpoint, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, MacPair, Nexthop, flow_flags};
+
+use crate::family::Family;
+use crate::parse::tcp_flags;
+
+/// One end of a way through the node.
+#[derive(Clone, Copy)]
+pub enum Place<'a> {
+    /// A pod of this node.
+    Pod(&'a Endpoint),
+    /// Beyond the ENI of this pod of this node, the other end of the way.
+    Vpc(&'a Endpoint),
+    /// The host stack, and this pod is the other end.
+    Host(&'a Endpoint),
+}
+
+/// What an address was decided by, and the epoch at which that was true.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Basis {
+    /// Index into the epoch map.
+    pub slot: u32,
+    /// Its value.
+    pub epoch: u32,
+}
+
+/// A decided way: from where to where, and how long that holds.
+#[derive(Clone, Copy)]
+pub struct Route<'a> {
+    /// Where the packet comes from.
+    pub origin: Place<'a>,
+    /// Where it goes.
+    pub target: Place<'a>,
+    /// What the source address was decided by.
+    pub source: Basis,
+    /// What the destination address was decided by.
+    pub destination: Basis,
+}
+
+impl<'a> Route<'a> {
+    /// The way back.
+    #[inline(always)]
+    #[must_use]
+    pub const fn back(&self) -> Self {
+        Self { origin: self.target, target: self.origin, source: self.destination, destination: self.source }
+    }
+
+    /// The interface and hook that packets on this way meet first.
+    #[inline(always)]
+    #[must_use]
+    pub const fn hook(&self) -> (u32, u8) {
+        match self.origin {
+            Place::Pod(pod) => (pod.host_ifindex, HOOK_IN),
+            Place::Vpc(pod) => (pod.eni_ifindex, HOOK_IN),
+            Place::Host(pod) => (pod.host_ifindex, HOOK_TO_POD),
+        }
+    }
+
+    /// Fills a flow entry for this way. Counters, times and flags stay as they are.
+    #[inline(always)]
+    pub fn fill<F: Family>(&self, flow: &mut Flow<F::Addr>) {
+        flow.expect = if let Place::Pod(pod) = self.origin { pod.sent } else { MacPair::default() };
+        flow.slots = [self.source.slot, self.destination.slot];
+        flow.epochs = [self.source.epoch, self.destination.epoch];
+        (flow.write, flow.nexthop) = (MacPair::default(), Nexthop::default());
+        (flow.action, flow.oif) = match (self.origin, self.target) {
+            // The host stack routed it here; all that is left is to let it pass.
+            (Place::Host(_), _) | (_, Place::Host(_)) => (Action::Stack as u32, 0),
+            (_, Place::Pod(pod)) => {
+                flow.write = pod.received;
+                (Action::Local as u32, pod.host_ifindex)
+            }
+            (_, Place::Vpc(pod)) => {
+                flow.nexthop = F::gateway(pod).unwrap_or_default();
+                (Action::Vpc as u32, pod.eni_ifindex)
+            }
+        };
+    }
+}
+
+/// The key of a flow at a hook.
+#[inline(always)]
+#[must_use]
+pub const fn key<A: Copy>(src: A, dst: A, ports: u32, protocol: u8, (ifindex, hook): (u32, u8)) -> FlowKey<A> {
+    FlowKey { src, dst, ports, ifindex, class: protocol as u32 | (hook as u32) << 8, spare: 0 }
+}
+
+/// The key of the answers to `of` at a hook.
+#[inline(always)]
+#[must_use]
+pub const fn answer_key<A: Copy>(of: &FlowKey<A>, hook: (u32, u8)) -> FlowKey<A> {
+    key(of.dst, of.src, of.ports.rotate_left(16), of.protocol(), hook)
+}
+
+/// Whether a packet with these TCP flags may use an entry with these flags.
+///
+/// A new connection (SYN without ACK) on ports whose last connection has ended is decided anew.
+#[inline(always)]
+#[must_use]
+pub const fn continues(flags: u32, tcp: u8) -> bool {
+    let opens = tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN;
+    !(opens && flags & (flow_flags::FIN | flow_flags::RST) != 0)
+}
+
+/// What an entry remembers of a packet's TCP flags.
+#[inline(always)]
+#[must_use]
+pub const fn remembered(tcp: u8) -> u32 {
+    // SYN, FIN and RST stand in other places here than in the header.
+    ((tcp & tcp_flags::FIN) as u32) << 2 | (tcp & tcp_flags::SYN) as u32 | ((tcp & tcp_flags::RST) as u32) << 1
+}
+
+/// The TCP flags that change what an entry remembers.
+pub const NOTABLE: u8 = tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST;

@@ -1,0 +1,62 @@
+//! ICMP errors: which flow they belong to.
+//!
+//! An error speaks of a packet that was on its way the other way, so it belongs to the flow that answers that packet. It is
+//! delivered like that flow's packets; the address of the router that sent it is not part of the flow.
+
+use crate::family::{Family, V4, V6};
+use crate::frame::Frame;
+use crate::parse::{self, Fragment, Packet, SCTP, TCP, UDP, UDPLITE};
+
+/// Addresses, ports and protocol of the flow that an ICMP error belongs to.
+pub struct Answer<F: Family> {
+    /// Source: where the packet that failed went.
+    pub src: F::Addr,
+    /// Destination: where it came from.
+    pub dst: F::Addr,
+    /// Ports, likewise changed over.
+    pub ports: u32,
+    /// Protocol number.
+    pub protocol: u8,
+}
+
+/// What an error needs of its family.
+pub trait Inner: Family {
+    /// Addresses and protocol of the packet at `at`, as far as the error quotes it; returns where its transport header begins.
+    fn inner<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize>;
+}
+
+impl Inner for V4 {
+    #[inline(always)]
+    fn inner<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize> {
+        parse::header_v4(frame, at, packet).ok()
+    }
+}
+
+impl Inner for V6 {
+    #[inline(always)]
+    fn inner<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize> {
+        // Quoted packets with extension headers belong to no flow: their error is a packet like any other.
+        let header = frame.read_far::<parse::Ipv6Header>(at)?;
+        (packet.src, packet.dst, packet.protocol) = (header.src, header.dst, header.next);
+        Some(at + size_of::<parse::Ipv6Header>())
+    }
+}
+
+/// The flow that the error at `at` belongs to; `None` if it does not say.
+#[inline(always)]
+pub fn answer<P: Frame, F: Inner>(frame: &P, at: usize) -> Option<Answer<F>> {
+    let mut quoted = Packet::<F>::new();
+    let transport = F::inner(frame, at, &mut quoted)?;
+    if quoted.fragment == Fragment::Later {
+        return None;
+    }
+    let ports = match quoted.protocol {
+        TCP | UDP | UDPLITE | SCTP => frame.read_far::<u32>(transport)?,
+        protocol if protocol == F::ICMP => {
+            parse::icmp_ports::<F>(frame.read_far::<u8>(transport)?, frame.read_far::<u16>(transport + 4)?)
+        }
+        _ => 0,
+    };
+    let ports = frame.blur(ports as usize) as u32;
+    Some(Answer { src: quoted.dst, dst: quoted.src, ports: ports.rotate_left(16), protocol: quoted.protocol })
+}

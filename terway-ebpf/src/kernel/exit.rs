@@ -1,0 +1,155 @@
+//! The one exit of every program: what is decided is counted, and a drop is reported.
+
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::bpf_jiffies64;
+use terway_abi::{Budget, Counter, DROP_BASE, Drop, DropEvent, Kind, MacPair, Program};
+
+use super::maps::{BUDGET, COUNTERS, EVENTS, EVENTS_PER_SECOND, HZ};
+use super::skb::Skb;
+use crate::family::{Family, V4, V6};
+use crate::frame::Frame;
+use crate::parse::{Packet, ethertype};
+
+/// What becomes of a packet: the action for the kernel, and the counter it goes under.
+///
+/// In one word, so that it crosses function calls in a register. Made here only, and good for nothing but [`finish`].
+#[must_use = "a verdict that is not returned is a packet that goes its way"]
+#[derive(Clone, Copy)]
+pub struct Verdict(u64);
+
+impl Verdict {
+    /// The packet goes on to whatever comes next at this hook, and then to the host stack or out of the interface.
+    ///
+    /// `TC_ACT_UNSPEC` and not `TC_ACT_OK`: programs of others on the same hook still see the packet.
+    #[inline(always)]
+    pub const fn next(kind: Kind) -> Self {
+        Self::with_action(TC_ACT_UNSPEC, kind)
+    }
+
+    /// The packet goes where `action`, the answer of a redirect helper, says.
+    #[inline(always)]
+    pub const fn with_action(action: i32, kind: Kind) -> Self {
+        Self(kind as u64 | (action as u32 as u64) << 32)
+    }
+
+    /// The packet is dropped.
+    #[inline(always)]
+    pub const fn drop(reason: Drop) -> Self {
+        Self((DROP_BASE + reason as u32) as u64 | (TC_ACT_SHOT as u64) << 32)
+    }
+
+    #[inline(always)]
+    const fn action(self) -> i32 {
+        (self.0 >> 32) as i32
+    }
+
+    #[inline(always)]
+    const fn counter(self) -> u32 {
+        self.0 as u32
+    }
+}
+
+impl From<Result<Self, Drop>> for Verdict {
+    #[inline(always)]
+    fn from(result: Result<Self, Drop>) -> Self {
+        match result {
+            Ok(verdict) => verdict,
+            Err(reason) => Self::drop(reason),
+        }
+    }
+}
+
+/// Counts and reports, and gives the kernel its answer.
+#[inline(always)]
+pub fn finish(skb: Skb, program: Program, verdict: Verdict) -> i32 {
+    count(verdict.counter(), skb.len());
+    if verdict.counter() >= DROP_BASE {
+        report(skb.0, u32::from(program as u8) << 16 | (verdict.counter() - DROP_BASE));
+    }
+    verdict.action()
+}
+
+/// Counts one packet, or one thing that happened to a packet.
+#[inline(always)]
+pub fn count(index: u32, bytes: u32) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(index) {
+        // SAFETY: the value is this CPU's own, and programs at these hooks do not preempt each other on a CPU.
+        let counter: &mut Counter = unsafe { &mut *counter };
+        counter.packets += 1;
+        counter.bytes += u64::from(bytes);
+    }
+}
+
+/// Jiffies, the clock of flow entries. The verifier turns the call into one load (`do_misc_fixups`, kernel/bpf/verifier.c).
+#[inline(always)]
+#[must_use]
+pub fn now() -> u32 {
+    // SAFETY: the helper has no preconditions.
+    (unsafe { bpf_jiffies64() }) as u32
+}
+
+/// Whether this CPU may report another event now; if so, how many it did not report before.
+#[inline(always)]
+fn spend(budget: &mut Budget, now: u32, per_second: u32, hz: u32) -> Option<u32> {
+    if now.wrapping_sub(budget.since) >= hz {
+        (budget.since, budget.spent) = (now, 0);
+    }
+    if budget.spent >= per_second {
+        budget.lost = budget.lost.wrapping_add(1);
+        return None;
+    }
+    budget.spent += 1;
+    Some(core::mem::take(&mut budget.lost))
+}
+
+/// Reports a drop, unless too many were reported already. Not inlined: it is big, and drops are rare.
+#[inline(never)]
+fn report(skb: *mut aya_ebpf::bindings::__sk_buff, what: u32) -> i32 {
+    let skb = Skb(skb);
+    let Some(budget) = BUDGET.get_ptr_mut(0) else { return 0 };
+    // SAFETY: the value is this CPU's own.
+    let budget = unsafe { &mut *budget };
+    let reserved = spend(budget, now(), EVENTS_PER_SECOND.load(), HZ.load())
+        .and_then(|lost| EVENTS.reserve::<DropEvent>(0).map(|entry| (lost, entry)));
+    let Some((lost, mut entry)) = reserved else {
+        count(Kind::EventLost as u32, skb.len());
+        return 0;
+    };
+    let window = skb.window();
+    let kind = window.ethertype().unwrap_or(0);
+    let event = entry.write(DropEvent {
+        reason: what as u16,
+        program: (what >> 16) as u8,
+        family: 0,
+        protocol: 0,
+        pad: [0; 3],
+        ifindex: skb.ifindex(),
+        length: skb.len(),
+        ports: 0,
+        lost,
+        src: [0; 4],
+        dst: [0; 4],
+        mac: window.macs().unwrap_or(MacPair([0; 3])),
+        ethertype: u32::from(kind),
+    });
+    match kind {
+        ethertype::IPV4 => describe::<V4, _>(&window, event),
+        ethertype::IPV6 => describe::<V6, _>(&window, event),
+        _ => {}
+    }
+    entry.submit(0);
+    0
+}
+
+/// Addresses, protocol and ports, as far as the packet can be parsed.
+#[inline(always)]
+fn describe<F: Family, P: Frame>(frame: &P, event: &mut DropEvent) {
+    let mut packet = Packet::<F>::new();
+    // A packet that does not parse still shows what came before the fault.
+    let _reason = F::parse(frame, &mut packet);
+    event.family = F::VERSION;
+    event.protocol = packet.protocol;
+    event.ports = packet.ports;
+    event.src = F::widen(&packet.src);
+    event.dst = F::widen(&packet.dst);
+}

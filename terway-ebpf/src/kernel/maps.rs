@@ -1,0 +1,174 @@
+//! Every map and global, with the reason for its size. Names, keys and values are `terway-abi`'s; the daemon may change sizes.
+
+use aya_ebpf::{
+    Global,
+    macros::map,
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
+};
+use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
+use terway_abi::{
+    Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4,
+    FragmentKeyV6, FragmentValue, MAX_ENDPOINTS, SLOTS,
+};
+
+use crate::decide::Tables;
+use crate::family::{Family, V4, V6};
+
+/// Pods by host interface. Not preallocated: most nodes have tens of pods.
+#[map]
+pub static ENDPOINTS: HashMap<u32, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+
+/// Pods by IPv4 address.
+#[map]
+pub static OWNERS_V4: HashMap<u32, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+
+/// Pods by IPv6 address.
+#[map]
+pub static OWNERS_V6: HashMap<[u32; 4], Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+
+/// Epochs of endpoints and of buckets of other addresses.
+#[map]
+pub static EPOCHS: Array<u32> = Array::with_max_entries(SLOTS, 0);
+
+/// Prefixes that the host stack serves: its own addresses and `host_stack_cidrs`, tens of them.
+#[map]
+pub static HOST_V4: lpm_trie::LpmTrie<u32, u32> = lpm_trie::LpmTrie::with_max_entries(4096, 0);
+
+/// As [`HOST_V4`].
+#[map]
+pub static HOST_V6: lpm_trie::LpmTrie<[u32; 4], u32> = lpm_trie::LpmTrie::with_max_entries(4096, 0);
+
+/// Flows. The daemon sets the size; two entries make a connection, and an entry takes about 200 bytes.
+#[map]
+pub static FLOWS_V4: LruHashMap<FlowKeyV4, FlowV4> = LruHashMap::with_max_entries(65_536, 0);
+
+/// As [`FLOWS_V4`], about 250 bytes an entry.
+#[map]
+pub static FLOWS_V6: LruHashMap<FlowKeyV6, FlowV6> = LruHashMap::with_max_entries(65_536, 0);
+
+/// Fragmented packets on their way: they live for milliseconds.
+#[map]
+pub static FRAGMENTS_V4: LruHashMap<FragmentKeyV4, FragmentValue> = LruHashMap::with_max_entries(4096, 0);
+
+/// As [`FRAGMENTS_V4`].
+#[map]
+pub static FRAGMENTS_V6: LruHashMap<FragmentKeyV6, FragmentValue> = LruHashMap::with_max_entries(4096, 0);
+
+/// Packets and bytes by way and by drop reason.
+#[map]
+pub static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(COUNTER_COUNT, 0);
+
+/// How many events this CPU may still report.
+#[map]
+pub static BUDGET: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1, 0);
+
+/// Dropped packets: some 3 000 events, which is seconds of the budget of many CPUs.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// Jiffies per second.
+#[unsafe(no_mangle)]
+pub static HZ: Global<u32> = Global::new(250);
+
+/// Events that one CPU may report per second.
+#[unsafe(no_mangle)]
+pub static EVENTS_PER_SECOND: Global<u32> = Global::new(100);
+
+/// Whether first packets are reported through `bpf_trace_printk`.
+#[unsafe(no_mangle)]
+pub static DEBUG: Global<u32> = Global::new(0);
+
+/// The kernel's maps as what decisions ask.
+pub struct Maps;
+
+/// The maps of a family.
+pub trait Kernel: Family {
+    /// Its flow table.
+    fn flows() -> &'static LruHashMap<terway_abi::FlowKey<Self::Addr>, terway_abi::Flow<Self::Addr>>;
+    /// Its fragments.
+    fn fragments() -> &'static LruHashMap<terway_abi::FragmentKey<Self::Addr>, FragmentValue>;
+}
+
+impl Kernel for V4 {
+    #[inline(always)]
+    fn flows() -> &'static LruHashMap<FlowKeyV4, FlowV4> {
+        &FLOWS_V4
+    }
+
+    #[inline(always)]
+    fn fragments() -> &'static LruHashMap<FragmentKeyV4, FragmentValue> {
+        &FRAGMENTS_V4
+    }
+}
+
+impl Kernel for V6 {
+    #[inline(always)]
+    fn flows() -> &'static LruHashMap<FlowKeyV6, FlowV6> {
+        &FLOWS_V6
+    }
+
+    #[inline(always)]
+    fn fragments() -> &'static LruHashMap<FragmentKeyV6, FragmentValue> {
+        &FRAGMENTS_V6
+    }
+}
+
+#[inline(always)]
+fn endpoint<K>(map: &'static HashMap<K, Endpoint>, key: &K) -> Option<&'static Endpoint> {
+    // SAFETY: an entry that is deleted while it is read may be reused for another pod. The reader then sees that pod's slot and
+    // epoch with it, or a mixture that fails the epoch check of the next packet (the deletion bumps the epoch).
+    unsafe { map.get(key) }
+}
+
+#[inline(always)]
+fn epoch(slot: u32) -> u32 {
+    // Slots come from the daemon and from hashing; one beyond the map has an epoch that no entry carries twice in a row.
+    EPOCHS.get(slot).map_or(u32::MAX, |epoch| {
+        // SAFETY: the map's value outlives the program run. Volatile: the daemon writes it meanwhile, and every read counts.
+        unsafe { core::ptr::read_volatile(epoch) }
+    })
+}
+
+impl Tables<V4> for Maps {
+    #[inline(always)]
+    fn by_ifindex(&self, ifindex: u32) -> Option<&Endpoint> {
+        endpoint(&ENDPOINTS, &ifindex)
+    }
+
+    #[inline(always)]
+    fn by_address(&self, address: &u32) -> Option<&Endpoint> {
+        endpoint(&OWNERS_V4, address)
+    }
+
+    #[inline(always)]
+    fn is_host(&self, address: &u32) -> bool {
+        HOST_V4.get(lpm_trie::Key::new(32, *address)).is_some()
+    }
+
+    #[inline(always)]
+    fn epoch(&self, slot: u32) -> u32 {
+        epoch(slot)
+    }
+}
+
+impl Tables<V6> for Maps {
+    #[inline(always)]
+    fn by_ifindex(&self, ifindex: u32) -> Option<&Endpoint> {
+        endpoint(&ENDPOINTS, &ifindex)
+    }
+
+    #[inline(always)]
+    fn by_address(&self, address: &[u32; 4]) -> Option<&Endpoint> {
+        endpoint(&OWNERS_V6, address)
+    }
+
+    #[inline(always)]
+    fn is_host(&self, address: &[u32; 4]) -> bool {
+        HOST_V6.get(lpm_trie::Key::new(128, *address)).is_some()
+    }
+
+    #[inline(always)]
+    fn epoch(&self, slot: u32) -> u32 {
+        epoch(slot)
+    }
+}

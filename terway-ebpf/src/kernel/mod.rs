@@ -1,0 +1,12 @@
+//! What touches the kernel: the packet, the maps, the way through the tables, and the exit.
+
+pub mod exit;
+pub mod maps;
+pub mod path;
+pub mod skb;
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // Unreachable in a program that the verifier takes; the linker wants a symbol.
+    loop {}
+}

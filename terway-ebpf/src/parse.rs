@@ -1,0 +1,424 @@
+//! From bytes to what identifies a packet: addresses, ports, protocol, fragment, and what kind of payload it has.
+//!
+//! Two depths. The *glance* knows the shape that nearly all packets have and costs a handful of instructions. The *parse* walks
+//! options and extension headers within fixed bounds and says why it refuses what it refuses.
+
+use terway_abi::Drop;
+
+use crate::family::{Family, Glance, V4, V6};
+use crate::frame::{ETH_LEN, Frame, Plain};
+
+/// Protocol numbers (IANA "Assigned Internet Protocol Numbers").
+pub const ICMP: u8 = 1;
+/// TCP.
+pub const TCP: u8 = 6;
+/// UDP.
+pub const UDP: u8 = 17;
+/// ICMP for IPv6.
+pub const ICMPV6: u8 = 58;
+/// SCTP.
+pub const SCTP: u8 = 132;
+/// UDP-Lite.
+pub const UDPLITE: u8 = 136;
+
+/// TCP flags (RFC 9293 section 3.1).
+pub mod tcp_flags {
+    /// No more data.
+    pub const FIN: u8 = 1;
+    /// Synchronise sequence numbers.
+    pub const SYN: u8 = 2;
+    /// Reset.
+    pub const RST: u8 = 4;
+    /// The acknowledgement field counts.
+    pub const ACK: u8 = 16;
+}
+
+/// Ethernet types as they stand in the frame.
+pub mod ethertype {
+    /// IPv4.
+    pub const IPV4: u16 = 0x0800_u16.to_be();
+    /// IPv6.
+    pub const IPV6: u16 = 0x86dd_u16.to_be();
+    /// ARP.
+    pub const ARP: u16 = 0x0806_u16.to_be();
+}
+
+/// What a packet carries, as far as it matters here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Payload {
+    /// Anything that only addresses, ports and protocol identify.
+    #[default]
+    Plain,
+    /// An ICMP error; the packet it speaks of begins at [`Packet::inner`].
+    IcmpError,
+    /// An ICMPv6 neighbour or router message (types 133 to 137).
+    Neighbour,
+}
+
+/// Whether a packet is whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fragment {
+    /// Not a fragment.
+    #[default]
+    Whole,
+    /// The first one: it has the ports.
+    First,
+    /// A later one: it has no ports.
+    Later,
+}
+
+/// A parsed packet.
+pub struct Packet<F: Family> {
+    /// Source address.
+    pub src: F::Addr,
+    /// Destination address.
+    pub dst: F::Addr,
+    /// Ports as in the packet (see `FlowKey::ports`).
+    pub ports: u32,
+    /// Protocol number of the transport header.
+    pub protocol: u8,
+    /// TCP's flags.
+    pub tcp_flags: u8,
+    /// What it carries.
+    pub payload: Payload,
+    /// Whether it is whole.
+    pub fragment: Fragment,
+    /// The identification of its fragments, as in the packet.
+    pub fragment_id: u32,
+    /// Offset of the transport header in the frame.
+    pub transport: usize,
+    /// Offset, in the frame, of the packet that an ICMP error speaks of.
+    pub inner: usize,
+}
+
+impl<F: Family> Packet<F> {
+    /// An empty one, to be filled by [`Family::parse`].
+    #[inline(always)]
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            src: F::NONE,
+            dst: F::NONE,
+            ports: 0,
+            protocol: 0,
+            tcp_flags: 0,
+            payload: Payload::Plain,
+            fragment: Fragment::Whole,
+            fragment_id: 0,
+            transport: 0,
+            inner: 0,
+        }
+    }
+}
+
+impl<F: Family> Default for Packet<F> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// An IPv4 header without options (RFC 791 section 3.1), every field as in the packet.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Ipv4Header {
+    /// Version and header length in words.
+    pub version_ihl: u8,
+    /// Type of service.
+    pub tos: u8,
+    /// Bytes of the packet.
+    pub length: u16,
+    /// Identification.
+    pub id: u16,
+    /// Flags and fragment offset.
+    pub fragment: u16,
+    /// Time to live.
+    pub ttl: u8,
+    /// Protocol number.
+    pub protocol: u8,
+    /// Header checksum.
+    pub checksum: u16,
+    /// Source address.
+    pub src: u32,
+    /// Destination address.
+    pub dst: u32,
+}
+
+/// An IPv6 header (RFC 8200 section 3), every field as in the packet.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Ipv6Header {
+    /// Version, traffic class and flow label.
+    pub version_class_flow: u32,
+    /// Bytes after this header.
+    pub length: u16,
+    /// Kind of the next header.
+    pub next: u8,
+    /// Hop limit.
+    pub hops: u8,
+    /// Source address.
+    pub src: [u32; 4],
+    /// Destination address.
+    pub dst: [u32; 4],
+}
+
+/// The common packet in one piece: header without options, then ports.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Ipv4Common {
+    header: Ipv4Header,
+    ports: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Ipv6Common {
+    header: Ipv6Header,
+    ports: u32,
+}
+
+// SAFETY: integers only; the sizes are asserted below, so there is no padding.
+unsafe impl Plain for Ipv4Header {}
+// SAFETY: as above.
+unsafe impl Plain for Ipv6Header {}
+// SAFETY: as above.
+unsafe impl Plain for Ipv4Common {}
+// SAFETY: as above.
+unsafe impl Plain for Ipv6Common {}
+const _: () = assert!(size_of::<Ipv4Header>() == 20 && size_of::<Ipv4Common>() == 24);
+const _: () = assert!(size_of::<Ipv6Header>() == 40 && size_of::<Ipv6Common>() == 44);
+
+const IPV4_LEN: usize = size_of::<Ipv4Header>();
+const IPV6_LEN: usize = size_of::<Ipv6Header>();
+/// Where TCP's flags stand in its header.
+const TCP_FLAGS_AT: usize = 13;
+/// More-fragments and the 13 bits of offset; the other two flags do not matter.
+const FRAGMENT_MASK: u16 = 0x3fff_u16.to_be();
+const OFFSET_MASK: u16 = 0x1fff_u16.to_be();
+
+/// See [`Family::glance`].
+#[inline(always)]
+pub(crate) fn glance_v4<P: Frame>(frame: &P) -> Option<Glance<V4>> {
+    let Ipv4Common { header, ports } = frame.read::<Ipv4Common>(ETH_LEN)?;
+    if header.version_ihl != 0x45 || header.fragment & FRAGMENT_MASK != 0 {
+        return None;
+    }
+    let tcp_flags = glance_transport(frame, header.protocol, ETH_LEN + IPV4_LEN)?;
+    Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.protocol, tcp_flags })
+}
+
+/// See [`Family::glance`].
+#[inline(always)]
+pub(crate) fn glance_v6<P: Frame>(frame: &P) -> Option<Glance<V6>> {
+    let Ipv6Common { header, ports } = frame.read::<Ipv6Common>(ETH_LEN)?;
+    if header.version_class_flow.to_ne_bytes()[0] >> 4 != 6 {
+        return None;
+    }
+    let tcp_flags = glance_transport(frame, header.next, ETH_LEN + IPV6_LEN)?;
+    Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.next, tcp_flags })
+}
+
+#[inline(always)]
+fn glance_transport<P: Frame>(frame: &P, protocol: u8, at: usize) -> Option<u8> {
+    match protocol {
+        TCP => frame.read::<u8>(at + TCP_FLAGS_AT),
+        UDP => Some(0),
+        _ => None,
+    }
+}
+
+/// IPv4 options that name the routers of the way (RFC 791 section 3.1).
+const LOOSE_SOURCE_ROUTE: u8 = 131;
+const STRICT_SOURCE_ROUTE: u8 = 137;
+/// How many of them are followed. `ping -R` sends two, a router alert is one; the verifier's work doubles with each.
+const OPTIONS: usize = 8;
+
+/// See [`Family::parse`].
+#[inline(always)]
+pub(crate) fn parse_v4<P: Frame>(frame: &P, packet: &mut Packet<V4>) -> Result<(), Drop> {
+    let transport = header_v4(frame, ETH_LEN, packet)?;
+    if transport > ETH_LEN + IPV4_LEN {
+        refuse_source_route(frame, transport)?;
+    }
+    packet.transport = transport;
+    if packet.fragment == Fragment::Later { Ok(()) } else { transport_header(frame, packet) }
+}
+
+/// The IPv4 header at `at`; returns where the header after it begins. Options are not looked at.
+#[inline(always)]
+pub(crate) fn header_v4<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V4>) -> Result<usize, Drop> {
+    let header = frame.read_far::<Ipv4Header>(at).ok_or(Drop::Truncated)?;
+    let header_len = usize::from(header.version_ihl & 0x0f) * 4;
+    let length = usize::from(u16::from_be(header.length));
+    // A length of 0 stands for more than 64 KiB in packets that the kernel merged ("BIG TCP", `iph_totlen`, include/linux/ip.h).
+    if header.version_ihl >> 4 != 4 || header_len < IPV4_LEN || (length != 0 && length < header_len) {
+        return Err(Drop::BadHeader);
+    }
+    packet.src = header.src;
+    packet.dst = header.dst;
+    packet.protocol = header.protocol;
+    packet.fragment_id = u32::from(header.id);
+    packet.fragment = if header.fragment & OFFSET_MASK != 0 {
+        Fragment::Later
+    } else if header.fragment & FRAGMENT_MASK != 0 {
+        Fragment::First
+    } else {
+        Fragment::Whole
+    };
+    Ok(frame.blur(at + header_len))
+}
+
+/// Walks the IPv4 options up to `end`.
+#[inline(always)]
+fn refuse_source_route<P: Frame>(frame: &P, end: usize) -> Result<(), Drop> {
+    let mut at = ETH_LEN + IPV4_LEN;
+    for _ in 0..OPTIONS {
+        at = frame.blur(at);
+        if at >= end {
+            return Ok(());
+        }
+        let kind = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
+        match kind {
+            0 => return Ok(()),
+            1 => at += 1,
+            LOOSE_SOURCE_ROUTE | STRICT_SOURCE_ROUTE => return Err(Drop::SourceRoute),
+            _ => {
+                let length = frame.read_far::<u8>(at + 1).ok_or(Drop::Truncated)?;
+                if length < 2 {
+                    return Err(Drop::BadHeader);
+                }
+                at += usize::from(length);
+            }
+        }
+    }
+    if at >= end { Ok(()) } else { Err(Drop::HeaderChain) }
+}
+
+/// Extension headers (RFC 8200 section 4; RFC 4302 for AH; RFC 6275 for mobility).
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const NO_NEXT: u8 = 59;
+const DESTINATION: u8 = 60;
+const MOBILITY: u8 = 135;
+/// How many of them are followed. More than three in a row is unheard of (RFC 9098).
+const CHAIN: usize = 6;
+
+/// See [`Family::parse`].
+#[inline(always)]
+pub(crate) fn parse_v6<P: Frame>(frame: &P, packet: &mut Packet<V6>) -> Result<(), Drop> {
+    header_v6(frame, ETH_LEN, packet)?;
+    if packet.fragment == Fragment::Later { Ok(()) } else { transport_header(frame, packet) }
+}
+
+/// The IPv6 header at `at` and its extension headers.
+#[inline(always)]
+pub(crate) fn header_v6<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V6>) -> Result<(), Drop> {
+    let header = frame.read_far::<Ipv6Header>(at).ok_or(Drop::Truncated)?;
+    if header.version_class_flow.to_ne_bytes()[0] >> 4 != 6 {
+        return Err(Drop::BadHeader);
+    }
+    packet.src = header.src;
+    packet.dst = header.dst;
+    let (mut next, mut at) = (header.next, at + IPV6_LEN);
+    for _ in 0..CHAIN {
+        (next, at) = (frame.blur(usize::from(next)) as u8, frame.blur(at));
+        let length = match next {
+            HOP_BY_HOP | DESTINATION | MOBILITY => (extension_length(frame, at)? + 1) * 8,
+            ROUTING => {
+                // Segments left: somebody on the way is still to rewrite the destination.
+                if frame.read_far::<u8>(at + 3).ok_or(Drop::Truncated)? != 0 {
+                    return Err(Drop::SourceRoute);
+                }
+                (extension_length(frame, at)? + 1) * 8
+            }
+            AUTHENTICATION => (extension_length(frame, at)? + 2) * 4,
+            FRAGMENT => {
+                let offset = u16::from_be(frame.read_far::<u16>(at + 2).ok_or(Drop::Truncated)?);
+                packet.fragment_id = frame.read_far::<u32>(at + 4).ok_or(Drop::Truncated)?;
+                packet.fragment = match (offset & 0xfff8, offset & 1) {
+                    (0, 0) => Fragment::Whole, // an "atomic" fragment, RFC 6946
+                    (0, _) => Fragment::First,
+                    _ => Fragment::Later,
+                };
+                if packet.fragment == Fragment::Later {
+                    packet.protocol = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
+                    packet.transport = at + 8;
+                    return Ok(());
+                }
+                8
+            }
+            _ => {
+                packet.protocol = next;
+                packet.transport = at;
+                return Ok(());
+            }
+        };
+        next = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
+        at += length;
+    }
+    Err(Drop::HeaderChain)
+}
+
+#[inline(always)]
+fn extension_length<P: Frame>(frame: &P, at: usize) -> Result<usize, Drop> {
+    frame.read_far::<u8>(at + 1).map(usize::from).ok_or(Drop::Truncated)
+}
+
+/// Ports and kind of payload, from the transport header.
+#[inline(always)]
+fn transport_header<P: Frame, F: Family>(frame: &P, packet: &mut Packet<F>) -> Result<(), Drop> {
+    let at = packet.transport;
+    match packet.protocol {
+        TCP => {
+            packet.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?;
+            packet.tcp_flags = frame.read_far::<u8>(at + TCP_FLAGS_AT).ok_or(Drop::Truncated)?;
+        }
+        UDP | UDPLITE | SCTP => packet.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?,
+        protocol if protocol == F::ICMP => {
+            let kind = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
+            let identifier = frame.read_far::<u16>(at + 4).ok_or(Drop::Truncated)?;
+            packet.payload = if icmp_error::<F>(kind) {
+                Payload::IcmpError
+            } else if F::VERSION == 6 && (133..=137).contains(&kind) {
+                Payload::Neighbour
+            } else {
+                Payload::Plain
+            };
+            packet.inner = at + 8;
+            packet.ports = icmp_ports::<F>(kind, identifier);
+        }
+        _ => {}
+    }
+    packet.ports = frame.blur(packet.ports as usize) as u32;
+    packet.protocol = frame.blur(usize::from(packet.protocol)) as u8;
+    packet.tcp_flags = frame.blur(usize::from(packet.tcp_flags)) as u8;
+    Ok(())
+}
+
+/// Whether an ICMP message of this type carries the packet it complains about (RFC 1122 section 3.2.2, RFC 4443 section 2.1).
+#[inline(always)]
+fn icmp_error<F: Family>(kind: u8) -> bool {
+    if F::VERSION == 4 { matches!(kind, 3 | 4 | 5 | 11 | 12) } else { kind < 128 }
+}
+
+/// What an ICMP query has instead of ports: its identifier, on the side that asks.
+#[inline(always)]
+pub(crate) fn icmp_ports<F: Family>(kind: u8, identifier: u16) -> u32 {
+    let [high, low] = identifier.to_ne_bytes();
+    let (asks, answers) =
+        if F::VERSION == 4 { (matches!(kind, 8 | 13), matches!(kind, 0 | 14)) } else { (kind == 128, kind == 129) };
+    if asks {
+        u32::from_ne_bytes([high, low, 0, 0])
+    } else if answers {
+        u32::from_ne_bytes([0, 0, high, low])
+    } else {
+        0
+    }
+}
+
+/// Whether IPv6's "no next header" was met: there is nothing behind it.
+#[must_use]
+pub fn is_empty(protocol: u8) -> bool {
+    protocol == NO_NEXT
+}

@@ -1,0 +1,461 @@
+//! A whole cluster on one machine: the VPC, the cloud that commands it, and nodes with our daemon; and taking it down again.
+//!
+//! Everything of one cluster carries one prefix, `tw<pid>.<n>`: its namespaces, its folder in /tmp and its cgroups. What a killed
+//! process left is found by that prefix and cleared away by the next one ([`sweep`]).
+
+use std::fs::{self, File};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use ipnet::{Ipv4Net, Ipv6Net};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::runtime::Runtime;
+
+use crate::containerd;
+use crate::fabric::vpc::Vpc;
+use crate::image;
+use crate::leftovers::{self, Snapshot};
+use crate::netns::{self, NetNs};
+use crate::node::{self, DaemonOptions, Node};
+
+mod setup;
+
+pub use setup::CloudHandle;
+
+/// Only one cluster at a time on a machine: figures and snapshots would meet the other's.
+const LOCK: &str = "/tmp/terway-tests.lock";
+
+/// The first part of every prefix.
+const PREFIX: &str = "tw";
+
+/// A file in the folder of a cluster whose process only waits.
+const KEPT: &str = "kept";
+
+/// What a cluster consists of.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Nodes, named `n1` and so on.
+    pub nodes: usize,
+    /// `ip_stack`: `ipv4`, `ipv6` or `dual`.
+    pub ip_stack: &'static str,
+    /// MTU of every ENI, in bytes.
+    pub mtu: u32,
+    /// ENIs an instance can carry, the primary one included.
+    pub adapters: u32,
+    /// Addresses of each family an ENI can carry, its primary one included.
+    pub addresses_per_adapter: u32,
+    /// Idle addresses that a node keeps (`min_pool_size`), and above which it gives them back (`max_pool_size`).
+    pub pool: (u32, u32),
+    /// How long a freed address rests, in seconds.
+    pub cooling: u64,
+    /// How long the cloud takes to attach an ENI, and then for its NIC to arrive.
+    pub attach: (Duration, Duration),
+    /// The binaries of the containerd that every node gets, if any.
+    pub containerd: Option<PathBuf>,
+    /// The daemon's log filter.
+    pub log: String,
+    /// The folder of our own programs.
+    pub bin_dir: PathBuf,
+}
+
+impl Options {
+    /// Two dual-stack nodes with room for 60 pods each.
+    ///
+    /// # Errors
+    /// When it is unknown where our programs are.
+    pub fn new() -> Result<Self> {
+        Ok(Self {
+            nodes: 2,
+            ip_stack: "dual",
+            mtu: 1500,
+            adapters: 5,
+            addresses_per_adapter: 15,
+            pool: (5, 10),
+            cooling: 1,
+            attach: (Duration::from_millis(100), Duration::from_millis(50)),
+            containerd: None,
+            log: "info".to_owned(),
+            bin_dir: node::bin_dir()?,
+        })
+    }
+}
+
+/// A running cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    prefix: String,
+    work: PathBuf,
+    nodes: Vec<Node>,
+    cloud: Option<CloudHandle>,
+    vpc: Arc<Vpc>,
+    external: Arc<NetNs>,
+    machine: Snapshot,
+    runtime: Runtime,
+    /// Held until the end.
+    _lock: Flock<File>,
+}
+
+impl Cluster {
+    /// Why there can be no cluster here, in one sentence; nothing when there can.
+    #[must_use]
+    pub fn obstacle(options: &Options) -> Option<String> {
+        if !nix::unistd::geteuid().is_root() {
+            return Some("needs root".to_owned());
+        }
+        for tool in ["ip", "tc", "nft", "ping"] {
+            let found =
+                std::env::var("PATH").unwrap_or_default().split(':').any(|dir| Path::new(dir).join(tool).exists());
+            if !found {
+                return Some(format!("`{tool}` is missing"));
+            }
+        }
+        for program in ["terwayd", "terway-cli", "terway"] {
+            if !options.bin_dir.join(program).exists() {
+                return Some(format!("{} is not built", options.bin_dir.join(program).display()));
+            }
+        }
+        None
+    }
+
+    /// Starts everything and waits until every daemon is ready.
+    ///
+    /// # Errors
+    /// When something does not start; what was started is taken down again.
+    pub fn start(options: &Options) -> Result<Self> {
+        let mut cluster = Self::power_on(options)?;
+        cluster.start_programs(options)?;
+        Ok(cluster)
+    }
+
+    /// VPC, cloud, and nodes as they are after their first boot, with none of our programs.
+    fn power_on(options: &Options) -> Result<Self> {
+        static CLUSTERS: AtomicU32 = AtomicU32::new(0);
+        let lock = lock()?;
+        sweep()?;
+        let number = CLUSTERS.fetch_add(1, Ordering::Relaxed);
+        let prefix = format!("{PREFIX}{}.{number}", std::process::id());
+        let machine = leftovers::machine(&prefix)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("terway-sim")
+            .enable_all()
+            .build()
+            .context("start the async runtime")?;
+        let vpc = Arc::new(Vpc::create(&format!("{prefix}-vpc"), options.mtu)?);
+        let external = Arc::new(NetNs::create(&format!("{prefix}-ext"))?);
+        let work = Path::new("/tmp").join(&prefix);
+        fs::create_dir(&work).with_context(|| format!("create {}", work.display()))?;
+        let mut cluster =
+            Self { prefix, work, nodes: Vec::new(), cloud: None, vpc, external, machine, runtime, _lock: lock };
+        cluster.boot(options)?;
+        Ok(cluster)
+    }
+
+    fn boot(&mut self, options: &Options) -> Result<()> {
+        self.vpc.plug_external("external", Arc::clone(&self.external), setup::EXTERNAL_V4, setup::EXTERNAL_V6)?;
+        let daemon = DaemonOptions {
+            bin_dir: options.bin_dir.clone(),
+            eni_conf: setup::eni_conf(options),
+            endpoint: setup::ENDPOINT_URL.to_owned(),
+            cooling: options.cooling,
+            log: options.log.clone(),
+        };
+        for number in 1..=options.nodes {
+            let name = format!("n{number}");
+            let netns = format!("{}-{name}", self.prefix);
+            let work = self.work.join(&name);
+            let node = Node::create(&self.vpc, &netns, &name, &work, daemon.clone(), self.runtime.handle())?;
+            self.nodes.push(node);
+        }
+        self.cloud = Some(setup::start_cloud(options, &self.nodes, &self.vpc, &self.runtime)?);
+        for node in &self.nodes {
+            let primary = self.vpc.primary(node.name()).with_context(|| format!("{} has no ENI", node.name()))?;
+            node.boot(&primary)?;
+        }
+        Ok(())
+    }
+
+    fn start_programs(&mut self, options: &Options) -> Result<()> {
+        for node in &self.nodes {
+            node.start_daemon()?;
+        }
+        if let Some(bin_dir) = &options.containerd {
+            let image = self.work.join("image.tar");
+            image::write(&image, &[])?;
+            for node in &mut self.nodes {
+                node.start_containerd(bin_dir, &image)?;
+            }
+        }
+        for node in &self.nodes {
+            node.wait_ready(Duration::from_secs(20))?;
+        }
+        Ok(())
+    }
+
+    /// The nodes.
+    #[must_use]
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The node `n<number>`; numbers start at 1.
+    ///
+    /// # Panics
+    /// When there is no such node.
+    #[must_use]
+    pub fn node(&self, number: usize) -> &Node {
+        &self.nodes[number - 1]
+    }
+
+    /// The VPC.
+    #[must_use]
+    pub fn vpc(&self) -> &Vpc {
+        &self.vpc
+    }
+
+    /// The cloud.
+    ///
+    /// # Panics
+    /// Never, once [`Cluster::start`] has returned.
+    #[must_use]
+    pub fn cloud(&self) -> &CloudHandle {
+        self.cloud.as_ref().expect("a cluster is given out only with its cloud")
+    }
+
+    /// A host on the VPC that is none of the nodes.
+    #[must_use]
+    pub fn external(&self) -> &NetNs {
+        &self.external
+    }
+
+    /// The addresses of that host.
+    #[must_use]
+    pub const fn external_addresses(&self) -> (IpAddr, IpAddr) {
+        (IpAddr::V4(setup::EXTERNAL_V4), IpAddr::V6(setup::EXTERNAL_V6))
+    }
+
+    /// The blocks that pods' addresses come from.
+    #[must_use]
+    pub const fn pod_blocks(&self) -> (Ipv4Net, Ipv6Net) {
+        (setup::PODS_V4, setup::PODS_V6)
+    }
+
+    /// The folder of the cluster.
+    #[must_use]
+    pub fn work(&self) -> &Path {
+        &self.work
+    }
+
+    /// The prefix of all names of the cluster.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// Marks the cluster as one to be looked at: [`clean`] then asks its process to end.
+    ///
+    /// # Errors
+    /// When the mark cannot be written.
+    pub fn mark_kept(&self) -> Result<()> {
+        fs::write(self.work.join(KEPT), "").context("write the mark")
+    }
+
+    /// Takes everything down and checks that nothing is left: no process, namespace, mount, cgroup or file, and the machine as it was.
+    ///
+    /// # Errors
+    /// All that went wrong, after all was tried.
+    pub fn finish(mut self) -> Result<()> {
+        let mut errors: Vec<String> = Vec::new();
+        for node in self.nodes.drain(..) {
+            errors.extend(node.finish().err().map(|error| format!("{error:#}")));
+        }
+        self.cloud = None;
+        errors.extend(remove(&self.prefix).err().map(|error| format!("{error:#}")));
+        match leftovers::machine(&self.prefix) {
+            Ok(after) => errors
+                .extend(self.machine.differences(&after).map(|text| format!("the machine is not as it was:\n{text}"))),
+            Err(error) => errors.push(format!("{error:#}")),
+        }
+        if errors.is_empty() { Ok(()) } else { bail!("{}", errors.join("\n")) }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if !self.work.exists() {
+            return; // finished
+        }
+        if std::thread::panicking() || !self.nodes.is_empty() {
+            save_logs(&self.prefix, &self.work);
+        }
+        self.nodes.clear();
+        self.cloud = None;
+        let _ = remove(&self.prefix);
+    }
+}
+
+/// Copies the logs of a failed cluster to where the next sweep does not reach, and says where.
+#[expect(clippy::print_stderr, reason = "shown by the test runner beside the failure that it explains")]
+fn save_logs(prefix: &str, work: &Path) {
+    let to = std::env::temp_dir().join(format!("terway-failed-{prefix}"));
+    let mut saved = 0;
+    for node in fs::read_dir(work).into_iter().flatten().flatten() {
+        for log in ["terwayd.log", "c/containerd.log"] {
+            let name = format!("{}-{}", node.file_name().to_string_lossy(), log.replace('/', "-"));
+            if fs::create_dir_all(&to).is_ok() && fs::copy(node.path().join(log), to.join(name)).is_ok() {
+                saved += 1;
+            }
+        }
+    }
+    if saved > 0 {
+        eprintln!("logs of the nodes: {}", to.display());
+    }
+}
+
+/// Waits for the lock of the machine's only cluster.
+fn lock() -> Result<Flock<File>> {
+    let file =
+        File::options().create(true).truncate(false).write(true).open(LOCK).with_context(|| format!("open {LOCK}"))?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).with_context(|| format!("lock {LOCK}"))
+}
+
+/// The prefixes of all clusters of this machine, also of those whose process is gone.
+fn prefixes() -> Result<Vec<String>> {
+    let mut prefixes: Vec<String> = netns::names(PREFIX)?
+        .into_iter()
+        .filter_map(|name| Some(name.split_once('-')?.0.to_owned()))
+        .chain(fs::read_dir("/tmp")?.filter_map(|entry| entry.ok()?.file_name().into_string().ok()))
+        .filter(|prefix| owner(prefix).is_some())
+        .collect();
+    prefixes.sort();
+    prefixes.dedup();
+    Ok(prefixes)
+}
+
+/// Clears away clusters whose process is gone, and gives back their prefixes.
+///
+/// # Errors
+/// When one cannot be cleared away.
+pub fn sweep() -> Result<Vec<String>> {
+    let alive = |pid: u32| Path::new("/proc").join(pid.to_string()).exists();
+    let dead: Vec<String> = prefixes()?.into_iter().filter(|prefix| !owner(prefix).is_some_and(alive)).collect();
+    for prefix in &dead {
+        remove(prefix)?;
+    }
+    Ok(dead)
+}
+
+/// Ends clusters that are kept to be looked at, and clears away what killed ones left. Gives back their prefixes.
+///
+/// # Errors
+/// When one does not end within 30 s or cannot be cleared away.
+pub fn clean() -> Result<Vec<String>> {
+    let mut cleared = Vec::new();
+    for prefix in prefixes()? {
+        let work = Path::new("/tmp").join(&prefix);
+        let Some(pid) = owner(&prefix).filter(|_| work.join(KEPT).exists()) else { continue };
+        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        if exe.file_name().is_some_and(|name| name == "terway-sim") {
+            kill(Pid::from_raw(pid.cast_signed()), Signal::SIGINT).with_context(|| format!("end process {pid}"))?;
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while work.exists() {
+                if Instant::now() > deadline {
+                    bail!("process {pid} does not clear {prefix} away");
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            cleared.push(prefix);
+        }
+    }
+    cleared.extend(sweep()?);
+    Ok(cleared)
+}
+
+/// The process that a prefix belongs to.
+fn owner(prefix: &str) -> Option<u32> {
+    let (pid, number) = prefix.strip_prefix(PREFIX)?.split_once('.')?;
+    number.parse::<u32>().ok()?;
+    pid.parse().ok()
+}
+
+/// Removes everything that carries a prefix, whoever made it.
+fn remove(prefix: &str) -> Result<()> {
+    let mut errors: Vec<anyhow::Error> = Vec::new();
+    let work = Path::new("/tmp").join(prefix);
+    for name in netns::names(&format!("{prefix}-"))? {
+        let path = Path::new("/run/netns").join(&name);
+        if let Ok(ns) = NetNs::open(&path) {
+            let node = name.trim_start_matches(prefix).trim_start_matches('-');
+            let options = containerd::Options {
+                work: work.join(node).join("c"),
+                bin_dir: PathBuf::new(),
+                cni_bin_dir: PathBuf::new(),
+                cni_conf_dir: PathBuf::new(),
+                cgroup_parent: format!("/{name}"),
+            };
+            errors.extend(containerd::wipe(&options, &ns).err());
+        }
+        errors.extend(netns::remove_name(&path).err());
+    }
+    errors.extend(containerd::unmount_below(&work).err());
+    match fs::remove_dir_all(&work) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            errors.push(anyhow::Error::new(error).context(format!("remove {}", work.display())));
+        }
+        _ => {}
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    bail!("clear away {prefix}: {}", errors.iter().map(|error| format!("{error:#}")).collect::<Vec<_>>().join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn nodes_reach_their_cloud_and_nothing_is_left() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIP: needs root");
+            return;
+        }
+        let cluster = Cluster::power_on(&Options::new().unwrap()).unwrap();
+        for (node, request) in [
+            ("n1", "PUT /latest/api/token HTTP/1.0\r\nX-aliyun-ecs-metadata-token-ttl-seconds: 60\r\n\r\n"),
+            ("n2", "PUT /latest/api/token HTTP/1.0\r\nX-aliyun-ecs-metadata-token-ttl-seconds: 60\r\n\r\n"),
+        ] {
+            let node = cluster.nodes.iter().find(|known| known.name() == node).unwrap();
+            let answer = node.netns().run(|| {
+                let mut stream = std::net::TcpStream::connect("100.100.100.200:80").unwrap();
+                stream.write_all(request.as_bytes()).unwrap();
+                std::io::read_to_string(stream).unwrap()
+            });
+            let answer = answer.unwrap();
+            assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
+        }
+        let primary = cluster.vpc.primary("n2").unwrap();
+        crate::probe::ping(cluster.node(1).netns(), primary.v4[0].into(), &[]).unwrap();
+        crate::probe::ping(cluster.external(), primary.v6[0].into(), &[]).unwrap();
+        assert_eq!(cluster.vpc.spoofed().unwrap().total(), 0);
+        let work = cluster.work.clone();
+        cluster.finish().unwrap();
+        assert!(!work.exists());
+    }
+
+    #[test]
+    fn prefixes_name_their_owner() {
+        assert_eq!(owner("tw12.3"), Some(12));
+        for other in ["tw", "tw12", "tw12.x", "twx.1", "xtw12.3", "tw12.3-vpc"] {
+            assert_eq!(owner(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! The verifier rung: the running kernel accepts every program, in every shape that the globals can give it. A branch that a global
+//! folds away is not verified, so each value is loaded.
+
+use aya::EbpfLoader;
+use aya::programs::SchedClassifier;
+use terway_abi::names;
+use terway_daemon::bpf::OBJECT;
+use terway_tests::sandbox_or_skip;
+
+/// Loads all programs with these globals; returns the verified instructions of each.
+fn load(hz: u32, events_per_second: u32, debug: u32) -> Result<Vec<(&'static str, u32, u32)>, String> {
+    let mut loaded = EbpfLoader::new()
+        .override_global(names::HZ, &hz, true)
+        .override_global(names::EVENTS_PER_SECOND, &events_per_second, true)
+        .override_global(names::DEBUG, &debug, true)
+        .map_max_entries(names::FLOWS_V4, 1024)
+        .map_max_entries(names::FLOWS_V6, 1024)
+        .load(OBJECT)
+        .map_err(|e| format!("object: {e:?}"))?;
+    let mut sizes = Vec::new();
+    for name in names::PROGRAMS {
+        let program: &mut SchedClassifier =
+            loaded.program_mut(name).ok_or("missing")?.try_into().map_err(|e| format!("{name}: {e}"))?;
+        program.load().map_err(|e| format!("{name}: {e}\n{e:?}"))?;
+        let info = program.info().map_err(|e| format!("{name}: {e}"))?;
+        sizes.push((name, info.verified_instruction_count().unwrap_or(0), info.size_translated().unwrap_or(0) / 8));
+    }
+    Ok(sizes)
+}
+
+#[test]
+fn every_program_loads_in_every_shape() {
+    let _sandbox = sandbox_or_skip!();
+    for hz in [100, 1000] {
+        for events_per_second in [0, 1, u32::MAX] {
+            for debug in [0, 1] {
+                match load(hz, events_per_second, debug) {
+                    Ok(sizes) => {
+                        println!("hz {hz} events {events_per_second} debug {debug}: {sizes:?} (verified, instructions)")
+                    }
+                    Err(reason) => panic!("hz {hz}, events {events_per_second}, debug {debug}: {}", tail(&reason)),
+                }
+            }
+        }
+    }
+}
+
+/// The verifier's last words are the ones that say what is wrong.
+fn tail(text: &str) -> &str {
+    text.char_indices().rev().nth(6000).map_or(text, |(at, _)| &text[at..])
+}

@@ -1,0 +1,142 @@
+//! `cargo xtask image`: the container image of the DaemonSet as an OCI archive (image-spec 1.1, image-layout.md), made
+//! without a container engine: one layer with the release build and the libraries it loads.
+//!
+//! `ctr -n k8s.io images import FILE` takes it. The same input gives the same digest.
+
+mod tar;
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use self::tar::Tar;
+use crate::binaries;
+use crate::process;
+use crate::setup::{self, Part};
+use crate::vm::guest::{libraries, place};
+use crate::workspace::Workspace;
+
+/// Each program's place. The plugin lies where an init container copies it from.
+const PROGRAMS: [(&str, &str); 3] =
+    [("terwayd", "usr/bin/terwayd"), ("terway-cli", "usr/bin/terway-cli"), ("terway", "opt/cni/bin/terway")];
+/// Root certificates: the daemon speaks TLS with the cloud.
+const CERTIFICATES: &str = "etc/ssl/certs/ca-certificates.crt";
+
+/// Builds the image and writes it to `output`, by default into cargo's build folder.
+///
+/// # Errors
+/// The programs do not build, or a library or the root certificates are not on this machine.
+pub(crate) fn run(workspace: &Workspace, output: Option<PathBuf>, name: &str) -> Result<()> {
+    setup::ensure(workspace, &[Part::Ebpf])?;
+    let packages = workspace.metadata()?;
+    eprintln!("building with optimisation");
+    let dir = binaries::for_release(workspace, &packages, &[])?;
+    let output = output.unwrap_or_else(|| workspace.target.join("terway-image.tar"));
+    let work = tempfile::tempdir()?;
+    let layer = layer(&dir, work.path())?;
+    let file = File::create(&output).with_context(|| output.display().to_string())?;
+    let digest = archive(BufWriter::new(file), &layer, name)?;
+    let size = fs::metadata(&output)?.len() >> 20;
+    println!("{}: {name}, {size} MiB, sha256:{digest}", output.display());
+    Ok(())
+}
+
+/// The one layer, uncompressed.
+fn layer(dir: &Path, work: &Path) -> Result<Vec<u8>> {
+    let mut tar = Tar::new(Vec::new());
+    for name in ["bin", "lib", "lib64", "sbin"] {
+        tar.directory(&format!("usr/{name}"))?;
+        tar.link(name, &format!("usr/{name}"))?;
+    }
+    // Mount points of the DaemonSet.
+    for name in ["etc/eni", "proc", "run", "sys", "tmp", "var/lib/terway"] {
+        tar.directory(name)?;
+    }
+    tar.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/usr/bin/terwayd\n")?;
+    tar.file("etc/nsswitch.conf", 0o644, b"hosts: files dns\n")?;
+    let certificates = fs::read(Path::new("/").join(CERTIFICATES))
+        .context("no root certificates here; install the package ca-certificates")?;
+    tar.file(CERTIFICATES, 0o644, &certificates)?;
+    for (program, target) in PROGRAMS {
+        let built = dir.join(program);
+        let stripped = work.join(program);
+        process::output(Command::new("strip").arg("-o").arg(&stripped).arg(&built))?;
+        tar.file(target, 0o755, &fs::read(&stripped)?)?;
+        for library in libraries(&built)? {
+            tar.file(&place(&library), 0o755, &fs::read(&library)?)?;
+        }
+    }
+    Ok(tar.finish()?)
+}
+
+/// Writes the layout around a layer; returns the digest of the manifest, by which the image is known.
+fn archive(out: impl Write, layer: &[u8], name: &str) -> Result<String> {
+    let mut tar = Tar::new(out);
+    tar.file("oci-layout", 0o644, &serde_json::to_vec(&json!({ "imageLayoutVersion": "1.0.0" }))?)?;
+    let mut blob = |kind: &str, content: &[u8]| -> Result<Value> {
+        let digest = sha256(content);
+        tar.file(&format!("blobs/sha256/{digest}"), 0o644, content)?;
+        Ok(json!({
+            "mediaType": format!("application/vnd.oci.image.{kind}"),
+            "digest": format!("sha256:{digest}"),
+            "size": content.len(),
+        }))
+    };
+    let layer = blob("layer.v1.tar", layer)?;
+    let config = json!({
+        "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
+        "os": "linux",
+        "config": { "Entrypoint": ["/usr/bin/terwayd"], "Env": ["PATH=/usr/bin:/usr/sbin"], "WorkingDir": "/" },
+        "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
+    });
+    let config = blob("config.v1+json", &serde_json::to_vec(&config)?)?;
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": config,
+        "layers": [layer],
+    });
+    let mut manifest = blob("manifest.v1+json", &serde_json::to_vec(&manifest)?)?;
+    let digest = manifest["digest"].as_str().unwrap_or_default().trim_start_matches("sha256:").to_owned();
+    let tag = name.rsplit_once(':').map_or("latest", |(_, tag)| tag);
+    // The first is the specification's, the second is what containerd names the image by.
+    manifest["annotations"] = json!({ "org.opencontainers.image.ref.name": tag, "io.containerd.image.name": name });
+    let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
+    tar.file("index.json", 0o644, &serde_json::to_vec(&index)?)?;
+    tar.finish()?;
+    Ok(digest)
+}
+
+fn sha256(content: &[u8]) -> String {
+    Sha256::digest(content).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_blob_lies_under_its_digest_and_is_referred_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image.tar");
+        let digest = archive(File::create(&path).unwrap(), b"layer", "localhost/terway:1").unwrap();
+        process::output(Command::new("tar").arg("-xf").arg(&path).arg("-C").arg(dir.path())).unwrap();
+        let blobs: Vec<_> = fs::read_dir(dir.path().join("blobs/sha256")).unwrap().flatten().collect();
+        assert_eq!(blobs.len(), 3);
+        for blob in &blobs {
+            assert_eq!(sha256(&fs::read(blob.path()).unwrap()), blob.file_name().to_str().unwrap());
+        }
+        let read = |path: PathBuf| serde_json::from_slice::<Value>(&fs::read(path).unwrap()).unwrap();
+        let index = read(dir.path().join("index.json"));
+        assert_eq!(index["manifests"][0]["digest"], format!("sha256:{digest}"));
+        let manifest = read(dir.path().join("blobs/sha256").join(&digest));
+        assert_eq!(manifest["layers"][0]["digest"], format!("sha256:{}", sha256(b"layer")));
+        let again = archive(Vec::new(), b"layer", "localhost/terway:1").unwrap();
+        assert_eq!(again, digest, "the same input gives the same image");
+    }
+}

@@ -1,4 +1,0 @@
-//! tidy
-pub(crate) fn run(_w: &crate::workspace::Workspace, _bless: bool) -> anyhow::Result<bool> {
-    Ok(true)
-}
