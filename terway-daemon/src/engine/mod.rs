@@ -3,6 +3,7 @@
 //! The pool is stepped under one short lock without any IO in it. What a step wants written is handed to the store under the same lock, so
 //! that writes keep the order of the decisions; everything else starts when they are durable (see `terway_core::ipam`, the contract).
 
+mod drops;
 mod effects;
 mod eni;
 mod pod;
@@ -61,6 +62,7 @@ pub struct Engine {
     host: Arc<Host>,
     links: Watch,
     reaper: Reaper,
+    drops: drops::DropLog,
     facts: Facts,
     metrics: Metrics,
 }

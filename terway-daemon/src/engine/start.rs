@@ -80,6 +80,7 @@ impl Engine {
             host,
             links,
             reaper,
+            drops: super::drops::DropLog::default(),
             facts,
             metrics,
         })
