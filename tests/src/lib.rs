@@ -1,6 +1,9 @@
-//! What the suites share: the CNI verb matrix, packets, sandboxes, measurements.
+//! What the suites and benchmarks share: packets, sandboxes, the CNI verb matrix, load, figures.
 
+pub mod bench;
 pub mod cni_matrix;
+pub mod figures;
+pub mod load;
 pub mod packet;
 pub mod prog_bench;
 pub mod sandbox;

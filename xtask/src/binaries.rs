@@ -4,6 +4,7 @@
 //! overflow checks, for suites and the demonstration (its dependencies are compiled for the suites anyway), and the
 //! release profile for benchmarks and images.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -44,13 +45,18 @@ pub(crate) fn for_tests(workspace: &Workspace, packages: &[Package]) -> Result<P
 /// As [`for_tests`].
 pub(crate) fn for_release(workspace: &Workspace, packages: &[Package], extra: &[&str]) -> Result<PathBuf> {
     let dir = workspace.target.join("terway-bin-release");
+    let mut wanted: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for program in ["terwayd", "terway-cli"].into_iter().chain(extra.iter().copied()) {
         let package = owner(packages, program).with_context(|| format!("the workspace has no program `{program}`"))?;
+        wanted.entry(package).or_default().push(program);
+    }
+    for (package, programs) in wanted {
         // One package at a time: what ships must not get the features that another package asks for.
         let mut command = workspace.cargo("build");
-        command.args(["--release", "--quiet", "--package", package, "--bin", program]);
+        command.args(["--release", "--quiet", "--package", package]);
+        command.args(programs.iter().flat_map(|p| ["--bin", p]));
         process::check(&mut command)?;
-        gather(&dir, &workspace.target.join("release"), &[program])?;
+        gather(&dir, &workspace.target.join("release"), &programs)?;
     }
     plugin(workspace, &dir)?;
     Ok(dir)

@@ -81,6 +81,6 @@ fn deny(workspace: &Workspace) -> Result<()> {
     }
     let mut command = Command::new("cargo-deny");
     workspace.prepare(&mut command);
-    command.args(["--offline", "--log-level", "error", "check", "bans", "licenses", "sources"]);
+    command.args(["--log-level", "error", "check", "bans", "licenses", "sources"]);
     process::check(&mut command)
 }

@@ -78,8 +78,17 @@ pub(crate) fn status(command: &mut Command) -> Result<ExitStatus> {
 /// # Errors
 /// The program cannot be started or fails; the error then ends with the last lines of its standard error.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
-    let bytes = output_bytes(command)?;
-    String::from_utf8(bytes).with_context(|| format!("`{}` printed something that is not UTF-8", shown(command)))
+    let name = shown(command);
+    output_as(command, &name)
+}
+
+/// As [`output`]; an error calls the command `name`, for those whose options are many and tell a reader nothing.
+///
+/// # Errors
+/// As [`output`].
+pub(crate) fn output_as(command: &mut Command, name: &str) -> Result<String> {
+    let bytes = bytes(command, name)?;
+    String::from_utf8(bytes).with_context(|| format!("`{name}` printed something that is not UTF-8"))
 }
 
 /// As [`output`], for programs that print no text.
@@ -87,6 +96,11 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 /// # Errors
 /// As [`output`].
 pub(crate) fn output_bytes(command: &mut Command) -> Result<Vec<u8>> {
+    let name = shown(command);
+    bytes(command, &name)
+}
+
+fn bytes(command: &mut Command, name: &str) -> Result<Vec<u8>> {
     interrupted()?;
     let out = command
         .stdin(Stdio::null())
@@ -97,7 +111,7 @@ pub(crate) fn output_bytes(command: &mut Command) -> Result<Vec<u8>> {
         let text = String::from_utf8_lossy(&out.stderr);
         let lines: Vec<_> = text.lines().filter(|l| !l.trim().is_empty()).collect();
         let tail = lines[lines.len().saturating_sub(4)..].join(" / ");
-        bail!("`{}` failed ({}): {tail}", shown(command), out.status);
+        bail!("`{name}` failed ({}): {tail}", out.status);
     }
     Ok(out.stdout)
 }

@@ -9,6 +9,9 @@ use serde_json::Value;
 
 use crate::process;
 
+/// Tells suites and the demonstration where downloads are kept.
+const CACHE_DIR: &str = "TERWAY_CACHE_DIR";
+
 /// The folders that chores work in.
 #[derive(Clone, Debug)]
 pub(crate) struct Workspace {
@@ -16,7 +19,7 @@ pub(crate) struct Workspace {
     pub(crate) root: PathBuf,
     /// Cargo's build folder.
     pub(crate) target: PathBuf,
-    /// Downloads that outlive a checkout: `$XDG_CACHE_HOME/terway`, else `~/.cache/terway`.
+    /// Downloads that outlive a checkout: `$TERWAY_CACHE_DIR`, else `$XDG_CACHE_HOME/terway`, else `~/.cache/terway`.
     pub(crate) cache: PathBuf,
 }
 
@@ -33,11 +36,13 @@ impl Workspace {
             Some(dir) => root.join(dir),
             None => root.join("target"),
         };
-        let cache = match std::env::var_os("XDG_CACHE_HOME").filter(|v| !v.is_empty()) {
-            Some(dir) => PathBuf::from(dir),
-            None => home()?.join(".cache"),
+        let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let cache = match (variable(CACHE_DIR), variable("XDG_CACHE_HOME")) {
+            (Some(dir), _) => dir,
+            (None, Some(dir)) => dir.join("terway"),
+            (None, None) => home()?.join(".cache/terway"),
         };
-        Ok(Self { root, target, cache: cache.join("terway") })
+        Ok(Self { root, target, cache })
     }
 
     /// A `cargo` of the same toolchain that built xtask, without the variables that `cargo run` set for xtask itself.
@@ -50,7 +55,7 @@ impl Workspace {
 
     /// Gives a command our folder, a PATH that ends with the places of our tools, and a clean environment.
     pub(crate) fn prepare(&self, command: &mut Command) {
-        command.current_dir(&self.root).env("PATH", search_path());
+        command.current_dir(&self.root).env("PATH", search_path()).env(CACHE_DIR, &self.cache);
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
             if matches!(&*text, "CARGO" | "CARGO_MANIFEST_DIR" | "CARGO_MANIFEST_PATH")

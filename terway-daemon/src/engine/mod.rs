@@ -6,6 +6,7 @@
 mod effects;
 mod eni;
 mod pod;
+mod reaper;
 mod start;
 mod view;
 
@@ -25,6 +26,8 @@ use crate::cloud::Cloud;
 use crate::metrics::Metrics;
 use crate::net::{Host, Watch};
 use crate::store::Store;
+
+use reaper::Reaper;
 
 pub use pod::PodOptions;
 pub use start::{Facts, Parts, netns_is_gone};
@@ -57,6 +60,7 @@ pub struct Engine {
     datapath: Arc<Datapath>,
     host: Arc<Host>,
     links: Watch,
+    reaper: Reaper,
     facts: Facts,
     metrics: Metrics,
 }

@@ -4,7 +4,6 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
@@ -13,6 +12,15 @@ use terway_core::ident::Mac;
 use terway_core::route::{Link, RULE_FROM_POD, RULE_TO_POD, Rule, Scope, Selector, TABLE_BASE, TABLE_MAIN};
 
 use super::encode::PROTOCOL;
+use super::socket::{attributes, inner, text};
+
+/// Length of `struct nlmsghdr`.
+const NLMSGHDR: usize = 16;
+/// Length of `struct ifinfomsg`.
+const IFINFOMSG: usize = 16;
+
+/// `IF_OPER_UP` (include/uapi/linux/if.h).
+const IF_OPER_UP: u8 = 6;
 
 /// A link with its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,47 +28,60 @@ pub(super) struct NamedLink {
     pub(super) name: String,
     pub(super) link: Link,
     pub(super) loopback: bool,
+    /// `IFLA_OPERSTATE` is up: the kernel has done all that follows from the carrier.
+    pub(super) operational: bool,
 }
 
-pub(super) fn link(message: &LinkMessage) -> NamedLink {
-    let mut name = String::new();
+/// Reads `RTM_NEWLINK`. By hand, because a link comes with a kilobyte of things that do not matter here, and because a single attribute of a
+/// newer kernel must never make a link invisible.
+pub(super) fn link(message: &[u8]) -> Option<NamedLink> {
+    if u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?) != libc::RTM_NEWLINK {
+        return None;
+    }
+    // struct ifinfomsg: family, pad, type (2 bytes), index (4), flags (4), change (4).
+    let info = message.get(NLMSGHDR..NLMSGHDR + IFINFOMSG)?;
+    let number = |bytes: &[u8]| <[u8; 4]>::try_from(bytes).ok().map(u32::from_ne_bytes);
+    let flags = number(&info[8..12])?;
+    let (mut name, mut operational) = (String::new(), false);
     let mut link = Link {
-        index: message.header.index,
+        index: number(&info[4..8])?,
         mac: None,
         mtu: 0,
-        up: message.header.flags.contains(LinkFlags::Up),
+        up: flags & libc::IFF_UP as u32 != 0,
         group: 0,
         alias: None,
         kind: None,
         peer: None,
     };
-    for attribute in &message.attributes {
-        match attribute {
-            LinkAttribute::IfName(text) => name.clone_from(text),
-            LinkAttribute::Address(bytes) => link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac),
-            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
-            LinkAttribute::Group(group) => link.group = *group,
-            LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
-            LinkAttribute::Link(peer) => link.peer = Some(*peer),
-            LinkAttribute::LinkInfo(infos) => {
-                link.kind = infos.iter().find_map(|info| match info {
-                    LinkInfo::Kind(InfoKind::Other(kind)) => Some(kind.clone()),
-                    LinkInfo::Kind(kind) => Some(kind.to_string()),
-                    _ => None,
-                });
+    for (kind, value) in attributes(message.get(NLMSGHDR + IFINFOMSG..)?) {
+        match kind {
+            libc::IFLA_IFNAME => name = text(value),
+            libc::IFLA_ADDRESS => link.mac = <[u8; 6]>::try_from(value).ok().map(Mac),
+            libc::IFLA_MTU => link.mtu = number(value)?,
+            libc::IFLA_GROUP => link.group = number(value)?,
+            libc::IFLA_IFALIAS => link.alias = Some(text(value)),
+            libc::IFLA_LINK => link.peer = number(value),
+            libc::IFLA_OPERSTATE => operational = value == [IF_OPER_UP],
+            libc::IFLA_LINKINFO => {
+                link.kind =
+                    attributes(value).find(|(kind, _)| *kind == libc::IFLA_INFO_KIND).map(|(_, kind)| text(kind));
             }
             _ => {}
         }
     }
-    NamedLink { name, link, loopback: message.header.flags.contains(LinkFlags::Loopback) }
+    Some(NamedLink { name, link, loopback: flags & libc::IFF_LOOPBACK as u32 != 0, operational })
+}
+
+/// The index in an `RTM_DELLINK`.
+pub(super) fn deleted_link(message: &[u8]) -> Option<u32> {
+    let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
+    let index = message.get(NLMSGHDR + 4..NLMSGHDR + 8)?;
+    (kind == libc::RTM_DELLINK).then_some(u32::from_ne_bytes(index.try_into().ok()?))
 }
 
 /// The link that an answer speaks of.
-pub(super) fn link_of(answer: Option<Message>) -> Option<NamedLink> {
-    match answer {
-        Some(Message::NewLink(message)) => Some(link(&message)),
-        _ => None,
-    }
+pub(super) fn link_of(answer: Option<Vec<u8>>) -> Option<NamedLink> {
+    link(answer.as_deref()?)
 }
 
 /// An address with the index of its interface. The local end, where the two ends of a point-to-point link differ.
@@ -122,6 +143,14 @@ pub(super) fn route(message: &RouteMessage) -> Option<(u32, terway_core::route::
         prefsrc,
     };
     Some((oif?, route))
+}
+
+/// Whether this answer to [`super::encode::get_route`] says that the address is the namespace's own.
+pub(super) fn is_local(answer: &[u8]) -> bool {
+    match inner(answer) {
+        Some(Message::NewRoute(message)) => message.header.kind == RouteType::Local,
+        _ => false,
+    }
 }
 
 /// A rule of exactly the shape that plans make. Anything else at the same priorities belongs to somebody else.

@@ -17,7 +17,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 use terway_core::ident::{Family, Mac};
-use terway_core::route::{LINK_GROUP, Neighbour, Route, Rule, Scope, Selector, VethEnd};
+use terway_core::route::{LINK_GROUP, LINK_GROUP_DOOMED, Neighbour, Route, Rule, Scope, Selector, VethEnd};
 
 use super::socket::Request;
 
@@ -80,6 +80,18 @@ pub(super) fn add_veth(host: &VethEnd, pod: &VethEnd, mtu: u32, pod_ns: RawFd) -
 pub(super) fn delete_link(index: u32) -> Request {
     let mut link = LinkMessage::default();
     link.header.index = index;
+    (Message::DelLink(link), 0)
+}
+
+/// Marks a link for [`delete_doomed`].
+pub(super) fn doom(index: u32) -> Request {
+    change_link(index, LinkAttribute::Group(LINK_GROUP_DOOMED))
+}
+
+/// Deletes all marked links at once.
+pub(super) fn delete_doomed() -> Request {
+    let mut link = LinkMessage::default();
+    link.attributes = vec![LinkAttribute::Group(LINK_GROUP_DOOMED)];
     (Message::DelLink(link), 0)
 }
 
@@ -176,6 +188,15 @@ pub(super) fn delete_route(planned: &Route, index: u32) -> Request {
     // "Whatever its scope" (include/uapi/linux/rtnetlink.h: RT_SCOPE_NOWHERE).
     message.header.scope = RouteScope::NoWhere;
     (Message::DelRoute(message), 0)
+}
+
+/// Asks how a packet to this address would go.
+pub(super) fn get_route(address: IpAddr) -> Request {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(address);
+    message.header.destination_prefix_length = IpNet::from(address).max_prefix_len();
+    message.attributes = vec![RouteAttribute::Destination(RouteAddress::from(address))];
+    (Message::GetRoute(message), 0)
 }
 
 fn rule(rule: &Rule) -> RuleMessage {

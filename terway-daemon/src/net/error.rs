@@ -2,7 +2,6 @@
 
 use std::io;
 
-use netlink_packet_core::DecodeError;
 use terway_core::errors::{self, Error};
 
 /// A failed step.
@@ -23,14 +22,6 @@ pub enum NetError {
     NoAnswer {
         /// The step, in words.
         op: String,
-    },
-    /// The kernel's answer cannot be read.
-    #[error("{op}: cannot read the kernel's answer")]
-    Decode {
-        /// The step, in words.
-        op: String,
-        /// Why.
-        source: DecodeError,
     },
     /// A path does not lead to the network namespace of a pod.
     #[error("{path}: {reason}")]
@@ -91,10 +82,6 @@ impl From<NetError> for Error {
             NetError::Worker => errors::INTERNAL,
             _ => errors::NET_FAILED,
         };
-        let mut detail = error.to_string();
-        if let NetError::Decode { source, .. } = &error {
-            detail = format!("{detail}: {source}");
-        }
-        Self::new(code, detail)
+        Self::new(code, error.to_string())
     }
 }

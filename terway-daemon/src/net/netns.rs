@@ -183,8 +183,10 @@ impl NetnsPool {
         let mut queue = self.shared.queue();
         if !queue.closed {
             queue.jobs.push_back(job);
-            self.shared.wake.notify_one();
         }
+        // A thread that wakes must not find the lock still held.
+        drop(queue);
+        self.shared.wake.notify_one();
     }
 }
 

@@ -13,7 +13,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 use terway_core::route::KernelState;
 
 use super::decode::NamedLink;
-use super::socket::Netlink;
+use super::socket::{Netlink, inner};
 use super::{NetError, apply, decode};
 
 const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
@@ -39,7 +39,7 @@ pub(super) fn state<'a>(
         let mut message = RouteMessage::default();
         message.header.address_family = family;
         for answer in netlink.dump("list routes", Message::GetRoute(message))? {
-            if let Message::NewRoute(message) = answer
+            if let Some(Message::NewRoute(message)) = inner(&answer)
                 && let Some((index, mut route)) = decode::route(&message)
                 && let Some(name) = names.get(&index)
             {
@@ -50,14 +50,14 @@ pub(super) fn state<'a>(
         let mut message = RuleMessage::default();
         message.header.family = family;
         for answer in netlink.dump("list rules", Message::GetRule(message))? {
-            if let Message::NewRule(message) = answer {
+            if let Some(Message::NewRule(message)) = inner(&answer) {
                 state.rules.extend(decode::rule(&message));
             }
         }
         let mut message = NeighbourMessage::default();
         message.header.family = family;
         for answer in netlink.dump("list neighbours", Message::GetNeighbour(message))? {
-            if let Message::NewNeighbour(message) = answer
+            if let Some(Message::NewNeighbour(message)) = inner(&answer)
                 && let Some((index, mut neighbour)) = decode::neighbour(&message)
                 && let Some(name) = names.get(&index)
             {
@@ -78,21 +78,15 @@ pub(super) fn links(netlink: &mut Netlink) -> Result<Vec<NamedLink>, NetError> {
     let mut message = LinkMessage::default();
     message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
     let answers = netlink.dump("list links", Message::GetLink(message))?;
-    Ok(answers
-        .iter()
-        .filter_map(|answer| match answer {
-            Message::NewLink(message) => Some(decode::link(message)),
-            _ => None,
-        })
-        .collect())
+    Ok(answers.iter().filter_map(|answer| decode::link(answer)).collect())
 }
 
 pub(super) fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNet)>, NetError> {
     let answers = netlink.dump("list addresses", Message::GetAddress(AddressMessage::default()))?;
     Ok(answers
         .iter()
-        .filter_map(|answer| match answer {
-            Message::NewAddress(message) => decode::address(message),
+        .filter_map(|answer| match inner(answer) {
+            Some(Message::NewAddress(message)) => decode::address(&message),
             _ => None,
         })
         .collect())

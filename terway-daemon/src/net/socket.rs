@@ -51,8 +51,8 @@ impl Refusal {
     }
 }
 
-/// What came back for one request.
-pub(super) type Answer = Result<Option<RouteNetlinkMessage>, Refusal>;
+/// What came back for one request: the whole message with its header, if it was a question.
+pub(super) type Answer = Result<Option<Vec<u8>>, Refusal>;
 
 /// A socket bound to the network namespace that its opener was in.
 pub(super) struct Netlink {
@@ -106,12 +106,8 @@ impl Netlink {
         Ok(answers.into_iter().next().unwrap_or(Err(Refusal { errno: 0, extack: None })))
     }
 
-    /// Everything of a kind. Messages that this program cannot read (a newer kernel's) are left out.
-    pub(super) fn dump(
-        &mut self,
-        op: &str,
-        message: RouteNetlinkMessage,
-    ) -> Result<Vec<RouteNetlinkMessage>, NetError> {
+    /// Everything of a kind, each message whole and with its header; see [`inner`].
+    pub(super) fn dump(&mut self, op: &str, message: RouteNetlinkMessage) -> Result<Vec<Vec<u8>>, NetError> {
         let mut tries = 0;
         loop {
             tries += 1;
@@ -135,15 +131,14 @@ impl Netlink {
                         continue;
                     }
                     interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
-                    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes).map(|m| m.payload) {
-                        Ok(NetlinkPayload::InnerMessage(inner)) => found.push(inner),
-                        Ok(NetlinkPayload::Done(done)) => end = Some(done.code),
-                        Ok(NetlinkPayload::Error(_)) => {
+                    match i32::from(header.kind) {
+                        // A dump that fails half-way says so in its last message.
+                        libc::NLMSG_DONE => end = Some(code(bytes)),
+                        libc::NLMSG_ERROR => {
                             let refusal = refusal(bytes).unwrap_or(Refusal { errno: 0, extack: None });
                             return Err(refusal.during(op));
                         }
-                        Ok(_) => {}
-                        Err(error) => tracing::debug!(%op, %error, "skipped a netlink message"),
+                        _ => found.push(bytes.to_vec()),
                     }
                 }
                 if end.is_some() {
@@ -160,15 +155,9 @@ impl Netlink {
     }
 
     /// Reads one datagram of events; for sockets that have subscribed. `Err` holds the error number, `ENOBUFS` when events got lost.
-    pub(super) fn events(&mut self, mut each: impl FnMut(RouteNetlinkMessage)) -> Result<(), i32> {
+    pub(super) fn events(&mut self, mut each: impl FnMut(&[u8])) -> Result<(), i32> {
         if self.receive()? {
-            for bytes in messages(&self.incoming) {
-                match NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes).map(|m| m.payload) {
-                    Ok(NetlinkPayload::InnerMessage(inner)) => each(inner),
-                    Ok(_) => {}
-                    Err(error) => tracing::debug!(%error, "skipped a netlink event"),
-                }
-            }
+            messages(&self.incoming).for_each(&mut each);
         }
         Ok(())
     }
@@ -182,7 +171,7 @@ impl Netlink {
             answers.push(Err(Refusal { errno: 0, extack: None }));
         }
         self.send()?;
-        let mut content: Vec<Option<RouteNetlinkMessage>> = vec![None; answers.len() - base];
+        let mut content: Vec<Option<Vec<u8>>> = vec![None; answers.len() - base];
         let mut missing = content.len();
         while missing > 0 {
             match self.receive() {
@@ -196,18 +185,14 @@ impl Netlink {
                 let Some(header) = Header::of(bytes) else { continue };
                 let place = header.sequence.wrapping_sub(first) as usize;
                 let Some(slot) = content.get_mut(place) else { continue };
-                if header.kind == libc::NLMSG_ERROR as u16 {
+                if i32::from(header.kind) == libc::NLMSG_ERROR {
                     missing -= 1;
                     answers[base + place] = match refusal(bytes) {
                         None => Ok(slot.take()),
                         Some(refusal) => Err(refusal),
                     };
                 } else {
-                    let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes)
-                        .map_err(|source| NetError::Decode { op: "read a netlink answer".to_owned(), source })?;
-                    if let NetlinkPayload::InnerMessage(inner) = message.payload {
-                        *slot = Some(inner);
-                    }
+                    *slot = Some(bytes.to_vec());
                 }
             }
         }
@@ -288,13 +273,29 @@ fn messages(datagram: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
+/// Reads a message. What this program cannot read, such as a newer kernel's, is `None`.
+pub(super) fn inner(message: &[u8]) -> Option<RouteNetlinkMessage> {
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(message).map(|message| message.payload) {
+        Ok(NetlinkPayload::InnerMessage(inner)) => Some(inner),
+        Ok(_) => None,
+        Err(error) => {
+            tracing::debug!(%error, "skipped a netlink message");
+            None
+        }
+    }
+}
+
+/// The number at the beginning of `NLMSG_ERROR` and `NLMSG_DONE`: 0, or an error number below zero.
+fn code(message: &[u8]) -> i32 {
+    message.get(HEADER..HEADER + 4).and_then(|bytes| bytes.try_into().ok()).map_or(0, i32::from_ne_bytes)
+}
+
 /// Reads an `NLMSG_ERROR`: `None` is an acknowledgement.
 fn refusal(message: &[u8]) -> Option<Refusal> {
-    let code = message.get(HEADER..HEADER + 4).and_then(|bytes| bytes.try_into().ok()).map_or(0, i32::from_ne_bytes);
-    if code == 0 {
-        return None;
+    match code(message) {
+        0 => None,
+        code => Some(Refusal { errno: -code, extack: extack(message) }),
     }
-    Some(Refusal { errno: -code, extack: extack(message) })
 }
 
 /// The text behind the error code and the request's header (and body, unless the kernel capped it).
@@ -309,15 +310,23 @@ fn extack(message: &[u8]) -> Option<String> {
     } else {
         (u32::from_ne_bytes(request.get(..4)?.try_into().ok()?) as usize).next_multiple_of(4)
     };
-    let mut attributes = request.get(echoed..)?;
-    while attributes.len() >= 4 {
-        let length = usize::from(u16::from_ne_bytes([attributes[0], attributes[1]]));
-        let kind = u16::from_ne_bytes([attributes[2], attributes[3]]);
-        let value = attributes.get(4..length)?;
-        if kind == ATTR_MSG {
-            return Some(String::from_utf8_lossy(value).trim_end_matches('\0').to_owned());
-        }
-        attributes = attributes.get(length.next_multiple_of(4)..)?;
-    }
-    None
+    attributes(request.get(echoed..)?).find(|(kind, _)| *kind == ATTR_MSG).map(|(_, value)| text(value))
+}
+
+/// The attributes in `bytes`, by kind and value.
+pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
+        let kind = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?);
+        let value = rest.get(4..length)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        // The upper two bits are flags (include/uapi/linux/netlink.h: NLA_TYPE_MASK).
+        Some((kind & 0x3fff, value))
+    })
+}
+
+/// A string attribute without its terminating zero.
+pub(super) fn text(value: &[u8]) -> String {
+    String::from_utf8_lossy(value).trim_end_matches('\0').to_owned()
 }

@@ -20,7 +20,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::decode::NamedLink;
 use super::netns::PodNetns;
-use super::socket::Netlink;
+use super::socket::{Netlink, inner};
 use super::{NetError, decode, observe};
 
 /// Room for events while the thread is busy: some thousand links.
@@ -192,7 +192,7 @@ impl Listener {
     /// Reads one datagram; false if events got lost.
     fn read_news(&mut self) -> bool {
         let mut news = Vec::new();
-        match self.events.events(|message| news.push(message)) {
+        match self.events.events(|message| news.push(message.to_vec())) {
             Ok(()) => {}
             Err(libc::EAGAIN) => return true,
             Err(errno) => {
@@ -202,13 +202,19 @@ impl Listener {
         }
         let mut moved = false;
         for message in news {
-            match message {
-                Message::NewLink(message) => self.present(decode::link(&message)),
-                Message::DelLink(message) => self.gone(message.header.index),
-                Message::NewAddress(message) => {
+            if let Some(found) = decode::link(&message) {
+                self.present(found);
+                continue;
+            }
+            if let Some(index) = decode::deleted_link(&message) {
+                self.gone(index);
+                continue;
+            }
+            match inner(&message) {
+                Some(Message::NewAddress(message)) => {
                     moved |= decode::address(&message).is_some_and(|address| self.addresses.insert(address));
                 }
-                Message::DelAddress(message) => {
+                Some(Message::DelAddress(message)) => {
                     moved |= decode::address(&message).is_some_and(|address| self.addresses.remove(&address));
                 }
                 _ => {}

@@ -1,35 +1,32 @@
 //! A whole cluster on one machine: the VPC, the cloud that commands it, and nodes with our daemon; and taking it down again.
 //!
 //! Everything of one cluster carries one prefix, `tw<pid>.<n>`: its namespaces, its folder in /tmp and its cgroups. What a killed
-//! process left is found by that prefix and cleared away by the next one ([`sweep`]).
+//! process left is found by that prefix and cleared away by the next one ([`sweep()`]).
 
 use std::fs::{self, File};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ipnet::{Ipv4Net, Ipv6Net};
-use nix::fcntl::{Flock, FlockArg};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::fcntl::Flock;
 use tokio::runtime::Runtime;
 
-use crate::containerd;
 use crate::fabric::vpc::Vpc;
 use crate::image;
 use crate::leftovers::{self, Snapshot};
-use crate::netns::{self, NetNs};
+use crate::netns::NetNs;
 use crate::node::{self, DaemonOptions, Node};
 
 mod setup;
+mod sweep;
 
 pub use setup::CloudHandle;
-
-/// Only one cluster at a time on a machine: figures and snapshots would meet the other's.
-const LOCK: &str = "/tmp/terway-tests.lock";
+pub use sweep::{clean, sweep};
+use sweep::{lock, remove, save_logs};
 
 /// The first part of every prefix.
 const PREFIX: &str = "tw";
@@ -62,6 +59,8 @@ pub struct Options {
     pub log: String,
     /// The folder of our own programs.
     pub bin_dir: PathBuf,
+    /// Once true, waiting ends with an error.
+    pub interrupted: Arc<AtomicBool>,
 }
 
 impl Options {
@@ -82,6 +81,7 @@ impl Options {
             containerd: None,
             log: "info".to_owned(),
             bin_dir: node::bin_dir()?,
+            interrupted: Arc::default(),
         })
     }
 }
@@ -97,6 +97,7 @@ pub struct Cluster {
     external: Arc<NetNs>,
     machine: Snapshot,
     runtime: Runtime,
+    interrupted: Arc<AtomicBool>,
     /// Held until the end.
     _lock: Flock<File>,
 }
@@ -151,8 +152,18 @@ impl Cluster {
         let external = Arc::new(NetNs::create(&format!("{prefix}-ext"))?);
         let work = Path::new("/tmp").join(&prefix);
         fs::create_dir(&work).with_context(|| format!("create {}", work.display()))?;
-        let mut cluster =
-            Self { prefix, work, nodes: Vec::new(), cloud: None, vpc, external, machine, runtime, _lock: lock };
+        let mut cluster = Self {
+            prefix,
+            work,
+            nodes: Vec::new(),
+            cloud: None,
+            vpc,
+            external,
+            machine,
+            runtime,
+            interrupted: Arc::clone(&options.interrupted),
+            _lock: lock,
+        };
         cluster.boot(options)?;
         Ok(cluster)
     }
@@ -165,6 +176,7 @@ impl Cluster {
             endpoint: setup::ENDPOINT_URL.to_owned(),
             cooling: options.cooling,
             log: options.log.clone(),
+            interrupted: Arc::clone(&options.interrupted),
         };
         for number in 1..=options.nodes {
             let name = format!("n{number}");
@@ -291,129 +303,13 @@ impl Drop for Cluster {
         if !self.work.exists() {
             return; // finished
         }
-        if std::thread::panicking() || !self.nodes.is_empty() {
+        if !self.interrupted.load(Ordering::Acquire) {
             save_logs(&self.prefix, &self.work);
         }
         self.nodes.clear();
         self.cloud = None;
         let _ = remove(&self.prefix);
     }
-}
-
-/// Copies the logs of a failed cluster to where the next sweep does not reach, and says where.
-#[expect(clippy::print_stderr, reason = "shown by the test runner beside the failure that it explains")]
-fn save_logs(prefix: &str, work: &Path) {
-    let to = std::env::temp_dir().join(format!("terway-failed-{prefix}"));
-    let mut saved = 0;
-    for node in fs::read_dir(work).into_iter().flatten().flatten() {
-        for log in ["terwayd.log", "c/containerd.log"] {
-            let name = format!("{}-{}", node.file_name().to_string_lossy(), log.replace('/', "-"));
-            if fs::create_dir_all(&to).is_ok() && fs::copy(node.path().join(log), to.join(name)).is_ok() {
-                saved += 1;
-            }
-        }
-    }
-    if saved > 0 {
-        eprintln!("logs of the nodes: {}", to.display());
-    }
-}
-
-/// Waits for the lock of the machine's only cluster.
-fn lock() -> Result<Flock<File>> {
-    let file =
-        File::options().create(true).truncate(false).write(true).open(LOCK).with_context(|| format!("open {LOCK}"))?;
-    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).with_context(|| format!("lock {LOCK}"))
-}
-
-/// The prefixes of all clusters of this machine, also of those whose process is gone.
-fn prefixes() -> Result<Vec<String>> {
-    let mut prefixes: Vec<String> = netns::names(PREFIX)?
-        .into_iter()
-        .filter_map(|name| Some(name.split_once('-')?.0.to_owned()))
-        .chain(fs::read_dir("/tmp")?.filter_map(|entry| entry.ok()?.file_name().into_string().ok()))
-        .filter(|prefix| owner(prefix).is_some())
-        .collect();
-    prefixes.sort();
-    prefixes.dedup();
-    Ok(prefixes)
-}
-
-/// Clears away clusters whose process is gone, and gives back their prefixes.
-///
-/// # Errors
-/// When one cannot be cleared away.
-pub fn sweep() -> Result<Vec<String>> {
-    let alive = |pid: u32| Path::new("/proc").join(pid.to_string()).exists();
-    let dead: Vec<String> = prefixes()?.into_iter().filter(|prefix| !owner(prefix).is_some_and(alive)).collect();
-    for prefix in &dead {
-        remove(prefix)?;
-    }
-    Ok(dead)
-}
-
-/// Ends clusters that are kept to be looked at, and clears away what killed ones left. Gives back their prefixes.
-///
-/// # Errors
-/// When one does not end within 30 s or cannot be cleared away.
-pub fn clean() -> Result<Vec<String>> {
-    let mut cleared = Vec::new();
-    for prefix in prefixes()? {
-        let work = Path::new("/tmp").join(&prefix);
-        let Some(pid) = owner(&prefix).filter(|_| work.join(KEPT).exists()) else { continue };
-        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-        if exe.file_name().is_some_and(|name| name == "terway-sim") {
-            kill(Pid::from_raw(pid.cast_signed()), Signal::SIGINT).with_context(|| format!("end process {pid}"))?;
-            let deadline = Instant::now() + Duration::from_secs(30);
-            while work.exists() {
-                if Instant::now() > deadline {
-                    bail!("process {pid} does not clear {prefix} away");
-                }
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            cleared.push(prefix);
-        }
-    }
-    cleared.extend(sweep()?);
-    Ok(cleared)
-}
-
-/// The process that a prefix belongs to.
-fn owner(prefix: &str) -> Option<u32> {
-    let (pid, number) = prefix.strip_prefix(PREFIX)?.split_once('.')?;
-    number.parse::<u32>().ok()?;
-    pid.parse().ok()
-}
-
-/// Removes everything that carries a prefix, whoever made it.
-fn remove(prefix: &str) -> Result<()> {
-    let mut errors: Vec<anyhow::Error> = Vec::new();
-    let work = Path::new("/tmp").join(prefix);
-    for name in netns::names(&format!("{prefix}-"))? {
-        let path = Path::new("/run/netns").join(&name);
-        if let Ok(ns) = NetNs::open(&path) {
-            let node = name.trim_start_matches(prefix).trim_start_matches('-');
-            let options = containerd::Options {
-                work: work.join(node).join("c"),
-                bin_dir: PathBuf::new(),
-                cni_bin_dir: PathBuf::new(),
-                cni_conf_dir: PathBuf::new(),
-                cgroup_parent: format!("/{name}"),
-            };
-            errors.extend(containerd::wipe(&options, &ns).err());
-        }
-        errors.extend(netns::remove_name(&path).err());
-    }
-    errors.extend(containerd::unmount_below(&work).err());
-    match fs::remove_dir_all(&work) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            errors.push(anyhow::Error::new(error).context(format!("remove {}", work.display())));
-        }
-        _ => {}
-    }
-    if errors.is_empty() {
-        return Ok(());
-    }
-    bail!("clear away {prefix}: {}", errors.iter().map(|error| format!("{error:#}")).collect::<Vec<_>>().join("; "))
 }
 
 #[cfg(test)]
@@ -449,13 +345,5 @@ mod tests {
         let work = cluster.work.clone();
         cluster.finish().unwrap();
         assert!(!work.exists());
-    }
-
-    #[test]
-    fn prefixes_name_their_owner() {
-        assert_eq!(owner("tw12.3"), Some(12));
-        for other in ["tw", "tw12", "tw12.x", "twx.1", "xtw12.3", "tw12.3-vpc"] {
-            assert_eq!(owner(other), None, "{other}");
-        }
     }
 }

@@ -3,12 +3,14 @@
 //! Its folders, socket and cgroups are the node's own. Shared with every other containerd of the machine, but by unique names, are
 //! `/run/containerd/s`, `/run/containerd/runc/k8s.io` and libcni's cache `/var/lib/cni/results`; [`Containerd::stop`] removes ours there.
 
+mod config;
+mod fetch;
+
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -18,8 +20,9 @@ use nix::unistd::Pid;
 use tokio::runtime::Handle;
 
 use crate::cri::Cri;
-use crate::image;
 use crate::netns::{NetNs, feed};
+
+pub use fetch::{cache_dir, fetch_containerd_2};
 
 /// Where libcni keeps the results of ADD.
 const CNI_CACHE: &str = "/var/lib/cni/results";
@@ -43,7 +46,6 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Containerd {
     options: Options,
-    ns: Arc<NetNs>,
     child: Child,
     version: String,
     cri: Cri,
@@ -54,7 +56,7 @@ impl Containerd {
     ///
     /// # Errors
     /// When the binaries are missing, or it is not up within 15 s; the error names its log.
-    pub fn start(options: Options, ns: Arc<NetNs>, handle: &Handle, image: &Path) -> Result<Self> {
+    pub fn start(options: Options, ns: &NetNs, handle: &Handle, image: &Path) -> Result<Self> {
         let binary = options.bin_dir.join("containerd");
         let version = feed(Command::new(&binary).arg("--version"), "")?;
         let version = version
@@ -64,14 +66,13 @@ impl Containerd {
             .with_context(|| format!("no version in `{version}`"))?
             .to_owned();
         fs::create_dir_all(&options.work)?;
-        let config = options.work.join("config.toml");
-        let text = if version.starts_with('1') { config_1(&options) } else { config_2(&options) };
-        fs::write(&config, text)?;
+        let path = options.work.join("config.toml");
+        fs::write(&path, config::render(&options, &version))?;
         let log = fs::File::options().create(true).append(true).open(options.work.join("containerd.log"))?;
         let mut command = ns.command(&binary);
         command
             .arg("-c")
-            .arg(&config)
+            .arg(&path)
             .current_dir(&options.work)
             // It hands its whole environment on to the plugins: they get what a node's containerd would give them.
             .env_clear()
@@ -83,7 +84,7 @@ impl Containerd {
             .stderr(log);
         let mut child = command.spawn().with_context(|| format!("start {}", binary.display()))?;
         match up(&options, &mut child, handle, image) {
-            Ok(cri) => Ok(Self { options, ns, child, version, cri }),
+            Ok(cri) => Ok(Self { options, child, version, cri }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -122,7 +123,7 @@ impl Containerd {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        errors.extend(wipe(&self.options, &self.ns).err());
+        errors.extend(wipe(&self.options).err());
         match errors.len() {
             0 => Ok(()),
             _ => bail!("{}", errors.iter().map(|error| format!("{error:#}")).collect::<Vec<_>>().join("; ")),
@@ -156,7 +157,7 @@ fn up(options: &Options, child: &mut Child, handle: &Handle, image: &Path) -> Re
 ///
 /// # Errors
 /// All that could not be removed, after all was tried.
-pub fn wipe(options: &Options, ns: &NetNs) -> Result<()> {
+pub fn wipe(options: &Options) -> Result<()> {
     let mut errors: Vec<String> = Vec::new();
     // Containers first, by their cgroup: it is ours alone. A shim whose container is gone ends.
     let groups = cgroups(&options.cgroup_parent);
@@ -176,7 +177,6 @@ pub fn wipe(options: &Options, ns: &NetNs) -> Result<()> {
     for shim in shims(&options.work.join("c.sock")) {
         let _ = kill(Pid::from_raw(shim), Signal::SIGKILL);
     }
-    errors.extend(ns.kill_processes().err().map(|error| format!("{error:#}")));
     errors.extend(unmount_below(&options.work).err().map(|error| format!("{error:#}")));
     for id in &ids {
         let _ = fs::remove_dir_all(Path::new("/run/containerd/runc/k8s.io").join(id));
@@ -268,142 +268,6 @@ fn shims(socket: &Path) -> Vec<i32> {
         }
     }
     pids
-}
-
-fn config_1(options: &Options) -> String {
-    let Options { work, cni_bin_dir, cni_conf_dir, .. } = options;
-    let (work, bin, conf) = (work.display(), cni_bin_dir.display(), cni_conf_dir.display());
-    format!(
-        r#"version = 2
-root = "{work}/root"
-state = "{work}/state"
-[grpc]
-  address = "{work}/c.sock"
-[plugins."io.containerd.internal.v1.opt"]
-  path = "{work}/opt"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{image}"
-  disable_tcp_service = true
-  stream_server_address = "127.0.0.1"
-  stream_server_port = "0"
-  disable_apparmor = true
-  restrict_oom_score_adj = true
-  netns_mounts_under_state_dir = true
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    default_runtime_name = "runc"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-        BinaryName = "/usr/sbin/runc"
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "{bin}"
-    conf_dir = "{conf}"
-    max_conf_num = 1
-"#,
-        image = image::NAME
-    )
-}
-
-fn config_2(options: &Options) -> String {
-    let Options { work, cni_bin_dir, cni_conf_dir, .. } = options;
-    let (work, bin, conf) = (work.display(), cni_bin_dir.display(), cni_conf_dir.display());
-    format!(
-        r#"version = 3
-root = "{work}/root"
-state = "{work}/state"
-[grpc]
-  address = "{work}/c.sock"
-[plugins.'io.containerd.internal.v1.opt']
-  path = "{work}/opt"
-[plugins.'io.containerd.cri.v1.images'.pinned_images]
-  sandbox = "{image}"
-[plugins.'io.containerd.cri.v1.runtime']
-  disable_apparmor = true
-  restrict_oom_score_adj = true
-  netns_mounts_under_state_dir = true
-  [plugins.'io.containerd.cri.v1.runtime'.containerd]
-    default_runtime_name = "runc"
-    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-      sandboxer = "podsandbox"
-      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
-        BinaryName = "/usr/sbin/runc"
-  [plugins.'io.containerd.cri.v1.runtime'.cni]
-    bin_dirs = ["{bin}"]
-    conf_dir = "{conf}"
-    max_conf_num = 1
-[plugins.'io.containerd.grpc.v1.cri']
-  disable_tcp_service = true
-  stream_server_address = "127.0.0.1"
-  stream_server_port = "0"
-[plugins.'io.containerd.nri.v1.nri']
-  disable = true
-"#,
-        image = image::NAME
-    )
-}
-
-/// Where downloads are kept between runs: `$TERWAY_CACHE_DIR`, or `~/.cache/terway`.
-#[must_use]
-pub fn cache_dir() -> PathBuf {
-    std::env::var_os("TERWAY_CACHE_DIR").map_or_else(
-        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/terway"),
-        PathBuf::from,
-    )
-}
-
-/// Gets containerd 2 of Debian testing into `cache` through apt with a root of its own; the machine's sources and packages stay as
-/// they are. Gives back the folder with its binaries, at once when they are there already.
-///
-/// # Errors
-/// Why it cannot be had here: no apt, no network, no keyring. A suite then says so and skips.
-pub fn fetch_containerd_2(cache: &Path) -> Result<PathBuf> {
-    let bin_dir = cache.join("containerd-2/usr/bin");
-    if bin_dir.join("containerd").exists() {
-        return Ok(bin_dir);
-    }
-    let sources = fs::read_to_string("/etc/apt/sources.list.d/debian.sources").context("not Debian's apt sources")?;
-    let mirror = sources
-        .lines()
-        .find_map(|line| line.strip_prefix("URIs:"))
-        .and_then(|uris| uris.split_whitespace().next())
-        .context("no URIs in debian.sources")?;
-    let keyring = "/usr/share/keyrings/debian-archive-keyring.gpg";
-    // Made beside its place and renamed: two suites at once, or a kill, leave no half of it.
-    let part = cache.join(format!("part-{}", std::process::id()));
-    for folder in ["lists/partial", "cache/archives/partial", "debs", "tree"] {
-        fs::create_dir_all(part.join(folder))?;
-    }
-    fs::write(part.join("sources.list"), format!("deb [signed-by={keyring}] {mirror} forky main\n"))?;
-    let at = part.display();
-    let options = [
-        "Dir::Etc::sourceparts=-".to_owned(),
-        format!("Dir::Etc::sourcelist={at}/sources.list"),
-        format!("Dir::State::lists={at}/lists"),
-        format!("Dir::Cache={at}/cache"),
-        "Acquire::http::Timeout=10".to_owned(),
-        "Acquire::Retries=1".to_owned(),
-    ];
-    let apt = |arguments: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command.current_dir(part.join("debs")).arg("-q");
-        for option in &options {
-            command.args(["-o", option]);
-        }
-        feed(command.args(arguments), "")
-    };
-    let fetched = (|| -> Result<()> {
-        apt(&["update"])?;
-        apt(&["download", "containerd"])?;
-        let package = fs::read_dir(part.join("debs"))?.next().context("apt-get download left no file")??.path();
-        feed(Command::new("dpkg").arg("-x").arg(&package).arg(part.join("tree")), "")?;
-        match fs::rename(part.join("tree"), cache.join("containerd-2")) {
-            Err(_) if bin_dir.join("containerd").exists() => Ok(()),
-            renamed => renamed.context("move the unpacked package into its place"),
-        }
-    })();
-    fs::remove_dir_all(&part)?;
-    fetched.map(|()| bin_dir)
 }
 
 #[cfg(test)]

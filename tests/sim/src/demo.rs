@@ -109,6 +109,7 @@ pub fn run(demo: &Demo) -> Result<bool> {
         bail!("{obstacle}; run `cargo xtask setup` and build the workspace as root");
     }
     let interrupted = interruption()?;
+    options.interrupted = Arc::clone(&interrupted);
     let mut report = Report { json: demo.json, passed: 0, failed: 0, interrupted: Arc::clone(&interrupted) };
 
     let mut cluster = None;

@@ -119,12 +119,15 @@ pub fn machine(ours: &str) -> Result<Snapshot> {
         mine(at).then(|| format!("{at} {kind} {options}"))
     });
     snapshot.put("mount", mounts);
-    for folder in ["/run/netns", "/tmp", "/var/lib/cni/results", "/run/containerd/runc/k8s.io", "/run/containerd/s"] {
-        let shared = matches!(folder, "/run/netns" | "/tmp");
-        snapshot.put(
-            "file",
-            names(folder).filter(|name| !shared || name.contains(ours)).map(|name| format!("{folder}/{name}")),
-        );
+    for folder in ["/run/netns", "/tmp"] {
+        snapshot.put("file", names(folder).filter(|name| name.contains(ours)).map(|name| format!("{folder}/{name}")));
+    }
+    // Named by random ids; whose they are is told by the paths they hold.
+    for (folder, inner) in [("/var/lib/cni/results", ""), ("/run/containerd/runc/k8s.io", "/state.json")] {
+        let ours = names(folder)
+            .map(|name| format!("{folder}/{name}{inner}"))
+            .filter(|path| fs::read(path).is_ok_and(|content| String::from_utf8_lossy(&content).contains(ours)));
+        snapshot.put("file", ours);
     }
     for hierarchy in names("/sys/fs/cgroup").chain([String::new()]) {
         let folder = format!("/sys/fs/cgroup/{hierarchy}");
@@ -211,7 +214,18 @@ pub fn settle_pods(node_: &Node, before: &Snapshot, limit: Duration) -> Result<(
                 facts.retain(|fact| !fact.split([' ', ':', '@', '/', '-', '_', '.']).any(|word| enis.contains(word)));
             }
         }
-        snapshot.0.remove("ENI");
+        for subject in ["address", "IPv6 route"] {
+            // The kernel's own, which come and go with carrier and DAD.
+            if let Some(facts) = snapshot.0.get_mut(subject) {
+                facts.retain(|fact| !(fact.contains("fe80:") && fact.contains("eth0")));
+            }
+        }
+        if let Some(pins) = snapshot.0.get_mut("pin") {
+            pins.retain(|pin| !pin.contains("/eni-"));
+        }
+        for subject in ["ENI", "pending addresses"] {
+            snapshot.0.remove(subject);
+        }
         snapshot
     })
 }

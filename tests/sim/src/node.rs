@@ -160,8 +160,7 @@ impl Node {
         if self.containerd.is_some() {
             bail!("{} has a containerd already", self.name);
         }
-        let containerd =
-            Containerd::start(self.containerd_options(bin_dir), Arc::clone(&self.ns), &self.handle, image)?;
+        let containerd = Containerd::start(self.containerd_options(bin_dir), &self.ns, &self.handle, image)?;
         Ok(self.containerd.insert(containerd))
     }
 
@@ -236,6 +235,9 @@ impl Node {
             if matches!(answer, Ok(true)) {
                 return Ok(());
             }
+            if self.options.interrupted.load(Ordering::Acquire) {
+                bail!("interrupted");
+            }
             if std::time::Instant::now() > deadline {
                 let why = answer.err().map(|error| format!(": {error:#}")).unwrap_or_default();
                 bail!("{}: not within {limit:?}: {what}{why}", self.name);
@@ -270,7 +272,8 @@ impl Drop for Node {
     /// After a panic: what [`Node::finish`] does, without asking anybody to cooperate.
     fn drop(&mut self) {
         self.containerd = None;
-        let _ = containerd::wipe(&self.containerd_options(Path::new("/usr/bin")), &self.ns);
+        let _ = containerd::wipe(&self.containerd_options(Path::new("/usr/bin")));
+        let _ = self.ns.kill_processes();
         let _ = containerd::unmount_below(&self.work);
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use terway_sim::netns::NetNs;
+use terway_sim::node::cni::Pod;
 
 use crate::figures::{Bar, Better, Figure, percentile};
 use crate::load::{Ends, Kind, run};
@@ -52,13 +53,13 @@ impl Routed {
     /// The ends of the path.
     #[must_use]
     pub fn ends(&self) -> Ends {
-        Ends { client: self.client.path(), server: self.server.path(), address: Self::SERVER.into() }
+        Ends { client: self.client.path().to_owned(), server: self.server.path().to_owned(), address: Self::SERVER.into() }
     }
 
     /// The server reaching itself: no path at all, the limit.
     #[must_use]
     pub fn loopback(&self) -> Ends {
-        Ends { client: self.server.path(), server: self.server.path(), address: [127, 0, 0, 1].into() }
+        Ends { client: self.server.path().to_owned(), server: self.server.path().to_owned(), address: [127, 0, 0, 1].into() }
     }
 }
 
@@ -73,6 +74,19 @@ pub struct Path {
     pub bars: Option<(f64, f64)>,
 }
 
+/// The paths between three pods, two of them on one node.
+///
+/// # Errors
+/// When a pod lacks a family.
+pub fn paths(client: &Pod, near: &Pod, far: &Pod) -> Result<Vec<Path>> {
+    let ends = |to: &Pod, address| Ends { client: client.ns.path().to_owned(), server: to.ns.path().to_owned(), address };
+    Ok(vec![
+        Path { name: "same_node_v4", ends: ends(near, near.v4()?), bars: Some((1.1, 1.05)) },
+        Path { name: "same_node_v6", ends: ends(near, near.v6()?), bars: None },
+        Path { name: "cross_node_v4", ends: ends(far, far.v4()?), bars: None },
+    ])
+}
+
 /// Measures `paths` against the anchors.
 ///
 /// # Errors
@@ -83,7 +97,7 @@ pub fn measure(paths: &[Path], routed: &Routed) -> Result<Vec<Figure>> {
         let mut ours = vec![Vec::new(); paths.len()];
         let (mut raw, mut loopback) = (Vec::new(), Vec::new());
         for round in 0..=ROUNDS {
-            let mut sample = |into: &mut Vec<f64>, ends: &Ends| -> Result<()> {
+            let sample = |into: &mut Vec<f64>, ends: &Ends| -> Result<()> {
                 let figure = run(kind, ends, CPU, ROUND)?;
                 // The first round fills neighbour tables, flow tables and caches.
                 if round > 0 {

@@ -26,33 +26,45 @@ pub(super) fn ensure(packages: &[&str]) -> Result<bool> {
     if missing.is_empty() {
         return Ok(false);
     }
-    if !is_root() {
-        bail!("{} missing; run as root, or install by `apt-get install {}`", list(&missing), missing.join(" "));
-    }
-    // The lists of a fresh machine are empty, those of an old one name files that the mirror no longer has.
-    let mut updated = false;
-    if !lists_are_fresh() || missing.iter().any(|p| !available(p)) {
-        update()?;
-        updated = true;
-    }
-    if let Some(unknown) = missing.iter().find(|p| !available(p)) {
-        bail!("the machine's apt sources have no package `{unknown}`; enable Debian 12 or newer in them");
-    }
-    let guard = NoServices::new()?;
-    let mut result = install(&missing);
-    if result.is_err() && !updated {
-        update()?;
-        result = install(&missing);
-    }
-    drop(guard);
-    result?;
-    keep_off(&missing);
+    get(&missing)?;
     Ok(true)
 }
 
-/// Whether apt can install a package of this name.
-pub(super) fn available(package: &str) -> bool {
-    process::output(Command::new("apt-cache").args(["policy", package])).is_ok_and(|text| has_candidate(&text))
+/// Installs `packages`, in place of older versions too.
+///
+/// # Errors
+/// As [`ensure`].
+pub(super) fn get(packages: &[&str]) -> Result<()> {
+    if !is_root() {
+        bail!("{} missing; run as root, or install by `apt-get install {}`", list(packages), packages.join(" "));
+    }
+    // The lists of a fresh machine are empty, those of an old one name files that the mirror no longer has.
+    let unavailable = |p: &&&str| candidate(p).is_none();
+    let mut updated = false;
+    if !lists_are_fresh() || packages.iter().any(|p| unavailable(&p)) {
+        update()?;
+        updated = true;
+    }
+    if let Some(unknown) = packages.iter().find(unavailable) {
+        bail!(
+            "the machine's apt sources have no package `{unknown}`; enable Debian 12 with its security updates in them"
+        );
+    }
+    let guard = NoServices::new()?;
+    let mut result = install(packages);
+    if result.is_err() && !updated {
+        update()?;
+        result = install(packages);
+    }
+    drop(guard);
+    result?;
+    keep_off(packages);
+    Ok(())
+}
+
+/// The version of a package that apt would install.
+pub(super) fn candidate(package: &str) -> Option<String> {
+    parse_candidate(&process::output(Command::new("apt-cache").args(["policy", package]).env("LC_ALL", "C")).ok()?)
 }
 
 /// The lists of the machine's sources, anew when there are none yet.
@@ -60,11 +72,12 @@ pub(super) fn available(package: &str) -> bool {
 /// # Errors
 /// Not root, or the mirror cannot be reached.
 pub(super) fn ensure_lists() -> Result<()> {
-    if lists_are_fresh() || !is_root() { Ok(()) } else { update() }
+    if lists_are_fresh() { Ok(()) } else { update() }
 }
 
-fn has_candidate(policy: &str) -> bool {
-    policy.lines().any(|l| l.trim().strip_prefix("Candidate:").is_some_and(|v| v.trim() != "(none)"))
+fn parse_candidate(policy: &str) -> Option<String> {
+    let version = policy.lines().find_map(|l| l.trim().strip_prefix("Candidate:"))?.trim();
+    (version != "(none)").then(|| version.to_owned())
 }
 
 fn list(names: &[&str]) -> String {
@@ -100,7 +113,11 @@ fn lists_are_fresh() -> bool {
     filled && age.is_some_and(|age| age < Duration::from_secs(86_400))
 }
 
-fn update() -> Result<()> {
+/// Fetches the lists of the machine's sources.
+///
+/// # Errors
+/// Not root, or the mirror cannot be reached.
+pub(super) fn update() -> Result<()> {
     eprintln!("setup      apt-get update");
     apt(&["update"]).context("cannot fetch the package lists")
 }
@@ -116,16 +133,19 @@ fn install(packages: &[&str]) -> Result<()> {
 /// Runs apt-get quietly; waits while another apt holds a lock.
 fn apt(args: &[&str]) -> Result<()> {
     let started = Instant::now();
+    // rust-web-src has tens of thousands of files, and dpkg syncs each; a CI machine that crashes is made anew anyway.
+    let in_ci = std::env::var_os("CI").is_some();
     loop {
         let mut command = Command::new("apt-get");
         command
             .args(["-q", "-o", "DPkg::Lock::Timeout=60", "-o", "Acquire::Retries=5", "-o", "Dpkg::Use-Pty=0"])
             // Keeps the administrator's version of a changed configuration file without asking.
             .args(["-o", "Dpkg::Options::=--force-confold"])
+            .args(in_ci.then_some(["-o", "Dpkg::Options::=--force-unsafe-io"]).into_iter().flatten())
             .args(args)
             .env("DEBIAN_FRONTEND", "noninteractive")
             .env("LC_ALL", "C");
-        match process::output(&mut command) {
+        match process::output_as(&mut command, &format!("apt-get {}", args.join(" "))) {
             Ok(_) => return Ok(()),
             // DPkg::Lock::Timeout does not cover the lock of the lists.
             Err(error) if is_lock(&error.to_string()) && started.elapsed() < PATIENCE => {
@@ -197,9 +217,10 @@ mod tests {
 
     #[test]
     fn a_package_without_candidate_is_not_available() {
-        assert!(has_candidate("zstd:\n  Installed: (none)\n  Candidate: 1.5.4\n"));
-        assert!(!has_candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"));
-        assert!(!has_candidate(""));
+        let version = parse_candidate("zstd:\n  Installed: (none)\n  Candidate: 1.5.4\n");
+        assert_eq!(version.as_deref(), Some("1.5.4"));
+        assert_eq!(parse_candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"), None);
+        assert_eq!(parse_candidate(""), None);
     }
 
     #[test]

@@ -7,12 +7,14 @@ use anyhow::{Context, Result, bail};
 
 use super::apt;
 use crate::process;
-use crate::workspace::{Workspace, cargo_home, which};
+use crate::workspace::{Workspace, cargo_home, is_root, which};
 
 /// The version that the programs are known to pass the verifier with.
 const BPF_LINKER: &str = "0.13.0";
-/// Debian's browser toolchain: the one new enough that ships the library's sources.
-const DEBIAN: [&str; 3] = ["cargo-web", "rust-web-src", "rustc-web"];
+/// Debian's toolchain for building browsers: kept new in a stable release by its security updates.
+const BROWSER: [&str; 3] = ["cargo-web", "rust-web-src", "rustc-web"];
+/// New enough in releases after Debian 13.
+const PLAIN: [&str; 3] = ["cargo", "rust-src", "rustc"];
 /// The oldest 1.x that compiles the programs: `rust-version` of terway-ebpf.
 const OLDEST: u32 = 90;
 const SYSTEM_RUSTC: &str = "/usr/bin/rustc";
@@ -47,12 +49,31 @@ pub(super) fn ensure(workspace: &Workspace) -> Result<(String, bool)> {
 
 /// Installs Debian's compiler with its sources.
 fn system_compiler() -> Result<()> {
+    if !is_root() {
+        // Fails with the sentence that names them.
+        return apt::get(&BROWSER);
+    }
     apt::ensure_lists()?;
-    // Releases after Debian 12 may carry new enough sources under the plain names only.
-    let plain = ["cargo", "rust-src", "rustc"];
-    apt::ensure(if apt::available(DEBIAN[1]) { &DEBIAN } else { &plain })?;
+    let new_enough = |packages: &&[&str; 3]| {
+        let version = apt::candidate(packages[2]);
+        version.as_deref().and_then(minor).is_some_and(|minor| minor >= OLDEST)
+    };
+    let choose = || [&BROWSER, &PLAIN].into_iter().find(new_enough);
+    let mut chosen = choose();
+    if chosen.is_none() {
+        // The sources may have changed since the lists were fetched.
+        apt::update()?;
+        chosen = choose();
+    }
+    let Some(packages) = chosen else {
+        bail!(
+            "the machine's apt sources have no rustc from 1.{OLDEST} on; enable Debian's security updates in them, or \
+             add rust-src to a rustup nightly"
+        );
+    };
+    apt::get(packages)?;
     if !usable(Path::new(SYSTEM_RUSTC)) {
-        bail!("Debian's rustc is older than 1.{OLDEST} here; add rust-src to a rustup nightly instead");
+        bail!("{} are installed, but {SYSTEM_RUSTC} has no sources of core", packages.join(", "));
     }
     Ok(())
 }
@@ -83,9 +104,9 @@ fn usable(rustc: &Path) -> bool {
             .is_some_and(|dir| Path::new(dir.trim()).join("lib/rustlib/src/rust/library/core/Cargo.toml").is_file())
 }
 
-/// `96` of `rustc 1.96.0 (…)`.
+/// `96` of `rustc 1.96.0 (…)`, or of the package's version `1.96.0+dfsg1-1`.
 fn minor(version: &str) -> Option<u32> {
-    version.strip_prefix("rustc 1.")?.split('.').next()?.parse().ok()
+    version.trim_start_matches("rustc ").strip_prefix("1.")?.split('.').next()?.parse().ok()
 }
 
 /// The major version of the LLVM inside a compiler: bitcode is readable by the same or a newer one only.
@@ -130,6 +151,7 @@ mod tests {
         assert_eq!(llvm_major("rustc 1.96.0\nhost: x86_64\nrelease: 1.96.0\nLLVM version: 22.1.8\n"), Some(22));
         assert_eq!(llvm_major("rustc 1.96.0\n"), None);
         assert_eq!(minor("rustc 1.96.0 (ac68faa20 2026-05-25) (built from a source tarball)\n"), Some(96));
+        assert_eq!(minor("1.85.0+dfsg3-1~deb12u3"), Some(85));
         assert_eq!(minor("cargo 1.96.0\n"), None);
     }
 }

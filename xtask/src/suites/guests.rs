@@ -2,10 +2,12 @@
 //!
 //! A suite that is to run here is one self-contained binary: it finds neither the source tree nor the network.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 
 use super::Built;
 use super::libtest::{Reader, Tally};
@@ -13,12 +15,30 @@ use crate::process;
 use crate::vm::{self, Machine, Outcome, Payload, Release};
 use crate::workspace::Workspace;
 
-/// Suites that run in the guests: that the programs fit these kernels, and that packets pass on them.
-pub(super) const SUITES: &[&str] = &["verifier", "datapath"];
+/// A suite for the guests.
+pub(super) struct Guest {
+    /// Its file in tests/tests.
+    pub(super) suite: &'static str,
+    /// Only tests with this in their name: emulation has no time for all of a long suite.
+    pub(super) filter: Option<&'static str>,
+    /// Whether it starts the shipped programs, which then lie in the guest's `TERWAY_BIN_DIR`.
+    pub(super) programs: bool,
+}
+
+/// That the programs fit these kernels, that packets pass on them, and that they take the links, routes and rules of a pod.
+pub(super) const SUITES: &[Guest] = &[
+    Guest { suite: "verifier", filter: None, programs: false },
+    Guest { suite: "datapath", filter: None, programs: false },
+    Guest { suite: "net", filter: Some("applied_and_undone"), programs: false },
+];
 /// Host programs that suites may call in the guest.
 const TOOLS: &[&str] = &["bpftool", "ip", "nft", "ping", "tc"];
+/// Where the shipped programs lie in the guest.
+const BIN_DIR: &str = "/t/bin";
 /// For one kernel. Emulation is 5 to 13 times slower than the host, and CI's machines are busy.
 const LIMIT: Duration = Duration::from_secs(600);
+/// Boots at a time.
+const AT_ONCE: usize = 2;
 /// Starts a line of the guest's script, followed by what happens; no test prints it.
 const MARK: &str = "@guest@";
 
@@ -27,42 +47,63 @@ const MARK: &str = "@guest@";
 /// # Errors
 /// A signal arrives.
 pub(super) fn run(workspace: &Workspace, built: &Built) -> Result<Tally> {
-    let suites: Vec<_> = SUITES.iter().filter_map(|name| built.suite(name)).collect();
+    let suites: Vec<_> = SUITES.iter().filter_map(|guest| Some((guest, built.suite(guest.suite)?))).collect();
     if suites.is_empty() {
-        println!("skipped: none of its suites is there yet ({})", SUITES.join(", "));
-        return Ok(Tally::skip("rung vm: none of its suites is there yet"));
+        let reason = "none of its suites is there yet";
+        println!("skipped: {reason}");
+        return Ok(Tally::skip(&format!("rung vm: {reason}")));
     }
     let work = tempfile::tempdir()?;
+    let mut files: Vec<(PathBuf, PathBuf)> = Vec::new();
+    for (guest, binary) in &suites {
+        files.push((stripped(&binary.program, work.path())?, Path::new("/t").join(guest.suite)));
+    }
+    if let Some(dir) = built.bin_dir.as_ref().filter(|_| suites.iter().any(|(guest, _)| guest.programs)) {
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            files.push((stripped(&path, work.path())?, Path::new(BIN_DIR).join(path.file_name().unwrap_or_default())));
+        }
+    }
     let script = work.path().join("run");
-    let names: Vec<_> = suites.iter().map(|b| b.name.as_str()).collect();
-    std::fs::write(&script, script_of(&names))?;
-    let mut files: Vec<(PathBuf, PathBuf)> = vec![(script, "/t/run".into())];
-    files.extend(suites.iter().map(|b| (b.program.clone(), PathBuf::from("/t").join(&b.name))));
+    let guests: Vec<_> = suites.iter().map(|(guest, _)| *guest).collect();
+    std::fs::write(&script, script_of(&guests))?;
+    files.push((script, "/t/run".into()));
     let payload = Payload {
         command: vec!["sh".into(), "/t/run".into()],
         files,
         tools: TOOLS.iter().map(|t| (*t).to_owned()).collect(),
-        environment: Vec::new(),
+        environment: vec![("TERWAY_BIN_DIR".into(), BIN_DIR.into())],
     };
 
-    let mut total = Tally::default();
-    for release in Release::ALL {
-        process::interrupted()?;
-        total.add(kernel(workspace, release, &payload)?);
-    }
-    Ok(total)
+    // Each emulator keeps one CPU busy, and the machines have two or more.
+    let (queue, total) = (Mutex::new(Release::ALL.into_iter()), Mutex::new(Tally::default()));
+    let next = || queue.lock().map(|mut q| q.next()).ok().flatten();
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some(release) = next() {
+                    let (text, tally) = kernel(workspace, release, &payload);
+                    if let Ok(mut total) = total.lock() {
+                        print!("{text}");
+                        total.add(tally);
+                    }
+                }
+            });
+        }
+    });
+    process::interrupted()?;
+    total.into_inner().map_err(|poisoned| anyhow!("a boot: {poisoned}"))
 }
 
-fn kernel(workspace: &Workspace, release: Release, payload: &Payload) -> Result<Tally> {
+/// One boot: what to print, and the results.
+fn kernel(workspace: &Workspace, release: Release, payload: &Payload) -> (String, Tally) {
     let version = match vm::version(workspace, release) {
         Ok(version) => version,
         Err(error) => {
-            process::interrupted()?;
-            println!("skipped kernel {}: {error:#}", release.name());
-            return Ok(Tally::skip(&format!("kernel {}: {error:#}", release.name())));
+            let reason = format!("kernel {}: {error:#}", release.name());
+            return (format!("   skipped {reason}\n"), Tally::skip(&reason));
         }
     };
-    println!("   kernel {version}");
     let started = Instant::now();
     let mut transcript = Transcript::new(&version);
     let machine = Machine { limit: LIMIT, ..Machine::default() };
@@ -78,25 +119,30 @@ fn kernel(workspace: &Workspace, release: Release, payload: &Payload) -> Result<
         Ok(Outcome::Exit(_)) => None,
         Ok(Outcome::TimedOut) => Some(format!("stopped after {} s", LIMIT.as_secs())),
         Ok(Outcome::Died(console)) => {
-            print!("{console}");
+            transcript.shown.push_str(&console);
             Some("the guest died".into())
         }
-        Err(error) => {
-            process::interrupted()?;
-            Some(format!("{error:#}"))
-        }
+        Err(error) => Some(format!("{error:#}")),
     };
-    let tally = transcript.finish(trouble.as_deref());
-    println!("   kernel {version}: {} ({:.1} s)", tally.line(), started.elapsed().as_secs_f32());
-    Ok(tally)
+    let (mut text, tally) = transcript.finish(trouble.as_deref());
+    text.push_str(&format!("   kernel {version}: {} ({:.1} s)\n", tally.line(), started.elapsed().as_secs_f32()));
+    (text, tally)
+}
+
+/// A copy without debug information, which is most of a test binary and would have to be unpacked in the guest.
+fn stripped(program: &Path, work: &Path) -> Result<PathBuf> {
+    let copy = work.join(program.file_name().unwrap_or_default());
+    process::output(Command::new("strip").arg("--strip-debug").arg("-o").arg(&copy).arg(program))?;
+    Ok(copy)
 }
 
 /// The guest's command: each suite in turn, framed by marks.
-fn script_of(suites: &[&str]) -> String {
+fn script_of(guests: &[&Guest]) -> String {
     let mut script = String::new();
-    for name in suites {
+    for guest in guests {
+        let (name, filter) = (guest.suite, guest.filter.unwrap_or_default());
         script.push_str(&format!("echo '{MARK} begin {name}'\n"));
-        script.push_str(&format!("/t/{name} --show-output --test-threads=1\n"));
+        script.push_str(&format!("/t/{name} --show-output --test-threads=1 {filter}\n"));
         script.push_str(&format!("echo \"{MARK} end $?\"\n"));
     }
     script
@@ -106,12 +152,14 @@ fn script_of(suites: &[&str]) -> String {
 struct Transcript {
     version: String,
     total: Tally,
+    /// What a person wants to see of it.
+    shown: String,
     open: Option<(String, Reader)>,
 }
 
 impl Transcript {
     fn new(version: &str) -> Self {
-        Self { version: version.to_owned(), total: Tally::default(), open: None }
+        Self { version: version.to_owned(), total: Tally::default(), shown: String::new(), open: None }
     }
 
     fn line(&mut self, line: &str) {
@@ -127,13 +175,14 @@ impl Transcript {
                 if let Some((_, reader)) = &mut self.open
                     && reader.line(line)
                 {
-                    println!("{line}");
+                    self.shown.push_str(line);
+                    self.shown.push('\n');
                 }
             }
         }
     }
 
-    fn finish(mut self, trouble: Option<&str>) -> Tally {
+    fn finish(mut self, trouble: Option<&str>) -> (String, Tally) {
         match (self.open.take(), trouble) {
             (Some((name, reader)), trouble) => {
                 self.total.add(reader.finish(&name, Some(trouble.unwrap_or("cut short"))));
@@ -141,7 +190,7 @@ impl Transcript {
             (None, Some(trouble)) => self.total.add(Tally::fail(&format!("kernel {}: {trouble}", self.version))),
             (None, None) => {}
         }
-        self.total
+        (self.shown, self.total)
     }
 }
 
@@ -154,7 +203,7 @@ mod tests {
     fn transcript(text: &str, trouble: Option<&str>) -> Tally {
         let mut transcript = Transcript::new("5.10");
         text.lines().for_each(|l| transcript.line(l));
-        transcript.finish(trouble)
+        transcript.finish(trouble).1
     }
 
     #[test]
@@ -174,8 +223,8 @@ mod tests {
 
     #[test]
     fn the_script_runs_in_a_shell() {
-        let script = script_of(&["nosuch"]);
-        let out = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+        let script = script_of(&[&Guest { suite: "nosuch", filter: Some("first"), programs: false }]);
+        let out = Command::new("sh").args(["-c", &script]).output().unwrap();
         let text = String::from_utf8(out.stdout).unwrap();
         assert_eq!(text, format!("{MARK} begin nosuch\n{MARK} end 127\n"));
     }

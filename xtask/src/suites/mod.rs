@@ -121,7 +121,7 @@ pub(crate) fn climb(workspace: &Workspace, rungs: &[Rung]) -> Result<Tally> {
     let present = names(&packages, true);
     let mut total = Tally::default();
     for stray in present.iter().filter(|s| !Rung::ALL.iter().any(|r| r.suites().contains(s))) {
-        total.add(Tally::fail(&format!("tests/tests/{stray}.rs: no rung runs it; name it in xtask/src/suites/mod.rs")));
+        total.add(Tally::fail(&format!("tests/tests/{stray}: no rung runs it; name it in xtask/src/suites/mod.rs")));
     }
 
     let planned: Vec<(Rung, Option<String>)> =
@@ -191,15 +191,17 @@ fn build(workspace: &Workspace, packages: &[Package], present: &[&str], runs: im
         wanted.extend(names(packages, false));
     }
     for rung in Rung::ALL.into_iter().filter(|r| runs(*r)) {
-        let suites = if rung == Rung::Vm { guests::SUITES } else { rung.suites() };
-        wanted.extend(suites.iter().copied().filter(|s| present.contains(s)));
+        let in_guests = guests::SUITES.iter().map(|g| g.suite).filter(|_| rung == Rung::Vm);
+        wanted.extend(in_guests.chain(rung.suites().iter().copied()).filter(|s| present.contains(s)));
     }
     wanted.sort_unstable();
     wanted.dedup();
+    println!("building");
     targets.extend(wanted.iter().flat_map(|name| ["--test".to_owned(), (*name).to_owned()]));
     let started = Instant::now();
-    let bin_dir =
-        if runs(Rung::Netns) || runs(Rung::Cri) { Some(binaries::for_tests(workspace, packages)?) } else { None };
+    let programs =
+        runs(Rung::Netns) || runs(Rung::Cri) || (runs(Rung::Vm) && guests::SUITES.iter().any(|g| g.programs));
+    let bin_dir = if programs { Some(binaries::for_tests(workspace, packages)?) } else { None };
     let tests = if targets.is_empty() { Vec::new() } else { compile::tests(workspace, &targets)? };
     println!("built in {:.0} s", started.elapsed().as_secs_f32());
     Ok(Built { tests, bin_dir })
@@ -226,7 +228,7 @@ impl Built {
                 // One at a time unless the suite says otherwise: these tests share the machine's kernel.
                 Some(binary) => tally.add(self.execute(workspace, binary, Some(threads(&binary.source)))?),
                 None => {
-                    println!("skipped: tests/tests/{name}.rs is not there yet");
+                    println!("skipped: tests/tests/{name} is not there yet");
                     tally.add(Tally::skip(&format!("suite {name} is not there yet")));
                 }
             }
@@ -302,7 +304,7 @@ mod tests {
         all.sort();
         all.dedup();
         assert_eq!(all.len(), count);
-        assert!(guests::SUITES.iter().all(|s| all.contains(&s)));
+        assert!(guests::SUITES.iter().all(|g| all.contains(&&g.suite)));
     }
 
     #[test]

@@ -75,10 +75,21 @@ impl Kernel {
         }
         let parent = workspace.cache.join("kernels");
         fs::create_dir_all(&parent)?;
-        // Next to its place, so that the rename below is one.
-        let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(&parent)?;
-        let unpacked = work.path().join("kernel");
-        fetch(release, work.path(), &unpacked).with_context(|| format!("cannot fetch kernel {}", release.name()))?;
+        let mut attempts = 0;
+        let (work, unpacked) = loop {
+            // Next to its place, so that the rename below is one.
+            let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(&parent)?;
+            let unpacked = work.path().join("kernel");
+            attempts += 1;
+            match fetch(release, work.path(), &unpacked) {
+                Ok(()) => break (work, unpacked),
+                // A mirror that is being updated gives lists and files that do not match; a moment later they do.
+                Err(_) if attempts < 3 && process::interrupted().is_ok() => {
+                    std::thread::sleep(std::time::Duration::from_secs(5));
+                }
+                Err(error) => return Err(error.context(format!("cannot fetch kernel {}", release.name()))),
+            }
+        };
         // Another run may have been faster; a rename onto a filled folder fails, so the old one is moved away first.
         if dir.exists() {
             fs::rename(&dir, work.path().join("old"))?;
@@ -131,27 +142,27 @@ fn fetch(release: Release, work: &Path, target: &Path) -> Result<()> {
             // The scratch folder belongs to the caller; apt's own user could not write there.
             "APT::Sandbox::User=root".into(),
             "APT::Architecture=amd64".into(),
+            // The lists of a suite that gets no more updates expire one day; they are still signed.
+            "Acquire::Check-Valid-Until=false".into(),
             "Acquire::Languages=none".into(),
             "Acquire::Retries=3".into(),
+            // Otherwise a mirror out of reach is but a warning.
+            "APT::Update::Error-Mode=any".into(),
         ] {
             command.args(["-o", &setting]);
         }
         command
     };
-    process::output(apt("apt-get").arg("update"))?;
-    let tree =
-        process::output(apt("apt-cache").args(["depends", "--recurse", "--no-recommends", "--no-suggests"]).args([
-            "--no-conflicts",
-            "--no-breaks",
-            "--no-replaces",
-            "--no-enhances",
-            metapackage,
-        ]))?;
+    process::output_as(apt("apt-get").arg("update"), "apt-get update")?;
+    let mut depends = apt("apt-cache");
+    depends.args(["depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks"]);
+    depends.args(["--no-replaces", "--no-enhances", metapackage]);
+    let tree = process::output_as(&mut depends, &format!("apt-cache depends {metapackage}"))?;
     let packages = kernel_packages(&tree);
     if packages.is_empty() {
         bail!("{suite} has no package behind {metapackage}");
     }
-    process::output(apt("apt-get").arg("download").args(&packages))?;
+    process::output_as(apt("apt-get").arg("download").args(&packages), "apt-get download")?;
     fs::create_dir_all(target)?;
     for entry in fs::read_dir(work)? {
         let path = entry?.path();

@@ -93,7 +93,7 @@ impl Pool {
         // Lost in a crash, the call is repeated: at worst there are addresses more, which are used or given back.
         self.out.delete_lazily(RecordKey::Assignment(token));
         let Some(state) = self.enis.get_mut(id) else { return };
-        let until = if error.class == ErrorClass::VSwitchExhausted {
+        let until = if error.class == ErrorClass::VSwitchExhausted && family == Family::V4 {
             let vswitch = state.vswitch.clone();
             self.vswitches.exhausted(&vswitch, count, error, self.now)
         } else {

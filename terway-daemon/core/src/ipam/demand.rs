@@ -120,11 +120,24 @@ impl Pool {
         self.creation_blocked.as_ref().filter(|(until, _)| *until > self.now).map(|(until, error)| (*until, error))
     }
 
-    fn blocked<'a>(&'a self, eni: &'a EniState) -> Option<(Moment, &'a CloudError)> {
+    /// Whether the cloud may be asked at that moment for addresses of this family on this ENI.
+    fn open(&self, eni: &EniState, family: Family, at: Moment) -> bool {
+        let refused = eni.slots(family).blocked.as_ref().is_some_and(|(until, _)| *until > at);
+        // Only IPv4 addresses can run out.
+        !refused && (family == Family::V6 || self.vswitches.cap(&eni.vswitch, at) > 0)
+    }
+
+    /// Units that calls on this ENI could add, as things stand at that moment.
+    fn growth(&self, eni: &EniState, at: Moment) -> u32 {
+        eni.growth(&self.config, &|family| if self.open(eni, family, at) { u32::MAX } else { 0 })
+    }
+
+    /// Why an ENI cannot grow.
+    fn obstacle<'a>(&'a self, eni: &'a EniState) -> Option<&'a CloudError> {
         let slots = self.config.families().iter().filter_map(|family| eni.slots(*family).blocked.as_ref());
-        let slots = slots.filter(|(until, _)| *until > self.now).map(|(until, error)| (*until, error));
+        let slots = slots.filter(|(until, _)| *until > self.now).map(|(_, error)| error);
         let vswitch = self.vswitches.blocked(self.now).filter(|(id, ..)| **id == eni.vswitch);
-        slots.chain(vswitch.map(|(_, until, error)| (until, error))).max_by_key(|(until, _)| *until)
+        slots.chain(vswitch.map(|(_, _, error)| error)).next()
     }
 
     fn grow(&mut self) {
@@ -141,7 +154,7 @@ impl Pool {
         let mut order: Vec<_> = self
             .enis
             .values()
-            .filter(|eni| eni.usable() && self.blocked(eni).is_none())
+            .filter(|eni| eni.usable() && self.growth(eni, self.now) > 0)
             .map(|eni| (std::cmp::Reverse(eni.v4.len() + eni.v6.len()), eni.id.clone()))
             .collect();
         order.sort();
@@ -159,9 +172,14 @@ impl Pool {
     /// Asks for up to `need` units on this ENI. Returns how many, and how many more it could take later.
     fn grow_eni(&mut self, id: &EniId, need: u32) -> (u32, u32) {
         let Some(eni) = self.enis.get(id) else { return (0, 0) };
+        let growth = self.growth(eni, self.now);
+        let cap = |family: Family| match family {
+            Family::V4 => self.vswitches.cap(&eni.vswitch, self.now).min(self.config.batch),
+            Family::V6 => self.config.batch,
+        };
+        let open = |family: Family| if self.open(eni, family, self.now) { cap(family) } else { 0 };
+        let take = need.min(eni.growth(&self.config, &open));
         let units = eni.units(&self.config);
-        let cap = self.vswitches.cap(&eni.vswitch, self.now).min(self.config.batch);
-        let take = need.min(units.growth).min(cap);
         let wanted = units.ready + units.pending + take;
         let calls: Vec<_> = self
             .config
@@ -174,12 +192,12 @@ impl Pool {
             .filter(|(_, count, _)| *count > 0)
             .collect();
         if take == 0 || calls.iter().any(|(_, _, busy)| *busy) {
-            return (0, units.growth);
+            return (0, growth);
         }
         for (family, count, _) in calls {
             self.assign(id, family, count);
         }
-        (take, units.growth - take)
+        (take, growth - take)
     }
 
     fn grow_by_enis(&mut self, mut need: u32) {
@@ -228,11 +246,7 @@ impl Pool {
     fn hope(&self, soon: Moment) -> u32 {
         let supply = self.supply();
         let mut hope = supply.ready + supply.pending + supply.later;
-        for eni in self.enis.values().filter(|eni| eni.usable()) {
-            if self.blocked(eni).is_none_or(|(until, _)| until <= soon) {
-                hope += eni.units(&self.config).growth;
-            }
-        }
+        hope += self.enis.values().filter(|eni| eni.usable()).map(|eni| self.growth(eni, soon)).sum::<u32>();
         let vswitch = self.vswitches.choose(soon).is_some();
         if vswitch && self.creation_blocked().is_none_or(|(until, _)| until <= soon) {
             hope = hope.saturating_add(self.free_adapters().saturating_mul(self.config.units_per_eni()));
@@ -290,7 +304,7 @@ impl Pool {
             return Some(error);
         }
         let mut growing = enis().filter(|eni| eni.usable() && eni.units(&self.config).growth > 0);
-        growing.find_map(|eni| self.blocked(eni)).map(|(_, error)| explain(error))
+        growing.find_map(|eni| self.obstacle(eni)).map(explain)
     }
 
     fn shrink(&mut self) {

@@ -137,16 +137,22 @@ impl EniState {
     /// Units (one address of each family of the stack) on this ENI.
     pub(super) fn units(&self, config: &PoolConfig) -> Units {
         let least = |of: &dyn Fn(Family) -> u32| config.families().iter().map(|f| of(*f)).min().unwrap_or(0);
-        let idle = |f: Family| self.slots(f).counts().idle;
-        let ready = least(&idle);
-        let coming = least(&|f| idle(f) + self.slots(f).incoming());
-        let most = least(&|f| {
-            let slots = self.slots(f);
-            // The limit may have shrunk with the instance type, or an assignment be larger than thought.
-            idle(f) + slots.incoming() + config.per_eni(f).saturating_sub(slots.len() + slots.incoming())
-        });
+        let ready = least(&|f| self.slots(f).counts().idle);
+        let coming = least(&|f| self.slots(f).counts().idle + self.slots(f).incoming());
         let cooling = least(&|f| self.slots(f).counts().cooling);
-        Units { ready, pending: coming - ready, growth: most - coming, cooling }
+        Units { ready, pending: coming - ready, cooling, growth: self.growth(config, &|_| u32::MAX) }
+    }
+
+    /// Units that further calls could add, if they may add at most so many addresses of each family.
+    pub(super) fn growth(&self, config: &PoolConfig, most: &dyn Fn(Family) -> u32) -> u32 {
+        let coming = |f: Family| self.slots(f).counts().idle + self.slots(f).incoming();
+        let free = |f: Family| {
+            // The limit may have shrunk with the instance type, or an assignment be larger than thought.
+            config.per_eni(f).saturating_sub(self.slots(f).len() + self.slots(f).incoming())
+        };
+        let now = config.families().iter().map(|f| coming(*f)).min().unwrap_or(0);
+        let then = config.families().iter().map(|f| coming(*f) + free(*f).min(most(*f))).min().unwrap_or(0);
+        then - now
     }
 }
 

@@ -133,7 +133,7 @@ pub(super) enum Waiter {
 #[derive(Debug, Default)]
 pub(super) struct GcState {
     left: usize,
-    removed: Vec<AttachmentKey>,
+    removed: BTreeSet<AttachmentKey>,
 }
 
 impl Attachment {
@@ -216,10 +216,9 @@ impl Pool {
     pub(super) fn set_up(&mut self, request: Request, grant: Grant) {
         let Request { tickets, key, pod, netns, options, .. } = request;
         let op = self.op();
-        self.uses += 1;
         if let Some(eni) = self.enis.get_mut(&grant.eni) {
             for address in grant.addresses.iter() {
-                eni.slots_mut(Family::of(address)).set(address, SlotState::Bound, Some(self.uses));
+                eni.slots_mut(Family::of(address)).set(address, SlotState::Bound, None);
             }
         }
         let state = AttachmentState::SettingUp { op: Some(op), adds: tickets, release: false, waiters: Vec::new() };
@@ -289,7 +288,7 @@ impl Pool {
         if garbage.is_empty() {
             return self.answer(ticket, Ok(Answer::Collected(Vec::new())));
         }
-        self.gcs.insert(ticket, GcState { left: garbage.len(), removed: Vec::new() });
+        self.gcs.insert(ticket, GcState { left: garbage.len(), removed: BTreeSet::new() });
         for key in garbage {
             self.release(&key, Some(Waiter::Gc(ticket)), Place::Gc);
         }
@@ -354,11 +353,11 @@ impl Pool {
             Some(Waiter::Del(ticket)) => self.answer(ticket, Ok(Answer::Detached)),
             Some(Waiter::Gc(ticket)) => {
                 let Some(gc) = self.gcs.get_mut(&ticket) else { return };
-                gc.removed.push(key.clone());
+                gc.removed.insert(key.clone());
                 gc.left -= 1;
                 if gc.left == 0 {
                     let removed = self.gcs.remove(&ticket).map(|gc| gc.removed).unwrap_or_default();
-                    self.answer(ticket, Ok(Answer::Collected(removed)));
+                    self.answer(ticket, Ok(Answer::Collected(removed.into_iter().collect())));
                 }
             }
             None => {}
@@ -398,6 +397,7 @@ impl Pool {
         // Durable: if a restart wired it again, a DEL that is answered from now on would have left something behind.
         self.out.delete(RecordKey::Attachment(key.clone()));
         let grant = attachment.grant;
+        self.uses += 1;
         if let Some(eni) = self.enis.get_mut(&grant.eni) {
             for address in grant.addresses.iter() {
                 let slots = eni.slots_mut(Family::of(address));
@@ -405,7 +405,7 @@ impl Pool {
                     slots.remove(address);
                 } else {
                     // The pod never ran, so nobody knows its address: no rest needed, it only goes to the end of the line.
-                    slots.set(address, SlotState::Idle, None);
+                    slots.set(address, SlotState::Idle, Some(self.uses));
                 }
             }
         }
@@ -470,13 +470,14 @@ impl Pool {
     /// Starts the rest of an address that nobody has any more.
     pub(super) fn cool(&mut self, eni: &EniId, address: IpAddr) {
         let until = self.now.after(self.config.cooling);
+        self.uses += 1;
         let Some(state) = self.enis.get_mut(eni) else { return };
         let slots = state.slots_mut(Family::of(address));
         match slots.get(address) {
             None => return,
             // It was taken from the ENI behind our back; there is nothing to rest.
             Some(slot) if slot.missing => return slots.remove(address),
-            Some(_) => slots.set(address, SlotState::Cooling { until }, None),
+            Some(_) => slots.set(address, SlotState::Cooling { until }, Some(self.uses)),
         }
         let record = AddressRecord { eni: eni.clone(), address, hold: Hold::Cooling };
         self.out.put_lazily(Record::Address(record));

@@ -39,7 +39,7 @@ pub struct Pool {
     pub(super) inventory: InventoryState,
     /// Since when there are too many idle units.
     pub(super) excess_since: Option<Moment>,
-    /// Bindings made so far: the clock of least-recently-used.
+    /// Uses of addresses ended so far: the clock of least-recently-used.
     pub(super) uses: u64,
     pub(super) next_token: u64,
     next_op: u64,

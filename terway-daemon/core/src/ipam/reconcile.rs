@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use super::effect::Effect;
 use super::eni::Stage;
@@ -78,7 +79,7 @@ impl Pool {
                 self.inventory.failures = 0;
                 self.inventory.error = None;
                 self.inventory_at(self.now.after(self.config.resync));
-                self.reconcile(&enis, self.inventory.asked);
+                self.reconcile(&enis, Some(self.inventory.asked));
             }
             Err(error) => {
                 self.inventory.failures += 1;
@@ -89,10 +90,11 @@ impl Pool {
         }
     }
 
-    /// Takes in a list that was asked for at `asked`.
-    pub(super) fn reconcile(&mut self, list: &[Eni], asked: Moment) {
+    /// Takes in a list that was asked for at `asked`; `None` at the start, when it is not known how late the list is. What is missing from
+    /// that first one is believed only when a second one says the same; what it has more cannot be wrong, for what was given back is on disk.
+    pub(super) fn reconcile(&mut self, list: &[Eni], asked: Option<Moment>) {
         let settle = self.config.settle;
-        self.inventory.forgotten.retain(|_, at| at.after(settle) > asked);
+        self.inventory.forgotten.retain(|_, at| asked.is_some_and(|asked| at.after(settle) > asked));
         self.foreign.clear();
         let mut seen = BTreeSet::new();
         for eni in list.iter().filter(|eni| eni.kind != EniKind::Primary) {
@@ -115,17 +117,20 @@ impl Pool {
             .enis
             .values()
             .filter(|state| state.attached() && !seen.contains(&state.id))
-            .filter(|state| state.changed.is_none_or(|changed| changed.after(settle) <= asked))
+            .filter(|state| believed(state.changed, settle, asked))
             .map(|state| state.id.clone())
             .collect();
         for id in unseen {
-            self.missed(&id);
+            self.missed(&id, asked.is_some());
         }
     }
 
     /// Notes that the list lacks an ENI; strikes it when it was missing for a while and nothing on it is in use.
-    fn missed(&mut self, id: &EniId) {
+    fn missed(&mut self, id: &EniId, certain: bool) {
         let Some(state) = self.enis.get_mut(id) else { return };
+        if !certain {
+            return self.inventory_again(self.now.after(self.config.settle));
+        }
         let since = *state.missing.get_or_insert(self.now);
         if since.after(self.config.settle) <= self.now && !state.in_use() && !state.calling() {
             self.forget(id);
@@ -159,8 +164,9 @@ impl Pool {
         ours
     }
 
-    fn reconcile_slots(&mut self, eni: &Eni, asked: Moment) {
+    fn reconcile_slots(&mut self, eni: &Eni, asked: Option<Moment>) {
         let all: BTreeSet<_> = addresses(eni).collect();
+        let settle = self.config.settle;
         let mut altered = false;
         for family in [Family::V4, Family::V6] {
             let Some(state) = self.enis.get_mut(&eni.id) else { return };
@@ -174,15 +180,17 @@ impl Pool {
             if fresh.is_empty() && lost.is_empty() {
                 continue;
             }
-            let settled = slots.changed.map(|changed| changed.after(self.config.settle));
-            if slots.call.is_some() || settled.is_some_and(|settled| settled > asked) {
-                let again = settled.unwrap_or(self.now).max(self.now.after(self.config.settle));
-                self.inventory_again(again);
+            if slots.call.is_some() || !believed(slots.changed, settle, asked) {
+                self.inventory_again(self.now.after(settle));
                 continue;
             }
             altered = true;
             for address in fresh {
                 slots.enter(address, SlotState::Idle);
+            }
+            if asked.is_none() && !lost.is_empty() {
+                self.inventory_again(self.now.after(settle));
+                continue;
             }
             for (address, slot) in lost {
                 self.lost(&eni.id, address, slot.state);
@@ -207,4 +215,9 @@ impl Pool {
         }
         slots.remove(address);
     }
+}
+
+/// Whether a list asked for at that moment knows of a change.
+fn believed(changed: Option<Moment>, settle: Duration, asked: Option<Moment>) -> bool {
+    changed.is_none_or(|changed| asked.is_none_or(|asked| changed.after(settle) <= asked))
 }

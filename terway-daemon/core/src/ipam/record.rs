@@ -16,6 +16,7 @@ use crate::ident::{AttachmentKey, EniId, Family, Mac, PodRef, SecurityGroupId, V
 pub const VERSION: u32 = 1;
 
 /// One write.
+#[expect(clippy::large_enum_variant, reason = "nearly all changes are puts, so boxing would save nothing")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// Insert, or replace the record with the same key.
@@ -64,7 +65,7 @@ pub struct AttachmentRecord {
 }
 
 /// How far an attachment is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// Being wired; an Add waits for it, or was cut off by a crash.

@@ -103,8 +103,7 @@ impl Pool {
         match list {
             Some(list) => {
                 pool.inventory_at(now.after(pool.config.resync));
-                // The process that may have changed things meanwhile is gone, so there is nothing to wait for.
-                pool.reconcile(&list, Moment::from_nanos(u64::MAX));
+                pool.reconcile(&list, None);
             }
             None => {
                 pool.inventory.known = false;

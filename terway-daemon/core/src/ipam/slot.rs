@@ -23,7 +23,7 @@ pub(super) enum SlotState {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Slot {
     pub(super) state: SlotState,
-    /// When it was last used, as a count of uses on this node; 0 is never.
+    /// When its last use ended, as a count of such ends on this node; 0 is never in this run.
     pub(super) used: u64,
     /// The cloud's list lacks it although a pod has it.
     pub(super) missing: bool,
@@ -128,7 +128,7 @@ impl Slots {
         true
     }
 
-    /// Changes the state of an address that is here; `used` marks a use.
+    /// Changes the state of an address that is here; `used` marks the end of a use.
     pub(super) fn set(&mut self, address: IpAddr, state: SlotState, used: Option<u64>) {
         let Some(slot) = self.map.get_mut(&address) else { return };
         let before = *slot;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{ALIAS_PREFIX, LINK_GROUP, Neighbour, Route, Rule};
+use super::{ALIAS_PREFIX, LINK_GROUP, LINK_GROUP_DOOMED, Neighbour, Route, Rule};
 use crate::ident::Mac;
 
 /// One interface.
@@ -34,7 +34,8 @@ impl Link {
     #[must_use]
     pub fn is_ours(&self) -> bool {
         self.kind.as_deref() == Some("veth")
-            && (self.group == LINK_GROUP || self.alias.as_deref().is_some_and(|alias| alias.starts_with(ALIAS_PREFIX)))
+            && (matches!(self.group, LINK_GROUP | LINK_GROUP_DOOMED)
+                || self.alias.as_deref().is_some_and(|alias| alias.starts_with(ALIAS_PREFIX)))
     }
 }
 

@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -31,6 +32,8 @@ pub struct DaemonOptions {
     pub cooling: u64,
     /// The log filter.
     pub log: String,
+    /// Once true, waiting ends with an error.
+    pub interrupted: Arc<AtomicBool>,
 }
 
 /// The daemon's process, if it runs.
@@ -148,7 +151,7 @@ impl Node {
             }
             Ok(status.ready && node.conflist().is_ok())
         });
-        ready.with_context(|| format!("the end of {}:\n{}", self.daemon_log().display(), self.log_tail(30)))
+        ready.map_err(|error| anyhow!("{error:#}\nthe end of {}:\n{}", self.daemon_log().display(), self.log_tail(30)))
     }
 
     /// The last lines of the daemon's log.

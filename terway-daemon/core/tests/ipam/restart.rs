@@ -1,0 +1,260 @@
+//! Restarts, one situation per test; the random histories mix them.
+
+use std::time::Duration;
+
+use terway_core::clock::Moment;
+use terway_core::cloud::{EniKind, EniStatus, ErrorClass};
+use terway_core::errors;
+use terway_core::ident::{IpStack, Mac};
+use terway_core::ipam::{
+    Answer, BadRecord, Effect, EniPhase, Hold, Phase, Pool, Record, RecordKey, RestoreError, Snapshot,
+};
+
+use crate::cloud::INSTANCE;
+use crate::world::{Outcome, World, config, key};
+
+fn warm(pods: usize) -> World {
+    let mut world = World::new(config(IpStack::Ipv4, 3, 10), &[100, 100]);
+    for n in 0..pods {
+        world.granted(n);
+    }
+    world.settle(Duration::from_secs(1));
+    world
+}
+
+/// Everything on disk, nothing under way.
+fn restart(world: &mut World, cloud: bool) {
+    world.crash(usize::MAX, 0, Outcome::Fine, cloud, usize::MAX);
+}
+
+#[test]
+fn pods_keep_their_network_whether_or_not_the_cloud_answers() {
+    for cloud in [true, false] {
+        let mut world = warm(3);
+        let before = world.pool.list();
+        restart(&mut world, cloud);
+        assert_eq!(world.pool.list(), before);
+        assert_eq!(world.find(|e| matches!(e, Effect::Connect { .. } | Effect::Disconnect { .. })), []);
+        let add = world.add(&key(0));
+        let Some(Ok(Answer::Attached(grant))) = world.answer(add) else { panic!("a repeated Add is answered at once") };
+        assert_eq!(grant, before[0].grant);
+    }
+}
+
+#[test]
+fn without_the_cloud_what_is_idle_serves_and_nothing_is_made() {
+    let mut world = warm(3);
+    world.del(&key(0));
+    world.settle(Duration::from_secs(10));
+    restart(&mut world, false);
+    world.run_one(Outcome::Fine, |e| matches!(e, Effect::ConfigureNic { .. }));
+    let served = world.add(&key(7));
+    world.run_one(Outcome::Fine, |e| matches!(e, Effect::Connect { .. }));
+    assert!(matches!(world.answer(served), Some(Ok(_))));
+    let waits = world.add(&key(8));
+    for _ in 0..20 {
+        world.advance(Duration::from_secs(1));
+        world.flush(usize::MAX);
+        if !world.find(|e| matches!(e, Effect::TakeInventory { .. })).is_empty() {
+            world.run_one(Outcome::Fails(ErrorClass::Unknown), |e| matches!(e, Effect::TakeInventory { .. }));
+        }
+        assert_eq!(world.find(|e| matches!(e, Effect::CreateEni { .. } | Effect::Assign { .. })), []);
+    }
+    assert_eq!(world.answer(waits).unwrap().unwrap_err().code, errors::CLOUD_FAILED);
+    world.settle(Duration::from_secs(60));
+    world.granted(9);
+}
+
+#[test]
+fn a_pod_that_was_being_wired_is_wired_or_taken_apart_by_what_the_node_knows() {
+    for gone in [false, true] {
+        let mut world = warm(1);
+        world.add(&key(1));
+        world.run_one(Outcome::Fine, |e| matches!(e, Effect::Assign { .. }));
+        world.flush(usize::MAX);
+        if gone {
+            world.vanished.insert(key(1));
+        }
+        restart(&mut world, true);
+        world.settle(Duration::from_secs(1));
+        assert_eq!(world.kernel.contains_key(&key(1)), !gone);
+        let phase = world.pool.get(&key(1)).map(|view| view.phase);
+        assert_eq!(phase, (!gone).then_some(Phase::Ready));
+    }
+}
+
+#[test]
+fn a_release_that_was_under_way_is_finished() {
+    let mut world = warm(2);
+    world.del(&key(1));
+    restart(&mut world, true);
+    assert_eq!(world.pool.get(&key(1)).unwrap().phase, Phase::Releasing);
+    let del = world.del(&key(1));
+    assert_eq!(world.answer(del), None, "the datapath may still know it");
+    world.settle(Duration::from_secs(1));
+    assert_eq!(world.answer(del), Some(Ok(Answer::Detached)));
+    assert!(!world.kernel.contains_key(&key(1)));
+}
+
+#[test]
+fn cooling_starts_anew() {
+    let mut world = warm(2);
+    let address = world.pool.get(&key(1)).unwrap().grant.addresses.v4.unwrap();
+    world.del(&key(1));
+    world.settle(Duration::from_secs(4));
+    restart(&mut world, true);
+    world.settle(Duration::from_secs(4));
+    assert_eq!(world.pool.stats().cooling, 1);
+    let held =
+        |record: &Record| matches!(record, Record::Address(a) if a.address == address && a.hold == Hold::Cooling);
+    assert!(world.records().iter().any(held));
+    world.settle(Duration::from_secs(1));
+    assert_eq!((world.pool.stats().cooling, world.pool.stats().idle), (0, 1));
+    world.settle(Duration::from_secs(1));
+    assert!(!world.records().iter().any(held));
+}
+
+#[test]
+fn an_address_that_may_be_on_its_way_back_is_never_handed_out() {
+    let mut world = warm(6);
+    for n in 1..6 {
+        world.del(&key(n));
+    }
+    world.settle(Duration::from_secs(24));
+    world.advance(Duration::from_secs(2));
+    world.flush(usize::MAX);
+    let Some(Effect::Unassign { addresses, .. }) = world.find(|e| matches!(e, Effect::Unassign { .. })).pop() else {
+        panic!("nothing is given back")
+    };
+    restart(&mut world, true);
+    // The request of the old process is still on its way; the new one must not use what it takes.
+    let mut granted = Vec::new();
+    for n in 10..14 {
+        granted.push(world.granted(n).addresses.v4.unwrap());
+    }
+    for address in addresses {
+        assert!(!granted.iter().any(|a| *a == address));
+    }
+}
+
+#[test]
+fn a_created_eni_is_found_by_its_token_without_another_call() {
+    let mut world = World::new(config(IpStack::Ipv4, 3, 10), &[100, 100]);
+    world.add(&key(1));
+    world.run_one(Outcome::Lost, |e| matches!(e, Effect::CreateEni { .. }));
+    restart(&mut world, true);
+    assert_eq!(world.find(|e| matches!(e, Effect::CreateEni { .. })), []);
+    world.settle(Duration::from_secs(1));
+    assert_eq!((world.cloud.enis.len(), world.pool.enis()[0].phase), (1, EniPhase::InUse));
+    world.granted(2);
+    assert_eq!(world.cloud.calls["create"], 1);
+}
+
+#[test]
+fn enis_found_attached_are_used_and_others_left_alone() {
+    let mut world = warm(1);
+    let eni = world.cloud.enis.values().next().cloned().unwrap();
+    let variants = [
+        ("eni-ours", "vsw-b", EniKind::Secondary, Some(INSTANCE), EniStatus::InUse),
+        ("eni-other-vswitch", "vsw-x", EniKind::Secondary, Some(INSTANCE), EniStatus::InUse),
+        ("eni-trunk", "vsw-a", EniKind::Trunk, Some(INSTANCE), EniStatus::InUse),
+        ("eni-elsewhere", "vsw-a", EniKind::Secondary, Some("i-2"), EniStatus::InUse),
+        ("eni-primary", "vsw-a", EniKind::Primary, Some(INSTANCE), EniStatus::InUse),
+    ];
+    for (n, (id, vswitch, kind, instance, status)) in (0u8..).zip(variants) {
+        let mut other = eni.clone();
+        (other.id, other.vswitch, other.kind, other.status) = (id.into(), vswitch.into(), kind, status);
+        other.instance = instance.map(Into::into);
+        (other.mac, other.primary_v4, other.v4) =
+            (Mac([4, 0, 0, 0, 0, n]), [10, 9, 9, n].into(), vec![[10, 9, 9, n].into()]);
+        world.cloud.enis.insert(other.id.clone(), other);
+    }
+    restart(&mut world, true);
+    world.settle(Duration::from_secs(1));
+    let used: Vec<_> = world.pool.enis().into_iter().filter_map(|eni| eni.id).collect();
+    assert_eq!(used, [eni.id, "eni-ours".into()]);
+    let foreign: Vec<_> = world.pool.foreign().iter().map(|eni| eni.id.as_str()).collect();
+    assert_eq!(foreign, ["eni-elsewhere", "eni-other-vswitch", "eni-trunk"]);
+}
+
+#[test]
+fn a_bound_address_that_the_cloud_does_not_list_stays_bound_and_is_flagged() {
+    let mut world = warm(2);
+    let (id, eni) = world.cloud.enis.pop_first().unwrap();
+    restart(&mut world, true);
+    assert_eq!(world.pool.problems(), [], "one list may be late");
+    world.settle(world.config.settle * 2);
+    assert_eq!(world.pool.list().len(), 2);
+    assert!(world.pool.problems().iter().any(|e| e.detail.contains(id.as_str())));
+    world.cloud.enis.insert(id, eni);
+    world.settle(world.config.resync);
+    assert_eq!(world.pool.problems(), []);
+}
+
+#[test]
+fn a_store_that_contradicts_itself_is_refused() {
+    let world = warm(2);
+    let mut records = world.records();
+    let grant = world.pool.get(&key(0)).unwrap().grant;
+    for record in &mut records {
+        if let Record::Attachment(a) = record {
+            a.grant = grant.clone();
+        }
+    }
+    let snapshot = Snapshot { records: records.clone(), ..Snapshot::default() };
+    let result = Pool::restore(world.config.clone(), snapshot, Moment::ZERO);
+    assert!(matches!(result, Err(RestoreError::BoundTwice { .. })), "{:?}", result.err());
+    records.retain(|record| !matches!(record, Record::Eni(_)));
+    let snapshot = Snapshot { records, ..Snapshot::default() };
+    let result = Pool::restore(world.config, snapshot, Moment::ZERO);
+    assert!(matches!(result, Err(RestoreError::UnknownEni { .. })), "{:?}", result.err());
+}
+
+#[test]
+fn a_late_list_does_not_bring_back_what_was_given_away() {
+    let mut world = warm(6);
+    for n in 1..6 {
+        world.del(&key(n));
+    }
+    world.settle(Duration::from_secs(24));
+    let before = world.cloud.list();
+    world.settle(Duration::from_secs(3));
+    let gone: Vec<_> = before[0].v4.iter().filter(|a| !world.cloud.has(&before[0].id, (**a).into())).copied().collect();
+    assert!(!gone.is_empty(), "nothing was given back");
+    let records = world.records();
+    let snapshot = Snapshot { records, enis: Some(before), ..Snapshot::default() };
+    let (pool, _) = Pool::restore(world.config.clone(), snapshot, world.now).unwrap();
+    assert_eq!(
+        pool.stats().releasing as usize,
+        gone.len(),
+        "held back until the cloud says once more that they are gone"
+    );
+}
+
+#[test]
+fn every_record_round_trips_and_later_versions_are_refused() {
+    let mut world = warm(2);
+    world.del(&key(1));
+    world.settle(Duration::from_secs(1));
+    world.add(&key(3));
+    world.flush(usize::MAX);
+    let records = world.records();
+    let kinds: std::collections::BTreeSet<_> = records
+        .iter()
+        .map(|record| serde_json::to_value(record).unwrap()["kind"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["address", "assignment", "attachment", "counter", "eni"]);
+    let mut keys = std::collections::BTreeSet::new();
+    for record in records {
+        assert_eq!(Record::decode(&record.encode().unwrap()).unwrap(), record);
+        assert!(keys.insert(record.key().encode().unwrap()));
+    }
+    assert!(matches!(Record::decode(br#"{"v":2,"kind":"?"}"#), Err(BadRecord::Version { found: 2 })));
+    for bad in ["", "{}", "nonsense", r#"{"v":1}"#, r#"{"v":1,"kind":"?"}"#] {
+        assert!(matches!(Record::decode(bad.as_bytes()), Err(BadRecord::Malformed(_))), "{bad}");
+    }
+    assert_ne!(
+        RecordKey::Eni("a".into()).encode().unwrap(),
+        RecordKey::Creation(terway_core::ipam::Token("a".into())).encode().unwrap()
+    );
+}

@@ -1,0 +1,563 @@
+//! One test per rule of the pool.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use terway_core::cloud::ErrorClass;
+use terway_core::errors;
+use terway_core::ident::{Family, IpStack};
+use terway_core::ipam::{Answer, Change, Effect, Event, Phase, Pool, PoolConfig, Record};
+
+use crate::world::{Outcome, World, config, key};
+
+const fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+fn ample(adapters: u32, per_eni: u32) -> World {
+    World::new(config(IpStack::Ipv4, adapters, per_eni), &[200, 200])
+}
+
+fn create(effect: &Effect) -> bool {
+    matches!(effect, Effect::CreateEni { .. })
+}
+
+fn assign(effect: &Effect) -> bool {
+    matches!(effect, Effect::Assign { .. })
+}
+
+fn connect(effect: &Effect) -> bool {
+    matches!(effect, Effect::Connect { .. })
+}
+
+fn disconnect(effect: &Effect) -> bool {
+    matches!(effect, Effect::Disconnect { .. })
+}
+
+#[test]
+fn the_first_pod_of_a_node_gets_the_first_address_of_a_new_eni() {
+    let mut world = ample(3, 10);
+    let ticket = world.add(&key(1));
+    assert_eq!(world.find(create), [], "not before its token is on disk");
+    world.flush(usize::MAX);
+    assert!(matches!(&world.find(create)[..], [Effect::CreateEni { v4: 1, v6: 0, .. }]));
+    world.run_one(Outcome::Fine, create);
+    world.run_one(Outcome::Fine, |e| matches!(e, Effect::AttachEni { .. }));
+    assert_eq!(world.find(connect), []);
+    world.run_one(Outcome::Fine, |e| matches!(e, Effect::ConfigureNic { .. }));
+    assert_eq!(world.find(connect), [], "not before the binding is on disk");
+    world.run_one(Outcome::Fine, connect);
+    assert!(matches!(world.answer(ticket), Some(Ok(Answer::Attached(grant))) if grant.nic.ifindex == 7));
+}
+
+#[test]
+fn each_waiting_pod_is_counted_once() {
+    for pods in [1, 3, 7, 20] {
+        let mut world = ample(4, 10);
+        for n in 0..pods {
+            world.add(&key(n));
+        }
+        world.drive();
+        let had: usize = world.cloud.enis.values().map(|eni| eni.v4.len()).sum();
+        assert_eq!((world.kernel.len(), had), (pods, pods));
+    }
+}
+
+#[test]
+fn enis_are_made_in_parallel_when_one_cannot_take_all() {
+    let mut world = ample(5, 10);
+    for n in 0..25 {
+        world.add(&key(n));
+    }
+    world.flush(usize::MAX);
+    let asked: Vec<_> =
+        world.find(create).iter().map(|e| if let Effect::CreateEni { v4, .. } = e { *v4 } else { 0 }).collect();
+    // The first Add asked for one; the ENI of that call takes nine more later.
+    assert_eq!(asked.len(), 3, "{asked:?}");
+    world.drive();
+    assert_eq!(world.kernel.len(), 25);
+}
+
+#[test]
+fn one_call_at_a_time_per_eni_and_no_more_than_a_batch() {
+    let mut world = ample(2, 30);
+    world.granted(0);
+    for n in 1..26 {
+        world.add(&key(n));
+    }
+    world.flush(usize::MAX);
+    assert!(matches!(&world.find(assign)[..], [Effect::Assign { count: 1, .. }]));
+    world.run_one(Outcome::Fine, assign);
+    world.flush(usize::MAX);
+    assert!(matches!(&world.find(assign)[..], [Effect::Assign { count: 10, .. }]));
+    world.drive();
+    assert_eq!(world.kernel.len(), 26);
+    assert_eq!(world.cloud.calls["assign"], 4, "1 + 10 + 10 + 4");
+}
+
+#[test]
+fn the_reserve_is_kept_without_being_asked_for() {
+    for stack in [IpStack::Ipv4, IpStack::Ipv6, IpStack::Dual] {
+        let mut config = config(stack, 3, 10);
+        (config.min_idle, config.max_idle) = (4, 6);
+        let mut world = World::new(config, &[200]);
+        world.drive();
+        assert_eq!(world.pool.stats().idle, 4, "{stack:?}");
+        let grant = world.granted(1);
+        assert_eq!((grant.addresses.v4.is_some(), grant.addresses.v6.is_some()), (stack.v4(), stack.v6()));
+        assert_eq!(world.pool.stats().idle, 4, "{stack:?}");
+    }
+}
+
+#[test]
+fn a_warm_add_asks_nothing_of_the_cloud() {
+    let mut config = config(IpStack::Ipv4, 3, 10);
+    config.min_idle = 2;
+    config.max_idle = 20;
+    let mut world = World::new(config, &[200]);
+    world.drive();
+    world.add(&key(1));
+    world.run_one(Outcome::Fine, connect);
+    assert_eq!(world.kernel.len(), 1);
+}
+
+#[test]
+fn a_repeated_add_gets_the_same_grant() {
+    let mut world = ample(3, 10);
+    let first = world.add(&key(1));
+    let second = world.add(&key(1));
+    while world.find(connect).is_empty() {
+        world.flush(usize::MAX);
+        let index = world.runnable()[0];
+        world.run(index, Outcome::Fine, 0);
+        world.flush(usize::MAX);
+    }
+    let third = world.add(&key(1));
+    world.drive();
+    let fourth = world.add(&key(1));
+    let Some(Ok(answer)) = world.answer(fourth) else { panic!("a repeated Add must be answered at once") };
+    for ticket in [first, second, third] {
+        assert_eq!(world.answer(ticket), Some(Ok(answer.clone())));
+    }
+    assert_eq!(world.kernel.len(), 1);
+}
+
+#[test]
+fn del_is_answered_when_it_is_on_disk_and_out_of_the_datapath() {
+    let mut world = ample(3, 10);
+    world.granted(1);
+    let ticket = world.del(&key(1));
+    assert_eq!(world.find(disconnect), [], "not before the release is on disk");
+    assert_eq!(world.answer(ticket), None);
+    world.run_one(Outcome::Fine, disconnect);
+    assert_eq!(world.answer(ticket), Some(Ok(Answer::Detached)));
+    assert!(world.kernel[&key(1)].links, "the links go later");
+    let again = world.del(&key(1));
+    assert_eq!(world.answer(again), Some(Ok(Answer::Detached)));
+    world.drive();
+    assert!(world.kernel.is_empty());
+}
+
+#[test]
+fn del_of_nothing_succeeds_at_once_and_writes_nothing() {
+    let mut pool = Pool::new(config(IpStack::Ipv4, 3, 10));
+    let now = terway_core::clock::Moment::ZERO;
+    pool.step(Event::Tick, now);
+    let ticket = terway_core::ipam::Ticket(1);
+    let effects = pool.step(Event::Del { ticket, key: key(1) }, now);
+    assert_eq!(effects, [Effect::Answer { ticket, result: Ok(Answer::Detached) }]);
+}
+
+#[test]
+fn del_during_the_set_up_waits_for_its_end_and_then_releases() {
+    for outcome in [Outcome::Fine, Outcome::Lost, Outcome::Fails(ErrorClass::Unknown)] {
+        let mut world = ample(3, 10);
+        world.granted(0);
+        let add = world.add(&key(1));
+        world.run_one(Outcome::Fine, assign);
+        let del = world.del(&key(1));
+        assert_eq!(world.answer(del), None);
+        world.run_one(outcome, connect);
+        world.drive();
+        assert_eq!(world.answer(del), Some(Ok(Answer::Detached)), "{outcome:?}");
+        assert!(matches!(world.answer(add), Some(Err(_))), "{outcome:?}");
+        assert!(!world.kernel.contains_key(&key(1)), "{outcome:?}");
+    }
+}
+
+#[test]
+fn del_of_a_waiting_pod_ends_the_waiting() {
+    let mut world = ample(3, 10);
+    let add = world.add(&key(1));
+    let del = world.del(&key(1));
+    assert_eq!(world.answer(del), Some(Ok(Answer::Detached)));
+    assert_eq!(world.answer(add).unwrap().unwrap_err().code, errors::BUSY);
+}
+
+#[test]
+fn an_add_after_a_del_waits_for_the_old_links_to_go() {
+    let mut world = ample(3, 10);
+    let old = world.granted(1);
+    world.del(&key(1));
+    let add = world.add(&key(1));
+    world.run_one(Outcome::Fine, disconnect);
+    assert_eq!((world.answer(add), world.find(connect)), (None, vec![]));
+    world.drive();
+    let Some(Ok(Answer::Attached(new))) = world.answer(add) else { panic!("not granted") };
+    assert_ne!(old.addresses, new.addresses, "the old address is cooling");
+}
+
+#[test]
+fn an_address_rests_before_its_next_pod_and_the_longest_rested_goes_first() {
+    let mut world = ample(2, 3);
+    let grants: Vec<_> = (0..3).map(|n| world.granted(n)).collect();
+    for n in [1, 0, 2] {
+        world.del(&key(n));
+        world.drive();
+        world.settle(secs(1));
+    }
+    assert_eq!(world.pool.stats().cooling, 3);
+    let add = world.add(&key(10));
+    world.drive();
+    assert_eq!(world.answer(add), None, "all addresses are cooling, which ends soon");
+    world.settle(secs(5));
+    assert!(matches!(world.answer(add), Some(Ok(_))));
+    world.del(&key(10));
+    world.settle(secs(10));
+    let order: Vec<_> = (20..23).map(|n| world.granted(n).addresses).collect();
+    assert_eq!(order, [0, 2, 1].map(|n: usize| grants[n].addresses), "1 was used once more");
+}
+
+#[test]
+fn an_exhausted_vswitch_gives_what_it_has_and_the_next_one_the_rest() {
+    let mut world = World::new(config(IpStack::Ipv4, 4, 10), &[7, 100]);
+    for n in 0..12 {
+        world.add(&key(n));
+    }
+    world.settle(secs(5));
+    assert_eq!(world.kernel.len(), 12);
+    let problems = world.pool.problems();
+    assert!(problems.iter().all(|e| e.code == errors::VSWITCH_EXHAUSTED), "{problems:?}");
+}
+
+#[test]
+fn exhaustion_of_all_vswitches_is_told_with_the_clouds_code_and_ends() {
+    let mut world = World::new(config(IpStack::Ipv4, 4, 10), &[2, 1]);
+    for n in 0..3 {
+        world.granted(n);
+    }
+    let add = world.add(&key(3));
+    world.settle(secs(20));
+    let error = world.answer(add).unwrap().unwrap_err();
+    assert_eq!(error.code, errors::VSWITCH_EXHAUSTED);
+    assert!(error.detail.contains("InvalidVSwitchId.IpNotEnough"), "{error}");
+    assert!(!world.pool.problems().is_empty());
+    let calls = world.cloud.calls.values().sum::<u32>();
+    let refused = world.add(&key(4));
+    assert_eq!(world.answer(refused).unwrap().unwrap_err().code, errors::VSWITCH_EXHAUSTED);
+    assert_eq!(world.cloud.calls.values().sum::<u32>(), calls, "a resting vSwitch is left alone");
+    world.settle(world.config.vswitch_rest);
+    assert_eq!(world.pool.problems(), []);
+}
+
+#[test]
+fn refusals_are_told_by_their_code_and_unclear_ones_are_repeated_with_the_same_token() {
+    let cases = [
+        (ErrorClass::Quota, errors::CLOUD_QUOTA, false),
+        (ErrorClass::Forbidden, errors::CLOUD_FORBIDDEN, false),
+        (ErrorClass::Invalid, errors::CLOUD_FAILED, false),
+        (ErrorClass::Throttled, errors::CLOUD_THROTTLED, true),
+        (ErrorClass::Unknown, errors::CLOUD_FAILED, true),
+    ];
+    for (class, code, repeated) in cases {
+        let mut world = ample(3, 10);
+        let add = world.add(&key(1));
+        let mut tokens = BTreeSet::new();
+        for _ in 0..12 {
+            world.flush(usize::MAX);
+            if let [Effect::CreateEni { token, .. }] = &world.find(create)[..] {
+                tokens.insert(token.clone());
+                world.run_one(Outcome::Fails(class), create);
+            }
+            world.advance(secs(2));
+        }
+        let error = world.answer(add).unwrap().unwrap_err();
+        assert_eq!((error.code, tokens.len()), (code, 1), "{class:?}");
+        assert_eq!(world.pool.problems().first().map(|e| e.code), Some(code), "{class:?}");
+        let pending = world.pool.stats().pending > 0;
+        assert_eq!(pending, repeated, "{class:?}");
+        world.settle(secs(120));
+        assert_eq!(world.pool.problems(), [], "{class:?}");
+        world.granted(2);
+    }
+}
+
+#[test]
+fn a_lost_reply_makes_nothing_twice() {
+    let mut world = ample(3, 10);
+    let add = world.add(&key(1));
+    world.run_one(Outcome::Lost, create);
+    world.run_one(Outcome::Fine, |e| matches!(e, Effect::TakeInventory { .. }));
+    world.settle(secs(5));
+    assert!(matches!(world.answer(add), Some(Ok(_))));
+    assert_eq!(world.cloud.enis.len(), 1);
+    let add = world.add(&key(2));
+    world.run_one(Outcome::Lost, assign);
+    world.settle(secs(5));
+    assert!(matches!(world.answer(add), Some(Ok(_))));
+    assert_eq!(world.cloud.enis.values().map(|eni| eni.v4.len()).sum::<usize>(), 2);
+}
+
+#[test]
+fn a_full_node_refuses_at_once_the_last_to_come() {
+    let mut world = ample(2, 3);
+    for n in 0..3 {
+        world.granted(n);
+    }
+    let add = world.add(&key(3));
+    let error = world.answer(add).unwrap().unwrap_err();
+    assert_eq!(error.code, errors::NO_ADDRESS);
+    assert!(error.detail.contains("Of 3 addresses 3 are bound"), "{error}");
+    assert_eq!(world.pool.problems()[0].code, errors::NO_ADDRESS);
+    world.del(&key(0));
+    world.drive();
+    let waits = world.add(&key(4));
+    let refused = world.add(&key(5));
+    assert_eq!(world.answer(refused).unwrap().unwrap_err().code, errors::NO_ADDRESS);
+    world.settle(secs(5));
+    assert!(matches!(world.answer(waits), Some(Ok(_))), "the one address that cools is for who came first");
+}
+
+#[test]
+fn what_is_too_much_for_long_goes_back_but_no_primary_address_and_no_pods() {
+    let mut world = ample(3, 10);
+    let grants: Vec<_> = (0..10).map(|n| world.granted(n)).collect();
+    for n in 1..10 {
+        world.del(&key(n));
+    }
+    world.settle(secs(10));
+    assert_eq!(world.pool.stats().idle, 9, "not yet");
+    world.settle(secs(40));
+    assert_eq!(world.pool.stats().idle, 3);
+    let eni = &world.cloud.enis[&grants[0].eni];
+    assert_eq!(eni.v4.len(), 4);
+    assert!(eni.v4.contains(&eni.primary_v4) && eni.v4.contains(&grants[0].addresses.v4.unwrap()));
+}
+
+#[test]
+fn an_eni_without_pods_goes_back_whole_when_the_rest_is_enough() {
+    let mut config = config(IpStack::Dual, 4, 4);
+    config.max_idle = 2;
+    let mut world = World::new(config, &[100]);
+    for n in 0..12 {
+        world.granted(n);
+    }
+    assert_eq!(world.cloud.enis.len(), 3);
+    for n in 0..11 {
+        world.del(&key(n));
+    }
+    world.settle(secs(100));
+    assert_eq!((world.cloud.enis.len(), world.pool.stats().idle), (1, 2));
+    let eni = world.cloud.enis.values().next().unwrap();
+    assert_eq!((eni.v4.len(), eni.v6.len()), (3, 3));
+    world.del(&key(11));
+    world.settle(secs(100));
+    assert_eq!(world.pool.stats().idle, 2);
+}
+
+#[test]
+fn a_failed_set_up_is_told_and_its_address_is_free_at_once() {
+    let mut world = ample(2, 1);
+    let add = world.add(&key(1));
+    while world.find(connect).is_empty() {
+        world.flush(usize::MAX);
+        if world.find(connect).is_empty() {
+            let index = world.runnable()[0];
+            world.run(index, Outcome::Fine, 0);
+        }
+    }
+    world.run_one(Outcome::Fails(ErrorClass::Unknown), connect);
+    assert_eq!(world.answer(add).unwrap().unwrap_err().code, errors::NET_FAILED);
+    world.granted(2);
+}
+
+#[test]
+fn gc_takes_what_is_not_listed_in_its_network_only() {
+    let mut world = ample(3, 10);
+    for n in 0..4 {
+        world.granted(n);
+    }
+    let mut other = key(9);
+    "other".clone_into(&mut other.network);
+    world.add(&other);
+    world.drive();
+    let setting_up = world.add(&key(5));
+    let ticket = world.gc([key(0), key(2)].into());
+    world.drive();
+    assert_eq!(world.answer(ticket), Some(Ok(Answer::Collected(vec![key(1), key(3)]))));
+    assert!(matches!(world.answer(setting_up), Some(Ok(_))), "a pod being set up cannot be on the list yet");
+    assert_eq!(world.kernel.keys().cloned().collect::<Vec<_>>(), [key(0), key(2), key(5), other]);
+    let nothing = world.gc([key(0), key(2), key(5)].into());
+    assert_eq!(world.answer(nothing), Some(Ok(Answer::Collected(vec![]))));
+}
+
+#[test]
+fn a_cancelled_request_is_answered_and_its_work_goes_on() {
+    let mut world = ample(3, 10);
+    let waiting = world.add(&key(1));
+    world.step(Event::Cancel { ticket: waiting });
+    assert_eq!(world.answer(waiting).unwrap().unwrap_err().code, errors::DEADLINE);
+    world.drive();
+    assert!(world.kernel.is_empty(), "nobody wants it any more");
+    let wired = world.add(&key(2));
+    world.flush(usize::MAX);
+    world.step(Event::Cancel { ticket: wired });
+    assert_eq!(world.answer(wired).unwrap().unwrap_err().code, errors::DEADLINE);
+    world.drive();
+    let repeated = world.add(&key(2));
+    assert!(matches!(world.answer(repeated), Some(Ok(_))));
+    let del = world.del(&key(2));
+    world.step(Event::Cancel { ticket: del });
+    assert_eq!(world.answer(del).unwrap().unwrap_err().code, errors::DEADLINE);
+    world.drive();
+    assert!(world.kernel.is_empty());
+}
+
+#[test]
+fn a_nic_that_stays_away_is_a_problem_and_another_eni_serves() {
+    let mut world = ample(4, 2);
+    let add = world.add(&key(1));
+    world.run_one(Outcome::Fine, create);
+    world.run_one(Outcome::Fine, |e| matches!(e, Effect::AttachEni { .. }));
+    for _ in 0..2 {
+        world.run_one(Outcome::Fails(ErrorClass::Unknown), |e| matches!(e, Effect::ConfigureNic { .. }));
+        assert_eq!(world.pool.problems()[0].code, errors::NIC_MISSING);
+        world.advance(secs(3));
+    }
+    world.run_one(Outcome::Fine, create);
+    world.run_one(Outcome::Fine, |e| matches!(e, Effect::AttachEni { .. }));
+    let second = world.pool.enis()[1].id.clone();
+    world.run_one(Outcome::Fine, |e| matches!(e, Effect::ConfigureNic { eni, .. } if Some(eni) == second.as_ref()));
+    world.run_one(Outcome::Fine, connect);
+    assert!(matches!(world.answer(add), Some(Ok(_))));
+}
+
+#[test]
+fn tokens_are_used_up_on_disk_before_their_call_and_differ_by_seed() {
+    let tokens = |config: PoolConfig| {
+        let mut pool = Pool::new(config);
+        let effects = pool.step(Event::Tick, terway_core::clock::Moment::ZERO);
+        let Effect::Persist(changes) = &effects[0] else { panic!("{effects:?}") };
+        assert!(changes.iter().any(|c| matches!(c, Change::Put(Record::Counter { next: 1 }))), "{changes:?}");
+        effects
+            .iter()
+            .find_map(|e| if let Effect::CreateEni { token, .. } = e { Some(token.clone()) } else { None })
+            .unwrap()
+    };
+    let mut config = config(IpStack::Ipv4, 3, 10);
+    config.min_idle = 1;
+    let one = tokens(config.clone());
+    assert_eq!(one, tokens(config.clone()));
+    // ClientToken: at most 64 ASCII characters (ECS API reference, "How to ensure idempotence").
+    assert!(one.0.len() <= 64 && one.0.is_ascii());
+    config.token_seed = "another".into();
+    assert_ne!(one, tokens(config));
+}
+
+#[test]
+fn an_address_taken_behind_our_back_stays_with_its_pod_and_is_a_problem() {
+    let mut world = ample(3, 10);
+    let grant = world.granted(1);
+    world.granted(2);
+    world.settle(secs(60));
+    let lost = if grant.addresses.v4 == Some(world.cloud.enis[&grant.eni].primary_v4) {
+        world.pool.get(&key(2)).unwrap()
+    } else {
+        world.pool.get(&key(1)).unwrap()
+    };
+    let address = lost.grant.addresses.v4.unwrap();
+    world.cloud.enis.get_mut(&grant.eni).unwrap().v4.retain(|a| *a != address);
+    world.settle(world.config.resync);
+    assert_eq!(world.pool.get(&lost.key).unwrap().missing, [std::net::IpAddr::V4(address)]);
+    assert!(world.pool.problems()[0].detail.contains(&address.to_string()));
+    world.del(&lost.key);
+    world.settle(secs(20));
+    assert_eq!(world.pool.problems(), []);
+    let known: Vec<_> = world.pool.enis().into_iter().flat_map(|eni| eni.addresses).collect();
+    assert!(!known.contains(&address.into()), "it is not ours to hand out");
+}
+
+#[test]
+fn an_eni_that_disappears_keeps_its_pods_and_takes_no_new_ones() {
+    let mut world = ample(3, 10);
+    let grant = world.granted(1);
+    world.settle(secs(60));
+    let eni = world.cloud.enis.remove(&grant.eni).unwrap();
+    world.settle(world.config.resync);
+    assert_eq!(world.pool.list().len(), 1);
+    assert!(world.pool.problems().iter().any(|e| e.detail.contains(eni.id.as_str())));
+    assert_ne!(world.granted(2).eni, grant.eni);
+    world.del(&key(1));
+    world.settle(world.config.resync * 3);
+    assert_eq!(world.pool.problems(), []);
+    assert_eq!(world.pool.enis().len(), 1);
+}
+
+#[test]
+fn a_family_the_node_does_not_have_is_refused() {
+    let mut world = ample(3, 10);
+    let ticket = world.ticket(crate::world::Asked::Add, Some(key(1)));
+    let add = terway_core::ipam::Add {
+        ticket,
+        key: key(1),
+        pod: Default::default(),
+        netns: String::new(),
+        want: IpStack::Dual,
+        options: String::new(),
+    };
+    world.step(Event::Add(add));
+    assert_eq!(world.answer(ticket).unwrap().unwrap_err().code, errors::CONFIG_INVALID);
+}
+
+#[test]
+fn late_and_repeated_reports_change_nothing() {
+    let mut world = ample(2, 10);
+    world.granted(0);
+    world.granted(1);
+    world.del(&key(1));
+    world.settle(secs(60));
+    let add = world.add(&key(1));
+    world.flush(usize::MAX);
+    let repeat = |world: &mut World| {
+        for report in world.reports.clone() {
+            world.step(report);
+        }
+    };
+    repeat(&mut world);
+    assert_eq!(world.pool.get(&key(1)).unwrap().phase, Phase::SettingUp);
+    assert_eq!(world.answer(add), None);
+    world.drive();
+    let del = world.del(&key(1));
+    world.flush(usize::MAX);
+    repeat(&mut world);
+    assert_eq!(world.pool.get(&key(1)).unwrap().phase, Phase::Releasing);
+    assert_eq!(world.answer(del), None);
+    world.drive();
+    let stats = world.pool.stats();
+    repeat(&mut world);
+    assert_eq!((world.pool.stats(), world.pending.len()), (stats, 0));
+}
+
+#[test]
+fn dual_stack_heals_a_lopsided_eni_before_it_asks_for_pairs() {
+    let mut world = World::new(config(IpStack::Dual, 3, 10), &[100]);
+    world.granted(1);
+    let eni = world.cloud.enis.keys().next().cloned().unwrap();
+    world.cloud.add(&eni, Family::V4, 1).unwrap();
+    world.settle(world.config.resync);
+    let add = world.add(&key(2));
+    world.flush(usize::MAX);
+    assert!(matches!(&world.find(assign)[..], [Effect::Assign { family: Family::V6, count: 1, .. }]));
+    world.drive();
+    assert!(matches!(world.answer(add), Some(Ok(_))));
+}

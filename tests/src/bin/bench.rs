@@ -1,0 +1,112 @@
+//! `cargo xtask bench [NAME] [--json]`: what it costs, against what a user would take instead.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, ValueEnum};
+use terway_sim::cluster::{Cluster, Options};
+use terway_tests::bench::{add, path, prog};
+use terway_tests::figures::Figure;
+
+/// Measures; exit code 1 when a bar is missed.
+#[derive(Debug, Parser)]
+struct Cli {
+    /// Which benchmark; all of them if not given.
+    #[arg(value_enum)]
+    name: Option<Name>,
+    /// One JSON object a line.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Name {
+    /// The plugin, from exec to exit.
+    Add,
+    /// Pod to pod.
+    Path,
+    /// The programs alone.
+    Prog,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<bool> {
+    let wanted = |name| cli.name.is_none_or(|only| only == name);
+    if !cli.json {
+        println!(
+            "{:6} {:34} {:>14} {:18} {:>14} {:>8}  bar",
+            "bench", "figure", "value", "anchor", "anchor value", "ratio"
+        );
+    }
+    let mut met = true;
+    let mut show = |figures: Vec<Figure>| {
+        for figure in figures {
+            met &= figure.met();
+            if cli.json {
+                println!("{}", figure.json());
+            } else {
+                println!("{figure}");
+            }
+        }
+    };
+    if wanted(Name::Prog) {
+        show(prog::measure()?);
+    }
+    if wanted(Name::Add) {
+        // A pool that never runs dry while pods come and go one at a time, however long addresses cool.
+        let mut options = Options::new()?;
+        options.nodes = 1;
+        options.pool = (60, 120);
+        options.addresses_per_adapter = 60;
+        options.cooling = 1;
+        let cluster = Cluster::start(&options)?;
+        let node = cluster.node(0);
+        wait_for_idle(node, 60)?;
+        let reference = add::Reference::create(&format!("{}-ptp", cluster.prefix()))?;
+        show(add::measure(node, &reference)?);
+        show(add::footprint(node, 100)?);
+        drop(reference);
+        cluster.finish()?;
+    }
+    if wanted(Name::Path) {
+        let mut options = Options::new()?;
+        options.nodes = 2;
+        options.log = "warn".to_owned();
+        let cluster = Cluster::start(&options)?;
+        let routed = path::Routed::create(&format!("{}-raw", cluster.prefix()))?;
+        let mut pods = Vec::new();
+        for (node, name) in [(0, "client"), (0, "near"), (1, "far")] {
+            let node = cluster.node(node);
+            let mut pod = node.new_pod(name)?;
+            node.add(&mut pod)?;
+            pods.push(pod);
+        }
+        if let [client, near, far] = pods.as_slice() {
+            show(path::measure(&path::paths(client, near, far)?, &routed)?);
+            cluster.node(0).del(client)?;
+            cluster.node(0).del(near)?;
+            cluster.node(1).del(far)?;
+        }
+        drop(routed);
+        drop(pods);
+        cluster.finish()?;
+    }
+    Ok(met)
+}
+
+fn wait_for_idle(node: &terway_sim::node::Node, count: u32) -> Result<()> {
+    node.wait(std::time::Duration::from_secs(60), "the pool is warm", |node| {
+        Ok(node.status()?.pool.is_some_and(|pool| pool.idle >= count))
+    })
+}
