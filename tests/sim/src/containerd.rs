@@ -11,7 +11,6 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -47,7 +46,6 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Containerd {
     options: Options,
-    ns: Arc<NetNs>,
     child: Child,
     version: String,
     cri: Cri,
@@ -58,7 +56,7 @@ impl Containerd {
     ///
     /// # Errors
     /// When the binaries are missing, or it is not up within 15 s; the error names its log.
-    pub fn start(options: Options, ns: Arc<NetNs>, handle: &Handle, image: &Path) -> Result<Self> {
+    pub fn start(options: Options, ns: &NetNs, handle: &Handle, image: &Path) -> Result<Self> {
         let binary = options.bin_dir.join("containerd");
         let version = feed(Command::new(&binary).arg("--version"), "")?;
         let version = version
@@ -86,7 +84,7 @@ impl Containerd {
             .stderr(log);
         let mut child = command.spawn().with_context(|| format!("start {}", binary.display()))?;
         match up(&options, &mut child, handle, image) {
-            Ok(cri) => Ok(Self { options, ns, child, version, cri }),
+            Ok(cri) => Ok(Self { options, child, version, cri }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -125,7 +123,7 @@ impl Containerd {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        errors.extend(wipe(&self.options, &self.ns).err());
+        errors.extend(wipe(&self.options).err());
         match errors.len() {
             0 => Ok(()),
             _ => bail!("{}", errors.iter().map(|error| format!("{error:#}")).collect::<Vec<_>>().join("; ")),
@@ -159,7 +157,7 @@ fn up(options: &Options, child: &mut Child, handle: &Handle, image: &Path) -> Re
 ///
 /// # Errors
 /// All that could not be removed, after all was tried.
-pub fn wipe(options: &Options, ns: &NetNs) -> Result<()> {
+pub fn wipe(options: &Options) -> Result<()> {
     let mut errors: Vec<String> = Vec::new();
     // Containers first, by their cgroup: it is ours alone. A shim whose container is gone ends.
     let groups = cgroups(&options.cgroup_parent);
@@ -179,7 +177,6 @@ pub fn wipe(options: &Options, ns: &NetNs) -> Result<()> {
     for shim in shims(&options.work.join("c.sock")) {
         let _ = kill(Pid::from_raw(shim), Signal::SIGKILL);
     }
-    errors.extend(ns.kill_processes().err().map(|error| format!("{error:#}")));
     errors.extend(unmount_below(&options.work).err().map(|error| format!("{error:#}")));
     for id in &ids {
         let _ = fs::remove_dir_all(Path::new("/run/containerd/runc/k8s.io").join(id));

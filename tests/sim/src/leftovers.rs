@@ -214,7 +214,18 @@ pub fn settle_pods(node_: &Node, before: &Snapshot, limit: Duration) -> Result<(
                 facts.retain(|fact| !fact.split([' ', ':', '@', '/', '-', '_', '.']).any(|word| enis.contains(word)));
             }
         }
-        snapshot.0.remove("ENI");
+        for subject in ["address", "IPv6 route"] {
+            // The kernel's own, which come and go with carrier and DAD.
+            if let Some(facts) = snapshot.0.get_mut(subject) {
+                facts.retain(|fact| !(fact.contains("fe80:") && fact.contains("eth0")));
+            }
+        }
+        if let Some(pins) = snapshot.0.get_mut("pin") {
+            pins.retain(|pin| !pin.contains("/eni-"));
+        }
+        for subject in ["ENI", "pending addresses"] {
+            snapshot.0.remove(subject);
+        }
         snapshot
     })
 }

@@ -17,6 +17,8 @@ use std::thread::JoinHandle;
 use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
 
 /// Where `ip netns` keeps its names.
 const NAMES: &str = "/run/netns";
@@ -121,9 +123,14 @@ impl NetNs {
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         let file = Arc::clone(&self.file);
-        // SAFETY: between fork and exec the closure makes one system call on a descriptor that it owns, and allocates nothing.
+        // SAFETY: between fork and exec the closure makes two system calls, on a descriptor that it owns and on its own thread, and
+        // allocates nothing.
         unsafe {
-            command.pre_exec(move || setns(file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(io::Error::from));
+            command.pre_exec(move || {
+                // A scenario that waits for signals has them blocked; a child would inherit that and never end on SIGTERM.
+                SigSet::empty().thread_set_mask()?;
+                Ok(setns(file.as_fd(), CloneFlags::CLONE_NEWNET)?)
+            });
         }
         command
     }
@@ -196,7 +203,7 @@ impl NetNs {
                 bail!("processes {pids:?} in {} outlive SIGKILL", self.name);
             }
             for pid in pids {
-                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
             std::thread::sleep(std::time::Duration::from_millis(5));
         }

@@ -160,8 +160,7 @@ impl Node {
         if self.containerd.is_some() {
             bail!("{} has a containerd already", self.name);
         }
-        let containerd =
-            Containerd::start(self.containerd_options(bin_dir), Arc::clone(&self.ns), &self.handle, image)?;
+        let containerd = Containerd::start(self.containerd_options(bin_dir), &self.ns, &self.handle, image)?;
         Ok(self.containerd.insert(containerd))
     }
 
@@ -273,7 +272,8 @@ impl Drop for Node {
     /// After a panic: what [`Node::finish`] does, without asking anybody to cooperate.
     fn drop(&mut self) {
         self.containerd = None;
-        let _ = containerd::wipe(&self.containerd_options(Path::new("/usr/bin")), &self.ns);
+        let _ = containerd::wipe(&self.containerd_options(Path::new("/usr/bin")));
+        let _ = self.ns.kill_processes();
         let _ = containerd::unmount_below(&self.work);
     }
 }

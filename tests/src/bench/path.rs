@@ -53,13 +53,21 @@ impl Routed {
     /// The ends of the path.
     #[must_use]
     pub fn ends(&self) -> Ends {
-        Ends { client: self.client.path().to_owned(), server: self.server.path().to_owned(), address: Self::SERVER.into() }
+        Ends {
+            client: self.client.path().to_owned(),
+            server: self.server.path().to_owned(),
+            address: Self::SERVER.into(),
+        }
     }
 
     /// The server reaching itself: no path at all, the limit.
     #[must_use]
     pub fn loopback(&self) -> Ends {
-        Ends { client: self.server.path().to_owned(), server: self.server.path().to_owned(), address: [127, 0, 0, 1].into() }
+        Ends {
+            client: self.server.path().to_owned(),
+            server: self.server.path().to_owned(),
+            address: [127, 0, 0, 1].into(),
+        }
     }
 }
 
@@ -79,7 +87,8 @@ pub struct Path {
 /// # Errors
 /// When a pod lacks a family.
 pub fn paths(client: &Pod, near: &Pod, far: &Pod) -> Result<Vec<Path>> {
-    let ends = |to: &Pod, address| Ends { client: client.ns.path().to_owned(), server: to.ns.path().to_owned(), address };
+    let ends =
+        |to: &Pod, address| Ends { client: client.ns.path().to_owned(), server: to.ns.path().to_owned(), address };
     Ok(vec![
         Path { name: "same_node_v4", ends: ends(near, near.v4()?), bars: Some((1.1, 1.05)) },
         Path { name: "same_node_v6", ends: ends(near, near.v6()?), bars: None },
@@ -97,7 +106,7 @@ pub fn measure(paths: &[Path], routed: &Routed) -> Result<Vec<Figure>> {
         let mut ours = vec![Vec::new(); paths.len()];
         let (mut raw, mut loopback) = (Vec::new(), Vec::new());
         for round in 0..=ROUNDS {
-            let mut sample = |into: &mut Vec<f64>, ends: &Ends| -> Result<()> {
+            let sample = |into: &mut Vec<f64>, ends: &Ends| -> Result<()> {
                 let figure = run(kind, ends, CPU, ROUND)?;
                 // The first round fills neighbour tables, flow tables and caches.
                 if round > 0 {

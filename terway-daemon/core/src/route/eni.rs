@@ -51,6 +51,9 @@ impl EniPlan {
             ops.push(sysctl(format!("net/ipv6/conf/{dev}/forwarding"), "1"));
             // A router's advertisement would put a second default route into the main table.
             ops.push(sysctl(format!("net/ipv6/conf/{dev}/accept_ra"), "0"));
+            // The cloud gives an address out once. While DAD lasts, the kernel cannot ask for the gateway (ndisc_send_ns needs a link-local
+            // address that is not tentative), and the first pod's packets wait for more than a second.
+            ops.push(sysctl(format!("net/ipv6/conf/{dev}/accept_dad"), "0"));
         }
         for address in inputs.node.iter() {
             ops.push(NetOp::AddAddress { dev: dev.clone(), address: IpNet::from(address) });

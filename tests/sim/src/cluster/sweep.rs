@@ -115,7 +115,8 @@ pub(super) fn remove(prefix: &str) -> Result<()> {
                 cni_conf_dir: PathBuf::new(),
                 cgroup_parent: format!("/{name}"),
             };
-            errors.extend(containerd::wipe(&options, &ns).err());
+            errors.extend(containerd::wipe(&options).err());
+            errors.extend(ns.kill_processes().err());
         }
         errors.extend(netns::remove_name(&path).err());
     }

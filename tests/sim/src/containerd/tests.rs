@@ -8,7 +8,7 @@ use crate::image;
 fn two_pods(bin_dir: &Path, tag: &str) {
     let name = format!("fabric-{tag}{}", std::process::id());
     let work = tempfile::Builder::new().prefix("twc").tempdir_in("/tmp").unwrap();
-    let ns = Arc::new(NetNs::create(&name).unwrap());
+    let ns = NetNs::create(&name).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let conf = work.path().join("net.d");
     fs::create_dir_all(&conf).unwrap();
@@ -28,7 +28,7 @@ fn two_pods(bin_dir: &Path, tag: &str) {
         cgroup_parent: format!("/{name}"),
     };
     let start = Instant::now();
-    let containerd = Containerd::start(options, Arc::clone(&ns), runtime.handle(), &image).unwrap();
+    let containerd = Containerd::start(options, &ns, runtime.handle(), &image).unwrap();
     println!("containerd {} up in {:?}", containerd.version(), start.elapsed());
     let cri = containerd.cri();
     let deadline = Instant::now() + Duration::from_secs(5);

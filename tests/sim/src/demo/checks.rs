@@ -52,7 +52,14 @@ impl RunningPod {
     /// Runs a command in the container and wants it to succeed.
     fn run(&self, cluster: &Cluster, command: &[&str]) -> Result<String> {
         let done = cri(cluster, self.node)?.exec(&self.container, command)?;
-        ensure!(done.code == 0, "{} in {}: {}", command.join(" "), self.spec.name, done.output.trim());
+        ensure!(
+            done.code == 0,
+            "{} in {}: status {}: {}",
+            command.join(" "),
+            self.spec.name,
+            done.code,
+            done.output.trim()
+        );
         Ok(done.output)
     }
 
@@ -134,7 +141,7 @@ fn connectivity(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
         });
         report.check(&format!("TCP and UDP {name}, IPv4 and IPv6"), || {
             let url = format!("http://{}:8080/", to.v4);
-            let page = from.run(cluster, &["wget", "-q", "-T", "2", "-O", "-", &url])?;
+            let page = from.run(cluster, &["wget", "-q", "-O", "-", &url])?;
             ensure!(page.contains("served by a pod"), "wget got: {page}");
             let (from, to_ns) = (from.ns()?, to.ns()?);
             let _server = Echo::start(&to_ns)?;
