@@ -216,6 +216,31 @@ pub(crate) fn glance_v6<P: Frame>(frame: &P) -> Option<Glance<V6>> {
     Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.next, tcp_flags })
 }
 
+/// See [`Family::outline`].
+#[inline(always)]
+pub(crate) fn outline_v4<P: Frame>(frame: &P) -> Option<Glance<V4>> {
+    let header = frame.read::<Ipv4Header>(ETH_LEN)?;
+    let first = header.version_ihl == 0x45 && header.fragment & OFFSET_MASK == 0;
+    let ports = if first { outline_ports(frame, header.protocol, ETH_LEN + IPV4_LEN) } else { 0 };
+    Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.protocol, tcp_flags: 0 })
+}
+
+/// See [`Family::outline`].
+#[inline(always)]
+pub(crate) fn outline_v6<P: Frame>(frame: &P) -> Option<Glance<V6>> {
+    let header = frame.read::<Ipv6Header>(ETH_LEN)?;
+    let ports = outline_ports(frame, header.next, ETH_LEN + IPV6_LEN);
+    Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.next, tcp_flags: 0 })
+}
+
+#[inline(always)]
+fn outline_ports<P: Frame>(frame: &P, protocol: u8, at: usize) -> u32 {
+    match protocol {
+        TCP | UDP | SCTP => frame.read::<u32>(at).unwrap_or(0),
+        _ => 0,
+    }
+}
+
 #[inline(always)]
 fn glance_transport<P: Frame>(frame: &P, protocol: u8, at: usize) -> Option<u8> {
     match protocol {
@@ -296,7 +321,6 @@ const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
-const NO_NEXT: u8 = 59;
 const DESTINATION: u8 = 60;
 const MOBILITY: u8 = 135;
 /// How many of them are followed. More than three in a row is unheard of (RFC 9098).
@@ -413,10 +437,4 @@ pub(crate) fn icmp_ports<F: Family>(kind: u8, identifier: u16) -> u32 {
     } else {
         0
     }
-}
-
-/// Whether IPv6's "no next header" was met: there is nothing behind it.
-#[must_use]
-pub fn is_empty(protocol: u8) -> bool {
-    protocol == NO_NEXT
 }
