@@ -7,7 +7,7 @@ use terway_core::cloud::{EniKind, EniStatus, ErrorClass};
 use terway_core::errors;
 use terway_core::ident::{IpStack, Mac};
 use terway_core::ipam::{
-    Answer, BadRecord, Effect, EniPhase, Hold, Phase, Pool, Record, RecordKey, RestoreError, Snapshot,
+    Answer, BadRecord, Effect, EniPhase, Event, Hold, Phase, Pool, Record, RecordKey, RestoreError, Snapshot,
 };
 
 use crate::cloud::INSTANCE;
@@ -122,6 +122,7 @@ fn an_address_that_may_be_on_its_way_back_is_never_handed_out() {
     }
     world.settle(Duration::from_secs(24));
     world.advance(Duration::from_secs(2));
+    assert_eq!(world.find(|e| matches!(e, Effect::Unassign { .. })), [], "not before it is on disk");
     world.flush(usize::MAX);
     let Some(Effect::Unassign { addresses, .. }) = world.find(|e| matches!(e, Effect::Unassign { .. })).pop() else {
         panic!("nothing is given back")
@@ -229,6 +230,36 @@ fn a_late_list_does_not_bring_back_what_was_given_away() {
         gone.len(),
         "held back until the cloud says once more that they are gone"
     );
+}
+
+#[test]
+fn a_late_list_does_not_bring_back_a_deleted_eni() {
+    let mut config = config(IpStack::Ipv4, 3, 2);
+    config.max_idle = 0;
+    let mut world = World::new(config, &[100, 100]);
+    for n in 0..4 {
+        world.granted(n);
+    }
+    for n in 2..4 {
+        world.del(&key(n));
+    }
+    let before = world.cloud.list();
+    for _ in 0..60 {
+        if world.cloud.enis.len() == 2 {
+            world.settle(Duration::from_secs(1));
+        }
+    }
+    world.add(&key(9));
+    world.run_one(Outcome::Fine, |e| matches!(e, Effect::CreateEni { .. }));
+    // An outcome that nobody knows makes the pool look at once.
+    world.run_one(Outcome::Lost, |e| matches!(e, Effect::AttachEni { .. }));
+    let Some(Effect::TakeInventory { op }) = world.find(|e| matches!(e, Effect::TakeInventory { .. })).pop() else {
+        panic!("no inventory")
+    };
+    let gone = before.last().unwrap().id.clone();
+    assert!(!world.cloud.enis.contains_key(&gone));
+    world.step(Event::Inventory { op, result: Ok(before) });
+    assert!(world.pool.enis().iter().all(|eni| eni.id.as_ref() != Some(&gone)));
 }
 
 #[test]
