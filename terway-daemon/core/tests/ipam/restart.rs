@@ -152,6 +152,22 @@ fn a_created_eni_is_found_by_its_token_without_another_call() {
 }
 
 #[test]
+fn a_call_whose_outcome_was_lost_in_the_crash_is_repeated_with_its_token() {
+    let mut world = warm(1);
+    world.add(&key(1));
+    world.flush(usize::MAX);
+    let token = |effect: &Effect| if let Effect::Assign { token, .. } = effect { Some(token.clone()) } else { None };
+    let asked: Vec<_> = world.find(|e| token(e).is_some()).iter().filter_map(token).collect();
+    // Bit 0 only: the call is made and nobody hears of it.
+    world.crash(0, u64::from(u32::MAX) << 32 | 1, Outcome::Fine, true, usize::MAX);
+    world.flush(usize::MAX);
+    let repeated: Vec<_> = world.find(|e| token(e).is_some()).iter().filter_map(token).collect();
+    assert_eq!((repeated.len(), repeated), (1, asked));
+    world.settle(Duration::from_secs(1));
+    assert_eq!(world.cloud.enis.values().map(|eni| eni.v4.len()).sum::<usize>(), 2);
+}
+
+#[test]
 fn enis_found_attached_are_used_and_others_left_alone() {
     let mut world = warm(1);
     let eni = world.cloud.enis.values().next().cloned().unwrap();
