@@ -279,6 +279,25 @@ fn a_late_list_does_not_bring_back_a_deleted_eni() {
 }
 
 #[test]
+fn a_deleted_eni_that_a_late_list_shows_after_a_restart_is_struck_again() {
+    let mut config = config(IpStack::Ipv4, 3, 2);
+    config.max_idle = 0;
+    let mut world = World::new(config, &[100, 100]);
+    world.granted(0);
+    world.del(&key(0));
+    for _ in 0..60 {
+        if !world.cloud.enis.is_empty() {
+            world.settle(Duration::from_secs(1));
+        }
+    }
+    // The choice of 0 is the oldest list that may still be told: the one with the ENI attached.
+    world.crash(usize::MAX, 0, Outcome::Fine, true, 0);
+    assert_eq!(world.pool.enis().len(), 1);
+    world.settle(world.config.settle * 4);
+    assert_eq!((world.pool.enis(), world.pool.problems()), (vec![], vec![]));
+}
+
+#[test]
 fn every_record_round_trips_and_later_versions_are_refused() {
     let mut world = warm(2);
     world.del(&key(1));
