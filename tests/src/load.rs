@@ -75,7 +75,11 @@ pub fn run(kind: Kind, ends: &Ends, cpu: usize, duration: Duration) -> Result<f6
     figure.with_context(|| format!("{} to {}", kind.name(), ends.address))
 }
 
-fn in_netns<T: Send + 'static>(netns: PathBuf, cpu: usize, work: impl FnOnce() -> Result<T> + Send + 'static) -> JoinHandle<Result<T>> {
+fn in_netns<T: Send + 'static>(
+    netns: PathBuf,
+    cpu: usize,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> JoinHandle<Result<T>> {
     std::thread::spawn(move || {
         enter(&netns)?;
         let mut set = CpuSet::new();

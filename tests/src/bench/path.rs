@@ -53,13 +53,21 @@ impl Routed {
     /// The ends of the path.
     #[must_use]
     pub fn ends(&self) -> Ends {
-        Ends { client: self.client.path().to_owned(), server: self.server.path().to_owned(), address: Self::SERVER.into() }
+        Ends {
+            client: self.client.path().to_owned(),
+            server: self.server.path().to_owned(),
+            address: Self::SERVER.into(),
+        }
     }
 
     /// The server reaching itself: no path at all, the limit.
     #[must_use]
     pub fn loopback(&self) -> Ends {
-        Ends { client: self.server.path().to_owned(), server: self.server.path().to_owned(), address: [127, 0, 0, 1].into() }
+        Ends {
+            client: self.server.path().to_owned(),
+            server: self.server.path().to_owned(),
+            address: [127, 0, 0, 1].into(),
+        }
     }
 }
 
@@ -79,7 +87,8 @@ pub struct Path {
 /// # Errors
 /// When a pod lacks a family.
 pub fn paths(client: &Pod, near: &Pod, far: &Pod) -> Result<Vec<Path>> {
-    let ends = |to: &Pod, address| Ends { client: client.ns.path().to_owned(), server: to.ns.path().to_owned(), address };
+    let ends =
+        |to: &Pod, address| Ends { client: client.ns.path().to_owned(), server: to.ns.path().to_owned(), address };
     Ok(vec![
         Path { name: "same_node_v4", ends: ends(near, near.v4()?), bars: Some((1.1, 1.05)) },
         Path { name: "same_node_v6", ends: ends(near, near.v6()?), bars: None },
