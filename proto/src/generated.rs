@@ -305,6 +305,58 @@ pub struct PodState {
     #[prost(string, tag = "6")]
     pub host_ifname: ::prost::alloc::string::String,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchDropsRequest {
+    /// Stay and tell of packets to come.
+    #[prost(bool, tag = "1")]
+    pub follow: bool,
+}
+/// One dropped packet. Which are told is bounded per second; all are counted.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DroppedPacket {
+    /// Milliseconds since 1970 when the daemon read the event.
+    #[prost(uint64, tag = "1")]
+    pub at_ms: u64,
+    /// Name and sentence of the reason.
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub text: ::prost::alloc::string::String,
+    /// Program that dropped it: from_pod, to_pod, from_vpc or to_vpc.
+    #[prost(string, tag = "4")]
+    pub program: ::prost::alloc::string::String,
+    /// Interface of the hook, its name as far as the daemon knows it.
+    #[prost(uint32, tag = "5")]
+    pub ifindex: u32,
+    #[prost(string, tag = "6")]
+    pub ifname: ::prost::alloc::string::String,
+    /// Addresses; empty when the packet was dropped before its family was known.
+    #[prost(string, tag = "7")]
+    pub source: ::prost::alloc::string::String,
+    #[prost(string, tag = "8")]
+    pub destination: ::prost::alloc::string::String,
+    /// IP protocol number and ports, 0 where there is none.
+    #[prost(uint32, tag = "9")]
+    pub protocol: u32,
+    #[prost(uint32, tag = "10")]
+    pub source_port: u32,
+    #[prost(uint32, tag = "11")]
+    pub destination_port: u32,
+    /// Ethernet addresses.
+    #[prost(string, tag = "12")]
+    pub source_mac: ::prost::alloc::string::String,
+    #[prost(string, tag = "13")]
+    pub destination_mac: ::prost::alloc::string::String,
+    /// Bytes, Ethernet header included.
+    #[prost(uint32, tag = "14")]
+    pub length: u32,
+    /// Events of this CPU that were not told before this one.
+    #[prost(uint32, tag = "15")]
+    pub lost: u32,
+    /// The pod whose interface it was, if it was one.
+    #[prost(message, optional, tag = "16")]
+    pub pod: ::core::option::Option<Pod>,
+}
 /// Carried in the trailing metadata `terway-error-bin` of a failed call.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ErrorDetail {
@@ -542,6 +594,31 @@ pub mod node_network_client {
                 .insert(GrpcMethod::new("terway.v1.NodeNetwork", "ListPods"));
             self.inner.unary(req, path, codec).await
         }
+        /// Tells of dropped packets: the latest ones, then, if wished, those to come.
+        pub async fn watch_drops(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WatchDropsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::DroppedPacket>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/WatchDrops",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "WatchDrops"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -594,6 +671,17 @@ pub mod node_network_server {
             tonic::Response<super::ListPodsResponse>,
             tonic::Status,
         >;
+        /// Server streaming response type for the WatchDrops method.
+        type WatchDropsStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::DroppedPacket, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Tells of dropped packets: the latest ones, then, if wished, those to come.
+        async fn watch_drops(
+            &self,
+            request: tonic::Request<super::WatchDropsRequest>,
+        ) -> std::result::Result<tonic::Response<Self::WatchDropsStream>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct NodeNetworkServer<T> {
@@ -937,6 +1025,52 @@ pub mod node_network_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/WatchDrops" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchDropsSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::ServerStreamingService<super::WatchDropsRequest>
+                    for WatchDropsSvc<T> {
+                        type Response = super::DroppedPacket;
+                        type ResponseStream = T::WatchDropsStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::WatchDropsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::watch_drops(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchDropsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -68,8 +68,10 @@ impl Budget {
 /// Why a call has no answer.
 #[derive(Debug)]
 pub(crate) enum CallError {
-    /// Nobody listens, or the connection broke.
+    /// Nobody listens.
     Unreachable(String),
+    /// The connection broke under way: the daemon died, or is being replaced.
+    Broken(String),
     /// The time is over.
     Late,
     /// The daemon said no.
@@ -80,7 +82,9 @@ impl CallError {
     /// Puts it into the words of the catalogue.
     pub(crate) fn failure(self, socket: &str) -> Failure {
         match self {
-            Self::Unreachable(reason) => Error::new(DAEMON_UNREACHABLE, format!("{socket}: {reason}.")).into(),
+            Self::Unreachable(reason) | Self::Broken(reason) => {
+                Error::new(DAEMON_UNREACHABLE, format!("{socket}: {reason}.")).into()
+            }
             Self::Late => Error::new(DEADLINE, format!("{socket}: no answer in time.")).into(),
             Self::Refused(failure) => failure,
         }
@@ -111,7 +115,7 @@ where
         };
         match tokio::time::timeout(budget.left(), whole).await {
             Err(_elapsed) => return Err(CallError::Late),
-            Ok(Err(CallError::Unreachable(_))) if attempt < ATTEMPTS && !budget.connect.is_zero() => attempt += 1,
+            Ok(Err(CallError::Broken(_))) if attempt < ATTEMPTS => attempt += 1,
             Ok(answer) => return answer,
         }
     }
@@ -134,7 +138,7 @@ async fn connect(socket: &Path, budget: Budget) -> Result<Client, CallError> {
     };
     let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
         .await
-        .map_err(|error| CallError::Unreachable(error.to_string()))?;
+        .map_err(|error| CallError::Broken(error.to_string()))?;
     // Ends with the runtime; its errors show in the call.
     tokio::spawn(connection);
     Ok(NodeNetworkClient::with_origin(Connection(sender), http::Uri::from_static("http://terway")))
@@ -160,10 +164,10 @@ fn understand(status: Status) -> CallError {
     let local = std::error::Error::source(&status).is_some();
     match status.code() {
         Code::DeadlineExceeded => CallError::Late,
-        Code::Unavailable => CallError::Unreachable(status.message().to_owned()),
+        Code::Unavailable => CallError::Broken(status.message().to_owned()),
         // A server whose `grpc-timeout` has passed answers Cancelled (tonic's server does).
         Code::Cancelled if !local => CallError::Late,
-        _ if local => CallError::Unreachable(status.message().to_owned()),
+        _ if local => CallError::Broken(status.message().to_owned()),
         code => CallError::Refused(
             Error::new(INTERNAL, format!("The daemon answered {code:?}: {}.", status.message())).into(),
         ),

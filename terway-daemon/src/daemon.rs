@@ -83,6 +83,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let engine = Engine::new(parts);
     engine.begin(&records, effects).await?;
     tokio::spawn(Arc::clone(&engine).tick());
+    tokio::spawn(Arc::clone(&engine).log_drops());
 
     // Listening comes before reading the queue: see terway_core::cni::queue for why nothing falls in between.
     let listener = socket::bind(&options.socket)
@@ -133,6 +134,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
         }
     };
     // Pods keep their network: programs stay attached, maps and links stay pinned, the conflist stays in place.
+    engine.stop_following();
     let _ = stop.send(());
     if tokio::time::timeout(STOP_WITHIN, server).await.is_err() {
         warn!("some calls did not finish in time; the next start takes them up");

@@ -1,5 +1,6 @@
 //! The gRPC service: decodes requests, hands them to the [`Engine`], encodes replies and errors. Decides nothing.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -7,6 +8,8 @@ use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, PodRef};
 use terway_proto::v1;
 use terway_proto::v1::node_network_server::{NodeNetwork, NodeNetworkServer};
+use tokio_stream::wrappers::BroadcastStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
 
@@ -162,6 +165,23 @@ impl NodeNetwork for Service {
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
         let start = Instant::now();
         self.done("Status", start, Ok(self.engine.status()))
+    }
+
+    type WatchDropsStream = Pin<Box<dyn Stream<Item = Result<v1::DroppedPacket, Status>> + Send>>;
+
+    async fn watch_drops(
+        &self,
+        request: Request<v1::WatchDropsRequest>,
+    ) -> Result<Response<Self::WatchDropsStream>, Status> {
+        let (recent, live) = self.engine.drops();
+        let recent = tokio_stream::iter(recent.into_iter().map(Ok));
+        let live = live.filter(|_| request.into_inner().follow);
+        // A follower that lags misses some; each drop is counted whether anybody follows or not.
+        let live = live.map(|live| BroadcastStream::new(live).filter_map(|packet| packet.ok().map(Ok)));
+        Ok(Response::new(match live {
+            Some(live) => Box::pin(recent.chain(live)),
+            None => Box::pin(recent),
+        }))
     }
 
     async fn list_pods(&self, _: Request<v1::ListPodsRequest>) -> Result<Response<v1::ListPodsResponse>, Status> {

@@ -3,6 +3,7 @@
 use terway_abi::{Drop, Endpoint, Nexthop, bucket_v4, bucket_v6};
 
 use crate::csum;
+use crate::flow::copy;
 use crate::frame::{ETH_LEN, Frame};
 use crate::parse::{self, Packet};
 
@@ -39,8 +40,11 @@ pub trait Family: Sized + 'static {
     /// The endpoint's address of this family, [`Family::NONE`] if it has none.
     fn address(endpoint: &Endpoint) -> Self::Addr;
 
-    /// The gateway of the endpoint's ENI.
-    fn gateway(endpoint: &Endpoint) -> Option<Nexthop>;
+    /// Whether the endpoint's ENI has a gateway of this family.
+    fn has_gateway(endpoint: &Endpoint) -> bool;
+
+    /// Writes the gateway of the endpoint's ENI.
+    fn gateway(endpoint: &Endpoint, nexthop: &mut Nexthop);
 
     /// The slot of an address that is nobody's here.
     fn bucket(address: &Self::Addr) -> u32;
@@ -108,9 +112,14 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn gateway(endpoint: &Endpoint) -> Option<Nexthop> {
-        let gateway = endpoint.gateway_v4;
-        (gateway != 0).then_some(Nexthop { family: AF_INET, address: [gateway, 0, 0, 0] })
+    fn has_gateway(endpoint: &Endpoint) -> bool {
+        endpoint.gateway_v4 != 0
+    }
+
+    #[inline(always)]
+    fn gateway(endpoint: &Endpoint, nexthop: &mut Nexthop) {
+        let Nexthop { family, address: [first, ..] } = nexthop;
+        (*family, *first) = (AF_INET, endpoint.gateway_v4);
     }
 
     #[inline(always)]
@@ -185,9 +194,14 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn gateway(endpoint: &Endpoint) -> Option<Nexthop> {
-        let gateway = endpoint.gateway_v6;
-        (!Self::same(&gateway, &Self::NONE)).then_some(Nexthop { family: AF_INET6, address: gateway })
+    fn has_gateway(endpoint: &Endpoint) -> bool {
+        !Self::same(&endpoint.gateway_v6, &Self::NONE)
+    }
+
+    #[inline(always)]
+    fn gateway(endpoint: &Endpoint, nexthop: &mut Nexthop) {
+        nexthop.family = AF_INET6;
+        copy(&mut nexthop.address, &endpoint.gateway_v6);
     }
 
     #[inline(always)]

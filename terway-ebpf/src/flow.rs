@@ -1,6 +1,6 @@
 //! Flow entries: how they are made, in pairs, and what an established packet asks of them.
 
-use terway_abi::{Action, Endpoint, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, MacPair, Nexthop, flow_flags};
+use terway_abi::{Action, Endpoint, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, flow_flags};
 
 use crate::family::Family;
 use crate::parse::tcp_flags;
@@ -57,25 +57,35 @@ impl<'a> Route<'a> {
         }
     }
 
-    /// Fills a flow entry for this way. Counters, times and flags stay as they are.
+    /// Fills a flow entry for this way: what its action needs, and nothing else of it.
     #[inline(always)]
     pub fn fill<F: Family>(&self, flow: &mut Flow<F::Addr>) {
-        flow.expect = if let Place::Pod(pod) = self.origin { pod.sent } else { MacPair::default() };
+        if let Place::Pod(pod) = self.origin {
+            copy(&mut flow.expect.0, &pod.sent.0);
+        }
         flow.slots = [self.source.slot, self.destination.slot];
         flow.epochs = [self.source.epoch, self.destination.epoch];
-        (flow.write, flow.nexthop) = (MacPair::default(), Nexthop::default());
-        (flow.action, flow.oif) = match (self.origin, self.target) {
+        match (self.origin, self.target) {
             // The host stack routed it here; all that is left is to let it pass.
-            (Place::Host(_), _) | (_, Place::Host(_)) => (Action::Stack as u32, 0),
+            (Place::Host(_), _) | (_, Place::Host(_)) => flow.action = Action::Stack as u32,
             (_, Place::Pod(pod)) => {
-                flow.write = pod.received;
-                (Action::Local as u32, pod.host_ifindex)
+                copy(&mut flow.write.0, &pod.received.0);
+                (flow.action, flow.oif) = (Action::Local as u32, pod.host_ifindex);
             }
             (_, Place::Vpc(pod)) => {
-                flow.nexthop = F::gateway(pod).unwrap_or_default();
-                (Action::Vpc as u32, pod.eni_ifindex)
+                F::gateway(pod, &mut flow.nexthop);
+                (flow.action, flow.oif) = (Action::Vpc as u32, pod.eni_ifindex);
             }
-        };
+        }
+    }
+}
+
+/// Copies words one by one. An assignment becomes `memmove`, which on the BPF target is a loop over bytes.
+#[inline(always)]
+pub(crate) fn copy<const N: usize>(to: &mut [u32; N], from: &[u32; N]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        // SAFETY: a reference is readable. Volatile, so that the loop is not made into a `memcpy` again.
+        *to = unsafe { core::ptr::read_volatile(from) };
     }
 }
 
@@ -86,11 +96,20 @@ pub const fn key<A: Copy>(src: A, dst: A, ports: u32, protocol: u8, (ifindex, ho
     FlowKey { src, dst, ports, ifindex, class: protocol as u32 | (hook as u32) << 8, spare: 0 }
 }
 
-/// The key of the answers to `of` at a hook.
+/// Adds protocol, interface and hook to a key that has addresses and ports.
 #[inline(always)]
-#[must_use]
-pub const fn answer_key<A: Copy>(of: &FlowKey<A>, hook: (u32, u8)) -> FlowKey<A> {
-    key(of.dst, of.src, of.ports.rotate_left(16), of.protocol(), hook)
+pub fn complete<A>(key: &mut FlowKey<A>, protocol: u8, (ifindex, hook): (u32, u8)) {
+    key.ifindex = ifindex;
+    key.class = u32::from(protocol) | u32::from(hook) << 8;
+}
+
+/// Turns a key into that of the answers, at a hook.
+#[inline(always)]
+pub fn turn<A: Copy>(key: &mut FlowKey<A>, (ifindex, hook): (u32, u8)) {
+    (key.src, key.dst) = (key.dst, key.src);
+    key.ports = key.ports.rotate_left(16);
+    key.ifindex = ifindex;
+    key.class = u32::from(key.protocol()) | u32::from(hook) << 8;
 }
 
 /// Whether a packet with these TCP flags may use an entry with these flags.

@@ -4,20 +4,9 @@
 //! delivered like that flow's packets; the address of the router that sent it is not part of the flow.
 
 use crate::family::{Family, V4, V6};
+use crate::flow::copy;
 use crate::frame::Frame;
 use crate::parse::{self, Fragment, Packet, SCTP, TCP, UDP, UDPLITE};
-
-/// Addresses, ports and protocol of the flow that an ICMP error belongs to.
-pub struct Answer<F: Family> {
-    /// Source: where the packet that failed went.
-    pub src: F::Addr,
-    /// Destination: where it came from.
-    pub dst: F::Addr,
-    /// Ports, likewise changed over.
-    pub ports: u32,
-    /// Protocol number.
-    pub protocol: u8,
-}
 
 /// What an error needs of its family.
 pub trait Inner: Family {
@@ -37,16 +26,19 @@ impl Inner for V6 {
     fn inner<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize> {
         // Quoted packets with extension headers belong to no flow: their error is a packet like any other.
         let header = frame.read_far::<parse::Ipv6Header>(at)?;
-        (packet.src, packet.dst, packet.protocol) = (header.src, header.dst, header.next);
+        copy(&mut packet.key.src, &header.src);
+        copy(&mut packet.key.dst, &header.dst);
+        packet.protocol = header.next;
         Some(at + size_of::<parse::Ipv6Header>())
     }
 }
 
-/// The flow that the error at `at` belongs to; `None` if it does not say.
+/// Reads addresses, protocol and ports of the packet at `at` that an error quotes; `None` if it does not say.
+///
+/// The error belongs to the flow with all of these changed over.
 #[inline(always)]
-pub fn answer<P: Frame, F: Inner>(frame: &P, at: usize) -> Option<Answer<F>> {
-    let mut quoted = Packet::<F>::new();
-    let transport = F::inner(frame, at, &mut quoted)?;
+pub fn answer<P: Frame, F: Inner>(frame: &P, at: usize, quoted: &mut Packet<F>) -> Option<()> {
+    let transport = F::inner(frame, at, quoted)?;
     if quoted.fragment == Fragment::Later {
         return None;
     }
@@ -57,6 +49,6 @@ pub fn answer<P: Frame, F: Inner>(frame: &P, at: usize) -> Option<Answer<F>> {
         }
         _ => 0,
     };
-    let ports = frame.blur(ports as usize) as u32;
-    Some(Answer { src: quoted.dst, dst: quoted.src, ports: ports.rotate_left(16), protocol: quoted.protocol })
+    quoted.key.ports = frame.blur(ports as usize) as u32;
+    Some(())
 }

@@ -3,9 +3,10 @@
 //! Two depths. The *glance* knows the shape that nearly all packets have and costs a handful of instructions. The *parse* walks
 //! options and extension headers within fixed bounds and says why it refuses what it refuses.
 
-use terway_abi::Drop;
+use terway_abi::{Drop, FlowKey};
 
 use crate::family::{Family, Glance, V4, V6};
+use crate::flow::copy;
 use crate::frame::{ETH_LEN, Frame, Plain};
 
 /// Protocol numbers (IANA "Assigned Internet Protocol Numbers").
@@ -45,6 +46,7 @@ pub mod ethertype {
 
 /// What a packet carries, as far as it matters here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Payload {
     /// Anything that only addresses, ports and protocol identify.
     #[default]
@@ -57,6 +59,7 @@ pub enum Payload {
 
 /// Whether a packet is whole.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Fragment {
     /// Not a fragment.
     #[default]
@@ -68,13 +71,11 @@ pub enum Fragment {
 }
 
 /// A parsed packet.
+#[repr(C, align(8))]
 pub struct Packet<F: Family> {
-    /// Source address.
-    pub src: F::Addr,
-    /// Destination address.
-    pub dst: F::Addr,
-    /// Ports as in the packet (see `FlowKey::ports`).
-    pub ports: u32,
+    /// Addresses and ports; the parser leaves the rest of the key alone. It is here, and not a copy of what is here, because the
+    /// stack is small.
+    pub key: FlowKey<F::Addr>,
     /// Protocol number of the transport header.
     pub protocol: u8,
     /// TCP's flags.
@@ -86,9 +87,9 @@ pub struct Packet<F: Family> {
     /// The identification of its fragments, as in the packet.
     pub fragment_id: u32,
     /// Offset of the transport header in the frame.
-    pub transport: usize,
+    pub transport: u32,
     /// Offset, in the frame, of the packet that an ICMP error speaks of.
-    pub inner: usize,
+    pub inner: u32,
 }
 
 impl<F: Family> Packet<F> {
@@ -97,9 +98,7 @@ impl<F: Family> Packet<F> {
     #[must_use]
     pub fn new() -> Self {
         Self {
-            src: F::NONE,
-            dst: F::NONE,
-            ports: 0,
+            key: FlowKey { src: F::NONE, dst: F::NONE, ports: 0, ifindex: 0, class: 0, spare: 0 },
             protocol: 0,
             tcp_flags: 0,
             payload: Payload::Plain,
@@ -239,7 +238,7 @@ pub(crate) fn parse_v4<P: Frame>(frame: &P, packet: &mut Packet<V4>) -> Result<(
     if transport > ETH_LEN + IPV4_LEN {
         refuse_source_route(frame, transport)?;
     }
-    packet.transport = transport;
+    packet.transport = transport as u32;
     if packet.fragment == Fragment::Later { Ok(()) } else { transport_header(frame, packet) }
 }
 
@@ -253,8 +252,7 @@ pub(crate) fn header_v4<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V4>)
     if header.version_ihl >> 4 != 4 || header_len < IPV4_LEN || (length != 0 && length < header_len) {
         return Err(Drop::BadHeader);
     }
-    packet.src = header.src;
-    packet.dst = header.dst;
+    (packet.key.src, packet.key.dst) = (header.src, header.dst);
     packet.protocol = header.protocol;
     packet.fragment_id = u32::from(header.id);
     packet.fragment = if header.fragment & OFFSET_MASK != 0 {
@@ -318,8 +316,8 @@ pub(crate) fn header_v6<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V6>)
     if header.version_class_flow.to_ne_bytes()[0] >> 4 != 6 {
         return Err(Drop::BadHeader);
     }
-    packet.src = header.src;
-    packet.dst = header.dst;
+    copy(&mut packet.key.src, &header.src);
+    copy(&mut packet.key.dst, &header.dst);
     let (mut next, mut at) = (header.next, at + IPV6_LEN);
     for _ in 0..CHAIN {
         (next, at) = (frame.blur(usize::from(next)) as u8, frame.blur(at));
@@ -343,14 +341,14 @@ pub(crate) fn header_v6<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V6>)
                 };
                 if packet.fragment == Fragment::Later {
                     packet.protocol = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
-                    packet.transport = at + 8;
+                    packet.transport = (at + 8) as u32;
                     return Ok(());
                 }
                 8
             }
             _ => {
                 packet.protocol = next;
-                packet.transport = at;
+                packet.transport = at as u32;
                 return Ok(());
             }
         };
@@ -368,13 +366,13 @@ fn extension_length<P: Frame>(frame: &P, at: usize) -> Result<usize, Drop> {
 /// Ports and kind of payload, from the transport header.
 #[inline(always)]
 fn transport_header<P: Frame, F: Family>(frame: &P, packet: &mut Packet<F>) -> Result<(), Drop> {
-    let at = packet.transport;
+    let at = packet.transport as usize;
     match packet.protocol {
         TCP => {
-            packet.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?;
+            packet.key.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?;
             packet.tcp_flags = frame.read_far::<u8>(at + TCP_FLAGS_AT).ok_or(Drop::Truncated)?;
         }
-        UDP | UDPLITE | SCTP => packet.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?,
+        UDP | UDPLITE | SCTP => packet.key.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?,
         protocol if protocol == F::ICMP => {
             let kind = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
             let identifier = frame.read_far::<u16>(at + 4).ok_or(Drop::Truncated)?;
@@ -385,12 +383,12 @@ fn transport_header<P: Frame, F: Family>(frame: &P, packet: &mut Packet<F>) -> R
             } else {
                 Payload::Plain
             };
-            packet.inner = at + 8;
-            packet.ports = icmp_ports::<F>(kind, identifier);
+            packet.inner = (at + 8) as u32;
+            packet.key.ports = icmp_ports::<F>(kind, identifier);
         }
         _ => {}
     }
-    packet.ports = frame.blur(packet.ports as usize) as u32;
+    packet.key.ports = frame.blur(packet.key.ports as usize) as u32;
     packet.protocol = frame.blur(usize::from(packet.protocol)) as u8;
     packet.tcp_flags = frame.blur(usize::from(packet.tcp_flags)) as u8;
     Ok(())

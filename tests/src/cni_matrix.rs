@@ -105,6 +105,8 @@ pub struct Claims {
     pub add_is_idempotent: bool,
     /// A DEL succeeds while the daemon is down or slow.
     pub del_without_daemon: bool,
+    /// How long it takes at most until such a DEL is carried out, once the daemon is well again.
+    pub release_within: Duration,
     /// Code for a CNI_NETNS that is none; libcni's own is 8.
     pub netns_code: Option<u32>,
     /// How long the plugin waits for its daemon at most.
@@ -117,6 +119,7 @@ impl Default for Claims {
             ignores_unknown_fields: false,
             add_is_idempotent: false,
             del_without_daemon: false,
+            release_within: Duration::from_secs(10),
             netns_code: None,
             patience: Duration::from_secs(10),
         }
@@ -305,7 +308,9 @@ impl Stage<'_> {
         };
         calls.iter_mut().for_each(|call| cell.alter(call));
         let count = calls.len();
-        self.outcomes = parallel(calls.iter().collect(), count, |each| call(cell.plugin, each));
+        // The second sandbox of a pod is made when the first one is there.
+        let workers = if cell.situation == Situation::Namesake { 1 } else { count };
+        self.outcomes = parallel(calls.iter().collect(), workers, |each| call(cell.plugin, each));
         if cell.situation == Situation::Repeated {
             let first = self.outcomes.remove(0);
             let good = if cell.verb == Verb::Add { Ending::Result } else { cell.expected.endings[0] };
@@ -356,7 +361,7 @@ impl<'a> Cell<'a> {
         let mut complaints = Vec::new();
         let count = match self.situation {
             Situation::Concurrent => CROWD,
-            Situation::Stale => 2,
+            Situation::Stale | Situation::Namesake => 2,
             _ => usize::from(self.verb.has_container()),
         };
         let mut containers: Vec<Container> = (0..count).map(|_| self.container()).collect();
@@ -385,7 +390,7 @@ impl<'a> Cell<'a> {
             (self.verb, down && self.claims.del_without_daemon, self.plugin.daemon())
         {
             // Slow or just started, the daemon comes to it by itself.
-            let until = Instant::now() + self.claims.patience;
+            let until = Instant::now() + self.claims.release_within;
             while containers.iter().any(|container| daemon.holds(&container.id)) {
                 if Instant::now() > until {
                     complaints.push("a DEL without the daemon was lost".to_owned());
@@ -468,11 +473,13 @@ impl<'a> Cell<'a> {
             env.insert("CNI_CONTAINERID", container.id.clone());
             env.insert("CNI_NETNS", container.netns.path.display().to_string());
             env.insert("CNI_IFNAME", "eth0".to_owned());
+            // Two sandboxes of one pod may overlap; their ids differ ("primary key", section 2 "Parameters").
+            let pod = if self.situation == Situation::Namesake { self.version } else { &container.id };
             // As containerd does, in any order.
             env.insert(
                 "CNI_ARGS",
                 format!(
-                    "K8S_POD_NAME=p;IgnoreUnknown=1;K8S_POD_NAMESPACE=n;K8S_POD_INFRA_CONTAINER_ID={}",
+                    "K8S_POD_NAME={pod};IgnoreUnknown=1;K8S_POD_NAMESPACE=n;K8S_POD_INFRA_CONTAINER_ID={}",
                     container.id
                 ),
             );

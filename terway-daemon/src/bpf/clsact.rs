@@ -113,6 +113,26 @@ impl Socket {
         accept("detach from egress", ifindex, to, &absent)
     }
 
+    /// Whether both filters are there. The kernel answers a single get with the filter and an acknowledgement, or with an error.
+    pub(super) fn is_attached(&mut self, ifindex: u32) -> Result<bool, BpfError> {
+        let mut batch = Batch::new(self.sequence);
+        for parent in [INGRESS, EGRESS] {
+            batch.message(
+                libc::RTM_GETTFILTER,
+                ACK,
+                ifindex,
+                HANDLE,
+                parent,
+                PRIORITY << 16 | ETH_P_ALL,
+                |attributes| {
+                    attributes.string(TCA_KIND, "bpf");
+                },
+            );
+        }
+        let answers: [i32; 2] = self.exchange(&batch, ifindex)?;
+        Ok(answers == [0, 0])
+    }
+
     /// Sends a batch and returns the error number of each of its messages.
     fn exchange<const N: usize>(&mut self, batch: &Batch, ifindex: u32) -> Result<[i32; N], BpfError> {
         let first = self.sequence.wrapping_add(1);

@@ -158,6 +158,14 @@ impl Datapath {
         error::lock(&self.netlink).attach(ifindex, from, to)
     }
 
+    /// Whether [`Datapath::attach_pod`] has been here and its filters are still in place.
+    ///
+    /// # Errors
+    /// [`BpfError::Netlink`] when the kernel cannot be asked.
+    pub fn pod_is_attached(&self, ifindex: u32) -> Result<bool, BpfError> {
+        error::lock(&self.netlink).is_attached(ifindex)
+    }
+
     /// Attaches `from_vpc` and `to_vpc` to an ENI, replacing what an earlier daemon attached.
     ///
     /// # Errors

@@ -43,6 +43,12 @@ enum Command {
     Status,
     /// The pods of this node with their addresses, ENI and interface.
     List,
+    /// Dropped packets with reason, addresses and pod, the latest last.
+    Drops {
+        /// Stay and print those to come.
+        #[arg(short, long)]
+        follow: bool,
+    },
     /// Explains an error code such as TW0202.
     Explain {
         /// The code.
@@ -72,7 +78,12 @@ pub fn main(cli: &Cli) -> ExitCode {
 async fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::Status => {
-            let status = connect(cli).await?.status(v1::StatusRequest {}).await.map_err(explain)?.into_inner();
+            let status = connect(cli, Some(REPLY_WITHIN))
+                .await?
+                .status(v1::StatusRequest {})
+                .await
+                .map_err(explain)?
+                .into_inner();
             print(&match cli.output {
                 Output::Json => render::status_json(&status),
                 _ => render::status_text(&status),
@@ -80,11 +91,28 @@ async fn run(cli: &Cli) -> Result<ExitCode> {
             Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::List => {
-            let pods = connect(cli).await?.list_pods(v1::ListPodsRequest {}).await.map_err(explain)?.into_inner().pods;
+            let pods = connect(cli, Some(REPLY_WITHIN))
+                .await?
+                .list_pods(v1::ListPodsRequest {})
+                .await
+                .map_err(explain)?
+                .into_inner()
+                .pods;
             print(&match cli.output {
                 Output::Json => render::pods_json(&pods),
                 output => render::pods_text(&pods, output == Output::Wide),
             });
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Drops { follow } => {
+            let request = v1::WatchDropsRequest { follow: *follow };
+            let mut packets = connect(cli, None).await?.watch_drops(request).await.map_err(explain)?.into_inner();
+            while let Some(packet) = packets.message().await.map_err(explain)? {
+                print(&match cli.output {
+                    Output::Json => render::drop_json(&packet),
+                    _ => render::drop_text(&packet),
+                });
+            }
             Ok(ExitCode::SUCCESS)
         }
         Command::Explain { code } => {
@@ -101,11 +129,16 @@ fn print(text: &str) {
     print!("{text}");
 }
 
-async fn connect(cli: &Cli) -> Result<NodeNetworkClient<Channel>> {
+/// A reply that takes longer will not come.
+const REPLY_WITHIN: Duration = Duration::from_secs(10);
+
+async fn connect(cli: &Cli, within: Option<Duration>) -> Result<NodeNetworkClient<Channel>> {
     let path = cli.socket.display();
-    let channel = Endpoint::try_from(format!("unix://{path}"))?
-        .connect_timeout(Duration::from_secs(2))
-        .timeout(Duration::from_secs(10))
+    let mut endpoint = Endpoint::try_from(format!("unix://{path}"))?.connect_timeout(Duration::from_secs(2));
+    if let Some(within) = within {
+        endpoint = endpoint.timeout(within);
+    }
+    let channel = endpoint
         .connect()
         .await
         .with_context(|| format!("the daemon does not answer on {path}; is terwayd running, and are you root?"))?;

@@ -3,9 +3,11 @@
 //! The pool is stepped under one short lock without any IO in it. What a step wants written is handed to the store under the same lock, so
 //! that writes keep the order of the decisions; everything else starts when they are durable (see `terway_core::ipam`, the contract).
 
+mod drops;
 mod effects;
 mod eni;
 mod pod;
+mod reaper;
 mod start;
 mod view;
 
@@ -25,6 +27,8 @@ use crate::cloud::Cloud;
 use crate::metrics::Metrics;
 use crate::net::{Host, Watch};
 use crate::store::Store;
+
+use reaper::Reaper;
 
 pub use pod::PodOptions;
 pub use start::{Facts, Parts, netns_is_gone};
@@ -57,6 +61,8 @@ pub struct Engine {
     datapath: Arc<Datapath>,
     host: Arc<Host>,
     links: Watch,
+    reaper: Reaper,
+    drops: drops::DropLog,
     facts: Facts,
     metrics: Metrics,
 }

@@ -123,7 +123,7 @@ impl Engine {
         unplugged();
 
         let detached = Instant::now();
-        self.host.delete_link(&plan).await.map_err(net_error)?;
+        self.reaper.delete(plan).await?;
         self.metrics.phase(Verb::Del, Phase::Links, detached.elapsed());
         Ok(())
     }

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::pod::{PodOptions, net_error};
+use super::reaper::Reaper;
 use super::{Core, Engine};
 use crate::bpf::Datapath;
 use crate::cloud::Cloud;
@@ -61,11 +62,12 @@ pub struct Parts {
 }
 
 impl Engine {
-    /// Makes an engine; nothing runs yet.
+    /// Makes an engine. Must be called on the runtime: the task that deletes links starts with it.
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
         let Parts { pool, origin, store, cloud, datapath, host, links, facts, metrics } = parts;
         let core = Core { pool, waiting: HashMap::new(), next_ticket: 0, written: 0 };
+        let reaper = Reaper::start(Arc::clone(&host));
         Arc::new(Self {
             core: Mutex::new(core),
             durable: watch::Sender::new(0),
@@ -77,6 +79,8 @@ impl Engine {
             datapath,
             host,
             links,
+            reaper,
+            drops: super::drops::DropLog::default(),
             facts,
             metrics,
         })

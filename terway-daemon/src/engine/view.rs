@@ -44,8 +44,14 @@ impl Engine {
         wrong.extend(differences.into_iter().map(|difference| difference.sentence));
 
         let own = attachment.grant.addresses;
-        if !self.datapath.endpoints().iter().any(|endpoint| endpoint.addresses == own) {
-            wrong.push("the datapath does not know the pod".to_owned());
+        let endpoint = self.datapath.endpoints().into_iter().find(|endpoint| endpoint.addresses == own);
+        match endpoint {
+            None => wrong.push("the datapath does not know the pod".to_owned()),
+            Some(endpoint) => {
+                if !self.with_datapath(move |datapath| datapath.pod_is_attached(endpoint.host_ifindex)).await? {
+                    wrong.push("the datapath's programs are not attached to the pod's interface".to_owned());
+                }
+            }
         }
         if wrong.is_empty() { Ok(()) } else { Err(Error::new(errors::CHECK_FAILED, wrong.join("; "))) }
     }

@@ -3,21 +3,24 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 use terway_core::ident::Mac;
 use terway_core::route::{Link, RULE_FROM_POD, RULE_TO_POD, Rule, Scope, Selector, TABLE_BASE, TABLE_MAIN};
 
 use super::encode::PROTOCOL;
-use super::socket::{attributes, text};
+use super::socket::{attributes, inner, text};
 
 /// Length of `struct nlmsghdr`.
 const NLMSGHDR: usize = 16;
 /// Length of `struct ifinfomsg`.
 const IFINFOMSG: usize = 16;
+
+/// `IF_OPER_UP` (include/uapi/linux/if.h).
+const IF_OPER_UP: u8 = 6;
 
 /// A link with its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +28,8 @@ pub(super) struct NamedLink {
     pub(super) name: String,
     pub(super) link: Link,
     pub(super) loopback: bool,
+    /// `IFLA_OPERSTATE` is up: the kernel has done all that follows from the carrier.
+    pub(super) operational: bool,
 }
 
 /// Reads `RTM_NEWLINK`. By hand, because a link comes with a kilobyte of things that do not matter here, and because a single attribute of a
@@ -37,7 +42,7 @@ pub(super) fn link(message: &[u8]) -> Option<NamedLink> {
     let info = message.get(NLMSGHDR..NLMSGHDR + IFINFOMSG)?;
     let number = |bytes: &[u8]| <[u8; 4]>::try_from(bytes).ok().map(u32::from_ne_bytes);
     let flags = number(&info[8..12])?;
-    let mut name = String::new();
+    let (mut name, mut operational) = (String::new(), false);
     let mut link = Link {
         index: number(&info[4..8])?,
         mac: None,
@@ -56,6 +61,7 @@ pub(super) fn link(message: &[u8]) -> Option<NamedLink> {
             libc::IFLA_GROUP => link.group = number(value)?,
             libc::IFLA_IFALIAS => link.alias = Some(text(value)),
             libc::IFLA_LINK => link.peer = number(value),
+            libc::IFLA_OPERSTATE => operational = value == [IF_OPER_UP],
             libc::IFLA_LINKINFO => {
                 link.kind =
                     attributes(value).find(|(kind, _)| *kind == libc::IFLA_INFO_KIND).map(|(_, kind)| text(kind));
@@ -63,7 +69,7 @@ pub(super) fn link(message: &[u8]) -> Option<NamedLink> {
             _ => {}
         }
     }
-    Some(NamedLink { name, link, loopback: flags & libc::IFF_LOOPBACK as u32 != 0 })
+    Some(NamedLink { name, link, loopback: flags & libc::IFF_LOOPBACK as u32 != 0, operational })
 }
 
 /// The index in an `RTM_DELLINK`.
@@ -75,7 +81,7 @@ pub(super) fn deleted_link(message: &[u8]) -> Option<u32> {
 
 /// The link that an answer speaks of.
 pub(super) fn link_of(answer: Option<Vec<u8>>) -> Option<NamedLink> {
-    link(&answer?)
+    link(answer.as_deref()?)
 }
 
 /// An address with the index of its interface. The local end, where the two ends of a point-to-point link differ.
@@ -137,6 +143,14 @@ pub(super) fn route(message: &RouteMessage) -> Option<(u32, terway_core::route::
         prefsrc,
     };
     Some((oif?, route))
+}
+
+/// Whether this answer to [`super::encode::get_route`] says that the address is the namespace's own.
+pub(super) fn is_local(answer: &[u8]) -> bool {
+    match inner(answer) {
+        Some(Message::NewRoute(message)) => message.header.kind == RouteType::Local,
+        _ => false,
+    }
 }
 
 /// A rule of exactly the shape that plans make. Anything else at the same priorities belongs to somebody else.

@@ -190,6 +190,15 @@ pub(super) fn delete_route(planned: &Route, index: u32) -> Request {
     (Message::DelRoute(message), 0)
 }
 
+/// Asks how a packet to this address would go.
+pub(super) fn get_route(address: IpAddr) -> Request {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(address);
+    message.header.destination_prefix_length = IpNet::from(address).max_prefix_len();
+    message.attributes = vec![RouteAttribute::Destination(RouteAddress::from(address))];
+    (Message::GetRoute(message), 0)
+}
+
 fn rule(rule: &Rule) -> RuleMessage {
     let net = rule.selector.net();
     let mut message = RuleMessage::default();

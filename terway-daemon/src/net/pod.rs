@@ -1,15 +1,22 @@
 //! A pod's veth pair: made, opened, closed, deleted; and whose it is when the name is taken.
 
+use std::net::IpAddr;
 use std::os::fd::RawFd;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use terway_core::route::{Link, NetOp, PodPlan};
 
 use super::apply::{self, Sides};
 use super::decode::NamedLink;
 use super::host::{Links, owner};
-use super::socket::{Netlink, Refusal};
+use super::socket::{Netlink, Refusal, Request};
 use super::{NetError, decode, encode};
 
+/// How long a link may take from up to usable.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// How often it is looked at.
+const POLL: Duration = Duration::from_micros(100);
 /// How often a name may turn out to be taken by a leftover while we make room.
 const TRIES: u32 = 3;
 
@@ -120,12 +127,53 @@ pub(super) fn enable(host: &mut Netlink, plan: &PodPlan, links: Links) -> Result
     let host_end = vec![(plan.inputs.host_ifname.clone(), links.host_ifindex)];
     let pod_end = vec![(plan.inputs.pod_ifname.clone(), links.pod_ifindex)];
     apply::run(&plan.enable, &mut Sides::host(host, host_end).and_pod(&mut pod, pod_end))?;
-    // The host end got its carrier when the pod's came up; its queue is attached by a kernel worker, a moment later, and drops packets till
-    // then. Asking for the link makes the kernel (6.8: net/core/rtnetlink.c, rtnl_getlink calls linkwatch_sync_dev) do it first.
-    let (message, flags) = encode::get_link_at(links.host_ifindex);
-    match host.request(message, flags)? {
-        Ok(_) => Ok(()),
-        Err(refusal) => Err(refusal.during(format!("look up interface {}", plan.inputs.host_ifname))),
+    let (host_name, pod_name) = (&plan.inputs.host_ifname, &plan.inputs.pod_ifname);
+    operational(&mut pod, links.pod_ifindex, pod_name)?;
+    operational(host, links.host_ifindex, host_name)?;
+    plan.inputs.addresses.v6.map_or(Ok(()), |address| own(&mut pod, address.into(), pod_name))
+}
+
+/// Waits until a link that is up, and whose other end is too, passes packets.
+///
+/// That follows in a kernel worker (net/core/link_watch.c); till then the interface drops what it shall send. Since Linux 6.8, asking for the
+/// link does the worker's work (`rtnl_getlink` calls `linkwatch_sync_dev`), so that this is one question; before, it is a matter of
+/// microseconds.
+fn operational(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), NetError> {
+    settle(netlink, name, "has no carrier", encode::get_link_at(index), |answer| {
+        decode::link(answer).is_some_and(|found| found.operational)
+    })
+}
+
+/// Waits until the pod takes packets to its IPv6 address.
+///
+/// Even without duplicate detection its local route is made by a worker (net/ipv6/addrconf.c, `addrconf_dad_start`); till then a
+/// packet to the address is taken for one to be forwarded, and dropped.
+fn own(pod: &mut Netlink, address: IpAddr, name: &str) -> Result<(), NetError> {
+    settle(pod, name, "does not take packets to its IPv6 address yet", encode::get_route(address), decode::is_local)
+}
+
+/// Asks until the answer is the hoped-for. Gives up without an error: someone in the pod may have changed it again already.
+fn settle(
+    netlink: &mut Netlink,
+    name: &str,
+    otherwise: &str,
+    (message, flags): Request,
+    settled: impl Fn(&[u8]) -> bool,
+) -> Result<(), NetError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match netlink.request(message.clone(), flags)? {
+            Ok(answer) if answer.as_deref().is_some_and(&settled) => return Ok(()),
+            Err(refusal) if refusal.errno == libc::ENODEV => {
+                return Err(refusal.during(format!("look up interface {name}")));
+            }
+            // "No route" is an answer, too.
+            _ if Instant::now() >= deadline => {
+                tracing::warn!(name, "a pod's interface {otherwise}");
+                return Ok(());
+            }
+            _ => thread::sleep(POLL),
+        }
     }
 }
 

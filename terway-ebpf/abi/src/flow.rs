@@ -90,11 +90,11 @@ pub struct Flow<A> {
     pub bytes: u64,
     /// What must stand in the frame's Ethernet header. Compared for packets from pods only.
     pub expect: MacPair,
-    /// What is written into the frame's Ethernet header before delivery to a pod.
+    /// What is written into the frame's Ethernet header before [`Action::Local`]; without meaning for the others.
     pub write: MacPair,
     /// An [`Action`].
     pub action: u32,
-    /// The interface the action needs.
+    /// The interface of [`Action::Local`] and [`Action::Vpc`]; without meaning for the other.
     pub oif: u32,
     /// Slots of what decided the source and the destination.
     pub slots: [u32; 2],
@@ -108,7 +108,7 @@ pub struct Flow<A> {
     pub created: u32,
     /// Zero; room for the backend of a Service.
     pub spare: u32,
-    /// Where [`Action::Vpc`] sends it.
+    /// Where [`Action::Vpc`] sends it; without meaning for the others.
     pub nexthop: Nexthop,
     /// Zero; room for the ports that a Service rewrites to, as in the packet.
     pub rewrite_ports: u32,

@@ -16,8 +16,9 @@ mod programs {
     use terway_ebpf::family::{V4, V6};
     use terway_ebpf::frame::Frame as _;
     use terway_ebpf::kernel::exit::{Verdict, finish};
+    use terway_ebpf::kernel::first::{first, other};
     use terway_ebpf::kernel::maps::Maps;
-    use terway_ebpf::kernel::path::{FROM_POD, FROM_VPC, TO_POD, established, first, other};
+    use terway_ebpf::kernel::path::{FROM_POD, FROM_VPC, TO_POD, established};
     use terway_ebpf::kernel::skb::Skb;
     use terway_ebpf::parse::{Ipv4Header, Ipv6Header, ethertype};
 
@@ -29,12 +30,12 @@ mod programs {
         let verdict = match window.ethertype() {
             _ if skb.has_vlan() => Verdict::drop(Drop::VlanTagged),
             Some(ethertype::IPV4) => match established::<V4, FROM_POD>(skb, window) {
-                Some(verdict) => verdict,
-                None => first::<V4, FROM_POD>(skb.0),
+                Ok(verdict) => verdict,
+                Err(miss) => first::<V4, FROM_POD>(skb, miss),
             },
             Some(ethertype::IPV6) => match established::<V6, FROM_POD>(skb, window) {
-                Some(verdict) => verdict,
-                None => first::<V6, FROM_POD>(skb.0),
+                Ok(verdict) => verdict,
+                Err(miss) => first::<V6, FROM_POD>(skb, miss),
             },
             _ => other(skb.0),
         };
@@ -48,12 +49,12 @@ mod programs {
         let window = skb.window();
         let verdict = match window.ethertype() {
             Some(ethertype::IPV4) => match established::<V4, TO_POD>(skb, window) {
-                Some(verdict) => verdict,
-                None => first::<V4, TO_POD>(skb.0),
+                Ok(verdict) => verdict,
+                Err(miss) => first::<V4, TO_POD>(skb, miss),
             },
             Some(ethertype::IPV6) => match established::<V6, TO_POD>(skb, window) {
-                Some(verdict) => verdict,
-                None => first::<V6, TO_POD>(skb.0),
+                Ok(verdict) => verdict,
+                Err(miss) => first::<V6, TO_POD>(skb, miss),
             },
             _ => Verdict::next(Kind::Neighbour),
         };
@@ -69,12 +70,12 @@ mod programs {
             // Frames for others (a capture makes the NIC take them) and tagged ones are no pod's.
             _ if !skb.is_to_us() || skb.has_vlan() => Verdict::next(Kind::VpcToHost),
             Some(ethertype::IPV4) => match established::<V4, FROM_VPC>(skb, window) {
-                Some(verdict) => verdict,
-                None => first::<V4, FROM_VPC>(skb.0),
+                Ok(verdict) => verdict,
+                Err(miss) => first::<V4, FROM_VPC>(skb, miss),
             },
             Some(ethertype::IPV6) => match established::<V6, FROM_VPC>(skb, window) {
-                Some(verdict) => verdict,
-                None => first::<V6, FROM_VPC>(skb.0),
+                Ok(verdict) => verdict,
+                Err(miss) => first::<V6, FROM_VPC>(skb, miss),
             },
             _ => Verdict::next(Kind::VpcToHost),
         };

@@ -18,6 +18,16 @@ use crate::parse::{Packet, ethertype};
 pub struct Verdict(u64);
 
 impl Verdict {
+    /// Not decided yet. No action has this number.
+    pub const OPEN: Self = Self(u64::MAX);
+
+    /// Whether it is [`Verdict::OPEN`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_open(self) -> bool {
+        self.0 == u64::MAX
+    }
+
     /// The packet goes on to whatever comes next at this hook, and then to the host stack or out of the interface.
     ///
     /// `TC_ACT_UNSPEC` and not `TC_ACT_OK`: programs of others on the same hook still see the packet.
@@ -149,7 +159,7 @@ fn describe<F: Family, P: Frame>(frame: &P, event: &mut DropEvent) {
     let _reason = F::parse(frame, &mut packet);
     event.family = F::VERSION;
     event.protocol = packet.protocol;
-    event.ports = packet.ports;
-    event.src = F::widen(&packet.src);
-    event.dst = F::widen(&packet.dst);
+    event.ports = packet.key.ports;
+    event.src = F::widen(&packet.key.src);
+    event.dst = F::widen(&packet.key.dst);
 }

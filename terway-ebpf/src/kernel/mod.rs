@@ -1,6 +1,7 @@
 //! What touches the kernel: the packet, the maps, the way through the tables, and the exit.
 
 pub mod exit;
+pub mod first;
 pub mod maps;
 pub mod path;
 pub mod skb;

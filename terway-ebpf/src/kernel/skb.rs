@@ -34,22 +34,24 @@ impl Frame for Window {
         // SAFETY: the bytes lie between `data` and `end`, as the verifier checks. Alignment: an IP header stands at an address that
         // is 2 modulo 4 where the machine needs alignment (`NET_IP_ALIGN`), which makes the words of this crate's types aligned;
         // x86-64 does not need it, and the BPF target has no wider accesses than the ones written.
-        Some(unsafe { *((self.data + at) as *const T) })
+        Some(unsafe { load((self.data + at) as *const T) })
     }
 
     #[inline(always)]
     fn read_far<T: Plain>(&self, at: usize) -> Option<T> {
+        // The verifier follows registers, not values: what is compared must be what is used, in the same 64 bits, and LLVM must not
+        // see that it could be something else. The comparison must be "start plus size beyond end", which LLVM would turn around
+        // for a single byte.
+        let at = opaque(at);
         if at > REACH {
             return None;
         }
-        // The verifier follows registers, not values: the one that is compared with the end must be the one that is read from, and
-        // the comparison must be "start plus size beyond end", which LLVM would turn around for a single byte.
         let start = opaque(self.data + at);
         if opaque(start + size_of::<T>()) > self.end {
             return None;
         }
         // SAFETY: as above.
-        Some(unsafe { *(start as *const T) })
+        Some(unsafe { load(start as *const T) })
     }
 
     #[inline(always)]
@@ -73,8 +75,48 @@ impl Frame for Window {
             return None;
         }
         // SAFETY: as for reading; traffic-control programs may write their packet (the kernel unshares it in the prologue).
-        unsafe { *((self.data + at) as *mut T) = value };
+        unsafe { store((self.data + at) as *mut T, value) };
         Some(())
+    }
+}
+
+/// Reads a value in whole words where its alignment allows it.
+///
+/// LLVM is not left to copy structs: what it does not take apart becomes a call of `memcpy` or `memmove`, which on this target copy
+/// byte by byte.
+///
+/// # Safety
+/// As for `*from`.
+#[inline(always)]
+unsafe fn load<T: Plain>(from: *const T) -> T {
+    if align_of::<T>() != align_of::<u32>() {
+        // SAFETY: the caller's.
+        return unsafe { *from };
+    }
+    let mut value = core::mem::MaybeUninit::<T>::uninit();
+    for word in 0..size_of::<T>() / size_of::<u32>() {
+        // SAFETY: a type of this alignment consists of words.
+        unsafe { *value.as_mut_ptr().cast::<u32>().add(word) = core::ptr::read_volatile(from.cast::<u32>().add(word)) };
+    }
+    // SAFETY: every word was written, and every bit pattern is a value.
+    unsafe { value.assume_init() }
+}
+
+/// Writes a value in whole words; see [`load`].
+///
+/// # Safety
+/// As for `*to = value`.
+#[inline(always)]
+unsafe fn store<T: Plain>(to: *mut T, value: T) {
+    if align_of::<T>() != align_of::<u32>() {
+        // SAFETY: the caller's.
+        unsafe { *to = value };
+        return;
+    }
+    let from: *const u32 = (&raw const value).cast();
+    for word in 0..size_of::<T>() / size_of::<u32>() {
+        // SAFETY: a type of this alignment consists of words.
+        unsafe { core::ptr::write_volatile(to.cast::<u32>().add(word), *from.add(word)) };
     }
 }
 

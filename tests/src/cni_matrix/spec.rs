@@ -76,12 +76,13 @@ pub(super) enum Situation {
     Stale,
     Repeated,
     Concurrent,
+    Namesake,
     DaemonDown,
     DaemonSlow,
 }
 
 impl Situation {
-    pub(super) const ALL: [Self; 25] = [
+    pub(super) const ALL: [Self; 26] = [
         Self::Good,
         Self::MissingEnv("CNI_CONTAINERID"),
         Self::MissingEnv("CNI_NETNS"),
@@ -105,6 +106,7 @@ impl Situation {
         Self::Stale,
         Self::Repeated,
         Self::Concurrent,
+        Self::Namesake,
         Self::DaemonDown,
         Self::DaemonSlow,
     ];
@@ -191,6 +193,8 @@ pub(super) fn expectation(
         // "ADD": if the interface exists, the plugin must return an error. A plugin may know its own attachment again.
         Situation::Repeated if claims.add_is_idempotent => expect(&[Ending::Result]),
         Situation::Repeated => expect(&[Ending::Error(ANY)]),
+        // "Parameters": state is kept by network, container id and interface name, and by nothing else.
+        Situation::Namesake if verb == Verb::Add => expect(&[good]),
         // "Error", code 4: the message must contain the names of the invalid variables.
         Situation::MissingEnv(variable) if verb.required().contains(&variable) => {
             Some(Expectation { naming: Some(variable), ..expect(&[Ending::Error(CODE_4)])? })

@@ -195,6 +195,18 @@ fn a_hanging_daemon_holds_up_status_for_less_than_two_seconds() {
 }
 
 #[test]
+fn a_daemon_that_stays_away_is_waited_for_once() {
+    let bench = Bench::new();
+    bench.daemon.stop();
+    let start = Instant::now();
+    let error = bench.fail("ADD", json!({"timeout_ms": 6000}));
+    // Half of the time, as long as that is below 5 s.
+    let took = start.elapsed();
+    assert!(took > Duration::from_millis(2500) && took < Duration::from_millis(5500), "{took:?}");
+    assert_eq!((error["code"].as_u64(), error["msg"].as_str()), (Some(11), Some(errors::DAEMON_UNREACHABLE.cause)));
+}
+
+#[test]
 fn a_del_without_the_daemon_waits_on_disk() {
     let bench = Bench::new();
     bench.succeed("ADD", none());

@@ -14,8 +14,8 @@ use terway_core::errors::{self, Code};
 use terway_proto::v1::node_network_server::{NodeNetwork, NodeNetworkServer};
 use terway_proto::v1::{
     AddPodRequest, AddPodResponse, Address, Attachment, CheckPodRequest, CheckPodResponse, DelPodRequest,
-    DelPodResponse, ErrorDetail, GcPodsRequest, GcPodsResponse, ListPodsRequest, ListPodsResponse, Network, Route,
-    StatusRequest, StatusResponse,
+    DelPodResponse, DroppedPacket, ErrorDetail, GcPodsRequest, GcPodsResponse, ListPodsRequest, ListPodsResponse,
+    Network, Route, StatusRequest, StatusResponse, WatchDropsRequest,
 };
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -265,6 +265,12 @@ impl NodeNetwork for ScriptedDaemon {
     }
 
     async fn list_pods(&self, _: Request<ListPodsRequest>) -> Result<Response<ListPodsResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
+    type WatchDropsStream = tokio_stream::Empty<Result<DroppedPacket, Status>>;
+
+    async fn watch_drops(&self, _: Request<WatchDropsRequest>) -> Result<Response<Self::WatchDropsStream>, Status> {
         Err(Status::unimplemented("the plugin never asks"))
     }
 }

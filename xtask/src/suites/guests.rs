@@ -4,9 +4,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 
 use super::Built;
 use super::libtest::{Reader, Tally};
@@ -24,10 +25,11 @@ pub(super) struct Guest {
     pub(super) programs: bool,
 }
 
-/// That the programs fit these kernels, and that packets pass on them.
+/// That the programs fit these kernels, that packets pass on them, and that they take the links, routes and rules of a pod.
 pub(super) const SUITES: &[Guest] = &[
     Guest { suite: "verifier", filter: None, programs: false },
     Guest { suite: "datapath", filter: None, programs: false },
+    Guest { suite: "net", filter: Some("applied_and_undone"), programs: false },
 ];
 /// Host programs that suites may call in the guest.
 const TOOLS: &[&str] = &["bpftool", "ip", "nft", "ping", "tc"];
@@ -35,6 +37,8 @@ const TOOLS: &[&str] = &["bpftool", "ip", "nft", "ping", "tc"];
 const BIN_DIR: &str = "/t/bin";
 /// For one kernel. Emulation is 5 to 13 times slower than the host, and CI's machines are busy.
 const LIMIT: Duration = Duration::from_secs(600);
+/// Boots at a time.
+const AT_ONCE: usize = 2;
 /// Starts a line of the guest's script, followed by what happens; no test prints it.
 const MARK: &str = "@guest@";
 
@@ -71,24 +75,35 @@ pub(super) fn run(workspace: &Workspace, built: &Built) -> Result<Tally> {
         environment: vec![("TERWAY_BIN_DIR".into(), BIN_DIR.into())],
     };
 
-    let mut total = Tally::default();
-    for release in Release::ALL {
-        process::interrupted()?;
-        total.add(kernel(workspace, release, &payload)?);
-    }
-    Ok(total)
+    // Each emulator keeps one CPU busy, and the machines have two or more.
+    let (queue, total) = (Mutex::new(Release::ALL.into_iter()), Mutex::new(Tally::default()));
+    let next = || queue.lock().map(|mut q| q.next()).ok().flatten();
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some(release) = next() {
+                    let (text, tally) = kernel(workspace, release, &payload);
+                    if let Ok(mut total) = total.lock() {
+                        print!("{text}");
+                        total.add(tally);
+                    }
+                }
+            });
+        }
+    });
+    process::interrupted()?;
+    total.into_inner().map_err(|poisoned| anyhow!("a boot: {poisoned}"))
 }
 
-fn kernel(workspace: &Workspace, release: Release, payload: &Payload) -> Result<Tally> {
+/// One boot: what to print, and the results.
+fn kernel(workspace: &Workspace, release: Release, payload: &Payload) -> (String, Tally) {
     let version = match vm::version(workspace, release) {
         Ok(version) => version,
         Err(error) => {
-            process::interrupted()?;
-            println!("skipped kernel {}: {error:#}", release.name());
-            return Ok(Tally::skip(&format!("kernel {}: {error:#}", release.name())));
+            let reason = format!("kernel {}: {error:#}", release.name());
+            return (format!("   skipped {reason}\n"), Tally::skip(&reason));
         }
     };
-    println!("   kernel {version}");
     let started = Instant::now();
     let mut transcript = Transcript::new(&version);
     let machine = Machine { limit: LIMIT, ..Machine::default() };
@@ -104,17 +119,14 @@ fn kernel(workspace: &Workspace, release: Release, payload: &Payload) -> Result<
         Ok(Outcome::Exit(_)) => None,
         Ok(Outcome::TimedOut) => Some(format!("stopped after {} s", LIMIT.as_secs())),
         Ok(Outcome::Died(console)) => {
-            print!("{console}");
+            transcript.shown.push_str(&console);
             Some("the guest died".into())
         }
-        Err(error) => {
-            process::interrupted()?;
-            Some(format!("{error:#}"))
-        }
+        Err(error) => Some(format!("{error:#}")),
     };
-    let tally = transcript.finish(trouble.as_deref());
-    println!("   kernel {version}: {} ({:.1} s)", tally.line(), started.elapsed().as_secs_f32());
-    Ok(tally)
+    let (mut text, tally) = transcript.finish(trouble.as_deref());
+    text.push_str(&format!("   kernel {version}: {} ({:.1} s)\n", tally.line(), started.elapsed().as_secs_f32()));
+    (text, tally)
 }
 
 /// A copy without debug information, which is most of a test binary and would have to be unpacked in the guest.
@@ -140,12 +152,14 @@ fn script_of(guests: &[&Guest]) -> String {
 struct Transcript {
     version: String,
     total: Tally,
+    /// What a person wants to see of it.
+    shown: String,
     open: Option<(String, Reader)>,
 }
 
 impl Transcript {
     fn new(version: &str) -> Self {
-        Self { version: version.to_owned(), total: Tally::default(), open: None }
+        Self { version: version.to_owned(), total: Tally::default(), shown: String::new(), open: None }
     }
 
     fn line(&mut self, line: &str) {
@@ -161,13 +175,14 @@ impl Transcript {
                 if let Some((_, reader)) = &mut self.open
                     && reader.line(line)
                 {
-                    println!("{line}");
+                    self.shown.push_str(line);
+                    self.shown.push('\n');
                 }
             }
         }
     }
 
-    fn finish(mut self, trouble: Option<&str>) -> Tally {
+    fn finish(mut self, trouble: Option<&str>) -> (String, Tally) {
         match (self.open.take(), trouble) {
             (Some((name, reader)), trouble) => {
                 self.total.add(reader.finish(&name, Some(trouble.unwrap_or("cut short"))));
@@ -175,7 +190,7 @@ impl Transcript {
             (None, Some(trouble)) => self.total.add(Tally::fail(&format!("kernel {}: {trouble}", self.version))),
             (None, None) => {}
         }
-        self.total
+        (self.shown, self.total)
     }
 }
 
@@ -188,7 +203,7 @@ mod tests {
     fn transcript(text: &str, trouble: Option<&str>) -> Tally {
         let mut transcript = Transcript::new("5.10");
         text.lines().for_each(|l| transcript.line(l));
-        transcript.finish(trouble)
+        transcript.finish(trouble).1
     }
 
     #[test]

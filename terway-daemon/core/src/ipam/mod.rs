@@ -13,6 +13,12 @@
 //! 1. Effects are in order, over all calls of [`Pool::step`]. **An effect other than a `Persist` starts only when every `Persist` before it,
 //!    in this batch or an earlier one, is durable.** `Persist` and `PersistLazily` themselves are handed to the store in order and at once, without
 //!    waiting for each other, so that many share one flush. Everything else may run in parallel. A batch holds at most one write, and it is the first.
+//!    So the engine calls `step` and hands over the write it returned under one lock, and starts the rest after it:
+//!
+//!    ```text
+//!    lock { effects = pool.step(event, now); if the first is a write { barrier = store.commit(changes) } }
+//!    for each other effect, in parallel: wait for barrier; run it; feed its report as the next event
+//!    ```
 //! 2. Every effect with an `op` gets exactly one report with that number (`Disconnect`: `Unplugged` at most once, then one of the
 //!    others), however long it takes, unless the process ends. Reports of effects that the pool no longer waits for are ignored, so late and repeated
 //!    ones do no harm.

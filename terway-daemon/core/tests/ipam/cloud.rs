@@ -41,12 +41,15 @@ pub(crate) struct Cloud {
 
 impl Cloud {
     /// A vSwitch per entry with so many addresses. Freed addresses are handed out again at once, which is the hard case.
-    pub(crate) fn new(config: &PoolConfig, sizes: &[u8]) -> Self {
+    pub(crate) fn new(config: &PoolConfig, sizes: &[u16]) -> Self {
         let mut cloud = Self::default();
         let limits = config.limits;
         cloud.limits = Some((limits.adapters, limits.v4_per_adapter, limits.v6_per_adapter));
         for (i, (vswitch, size)) in (0u8..).zip(config.vswitches.iter().zip(sizes)) {
-            cloud.free.insert(vswitch.clone(), (1..=*size).map(|n| Ipv4Addr::new(10, 0, i, n)).collect());
+            cloud.free.insert(
+                vswitch.clone(),
+                (1..=*size).map(|n| Ipv4Addr::from_bits(u32::from_be_bytes([10, i, 0, 0]) + u32::from(n))).collect(),
+            );
         }
         cloud
     }

@@ -8,4 +8,5 @@ mod cloud;
 mod random;
 mod restart;
 mod rules;
+mod timing;
 mod world;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use terway_core::cloud::ErrorClass;
 use terway_core::errors;
 use terway_core::ident::{Family, IpStack};
-use terway_core::ipam::{Answer, Change, Effect, Event, Pool, PoolConfig, Record};
+use terway_core::ipam::{Answer, Change, Effect, Event, Phase, Pool, PoolConfig, Record};
 
 use crate::world::{Outcome, World, config, key};
 
@@ -517,6 +517,35 @@ fn a_family_the_node_does_not_have_is_refused() {
     };
     world.step(Event::Add(add));
     assert_eq!(world.answer(ticket).unwrap().unwrap_err().code, errors::CONFIG_INVALID);
+}
+
+#[test]
+fn late_and_repeated_reports_change_nothing() {
+    let mut world = ample(2, 10);
+    world.granted(0);
+    world.granted(1);
+    world.del(&key(1));
+    world.settle(secs(60));
+    let add = world.add(&key(1));
+    world.flush(usize::MAX);
+    let repeat = |world: &mut World| {
+        for report in world.reports.clone() {
+            world.step(report);
+        }
+    };
+    repeat(&mut world);
+    assert_eq!(world.pool.get(&key(1)).unwrap().phase, Phase::SettingUp);
+    assert_eq!(world.answer(add), None);
+    world.drive();
+    let del = world.del(&key(1));
+    world.flush(usize::MAX);
+    repeat(&mut world);
+    assert_eq!(world.pool.get(&key(1)).unwrap().phase, Phase::Releasing);
+    assert_eq!(world.answer(del), None);
+    world.drive();
+    let stats = world.pool.stats();
+    repeat(&mut world);
+    assert_eq!((world.pool.stats(), world.pending.len()), (stats, 0));
 }
 
 #[test]

@@ -1,0 +1,329 @@
+//! Packets really flow: two pods on a node, and a gateway in a namespace that stands for the VPC. Everything is made with `ip`, so
+//! this suite depends on nothing but the datapath.
+//!
+//! ```text
+//!   pod a ──veth── node ──veth── pod b
+//!                   │ eni-1
+//!                  gateway (VPC), which also is the remote 10.9.0.9
+//! ```
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use terway_abi::{Counter, Kind};
+use terway_core::ident::{Addresses, Mac};
+use terway_daemon::bpf::{Config, Datapath, Endpoint};
+use terway_tests::sandbox::{Namespace, Sandbox, command, ifindex, ip};
+use terway_tests::sandbox_or_skip;
+
+const ENI_MAC: &str = "02:00:00:00:00:e1";
+const GATEWAY_MAC: &str = "02:00:00:00:00:99";
+
+struct World {
+    datapath: Datapath,
+    a: Namespace,
+    b: Namespace,
+    vpc: Namespace,
+    pods: [Endpoint; 2],
+    eni: u32,
+}
+
+impl World {
+    fn build(sandbox: &Sandbox, config: &Config) -> Self {
+        assert!(config.pin_root.starts_with(sandbox.bpffs()));
+        command("sysctl", "-qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.conf.all.rp_filter=0")
+            .unwrap();
+        let vpc = Namespace::new().unwrap();
+        ip(&format!(
+            "link add eni-1 address {ENI_MAC} type veth peer name gw address {GATEWAY_MAC} netns {}",
+            vpc.pid()
+        ))
+        .unwrap();
+        ip("link set eni-1 up").unwrap();
+        ip("addr add 10.0.0.100/32 dev eni-1").unwrap();
+        ip("-6 addr add fd00::100/128 dev eni-1 nodad").unwrap();
+        for line in [
+            "link set gw up",
+            "addr add 10.0.0.253/32 dev gw",
+            "addr add 10.9.0.9/32 dev lo",
+            "route add 10.0.0.0/24 dev gw src 10.9.0.9",
+            "-6 addr add fd00::fd/128 dev gw nodad",
+            "-6 addr add fd09::9/128 dev lo nodad",
+            "-6 route add fd00::/64 dev gw src fd09::9",
+        ] {
+            vpc.ip(line).unwrap();
+        }
+        // The VPC knows where each address is; nobody has to answer for it.
+        for number in [1, 2, 100] {
+            vpc.ip(&format!("neigh add 10.0.0.{number} lladdr {ENI_MAC} dev gw nud permanent")).unwrap();
+            vpc.ip(&format!("-6 neigh add fd00::{number} lladdr {ENI_MAC} dev gw nud permanent")).unwrap();
+        }
+        ip(&format!("neigh add 10.0.0.253 lladdr {GATEWAY_MAC} dev eni-1 nud permanent")).unwrap();
+        ip(&format!("-6 neigh add fd00::fd lladdr {GATEWAY_MAC} dev eni-1 nud permanent")).unwrap();
+
+        ip("route add default via 10.0.0.253 dev eni-1 onlink table 100").unwrap();
+        ip("-6 route add default via fd00::fd dev eni-1 onlink table 100").unwrap();
+
+        let datapath = Datapath::open(config).unwrap();
+        let eni = ifindex("eni-1").unwrap();
+        let (a, pod_a) = pod(1, eni);
+        let (b, pod_b) = pod(2, eni);
+        datapath.set_host_addresses(&["10.0.0.100/32".parse().unwrap(), "fd00::100/128".parse().unwrap()]).unwrap();
+        datapath.attach_eni(eni).unwrap();
+        for endpoint in [&pod_a, &pod_b] {
+            datapath.upsert_endpoint(endpoint).unwrap();
+            datapath.attach_pod(endpoint.host_ifindex).unwrap();
+        }
+        Self { datapath, a, b, vpc, pods: [pod_a, pod_b], eni }
+    }
+
+    fn counter(&self, kind: Kind) -> Counter {
+        self.datapath.counters().unwrap().kind(kind)
+    }
+}
+
+/// A pod as the veth plan makes it: /32, default route over a link-local gateway whose neighbour entry is permanent.
+fn pod(number: u8, eni: u32) -> (Namespace, Endpoint) {
+    let namespace = Namespace::new().unwrap();
+    let (host_mac, pod_mac) = (Mac([2, 0, 0, 0, 1, number]), Mac([2, 0, 0, 0, 2, number]));
+    let host = format!("cali{number}");
+    ip(&format!(
+        "link add {host} address {host_mac} type veth peer name eth0 address {pod_mac} netns {}",
+        namespace.pid()
+    ))
+    .unwrap();
+    ip(&format!("link set {host} up")).unwrap();
+    ip(&format!("route add 10.0.0.{number}/32 dev {host}")).unwrap();
+    ip(&format!("-6 route add fd00::{number}/128 dev {host}")).unwrap();
+    // Without these the host would have to ask for the pod first, which for IPv6 it cannot do in the interface's first second: its
+    // own link-local address is still being checked for duplicates.
+    ip(&format!("neigh add 10.0.0.{number} lladdr {pod_mac} dev {host} nud permanent")).unwrap();
+    ip(&format!("-6 neigh add fd00::{number} lladdr {pod_mac} dev {host} nud permanent")).unwrap();
+    // Where the stack would send the pod's packets: it looks before it says that a TTL has run out.
+    ip(&format!("rule add from 10.0.0.{number} lookup 100")).unwrap();
+    ip(&format!("-6 rule add from fd00::{number} lookup 100")).unwrap();
+    for line in [
+        "link set eth0 up".to_owned(),
+        format!("addr add 10.0.0.{number}/32 dev eth0"),
+        "route add default via 169.254.1.1 dev eth0 onlink".to_owned(),
+        format!("neigh add 169.254.1.1 lladdr {host_mac} dev eth0 nud permanent"),
+        format!("-6 addr add fd00::{number}/128 dev eth0 nodad"),
+        "-6 route add default via fe80::1 dev eth0 onlink".to_owned(),
+        format!("-6 neigh add fe80::1 lladdr {host_mac} dev eth0 nud permanent"),
+    ] {
+        namespace.ip(&line).unwrap();
+    }
+    let endpoint = Endpoint {
+        host_ifindex: ifindex(&host).unwrap(),
+        host_mac,
+        pod_mac,
+        addresses: Addresses {
+            v4: Some(format!("10.0.0.{number}").parse().unwrap()),
+            v6: Some(format!("fd00::{number}").parse().unwrap()),
+        },
+        eni_ifindex: eni,
+        gateway_v4: Some("10.0.0.253".parse().unwrap()),
+        gateway_v6: Some("fd00::fd".parse().unwrap()),
+    };
+    (namespace, endpoint)
+}
+
+/// A server in one namespace answers a client in another, byte for byte.
+fn tcp(server: &Namespace, client: &Namespace, address: &str) {
+    let address = SocketAddr::new(address.parse::<IpAddr>().unwrap(), 8080);
+    let (bound, ready) = std::sync::mpsc::channel();
+    let serving = server
+        .spawn(move || {
+            let listener = TcpListener::bind(address).unwrap();
+            bound.send(()).unwrap();
+            let (mut stream, peer) = listener.accept().unwrap();
+            let mut bytes = Vec::new();
+            stream.read_to_end(&mut bytes).unwrap();
+            stream.write_all(&bytes).unwrap();
+            peer
+        })
+        .unwrap();
+    ready.recv().unwrap();
+    let sent: Vec<u8> = (0..300_000_u32).map(|i| i as u8).collect();
+    let expected = sent.clone();
+    let received = client
+        .spawn(move || {
+            let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(3)).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            stream.write_all(&sent).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let mut bytes = Vec::new();
+            stream.read_to_end(&mut bytes).unwrap();
+            bytes
+        })
+        .unwrap()
+        .join()
+        .unwrap();
+    serving.join().unwrap();
+    assert!(received == expected, "{} of {} bytes came back", received.len(), expected.len());
+}
+
+fn ping(from: &Namespace, to: &str) {
+    from.run(&format!("ping -c 3 -i 0.05 -W 2 {to}")).unwrap();
+}
+
+#[test]
+fn pods_reach_each_other_the_vpc_and_the_host() {
+    let sandbox = sandbox_or_skip!();
+    let world = World::build(&sandbox, &Config::new(sandbox.pin_root()));
+    let World { a, b, vpc, .. } = &world;
+
+    for to in ["10.0.0.2", "fd00::2"] {
+        ping(a, to);
+        tcp(b, a, to);
+    }
+    // All of it went from pod to pod, nothing through the host stack.
+    assert!(world.counter(Kind::PodToPod).packets > 100);
+    assert_eq!(world.counter(Kind::PodToHost).packets, 0);
+    // But for what the host says about multicast groups when an interface comes up.
+    assert!(world.counter(Kind::HostToPod).packets < 5);
+
+    for to in ["10.9.0.9", "fd09::9"] {
+        ping(a, to);
+        tcp(vpc, b, to);
+    }
+    assert!(world.counter(Kind::PodToVpc).packets > 20 && world.counter(Kind::VpcToPod).packets > 20);
+    for (pod, to) in [(a, "10.0.0.1"), (b, "fd00::2")] {
+        ping(vpc, to);
+        tcp(pod, vpc, to);
+    }
+    assert_eq!(world.counter(Kind::PodToHost).packets, 0);
+
+    // The host reaches its pods, and they it.
+    for to in ["10.0.0.100", "fd00::100"] {
+        ping(a, to);
+    }
+    for to in ["10.0.0.1", "fd00::2"] {
+        command("ping", &format!("-c 2 -i 0.05 -W 2 {to}")).unwrap();
+    }
+    assert!(world.counter(Kind::HostToPod).packets > 5 && world.counter(Kind::PodToHost).packets > 5);
+    assert_eq!(drops(&world.datapath), Vec::<&str>::new());
+}
+
+/// Reasons for which something was dropped, but for the chatter of IPv6 on any new interface.
+fn drops(datapath: &Datapath) -> Vec<&'static str> {
+    let counters = datapath.counters().unwrap();
+    let dropped = terway_abi::Drop::ALL.iter().filter(|reason| counters.drop(**reason).packets > 0);
+    dropped.filter(|reason| **reason != terway_abi::Drop::Multicast).map(|reason| reason.name()).collect()
+}
+
+#[test]
+fn clsact_on_the_eni_does_the_same() {
+    let sandbox = sandbox_or_skip!();
+    let config = Config { force_clsact: true, ..Config::new(sandbox.pin_root()) };
+    let world = World::build(&sandbox, &config);
+    for to in ["10.9.0.9", "fd09::9"] {
+        ping(&world.a, to);
+        tcp(&world.vpc, &world.b, to);
+    }
+    assert_eq!(world.counter(Kind::VpcToHost).packets, 0);
+    assert!(world.counter(Kind::VpcToPod).packets > 20);
+    world.datapath.detach_eni(world.eni).unwrap();
+    assert!(!command("tc", "filter show dev eni-1 ingress").unwrap().contains("terway"));
+}
+
+#[test]
+fn traceroute_sees_the_node_and_big_packets_arrive_in_pieces() {
+    let sandbox = sandbox_or_skip!();
+    let world = World::build(&sandbox, &Config::new(sandbox.pin_root()));
+    // The first hop's error comes from the node: `ping -t 1` fails, and says who answered.
+    let answered = world.a.run("ping -c 1 -W 2 -t 1 10.9.0.9").unwrap_err().to_string();
+    assert!(answered.contains("Time to live exceeded"), "{answered}");
+    let answered = world.a.run("ping -c 1 -W 2 -t 1 fd09::9").unwrap_err().to_string();
+    assert!(answered.contains("Hop limit"), "{answered}");
+    assert_eq!(world.counter(Kind::TtlExpired).packets, 2);
+    // 4 000 bytes are three fragments on a 1 500-byte link.
+    for to in ["10.0.0.2", "10.9.0.9", "fd00::2", "fd09::9"] {
+        world.a.run(&format!("ping -c 2 -i 0.05 -W 2 -s 4000 {to}")).unwrap();
+    }
+    // A closed port is answered with an ICMP error, which finds its way back.
+    let refused = world
+        .a
+        .spawn(|| {
+            let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.connect("10.9.0.9:9").unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            socket.send(b"x").unwrap();
+            socket.recv(&mut [0; 1]).unwrap_err().kind()
+        })
+        .unwrap()
+        .join()
+        .unwrap();
+    assert_eq!(refused, std::io::ErrorKind::ConnectionRefused);
+    assert_eq!(drops(&world.datapath), Vec::<&str>::new());
+}
+
+#[test]
+fn connections_outlive_the_daemon_and_its_restart() {
+    let sandbox = sandbox_or_skip!();
+    let config = Config::new(sandbox.pin_root());
+    let world = World::build(&sandbox, &config);
+    let (bound, ready) = std::sync::mpsc::channel();
+    let server = world
+        .vpc
+        .spawn(move || {
+            let listener = TcpListener::bind("10.9.0.9:8080").unwrap();
+            bound.send(()).unwrap();
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut bytes = Vec::new();
+            stream.read_to_end(&mut bytes).unwrap();
+            bytes
+        })
+        .unwrap();
+    ready.recv().unwrap();
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let (wrote, written) = std::sync::mpsc::channel();
+    let client = world
+        .a
+        .spawn(move || {
+            let mut stream = TcpStream::connect("10.9.0.9:8080").unwrap();
+            for part in ["one ", "two ", "three"] {
+                stream.write_all(part.as_bytes()).unwrap();
+                wrote.send(()).unwrap();
+                wait.recv().unwrap();
+            }
+        })
+        .unwrap();
+    written.recv().unwrap();
+
+    let World { datapath, pods, eni, a, b, vpc } = world;
+    let flows = datapath.flow_count().unwrap();
+    let made = datapath.counters().unwrap().kind(Kind::FlowNew).packets;
+    drop(datapath);
+    // Nobody is there: packets flow all the same.
+    ping(&a, "10.0.0.2");
+    go.send(()).unwrap();
+    written.recv().unwrap();
+
+    let datapath = Datapath::open(&config).unwrap();
+    assert_eq!(datapath.endpoints(), pods);
+    assert_eq!(datapath.attached_enis().unwrap(), [eni]);
+    datapath.attach_eni(eni).unwrap();
+    for endpoint in &pods {
+        datapath.upsert_endpoint(endpoint).unwrap();
+        datapath.attach_pod(endpoint.host_ifindex).unwrap();
+    }
+    go.send(()).unwrap();
+    written.recv().unwrap();
+    go.send(()).unwrap();
+    client.join().unwrap();
+    assert_eq!(server.join().unwrap(), b"one two three");
+    assert!(datapath.flow_count().unwrap().0 >= flows.0);
+    // Only the ping above was new, and recovery voids the flows of an earlier daemon once.
+    let made = datapath.counters().unwrap().kind(Kind::FlowNew).packets - made;
+    assert!(made <= 4, "{made} flows were made anew");
+
+    // A pod that is removed is cut off at once, in the middle of its flows.
+    assert!(datapath.remove_endpoint(pods[0].host_ifindex).unwrap());
+    assert!(a.run("ping -c 1 -W 0.3 10.0.0.2").is_err());
+    assert!(vpc.run("ping -c 1 -W 0.3 10.0.0.2").is_ok());
+    assert!(b.run("ping -c 1 -W 0.3 10.9.0.9").is_ok());
+    datapath.detach_eni(eni).unwrap();
+    assert_eq!(datapath.attached_enis().unwrap(), []);
+}
