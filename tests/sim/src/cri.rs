@@ -237,7 +237,8 @@ impl Cri {
                 namespace: spec.namespace.clone(),
                 attempt: 0,
             }),
-            hostname: spec.name.clone(),
+            // On the node's network the node's name counts; runc refuses another.
+            hostname: if spec.host_network { String::new() } else { spec.name.clone() },
             log_directory: self.logs.join(&spec.name).display().to_string(),
             port_mappings: spec
                 .ports

@@ -70,6 +70,10 @@ fn network(snapshot: &mut Snapshot, run: impl Fn(&str, &[&str]) -> Result<String
     for (subject, family) in [("IPv4 rule", "-4"), ("IPv6 rule", "-6")] {
         snapshot.lines(subject, &run("ip", &[family, "rule", "show"])?);
     }
+    for subject in ["address", "IPv6 route"] {
+        // A NIC's link-local address is the kernel's own and comes and goes with carrier and DAD.
+        snapshot.0.entry(subject).or_default().retain(|fact| !(fact.contains("fe80:") && fact.contains(" eth")));
+    }
     // Learnt entries come and go; permanent ones were set by somebody.
     snapshot.lines("neighbour", &run("ip", &["-o", "neigh", "show", "nud", "permanent"])?);
     let qdiscs = run("tc", &["qdisc", "show"])?;
@@ -212,12 +216,6 @@ pub fn settle_pods(node_: &Node, before: &Snapshot, limit: Duration) -> Result<(
         for subject in ["link", "address", "IPv4 route", "IPv6 route", "qdisc", "filter", "neighbour", "pin"] {
             if let Some(facts) = snapshot.0.get_mut(subject) {
                 facts.retain(|fact| !fact.split([' ', ':', '@', '/', '-', '_', '.']).any(|word| enis.contains(word)));
-            }
-        }
-        for subject in ["address", "IPv6 route"] {
-            // The kernel's own, which come and go with carrier and DAD.
-            if let Some(facts) = snapshot.0.get_mut(subject) {
-                facts.retain(|fact| !(fact.contains("fe80:") && fact.contains("eth0")));
             }
         }
         if let Some(pins) = snapshot.0.get_mut("pin") {

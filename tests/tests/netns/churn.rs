@@ -127,7 +127,11 @@ fn two_hundred_kills_leave_nothing() -> Result<()> {
             let before = baseline(node, 30)?;
             let mut running: Vec<Pod> = Vec::new();
             let (mut plugin_kills, mut daemon_kills, mut abandoned) = (0, 0, 0);
+            let start = Instant::now();
             for round in 0..200u32 {
+                if round % 50 == 0 {
+                    println!("round {round} after {:?}", start.elapsed());
+                }
                 if random.below(2) == 0 {
                     plugin_kills += 1;
                     kill_plugin(node, round, &mut random, &mut abandoned)?;
@@ -197,9 +201,10 @@ fn kill_daemon(node: &Node, round: u32, random: &mut Random, running: &mut Vec<P
             scope.spawn(move || node.cni("DEL", pod));
         }
         std::thread::sleep(delay);
-        node.kill_daemon()
+        node.kill_daemon()?;
+        // The plugins are still waiting for their answers.
+        node.start_daemon()
     })?;
-    node.start_daemon()?;
     node.wait_ready(Duration::from_secs(20))?;
     if let Some(pod) = &leaving {
         node.del(pod).context("a DEL that was interrupted is repeated")?;

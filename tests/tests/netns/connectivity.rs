@@ -182,16 +182,25 @@ fn a_pod_sends_only_as_itself() -> Result<()> {
                 ensure!(!grown.is_empty(), "{address}: no drop was counted: {after:?}");
                 println!("{address}: {grown:?}");
             }
-            // A MAC that is not its own.
+            // A MAC that is not its own. Changing it makes the kernel forget the permanent neighbours.
             let before = drops(node)?;
-            let own = a.ns.output("cat", &["/proc/self/net/dev"])?;
-            ensure!(own.contains("eth0"), "{own}");
             let link = a.ns.output("ip", &["-br", "link", "show", "eth0"])?;
-            let mac = link.split_whitespace().nth(2).context("no MAC")?.to_owned();
-            a.ns.ip("link set eth0 address 02:00:00:00:00:66\n")?;
-            ensure!(probe::ping(&a.ns, c.v4()?, &[]).is_err(), "a foreign MAC was answered");
-            ensure!(drops(node)? != before, "no drop was counted");
-            a.ns.ip(&format!("link set eth0 address {mac}\n"))?;
+            let own = link.split_whitespace().nth(2).context("no MAC")?;
+            let neighbours = a.ns.output("ip", &["neigh", "show", "nud", "permanent"])?;
+            let wear = |mac: &str| -> Result<()> {
+                let restore: String = neighbours
+                    .lines()
+                    .map(|line| format!("neigh replace {}\n", line.replace("PERMANENT", "nud permanent")))
+                    .collect();
+                a.ns.ip(&format!("link set eth0 address {mac}\n{restore}"))
+            };
+            wear("02:00:00:00:00:66")?;
+            for to in [b.v4()?, c.v6()?] {
+                ensure!(probe::ping(&a.ns, to, &[]).is_err(), "a foreign MAC was answered by {to}");
+            }
+            let (of, after) = ("spoofed_mac", drops(node)?);
+            ensure!(after.get(of) > before.get(of), "no drop was counted: {after:?}");
+            wear(own)?;
             for to in [b.v4()?, c.v6()?] {
                 probe::ping(&a.ns, to, &[]).context("after all that it is still itself")?;
             }
