@@ -21,7 +21,7 @@ use crate::bpf::{self, Datapath};
 use crate::cloud::{
     Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, Metadata, Retry, Secret, endpoint,
 };
-use crate::engine::{Engine, Facts, Parts, netns_is_gone};
+use crate::engine::{self, Engine, Facts, Parts};
 use crate::http;
 use crate::identity::{self, Node};
 use crate::metrics::{self, Metrics};
@@ -39,7 +39,7 @@ const INVENTORY_WITHIN: Duration = Duration::from_secs(10);
 const COLLECT_EVERY: Duration = Duration::from_secs(60);
 
 /// How often the plugin's queue is looked at, for DELs that were answered too late.
-const QUEUE_EVERY: Duration = Duration::from_secs(30);
+const QUEUE_EVERY: Duration = Duration::from_secs(5);
 
 /// How long calls under way may take after SIGTERM.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
@@ -74,8 +74,11 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let facts = prepare_node(&options, &config, &node, &host).await?;
     follow_addresses(&links, &datapath, &config)?;
 
-    let snapshot =
-        Snapshot { records: records.clone(), enis: inventory(&*cloud, &node).await, facts: gone(&host, &records) };
+    let snapshot = Snapshot {
+        records: records.clone(),
+        enis: inventory(&*cloud, &node).await,
+        facts: gone(&host, &records).await?,
+    };
     let (pool, effects) = Pool::restore(pool_config(&options, &config, &node), snapshot, Moment::ZERO)
         .map_err(|error| failed(errors::STORE_FAILED, "restore", &error))?;
     let parts =
@@ -93,7 +96,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
         let engine = Arc::clone(&engine);
         move || {
             let engine = Arc::clone(&engine);
-            async move { engine.collect() }
+            async move { engine.collect().await }
         }
     }));
     tokio::spawn(repeat(QUEUE_EVERY, {
@@ -107,7 +110,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
         let engine = Arc::clone(&engine);
         Arc::new(move || {
             engine.refresh_gauges();
-            engine.ready()
+            engine.ready().map_err(|error| error.to_string())
         })
     };
     tokio::spawn(serve_http(options.listen, Arc::new(registry), ready));
@@ -311,12 +314,12 @@ async fn inventory(cloud: &dyn Cloud, node: &Node) -> Option<Vec<terway_core::cl
     }
 }
 
-fn gone(host: &Host, records: &[Record]) -> NodeFacts {
-    let netns_gone = records.iter().filter_map(|record| match record {
-        Record::Attachment(a) if netns_is_gone(host, &a.netns) => Some(a.key.clone()),
+async fn gone(host: &Host, records: &[Record]) -> Result<NodeFacts, Error> {
+    let attachments = records.iter().filter_map(|record| match record {
+        Record::Attachment(a) => Some((a.key.clone(), a.netns.clone())),
         _ => None,
     });
-    NodeFacts { netns_gone: netns_gone.collect() }
+    Ok(NodeFacts { netns_gone: engine::gone(host, attachments.collect()).await? })
 }
 
 fn pool_config(options: &Options, config: &Config, node: &Node) -> PoolConfig {

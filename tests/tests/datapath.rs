@@ -328,5 +328,5 @@ fn connections_outlive_the_daemon_and_its_restart() {
     assert!(vpc.run("ping -c 1 -W 0.3 10.0.0.2").is_ok());
     assert!(b.run("ping -c 1 -W 0.3 10.9.0.9").is_ok());
     datapath.detach_eni(eni).unwrap();
-    assert_eq!(datapath.attached_enis().unwrap(), []);
+    assert_eq!(datapath.attached_enis().unwrap(), [0_u32; 0]);
 }

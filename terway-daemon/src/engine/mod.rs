@@ -31,7 +31,7 @@ use crate::store::Store;
 use reaper::Reaper;
 
 pub use pod::PodOptions;
-pub use start::{Facts, Parts, netns_is_gone};
+pub use start::{Facts, Parts, gone};
 
 /// An ADD as the service hands it over.
 #[derive(Clone, Debug)]

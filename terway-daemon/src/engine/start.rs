@@ -97,8 +97,7 @@ impl Engine {
         let attachments: Vec<&AttachmentRecord> =
             records.iter().filter_map(|r| if let Record::Attachment(a) = r { Some(a) } else { None }).collect();
         self.remove_leftovers(&attachments).await?;
-        let here = attachments.iter().filter(|a| a.phase == Phase::Ready && !netns_is_gone(&self.host, &a.netns));
-        for attachment in here {
+        for attachment in attachments.iter().filter(|a| a.phase == Phase::Ready) {
             if let Err(error) = self.adopt(attachment).await {
                 warn!(pod = %attachment.pod, key = %attachment.key, %error, "a running pod could not be adopted whole");
             }
@@ -156,30 +155,37 @@ impl Engine {
         Ok(())
     }
 
-    /// Looks for attachments whose namespace is gone without a DEL (runtimes do forget some), and frees them.
-    pub fn collect(self: &Arc<Self>) {
-        let ready: Vec<(AttachmentKey, String)> = {
+    /// Looks for attachments whose pod is gone without a DEL (runtimes do forget some), and frees them.
+    pub async fn collect(self: &Arc<Self>) {
+        let ready = {
             let core = self.core();
             core.pool.list().into_iter().filter(|a| a.phase == Phase::Ready).map(|a| (a.key, a.netns)).collect()
         };
-        for (key, netns) in ready {
-            if netns_is_gone(&self.host, &netns) {
-                info!(%key, netns, "the pod's namespace is gone without a DEL; freeing its addresses");
-                self.feed(Event::Gone { key });
+        match gone(&self.host, ready).await {
+            Ok(gone) => {
+                for key in gone {
+                    info!(%key, "the pod is gone without a DEL; freeing its addresses");
+                    self.feed(Event::Gone { key });
+                }
             }
+            Err(error) => warn!(%error, "cannot look for pods that are gone"),
         }
     }
 }
 
-/// Whether a pod's namespace provably does not exist any more. A path that cannot be asked proves nothing.
-#[must_use]
-pub fn netns_is_gone(host: &Host, path: &str) -> bool {
-    if path.is_empty() {
-        return false;
+/// Those of `attachments` whose pods provably do not exist any more: their path leads to no network namespace, and the node's end of their veth
+/// is gone, as the kernel removes it with the namespace. The path alone proves nothing: it may only be invisible from here.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub async fn gone(host: &Host, attachments: Vec<(AttachmentKey, String)>) -> Result<BTreeSet<AttachmentKey>, Error> {
+    let mut suspects = attachments;
+    suspects.retain(|(_, netns)| matches!(host.open_netns(netns), Err(NetError::Netns { .. })));
+    if suspects.is_empty() {
+        return Ok(BTreeSet::new());
     }
-    match std::fs::metadata(path) {
-        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
-        // The mount point is left and the mount is gone: so after a reboot, and when a runtime unmounted without removing.
-        Ok(_) => matches!(host.open_netns(path), Err(NetError::Netns { .. })),
-    }
+    let links = host.observe(BTreeSet::new()).await?.links;
+    let aliases: BTreeSet<&str> = links.values().filter_map(|link| link.alias.as_deref()).collect();
+    let gone = suspects.into_iter().map(|(key, _)| key).filter(|key| !aliases.contains(alias(key).as_str()));
+    Ok(gone.collect())
 }

@@ -56,18 +56,21 @@ impl Engine {
         if wrong.is_empty() { Ok(()) } else { Err(Error::new(errors::CHECK_FAILED, wrong.join("; "))) }
     }
 
-    /// Whether an ADD could be served now, or what is in the way.
+    /// Whether the node can take pods, or what is in the way. A shortage of addresses on a node with pods is not: a runtime would make the
+    /// node NotReady for it, and Kubernetes evict pods that lack nothing (docs/adr/0007).
     ///
     /// # Errors
-    /// The first problem, as text.
-    pub fn ready(&self) -> Result<(), String> {
+    /// What is in the way.
+    pub fn ready(&self) -> Result<(), Error> {
         if let Some(error) = self.fatal.borrow().clone() {
-            return Err(error.to_string());
+            return Err(error);
         }
-        match self.core().pool.problems().into_iter().next() {
-            Some(problem) => Err(problem.to_string()),
-            None => Ok(()),
+        let core = self.core();
+        let stats = core.pool.stats();
+        if stats.bound + stats.idle + stats.pending + stats.cooling > 0 {
+            return Ok(());
         }
+        core.pool.problems().into_iter().next().map_or(Ok(()), Err)
     }
 
     /// The whole state on one screen.
@@ -89,7 +92,7 @@ impl Engine {
             bound: eni.bound,
         });
         v1::StatusResponse {
-            ready: problems.is_empty(),
+            ready: self.ready().is_ok(),
             problems: problems.iter().map(crate::server::detail).collect(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.facts.node.clone(),

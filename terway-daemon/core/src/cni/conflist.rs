@@ -10,6 +10,8 @@ pub const FILE_NAME: &str = "10-terway.conflist";
 
 /// The list of network `name`, one plugin long.
 ///
+/// It asks for no capabilities: a runtime that hands over port mappings or rates may expect that they take effect, and they do not yet.
+///
 /// `options` are further keys of the plugin's configuration, such as `mtu`; they must not be `type` or `capabilities`. Paths
 /// that are the plugin's defaults are left out.
 ///
@@ -19,10 +21,6 @@ pub const FILE_NAME: &str = "10-terway.conflist";
 pub fn conflist(name: &str, daemon_socket: &str, queue_dir: &str, options: &Map<String, Value>) -> String {
     let mut plugin = options.clone();
     plugin.insert("type".into(), "terway".into());
-    plugin.insert(
-        "capabilities".into(),
-        json!({"bandwidth": true, "dns": true, "io.kubernetes.cri.pod-annotations": true, "portMappings": true}),
-    );
     for (key, path, default) in
         [("daemon_socket", daemon_socket, DEFAULT_SOCKET), ("queue_dir", queue_dir, DEFAULT_QUEUE_DIR)]
     {
