@@ -143,3 +143,166 @@ pub fn holds<F: Family, T: Tables<F>>(tables: &T, slots: [u32; 2], epochs: [u32;
     // An entry that was never filled has slot 0 twice.
     source != NO_SLOT && tables.epoch(source) == at_source && tables.epoch(destination) == at_destination
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::family::{V4, V6};
+
+    /// The tables as ordinary maps.
+    #[derive(Debug, Default)]
+    struct Node {
+        pods: BTreeMap<u32, Endpoint>,
+        host: Vec<[u32; 4]>,
+        epochs: BTreeMap<u32, u32>,
+    }
+
+    impl<F: Family> Tables<F> for Node {
+        fn by_ifindex(&self, ifindex: u32) -> Option<&Endpoint> {
+            self.pods.get(&ifindex)
+        }
+
+        fn by_address(&self, address: &F::Addr) -> Option<&Endpoint> {
+            self.pods.values().find(|pod| F::widen(&F::address(pod)) == F::widen(address))
+        }
+
+        fn is_host(&self, address: &F::Addr) -> bool {
+            self.host.contains(&F::widen(address))
+        }
+
+        fn epoch(&self, slot: u32) -> u32 {
+            self.epochs.get(&slot).copied().unwrap_or(0)
+        }
+    }
+
+    /// 10.0.0.n and fd00::n.
+    fn v4(n: u8) -> u32 {
+        u32::from_ne_bytes([10, 0, 0, n])
+    }
+
+    fn v6(n: u8) -> [u32; 4] {
+        [u32::from_ne_bytes([0xfd, 0, 0, 0]), 0, 0, u32::from_ne_bytes([0, 0, 0, n])]
+    }
+
+    /// Two pods on ENI 50 and one on ENI 51; the host is number 100. Pod 3 has no IPv6, and ENI 51 no IPv4 gateway.
+    fn node() -> Node {
+        let pod = |n: u8, eni: u32| Endpoint {
+            host_ifindex: n.into(),
+            eni_ifindex: eni,
+            slot: n.into(),
+            epoch: 1,
+            v4: v4(n),
+            v6: if n == 3 { [0; 4] } else { v6(n) },
+            gateway_v4: if eni == 51 { 0 } else { v4(253) },
+            gateway_v6: v6(253),
+            sent: MacPair::new([0xaa; 6], [n; 6]),
+            received: MacPair::new([n; 6], [0xaa; 6]),
+            ..Endpoint::default()
+        };
+        Node {
+            pods: [pod(1, 50), pod(2, 50), pod(3, 51)].map(|p| (p.host_ifindex, p)).into(),
+            host: vec![[v4(100), 0, 0, 0], v6(100)],
+            epochs: (1..4).map(|slot| (slot, 1)).collect(),
+        }
+    }
+
+    fn packet<F: Family>(src: F::Addr, dst: F::Addr) -> Packet<F> {
+        let mut packet = Packet::new();
+        (packet.key.src, packet.key.dst) = (src, dst);
+        packet
+    }
+
+    fn place(place: Place<'_>) -> (&'static str, u32) {
+        match place {
+            Place::Pod(pod) => ("pod", pod.host_ifindex),
+            Place::Vpc(pod) => ("vpc", pod.host_ifindex),
+            Place::Host(pod) => ("host", pod.host_ifindex),
+        }
+    }
+
+    /// What is decided, in a word.
+    fn said(decision: Result<Decision<'_>, Drop>) -> Result<Option<(&'static str, u32)>, Drop> {
+        decision.map(|decision| match decision {
+            Decision::Way(route) => Some(place(route.target)),
+            Decision::NotOurs => None,
+        })
+    }
+
+    #[test]
+    fn where_a_pods_packets_go() {
+        let node = node();
+        let pod = |n: u32| node.pods.get(&n).unwrap();
+        for (n, dst, want) in [
+            (1, 2, Ok(Some(("pod", 2)))),
+            (1, 1, Ok(Some(("pod", 1)))),
+            (1, 3, Ok(Some(("pod", 3)))),
+            (1, 100, Ok(Some(("host", 1)))),
+            (1, 9, Ok(Some(("vpc", 1)))),
+            (3, 2, Ok(Some(("pod", 2)))),
+            (3, 9, Err(Drop::NoGateway)),
+        ] {
+            let sent = packet::<V4>(v4(n), v4(dst));
+            assert_eq!(said(from_pod(&node, pod(n.into()), &sent, pod(n.into()).sent)), want, "{n} to {dst}");
+        }
+        assert_eq!(said(from_pod(&node, pod(1), &packet::<V6>(v6(1), v6(3)), pod(1).sent)), Ok(Some(("vpc", 1))));
+        // Having no address of a family is not having the unspecified one.
+        let none = packet::<V6>([0; 4], v6(2));
+        assert_eq!(said(from_pod(&node, pod(3), &none, pod(3).sent)), Err(Drop::SpoofedSource));
+    }
+
+    #[test]
+    fn entries_hold_until_an_end_changes() {
+        let mut node = node();
+        let pod = *node.pods.get(&1).unwrap();
+        let sent = packet::<V4>(v4(1), v4(9));
+        let Ok(Decision::Way(route)) = from_pod(&node, &pod, &sent, pod.sent) else { panic!("not sent") };
+        let (slots, epochs) =
+            ([route.source.slot, route.destination.slot], [route.source.epoch, route.destination.epoch]);
+        assert!(holds::<V4, _>(&node, slots, epochs));
+        for slot in slots {
+            let before = node.epochs.insert(slot, 99);
+            assert!(!holds::<V4, _>(&node, slots, epochs));
+            node.epochs.insert(slot, before.unwrap_or(0));
+        }
+        assert!(holds::<V4, _>(&node, slots, epochs));
+        assert!(!holds::<V4, _>(&node, [0, 0], [0, 0]), "an entry that was never filled");
+        // An endpoint that is being changed: its new epoch is in its value, and not yet in the map.
+        let changing = Endpoint { epoch: 2, ..pod };
+        let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, pod.sent) else { panic!("not sent") };
+        assert!(!holds::<V4, _>(
+            &node,
+            [route.source.slot, route.destination.slot],
+            [route.source.epoch, route.destination.epoch]
+        ));
+    }
+
+    proptest! {
+        /// Invariant 2, and its like: whatever the addresses, a packet leaves a pod only as that pod, and enters one only by its ENI.
+        #[test]
+        fn nobody_sends_as_somebody_else(n in 1_u32..4, src in 0_u8..12, dst in 0_u8..12, mac in 1_u8..4, eni in 50_u32..52) {
+            let node = node();
+            let pod = node.pods.get(&n).unwrap();
+            let sent = packet::<V4>(v4(src), v4(dst));
+            if let Ok(Decision::Way(route)) = from_pod(&node, pod, &sent, MacPair::new([0xaa; 6], [mac; 6])) {
+                prop_assert_eq!(u32::from(src), n);
+                prop_assert_eq!(u32::from(mac), n);
+                prop_assert_eq!(place(route.origin), ("pod", n));
+                if let Place::Vpc(by) = route.target {
+                    prop_assert_eq!(by.eni_ifindex, pod.eni_ifindex);
+                    prop_assert!(!(1..4).contains(&dst), "a pod's address went to the VPC");
+                }
+            }
+            if let Ok(Decision::Way(route)) = from_vpc(&node, &sent, eni) {
+                prop_assert_eq!(place(route.target), ("pod", u32::from(dst)));
+                prop_assert!(!(1..4).contains(&src));
+                prop_assert_eq!(node.pods.get(&u32::from(dst)).unwrap().eni_ifindex, eni);
+            }
+            let allowed = to_vpc::<V4, _>(&node, &v4(src), eni).is_ok();
+            prop_assert_eq!(allowed, node.pods.get(&u32::from(src)).is_none_or(|pod| pod.eni_ifindex == eni));
+        }
+    }
+}

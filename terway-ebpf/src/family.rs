@@ -22,6 +22,9 @@ pub trait Family: Sized + 'static {
     /// [`Family::parse`].
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>>;
 
+    /// Addresses, protocol and, if they stand right behind a plain header, ports: what a drop is reported with.
+    fn outline<P: Frame>(frame: &P) -> Option<Glance<Self>>;
+
     /// Any packet.
     ///
     /// # Errors
@@ -88,6 +91,11 @@ impl Family for V4 {
     #[inline(always)]
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
         parse::glance_v4(frame)
+    }
+
+    #[inline(always)]
+    fn outline<P: Frame>(frame: &P) -> Option<Glance<Self>> {
+        parse::outline_v4(frame)
     }
 
     #[inline(always)]
@@ -166,6 +174,11 @@ impl Family for V6 {
     #[inline(always)]
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
         parse::glance_v6(frame)
+    }
+
+    #[inline(always)]
+    fn outline<P: Frame>(frame: &P) -> Option<Glance<Self>> {
+        parse::outline_v6(frame)
     }
 
     #[inline(always)]

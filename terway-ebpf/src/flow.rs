@@ -132,3 +132,81 @@ pub const fn remembered(tcp: u8) -> u32 {
 
 /// The TCP flags that change what an entry remembers.
 pub const NOTABLE: u8 = tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST;
+
+#[cfg(test)]
+mod tests {
+    use terway_abi::{FlowV4, MacPair};
+
+    use super::*;
+    use crate::family::V4;
+
+    fn pod(number: u32) -> Endpoint {
+        Endpoint {
+            host_ifindex: number,
+            eni_ifindex: 100 + number,
+            slot: number,
+            epoch: 7,
+            gateway_v4: 0xfd,
+            sent: MacPair([number, 1, 1]),
+            received: MacPair([number, 2, 2]),
+            ..Endpoint::default()
+        }
+    }
+
+    fn filled(route: &Route<'_>) -> FlowV4 {
+        let mut flow = FlowV4::default();
+        route.fill::<V4>(&mut flow);
+        flow
+    }
+
+    #[test]
+    fn the_entries_of_both_directions_are_each_others_mirror() {
+        let (a, b) = (pod(1), pod(2));
+        let (source, destination) = (Basis { slot: 1, epoch: 7 }, Basis { slot: 2, epoch: 7 });
+        let local = Route { origin: Place::Pod(&a), target: Place::Pod(&b), source, destination };
+        assert_eq!((local.hook(), local.back().hook()), ((1, HOOK_IN), (2, HOOK_IN)));
+        let (there, back) = (filled(&local), filled(&local.back()));
+        assert_eq!((there.action, there.oif, back.oif), (Action::Local as u32, 2, 1));
+        assert_eq!((there.expect, there.write), (a.sent, b.received));
+        assert_eq!((back.expect, back.write), (b.sent, a.received));
+        assert_eq!((there.slots, back.slots), ([1, 2], [2, 1]));
+
+        let out = Route { target: Place::Vpc(&a), ..local };
+        assert_eq!((out.hook(), out.back().hook()), ((1, HOOK_IN), (101, HOOK_IN)));
+        let (there, back) = (filled(&out), filled(&out.back()));
+        assert_eq!((there.action, there.oif, there.nexthop.address[0]), (Action::Vpc as u32, 101, 0xfd));
+        assert_eq!((back.action, back.oif, back.write), (Action::Local as u32, 1, a.received));
+
+        let host = Route { target: Place::Host(&a), ..local };
+        assert_eq!(host.back().hook(), (1, HOOK_TO_POD));
+        let (there, back) = (filled(&host), filled(&host.back()));
+        assert_eq!((there.action, there.expect, back.action), (Action::Stack as u32, a.sent, Action::Stack as u32));
+    }
+
+    #[test]
+    fn turning_a_key_twice_gives_it_back() {
+        let mut turned = key(1_u32, 2, 0x1234_5678, 6, (9, HOOK_IN));
+        let original = turned;
+        turn(&mut turned, (5, HOOK_TO_POD));
+        assert_eq!(turned, key(2, 1, 0x5678_1234, 6, (5, HOOK_TO_POD)));
+        turn(&mut turned, (9, HOOK_IN));
+        assert_eq!(turned, original);
+    }
+
+    #[test]
+    fn flags_are_remembered_and_end_a_connection() {
+        for tcp in 0..=255_u8 {
+            let flags = remembered(tcp);
+            assert_eq!(flags & flow_flags::SYN != 0, tcp & tcp_flags::SYN != 0);
+            assert_eq!(flags & flow_flags::FIN != 0, tcp & tcp_flags::FIN != 0);
+            assert_eq!(flags & flow_flags::RST != 0, tcp & tcp_flags::RST != 0);
+            assert_eq!(flags & !(flow_flags::SYN | flow_flags::FIN | flow_flags::RST), 0);
+            assert_eq!(flags == 0, tcp & NOTABLE == 0);
+        }
+        assert!(continues(flow_flags::SYN, tcp_flags::SYN), "a repeated SYN");
+        assert!(!continues(flow_flags::SYN | flow_flags::FIN, tcp_flags::SYN));
+        assert!(!continues(flow_flags::RST, tcp_flags::SYN));
+        assert!(continues(flow_flags::FIN, tcp_flags::SYN | tcp_flags::ACK));
+        assert!(continues(flow_flags::FIN, tcp_flags::ACK));
+    }
+}

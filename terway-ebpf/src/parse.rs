@@ -216,6 +216,31 @@ pub(crate) fn glance_v6<P: Frame>(frame: &P) -> Option<Glance<V6>> {
     Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.next, tcp_flags })
 }
 
+/// See [`Family::outline`].
+#[inline(always)]
+pub(crate) fn outline_v4<P: Frame>(frame: &P) -> Option<Glance<V4>> {
+    let header = frame.read::<Ipv4Header>(ETH_LEN)?;
+    let first = header.version_ihl == 0x45 && header.fragment & OFFSET_MASK == 0;
+    let ports = if first { outline_ports(frame, header.protocol, ETH_LEN + IPV4_LEN) } else { 0 };
+    Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.protocol, tcp_flags: 0 })
+}
+
+/// See [`Family::outline`].
+#[inline(always)]
+pub(crate) fn outline_v6<P: Frame>(frame: &P) -> Option<Glance<V6>> {
+    let header = frame.read::<Ipv6Header>(ETH_LEN)?;
+    let ports = outline_ports(frame, header.next, ETH_LEN + IPV6_LEN);
+    Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.next, tcp_flags: 0 })
+}
+
+#[inline(always)]
+fn outline_ports<P: Frame>(frame: &P, protocol: u8, at: usize) -> u32 {
+    match protocol {
+        TCP | UDP | SCTP => frame.read::<u32>(at).unwrap_or(0),
+        _ => 0,
+    }
+}
+
 #[inline(always)]
 fn glance_transport<P: Frame>(frame: &P, protocol: u8, at: usize) -> Option<u8> {
     match protocol {
@@ -296,7 +321,6 @@ const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
-const NO_NEXT: u8 = 59;
 const DESTINATION: u8 = 60;
 const MOBILITY: u8 = 135;
 /// How many of them are followed. More than three in a row is unheard of (RFC 9098).
@@ -415,8 +439,146 @@ pub(crate) fn icmp_ports<F: Family>(kind: u8, identifier: u16) -> u32 {
     }
 }
 
-/// Whether IPv6's "no next header" was met: there is nothing behind it.
-#[must_use]
-pub fn is_empty(protocol: u8) -> bool {
-    protocol == NO_NEXT
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// An Ethernet header and what follows.
+    fn frame(kind: u16, rest: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(rest);
+        bytes
+    }
+
+    fn v4(protocol: u8, fragment: u16, options: &[u8], rest: &[u8]) -> Vec<u8> {
+        let words = 5 + options.len() / 4;
+        let length = (words * 4 + rest.len()) as u16;
+        let mut bytes = vec![0x40 | words as u8, 0];
+        bytes.extend(length.to_be_bytes());
+        bytes.extend([0x12, 0x34]);
+        bytes.extend(fragment.to_be_bytes());
+        bytes.extend([64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+        bytes.extend(options);
+        bytes.extend(rest);
+        frame(ethertype::IPV4, &bytes)
+    }
+
+    fn v6(next: u8, rest: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0x60, 0, 0, 0];
+        bytes.extend((rest.len() as u16).to_be_bytes());
+        bytes.extend([next, 64]);
+        bytes.extend((1..=32).collect::<Vec<u8>>());
+        bytes.extend(rest);
+        frame(ethertype::IPV6, &bytes)
+    }
+
+    fn parse<F: Family>(frame: &Vec<u8>) -> Result<Packet<F>, Drop> {
+        let mut packet = Packet::new();
+        F::parse(frame, &mut packet).map(|()| packet)
+    }
+
+    const TCP_SYN: [u8; 20] = [0x9c, 0x40, 0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 0, 0, 0, 0, 0, 0];
+
+    #[test]
+    fn the_common_shape_is_seen_at_a_glance() {
+        let glance = V4::glance(&v4(TCP, 0x4000, &[], &TCP_SYN)).unwrap();
+        assert_eq!(glance.src.to_ne_bytes(), [10, 0, 0, 1]);
+        assert_eq!(glance.ports.to_ne_bytes(), [0x9c, 0x40, 0, 80]);
+        assert_eq!((glance.protocol, glance.tcp_flags), (TCP, tcp_flags::SYN));
+        let glance = V6::glance(&v6(UDP, &[0, 53, 0, 54, 0, 8, 0, 0])).unwrap();
+        assert_eq!(glance.dst.map(u32::to_ne_bytes).concat(), (17..=32).collect::<Vec<u8>>());
+        assert_eq!((glance.ports.to_ne_bytes(), glance.tcp_flags), ([0, 53, 0, 54], 0));
+        assert!(V4::glance(&v4(TCP, 0x2000, &[], &TCP_SYN)).is_none(), "a fragment");
+        assert!(V4::glance(&v4(TCP, 0, &[1, 1, 1, 1], &TCP_SYN)).is_none(), "options");
+        assert!(V4::glance(&v4(ICMP, 0, &[], &[0; 20])).is_none(), "another protocol");
+        assert!(V4::glance(&v4(TCP, 0, &[], &TCP_SYN[..13])).is_none(), "cut off before the flags");
+        assert!(V6::glance(&v6(0, &[0; 40])).is_none(), "an extension header");
+    }
+
+    #[test]
+    fn queries_keep_their_identifier_on_the_side_that_asks() {
+        let ask = parse::<V4>(&v4(ICMP, 0, &[], &[8, 0, 0, 0, 0xab, 0xcd, 0, 1])).ok().unwrap();
+        let answer = parse::<V4>(&v4(ICMP, 0, &[], &[0, 0, 0, 0, 0xab, 0xcd, 0, 1])).ok().unwrap();
+        assert_eq!(ask.key.ports.to_ne_bytes(), [0xab, 0xcd, 0, 0]);
+        assert_eq!(ask.key.ports, answer.key.ports.rotate_left(16));
+        let error = parse::<V6>(&v6(ICMPV6, &[1, 4, 0, 0, 0, 0, 0, 0])).ok().unwrap();
+        assert_eq!((error.payload, error.inner), (Payload::IcmpError, 14 + 40 + 8));
+        let asked = parse::<V6>(&v6(ICMPV6, &[135, 0, 0, 0, 0, 0, 0, 0])).ok().unwrap();
+        assert_eq!((asked.payload, asked.transport), (Payload::Neighbour, 14 + 40));
+    }
+
+    #[test]
+    fn fragments_of_ipv6_tell_their_place() {
+        let udp = [0, 1, 0, 2, 0, 8, 0, 0];
+        let of = |field: u16| {
+            let mut rest = vec![UDP, 0];
+            rest.extend(field.to_be_bytes());
+            rest.extend([9, 9, 9, 9]);
+            rest.extend(udp);
+            parse::<V6>(&v6(FRAGMENT, &rest)).ok().unwrap()
+        };
+        assert_eq!((of(0).fragment, of(1).fragment), (Fragment::Whole, Fragment::First));
+        assert_eq!((of(8).fragment, of(9).fragment), (Fragment::Later, Fragment::Later));
+        assert_eq!((of(1).key.ports.to_ne_bytes(), of(8).key.ports), ([0, 1, 0, 2], 0));
+        assert_eq!((of(8).protocol, of(8).fragment_id.to_ne_bytes()), (UDP, [9, 9, 9, 9]));
+    }
+
+    /// What a glance says, the parse must say too: a packet must not have one flow on the fast path and another on the slow one.
+    fn agree<F: Family>(bytes: &Vec<u8>)
+    where
+        F::Addr: PartialEq + core::fmt::Debug,
+    {
+        let Some(glance) = F::glance(bytes) else { return };
+        let Ok(packet) = parse::<F>(bytes) else { panic!("a glance took what the parse refuses") };
+        assert_eq!((glance.src, glance.dst, glance.ports), (packet.key.src, packet.key.dst, packet.key.ports));
+        assert_eq!((glance.protocol, glance.tcp_flags), (packet.protocol, packet.tcp_flags));
+        assert_eq!((packet.fragment, packet.payload), (Fragment::Whole, Payload::Plain));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn nothing_makes_the_parser_panic_and_both_depths_agree(
+            mut bytes in proptest::collection::vec(any::<u8>(), 0..140),
+            v6 in any::<bool>(),
+            shape in prop_oneof![Just(None), Just(Some(0x45_u8)), Just(Some(0x4f)), Just(Some(0x60))],
+            protocol in prop_oneof![Just(0_u8), Just(1), Just(6), Just(17), Just(43), Just(44), Just(51), Just(58), Just(60), any::<u8>()],
+            cut in 0_usize..140,
+        ) {
+            if let (Some(shape), Some(byte)) = (shape, bytes.get_mut(14)) {
+                *byte = shape;
+            }
+            if let Some(byte) = bytes.get_mut(if v6 { 20 } else { 23 }) {
+                *byte = protocol;
+            }
+            if !v6 && let Some(flags) = bytes.get_mut(20..22) && protocol & 1 == 0 {
+                flags.copy_from_slice(&[0x40, 0]);
+            }
+            bytes.truncate(cut);
+            if v6 { agree::<V6>(&bytes) } else { agree_v4_with_length(&mut bytes) }
+            let _parsed = (parse::<V4>(&bytes).is_ok(), parse::<V6>(&bytes).is_ok());
+        }
+
+        #[test]
+        fn options_never_run_over_the_header(options in proptest::collection::vec(any::<u8>(), 0..10)) {
+            let options: Vec<u8> = options.iter().flat_map(|b| [*b, 0, 2, 1]).collect();
+            let parsed = parse::<V4>(&v4(TCP, 0, &options, &TCP_SYN));
+            if let Ok(packet) = parsed {
+                prop_assert_eq!(packet.transport as usize, 14 + 20 + options.len());
+                prop_assert_eq!(packet.key.ports.to_ne_bytes(), [0x9c, 0x40, 0, 80]);
+            }
+        }
+    }
+
+    /// The glance does not look at the length field, whose faults change no flow; the parse does.
+    fn agree_v4_with_length(bytes: &mut Vec<u8>) {
+        if let Some(length) = bytes.get_mut(16..18) {
+            length.copy_from_slice(&[0, 100]);
+        }
+        agree::<V4>(bytes);
+    }
 }

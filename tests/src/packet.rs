@@ -221,7 +221,7 @@ impl Frame {
             bytes.extend(transport);
             return bytes;
         }
-        if self.protocol == UDP && self.fragment.is_none() {
+        if self.protocol == UDP && self.fragment.is_none() && self.checksum_at.is_some() {
             let length = (transport.len() as u16).to_be_bytes();
             transport[4..6].copy_from_slice(&length);
         }

@@ -250,10 +250,16 @@ mod tests {
     #[test]
     fn watch_kills_the_whole_group_when_time_is_up() {
         let mut pid = String::new();
-        let end = watch(&mut sh("sleep 100 & echo $!; wait"), Duration::from_millis(300), |l| pid = l.to_owned());
+        let end = watch(&mut sh("sleep 100 & echo $!; wait"), Duration::from_secs(2), |l| pid = l.to_owned());
         assert_eq!(end.unwrap(), End::TimedOut);
-        let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        assert!(state.is_empty() || state.contains(") Z "), "sleep {pid} survived: {state}");
+        assert!(!pid.is_empty());
+        let state = || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let gone = || state().is_empty() || state().contains(") Z ");
+        let started = Instant::now();
+        while !gone() && started.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(TICK);
+        }
+        assert!(gone(), "sleep {pid} survived: {}", state());
     }
 
     #[test]

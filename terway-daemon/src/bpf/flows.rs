@@ -12,12 +12,14 @@ use super::endpoints::{Table, absent_is_fine, address_v4, address_v6};
 use super::error::{BpfError, lock};
 use super::object::take;
 
-/// Both tables. Programs write them; user space only reads and deletes, so there is no lock.
+/// Both tables. Programs write them; user space reads and deletes. The locks are aya's wish: it deletes through `&mut`.
 #[derive(Debug)]
 pub(super) struct Tables {
-    v4: Mutex<HashMap<MapData, FlowKey<u32>, Flow<u32>>>,
-    v6: Mutex<HashMap<MapData, FlowKey<[u32; 4]>, Flow<[u32; 4]>>>,
+    v4: Mutex<FlowMap<u32>>,
+    v6: Mutex<FlowMap<[u32; 4]>>,
 }
+
+type FlowMap<A> = HashMap<MapData, FlowKey<A>, Flow<A>>;
 
 /// One end of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +117,7 @@ fn count<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>, name: &'static str) -> Re
 }
 
 fn dump<A: Copy>(
-    map: &HashMap<MapData, FlowKey<A>, Flow<A>>,
+    map: &FlowMap<A>,
     name: &'static str,
     limit: usize,
     hz: u32,
@@ -151,7 +153,7 @@ where
 }
 
 fn sweep<A>(
-    map: &mut HashMap<MapData, FlowKey<A>, Flow<A>>,
+    map: &mut FlowMap<A>,
     name: &'static str,
     after: Duration,
     hz: u32,

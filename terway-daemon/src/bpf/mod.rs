@@ -200,7 +200,8 @@ impl Datapath {
         error::lock(&self.netlink).detach(ifindex)
     }
 
-    /// The ENIs that hold pinned links, by interface index: those that need [`Datapath::detach_eni`] if they are no longer wanted.
+    /// The ENIs that are attached by TCX links, by interface index: those that need [`Datapath::detach_eni`] if they are no longer
+    /// wanted. A clsact attachment needs no such care, because it goes with its interface.
     ///
     /// # Errors
     /// [`BpfError::Pin`].
@@ -294,3 +295,9 @@ impl Datapath {
         Ok(error::lock(&self.programs).fd(program)?.as_raw_fd())
     }
 }
+
+/// Shared between all threads of the daemon.
+const _: () = {
+    const fn shared<T: Send + Sync>() {}
+    shared::<Datapath>();
+};

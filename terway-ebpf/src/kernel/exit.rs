@@ -8,7 +8,7 @@ use super::maps::{BUDGET, COUNTERS, EVENTS, EVENTS_PER_SECOND, HZ};
 use super::skb::Skb;
 use crate::family::{Family, V4, V6};
 use crate::frame::Frame;
-use crate::parse::{Packet, ethertype};
+use crate::parse::ethertype;
 
 /// What becomes of a packet: the action for the kernel, and the counter it goes under.
 ///
@@ -151,15 +151,15 @@ fn report(skb: *mut aya_ebpf::bindings::__sk_buff, what: u32) -> i32 {
     0
 }
 
-/// Addresses, protocol and ports, as far as the packet can be parsed.
+/// Addresses, protocol and ports, as far as they stand where they usually do. What stands behind options and extension headers is
+/// not looked for: the parser's loops would double the work of the verifier.
 #[inline(always)]
 fn describe<F: Family, P: Frame>(frame: &P, event: &mut DropEvent) {
-    let mut packet = Packet::<F>::new();
-    // A packet that does not parse still shows what came before the fault.
-    let _reason = F::parse(frame, &mut packet);
     event.family = F::VERSION;
-    event.protocol = packet.protocol;
-    event.ports = packet.key.ports;
-    event.src = F::widen(&packet.key.src);
-    event.dst = F::widen(&packet.key.dst);
+    if let Some(glance) = F::outline(frame) {
+        event.protocol = glance.protocol;
+        event.ports = glance.ports;
+        event.src = F::widen(&glance.src);
+        event.dst = F::widen(&glance.dst);
+    }
 }

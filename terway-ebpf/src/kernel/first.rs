@@ -6,10 +6,11 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::bpf_printk;
 use terway_abi::{Drop, Endpoint, Flow, FlowKey, FragmentKey, FragmentValue, Kind, flow_flags};
 
 use super::exit::{Verdict, count, now};
-use super::maps::Maps;
+use super::maps::{DEBUG, Maps};
 use super::path::{FROM_POD, FROM_VPC, Miss, TO_POD, Way, hook, kinds, lookup, send, use_entry};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Decision, Tables};
@@ -93,7 +94,7 @@ where
         FROM_VPC => Maps.by_address(&packet.key.src).is_none(),
         _ => true,
     };
-    match lookup::<F, PROGRAM>(&quoted.key, &window) {
+    match lookup::<F, PROGRAM>(skb, &window, &quoted.key) {
         Some(entry) if goes && comes => use_entry::<F, PROGRAM>(skb, window, entry),
         _ => Verdict::OPEN,
     }
@@ -116,7 +117,7 @@ where
     let window = skb.window();
     if miss == Miss::Shape
         && packet.payload != Payload::IcmpError
-        && let Some(entry) = lookup::<F, PROGRAM>(&packet.key, &window)
+        && let Some(entry) = lookup::<F, PROGRAM>(skb, &window, &packet.key)
         && flow::continues(entry.flags, packet.tcp_flags)
     {
         entry.flags |= flow::remembered(packet.tcp_flags);
@@ -163,6 +164,13 @@ where
     (flow.packets, flow.bytes) = (1, u64::from(skb.len()));
     let full = F::flows().insert(&packet.key, &*flow, 0).is_err() || full;
     count(if full { Kind::FlowFull } else { Kind::FlowNew } as u32, skb.len());
+    if DEBUG.load() != 0 {
+        // The branch is gone from the verified program when the global is 0.
+        // SAFETY: the macro counts its arguments.
+        unsafe {
+            bpf_printk!(c"terway: flow on %d class %x action %d", packet.key.ifindex, packet.key.class, flow.action)
+        };
+    }
     send::<F, PROGRAM>(skb, window, flow)
 }
 

@@ -4,7 +4,7 @@ use aya_ebpf::bindings::bpf_redir_neigh;
 use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
 use terway_abi::{Action, Drop, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, Kind, MARK_CHECKED, Nexthop, Program};
 
-use super::exit::{Verdict, now};
+use super::exit::{Verdict, count, now};
 use super::maps::{Kernel, Maps};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Tables};
@@ -49,7 +49,7 @@ where
 {
     let glance = F::glance(&window).ok_or(Miss::Shape)?;
     let key = flow::key(glance.src, glance.dst, glance.ports, glance.protocol, (skb.ifindex(), hook::<PROGRAM>()));
-    let entry = lookup::<F, PROGRAM>(&key, &window).ok_or(Miss::Flow)?;
+    let entry = lookup::<F, PROGRAM>(skb, &window, &key).ok_or(Miss::Flow)?;
     if glance.tcp_flags & flow::NOTABLE != 0 {
         if !flow::continues(entry.flags, glance.tcp_flags) {
             return Err(Miss::Flow);
@@ -62,8 +62,9 @@ where
 /// The entry of this key, if it still holds and the frame is from whom it was made for.
 #[inline(always)]
 pub(super) fn lookup<F: Way, const PROGRAM: u8>(
-    key: &FlowKey<F::Addr>,
+    skb: Skb,
     window: &Window,
+    key: &FlowKey<F::Addr>,
 ) -> Option<&'static mut Flow<F::Addr>>
 where
     Maps: Tables<F>,
@@ -75,7 +76,11 @@ where
     if PROGRAM == FROM_POD && window.macs()? != entry.expect {
         return None;
     }
-    decide::holds::<F, _>(&Maps, entry.slots, entry.epochs).then_some(entry)
+    if !decide::holds::<F, _>(&Maps, entry.slots, entry.epochs) {
+        count(Kind::FlowStale as u32, skb.len());
+        return None;
+    }
+    Some(entry)
 }
 
 #[inline(always)]

@@ -18,11 +18,14 @@ use crate::workspace::{Workspace, which};
 
 const INIT: &str = include_str!("init.sh");
 /// Raise it when the base changes in a way that its inputs do not show.
-const BASE_FORMAT: u32 = 1;
+const BASE_FORMAT: u32 = 2;
 /// Top-level links of a merged /usr, as on Debian.
 const MERGED: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
-/// Left to the host's own programs: busybox's versions differ in what tests look at.
+/// Left to the host's own programs, if asked for: busybox's versions differ in what tests look at.
 const NOT_FROM_BUSYBOX: [&str; 8] = ["busybox", "ip", "nc", "ping", "ping6", "sh", "tc", "wget"];
+/// Programs that start others. Busybox's would start its own `ip` or `ping` before looking into PATH, so these are the
+/// host's; each is in one of Debian's essential packages.
+const STARTERS: [&str; 8] = ["chroot", "env", "nice", "nsenter", "setsid", "timeout", "unshare", "xargs"];
 
 /// What one run adds.
 #[derive(Clone, Debug, Default)]
@@ -115,11 +118,15 @@ fn write_base(out: &mut impl Write, kernel: &Kernel, busybox: &Path) -> Result<(
     cpio.device("dev/console", 0o600, (5, 1))?;
     cpio.device("dev/null", 0o666, (1, 3))?;
     cpio.file("usr/bin/busybox", 0o755, &fs::read(busybox)?)?;
-    // A shell that is not busybox's: that one prefers its own applets over PATH.
+    // The shell is a starter too.
     let shell = fs::canonicalize("/bin/sh")?;
     add(&mut cpio, &shell, Path::new("/bin/sh"))?;
+    for name in STARTERS {
+        let host = which(name).with_context(|| format!("no program `{name}` on this machine for the guest"))?;
+        add(&mut cpio, &fs::canonicalize(&host)?, &Path::new("/usr/bin").join(name))?;
+    }
     let applets = process::output(Command::new(busybox).arg("--list"))?;
-    for applet in applets.lines().filter(|a| !NOT_FROM_BUSYBOX.contains(a)) {
+    for applet in applets.lines().filter(|a| !NOT_FROM_BUSYBOX.contains(a) && !STARTERS.contains(a)) {
         cpio.link(&format!("usr/bin/{applet}"), "busybox")?;
     }
     // Where the kernel calls it (CONFIG_MODPROBE_PATH).

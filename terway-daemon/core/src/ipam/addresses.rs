@@ -121,7 +121,7 @@ impl Pool {
         let slots = state.slots_mut(Family::of(address));
         if slots.enter(address, SlotState::Idle) && slots.ghosts.remove(&address).is_some() {
             // It went and came back at once. A slow copy of the request that gave it away might still arrive.
-            self.out.delete_lazily(RecordKey::Address(id.clone(), address));
+            // The record that held it back is replaced by the one of its rest.
             self.cool(id, address);
         }
     }

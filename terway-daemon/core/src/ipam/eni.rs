@@ -41,7 +41,7 @@ pub(super) struct EniState {
     pub(super) error: Option<Error>,
     /// Since when the cloud's list lacks it.
     pub(super) missing: Option<Moment>,
-    /// When a step of its life last ended.
+    /// When a step of its life last went well.
     pub(super) changed: Option<Moment>,
     /// Attachments that a restart found half wired and that wait for the NIC.
     pub(super) unconnected: Vec<AttachmentKey>,

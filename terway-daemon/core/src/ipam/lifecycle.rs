@@ -167,10 +167,8 @@ impl Pool {
 
     /// The ENI that waits for this very report.
     fn reported(&mut self, op: OpId, id: &EniId, stage: Stage) -> Option<&mut EniState> {
-        let now = self.now;
         let state = self.enis.get_mut(id).filter(|s| s.op == Some(op) && s.stage == stage)?;
         state.op = None;
-        state.changed = Some(now);
         Some(state)
     }
 

@@ -29,6 +29,8 @@ enum Action {
     Advance(u64),
     /// Somebody else gives an ENI an address.
     Meddle(usize),
+    /// A call of a dead process arrives.
+    Land(usize),
     Crash {
         flushed: usize,
         ran: u64,
@@ -62,6 +64,7 @@ fn action() -> impl Strategy<Value = Action> {
         3 => any_index.clone().prop_map(Action::Repeat),
         8 => prop_oneof![0..50u64, 50..3_000u64, 3_000..40_000u64].prop_map(Action::Advance),
         1 => any_index.clone().prop_map(Action::Meddle),
+        3 => any_index.clone().prop_map(Action::Land),
         3 => (0..4usize, any::<u64>(), outcome(), prop::bool::weighted(0.8), any_index)
             .prop_map(|(flushed, ran, outcome, cloud, choice)| Action::Crash { flushed, ran, outcome, cloud, choice }),
     ]
@@ -119,6 +122,7 @@ fn perform(world: &mut World, action: &Action) {
                 world.cloud.note(world.now);
             }
         }
+        Action::Land(n) => world.land(*n),
         Action::Crash { flushed, ran, outcome, cloud, choice } => {
             world.crash(*flushed, *ran, *outcome, *cloud, *choice);
         }
@@ -170,6 +174,8 @@ fn check_at_rest(world: &World, scarce: bool) {
 fn history(stack: IpStack, min_idle: u32, scarce: bool, actions: &[Action]) {
     let mut config = config(stack, 3, 4);
     config.min_idle = min_idle;
+    config.max_idle = 1;
+    config.shrink_after = Duration::from_secs(2);
     let mut world = World::new(config, if scarce { &[5, 40] } else { &[40, 40] });
     let result = catch_unwind(AssertUnwindSafe(|| {
         for action in actions {

@@ -7,7 +7,7 @@ use terway_core::cloud::{EniKind, EniStatus, ErrorClass};
 use terway_core::errors;
 use terway_core::ident::{IpStack, Mac};
 use terway_core::ipam::{
-    Answer, BadRecord, Effect, EniPhase, Hold, Phase, Pool, Record, RecordKey, RestoreError, Snapshot,
+    Answer, BadRecord, Effect, EniPhase, Event, Hold, Phase, Pool, Record, RecordKey, RestoreError, Snapshot,
 };
 
 use crate::cloud::INSTANCE;
@@ -122,6 +122,7 @@ fn an_address_that_may_be_on_its_way_back_is_never_handed_out() {
     }
     world.settle(Duration::from_secs(24));
     world.advance(Duration::from_secs(2));
+    assert_eq!(world.find(|e| matches!(e, Effect::Unassign { .. })), [], "not before it is on disk");
     world.flush(usize::MAX);
     let Some(Effect::Unassign { addresses, .. }) = world.find(|e| matches!(e, Effect::Unassign { .. })).pop() else {
         panic!("nothing is given back")
@@ -148,6 +149,22 @@ fn a_created_eni_is_found_by_its_token_without_another_call() {
     assert_eq!((world.cloud.enis.len(), world.pool.enis()[0].phase), (1, EniPhase::InUse));
     world.granted(2);
     assert_eq!(world.cloud.calls["create"], 1);
+}
+
+#[test]
+fn a_call_whose_outcome_was_lost_in_the_crash_is_repeated_with_its_token() {
+    let mut world = warm(1);
+    world.add(&key(1));
+    world.flush(usize::MAX);
+    let token = |effect: &Effect| if let Effect::Assign { token, .. } = effect { Some(token.clone()) } else { None };
+    let asked: Vec<_> = world.find(|e| token(e).is_some()).iter().filter_map(token).collect();
+    // Bit 0 only: the call is made and nobody hears of it.
+    world.crash(0, u64::from(u32::MAX) << 32 | 1, Outcome::Fine, true, usize::MAX);
+    world.flush(usize::MAX);
+    let repeated: Vec<_> = world.find(|e| token(e).is_some()).iter().filter_map(token).collect();
+    assert_eq!((repeated.len(), repeated), (1, asked));
+    world.settle(Duration::from_secs(1));
+    assert_eq!(world.cloud.enis.values().map(|eni| eni.v4.len()).sum::<usize>(), 2);
 }
 
 #[test]
@@ -229,6 +246,55 @@ fn a_late_list_does_not_bring_back_what_was_given_away() {
         gone.len(),
         "held back until the cloud says once more that they are gone"
     );
+}
+
+#[test]
+fn a_late_list_does_not_bring_back_a_deleted_eni() {
+    let mut config = config(IpStack::Ipv4, 3, 2);
+    config.max_idle = 0;
+    let mut world = World::new(config, &[100, 100]);
+    for n in 0..4 {
+        world.granted(n);
+    }
+    for n in 2..4 {
+        world.del(&key(n));
+    }
+    let before = world.cloud.list();
+    for _ in 0..60 {
+        if world.cloud.enis.len() == 2 {
+            world.settle(Duration::from_secs(1));
+        }
+    }
+    world.add(&key(9));
+    world.run_one(Outcome::Fine, |e| matches!(e, Effect::CreateEni { .. }));
+    // An outcome that nobody knows makes the pool look at once.
+    world.run_one(Outcome::Lost, |e| matches!(e, Effect::AttachEni { .. }));
+    let Some(Effect::TakeInventory { op }) = world.find(|e| matches!(e, Effect::TakeInventory { .. })).pop() else {
+        panic!("no inventory")
+    };
+    let gone = before.last().unwrap().id.clone();
+    assert!(!world.cloud.enis.contains_key(&gone));
+    world.step(Event::Inventory { op, result: Ok(before) });
+    assert!(world.pool.enis().iter().all(|eni| eni.id.as_ref() != Some(&gone)));
+}
+
+#[test]
+fn a_deleted_eni_that_a_late_list_shows_after_a_restart_is_struck_again() {
+    let mut config = config(IpStack::Ipv4, 3, 2);
+    config.max_idle = 0;
+    let mut world = World::new(config, &[100, 100]);
+    world.granted(0);
+    world.del(&key(0));
+    for _ in 0..60 {
+        if !world.cloud.enis.is_empty() {
+            world.settle(Duration::from_secs(1));
+        }
+    }
+    // The choice of 0 is the oldest list that may still be told: the one with the ENI attached.
+    world.crash(usize::MAX, 0, Outcome::Fine, true, 0);
+    assert_eq!(world.pool.enis().len(), 1);
+    world.settle(world.config.settle * 4);
+    assert_eq!((world.pool.enis(), world.pool.problems()), (vec![], vec![]));
 }
 
 #[test]

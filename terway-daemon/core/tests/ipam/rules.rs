@@ -520,6 +520,44 @@ fn a_family_the_node_does_not_have_is_refused() {
 }
 
 #[test]
+fn an_add_after_a_del_during_the_set_up_is_served_anew() {
+    let mut world = ample(2, 10);
+    world.granted(0);
+    let first = world.add(&key(1));
+    world.run_one(Outcome::Fine, assign);
+    world.flush(usize::MAX);
+    let del = world.del(&key(1));
+    let second = world.add(&key(1));
+    world.drive();
+    assert_eq!(world.answer(first).unwrap().unwrap_err().code, errors::BUSY);
+    assert_eq!(world.answer(del), Some(Ok(Answer::Detached)));
+    assert!(matches!(world.answer(second), Some(Ok(Answer::Attached(_)))));
+}
+
+#[test]
+fn of_a_batch_that_is_partly_gone_the_rest_is_given_back_one_by_one() {
+    let mut world = ample(2, 10);
+    for n in 0..8 {
+        world.granted(n);
+    }
+    for n in 1..8 {
+        world.del(&key(n));
+    }
+    world.settle(secs(24));
+    world.advance(secs(2));
+    world.flush(usize::MAX);
+    let Some(Effect::Unassign { eni, addresses, .. }) = world.find(|e| matches!(e, Effect::Unassign { .. })).pop()
+    else {
+        panic!("nothing is given back")
+    };
+    assert_eq!(addresses.len(), 4);
+    world.cloud.unassign(&eni, &addresses[1..2]).unwrap();
+    world.settle(secs(5));
+    assert_eq!(world.cloud.calls["unassign"], 1 + 1 + 4);
+    assert!(addresses.iter().all(|address| !world.cloud.has(&eni, *address)));
+}
+
+#[test]
 fn late_and_repeated_reports_change_nothing() {
     let mut world = ample(2, 10);
     world.granted(0);

@@ -98,6 +98,8 @@ pub(crate) struct World {
     /// Attachments whose netns is gone.
     pub(crate) vanished: BTreeSet<AttachmentKey>,
     ops: BTreeSet<OpId>,
+    /// Cloud calls of dead processes that are still on their way.
+    strays: Vec<Effect>,
     pub(crate) trace: Vec<String>,
 }
 
@@ -123,6 +125,7 @@ impl World {
             reports: Vec::new(),
             vanished: BTreeSet::new(),
             ops: BTreeSet::new(),
+            strays: Vec::new(),
             trace: Vec::new(),
         };
         world.step(Event::Tick);
@@ -434,14 +437,34 @@ impl World {
         }
     }
 
-    /// The process dies: some writes make it, some effects happen, nothing is reported. Then it starts again.
+    /// A call that a dead process had sent arrives.
+    pub(crate) fn land(&mut self, index: usize) {
+        if !self.strays.is_empty() {
+            let stray = self.strays.swap_remove(index % self.strays.len());
+            self.execute(0, Task::Run(stray), Outcome::Fine, 0);
+        }
+    }
+
+    /// The process dies: some writes make it, some effects happen, some calls are still on their way, nothing is reported. Then it starts again.
     pub(crate) fn crash(&mut self, flushed: usize, ran: u64, outcome: Outcome, cloud_answers: bool, choice: usize) {
         self.trace.push(format!("CRASH {flushed} {ran:b} cloud {cloud_answers}"));
         self.flush(flushed);
         let runnable = self.runnable();
         let mut tasks: Vec<_> = std::mem::take(&mut self.pending).into_iter().enumerate().collect();
-        tasks.retain(|(i, _)| runnable.contains(i) && ran >> (i % 64) & 1 == 1);
-        for (_, Pending { seq, task }) in tasks {
+        tasks.retain(|(i, _)| runnable.contains(i));
+        for (i, Pending { seq, task }) in tasks {
+            let (happens, arrives) = (ran >> (i % 32) & 1 == 1, ran >> (i % 32 + 32) & 1 == 1);
+            if let Task::Run(effect) = &task
+                && is_cloud_call(effect)
+                && happens
+                && !arrives
+            {
+                self.strays.push(effect.clone());
+                continue;
+            }
+            if !happens {
+                continue;
+            }
             // Each happens, or half happens, and nobody hears of it.
             self.execute(seq, task, outcome, choice);
         }
@@ -463,6 +486,12 @@ impl World {
 
     pub(crate) fn advance(&mut self, by: Duration) {
         self.now = self.now.after(by);
+        if by > LAG {
+            // No call takes longer than the lists lag.
+            while !self.strays.is_empty() {
+                self.land(0);
+            }
+        }
         if self.wake.is_some_and(|at| at <= self.now) {
             self.wake = None;
             self.step(Event::Tick);
@@ -509,6 +538,9 @@ impl World {
     /// Everything works from now on: runs all there is to run, and lets `time` pass.
     pub(crate) fn settle(&mut self, time: Duration) {
         let end = self.now.after(time);
+        while !self.strays.is_empty() {
+            self.land(0);
+        }
         for _ in 0..5_000 {
             self.flush(usize::MAX);
             if let Some(index) = self.runnable().first() {
@@ -528,6 +560,18 @@ impl World {
     pub(crate) fn drive(&mut self) {
         self.settle(Duration::ZERO);
     }
+}
+
+const fn is_cloud_call(effect: &Effect) -> bool {
+    matches!(
+        effect,
+        Effect::CreateEni { .. }
+            | Effect::AttachEni { .. }
+            | Effect::Assign { .. }
+            | Effect::Unassign { .. }
+            | Effect::Detach { .. }
+            | Effect::Delete { .. }
+    )
 }
 
 pub(crate) fn op_of(effect: &Effect) -> Option<OpId> {
