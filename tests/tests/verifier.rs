@@ -36,7 +36,9 @@ fn every_program_loads_in_every_shape() {
             for debug in [0, 1] {
                 match load(hz, events_per_second, debug) {
                     Ok(sizes) => {
-                        println!("hz {hz} events {events_per_second} debug {debug}: {sizes:?} (verified, instructions)");
+                        println!(
+                            "hz {hz} events {events_per_second} debug {debug}: {sizes:?} (verified, instructions)"
+                        );
                     }
                     Err(reason) => panic!("hz {hz}, events {events_per_second}, debug {debug}: {}", tail(&reason)),
                 }
