@@ -247,6 +247,16 @@ fn what_comes_from_the_vpc_is_checked() {
         let foreign = Frame::new([2, 7, 7, 7, 7, 7], GATEWAY_MAC).ip(family.remote, family.a).tcp(1, 2, flags::SYN);
         untouched(&from_vpc(&stage, &foreign, &[("vpc_to_host", 1)]), &foreign);
     }
+    // What is for the host is left to the host, whatever it is.
+    for odd in [
+        stage.by_gateway().ip(V4.remote, V4.host).protocol(17).fragment(9, 16, false).payload(&[0; 8]),
+        stage.by_gateway().ip(V4.remote, V4.host).options(&[137, 7, 4, 10, 0, 0, 9]).udp(1, 2),
+        stage.by_gateway().ip(V6.remote, V6.host).neighbour(135, V6.host, None),
+    ] {
+        untouched(&from_vpc(&stage, &odd, &[("vpc_to_host", 1)]), &odd);
+    }
+    let odd = stage.by_gateway().ip(V4.remote, V4.a).options(&[137, 7, 4, 10, 0, 0, 9]).udp(1, 2);
+    dropped(&from_vpc(&stage, &odd, &[("source_route", 1)]));
     let arp = stage.by_gateway().arp(1, (GATEWAY_MAC, "10.0.0.253"), ([0; 6], "10.0.0.100"));
     untouched(&from_vpc(&stage, &arp, &[("vpc_to_host", 1)]), &arp);
     assert_eq!(rows(&stage), []);
@@ -679,6 +689,14 @@ fn pinned_maps_are_checked_before_they_are_used() {
     // The same again finds everything.
     let again = Datapath::open(&config).unwrap();
     assert_eq!((again.endpoints().len(), again.flow_count().unwrap()), (2, (2, 0)));
+    drop(again);
+    // The folders of other versions go when told to; this one stays.
+    std::fs::create_dir(config.pin_root.join("v0")).unwrap();
+    let other = aya::maps::HashMap::<_, u32, u64>::create(8, 0).unwrap();
+    other.pin(config.pin_root.join("v0/OLD")).unwrap();
+    let again = Datapath::open(&config).unwrap();
+    again.remove_other_versions().unwrap();
+    assert!(!config.pin_root.join("v0").exists() && pins.exists());
     drop(again);
     // Another size of the flow table makes a new one, and keeps the pods.
     let resized = Datapath::open(&Config { flows_v4: 1024, ..config.clone() }).unwrap();

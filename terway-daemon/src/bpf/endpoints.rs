@@ -139,11 +139,22 @@ impl Table {
                 self.void(owner.slot)?;
             }
         }
-        // An interface whose addresses or epoch are missing: the daemon died while adding it.
+        // An interface whose addresses or epoch are missing: the daemon died while adding or removing it. All others keep their
+        // epoch, and with it their flows.
         for known in self.known.clone().into_values() {
-            self.write(&terway_abi::Endpoint { epoch: self.epoch(known.slot)?.wrapping_add(1), ..known })?;
+            if !self.is_whole(&known)? {
+                self.write(&terway_abi::Endpoint { epoch: self.epoch(known.slot)?.wrapping_add(1), ..known })?;
+            }
         }
         Ok(())
+    }
+
+    fn is_whole(&self, known: &terway_abi::Endpoint) -> Result<bool, BpfError> {
+        let owns_v4 = known.v4 == 0
+            || absent(self.by_v4.get(&known.v4, 0)).map_err(BpfError::map(names::OWNERS_V4))? == Some(*known);
+        let owns_v6 = known.v6 == [0; 4]
+            || absent(self.by_v6.get(&known.v6, 0)).map_err(BpfError::map(names::OWNERS_V6))? == Some(*known);
+        Ok(owns_v4 && owns_v6 && self.epoch(known.slot)? == known.epoch)
     }
 
     pub(super) fn list(&self) -> Vec<Endpoint> {
@@ -249,6 +260,14 @@ impl Table {
 
     fn set_epoch(&mut self, slot: u32, epoch: u32) -> Result<(), BpfError> {
         self.epochs.set(slot, epoch, 0).map_err(BpfError::map(names::EPOCHS))
+    }
+}
+
+fn absent<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

@@ -209,6 +209,15 @@ impl Datapath {
         attach::pinned(&self.links)
     }
 
+    /// Removes the maps of other versions of the daemon. To be called once every pod and ENI is attached: until then packets are
+    /// still handled by that version's programs.
+    ///
+    /// # Errors
+    /// [`BpfError::Pin`].
+    pub fn remove_other_versions(&self) -> Result<(), BpfError> {
+        pin::remove_others(&self.pins)
+    }
+
     /// Adds a pod, or changes it. Packets see it whole or not at all; flows that a change touches are decided anew.
     ///
     /// An address that another endpoint had goes over to this one, and that other endpoint is removed: two pods never share one.

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use aya::maps::{Map, MapError};
-use aya::programs::{SchedClassifier, TcAttachType};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use terway_abi::{Program, names};
 
@@ -80,7 +80,7 @@ impl Programs {
     /// Has the kernel verify all programs.
     pub(super) fn load(mut loaded: Ebpf) -> Result<Self, BpfError> {
         for name in names::PROGRAMS {
-            classifier(&mut loaded, name)?.load().map_err(BpfError::program(name))?;
+            verify(classifier(&mut loaded, name)?).map_err(BpfError::program(name))?;
         }
         let events = loaded.take_map(names::EVENTS);
         Ok(Self { loaded, events })
@@ -104,6 +104,23 @@ impl Programs {
         DropEvents::new(self.events.take().ok_or(BpfError::EventsTaken)?)
     }
 }
+
+/// Has the kernel verify a program.
+///
+/// Verification takes a good part of a second, and the kernel gives it up with EAGAIN when a signal comes in between (`do_check`,
+/// kernel/bpf/verifier.c); even one that the process ignores.
+fn verify(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    for _ in 1..VERIFY_ATTEMPTS {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == io::ErrorKind::WouldBlock => {}
+            other => return other,
+        }
+    }
+    program.load()
+}
+
+/// libbpf's number for the same (`PROG_LOAD_ATTEMPTS`) is 5; a daemon has more signals coming in than a tool.
+const VERIFY_ATTEMPTS: u32 = 20;
 
 fn classifier<'a>(loaded: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, BpfError> {
     let found = loaded.program_mut(name).ok_or_else(|| BpfError::Missing(name.to_owned()))?;

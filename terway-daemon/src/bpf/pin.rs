@@ -80,6 +80,20 @@ pub(super) fn check(pins: &Path, config: &Config) -> Result<(), BpfError> {
     Ok(())
 }
 
+/// Removes the versioned folders beside this one.
+pub(super) fn remove_others(pins: &Path) -> Result<(), BpfError> {
+    let failed = |source| BpfError::Pin { path: pins.to_owned(), source };
+    let Some(root) = pins.parent() else { return Ok(()) };
+    for entry in fs::read_dir(root).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let versioned = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix('v'));
+        if versioned.is_some_and(|version| version.parse::<u32>().is_ok()) && path != pins {
+            fs::remove_dir_all(&path).map_err(|source| BpfError::Pin { path, source })?;
+        }
+    }
+    Ok(())
+}
+
 /// Removes a pin; one that is gone is no error.
 pub(super) fn unlink(path: &Path) -> Result<(), BpfError> {
     match fs::remove_file(path) {

@@ -51,7 +51,7 @@ kinds! {
     HostToPod = 5, "host_to_pod";
     /// From the host stack to the VPC. Pods' packets that `from_pod` sent were counted there.
     HostToVpc = 6, "host_to_vpc";
-    /// ARP and neighbour discovery of a pod, passed to the host stack, which answers.
+    /// ARP and neighbour discovery between a pod and the host stack, which answers for the pod's gateway.
     Neighbour = 7, "neighbour";
     /// Handed to the host stack because its time to live ends here; the stack makes the ICMP error.
     TtlExpired = 8, "ttl_expired";

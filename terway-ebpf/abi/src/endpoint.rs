@@ -64,7 +64,7 @@ pub struct Endpoint {
     pub slot: u32,
     /// The value that the epoch map holds at `slot` as long as this endpoint is valid.
     pub epoch: u32,
-    /// Bits of [`endpoint_flags`].
+    /// Zero; room for options of the pod.
     pub flags: u32,
     /// IPv4 address; 0 if it has none.
     pub v4: u32,
@@ -84,12 +84,6 @@ pub struct Endpoint {
 
 pod!(MacPair: 12, Endpoint: 96);
 const _: () = assert!(offset_of!(Endpoint, v6) == 24 && offset_of!(Endpoint, sent) == 60);
-
-/// Bits of [`Endpoint::flags`].
-pub mod endpoint_flags {
-    /// Deliver to the pod through the host stack's route instead of `bpf_redirect_peer`. Not set by anything yet.
-    pub const BY_STACK: u32 = 1;
-}
 
 /// Endpoints a node can have; ECS instance types end at a few hundred pods. Also the number of slots for them.
 pub const MAX_ENDPOINTS: u32 = 4096;

@@ -19,7 +19,7 @@ mod flow;
 
 pub use counter::{COUNTERS, Counter, DROP_BASE, Kind};
 pub use drop::Drop;
-pub use endpoint::{Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, bucket_v6, endpoint_flags};
+pub use endpoint::{Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, bucket_v6};
 pub use event::{Budget, DropEvent, Program};
 pub use flow::{
     Action, Flow, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4, FragmentKeyV6,

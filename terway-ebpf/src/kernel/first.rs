@@ -44,7 +44,12 @@ where
     Maps: Tables<F>,
     Checks: Neighbourly<F>,
 {
-    understood::<F, PROGRAM>(Skb(ctx), packet).into()
+    let understood = understood::<F, PROGRAM>(Skb(ctx), packet);
+    // What comes from the VPC for the host is the host's to judge: fragments out of order, options, and all.
+    if PROGRAM == FROM_VPC && understood.is_err() && Maps.by_address(&packet.key.dst).is_none() {
+        return Verdict::next(Kind::VpcToHost);
+    }
+    understood.into()
 }
 
 #[inline(always)]
@@ -60,7 +65,7 @@ where
         if PROGRAM == FROM_POD {
             Checks::neighbour(&window, packet, endpoint::<F>(skb)?)?;
         }
-        return Ok(Verdict::next(Kind::Neighbour));
+        return Ok(Verdict::next(if PROGRAM == FROM_VPC { Kind::VpcToHost } else { Kind::Neighbour }));
     }
     if packet.fragment != Fragment::Whole {
         reassociate::<F>(packet, place)?;
