@@ -60,7 +60,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
         _ => failed(errors::STORE_FAILED, &options.state_dir.display().to_string(), &error),
     })?;
     let config = read_config(&options.config)?;
-    let store = Store::open(&options.store_path())
+    let store = Store::open(options.store_path())
         .map_err(|error| failed(errors::STORE_FAILED, &options.store_path().display().to_string(), &error))?;
     let records = store.load().map_err(|error| failed(errors::STORE_FAILED, "load", &error))?;
 

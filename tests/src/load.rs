@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -69,9 +70,9 @@ pub fn run(kind: Kind, ends: &Ends, cpu: usize, duration: Duration) -> Result<f6
         let ends = ends.clone();
         in_netns(ends.client.clone(), cpu, move || client(kind, SocketAddr::new(ends.address, PORT), duration))
     };
-    let figure = client.join().map_err(|_| anyhow::anyhow!("client thread ended badly"))?;
+    let figure = client.join().unwrap_or_else(|panic| resume_unwind(panic));
     stop.store(true, Ordering::Release);
-    server.join().map_err(|_| anyhow::anyhow!("server thread ended badly"))??;
+    server.join().unwrap_or_else(|panic| resume_unwind(panic))?;
     figure.with_context(|| format!("{} to {}", kind.name(), ends.address))
 }
 

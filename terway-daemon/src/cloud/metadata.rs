@@ -69,6 +69,7 @@ impl Metadata {
     /// When the HTTP client cannot be built.
     pub fn new(base: Url, timeout: Duration, retry: Retry, observer: Option<CallObserver>) -> Result<Self> {
         // The service is link-local: a proxy cannot reach it, and must not see its tokens.
+        super::tls::ready();
         let http = reqwest::Client::builder()
             .no_proxy()
             .timeout(timeout)

@@ -11,6 +11,7 @@ mod metadata;
 mod rpc;
 mod secret;
 mod sign;
+mod tls;
 mod wire;
 
 use std::collections::BTreeMap;

@@ -69,6 +69,7 @@ struct ErrorReply {
 
 impl Rpc {
     pub(super) fn new(config: &EcsConfig, keyring: Keyring) -> Result<Self> {
+        super::tls::ready();
         let http = reqwest::Client::builder()
             .timeout(config.timeout)
             .redirect(reqwest::redirect::Policy::none())

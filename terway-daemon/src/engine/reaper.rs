@@ -14,7 +14,7 @@ use super::pod::net_error;
 use crate::net::Host;
 
 /// How long links are collected. Bounds how long a deleted pod's address waits before it starts to cool.
-const COLLECT_FOR: Duration = Duration::from_millis(500);
+const COLLECT_FOR: Duration = Duration::from_millis(100);
 
 struct Job {
     plan: PodPlan,

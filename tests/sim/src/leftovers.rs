@@ -74,19 +74,6 @@ fn network(snapshot: &mut Snapshot, run: impl Fn(&str, &[&str]) -> Result<String
         // A NIC's link-local address is the kernel's own and comes and goes with carrier and DAD.
         snapshot.0.entry(subject).or_default().retain(|fact| !(fact.contains("fe80:") && fact.contains(" eth")));
     }
-    // ENIs of one vSwitch have one gateway, and its host route in the main table is that of the ENI configured last.
-    let gateways = snapshot.0.entry("IPv6 route").or_default();
-    *gateways = std::mem::take(gateways)
-        .into_iter()
-        .map(|route| match route.split_whitespace().collect::<Vec<_>>()[..] {
-            [to, "dev", dev, "proto", "kernel", "metric", "1024", ..]
-                if dev.starts_with("eth") && !to.contains('/') =>
-            {
-                format!("{to} dev eth*")
-            }
-            _ => route,
-        })
-        .collect();
     // Learnt entries come and go; permanent ones were set by somebody.
     snapshot.lines("neighbour", &run("ip", &["-o", "neigh", "show", "nud", "permanent"])?);
     let qdiscs = run("tc", &["qdisc", "show"])?;

@@ -14,9 +14,8 @@ const FIRST: f64 = 600.0;
 /// # Errors
 /// When a right is missing or the kernel refuses a step.
 pub fn measure() -> Result<Vec<Figure>> {
-    let measured = std::thread::spawn(prog_bench::measure)
-        .join()
-        .map_err(|_| anyhow::anyhow!("the measuring thread panicked"))??;
+    let measured =
+        std::thread::spawn(prog_bench::measure).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     Ok(measured
         .into_iter()
         .map(|(name, ns)| Figure {

@@ -63,7 +63,7 @@ impl EniPlan {
             ops.push(NetOp::AddRoute(Route::via(Ipv4Net::default().into(), gateway.into(), dev, table)));
         }
         if let Some(gateway) = inputs.gateway_v6 {
-            ops.push(NetOp::AddRoute(Route::link(IpNet::from(std::net::IpAddr::V6(gateway)), dev)));
+            // `onlink` spares the gateway a route of its own, which in the main table all ENIs of a vSwitch would share.
             ops.push(NetOp::AddRoute(Route::via(Ipv6Net::default().into(), gateway.into(), dev, table)));
         }
         let steps = ops.into_iter().map(Step::host).collect();
