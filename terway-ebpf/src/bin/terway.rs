@@ -16,9 +16,9 @@ mod programs {
     use terway_ebpf::family::{V4, V6};
     use terway_ebpf::frame::Frame as _;
     use terway_ebpf::kernel::exit::{Verdict, finish};
-    use terway_ebpf::kernel::first::{first, other};
+    use terway_ebpf::kernel::first::other;
     use terway_ebpf::kernel::maps::Maps;
-    use terway_ebpf::kernel::path::{FROM_POD, FROM_VPC, TO_POD, established};
+    use terway_ebpf::kernel::path::{FROM_POD, FROM_VPC, TO_POD, forward};
     use terway_ebpf::kernel::skb::Skb;
     use terway_ebpf::parse::{Ipv4Header, Ipv6Header, ethertype};
 
@@ -29,14 +29,8 @@ mod programs {
         let window = skb.window();
         let verdict = match window.ethertype() {
             _ if skb.has_vlan() => Verdict::drop(Drop::VlanTagged),
-            Some(ethertype::IPV4) => match established::<V4, FROM_POD>(skb, window) {
-                Ok(verdict) => verdict,
-                Err(miss) => first::<V4, FROM_POD>(skb, miss),
-            },
-            Some(ethertype::IPV6) => match established::<V6, FROM_POD>(skb, window) {
-                Ok(verdict) => verdict,
-                Err(miss) => first::<V6, FROM_POD>(skb, miss),
-            },
+            Some(ethertype::IPV4) => forward::<V4, FROM_POD>(skb, window),
+            Some(ethertype::IPV6) => forward::<V6, FROM_POD>(skb, window),
             _ => other(skb.0),
         };
         finish(skb, Program::FromPod, verdict)
@@ -48,14 +42,8 @@ mod programs {
         let skb = Skb(ctx.skb.skb);
         let window = skb.window();
         let verdict = match window.ethertype() {
-            Some(ethertype::IPV4) => match established::<V4, TO_POD>(skb, window) {
-                Ok(verdict) => verdict,
-                Err(miss) => first::<V4, TO_POD>(skb, miss),
-            },
-            Some(ethertype::IPV6) => match established::<V6, TO_POD>(skb, window) {
-                Ok(verdict) => verdict,
-                Err(miss) => first::<V6, TO_POD>(skb, miss),
-            },
+            Some(ethertype::IPV4) => forward::<V4, TO_POD>(skb, window),
+            Some(ethertype::IPV6) => forward::<V6, TO_POD>(skb, window),
             _ => Verdict::next(Kind::Neighbour),
         };
         finish(skb, Program::ToPod, verdict)
@@ -69,14 +57,8 @@ mod programs {
         let verdict = match window.ethertype() {
             // Frames for others (a capture makes the NIC take them) and tagged ones are no pod's.
             _ if !skb.is_to_us() || skb.has_vlan() => Verdict::next(Kind::VpcToHost),
-            Some(ethertype::IPV4) => match established::<V4, FROM_VPC>(skb, window) {
-                Ok(verdict) => verdict,
-                Err(miss) => first::<V4, FROM_VPC>(skb, miss),
-            },
-            Some(ethertype::IPV6) => match established::<V6, FROM_VPC>(skb, window) {
-                Ok(verdict) => verdict,
-                Err(miss) => first::<V6, FROM_VPC>(skb, miss),
-            },
+            Some(ethertype::IPV4) => forward::<V4, FROM_VPC>(skb, window),
+            Some(ethertype::IPV6) => forward::<V6, FROM_VPC>(skb, window),
             _ => Verdict::next(Kind::VpcToHost),
         };
         finish(skb, Program::FromVpc, verdict)

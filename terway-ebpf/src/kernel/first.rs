@@ -11,7 +11,7 @@ use terway_abi::{Drop, Endpoint, Flow, FlowKey, FragmentKey, FragmentValue, Kind
 
 use super::exit::{Verdict, count, now};
 use super::maps::{DEBUG, Maps};
-use super::path::{FROM_POD, FROM_VPC, Miss, TO_POD, Way, hook, kinds, lookup, send, use_entry};
+use super::path::{FROM_POD, FROM_VPC, TO_POD, Way, hook, kinds, lookup, send, use_entry};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Decision, Tables};
 use crate::family::{Family, V4, V6};
@@ -21,23 +21,36 @@ use crate::icmp;
 use crate::neighbour;
 use crate::parse::{Fragment, Packet, Payload, ethertype, tcp_flags};
 
-/// Everything that the fast path left.
+/// The first packet of a flow, of common shape: the fast path has read all there is to know.
+#[inline(always)]
+pub(super) fn first<F: Way, const PROGRAM: u8>(skb: Skb, key: &FlowKey<F::Addr>, tcp_flags: u8) -> Verdict
+where
+    Maps: Tables<F>,
+{
+    let mut packet = MaybeUninit::<Packet<F>>::uninit();
+    // SAFETY: `Packet` consists of integers, and of enums that have a variant 0.
+    let packet = unsafe { zero(&mut packet) };
+    (packet.key, packet.protocol, packet.tcp_flags) = (*key, key.protocol(), tcp_flags);
+    settle::<F, PROGRAM>(skb.0, packet)
+}
+
+/// A packet of another shape.
 ///
 /// Both stages are called from the program itself, not one from the other: their frames take turns on the stack.
 #[inline(always)]
-pub fn first<F: Way, const PROGRAM: u8>(skb: Skb, miss: Miss) -> Verdict
+pub(super) fn unusual<F: Way, const PROGRAM: u8>(skb: Skb) -> Verdict
 where
     Maps: Tables<F>,
     Checks: Neighbourly<F>,
 {
     let mut packet = MaybeUninit::<Packet<F>>::uninit();
-    // SAFETY: `Packet` consists of integers, and of enums that have a variant 0.
+    // SAFETY: as in `first`.
     let packet = unsafe { zero(&mut packet) };
     let early = understand::<F, PROGRAM>(skb.0, packet);
-    if early.is_open() { settle::<F, PROGRAM>(skb.0, packet, miss) } else { early }
+    if early.is_open() { settle::<F, PROGRAM>(skb.0, packet) } else { early }
 }
 
-/// Parses the packet and completes the key of its flow. Ends early for what needs no decision.
+/// Parses the packet and looks up its flow. Ends early for what needs no decision.
 #[inline(never)]
 fn understand<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, packet: &mut Packet<F>) -> Verdict
 where
@@ -74,7 +87,14 @@ where
     if packet.payload == Payload::IcmpError {
         return Ok(quoting::<F, PROGRAM>(skb, window, packet));
     }
-    Ok(Verdict::OPEN)
+    // The fast path could not look it up.
+    Ok(match lookup::<F, PROGRAM>(skb, &window, &packet.key) {
+        Some(entry) if flow::continues(entry.flags, packet.tcp_flags) => {
+            entry.flags |= flow::remembered(packet.tcp_flags);
+            use_entry::<F, PROGRAM>(skb, window, entry)
+        }
+        _ => Verdict::OPEN,
+    })
 }
 
 /// An ICMP error goes the way of the flow it belongs to, if that is known.
@@ -105,29 +125,21 @@ where
     }
 }
 
-/// Looks the flow up, if the fast path could not, and decides if it is not known.
+/// Decides.
 #[inline(never)]
-fn settle<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, packet: &mut Packet<F>, miss: Miss) -> Verdict
+fn settle<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, packet: &mut Packet<F>) -> Verdict
 where
     Maps: Tables<F>,
 {
-    settled::<F, PROGRAM>(Skb(ctx), packet, miss).into()
+    settled::<F, PROGRAM>(Skb(ctx), packet).into()
 }
 
 #[inline(always)]
-fn settled<F: Way, const PROGRAM: u8>(skb: Skb, packet: &mut Packet<F>, miss: Miss) -> Result<Verdict, Drop>
+fn settled<F: Way, const PROGRAM: u8>(skb: Skb, packet: &mut Packet<F>) -> Result<Verdict, Drop>
 where
     Maps: Tables<F>,
 {
     let window = skb.window();
-    if miss == Miss::Shape
-        && packet.payload != Payload::IcmpError
-        && let Some(entry) = lookup::<F, PROGRAM>(skb, &window, &packet.key)
-        && flow::continues(entry.flags, packet.tcp_flags)
-    {
-        entry.flags |= flow::remembered(packet.tcp_flags);
-        return Ok(use_entry::<F, PROGRAM>(skb, window, entry));
-    }
     let decision = match PROGRAM {
         FROM_POD => decide::from_pod(&Maps, endpoint::<F>(skb)?, packet, window.macs().ok_or(Drop::Truncated)?)?,
         TO_POD => decide::to_pod(&Maps, packet, skb.ifindex())?,

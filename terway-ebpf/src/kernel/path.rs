@@ -5,6 +5,7 @@ use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
 use terway_abi::{Action, Drop, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, Kind, MARK_CHECKED, Nexthop, Program};
 
 use super::exit::{Verdict, count, now};
+use super::first::{Checks, Neighbourly, first, unusual};
 use super::maps::{Kernel, Maps};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Tables};
@@ -28,35 +29,27 @@ pub(super) const fn hook<const PROGRAM: u8>() -> u8 {
     if PROGRAM == TO_POD { HOOK_TO_POD } else { HOOK_IN }
 }
 
-/// Why a packet leaves the fast path.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Miss {
-    /// It is not of the common shape.
-    Shape,
-    /// Its flow is not known, or is void, or begins anew.
-    Flow,
-}
-
-/// The fast path: a packet of common shape whose flow is known.
-///
-/// # Errors
-/// What [`super::first::first`] has to do.
+/// The way of every IP packet. A packet of common shape whose flow is known is on its way with one lookup; all others take the
+/// slow path.
 #[inline(always)]
-pub fn established<F: Way, const PROGRAM: u8>(skb: Skb, window: Window) -> Result<Verdict, Miss>
+pub fn forward<F: Way, const PROGRAM: u8>(skb: Skb, window: Window) -> Verdict
 where
     Maps: Tables<F>,
+    Checks: Neighbourly<F>,
 {
-    let glance = F::glance(&window).ok_or(Miss::Shape)?;
-    let key = flow::key(glance.src, glance.dst, glance.ports, glance.protocol, (skb.ifindex(), hook::<PROGRAM>()));
-    let entry = lookup::<F, PROGRAM>(skb, &window, &key).ok_or(Miss::Flow)?;
-    if glance.tcp_flags & flow::NOTABLE != 0 {
-        if !flow::continues(entry.flags, glance.tcp_flags) {
-            return Err(Miss::Flow);
+    let Some(glance) = F::glance(&window) else { return unusual::<F, PROGRAM>(skb) };
+    let place = (skb.ifindex(), hook::<PROGRAM>());
+    let key = flow::key(glance.src, glance.dst, glance.ports, glance.protocol, place);
+    if let Some(entry) = lookup::<F, PROGRAM>(skb, &window, &key) {
+        if glance.tcp_flags & flow::NOTABLE == 0 {
+            return use_entry::<F, PROGRAM>(skb, window, entry);
         }
-        entry.flags |= flow::remembered(glance.tcp_flags);
+        if flow::continues(entry.flags, glance.tcp_flags) {
+            entry.flags |= flow::remembered(glance.tcp_flags);
+            return use_entry::<F, PROGRAM>(skb, window, entry);
+        }
     }
-    Ok(use_entry::<F, PROGRAM>(skb, window, entry))
+    first::<F, PROGRAM>(skb, &key, glance.tcp_flags)
 }
 
 /// The entry of this key, if it still holds and the frame is from whom it was made for.
