@@ -11,7 +11,7 @@ mod metadata;
 mod rpc;
 mod secret;
 mod sign;
-mod tls;
+pub mod tls;
 mod wire;
 
 use std::collections::BTreeMap;

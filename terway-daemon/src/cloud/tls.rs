@@ -5,7 +5,7 @@ use std::sync::Once;
 static CHOSEN: Once = Once::new();
 
 /// Makes sure that HTTPS clients can be built. Whoever chose another provider for the process before keeps it.
-pub(super) fn ready() {
+pub fn ready() {
     CHOSEN.call_once(|| {
         let _ = rustls::crypto::ring::default_provider().install_default();
     });

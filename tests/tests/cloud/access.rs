@@ -75,6 +75,7 @@ async fn role_keys_are_renewed_before_they_expire() {
 #[tokio::test]
 async fn metadata_wants_a_token_and_tells_nothing_of_others() {
     let rig = Rig::new(world()).await;
+    terway_daemon::cloud::tls::ready();
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     let url = |path: &str| format!("{}/latest/{path}", rig.address);
     let status = async |request: reqwest::RequestBuilder| request.send().await.unwrap().status().as_u16();

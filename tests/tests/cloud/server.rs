@@ -77,6 +77,7 @@ async fn the_admin_endpoint_shows_state_and_sets_faults() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let eni = attached(&cloud, "t1", 2).await;
+    terway_daemon::cloud::tls::ready();
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     let url = |item: &str| format!("{}/_sim/{item}", rig.address);
     let state: Value = http.get(url("state")).send().await.unwrap().json().await.unwrap();
