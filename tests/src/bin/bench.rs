@@ -71,7 +71,7 @@ fn run(cli: &Cli) -> Result<bool> {
         options.addresses_per_adapter = 60;
         options.cooling = 1;
         let cluster = Cluster::start(&options)?;
-        let node = cluster.node(0);
+        let node = cluster.node(1);
         wait_for_idle(node, 60)?;
         let reference = add::Reference::create(&format!("{}-ptp", cluster.prefix()))?;
         show(add::measure(node, &reference)?);
@@ -86,7 +86,7 @@ fn run(cli: &Cli) -> Result<bool> {
         let cluster = Cluster::start(&options)?;
         let routed = path::Routed::create(&format!("{}-raw", cluster.prefix()))?;
         let mut pods = Vec::new();
-        for (node, name) in [(0, "client"), (0, "near"), (1, "far")] {
+        for (node, name) in [(1, "client"), (1, "near"), (2, "far")] {
             let node = cluster.node(node);
             let mut pod = node.new_pod(name)?;
             node.add(&mut pod)?;
@@ -94,9 +94,9 @@ fn run(cli: &Cli) -> Result<bool> {
         }
         if let [client, near, far] = pods.as_slice() {
             show(path::measure(&path::paths(client, near, far)?, &routed)?);
-            cluster.node(0).del(client)?;
-            cluster.node(0).del(near)?;
-            cluster.node(1).del(far)?;
+            cluster.node(1).del(client)?;
+            cluster.node(1).del(near)?;
+            cluster.node(2).del(far)?;
         }
         drop(routed);
         drop(pods);
