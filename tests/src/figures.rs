@@ -117,7 +117,7 @@ impl fmt::Display for Figure {
             None => ("", String::new()),
         };
         let ratio = self.ratio().map(|r| format!("{r:.3}")).unwrap_or_default();
-        let met = match (self.bars.is_empty(), self.met()) {
+        let met = match (self.bar().is_empty(), self.met()) {
             (true, _) => "",
             (_, true) => "met",
             (_, false) => "MISSED",
