@@ -16,6 +16,17 @@ use crate::cloud::{CreateEni, EniFilter};
 /// How long an attach or detach may take until the cloud is asked anew. Terway's own bound for ECS is two minutes.
 const ATTACH_WITHIN: Duration = Duration::from_secs(120);
 
+impl Core {
+    /// Answers the request that waits, if the effect is an answer. The caller may be gone; the attachment stays for its DEL.
+    fn answer(&mut self, effect: &Effect) -> bool {
+        let Effect::Answer { ticket, result } = effect else { return false };
+        if let Some(waiting) = self.waiting.remove(ticket) {
+            let _ = waiting.send(result.clone());
+        }
+        true
+    }
+}
+
 impl Engine {
     /// Hands writes to the store in order, then starts the rest when they are durable.
     pub(super) fn dispatch(self: &Arc<Self>, core: &mut Core, effects: Vec<Effect>) {
@@ -34,10 +45,14 @@ impl Engine {
                 effect => rest.push(effect),
             }
         }
+        let number = core.written;
+        // With nothing left to wait for, an answer needs no task of its own: each one costs a thread's wake-up on the way of an ADD.
+        if write.is_none() && *self.durable.borrow() >= number {
+            rest.retain(|effect| !core.answer(effect));
+        }
         if write.is_none() && rest.is_empty() {
             return;
         }
-        let number = core.written;
         let engine = Arc::clone(self);
         tokio::spawn(async move {
             if let Some(write) = write {
@@ -53,8 +68,13 @@ impl Engine {
             } else if engine.durable.subscribe().wait_for(|durable| *durable >= number).await.is_err() {
                 return;
             }
+            let last = rest.pop();
             for effect in rest {
-                engine.start(effect);
+                let engine = Arc::clone(&engine);
+                tokio::spawn(async move { engine.run(effect).await });
+            }
+            if let Some(effect) = last {
+                engine.run(effect).await;
             }
         });
     }
@@ -68,25 +88,14 @@ impl Engine {
         self.fatal.send_replace(Some(reason));
     }
 
-    fn start(self: &Arc<Self>, effect: Effect) {
-        if self.fatal.borrow().is_some() {
+    async fn run(self: &Arc<Self>, effect: Effect) {
+        if self.fatal.borrow().is_some() || self.core().answer(&effect) {
             return;
         }
-        if let Effect::Answer { ticket, result } = effect {
-            let waiting = self.core().waiting.remove(&ticket);
-            if let Some(waiting) = waiting {
-                // The caller may be gone; the attachment stays for its DEL.
-                let _ = waiting.send(result);
-            }
-            return;
+        debug!(?effect, "effect");
+        if let Some(report) = self.execute(effect).await {
+            self.feed(report);
         }
-        let engine = Arc::clone(self);
-        tokio::spawn(async move {
-            debug!(?effect, "effect");
-            if let Some(report) = engine.execute(effect).await {
-                engine.feed(report);
-            }
-        });
     }
 
     /// Executes one effect and returns its (last) report.
