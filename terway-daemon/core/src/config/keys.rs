@@ -276,7 +276,7 @@ keys! {
     ACCESS_SECRET = "access_secret", EniConf, Secret, Means("the node's RAM role"), "", Now,
         "The secret of the access key.";
     CREDENTIAL_PATH = "credential_path", EniConf, Text, Means("none"), "", Now,
-        "A file with an encrypted temporary token, as managed clusters mount it. An access key goes before it, and it before the RAM role.";
+        "A file with a temporary token that somebody keeps fresh. An access key goes before it, and it before the RAM role.";
     RATE_LIMIT = "rate_limit", EniConf, RateLimits, Means("built-in limits"), "calls a minute", Now,
         "Calls a minute of this node by API action; the empty name stands for every action that is not named. A whole minute's worth may go at once.";
     BACKOFF_OVERRIDE = "backoff_override", EniConf, Backoffs, Means("built-in times"), "time", Now,
