@@ -1,5 +1,6 @@
 //! `terway-cli`: what the daemon of this node knows, for people and for scripts.
 
+mod config;
 mod render;
 
 use std::path::PathBuf;
@@ -48,6 +49,11 @@ enum Command {
         /// Stay and print those to come.
         #[arg(short, long)]
         follow: bool,
+    },
+    /// Checks, explains and compares configurations (eni-config); needs no daemon.
+    Config {
+        #[command(subcommand)]
+        command: config::Command,
     },
     /// Explains an error code such as TW0202.
     Explain {
@@ -115,6 +121,7 @@ async fn run(cli: &Cli) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        Command::Config { command } => config::run(command, cli.output),
         Command::Explain { code } => {
             let code = terway_core::errors::by_id(&code.to_uppercase())
                 .with_context(|| format!("{code} is no error code of this version"))?;

@@ -143,12 +143,12 @@ pub(super) fn drop_json(packet: &v1::DroppedPacket) -> String {
     format!("{value}\n")
 }
 
-fn pretty(value: &Value) -> String {
+pub(super) fn pretty(value: &Value) -> String {
     format!("{value:#}\n")
 }
 
 /// Columns as wide as their widest cell, two spaces between them.
-fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+pub(super) fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut lines: Vec<Vec<String>> = vec![head.iter().map(|h| (*h).to_owned()).collect()];
     lines.extend(rows);
     let mut widths = vec![0; head.len()];
