@@ -34,7 +34,9 @@ impl Engine {
             let inputs = &held.plan.inputs;
             let verdict = |layer: Layer| {
                 let mine = |f: &&Finding| f.key.as_ref() == Some(&inputs.key) && f.kind.is_mismatch();
-                let wrong = found.iter().filter(mine).any(|f| f.kind.layer() == layer);
+                // A pod that is gone shows where its interface should be.
+                let shows = |of: Layer| if of == Layer::Pod { Layer::Link } else { of };
+                let wrong = found.iter().filter(mine).any(|f| shows(f.kind.layer()) == layer);
                 // Without the link the other layers of the node cannot be there, and were not looked at.
                 let cut = found.iter().filter(mine).any(|f| matches!(f.kind.layer(), Layer::Pod | Layer::Link))
                     && matches!(layer, Layer::Route | Layer::Datapath);
