@@ -71,7 +71,7 @@ pub(super) fn findings(findings: &[v1::Finding], style: Style) -> String {
         let (pod, kind, subject) = (pod_name(f.pod.as_ref()), f.kind.clone(), f.subject.clone());
         vec![mark.to_owned(), kind, pod, subject, f.action.clone(), f.evidence.clone()]
     });
-    style.table(&["", "KIND", "POD", "SUBJECT", "ACTION", "EVIDENCE"], rows)
+    style.table(&["VERDICT", "KIND", "POD", "SUBJECT", "ACTION", "EVIDENCE"], rows)
 }
 
 /// The layers of a row by name.
