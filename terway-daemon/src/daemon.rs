@@ -35,9 +35,6 @@ use crate::store::Store;
 /// How long the start waits for the cloud's list of ENIs before it goes on with what the store says.
 const INVENTORY_WITHIN: Duration = Duration::from_secs(10);
 
-/// How often the namespaces of pods are looked at, for runtimes that forget a DEL.
-const COLLECT_EVERY: Duration = Duration::from_secs(60);
-
 /// How often the plugin's queue is looked at, for DELs that were answered too late.
 const QUEUE_EVERY: Duration = Duration::from_secs(5);
 
@@ -96,11 +93,11 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let listener = socket::bind(&options.socket)
         .map_err(|error| failed(errors::INTERNAL, &options.socket.display().to_string(), &error))?;
     work_off_queue(&engine, &options.spool_dir(), &metrics).await;
-    tokio::spawn(repeat(COLLECT_EVERY, {
+    tokio::spawn(repeat(Duration::from_secs(options.audit_interval.max(1)), {
         let engine = Arc::clone(&engine);
         move || {
             let engine = Arc::clone(&engine);
-            async move { engine.collect().await }
+            async move { engine.audit().await }
         }
     }));
     tokio::spawn(repeat(QUEUE_EVERY, {

@@ -53,6 +53,9 @@ pub struct Options {
     /// Seconds an address rests before another pod may get it.
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     pub cooling: u64,
+    /// Seconds between two audits of the node's links, rules, routes and datapath entries.
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    pub audit_interval: u64,
     /// Log filter, such as info or terway_daemon=debug.
     #[arg(long, env = "TERWAY_LOG", default_value = "info", value_name = "FILTER")]
     pub log: String,

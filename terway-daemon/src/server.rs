@@ -51,7 +51,13 @@ fn status(error: &Error) -> Status {
     let code = match error.code {
         errors::CNI_NETNS | errors::CNI_CONFIG | errors::CNI_ENV => Code::InvalidArgument,
         errors::UNKNOWN_ATTACHMENT => Code::NotFound,
-        errors::NO_ADDRESS | errors::VSWITCH_EXHAUSTED | errors::CLOUD_QUOTA => Code::ResourceExhausted,
+        errors::NO_ADDRESS
+        | errors::VSWITCH_EXHAUSTED
+        | errors::CLOUD_QUOTA
+        | errors::ENI_SLOTS_FULL
+        | errors::ENI_ADDRESSES_FULL
+        | errors::ACCOUNT_ENI_QUOTA
+        | errors::SECURITY_GROUP_FULL => Code::ResourceExhausted,
         errors::CHECK_FAILED => Code::FailedPrecondition,
         errors::INTERNAL => Code::Internal,
         _ => Code::Unavailable,
@@ -98,8 +104,14 @@ fn key(attachment: Option<v1::Attachment>) -> Result<AttachmentKey, Error> {
     Ok(key)
 }
 
-fn attachment(key: AttachmentKey) -> v1::Attachment {
-    v1::Attachment { network: key.network, container_id: key.container_id, ifname: key.ifname }
+pub(crate) fn attachment(key: &AttachmentKey) -> v1::Attachment {
+    let AttachmentKey { network, container_id, ifname } = key.clone();
+    v1::Attachment { network, container_id, ifname }
+}
+
+pub(crate) fn pod(pod: &PodRef) -> v1::Pod {
+    let PodRef { namespace, name, uid } = pod.clone();
+    v1::Pod { namespace, name, uid }
 }
 
 #[tonic::async_trait]
@@ -156,7 +168,7 @@ impl NodeNetwork for Service {
         let result = async {
             let valid = request.valid.into_iter().map(|a| key(Some(a))).collect::<Result<Vec<_>, _>>()?;
             let removed = self.engine.gc(request.network, valid).await?;
-            Ok(v1::GcPodsResponse { removed: removed.into_iter().map(attachment).collect() })
+            Ok(v1::GcPodsResponse { removed: removed.iter().map(attachment).collect() })
         }
         .await;
         self.done("GcPods", start, result)
@@ -182,6 +194,29 @@ impl NodeNetwork for Service {
             Some(live) => Box::pin(recent.chain(live)),
             None => Box::pin(recent),
         }))
+    }
+
+    async fn get_pool(&self, request: Request<v1::GetPoolRequest>) -> Result<Response<v1::GetPoolResponse>, Status> {
+        let start = Instant::now();
+        let reply = self.engine.pool(request.into_inner().ask_cloud).await;
+        self.done("GetPool", start, Ok(reply))
+    }
+
+    async fn get_mapping(
+        &self,
+        request: Request<v1::GetMappingRequest>,
+    ) -> Result<Response<v1::GetMappingResponse>, Status> {
+        let start = Instant::now();
+        let reply = self.engine.mapping(!request.into_inner().skip_cloud).await;
+        self.done("GetMapping", start, Ok(reply))
+    }
+
+    async fn get_metadata(
+        &self,
+        _: Request<v1::GetMetadataRequest>,
+    ) -> Result<Response<v1::GetMetadataResponse>, Status> {
+        let start = Instant::now();
+        self.done("GetMetadata", start, Ok(self.engine.metadata().await))
     }
 
     async fn list_pods(&self, _: Request<v1::ListPodsRequest>) -> Result<Response<v1::ListPodsResponse>, Status> {

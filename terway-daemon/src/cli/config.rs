@@ -8,8 +8,8 @@ use clap::Subcommand;
 use serde_json::{Map, Value, json};
 use terway_core::config::{Changed, Config, Invalid, KEYS, Key, Place, REMOVED, Setting, Warning, by_name, nearest};
 
-use super::render::{pretty, table};
-use super::{Output, print};
+use super::print;
+use super::table::{Style, pretty};
 use crate::config_source::Paths;
 
 /// What to do with a configuration.
@@ -43,12 +43,12 @@ pub(super) enum Command {
 /// What the daemon would make of the files.
 type Checked = std::result::Result<(Config, Vec<Warning>), Vec<Invalid>>;
 
-pub(super) fn run(command: &Command, output: Output) -> Result<ExitCode> {
+pub(super) fn run(command: &Command, style: Style) -> Result<ExitCode> {
     let (text, good) = match command {
-        Command::Check { config, overlay, zone } => check(&read(config, overlay.as_deref())?, zone.as_deref(), output),
-        Command::Explain { key: None } => (list(output), true),
-        Command::Explain { key: Some(name) } => (explain(name, output)?, true),
-        Command::Diff { old, new } => diff((old, read(old, None)?), (new, read(new, None)?), output),
+        Command::Check { config, overlay, zone } => check(&read(config, overlay.as_deref())?, zone.as_deref(), style),
+        Command::Explain { key: None } => (list(style), true),
+        Command::Explain { key: Some(name) } => (explain(name, style)?, true),
+        Command::Diff { old, new } => diff((old, read(old, None)?), (new, read(new, None)?), style),
     };
     print(&text);
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -59,14 +59,14 @@ fn read(config: &Path, overlay: Option<&Path>) -> Result<Checked> {
     Ok(paths.read().map_err(anyhow::Error::msg)?.check())
 }
 
-fn check(checked: &Checked, zone: Option<&str>, output: Output) -> (String, bool) {
+fn check(checked: &Checked, zone: Option<&str>, style: Style) -> (String, bool) {
     let (config, warnings, refused) = match checked {
         Ok((config, warnings)) => (Some(config), warnings.as_slice(), [].as_slice()),
         Err(refused) => (None, [].as_slice(), refused.as_slice()),
     };
     let vswitches = config.zip(zone).map(|(config, zone)| config.vswitches_of(zone));
     let good = config.is_some() && vswitches.is_none_or(|list| !list.is_empty());
-    if output == Output::Json {
+    if style.is_json() {
         let text = pretty(&json!({
             "valid": good,
             "refused": refused.iter().map(invalid_json).collect::<Vec<_>>(),
@@ -87,9 +87,9 @@ fn check(checked: &Checked, zone: Option<&str>, output: Output) -> (String, bool
             names => format!("zone     {zone}: {}", names.join(", ")),
         });
     }
-    if let (Some(config), Output::Wide) = (config, output) {
+    if let Some(config) = config.filter(|_| style.wide()) {
         let rows = config.settings().into_iter().map(|(key, value)| vec![key.name.to_owned(), value.to_string()]);
-        lines.push(format!("\n{}", table(&["KEY", "VALUE"], rows)));
+        lines.push(format!("\n{}", style.table(&["KEY", "VALUE"], rows)));
     }
     lines.push(match (good, warnings.len()) {
         (false, _) => "refused: the daemon would keep its last good configuration".to_owned(),
@@ -134,31 +134,23 @@ fn key_json(key: &Key) -> Value {
     })
 }
 
-fn list(output: Output) -> String {
-    if output == Output::Json {
+fn list(style: Style) -> String {
+    if style.is_json() {
         return pretty(&KEYS.iter().map(key_json).collect());
     }
-    let wide = output == Output::Wide;
-    let mut head = vec!["KEY", "DEFAULT", "UNIT", "TAKES EFFECT"];
-    if wide {
-        head.push("VALUE");
-    }
     let rows = KEYS.iter().map(|key| {
-        let unit = if key.unit.is_empty() { "-" } else { key.unit };
-        let mut row = vec![key.name.to_owned(), key.absent.to_string(), unit.to_owned(), key.effect.to_string()];
-        if wide {
-            row.push(key.kind.to_string());
-        }
-        row
+        [key.name, &key.absent.to_string(), key.unit, &key.effect.to_string(), &key.kind.to_string()]
+            .map(str::to_owned)
+            .to_vec()
     });
-    table(&head, rows)
+    style.table(&["KEY", "DEFAULT", "UNIT", "TAKES EFFECT", "+VALUE"], rows)
 }
 
-fn explain(name: &str, output: Output) -> Result<String> {
+fn explain(name: &str, style: Style) -> Result<String> {
     if let Some((name, successor)) = REMOVED.iter().find(|(removed, _)| *removed == name) {
-        return Ok(match output {
-            Output::Json => pretty(&json!({"key": name, "removed": true, "about": successor})),
-            _ => format!("{name} was removed. {successor}\n"),
+        return Ok(match style.is_json() {
+            true => pretty(&json!({"key": name, "removed": true, "about": successor})),
+            false => format!("{name} was removed. {successor}\n"),
         });
     }
     let Some(key) = by_name(name) else {
@@ -167,7 +159,7 @@ fn explain(name: &str, output: Output) -> Result<String> {
             None => bail!("{name} is not a known key; `terway-cli config explain` lists all"),
         }
     };
-    if output == Output::Json {
+    if style.is_json() {
         return Ok(pretty(&key_json(key)));
     }
     let unit = if key.unit.is_empty() { String::new() } else { format!(" ({})", key.unit) };
@@ -182,19 +174,19 @@ fn explain(name: &str, output: Output) -> Result<String> {
     ))
 }
 
-fn diff(old: (&Path, Checked), new: (&Path, Checked), output: Output) -> (String, bool) {
+fn diff(old: (&Path, Checked), new: (&Path, Checked), style: Style) -> (String, bool) {
     let (old_config, new_config) = match (&old.1, &new.1) {
         (Ok((old, _)), Ok((new, _))) => (old, new),
         _ => {
             let sides = [&old, &new].into_iter().filter_map(|(path, checked)| Some((path, checked.as_ref().err()?)));
-            let text = match output {
-                Output::Json => {
+            let text = match style.is_json() {
+                true => {
                     let all = sides.map(|(path, bad)| {
                         json!({"file": path.display().to_string(), "refused": bad.iter().map(invalid_json).collect::<Vec<_>>()})
                     });
                     pretty(&json!({"valid": false, "files": all.collect::<Vec<_>>()}))
                 }
-                _ => sides
+                false => sides
                     .flat_map(|(path, bad)| bad.iter().map(|bad| format!("refused  {}: {bad}\n", path.display())))
                     .collect(),
             };
@@ -202,8 +194,8 @@ fn diff(old: (&Path, Checked), new: (&Path, Checked), output: Output) -> (String
         }
     };
     let changed = old_config.diff(new_config);
-    let text = match output {
-        Output::Json => {
+    let text = match style.is_json() {
+        true => {
             let changes = changed.iter().map(|Changed { key, old, new, effect }| {
                 json!({"key": key, "old": setting_json(old), "new": setting_json(new), "effect": effect.as_str()})
             });
@@ -214,7 +206,7 @@ fn diff(old: (&Path, Checked), new: (&Path, Checked), output: Output) -> (String
             let rows = changed.iter().map(|change| {
                 vec![change.key.to_owned(), change.effect.to_string(), change.old.to_string(), change.new.to_string()]
             });
-            table(&["KEY", "TAKES EFFECT", "OLD", "NEW"], rows)
+            style.table(&["KEY", "TAKES EFFECT", "OLD", "NEW"], rows)
         }
     };
     (text, true)
@@ -224,42 +216,47 @@ fn diff(old: (&Path, Checked), new: (&Path, Checked), output: Output) -> (String
 mod tests {
     use terway_core::config::parse;
 
+    use super::super::Output;
     use super::*;
+
+    const TEXT: Style = Style { output: Output::Table, headers: true };
+    const JSON: Style = Style { output: Output::Json, headers: true };
+    const WIDE: Style = Style { output: Output::Wide, headers: true };
 
     const GOOD: &str =
         r#"{"vswitches":{"z":["vsw-1"]},"security_group":"sg-1","access_key":"id","access_secret":"hush","colour":1}"#;
 
     #[test]
     fn a_good_configuration_passes_with_its_warnings_and_without_its_secrets() {
-        for output in [Output::Text, Output::Wide, Output::Json] {
+        for output in [TEXT, WIDE, JSON] {
             let (text, good) = check(&parse(GOOD), Some("z"), output);
             assert!(good && text.contains("colour") && !text.contains("hush"), "{text}");
         }
-        let (text, good) = check(&parse(GOOD), Some("y"), Output::Text);
+        let (text, good) = check(&parse(GOOD), Some("y"), TEXT);
         assert!(!good && text.contains("none in zone y"), "{text}");
-        let json: Value = serde_json::from_str(&check(&parse(GOOD), Some("y"), Output::Json).0).unwrap();
+        let json: Value = serde_json::from_str(&check(&parse(GOOD), Some("y"), JSON).0).unwrap();
         assert_eq!((&json["valid"], &json["zone"]["vswitches"]), (&json!(false), &json!([])));
     }
 
     #[test]
     fn a_bad_configuration_fails_with_every_reason() {
         let bad = parse(r#"{"ip_stack":"v4","max_eni":-1}"#);
-        let (text, good) = check(&bad, None, Output::Text);
+        let (text, good) = check(&bad, None, TEXT);
         assert!(!good && text.lines().filter(|l| l.starts_with("refused  ")).count() == 3, "{text}");
-        let json: Value = serde_json::from_str(&check(&bad, None, Output::Json).0).unwrap();
+        let json: Value = serde_json::from_str(&check(&bad, None, JSON).0).unwrap();
         assert_eq!(json["refused"].as_array().map(Vec::len), Some(3));
     }
 
     #[test]
     fn every_key_is_explained_and_a_slip_is_answered_with_the_right_one() {
         for key in KEYS {
-            let text = explain(key.name, Output::Text).unwrap();
+            let text = explain(key.name, TEXT).unwrap();
             assert!(text.contains(key.about) && text.contains(key.effect.as_str()), "{text}");
-            assert!(list(Output::Text).contains(key.name));
+            assert!(list(TEXT).contains(key.name));
         }
-        assert!(explain("enable_eip_pool", Output::Text).unwrap().contains("ack-extend-network-controller"));
-        assert!(explain("max_pol_size", Output::Text).unwrap_err().to_string().contains("max_pool_size"));
-        assert!(explain("colour", Output::Text).is_err());
+        assert!(explain("enable_eip_pool", TEXT).unwrap().contains("ack-extend-network-controller"));
+        assert!(explain("max_pol_size", TEXT).unwrap_err().to_string().contains("max_pool_size"));
+        assert!(explain("colour", TEXT).is_err());
     }
 
     #[test]
@@ -267,7 +264,7 @@ mod tests {
         let path = Path::new("eni_conf");
         let new =
             GOOD.replace("hush", "rush").replace("vsw-1", "vsw-2").replace("\"colour\":1", "\"ip_stack\":\"dual\"");
-        let (text, good) = diff((path, parse(GOOD)), (path, parse(&new)), Output::Text);
+        let (text, good) = diff((path, parse(GOOD)), (path, parse(&new)), TEXT);
         assert!(good && !text.contains("ush\""), "{text}");
         for line in [
             "ip_stack       restart          ipv4",
@@ -277,10 +274,10 @@ mod tests {
             assert!(text.contains(line), "{line}\n{text}");
         }
         assert_eq!(
-            diff((path, parse(GOOD)), (path, parse(GOOD)), Output::Text),
+            diff((path, parse(GOOD)), (path, parse(GOOD)), TEXT),
             ("nothing changes\n".to_owned(), true)
         );
-        assert!(!diff((path, parse(GOOD)), (path, parse("{}")), Output::Text).1);
+        assert!(!diff((path, parse(GOOD)), (path, parse("{}")), TEXT).1);
     }
 
     #[test]
@@ -290,13 +287,13 @@ mod tests {
         std::fs::write(&file, GOOD).unwrap();
         for path in [dir.path(), &file] {
             let command = Command::Check { config: path.to_owned(), overlay: None, zone: None };
-            assert_eq!(run(&command, Output::Text).unwrap(), ExitCode::SUCCESS);
+            assert_eq!(run(&command, TEXT).unwrap(), ExitCode::SUCCESS);
         }
         let overlay = dir.path().join("own");
         std::fs::write(&overlay, r#"{"vswitches":null}"#).unwrap();
         let command = Command::Check { config: file.clone(), overlay: Some(overlay), zone: None };
-        assert_eq!(run(&command, Output::Text).unwrap(), ExitCode::FAILURE);
+        assert_eq!(run(&command, TEXT).unwrap(), ExitCode::FAILURE);
         let missing = Command::Diff { old: file, new: dir.path().join("missing") };
-        assert!(run(&missing, Output::Text).unwrap_err().to_string().contains("missing"));
+        assert!(run(&missing, TEXT).unwrap_err().to_string().contains("missing"));
     }
 }

@@ -3,9 +3,11 @@
 //! The pool is stepped under one short lock without any IO in it. What a step wants written is handed to the store under the same lock, so
 //! that writes keep the order of the decisions; everything else starts when they are durable (see `terway_core::ipam`, the contract).
 
+mod audit;
 mod drops;
 mod effects;
 mod eni;
+mod mapping;
 mod pod;
 mod reaper;
 mod start;
@@ -20,7 +22,7 @@ use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, InstanceId, IpStack, PodRef};
 use terway_core::ipam::{Add, Answer, Event, Pool, Ticket};
 use terway_proto::v1;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{RwLock, oneshot, watch};
 
 use crate::bpf::Datapath;
 use crate::cloud::Cloud;
@@ -62,6 +64,9 @@ pub struct Engine {
     host: Arc<Host>,
     links: Watch,
     reaper: Reaper,
+    audit: audit::Audit,
+    /// Wiring and unwiring pods and ENIs hold it shared, corrections of an audit alone.
+    wiring: RwLock<()>,
     drops: drops::DropLog,
     facts: Facts,
     metrics: Metrics,

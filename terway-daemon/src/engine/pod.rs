@@ -76,6 +76,7 @@ impl Engine {
         grant: &Grant,
     ) -> Result<(), Error> {
         let plan = self.plan(key, pod, grant, &PodOptions::decode(options));
+        let _wiring = self.wiring.read().await;
         let netns = self.host.open_netns(netns).map_err(net_error)?;
 
         // Between its creation and the opening of the way both ends are down: programs and maps are complete before the first packet.
@@ -103,6 +104,7 @@ impl Engine {
     ) -> Result<(), Error> {
         let plan = self.plan(key, pod, grant, &PodOptions::default());
         let addresses = grant.addresses;
+        let wiring = self.wiring.read().await;
         let start = Instant::now();
         self.with_datapath(move |datapath| forget(datapath, addresses)).await?;
         let removed = Instant::now();
@@ -110,6 +112,7 @@ impl Engine {
 
         self.host.detach_pod(&plan).await.map_err(net_error)?;
         self.metrics.phase(Verb::Del, Phase::Host, removed.elapsed());
+        drop(wiring);
         unplugged();
 
         let detached = Instant::now();

@@ -1,18 +1,21 @@
 //! What the engine tells about itself: CHECK, status, list, readiness, gauges.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use terway_abi::Drop;
+use terway_core::cloud::{self, CloudError, EniKind};
 use terway_core::errors::{self, Error};
-use terway_core::ident::AttachmentKey;
-use terway_core::ipam::Phase;
+use terway_core::ident::{AttachmentKey, EniId, PodRef, VSwitchId};
+use terway_core::ipam::{EniPhase, Phase, Stats};
 use terway_core::route::host_ifname;
 use terway_proto::v1;
 
 use super::Engine;
 use super::pod::{PodOptions, net_error};
+use crate::cloud::EniFilter;
+use crate::server::{attachment, detail, pod};
 
 impl Engine {
     /// CHECK: compares a pod's network with what was set up.
@@ -81,6 +84,7 @@ impl Engine {
             (core.pool.stats(), core.pool.enis(), core.pool.problems())
         };
         problems.extend(self.fatal.borrow().clone());
+        problems.extend(self.audit.problems());
         let nics: HashMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.mac, nic.name)).collect();
         let enis = enis.into_iter().map(|eni| v1::EniState {
             id: eni.id.map(|id| id.to_string()).unwrap_or_default(),
@@ -93,18 +97,110 @@ impl Engine {
         });
         v1::StatusResponse {
             ready: self.ready().is_ok(),
-            problems: problems.iter().map(crate::server::detail).collect(),
+            problems: problems.iter().map(detail).collect(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.facts.node.clone(),
-            pool: Some(v1::Pool {
-                capacity: stats.capacity,
-                idle: stats.idle,
-                bound: stats.bound,
-                cooling: stats.cooling,
-                pending: stats.pending,
-            }),
+            pool: Some(numbers(&stats)),
             enis: enis.collect(),
             datapath: Some(self.datapath_view()),
+        }
+    }
+
+    /// ENIs, addresses and vSwitches; with `ask_cloud`, also what only the cloud knows of them.
+    pub async fn pool(&self, ask_cloud: bool) -> v1::GetPoolResponse {
+        let (stats, own, foreign, attachments, problems) = {
+            let core = self.core();
+            (core.pool.stats(), core.pool.enis(), core.pool.foreign().to_vec(), core.pool.list(), core.pool.problems())
+        };
+        let mut cloud_error = None;
+        let mut listed: BTreeMap<EniId, cloud::Eni> = BTreeMap::new();
+        if ask_cloud {
+            match self.cloud.enis(&EniFilter::of_instance(self.instance())).await {
+                Ok(enis) => listed.extend(enis.into_iter().map(|eni| (eni.id.clone(), eni))),
+                Err(error) => cloud_error = Some(cloud_failed(&error)),
+            }
+        }
+        if listed.is_empty() {
+            // What the last inventory said.
+            listed.extend(foreign.into_iter().map(|eni| (eni.id.clone(), eni)));
+        }
+        let nics: HashMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.mac, nic.name)).collect();
+        let owners: HashMap<IpAddr, &PodRef> =
+            attachments.iter().flat_map(|a| a.grant.addresses.iter().map(|address| (address, &a.pod))).collect();
+        let mut enis: Vec<v1::Eni> = own
+            .iter()
+            .map(|eni| {
+                let known = eni.id.as_ref().and_then(|id| listed.remove(id));
+                let addresses = eni.addresses.iter().map(|address| {
+                    let owner = owners.get(address);
+                    let state = if owner.is_some() { "bound" } else { "free" };
+                    v1::EniAddress { address: address.to_string(), state: state.to_owned(), pod: owner.map(|p| pod(p)) }
+                });
+                v1::Eni {
+                    id: eni.id.as_ref().map(ToString::to_string).unwrap_or_default(),
+                    mac: eni.mac.map(|mac| mac.to_string()).unwrap_or_default(),
+                    vswitch: eni.vswitch.to_string(),
+                    role: "pods".to_owned(),
+                    status: known.as_ref().map(|known| format!("{:?}", known.status)).unwrap_or_default(),
+                    state: eni.phase.as_str().to_owned(),
+                    ifname: eni.mac.and_then(|mac| nics.get(&mac).cloned()).unwrap_or_default(),
+                    addresses: addresses.collect(),
+                    security_groups: known.iter().flat_map(|k| &k.security_groups).map(ToString::to_string).collect(),
+                    tags: known.map(|known| known.tags).unwrap_or_default(),
+                    reason: why_not(eni.phase),
+                    error: eni.error.as_ref().map(detail),
+                }
+            })
+            .collect();
+        enis.extend(listed.into_values().map(|eni| {
+            let primary = eni.kind == EniKind::Primary;
+            let addresses = eni.v4.iter().copied().map(IpAddr::V4).chain(eni.v6.iter().copied().map(IpAddr::V6));
+            v1::Eni {
+                id: eni.id.to_string(),
+                mac: eni.mac.to_string(),
+                vswitch: eni.vswitch.to_string(),
+                role: if primary { "primary" } else { "unused" }.to_owned(),
+                status: format!("{:?}", eni.status),
+                state: String::new(),
+                ifname: nics.get(&eni.mac).cloned().unwrap_or_default(),
+                addresses: addresses
+                    .map(|address| v1::EniAddress {
+                        address: address.to_string(),
+                        state: "other".to_owned(),
+                        pod: None,
+                    })
+                    .collect(),
+                security_groups: eni.security_groups.iter().map(ToString::to_string).collect(),
+                reason: unused(&eni),
+                tags: eni.tags,
+                error: None,
+            }
+        }));
+        enis.sort_by(|a, b| {
+            (a.role != "primary", a.id.is_empty(), &a.id).cmp(&(b.role != "primary", b.id.is_empty(), &b.id))
+        });
+        let mut vswitches = vswitches_of(&enis);
+        if ask_cloud && cloud_error.is_none() {
+            let ids: Vec<VSwitchId> = vswitches.keys().map(|id| VSwitchId::new(id.as_str())).collect();
+            match self.cloud.vswitches(&ids).await {
+                Ok(known) => {
+                    for vswitch in known {
+                        if let Some(row) = vswitches.get_mut(vswitch.id.as_str()) {
+                            row.zone = vswitch.zone;
+                            row.cidr = vswitch.cidr_v4.to_string();
+                            row.available = Some(vswitch.available);
+                        }
+                    }
+                }
+                Err(error) => cloud_error = Some(cloud_failed(&error)),
+            }
+        }
+        v1::GetPoolResponse {
+            pool: Some(numbers(&stats)),
+            enis,
+            vswitches: vswitches.into_values().collect(),
+            problems: problems.iter().map(detail).collect(),
+            cloud_error,
         }
     }
 
@@ -128,12 +224,8 @@ impl Engine {
             .into_iter()
             .map(|a| v1::PodState {
                 host_ifname: host_ifname(&a.pod, &a.key),
-                attachment: Some(v1::Attachment {
-                    network: a.key.network,
-                    container_id: a.key.container_id,
-                    ifname: a.key.ifname,
-                }),
-                pod: Some(v1::Pod { namespace: a.pod.namespace, name: a.pod.name, uid: a.pod.uid }),
+                attachment: Some(attachment(&a.key)),
+                pod: Some(pod(&a.pod)),
                 phase: a.phase.as_str().to_owned(),
                 addresses: a.grant.addresses.iter().map(|address| address.to_string()).collect(),
                 eni: a.grant.eni.to_string(),
@@ -160,4 +252,53 @@ impl Engine {
             self.metrics.enis(state, count);
         }
     }
+}
+
+fn numbers(stats: &Stats) -> v1::Pool {
+    v1::Pool {
+        capacity: stats.capacity,
+        idle: stats.idle,
+        bound: stats.bound,
+        cooling: stats.cooling,
+        pending: stats.pending,
+    }
+}
+
+fn cloud_failed(error: &CloudError) -> v1::ErrorDetail {
+    detail(&Error::new(errors::CLOUD_FAILED, error.to_string()))
+}
+
+/// Why an ENI of the pool gives no address to new pods.
+fn why_not(phase: EniPhase) -> String {
+    match phase {
+        EniPhase::InUse => "",
+        EniPhase::Creating | EniPhase::Attaching | EniPhase::Configuring => "not ready yet",
+        EniPhase::Draining => "being emptied",
+        EniPhase::Detaching | EniPhase::Deleting => "being released",
+        EniPhase::Missing => "the cloud does not list it as attached",
+    }
+    .to_owned()
+}
+
+/// Why an ENI of the instance is none of the pool's.
+fn unused(eni: &cloud::Eni) -> String {
+    match eni.kind {
+        EniKind::Primary => "the instance's own".to_owned(),
+        EniKind::Trunk | EniKind::Member => "a trunk or a member of one".to_owned(),
+        EniKind::Secondary if eni.status != cloud::EniStatus::InUse => format!("its status is {:?}", eni.status),
+        EniKind::Secondary => format!("{} is not in vswitches of eni-config for this zone", eni.vswitch),
+    }
+}
+
+fn vswitches_of(enis: &[v1::Eni]) -> BTreeMap<String, v1::VSwitch> {
+    let mut all: BTreeMap<String, v1::VSwitch> = BTreeMap::new();
+    for eni in enis {
+        let row = all.entry(eni.vswitch.clone()).or_default();
+        row.id.clone_from(&eni.vswitch);
+        row.enis += 1;
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        row.addresses += count(eni.addresses.len());
+        row.bound += count(eni.addresses.iter().filter(|address| address.state == "bound").count());
+    }
+    all
 }
