@@ -132,8 +132,11 @@ impl Engine {
         for kind in Kind::ALL {
             self.metrics.findings(kind.name(), found.iter().filter(|finding| finding.kind == kind).count());
         }
-        let mut problems: Vec<Error> =
-            found.iter().filter(|f| f.action == Action::None && f.kind.is_mismatch()).map(problem).collect();
+        let mut problems: Vec<Error> = found
+            .iter()
+            .filter(|f| f.action == Action::None && f.kind.is_mismatch())
+            .map(|f| problem(&world, f))
+            .collect();
         let due = lock(&self.audit.confirmation).due(found);
         let due: Vec<Finding> = due.into_iter().filter(|finding| finding.action != Action::None).collect();
         if !due.is_empty() {
@@ -157,7 +160,7 @@ impl Engine {
                     }
                     Err(error) => {
                         warn!(kind = kind.name(), subject, evidence, action = action.name(), %error, "cannot be set right");
-                        problems.push(problem(&finding));
+                        problems.push(problem(&world, &finding));
                     }
                 }
             }
@@ -257,12 +260,13 @@ fn endpoint(stored: &crate::bpf::Endpoint, attached: bool) -> Endpoint {
 }
 
 /// What stays wrong, for `terway-cli status`.
-fn problem(finding: &Finding) -> Error {
+fn problem(world: &World, finding: &Finding) -> Error {
     let code = match finding.kind {
         Kind::NicMissing => errors::NIC_MISSING,
         _ => errors::NET_DRIFT,
     };
-    let whose = finding.key.as_ref().map(|key| format!("{key}: ")).unwrap_or_default();
+    let held = world.attachments.iter().find(|held| Some(&held.plan.inputs.key) == finding.key.as_ref());
+    let whose = held.map(|held| format!("{} ({}): ", held.pod, held.plan.inputs.key)).unwrap_or_default();
     let advice = match finding.kind {
         Kind::LinkMissing => "; delete the pod, its replacement gets a new interface",
         _ => "",

@@ -191,7 +191,12 @@ fn the_command_line_tells_what_does_not_fit() -> Result<()> {
 
         ensure!(cli(node, &["show", "eni", "eni-unknown"])?.0 == 1);
         ensure!(cli(node, &["show", "pod", "no-slash"])?.0 == 2);
-        ensure!(cli(node, &["--socket", "/nonexistent.sock", "status"])?.0 == 3);
+        node.stop_daemon()?;
+        ensure!(cli(node, &["status"])?.0 == 3);
+        node.start_daemon()?;
+        node.wait_ready(SETTLE)?;
+        // What was missing is written again when the pod is adopted.
+        ensure!(!kinds(node)?.contains(&"endpoint-missing".to_owned()), "{:?}", kinds(node)?);
         node.del(&a)?;
         Ok(())
     })
