@@ -58,6 +58,12 @@ pub struct Eni {
     pub v4: Vec<Ipv4Addr>,
     /// All IPv6 addresses.
     pub v6: Vec<Ipv6Addr>,
+    /// IPv4 prefixes, /28 each; their addresses are not in `v4`.
+    #[serde(default)]
+    pub v4_prefixes: Vec<Ipv4Net>,
+    /// IPv6 prefixes, /80 each; their addresses are not in `v6`.
+    #[serde(default)]
+    pub v6_prefixes: Vec<Ipv6Net>,
     /// Security groups.
     pub security_groups: Vec<SecurityGroupId>,
     /// Tags.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use ipnet::{Ipv4Net, Ipv6Net};
 use terway_core::cloud::{
     CloudError, Eni, EniKind, EniStatus, ErrorClass, InstanceLimits, NodeIdentity, Subnet, VSwitch,
 };
@@ -20,7 +21,7 @@ use super::wire::{
     AssignIpv6Addresses, AssignPrivateIpAddresses, DescribeInstanceTypes, DescribeNetworkInterfaces, DescribeVSwitches,
     Done, Unfit, WireEni, WireVSwitch,
 };
-use super::{Cloud, CreateEni, EniFilter, MAX_ADDRESSES_PER_CALL, MAX_V4_AT_CREATION, Result};
+use super::{Cloud, CreateEni, EniFilter, MAX_ADDRESSES_PER_CALL, MAX_PREFIXES_PER_CALL, MAX_V4_AT_CREATION, Result};
 
 /// Entries a page (`DescribeNetworkInterfaces`, `MaxResults`: at most 500).
 const ENIS_PER_PAGE: u32 = 500;
@@ -194,9 +195,19 @@ impl Cloud for Aliyun {
 
     async fn create_eni(&self, request: &CreateEni) -> Result<Eni> {
         let action = "CreateNetworkInterface";
-        let CreateEni { token, vswitch, security_groups, v4_count, v6_count, .. } = request;
+        let CreateEni { token, vswitch, security_groups, v4_count, v6_count, v4_prefixes, v6_prefixes, .. } = request;
         if !(1..=MAX_V4_AT_CREATION).contains(v4_count) || *v6_count > MAX_ADDRESSES_PER_CALL {
             return Err(failure(action, ErrorClass::Invalid, format!("{v4_count} IPv4 and {v6_count} IPv6 addresses")));
+        }
+        // "Cannot be set together" (ECS API reference, `CreateNetworkInterface`: `Ipv4PrefixCount`, `Ipv6PrefixCount`).
+        if v4_prefixes.max(v6_prefixes) > &MAX_PREFIXES_PER_CALL
+            || (*v4_prefixes > 0 && *v4_count > 1)
+            || (*v6_prefixes > 0 && *v6_count > 0)
+        {
+            let message = format!(
+                "{v4_prefixes} IPv4 and {v6_prefixes} IPv6 prefixes with {v4_count} IPv4 and {v6_count} IPv6 addresses"
+            );
+            return Err(failure(action, ErrorClass::Invalid, message));
         }
         let mut parameters = vec![
             pair("VSwitchId", vswitch.as_str()),
@@ -212,6 +223,12 @@ impl Cloud for Aliyun {
         }
         if *v6_count > 0 {
             parameters.push(pair("Ipv6AddressCount", v6_count.to_string()));
+        }
+        if *v4_prefixes > 0 {
+            parameters.push(pair("Ipv4PrefixCount", v4_prefixes.to_string()));
+        }
+        if *v6_prefixes > 0 {
+            parameters.push(pair("Ipv6PrefixCount", v6_prefixes.to_string()));
         }
         parameters.extend(request.resource_group.iter().map(|group| pair("ResourceGroupId", group)));
         tags(&mut parameters, &request.tags);
@@ -287,6 +304,28 @@ impl Cloud for Aliyun {
 
     async fn unassign_v6(&self, eni: &EniId, addresses: &[Ipv6Addr]) -> Result<()> {
         self.unassign("UnassignIpv6Addresses", "Ipv6Address", eni, addresses, |eni| &eni.v6).await
+    }
+
+    async fn assign_v4_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv4Net>> {
+        let action = "AssignPrivateIpAddresses";
+        let parameters = assign(action, eni, "Ipv4PrefixCount", count, token)?;
+        let reply: AssignPrivateIpAddresses = self.rpc.call(Service::Ecs, action, parameters).await?;
+        Ok(reply.assigned_private_ip_addresses_set.ipv4_prefix_set.ipv4_prefixes)
+    }
+
+    async fn assign_v6_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv6Net>> {
+        let action = "AssignIpv6Addresses";
+        let parameters = assign(action, eni, "Ipv6PrefixCount", count, token)?;
+        let reply: AssignIpv6Addresses = self.rpc.call(Service::Ecs, action, parameters).await?;
+        Ok(reply.ipv6_prefix_sets.ipv6_prefix)
+    }
+
+    async fn unassign_v4_prefixes(&self, eni: &EniId, prefixes: &[Ipv4Net]) -> Result<()> {
+        self.unassign("UnassignPrivateIpAddresses", "Ipv4Prefix", eni, prefixes, |eni| &eni.v4_prefixes).await
+    }
+
+    async fn unassign_v6_prefixes(&self, eni: &EniId, prefixes: &[Ipv6Net]) -> Result<()> {
+        self.unassign("UnassignIpv6Addresses", "Ipv6Prefix", eni, prefixes, |eni| &eni.v6_prefixes).await
     }
 
     async fn subnet(&self, mac: Mac) -> Result<Subnet> {
