@@ -119,6 +119,126 @@ catalogue! {
     NIC_MISSING = "TW0207", "nic-missing", 11,
         "The cloud says that the ENI is attached, but no network interface with its MAC address has appeared in the node.",
         "Wait a minute; if it stays away, look in the kernel log for virtio or memory errors, and reboot the node.";
+    /// Nothing can be made because the operator said so.
+    DEGRADED = "TW0208", "degraded", 11,
+        "The degradation switch of eni-config forbids the cloud API call.",
+        "Remove degradation from eni-config when the incident is over: l0 stops creating and releasing, l1 every call to the cloud.";
+    /// `EniPerInstanceLimitExceeded`.
+    ENI_SLOTS_FULL = "TW0209", "eni-slots-full", 11,
+        "The instance carries as many ENIs as its type allows.",
+        "Detach ENIs that the node does not use (terway-cli eni list shows them with the reason), or use an instance type that carries more.";
+    /// `QuotaExceeded.PrivateIpAddress`, `InvalidOperation.Ipv4CountExceeded`, `InvalidOperation.Ipv6CountExceeded`.
+    ENI_ADDRESSES_FULL = "TW0210", "eni-addresses-full", 11,
+        "The ENI carries as many addresses as the instance type allows.",
+        "Nothing to do while the node can get another ENI; if it cannot, move pods to other nodes or use an instance type with more addresses per ENI.";
+    /// The account's or region's quota of ENIs.
+    ACCOUNT_ENI_QUOTA = "TW0211", "account-eni-quota", 11,
+        "The account has as many ENIs in this region as its quota allows.",
+        "Delete unused ENIs in the ECS console (Network & Security, ENIs, status Available), or ask for a higher quota of ENIs in the quota centre.";
+    /// `SecurityGroupInstanceLimitExceed`.
+    SECURITY_GROUP_FULL = "TW0212", "security-group-full", 11,
+        "A configured security group holds as many ENIs and private addresses as it can.",
+        "Set security_groups in eni-config to an advanced security group (65536 addresses), or to further groups; new ENIs use them at once.";
+    /// `InvalidSecurityGroupId.NotFound` and others.
+    SECURITY_GROUP_INVALID = "TW0213", "security-group-invalid", 11,
+        "A configured security group does not exist, is in another VPC than the node, or cannot be combined with the others.",
+        "Correct security_groups in eni-config: all must exist in the node's VPC and be of one type (basic or advanced).";
+    /// `InvalidVSwitchId.NotFound`.
+    VSWITCH_UNKNOWN = "TW0214", "vswitch-unknown", 11,
+        "A configured vSwitch does not exist in the node's region.",
+        "Correct the vswitches of the node's zone in eni-config.";
+    /// A vSwitch of another zone or VPC.
+    VSWITCH_ELSEWHERE = "TW0215", "vswitch-elsewhere", 11,
+        "A configured vSwitch is in another zone or VPC than the node, so its ENIs cannot be attached.",
+        "List the vSwitch under its own zone in vswitches of eni-config, and give the node's zone a vSwitch of its own.";
+    /// A vSwitch without an IPv6 block while pods want IPv6.
+    VSWITCH_NO_IPV6 = "TW0216", "vswitch-no-ipv6", 11,
+        "Pods shall have IPv6 addresses, but the vSwitch or the instance type has no IPv6.",
+        "Enable IPv6 for the VPC and the vSwitch and choose an instance type with IPv6, or set ip_stack to ipv4 in eni-config.";
+    /// No vSwitch is configured for the node's zone.
+    VSWITCH_NONE = "TW0217", "vswitch-none", 11,
+        "No vSwitch is configured for the node's zone.",
+        "Add the node's zone with at least one vSwitch to vswitches in eni-config; it takes effect without a restart.";
+    /// No contiguous block of addresses is left.
+    PREFIX_FRAGMENTED = "TW0218", "prefix-fragmented", 11,
+        "The vSwitch has addresses left, but no free block of sixteen for a prefix.",
+        "Nothing to do: single addresses are used instead. To get prefixes, reserve a CIDR block in the vSwitch, or add an empty vSwitch to eni-config.";
+    /// `InvalidAccessKeyId.*`, `SignatureDoesNotMatch`.
+    CREDENTIALS_INVALID = "TW0219", "credentials-invalid", 11,
+        "The cloud does not accept the access key: it is unknown or disabled, or its secret is wrong.",
+        "Correct access_key and access_secret in eni-config, or remove both so that the node's RAM role is used.";
+    /// `InvalidSecurityToken.*`.
+    CREDENTIALS_EXPIRED = "TW0220", "credentials-expired", 11,
+        "The temporary credentials (STS token) have expired and could not be renewed.",
+        "Check that the RAM role is still attached to the instance and that the metadata service answers (terway-cli metadata), or renew the file of credential_path.";
+    /// No source has credentials.
+    CREDENTIALS_MISSING = "TW0221", "credentials-missing", 11,
+        "No credentials for the cloud API: no access key is configured, and the instance has no RAM role.",
+        "Attach a RAM role with the policy of docs/ram-policy.md to the instance, or set access_key and access_secret in eni-config.";
+    /// `InvalidTimeStamp.*`.
+    CLOCK_SKEW = "TW0222", "clock-skew", 11,
+        "The cloud refuses the node's requests because the node's clock is wrong.",
+        "Synchronise the clock: check chrony or ntpd on the node (timedatectl).";
+    /// No answer of the metadata service.
+    METADATA_UNREACHABLE = "TW0223", "metadata-unreachable", 11,
+        "The metadata service (100.100.100.200) does not answer, or not sensibly.",
+        "Check on the node: curl http://100.100.100.200/latest/meta-data/; no route, firewall rule or proxy may take this address. Running pods are not concerned.";
+    /// No answer of the API.
+    CLOUD_UNREACHABLE = "TW0224", "cloud-unreachable", 11,
+        "The cloud API did not answer.",
+        "Check the node's way to the endpoint that the message names: DNS, routes, security group, proxy; inside a VPC use the vpc endpoint. The daemon tries again.";
+    /// `InternalError`, `ServiceUnavailable`.
+    CLOUD_INTERNAL = "TW0225", "cloud-internal", 11,
+        "The cloud API failed on its own side.",
+        "Nothing to do: the daemon tries again. If it lasts, give the request id of the message to the cloud's support.";
+    /// A request that the cloud refuses for a reason not in this table.
+    CLOUD_REFUSED = "TW0226", "cloud-refused", 11,
+        "The cloud refuses a request as wrong; repeating it does not help.",
+        "The message holds the cloud's code, words and request id; look up the code in the API reference of the action, and report it if eni-config is right.";
+    /// `IdempotentFailed` and its like.
+    CLOUD_TOKEN_REFUSED = "TW0227", "cloud-token-refused", 11,
+        "The cloud does not accept the repetition of a request under its ClientToken.",
+        "Nothing to do: the daemon looks at what the first request did and asks again with a new token.";
+    /// `InvalidOperation.InvalidEcsState`, `IncorrectInstanceStatus`.
+    INSTANCE_STATE = "TW0228", "instance-state", 11,
+        "The instance is in a state in which no ENI can be attached or detached (starting, stopping, locked).",
+        "Wait until the instance is Running; if it is locked (financial or security reasons), unlock it in the ECS console.";
+    /// `InvalidEcsId.NotFound`, `InvalidInstanceId.NotFound`.
+    INSTANCE_UNKNOWN = "TW0229", "instance-unknown", 11,
+        "The cloud does not know this instance.",
+        "Check region and endpoint; if the node's disk was cloned from another instance, delete node.json in the state directory and restart the daemon.";
+    /// The type carries no ENI, or the action is not for it.
+    INSTANCE_TYPE = "TW0230", "instance-type", 11,
+        "The instance type does not support what is asked: further ENIs, IPv6 or prefixes.",
+        "Use an instance type that the ECS documentation lists with more than one ENI, or switch off the feature that the message names.";
+    /// `InvalidOperation.InvalidEniState`, `Operation.Conflict`.
+    ENI_STATE = "TW0231", "eni-state", 11,
+        "The ENI is in a state that does not allow the operation now, or another operation on it is under way.",
+        "Nothing to do: the daemon tries again. If it lasts, look at the ENI's status in the ECS console; an ENI stuck in Attaching or Detaching is for the cloud's support.";
+    /// `InvalidEniId.NotFound`, outside of releases.
+    ENI_UNKNOWN = "TW0232", "eni-unknown", 11,
+        "The cloud does not know the ENI any more.",
+        "Nothing to do: the daemon takes it off its books and gets another. Ask who deletes ENIs of nodes in use (console, scripts, another cluster).";
+    /// An ENI with pods is gone.
+    ENI_VANISHED = "TW0233", "eni-vanished", 11,
+        "An ENI that carries pods was detached or deleted by somebody else; these pods have no network.",
+        "Delete the pods that the message names, so that they get new addresses; find out in ActionTrail who removed the ENI.";
+    /// An address of a pod is gone.
+    ADDRESS_VANISHED = "TW0234", "address-vanished", 11,
+        "An address of a running pod was taken off its ENI by somebody else; the pod has no network.",
+        "Delete the pod that the message names, so that it gets a new address; find out in ActionTrail who unassigned it.";
+    /// `InvalidIp.IpUnassigned`.
+    ADDRESS_UNKNOWN = "TW0235", "address-unknown", 11,
+        "The cloud does not know the address on this ENI.",
+        "Nothing to do: the daemon takes it off its books.";
+    /// An ENI that does not fit the configuration.
+    ENI_MISMATCH = "TW0236", "eni-mismatch", 11,
+        "ENIs of the instance do not match eni-config (vSwitch, security groups or tags), take no new pods, and are released once empty.",
+        "Nothing to do if eni-config is as meant; pods on these ENIs keep their network until they end. terway-cli eni list shows the reason of each.";
+    /// `ORDER.ARREARAGE`, `PAY.INSUFFICIENT_BALANCE`, `InvalidAccountStatus.NotEnoughBalance`.
+    ACCOUNT_ARREARS = "TW0237", "account-arrears", 11,
+        "The account has overdue payments or not enough balance for the operation.",
+        "Pay or top up the account in the billing console; the daemon tries again by itself.";
     /// Kernel refused a network operation.
     NET_FAILED = "TW0301", "net-failed", 11,
         "The kernel refused a step of the pod's network set-up.",
@@ -131,10 +251,34 @@ catalogue! {
     STORE_FAILED = "TW0303", "store-failed", 5,
         "The daemon cannot write its state file.",
         "Check free space and mount options of the state directory; the message names it.";
+    /// Changes of the kernel's state that nobody but the daemon should make.
+    NET_DRIFT = "TW0304", "net-drift", 100,
+        "Links, routes, rules or datapath entries of a running pod were changed or removed by something else on the node.",
+        "The daemon repairs them every minute; find what else changes the node's network (NetworkManager, systemd-networkd, scripts) and exempt interfaces named cali*.";
     /// A configuration value is invalid.
     CONFIG_INVALID = "TW0401", "config-invalid", 7,
         "The eni-config configuration holds an invalid value.",
         "Correct the key that the message names.";
+    /// An edit of the configuration that cannot be taken over.
+    CONFIG_REFUSED = "TW0402", "config-refused", 7,
+        "An edit of eni-config was refused; the daemon goes on with the last good configuration.",
+        "Correct the keys that the message names; terway-cli config check FILE tells beforehand whether an edit will be taken.";
+    /// The configuration file is missing or is no JSON.
+    CONFIG_UNREADABLE = "TW0403", "config-unreadable", 7,
+        "The eni-config configuration cannot be read, or is not a JSON object.",
+        "Check that the ConfigMap eni-config is mounted and that its eni_conf is valid JSON; the message names the place.";
+    /// A key that nobody knows.
+    CONFIG_UNKNOWN_KEY = "TW0404", "config-unknown-key", 7,
+        "The eni-config configuration holds a key that this version does not know, and ignores it.",
+        "Correct the spelling (the message names the nearest known key), or remove the key; terway-cli config explain lists all keys.";
+    /// A key of earlier versions.
+    CONFIG_REMOVED_KEY = "TW0405", "config-removed-key", 7,
+        "The eni-config configuration holds a key whose function was removed, and ignores it.",
+        "Remove the key; the message names what took its place.";
+    /// An edit that a running daemon cannot take over.
+    CONFIG_RESTART = "TW0406", "config-restart", 7,
+        "An edit of eni-config takes effect only when the daemon of this node restarts.",
+        "Restart the terway pod of this node when convenient; running pods keep their network meanwhile.";
 }
 
 /// An error on its way to a user: a code and the particulars.
@@ -179,6 +323,7 @@ mod tests {
         let ids: BTreeSet<_> = ALL.iter().map(|c| c.id).collect();
         let names: BTreeSet<_> = ALL.iter().map(|c| c.name).collect();
         assert_eq!((ids.len(), names.len()), (ALL.len(), ALL.len()));
+        assert!(ALL.is_sorted_by_key(|code| code.id), "the table is read in order");
         for code in ALL {
             assert!(code.id.len() == 6 && code.id.starts_with("TW"), "{}", code.id);
             assert!(code.cause.ends_with('.') && code.remedy.ends_with('.'), "{}", code.id);
