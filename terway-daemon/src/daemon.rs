@@ -18,9 +18,7 @@ use tracing::{error, info, warn};
 
 use crate::atomic_file;
 use crate::bpf::{self, Datapath};
-use crate::cloud::{
-    Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, Metadata, Retry, Secret, endpoint,
-};
+use crate::cloud::{Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, Metadata, Retry, endpoint};
 use crate::engine::{self, Engine, Facts, Parts};
 use crate::http;
 use crate::identity::{self, Node};
@@ -206,9 +204,7 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
     };
 
     let credentials = match &config.access_key {
-        Some(key) => {
-            CredentialSource::AccessKey { id: Secret::new(key.id.as_str()), secret: Secret::new(key.secret.expose()) }
-        }
+        Some(key) => CredentialSource::AccessKey { id: key.id.clone(), secret: key.secret.clone() },
         None => CredentialSource::RamRole { role: None },
     };
     let region = config.region.as_deref().unwrap_or(&identity.region);

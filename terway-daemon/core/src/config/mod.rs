@@ -3,6 +3,7 @@
 //! A wrong value is refused with its key, the value and the reason; nothing of a refused configuration takes effect.
 
 mod raw;
+mod secret;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,35 +12,13 @@ use ipnet::IpNet;
 
 use crate::ident::{IpStack, SecurityGroupId, VSwitchId};
 
-/// A value that must not be printed: keys of the cloud account.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Wraps a secret.
-    #[must_use]
-    pub fn new(value: impl Into<String>) -> Self {
-        Self(value.into())
-    }
-
-    /// The secret itself, for the one place that signs with it.
-    #[must_use]
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("<secret>")
-    }
-}
+pub use self::secret::Secret;
 
 /// An access key of the cloud account.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AccessKey {
-    /// Its public id.
-    pub id: String,
+    /// Its id.
+    pub id: Secret,
     /// Its secret.
     pub secret: Secret,
 }
@@ -182,13 +161,13 @@ fn check(raw: &raw::EniConf) -> Result<Config, Vec<Invalid>> {
         ("", "") => None,
         (id, "") => {
             refuse("access_secret", "<secret>".into(), "missing although access_key is set");
-            Some(AccessKey { id: id.into(), secret: Secret::new("") })
+            Some(AccessKey { id: Secret::new(id), secret: Secret::new("") })
         }
         ("", _) => {
             refuse("access_key", String::new(), "missing although access_secret is set");
             None
         }
-        (id, secret) => Some(AccessKey { id: id.into(), secret: Secret::new(secret) }),
+        (id, secret) => Some(AccessKey { id: Secret::new(id), secret: Secret::new(secret) }),
     };
 
     let config = Config {
