@@ -24,7 +24,10 @@ use terway_core::cloud::{CloudError, Eni, EniKind, EniStatus, InstanceLimits, No
 use terway_core::ident::{EniId, InstanceId, Mac, SecurityGroupId, VSwitchId};
 
 pub use self::aliyun::Aliyun;
-pub use self::config::{BadEndpoint, CredentialSource, EcsConfig, EndpointNetwork, METADATA, Retry, endpoint};
+pub use self::config::{
+    BadEndpoint, CredentialSource, EcsConfig, EndpointNetwork, KEY_FOLDER, METADATA, Retry, Scheme, SignatureMethod,
+    endpoint,
+};
 pub use self::metadata::{Metadata, Nic};
 pub use terway_core::config::Secret;
 
