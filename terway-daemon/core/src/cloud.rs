@@ -1,12 +1,14 @@
 //! What the cloud says, as data: the vocabulary shared by the address pool (which decides) and the OpenAPI client (which asks).
 
+mod error;
+
 use std::collections::BTreeMap;
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
+pub use self::error::{CloudError, ErrorClass};
 use crate::ident::{EniId, InstanceId, Mac, SecurityGroupId, VSwitchId};
 
 /// The state of an ENI as `DescribeNetworkInterfaces` names it.
@@ -58,6 +60,12 @@ pub struct Eni {
     pub v4: Vec<Ipv4Addr>,
     /// All IPv6 addresses.
     pub v6: Vec<Ipv6Addr>,
+    /// IPv4 prefixes, /28 each; their addresses are not in `v4`.
+    #[serde(default)]
+    pub v4_prefixes: Vec<Ipv4Net>,
+    /// IPv6 prefixes, /80 each; their addresses are not in `v6`.
+    #[serde(default)]
+    pub v6_prefixes: Vec<Ipv6Net>,
     /// Security groups.
     pub security_groups: Vec<SecurityGroupId>,
     /// Tags.
@@ -117,91 +125,6 @@ pub struct NodeIdentity {
     /// MAC of the primary ENI.
     pub primary_mac: Mac,
 }
-
-/// What a failed call means for the caller. The code alone decides, never the text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum ErrorClass {
-    /// Too many calls: the same call will pass later.
-    Throttled,
-    /// The vSwitch has no address left.
-    VSwitchExhausted,
-    /// A quota of the ENI, the instance or the account is full.
-    Quota,
-    /// The thing is not there (any more).
-    NotFound,
-    /// The thing is in a state that does not allow the call now.
-    InvalidState,
-    /// The credentials do not allow the call.
-    Forbidden,
-    /// The request itself is wrong; repeating it cannot help.
-    Invalid,
-    /// The cloud failed or did not answer: the outcome is unknown, and only the same `ClientToken` may be tried again.
-    Unknown,
-}
-
-/// A failed OpenAPI or metadata call. Holds no secret: neither signatures nor keys get in here.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CloudError {
-    /// The action, such as `AssignPrivateIpAddresses`.
-    pub action: String,
-    /// What it means.
-    pub class: ErrorClass,
-    /// The cloud's own code, such as `InvalidVSwitchId.IpNotEnough`; empty when there was no answer.
-    pub code: String,
-    /// The cloud's own words.
-    pub message: String,
-    /// The cloud's request id, for its support; empty when there was no answer.
-    pub request_id: String,
-}
-
-impl CloudError {
-    /// The class of an OpenAPI error code.
-    ///
-    /// Codes: ECS API reference, "Error codes" of each action, and the user's help pages on Terway.
-    #[must_use]
-    pub fn classify(code: &str) -> ErrorClass {
-        match code {
-            "InvalidVSwitchId.IpNotEnough" => ErrorClass::VSwitchExhausted,
-            "QuotaExceeded.PrivateIpAddress"
-            | "EniPerInstanceLimitExceeded"
-            | "SecurityGroupInstanceLimitExceed"
-            | "InvalidOperation.Ipv4CountExceeded"
-            | "InvalidOperation.Ipv6CountExceeded" => ErrorClass::Quota,
-            "InvalidEniId.NotFound"
-            | "InvalidEcsId.NotFound"
-            | "InvalidIp.IpUnassigned"
-            | "InvalidAllocationId.NotFound" => ErrorClass::NotFound,
-            "InvalidOperation.InvalidEniState" | "Operation.Conflict" | "InvalidOperation.InvalidEcsState" => {
-                ErrorClass::InvalidState
-            }
-            "InternalError" | "ServiceUnavailable" => ErrorClass::Unknown,
-            _ if code.starts_with("Throttling") => ErrorClass::Throttled,
-            _ if code.starts_with("Forbidden")
-                || code.starts_with("InvalidAccessKeyId")
-                || code.starts_with("InvalidSecurityToken")
-                || code.starts_with("InvalidTimeStamp")
-                || code == "SignatureDoesNotMatch" =>
-            {
-                ErrorClass::Forbidden
-            }
-            _ if code.starts_with("QuotaExceeded") => ErrorClass::Quota,
-            "" => ErrorClass::Unknown,
-            _ => ErrorClass::Invalid,
-        }
-    }
-}
-
-impl fmt::Display for CloudError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.code.is_empty() {
-            write!(f, "{}: {}", self.action, self.message)
-        } else {
-            write!(f, "{}: {}: {} (request {})", self.action, self.code, self.message, self.request_id)
-        }
-    }
-}
-
-impl std::error::Error for CloudError {}
 
 /// Addresses that an assign call returned.
 pub type Assigned = Vec<IpAddr>;

@@ -1,6 +1,7 @@
 //! How to reach the cloud.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
@@ -23,11 +24,71 @@ pub enum CredentialSource {
         /// The secret half.
         secret: Secret,
     },
+    /// A key pair in the files `access-key-id` and `access-key-secret`, read again every minute.
+    KeyFiles {
+        /// The folder, normally [`KEY_FOLDER`].
+        folder: PathBuf,
+    },
+    /// Temporary keys in a file that somebody keeps fresh (`credential_path`), as plain JSON with `access_key_id`,
+    /// `access_key_secret`, `security_token` and `expiration` (RFC 3339). The encrypted form of managed clusters is refused.
+    TokenFile {
+        /// The file.
+        path: PathBuf,
+    },
     /// The RAM role of the ECS instance, by the metadata service.
     RamRole {
         /// Its name; the instance's only role if empty.
         role: Option<String>,
     },
+    /// The first of these that is there. One that is there and not usable is an error. Made by [`CredentialSource::chain`].
+    Chain(Vec<Self>),
+}
+
+/// Where a Secret with a key pair is mounted.
+pub const KEY_FOLDER: &str = "/var/alibaba-addon-secret";
+
+impl CredentialSource {
+    /// The usual order: key files, which overrule the configuration; the configured key pair; the token file; the RAM role.
+    #[must_use]
+    pub fn chain(folder: &Path, key: Option<(Secret, Secret)>, token_file: Option<&Path>) -> Self {
+        let mut links = vec![Self::KeyFiles { folder: folder.to_owned() }];
+        links.extend(key.map(|(id, secret)| Self::AccessKey { id, secret }));
+        links.extend(token_file.map(|path| Self::TokenFile { path: path.to_owned() }));
+        links.push(Self::RamRole { role: None });
+        Self::Chain(links)
+    }
+
+    /// What it is, without what is in it.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::AccessKey { .. } => "configured access key".to_owned(),
+            Self::KeyFiles { folder } => format!("key files in {}", folder.display()),
+            Self::TokenFile { path } => format!("token file {}", path.display()),
+            Self::RamRole { role: Some(role) } => format!("RAM role {role}"),
+            Self::RamRole { role: None } => "RAM role of the instance".to_owned(),
+            Self::Chain(links) => links.iter().map(Self::name).collect::<Vec<_>>().join(", then "),
+        }
+    }
+}
+
+/// How requests are signed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SignatureMethod {
+    /// ACS3-HMAC-SHA256, in headers.
+    #[default]
+    Acs3,
+    /// HMAC-SHA1 in the request's form, for private clouds that know nothing newer.
+    HmacSha1,
+}
+
+/// How the endpoints are spoken to (`ALICLOUD_CLIENT_SCHEME`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scheme {
+    /// Over TLS.
+    #[default]
+    Https,
+    /// In the clear: signed, but readable on the way.
+    Http,
 }
 
 /// Which network the endpoints are reached by (`ALICLOUD_ENDPOINT_TYPE`).
@@ -90,6 +151,8 @@ pub struct EcsConfig {
     pub metadata: Url,
     /// The keys.
     pub credentials: CredentialSource,
+    /// How requests are signed.
+    pub signature: SignatureMethod,
     /// Calls a minute by action, in place of the defaults (`rate_limit`); the empty name stands for every action not named.
     pub rate_limits: BTreeMap<String, u32>,
     /// The longest time for one exchange, connecting included.
@@ -151,12 +214,27 @@ impl EcsConfig {
             vpc_endpoint: endpoint(&vpc)?,
             metadata: endpoint(METADATA)?,
             credentials,
+            signature: SignatureMethod::default(),
             rate_limits: BTreeMap::new(),
             timeout: Duration::from_secs(20),
             retry: Retry::default(),
             poll: Duration::from_secs(1),
             observer: None,
         })
+    }
+
+    /// Speaks to both endpoints by this scheme, each at the scheme's own port unless one is given.
+    #[must_use]
+    pub fn with_scheme(mut self, scheme: Scheme) -> Self {
+        let name = match scheme {
+            Scheme::Https => "https",
+            Scheme::Http => "http",
+        };
+        for url in [&mut self.ecs_endpoint, &mut self.vpc_endpoint] {
+            // Refused for schemes of another kind only; these two are of one.
+            let _always = url.set_scheme(name);
+        }
+        self
     }
 }
 
@@ -168,6 +246,7 @@ impl std::fmt::Debug for EcsConfig {
             .field("vpc_endpoint", &self.vpc_endpoint.as_str())
             .field("metadata", &self.metadata.as_str())
             .field("credentials", &self.credentials)
+            .field("signature", &self.signature)
             .field("rate_limits", &self.rate_limits)
             .field("timeout", &self.timeout)
             .field("retry", &self.retry)
@@ -186,6 +265,17 @@ mod tests {
         for bad in ["ftp://host", "https://host/path", "http://", "a b", "https://h/?q=1"] {
             assert!(endpoint(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_scheme_is_the_endpoints() {
+        let key = CredentialSource::chain(Path::new(KEY_FOLDER), None, None);
+        let config = EcsConfig::for_region("cn-x", EndpointNetwork::Public, key).unwrap();
+        assert_eq!(config.ecs_endpoint.as_str(), "https://ecs.cn-x.aliyuncs.com/");
+        let plain = config.with_scheme(Scheme::Http);
+        assert_eq!(plain.ecs_endpoint.as_str(), "http://ecs.cn-x.aliyuncs.com/");
+        assert_eq!(plain.vpc_endpoint.as_str(), "http://vpc.cn-x.aliyuncs.com/");
+        assert_eq!(plain.metadata.as_str(), "http://100.100.100.200/");
     }
 
     #[test]

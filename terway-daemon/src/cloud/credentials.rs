@@ -1,22 +1,26 @@
-//! The keys that sign, fetched and renewed ahead of their expiry.
+//! The keys that sign: where they come from, fetched once for all callers and renewed ahead of their expiry.
 
-use std::sync::Arc;
+mod files;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use terway_core::cloud::CloudError;
-use tokio::sync::Mutex;
+use terway_core::cloud::{CloudError, ErrorClass};
+use tokio::sync::OwnedMutexGuard;
 use tracing::{info, warn};
 
-use super::Result;
-use super::Secret;
 use super::config::CredentialSource;
 use super::metadata::Metadata;
+use super::rpc::failure;
+use super::{Result, Secret};
 
 /// Temporary keys are replaced this long before they expire. The metadata service has the successors half an hour ahead
 /// ("Instance RAM roles", ECS user guide).
 const AHEAD: Duration = Duration::from_secs(15 * 60);
 /// After a failed renewal, keys that are still good are used this long before the next attempt.
 const RENEWAL_PAUSE: Duration = Duration::from_secs(30);
+/// How often files are read again: somebody may have replaced them.
+const REREAD: Duration = Duration::from_secs(60);
 
 /// A key pair, with a token if it is a temporary one.
 #[derive(Clone, Debug)]
@@ -25,16 +29,39 @@ pub(super) struct Credentials {
     pub(super) secret: Secret,
     pub(super) token: Option<Secret>,
     pub(super) expires: Option<SystemTime>,
+    /// They are read again from this time on, whether they expire or not.
+    pub(super) reread: Option<Duration>,
 }
 
-pub(super) struct Keyring {
-    source: CredentialSource,
+impl Credentials {
+    fn good(&self, now: SystemTime) -> bool {
+        self.expires.is_none_or(|expires| now < expires)
+    }
+
+    fn renew_from(&self, now: SystemTime) -> Option<SystemTime> {
+        // Keys that live shorter than `AHEAD` are renewed at half of their life, not at every call.
+        let ahead = self.expires.map(|expires| {
+            let life = expires.duration_since(now).unwrap_or_default();
+            expires - AHEAD.min(life / 2)
+        });
+        [ahead, self.reread.map(|after| now + after)].into_iter().flatten().min()
+    }
+}
+
+#[derive(Clone)]
+pub(super) struct Keyring(Arc<Inner>);
+
+struct Inner {
     metadata: Arc<Metadata>,
-    held: Mutex<State>,
+    state: Mutex<State>,
+    /// Held by the one caller that fetches.
+    fetching: Arc<tokio::sync::Mutex<()>>,
 }
 
-#[derive(Default)]
 struct State {
+    source: CredentialSource,
+    /// Counts replacements of `source`: keys of an earlier one must not come back.
+    generation: u64,
     held: Option<Held>,
     /// The last fetch, if it failed, and when it ended.
     failed: Option<(Instant, CloudError)>,
@@ -47,77 +74,146 @@ struct Held {
 
 impl Keyring {
     pub(super) fn new(source: CredentialSource, metadata: Arc<Metadata>) -> Self {
-        Self { source, metadata, held: Mutex::default() }
+        let state = State { source, generation: 0, held: None, failed: None };
+        Self(Arc::new(Inner { metadata, state: Mutex::new(state), fetching: Arc::default() }))
     }
 
-    /// The keys to sign with now. The lock is held while fetching, so that many callers fetch once.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes keys from elsewhere from now on; calls under way end with those they have.
+    pub(super) fn replace(&self, source: CredentialSource) {
+        let mut state = self.state();
+        *state = State { source, generation: state.generation + 1, held: None, failed: None };
+    }
+
+    /// The keys to sign with now.
+    ///
+    /// Keys that are due but good are returned at once and renewed meanwhile: an outage of their source delays no call.
     pub(super) async fn current(&self) -> Result<Arc<Credentials>> {
         let asked = Instant::now();
-        let mut state = self.held.lock().await;
-        let State { held, failed } = &mut *state;
-        // Who waited for a fetch that failed has its answer: a queue of callers must not try one after the other.
-        if let Some((_, error)) = failed.as_ref().filter(|(ended, _)| *ended >= asked) {
-            return Err(error.clone());
+        if let Some((credentials, due)) = self.held() {
+            if due && let Ok(turn) = Arc::clone(&self.0.fetching).try_lock_owned() {
+                let keyring = self.clone();
+                // Its failure is kept and logged there.
+                drop(tokio::spawn(async move { keyring.fetch(turn).await }));
+            }
+            return Ok(credentials);
         }
+        let turn = Arc::clone(&self.0.fetching).lock_owned().await;
+        // Another caller may have fetched while this one waited; who waited for a fetch that failed has its answer as well: a queue
+        // of callers must not try one after the other.
+        if let Some((credentials, _)) = self.held() {
+            return Ok(credentials);
+        }
+        let failed = self.state().failed.clone().filter(|(ended, _)| *ended >= asked);
+        match failed {
+            Some((_, error)) => Err(error),
+            None => self.fetch(turn).await,
+        }
+    }
+
+    /// Good keys, and whether they are due for renewal.
+    fn held(&self) -> Option<(Arc<Credentials>, bool)> {
         let now = SystemTime::now();
-        let good = held.as_ref().filter(|held| held.credentials.expires.is_none_or(|expires| now < expires));
-        if let Some(held) = good
-            && held.renew_from.is_none_or(|from| now < from)
-        {
-            return Ok(Arc::clone(&held.credentials));
+        let state = self.state();
+        let held = state.held.as_ref().filter(|held| held.credentials.good(now))?;
+        Some((Arc::clone(&held.credentials), held.renew_from.is_some_and(|from| now >= from)))
+    }
+
+    /// Drops keys that the cloud refused, unless they were replaced meanwhile. False if there cannot be others.
+    pub(super) fn refused(&self, used: &Arc<Credentials>) -> bool {
+        let mut state = self.state();
+        match &state.held {
+            Some(held) if Arc::ptr_eq(&held.credentials, used) => {}
+            _ => return true,
         }
-        match self.fetch().await {
+        if matches!(state.source, CredentialSource::AccessKey { .. }) {
+            return false;
+        }
+        state.held = None;
+        true
+    }
+
+    async fn fetch(&self, _turn: OwnedMutexGuard<()>) -> Result<Arc<Credentials>> {
+        let (source, generation) = {
+            let state = self.state();
+            (state.source.clone(), state.generation)
+        };
+        let result = self.read(&source).await;
+        let now = SystemTime::now();
+        let mut state = self.state();
+        if state.generation != generation {
+            // The caller asked before the source was replaced; whoever asks next asks the new one.
+            return result.map(Arc::new);
+        }
+        match result {
             Ok(fresh) => {
+                let same = state.held.as_ref().is_some_and(|held| held.credentials.id == fresh.id);
+                if !same {
+                    let expires = fresh.expires.map(|at| humantime::format_rfc3339_seconds(at).to_string());
+                    info!(source = source.name(), expires, "cloud credentials loaded");
+                }
                 let credentials = Arc::new(fresh);
-                // Keys that live shorter than `AHEAD` are renewed at half of their life, not at every call.
-                let renew_from = credentials.expires.map(|expires| {
-                    let life = expires.duration_since(now).unwrap_or_default();
-                    expires - AHEAD.min(life / 2)
-                });
-                *held = Some(Held { credentials: Arc::clone(&credentials), renew_from });
+                let renew_from = credentials.renew_from(now);
+                state.held = Some(Held { credentials: Arc::clone(&credentials), renew_from });
+                state.failed = None;
                 Ok(credentials)
             }
-            Err(error) => match held.as_mut() {
-                Some(old) if old.credentials.expires.is_none_or(|expires| now < expires) => {
+            Err(error) => match &mut state.held {
+                Some(old) if old.credentials.good(now) => {
                     warn!(%error, "cannot renew the cloud credentials; the present ones are still good");
                     old.renew_from = Some(now + RENEWAL_PAUSE);
                     Ok(Arc::clone(&old.credentials))
                 }
                 _ => {
-                    *failed = Some((Instant::now(), error.clone()));
+                    state.failed = Some((Instant::now(), error.clone()));
                     Err(error)
                 }
             },
         }
     }
 
-    /// Drops keys that the cloud refused, unless they were replaced meanwhile. False if there cannot be others.
-    pub(super) async fn refused(&self, used: &Arc<Credentials>) -> bool {
-        if matches!(self.source, CredentialSource::AccessKey { .. }) {
-            return false;
-        }
-        let mut state = self.held.lock().await;
-        if state.held.as_ref().is_some_and(|held| Arc::ptr_eq(&held.credentials, used)) {
-            state.held = None;
-        }
-        true
+    async fn read(&self, source: &CredentialSource) -> Result<Credentials> {
+        let found = match source {
+            CredentialSource::Chain(links) => {
+                for link in links {
+                    if let Some(found) = self.read_link(link).await? {
+                        return Ok(found);
+                    }
+                }
+                None
+            }
+            link => self.read_link(link).await?,
+        };
+        found.ok_or_else(|| {
+            let message = format!("no keys: {}", source.name());
+            failure(CloudError::CREDENTIALS, ErrorClass::NotFound, message)
+        })
     }
 
-    async fn fetch(&self) -> Result<Credentials> {
-        match &self.source {
+    /// `None` when the source is not there at all; one that is there and not usable is an error, not a reason to try another.
+    async fn read_link(&self, source: &CredentialSource) -> Result<Option<Credentials>> {
+        match source {
             CredentialSource::AccessKey { id, secret } => {
-                Ok(Credentials { id: id.clone(), secret: secret.clone(), token: None, expires: None })
+                let (id, secret) = (id.clone(), secret.clone());
+                Ok(Some(Credentials { id, secret, token: None, expires: None, reread: None }))
             }
+            CredentialSource::KeyFiles { folder } => files::key_pair(folder).await,
+            CredentialSource::TokenFile { path } => files::token(path, SystemTime::now()).await,
             CredentialSource::RamRole { role } => {
                 let role = match role {
                     Some(role) => role.clone(),
-                    None => self.metadata.role().await?,
+                    None => match self.0.metadata.role().await {
+                        Err(error) if error.class == ErrorClass::NotFound => return Ok(None),
+                        role => role?,
+                    },
                 };
-                let credentials = self.metadata.role_credentials(&role).await?;
-                let expires = credentials.expires.map(|at| humantime::format_rfc3339_seconds(at).to_string());
-                info!(role, expires, "cloud credentials of the RAM role fetched");
-                Ok(credentials)
+                self.0.metadata.role_credentials(&role).await.map(Some)
             }
+            // The constructor of chains makes flat ones.
+            CredentialSource::Chain(_) => Ok(None),
         }
     }
 }

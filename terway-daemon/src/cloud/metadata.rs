@@ -2,12 +2,13 @@
 //!
 //! Access is by token (the hardened mode); an instance whose service knows no tokens is asked without.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::StatusCode;
+use ipnet::{Ipv4Net, Ipv6Net};
 use reqwest::Url;
 use serde::Deserialize;
 use terway_core::cloud::{CloudError, ErrorClass, NodeIdentity, Subnet};
@@ -20,7 +21,6 @@ use super::config::Retry;
 use super::credentials::Credentials;
 use super::{CallObserver, ObservedCall, Result};
 
-const ACTION: &str = "metadata";
 /// "Instance metadata", ECS user guide: 1 to 21600 seconds.
 const TOKEN_TTL: &str = "21600";
 const TOKEN_TTL_HEADER: &str = "x-aliyun-ecs-metadata-token-ttl-seconds";
@@ -41,6 +41,10 @@ pub struct Nic {
     pub v4: Vec<Ipv4Addr>,
     /// Its IPv6 addresses.
     pub v6: Vec<Ipv6Addr>,
+    /// Its IPv4 prefixes.
+    pub v4_prefixes: Vec<Ipv4Net>,
+    /// Its IPv6 prefixes.
+    pub v6_prefixes: Vec<Ipv6Net>,
 }
 
 /// A client of the metadata service.
@@ -117,12 +121,15 @@ impl Metadata {
             path("private-ipv4s"),
             path("ipv6s"),
         );
-        let (id, vswitch, primary_v4, v4s, v6s) = tokio::try_join!(
+        let (prefixes4, prefixes6) = (path("ipv4-prefixes"), path("ipv6-prefixes"));
+        let (id, vswitch, primary_v4, v4s, v6s, v4_prefixes, v6_prefixes) = tokio::try_join!(
             self.text(&id),
             self.text(&vswitch),
             self.parsed(&primary),
             self.text(&v4),
-            self.optional(&v6)
+            self.optional(&v6),
+            self.optional(&prefixes4),
+            self.optional(&prefixes6)
         )?;
         Ok(Nic {
             id: EniId::new(id),
@@ -131,6 +138,8 @@ impl Metadata {
             primary_v4,
             v4: list(&v4, &v4s)?,
             v6: list(&v6, &v6s.unwrap_or_default())?,
+            v4_prefixes: list(&prefixes4, &v4_prefixes.unwrap_or_default())?,
+            v6_prefixes: list(&prefixes6, &v6_prefixes.unwrap_or_default())?,
         })
     }
 
@@ -192,7 +201,7 @@ impl Metadata {
             } if code == "Success" => {
                 let expires = humantime::parse_rfc3339(&expiration)
                     .map_err(|error| malformed(&path, &format!("Expiration `{expiration}`: {error}")))?;
-                Ok(Credentials { id, secret, token: Some(token), expires: Some(expires) })
+                Ok(Credentials { id, secret, token: Some(token), expires: Some(expires), reread: None })
             }
             Reply { code, .. } => Err(malformed(&path, &format!("code `{code}`, or a key is missing"))),
         }
@@ -293,7 +302,7 @@ impl Metadata {
         let result = Self::receive(path, request).await;
         let duration = began.elapsed();
         if let Some(observer) = &self.observer {
-            observer(&ObservedCall { api: ACTION, error: result.as_ref().err(), duration });
+            observer(&ObservedCall { api: CloudError::METADATA, error: result.as_ref().err(), duration });
         }
         debug!(path, ?duration, error = result.as_ref().err().map(tracing::field::display), "metadata");
         result
@@ -330,12 +339,12 @@ pub(super) fn without_address(error: reqwest::Error) -> String {
     text
 }
 
-/// `["10.0.0.1","10.0.0.2"]`; the quotes are missing in the lists of some services, and an empty list may be an empty text.
-fn list<T: FromStr<Err: std::fmt::Display> + Into<IpAddr>>(path: &str, text: &str) -> Result<Vec<T>> {
+/// `["10.0.0.1","10.0.0.2"]`; quotes and brackets are missing in some lists, and an empty list may be an empty text.
+fn list<T: FromStr<Err: std::fmt::Display>>(path: &str, text: &str) -> Result<Vec<T>> {
     text.trim()
         .trim_start_matches('[')
         .trim_end_matches(']')
-        .split(',')
+        .split([',', '\n'])
         .map(|item| item.trim().trim_matches('"'))
         .filter(|item| !item.is_empty())
         .map(|item| parse(path, item))
@@ -347,12 +356,12 @@ fn parse<T: FromStr<Err: std::fmt::Display>>(path: &str, text: &str) -> Result<T
 }
 
 fn malformed(path: &str, what: &str) -> CloudError {
-    failure(ErrorClass::Unknown, "", &format!("{path}: malformed reply: {what}"))
+    failure(ErrorClass::Unknown, "", &format!("{}: {path}: {what}", CloudError::MALFORMED))
 }
 
 fn failure(class: ErrorClass, code: &str, message: &str) -> CloudError {
     CloudError {
-        action: ACTION.to_owned(),
+        action: CloudError::METADATA.to_owned(),
         class,
         code: code.to_owned(),
         message: message.to_owned(),

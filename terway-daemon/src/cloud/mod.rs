@@ -19,11 +19,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use ipnet::{Ipv4Net, Ipv6Net};
 use terway_core::cloud::{CloudError, Eni, EniKind, EniStatus, InstanceLimits, NodeIdentity, Subnet, VSwitch};
 use terway_core::ident::{EniId, InstanceId, Mac, SecurityGroupId, VSwitchId};
 
 pub use self::aliyun::Aliyun;
-pub use self::config::{BadEndpoint, CredentialSource, EcsConfig, EndpointNetwork, METADATA, Retry, endpoint};
+pub use self::config::{
+    BadEndpoint, CredentialSource, EcsConfig, EndpointNetwork, KEY_FOLDER, METADATA, Retry, Scheme, SignatureMethod,
+    endpoint,
+};
 pub use self::metadata::{Metadata, Nic};
 pub use terway_core::config::Secret;
 
@@ -32,6 +36,9 @@ pub const MAX_ADDRESSES_PER_CALL: u32 = 10;
 
 /// Addresses, the primary one included, that an ENI may be created with (ECS API reference, `CreateNetworkInterface`: 49 secondary ones).
 pub const MAX_V4_AT_CREATION: u32 = 50;
+
+/// Prefixes that one call may ask for or name (ECS API reference, `AssignPrivateIpAddresses`: `Ipv4PrefixCount`, 1 to 10).
+pub const MAX_PREFIXES_PER_CALL: u32 = 10;
 
 /// A result of the cloud.
 pub type Result<T> = std::result::Result<T, CloudError>;
@@ -49,6 +56,11 @@ pub struct CreateEni {
     pub v4_count: u32,
     /// IPv6 addresses, 0 to [`MAX_ADDRESSES_PER_CALL`].
     pub v6_count: u32,
+    /// IPv4 prefixes besides the primary address, 0 to [`MAX_PREFIXES_PER_CALL`]. The cloud gives an ENI secondary addresses or
+    /// prefixes at its creation, not both.
+    pub v4_prefixes: u32,
+    /// IPv6 prefixes, 0 to [`MAX_PREFIXES_PER_CALL`]; not together with `v6_count`.
+    pub v6_prefixes: u32,
     /// Tags; how the ENIs of this cluster are recognised later.
     pub tags: BTreeMap<String, String>,
     /// The resource group it belongs to; the account's default one if empty.
@@ -128,6 +140,21 @@ pub trait Cloud: Send + Sync {
 
     /// Takes IPv6 addresses away; as [`Cloud::unassign_v4`].
     async fn unassign_v6(&self, eni: &EniId, addresses: &[Ipv6Addr]) -> Result<()>;
+
+    /// Adds IPv4 prefixes (1 to [`MAX_PREFIXES_PER_CALL`], /28 each) to an ENI and returns the new ones; otherwise as
+    /// [`Cloud::assign_v4`]. A prefix takes the place of one address in the instance type's limit.
+    ///
+    /// A vSwitch without a whole free block refuses with `VSwitchExhausted`, although it may have single addresses left.
+    async fn assign_v4_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv4Net>>;
+
+    /// Adds IPv6 prefixes, /80 each; as [`Cloud::assign_v4_prefixes`].
+    async fn assign_v6_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv6Net>>;
+
+    /// Takes IPv4 prefixes (at most [`MAX_PREFIXES_PER_CALL`]) away from an ENI. Those it does not have are passed over.
+    async fn unassign_v4_prefixes(&self, eni: &EniId, prefixes: &[Ipv4Net]) -> Result<()>;
+
+    /// Takes IPv6 prefixes away; as [`Cloud::unassign_v4_prefixes`].
+    async fn unassign_v6_prefixes(&self, eni: &EniId, prefixes: &[Ipv6Net]) -> Result<()>;
 
     /// The subnet of the attached ENI with this MAC, from the metadata service. `NotFound` until the NIC has arrived.
     async fn subnet(&self, mac: Mac) -> Result<Subnet>;

@@ -7,18 +7,18 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use http::StatusCode;
-use http::header::{AUTHORIZATION, CONTENT_LENGTH, DATE, HeaderValue, USER_AGENT};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, DATE, HeaderValue, USER_AGENT};
 use reqwest::Url;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use terway_core::cloud::{CloudError, ErrorClass};
-use tracing::{debug, warn};
+use tracing::{Instrument as _, debug, debug_span, field, warn};
 
-use super::config::{EcsConfig, Retry};
+use super::config::{EcsConfig, Retry, SignatureMethod};
 use super::credentials::{Credentials, Keyring};
 use super::limits::Limits;
 use super::metadata::without_address;
-use super::sign::{Signable, authorization, canonical_query, sha256_hex};
+use super::sign::{Signable, authorization, canonical_query, rpc_signature, sha256_hex};
 use super::{CallObserver, ObservedCall, Result};
 
 /// A product with its API version.
@@ -44,6 +44,7 @@ pub(super) struct Rpc {
     ecs: Url,
     vpc: Url,
     region: String,
+    signature: SignatureMethod,
     keyring: Keyring,
     limits: Limits,
     retry: Retry,
@@ -80,12 +81,21 @@ impl Rpc {
             ecs: config.ecs_endpoint.clone(),
             vpc: config.vpc_endpoint.clone(),
             region: config.region.clone(),
+            signature: config.signature,
             keyring,
             limits: Limits::new(&config.rate_limits),
             retry: config.retry,
             observer: config.observer.clone(),
             skew: AtomicI64::new(0),
         })
+    }
+
+    pub(super) const fn keyring(&self) -> &Keyring {
+        &self.keyring
+    }
+
+    pub(super) const fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// Calls an action and reads its reply as `R`.
@@ -96,22 +106,28 @@ impl Rpc {
         mut parameters: Parameters,
     ) -> Result<R> {
         parameters.push(("RegionId".to_owned(), self.region.clone()));
-        let query = canonical_query(&parameters);
         let began = Instant::now();
         let mut pauses = self.retry.pauses();
         let (mut rekeyed, mut reclocked) = (false, false);
         loop {
             self.limits.turn(action).await;
             let credentials = self.keyring.current().await?;
-            let Failure { error, date } = match self.exchange(service, action, &query, &credentials).await {
-                Ok(reply) => return Ok(reply),
+            let Failure { error, date } = match self.exchange(service, action, &parameters, &credentials).await {
+                Ok(reply) => {
+                    self.limits.passed(action);
+                    return Ok(reply);
+                }
                 Err(failure) => failure,
             };
-            let key_refused =
-                ["InvalidSecurityToken", "InvalidAccessKeyId"].iter().any(|code| error.code.starts_with(code));
+            if error.class == ErrorClass::Throttled {
+                self.limits.throttled(action);
+            }
+            let key_refused = ["InvalidSecurityToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"]
+                .iter()
+                .any(|code| error.code.starts_with(code));
             if key_refused && !rekeyed {
                 rekeyed = true;
-                if self.keyring.refused(&credentials).await {
+                if self.keyring.refused(&credentials) {
                     continue;
                 }
             }
@@ -140,13 +156,27 @@ impl Rpc {
         &self,
         service: Service,
         action: &'static str,
-        query: &str,
+        parameters: &[(String, String)],
         credentials: &Credentials,
     ) -> std::result::Result<R, Failure> {
+        let span = debug_span!(
+            "cloud_call",
+            api = action,
+            request_id = field::Empty,
+            code = field::Empty,
+            latency_ms = field::Empty
+        );
         let began = Instant::now();
-        let result = self.send(service, action, query, credentials).await;
+        let result = self.send(service, action, parameters, credentials).instrument(span.clone()).await;
         let duration = began.elapsed();
         let error = result.as_ref().err().map(|failure| &failure.error);
+        span.record("latency_ms", duration.as_secs_f64() * 1000.0);
+        match (&result, error) {
+            (_, Some(error)) => span.record("request_id", &error.request_id).record("code", &error.code),
+            (Ok((_, request)), None) => span.record("request_id", request),
+            (Err(_), None) => &span,
+        };
+        let _within = span.enter();
         if let Some(observer) = &self.observer {
             observer(&ObservedCall { api: action, error, duration });
         }
@@ -164,10 +194,13 @@ impl Rpc {
         &self,
         service: Service,
         action: &'static str,
-        query: &str,
+        parameters: &[(String, String)],
         credentials: &Credentials,
     ) -> std::result::Result<(R, String), Failure> {
-        let request = self.request(service, action, query, credentials)?;
+        let request = match self.signature {
+            SignatureMethod::Acs3 => self.acs3(service, action, parameters, credentials),
+            SignatureMethod::HmacSha1 => self.hmac_sha1(service, action, parameters, credentials),
+        }?;
         let lost = |error| failure(action, ErrorClass::Unknown, without_address(error));
         let reply = request.send().await.map_err(lost)?;
         let status = reply.status();
@@ -183,7 +216,7 @@ impl Rpc {
             return match serde_json::from_slice(&body) {
                 Ok(result) => Ok((result, told.request_id)),
                 Err(error) => {
-                    let mut error = failure(action, ErrorClass::Unknown, format!("malformed reply: {error}"));
+                    let mut error = failure(action, ErrorClass::Unknown, format!("{}: {error}", CloudError::MALFORMED));
                     error.request_id = told.request_id;
                     Err(error.into())
                 }
@@ -202,17 +235,56 @@ impl Rpc {
         Err(Failure { error, date })
     }
 
-    fn request(
+    fn url(&self, service: Service) -> Url {
+        match service {
+            Service::Ecs => self.ecs.clone(),
+            Service::Vpc => self.vpc.clone(),
+        }
+    }
+
+    /// Everything goes in the form: nobody logs it, as queries are logged.
+    fn hmac_sha1(
         &self,
         service: Service,
         action: &'static str,
-        query: &str,
+        parameters: &[(String, String)],
         credentials: &Credentials,
     ) -> Result<reqwest::RequestBuilder> {
-        let mut url = match service {
-            Service::Ecs => self.ecs.clone(),
-            Service::Vpc => self.vpc.clone(),
-        };
+        let date = humantime::format_rfc3339_seconds(self.cloud_time()).to_string();
+        let nonce = nonce();
+        let mut all = parameters.to_vec();
+        let common = [
+            ("Action", action),
+            ("Version", service.version()),
+            ("Format", "JSON"),
+            ("AccessKeyId", credentials.id.expose()),
+            ("SignatureMethod", "HMAC-SHA1"),
+            ("SignatureVersion", "1.0"),
+            ("SignatureNonce", &nonce),
+            ("Timestamp", &date),
+        ];
+        let token = credentials.token.as_ref().map(|token| ("SecurityToken", token.expose()));
+        all.extend(common.into_iter().chain(token).map(|(name, value)| (name.to_owned(), value.to_owned())));
+        let query = canonical_query(&all);
+        all.push(("Signature".to_owned(), rpc_signature("POST", &query, &credentials.secret)));
+        Ok(self
+            .http
+            .post(self.url(service))
+            .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+            .header(USER_AGENT, AGENT)
+            .body(canonical_query(&all)))
+    }
+
+    fn acs3(
+        &self,
+        service: Service,
+        action: &'static str,
+        parameters: &[(String, String)],
+        credentials: &Credentials,
+    ) -> Result<reqwest::RequestBuilder> {
+        let mut url = self.url(service);
+        let query = canonical_query(parameters);
+        let query = query.as_str();
         // As hyper writes it: the port only if it is not the scheme's own.
         let host = match (url.host_str(), url.port()) {
             (Some(host), Some(port)) => format!("{host}:{port}"),
@@ -221,8 +293,7 @@ impl Rpc {
         url.set_query(Some(query));
         let payload_hash = sha256_hex(b"");
         let date = humantime::format_rfc3339_seconds(self.cloud_time()).to_string();
-        // Unique for the account within the timestamp's window.
-        let nonce = format!("{:032x}", fastrand::u128(..));
+        let nonce = nonce();
         let mut headers = vec![
             ("host", host.as_str()),
             ("x-acs-action", action),
@@ -240,7 +311,7 @@ impl Rpc {
             .post(url)
             .header(AUTHORIZATION, sensitive(&signature)?)
             .header(CONTENT_LENGTH, 0)
-            .header(USER_AGENT, concat!("terwayd/", env!("CARGO_PKG_VERSION")));
+            .header(USER_AGENT, AGENT);
         for (name, value) in headers {
             request = match name {
                 "x-acs-security-token" => request.header(name, sensitive(value)?),
@@ -272,6 +343,13 @@ impl Rpc {
     }
 }
 
+const AGENT: &str = concat!("terwayd/", env!("CARGO_PKG_VERSION"));
+
+/// Unique for the account within the timestamp's window.
+fn nonce() -> String {
+    format!("{:032x}", fastrand::u128(..))
+}
+
 /// A header value that HTTP libraries leave out of their own logs.
 fn sensitive(value: &str) -> Result<HeaderValue> {
     let mut value = HeaderValue::from_str(value)
@@ -283,11 +361,8 @@ fn sensitive(value: &str) -> Result<HeaderValue> {
 /// Whether the same request may pass a moment later.
 fn repeatable(error: &CloudError) -> bool {
     matches!(error.class, ErrorClass::Throttled | ErrorClass::Unknown)
-        || matches!(
-            error.code.as_str(),
-            // Another call works on the same ENI; the first call with this token is not done; a proxy sent the request twice.
-            "Operation.Conflict" | "LastTokenProcessing" | "IdempotentProcessing" | "SignatureNonceUsed"
-        )
+        // Another call works on the same ENI.
+        || error.code == "Operation.Conflict"
 }
 
 /// An error that the cloud did not name.

@@ -1,8 +1,11 @@
-//! The signature ACS3-HMAC-SHA256 ("Request syntax and signature method V3", Alibaba Cloud SDK documentation).
+//! The signatures ACS3-HMAC-SHA256 and HMAC-SHA1 ("Request syntax and signature method V3" and "V2 for RPC APIs", Alibaba Cloud SDK
+//! documentation).
 
 use std::fmt::Write as _;
 
+use base64::Engine as _;
 use hmac::{Hmac, Mac};
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use super::Secret;
@@ -36,6 +39,16 @@ pub(super) fn authorization(request: &Signable<'_>, key_id: &str, key: &Secret) 
     let to_sign = format!("{ALGORITHM}\n{}", sha256_hex(canonical.as_bytes()));
     let signature = hmac_hex(key.expose().as_bytes(), to_sign.as_bytes());
     format!("{ALGORITHM} Credential={key_id},SignedHeaders={names},Signature={signature}")
+}
+
+/// The value of the parameter `Signature` (version 1.0, HMAC-SHA1), given all other parameters from [`canonical_query`].
+pub(super) fn rpc_signature(method: &str, query: &str, key: &Secret) -> String {
+    let mut to_sign = format!("{method}&%2F&");
+    percent_encode(&mut to_sign, query);
+    // A key of any length is accepted; the error type exists for other MACs.
+    Hmac::<Sha1>::new_from_slice(format!("{}&", key.expose()).as_bytes())
+        .map(|mac| base64::engine::general_purpose::STANDARD.encode(mac.chain_update(to_sign).finalize().into_bytes()))
+        .unwrap_or_default()
 }
 
 /// Parameters as a query: ordered by name, percent-encoded by RFC 3986 (unreserved characters only stay as they are).
@@ -111,6 +124,31 @@ mod tests {
              SignedHeaders=host;x-acs-action;x-acs-content-sha256;x-acs-date;x-acs-signature-nonce;x-acs-version,\
              Signature=06563a9e1b43f5dfe96b81484da74bceab24a1d853912eee15083a6f0f3283c0"
         );
+    }
+
+    /// The two examples that the signature pages of RPC APIs publish; they differ in the spelling of one name.
+    #[test]
+    fn published_examples_of_hmac_sha1() {
+        for (timestamp, signature) in
+            [("Timestamp", "OLeaidS1JvxuMvnyHOwuJ+uX5qY="), ("TimeStamp", "CT9X0VtwR86fNWSnsc6v8YGOjuE=")]
+        {
+            let parameters = [
+                (timestamp, "2016-02-23T12:46:24Z"),
+                ("Format", "XML"),
+                ("AccessKeyId", "testid"),
+                ("Action", "DescribeRegions"),
+                ("SignatureMethod", "HMAC-SHA1"),
+                ("SignatureNonce", "3ee8c1b8-83d3-44af-a94f-4e0ad82fd6cf"),
+                ("Version", "2014-05-26"),
+                ("SignatureVersion", "1.0"),
+            ]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()));
+            let query = canonical_query(&parameters);
+            assert!(
+                query.starts_with("AccessKeyId=testid&Action=DescribeRegions&Format=XML&SignatureMethod=HMAC-SHA1&")
+            );
+            assert_eq!(rpc_signature("GET", &query, &Secret::new("testsecret")), signature);
+        }
     }
 
     #[test]

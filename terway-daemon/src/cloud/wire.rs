@@ -127,6 +127,10 @@ pub(super) struct WireEni {
     #[serde(default)]
     ipv6_sets: Ipv6Sets,
     #[serde(default)]
+    ipv4_prefix_sets: Ipv4PrefixSets,
+    #[serde(default)]
+    ipv6_prefix_sets: Ipv6PrefixSets,
+    #[serde(default)]
     security_group_ids: SecurityGroupIds,
     #[serde(default)]
     tags: Tags,
@@ -158,6 +162,32 @@ struct Ipv6Sets {
 #[serde(rename_all = "PascalCase")]
 struct Ipv6 {
     ipv6_address: Ipv6Addr,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Ipv4PrefixSets {
+    #[serde(default)]
+    ipv4_prefix_set: Vec<Ipv4Prefix>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Ipv4Prefix {
+    ipv4_prefix: Ipv4Net,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Ipv6PrefixSets {
+    #[serde(default)]
+    ipv6_prefix_set: Vec<Ipv6Prefix>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Ipv6Prefix {
+    ipv6_prefix: Ipv6Net,
 }
 
 #[derive(Default, Deserialize)]
@@ -232,6 +262,8 @@ impl WireEni {
             primary_v4,
             v4: std::iter::once(primary_v4).chain(others).collect(),
             v6: self.ipv6_sets.ipv6_set.into_iter().map(|ip| ip.ipv6_address).collect(),
+            v4_prefixes: self.ipv4_prefix_sets.ipv4_prefix_set.into_iter().map(|set| set.ipv4_prefix).collect(),
+            v6_prefixes: self.ipv6_prefix_sets.ipv6_prefix_set.into_iter().map(|set| set.ipv6_prefix).collect(),
             security_groups: self.security_group_ids.security_group_id.into_iter().map(SecurityGroupId::new).collect(),
             tags: self.tags.tag.into_iter().map(|tag| (tag.key, tag.value)).collect::<BTreeMap<_, _>>(),
         })
@@ -247,25 +279,47 @@ pub(super) struct AssignPrivateIpAddresses {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct AssignedSet {
+    #[serde(default)]
     pub(super) private_ip_set: AssignedV4,
+    #[serde(default)]
+    pub(super) ipv4_prefix_set: AssignedV4Prefixes,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct AssignedV4 {
+    #[serde(default)]
     pub(super) private_ip_address: Vec<Ipv4Addr>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct AssignedV4Prefixes {
+    #[serde(default)]
+    pub(super) ipv4_prefixes: Vec<Ipv4Net>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct AssignIpv6Addresses {
+    #[serde(default)]
     pub(super) ipv6_sets: AssignedV6,
+    #[serde(default)]
+    pub(super) ipv6_prefix_sets: AssignedV6Prefixes,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct AssignedV6 {
+    #[serde(default)]
     pub(super) ipv6_address: Vec<Ipv6Addr>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct AssignedV6Prefixes {
+    #[serde(default)]
+    pub(super) ipv6_prefix: Vec<Ipv6Net>,
 }
 
 #[cfg(test)]

@@ -124,6 +124,8 @@ impl Engine {
                     security_groups,
                     v4_count: v4,
                     v6_count: v6,
+                    v4_prefixes: 0,
+                    v6_prefixes: 0,
                     tags,
                     resource_group: None,
                 };

@@ -56,6 +56,15 @@ pub trait Fabric: Send + Sync {
     /// # Errors
     /// When the old set is still in force.
     fn set_addresses(&self, eni: &EniId, v4: &[Ipv4Addr], v6: &[Ipv6Addr]) -> anyhow::Result<()>;
+
+    /// The prefixes of a plugged ENI, all of them, replacing what was said before; none after a plug. Their addresses are carried as
+    /// single ones are. A fabric without packets has nothing to do.
+    ///
+    /// # Errors
+    /// When the old set is still in force.
+    fn set_prefixes(&self, _eni: &EniId, _v4: &[Ipv4Net], _v6: &[Ipv6Net]) -> anyhow::Result<()> {
+        Ok(())
+    }
 }
 
 /// No wire at all: for tests of the API alone, where no packet flows and no NIC ever appears.

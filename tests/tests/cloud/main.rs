@@ -128,6 +128,8 @@ fn request(token: &str, vswitch: &str, v4_count: u32) -> CreateEni {
         security_groups: vec![SecurityGroupId::new("sg-1")],
         v4_count,
         v6_count: 0,
+        v4_prefixes: 0,
+        v6_prefixes: 0,
         tags: BTreeMap::new(),
         resource_group: None,
     }

@@ -9,7 +9,7 @@ use super::pool::{Pool, Timer};
 use super::record::{CreationRecord, Record, RecordKey};
 use super::slot::{CallKind, SlotState};
 use crate::cloud::{CloudError, Eni, EniStatus, ErrorClass, Subnet};
-use crate::errors::{self, Error};
+use crate::errors::Error;
 use crate::ident::{EniId, Family, IpStack, VSwitchId};
 
 /// An ENI that may have been asked for.
@@ -47,16 +47,7 @@ impl Creation {
 
 /// What the user is told about a failed call.
 pub(super) fn explain(error: &CloudError) -> Error {
-    let code = match error.class {
-        ErrorClass::Throttled => errors::CLOUD_THROTTLED,
-        ErrorClass::VSwitchExhausted => errors::VSWITCH_EXHAUSTED,
-        ErrorClass::Quota => errors::CLOUD_QUOTA,
-        ErrorClass::Forbidden => errors::CLOUD_FORBIDDEN,
-        ErrorClass::NotFound | ErrorClass::InvalidState | ErrorClass::Invalid | ErrorClass::Unknown => {
-            errors::CLOUD_FAILED
-        }
-    };
-    Error::new(code, error.to_string())
+    error.explain()
 }
 
 impl Pool {

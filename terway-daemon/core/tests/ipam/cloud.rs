@@ -118,6 +118,8 @@ impl Cloud {
             primary_v4: v4[0],
             v4,
             v6,
+            v4_prefixes: Vec::new(),
+            v6_prefixes: Vec::new(),
             security_groups: security_groups.clone(),
             tags: tags.clone(),
         };

@@ -60,7 +60,7 @@ fn without_the_cloud_what_is_idle_serves_and_nothing_is_made() {
         }
         assert_eq!(world.find(|e| matches!(e, Effect::CreateEni { .. } | Effect::Assign { .. })), []);
     }
-    assert_eq!(world.answer(waits).unwrap().unwrap_err().code, errors::CLOUD_FAILED);
+    assert_eq!(world.answer(waits).unwrap().unwrap_err().code, errors::CLOUD_INTERNAL);
     world.settle(Duration::from_secs(60));
     world.granted(9);
 }

@@ -265,9 +265,9 @@ fn refusals_are_told_by_their_code_and_unclear_ones_are_repeated_with_the_same_t
     let cases = [
         (ErrorClass::Quota, errors::CLOUD_QUOTA, false),
         (ErrorClass::Forbidden, errors::CLOUD_FORBIDDEN, false),
-        (ErrorClass::Invalid, errors::CLOUD_FAILED, false),
+        (ErrorClass::Invalid, errors::CLOUD_REFUSED, false),
         (ErrorClass::Throttled, errors::CLOUD_THROTTLED, true),
-        (ErrorClass::Unknown, errors::CLOUD_FAILED, true),
+        (ErrorClass::Unknown, errors::CLOUD_INTERNAL, true),
     ];
     for (class, code, repeated) in cases {
         let mut world = ample(3, 10);

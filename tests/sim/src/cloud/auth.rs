@@ -65,6 +65,10 @@ impl Keys {
         self.keys.insert(id.to_owned(), Key { secret: secret.to_owned(), session: Some((token.to_owned(), until)) });
     }
 
+    pub(super) fn remove(&mut self, id: &str) {
+        self.keys.remove(id);
+    }
+
     /// Ends all temporary keys at once.
     pub(super) fn expire_temporary(&mut self, now: SystemTime) {
         for key in self.keys.values_mut() {

@@ -38,6 +38,14 @@ pub struct CloudConfig {
     pub detach_ms: u64,
     /// From the call until the ENI is gone.
     pub delete_ms: u64,
+    /// How far `DescribeNetworkInterfaces` is behind what was written.
+    pub describe_lag_ms: u64,
+    /// How far the metadata service's tree of ENIs is behind.
+    pub metadata_lag_ms: u64,
+    /// ENIs that the account may have, primary ones included; without limit if not given.
+    pub max_enis: Option<u32>,
+    /// Private IPv4 addresses (a prefix counts as one) that a security group holds; those not named hold any number.
+    pub security_group_capacity: BTreeMap<String, u32>,
     /// Server-side limits in calls a minute, by action; the empty name stands for all others; none if not given. A bucket holds a
     /// minute's worth.
     pub rate_limits: BTreeMap<String, u32>,
@@ -53,7 +61,7 @@ pub struct CloudConfig {
     pub clock_offset: i64,
     /// The same seed and the same calls give the same names, addresses and faults.
     pub seed: u64,
-    /// Faults to begin with.
+    /// Faults to begin with; a [`Scenario`](super::Scenario) brings its own.
     pub faults: Vec<Fault>,
 }
 
@@ -73,6 +81,10 @@ impl Default for CloudConfig {
             nic_delay_ms: 0,
             detach_ms: 0,
             delete_ms: 0,
+            describe_lag_ms: 0,
+            metadata_lag_ms: 0,
+            max_enis: None,
+            security_group_capacity: BTreeMap::new(),
             rate_limits: BTreeMap::new(),
             page_limit: 500,
             terse_create: false,

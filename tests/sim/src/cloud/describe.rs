@@ -52,7 +52,7 @@ pub(super) fn vswitches(vpc: &Vpc, parameters: &Parameters) -> Result<Value, Ref
                 "Status": "Available",
                 "CidrBlock": vswitch.cidr_v4,
                 "Ipv6CidrBlock": vswitch.cidr_v6.map(|block| block.to_string()).unwrap_or_default(),
-                "AvailableIpAddressCount": vpc.available_v4(vswitch),
+                "AvailableIpAddressCount": vpc.addresses.available(vswitch),
                 "IsDefault": false,
             })
         })
@@ -74,8 +74,8 @@ pub(super) fn network_interfaces(vpc: &Vpc, parameters: &Parameters) -> Result<V
     let tags = parameters.tags();
     let is = |name: &str, value: &str| parameters.get(name).is_none_or(|wanted| wanted == value);
     let after = parameters.get("NextToken");
-    let mut matching = vpc
-        .enis
+    let seen = vpc.seen(vpc.config.describe_lag_ms);
+    let mut matching = seen
         .values()
         .filter(|eni| ids.is_empty() || ids.contains(eni.id.as_str()))
         .filter(|eni| is("InstanceId", eni.instance.as_deref().unwrap_or_default()))
@@ -98,6 +98,8 @@ pub(super) fn eni(vpc: &Vpc, eni: &EniRecord) -> Value {
     let v4: Vec<Value> =
         eni.v4.iter().enumerate().map(|(n, address)| json!({"PrivateIpAddress": address, "Primary": n == 0})).collect();
     let v6: Vec<Value> = eni.v6.iter().map(|address| json!({"Ipv6Address": address})).collect();
+    let v4_prefixes: Vec<Value> = eni.v4_prefixes.iter().map(|prefix| json!({"Ipv4Prefix": prefix})).collect();
+    let v6_prefixes: Vec<Value> = eni.v6_prefixes.iter().map(|prefix| json!({"Ipv6Prefix": prefix})).collect();
     let tags: Vec<Value> = eni.tags.iter().map(|(key, value)| json!({"TagKey": key, "TagValue": value})).collect();
     json!({
         "NetworkInterfaceId": eni.id,
@@ -113,6 +115,8 @@ pub(super) fn eni(vpc: &Vpc, eni: &EniRecord) -> Value {
         "PrivateIpAddress": eni.v4.first(),
         "PrivateIpSets": {"PrivateIpSet": v4},
         "Ipv6Sets": {"Ipv6Set": v6},
+        "Ipv4PrefixSets": {"Ipv4PrefixSet": v4_prefixes},
+        "Ipv6PrefixSets": {"Ipv6PrefixSet": v6_prefixes},
         "SecurityGroupIds": {"SecurityGroupId": eni.security_groups},
         "Tags": {"Tag": tags},
         "DeleteOnRelease": true,

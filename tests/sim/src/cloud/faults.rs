@@ -25,13 +25,36 @@ pub enum FaultKind {
     LoseReply,
     /// The call has its effect, and the answer is not what the API promises.
     Garble,
+    /// The call arrives twice, as after a proxy's repetition, and the caller sees the second answer.
+    Duplicate,
+    /// The call is answered at once and has its effect later: attaching, detaching, deleting and unassigning, which answer with
+    /// nothing but success. Others are not concerned.
+    EffectLater {
+        /// Milliseconds.
+        ms: u64,
+    },
+    /// An assign call gives at most this many addresses or prefixes.
+    Partial {
+        /// At least 1.
+        most: u32,
+    },
+    /// What goes on after the answer (attaching, detaching, deleting) takes this much longer.
+    SlowEnd {
+        /// Milliseconds.
+        ms: u64,
+    },
+    /// Attaching ends with the ENI `Available` again.
+    FailEnd,
+    /// Attaching ends with the ENI `InUse`, but its NIC never arrives.
+    NoNic,
 }
 
 /// One fault: when and what. Without `nth` and `probability` it strikes every time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fault {
-    /// The action, `metadata` for the metadata service, `*` for every OpenAPI action.
+    /// The action, `metadata` for the metadata service, `metadata/PATH` for a part of it (below `meta-data/`, or `api/token`), `*` for
+    /// every OpenAPI action.
     pub action: String,
     /// The how manieth matching call it strikes, from 1, counted since the fault was set.
     #[serde(default)]
@@ -82,6 +105,10 @@ impl Faults {
         self.armed = faults.into_iter().map(|fault| Armed { fault, seen: 0, struck: 0 }).collect();
     }
 
+    pub(super) fn add(&mut self, faults: Vec<Fault>) {
+        self.armed.extend(faults.into_iter().map(|fault| Armed { fault, seen: 0, struck: 0 }));
+    }
+
     pub(super) fn list(&self) -> Vec<Fault> {
         self.armed.iter().map(|armed| armed.fault.clone()).collect()
     }
@@ -90,7 +117,11 @@ impl Faults {
     pub(super) fn strike(&mut self, action: &str) -> Vec<FaultKind> {
         let mut kinds = Vec::new();
         for Armed { fault, seen, struck } in &mut self.armed {
-            if fault.action != action && (fault.action != "*" || action == "metadata") {
+            let concerned = match action.strip_prefix(&*fault.action) {
+                Some(rest) => rest.is_empty() || rest.starts_with('/') || fault.action.ends_with('/'),
+                None => fault.action == "*" && !action.starts_with("metadata"),
+            };
+            if !concerned {
                 continue;
             }
             *seen += 1;
@@ -140,7 +171,10 @@ mod tests {
     fn faults_count_from_their_setting_and_repeat_by_seed() {
         let nth = Fault { nth: Some(2), ..Fault::next("A", 9, FaultKind::LoseReply) };
         let mut faults = Faults::new(1, vec![nth, Fault::next("*", 1, FaultKind::Garble)]);
-        assert_eq!(faults.strike("metadata"), []);
+        assert_eq!(faults.strike("metadata/mac"), []);
+        let mut parts = Faults::new(1, vec![Fault::next("metadata/ram", 9, FaultKind::LoseReply)]);
+        assert_eq!(parts.strike("metadata/mac"), []);
+        assert_eq!(parts.strike("metadata/ram/security-credentials/").len(), 1);
         assert_eq!(faults.strike("A"), [FaultKind::Garble]);
         assert_eq!(faults.strike("A"), [FaultKind::LoseReply]);
         assert_eq!(faults.strike("A"), []);

@@ -146,7 +146,8 @@ fn item_of(vpc: &Vpc, node: &str, item: &str) -> Option<String> {
 
 /// The tree below `network/interfaces/macs/`: the NICs that have arrived.
 fn macs(vpc: &Vpc, node: &str, path: &str) -> Option<String> {
-    let mut present = vpc.enis.values().filter(|eni| eni.plugged && eni.node.as_deref() == Some(node));
+    let seen = vpc.seen(vpc.config.metadata_lag_ms);
+    let mut present = seen.values().filter(|eni| eni.plugged && eni.node.as_deref() == Some(node));
     if path.is_empty() {
         return Some(present.map(|eni| format!("{}/\n", eni.mac)).collect());
     }
@@ -162,6 +163,8 @@ fn macs(vpc: &Vpc, node: &str, path: &str) -> Option<String> {
         "primary-ip-address" => eni.v4.first()?.to_string(),
         "private-ipv4s" => format!("[{}]", quoted.join(",")),
         "ipv6s" if !bare.is_empty() => format!("[{}]", bare.join(",")),
+        "ipv4-prefixes" if !eni.v4_prefixes.is_empty() => lines(&eni.v4_prefixes),
+        "ipv6-prefixes" if !eni.v6_prefixes.is_empty() => lines(&eni.v6_prefixes),
         "netmask" => vswitch.cidr_v4.netmask().to_string(),
         "gateway" => vswitch.gateway_v4().to_string(),
         "ipv6-gateway" => vswitch.gateway_v6()?.to_string(),
@@ -172,4 +175,8 @@ fn macs(vpc: &Vpc, node: &str, path: &str) -> Option<String> {
         "vpc-cidr-block" => vpc.config.vpc_cidr.to_string(),
         _ => return None,
     })
+}
+
+fn lines<T: ToString>(items: &[T]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }

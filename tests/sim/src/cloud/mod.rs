@@ -1,15 +1,21 @@
 //! The simulated cloud: a server of the ECS/VPC OpenAPI and of the metadata service, on the real wire format.
 //!
 //! One [`CloudSim`] is one account with one VPC. It can serve any number of listeners, each in whatever network namespace it was bound
-//! in: OpenAPI at `/`, metadata at `/latest/`, and for tests `/_sim/`. What it decides it tells a [`Fabric`].
+//! in: OpenAPI at `/` and metadata at `/latest/`; the admin endpoint has listeners of its own. What it decides it tells a [`Fabric`].
 
 mod actions;
+mod addresses;
+mod admin;
 mod auth;
+mod calls;
 mod config;
 mod describe;
 mod faults;
+mod history;
 mod metadata;
+mod orders;
 mod reply;
+mod scenario;
 mod server;
 mod timeline;
 mod vpc;
@@ -22,16 +28,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
-use serde::Serialize;
-use terway_core::cloud::EniStatus;
 use terway_core::ident::EniId;
 use tokio::net::TcpListener;
 
 use self::auth::Keys;
+use self::calls::Book;
+pub use self::calls::{CallRecord, Calls};
 pub use self::config::{CloudConfig, InstanceConfig, InstanceTypeConfig, VSwitchConfig};
 use self::faults::{Buckets, Faults};
 pub use self::faults::{Fault, FaultKind};
 use self::metadata::Sessions;
+pub use self::orders::{Order, Timing};
+use self::scenario::Stage;
+pub use self::scenario::{Scenario, Step, When};
 pub use self::vpc::EniRecord;
 use self::vpc::Vpc;
 use self::wire::{Command, Wire};
@@ -39,17 +48,6 @@ use crate::fabric::Fabric;
 
 /// Which node a metadata request comes from, by its source address.
 pub type WhoAsks = Arc<dyn Fn(SocketAddr) -> Option<String> + Send + Sync>;
-
-/// Calls of one action.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Calls {
-    /// All that came in, refused ones included.
-    pub total: u64,
-    /// Refused ones by code. For the metadata service the code is the HTTP status.
-    pub refused: BTreeMap<String, u64>,
-    /// Those that had their effect, but whose answer did not arrive.
-    pub lost: u64,
-}
 
 /// A handle to the cloud; clones are the same cloud.
 #[derive(Clone)]
@@ -63,7 +61,8 @@ struct Inner {
     sessions: Locked<Sessions>,
     faults: Locked<Faults>,
     buckets: Locked<Buckets>,
-    calls: Locked<BTreeMap<String, Calls>>,
+    calls: Locked<Book>,
+    stage: Locked<Stage>,
     wire: Wire,
     who: Locked<Option<WhoAsks>>,
     clock_offset: AtomicI64,
@@ -89,6 +88,14 @@ impl Inner {
         let offset = self.clock_offset.load(Ordering::Relaxed);
         let by = Duration::from_secs(offset.unsigned_abs());
         if offset < 0 { SystemTime::now() - by } else { SystemTime::now() + by }
+    }
+
+    /// Changes the VPC.
+    fn alter<R>(&self, f: impl FnOnce(&mut Vpc) -> R) -> R {
+        let mut vpc = self.state.lock();
+        let result = f(&mut vpc);
+        vpc.remember();
+        result
     }
 
     fn who(&self, from: SocketAddr) -> Option<String> {
@@ -121,7 +128,8 @@ impl CloudSim {
             sessions: Locked::default(),
             faults: Locked::new(Faults::new(config.seed, config.faults.clone())),
             buckets: Locked::new(Buckets::new(config.rate_limits.clone())),
-            calls: Locked::default(),
+            calls: Locked::new(Book::new()),
+            stage: Locked::default(),
             who: Locked::default(),
             clock_offset: AtomicI64::new(config.clock_offset),
             seed: config.seed,
@@ -143,6 +151,44 @@ impl CloudSim {
     pub async fn serve(&self, listener: TcpListener) -> std::io::Result<()> {
         let app = server::router(Arc::clone(&self.inner)).into_make_service_with_connect_info::<SocketAddr>();
         axum::serve(listener, app).await
+    }
+
+    /// Serves the admin endpoint (JSON over HTTP) on a listener until the future is dropped:
+    ///
+    /// - `GET /state`, `GET /calls` (counts), `GET /log?after=N` (each call), `DELETE /calls`
+    /// - `GET`, `PUT` (replace) and `POST` (add) `/faults`: a list of [`Fault`]
+    /// - `POST /orders`: one [`Order`] or a list
+    /// - `PUT /scenario`: a [`Scenario`], which begins at once; `GET /scenario`: `{"open": steps to come}`
+    ///
+    /// # Errors
+    /// When accepting fails for good.
+    pub async fn serve_admin(&self, listener: TcpListener) -> std::io::Result<()> {
+        axum::serve(listener, admin::router(Arc::clone(&self.inner))).await
+    }
+
+    /// Begins a scenario in place of the present one and its faults. Must be called within a tokio runtime.
+    pub fn play(&self, scenario: Scenario) {
+        scenario::begin(&self.inner, scenario);
+    }
+
+    /// Steps of the scenario that are still to come.
+    #[must_use]
+    pub fn open_steps(&self) -> usize {
+        scenario::open(&self.inner)
+    }
+
+    /// Does one thing beside the calls, at once.
+    ///
+    /// # Errors
+    /// When it names something that does not exist.
+    pub fn order(&self, order: Order) -> anyhow::Result<()> {
+        self.inner.obey(order)
+    }
+
+    /// Adds temporary keys that live this long.
+    pub fn add_temporary_key(&self, id: &str, secret: &str, token: &str, lifetime: Duration) {
+        let until = self.inner.now() + lifetime;
+        self.inner.keys.lock().insert_temporary(id, secret, token, until);
     }
 
     /// Plugs the primary ENI of a node and returns when the fabric has done so.
@@ -178,10 +224,16 @@ impl CloudSim {
     /// How often each action was called. The metadata service counts as `metadata`.
     #[must_use]
     pub fn calls(&self) -> BTreeMap<String, Calls> {
-        self.inner.calls.lock().clone()
+        self.inner.calls.lock().counts().clone()
     }
 
-    /// Forgets the call counts.
+    /// Each call since the beginning or the last [`CloudSim::forget_calls`], in the order of their answers; at most the last 100 000.
+    #[must_use]
+    pub fn log(&self) -> Vec<CallRecord> {
+        self.inner.calls.lock().records().cloned().collect()
+    }
+
+    /// Forgets the call counts and the log.
     pub fn forget_calls(&self) {
         self.inner.calls.lock().clear();
     }
@@ -203,9 +255,8 @@ impl CloudSim {
 
     /// Makes all keys of RAM roles expire now; the metadata service gives out new ones from now on.
     pub fn expire_role_keys(&self) {
-        let now = self.inner.now();
-        self.inner.sessions.lock().forget_roles();
-        self.inner.keys.lock().expire_temporary(now);
+        // Never refused.
+        let _always = self.inner.obey(Order::ExpireKeys);
     }
 
     /// What an administrator does in the console: takes an ENI away, whatever its state.
@@ -213,17 +264,13 @@ impl CloudSim {
     /// # Errors
     /// When there is no such ENI.
     pub fn remove_eni(&self, id: &EniId) -> anyhow::Result<()> {
-        let mut state = self.inner.state.lock();
-        let eni = state.enis.remove(id).with_context(|| format!("no ENI {id}"))?;
-        timeline::release(&mut state, &eni);
-        Ok(())
+        self.inner.obey(Order::RemoveEni { eni: id.to_string() })
     }
 
     /// Whether no ENI is on its way from one state to another.
     #[must_use]
     pub fn is_quiet(&self) -> bool {
-        let state = self.inner.state.lock();
-        state.enis.values().all(|eni| matches!(eni.status, EniStatus::Available | EniStatus::InUse))
+        orders::quiet(&self.inner.state.lock())
     }
 }
 

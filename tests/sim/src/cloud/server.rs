@@ -8,14 +8,16 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{ConnectInfo, State};
 use axum::response::{IntoResponse, Response};
-use http::{HeaderValue, Method, StatusCode, header, request};
+use http::{HeaderValue, StatusCode, header, request};
 use serde_json::{Value, json};
 use tracing::debug;
 
 use super::auth::{Call, Incoming};
-use super::faults::{Fault, FaultKind};
+use super::calls::CallRecord;
+use super::faults::FaultKind;
 use super::reply::Refusal;
-use super::{Inner, actions, metadata, timeline};
+use super::timeline::Course;
+use super::{Inner, actions, metadata, scenario, timeline};
 
 /// No request has more; the longest is a `DescribeNetworkInterfaces` with 100 ids.
 const BODY_LIMIT: usize = 1 << 20;
@@ -39,8 +41,6 @@ async fn handle(
         let path = head.uri.path();
         if path.starts_with("/latest/") {
             ask_metadata(&inner, from, &head).await
-        } else if let Some(item) = path.strip_prefix("/_sim/") {
-            admin(&inner, &head.method, item, &body)
         } else {
             openapi(&inner, &head, &body).await
         }
@@ -58,8 +58,22 @@ async fn openapi(inner: &Arc<Inner>, head: &request::Parts, body: &Bytes) -> Res
     let query = head.uri.query().unwrap_or_default();
     let incoming = Incoming { method: head.method.as_str(), path, query, headers: &head.headers, body };
     let verified = inner.keys.lock().verify(&incoming, inner.now());
+    let mut record = CallRecord {
+        number: 0,
+        at_ms: 0,
+        action: String::new(),
+        token: None,
+        subject: None,
+        code: String::new(),
+        lost: false,
+        request_id: String::new(),
+    };
     let (action, result) = match verified {
-        Ok(call) => (call.action.clone(), perform(inner, &call).await),
+        Ok(call) => {
+            let named = |name| call.parameters.get(name).map(str::to_owned);
+            (record.token, record.subject) = (named("ClientToken"), named("NetworkInterfaceId"));
+            (call.action.clone(), perform(inner, call).await)
+        }
         Err(refusal) => {
             let named = head.headers.get("x-acs-action").and_then(|action| action.to_str().ok());
             (named.unwrap_or("unverified").to_owned(), Err(refusal))
@@ -70,22 +84,13 @@ async fn openapi(inner: &Arc<Inner>, head: &request::Parts, body: &Bytes) -> Res
         Ok(done) => (done.lost, done.garbled),
         Err(_) => (false, false),
     };
-    {
-        let mut calls = inner.calls.lock();
-        let calls = calls.entry(action.clone()).or_default();
-        calls.total += 1;
-        calls.lost += u64::from(lost || garbled);
-        if let Err(refusal) = &result {
-            *calls.refused.entry(refusal.code.clone()).or_default() += 1;
-        }
-    }
-    debug!(
-        action,
-        request_id,
-        lost,
-        refused = result.as_ref().err().map(|refusal| refusal.code.as_str()),
-        "OpenAPI call"
-    );
+    record.action.clone_from(&action);
+    record.code = result.as_ref().err().map(|refusal| refusal.code.clone()).unwrap_or_default();
+    record.lost = lost || garbled;
+    record.request_id.clone_from(&request_id);
+    debug!(action, request_id, lost, refused = record.code, "OpenAPI call");
+    inner.calls.lock().enter(record);
+    scenario::called(inner, &action);
     match result {
         _ if lost => broken_connection(),
         Ok(_) if garbled => reply(StatusCode::OK, &json!({"RequestId": request_id, "Garbled": true})),
@@ -113,7 +118,40 @@ struct Done {
     garbled: bool,
 }
 
-async fn perform(inner: &Arc<Inner>, call: &Call) -> Result<Done, Refusal> {
+/// What goes wrong with one call.
+#[derive(Default)]
+struct Twists {
+    delay: u64,
+    lost: bool,
+    garbled: bool,
+    twice: bool,
+    most: Option<u32>,
+    later: Option<u64>,
+    course: Course,
+}
+
+fn twists(struck: Vec<FaultKind>) -> Result<Twists, Refusal> {
+    let mut twists = Twists::default();
+    for kind in struck {
+        match kind {
+            FaultKind::Error { code, status } => {
+                return Err(Refusal::new(status, &code, "This fault was ordered."));
+            }
+            FaultKind::Delay { ms } => twists.delay += ms,
+            FaultKind::LoseReply => twists.lost = true,
+            FaultKind::Garble => twists.garbled = true,
+            FaultKind::Duplicate => twists.twice = true,
+            FaultKind::EffectLater { ms } => twists.later = Some(ms),
+            FaultKind::Partial { most } => twists.most = Some(most),
+            FaultKind::SlowEnd { ms } => twists.course.longer += Duration::from_millis(ms),
+            FaultKind::FailEnd => twists.course.fails = true,
+            FaultKind::NoNic => twists.course.no_nic = true,
+        }
+    }
+    Ok(twists)
+}
+
+async fn perform(inner: &Arc<Inner>, call: Call) -> Result<Done, Refusal> {
     if !inner.buckets.lock().admit(&call.action, Instant::now()) {
         return Err(Refusal::new(400, "Throttling.User", "Request was denied due to user flow control."));
     }
@@ -122,35 +160,48 @@ async fn perform(inner: &Arc<Inner>, call: &Call) -> Result<Done, Refusal> {
         let by_action = &state.config.latency_ms;
         by_action.get(&call.action).or_else(|| by_action.get("")).copied().unwrap_or(0)
     };
-    let (mut delay, mut lost, mut garbled) = (latency, false, false);
     let struck = inner.faults.lock().strike(&call.action);
-    for kind in struck {
-        match kind {
-            FaultKind::Error { code, status } => {
-                return Err(Refusal::new(status, &code, "This fault was ordered."));
-            }
-            FaultKind::Delay { ms } => delay += ms,
-            FaultKind::LoseReply => lost = true,
-            FaultKind::Garble => garbled = true,
-        }
+    let twists = twists(struck)?;
+    let Twists { lost, garbled, course, .. } = twists;
+    if latency + twists.delay > 0 {
+        tokio::time::sleep(Duration::from_millis(latency + twists.delay)).await;
     }
-    if delay > 0 {
-        tokio::time::sleep(Duration::from_millis(delay)).await;
+    let most = twists.most.unwrap_or(u32::MAX).max(1);
+    let run = move |inner: &Arc<Inner>, call: &Call| {
+        let (value, follow) =
+            inner.alter(|vpc| actions::run(vpc, &call.version, &call.action, &call.parameters, most))?;
+        timeline::begin(inner, follow, course);
+        Ok(value)
+    };
+    let answers_nothing = ["Attach", "Detach", "Delete", "Unassign"].iter().any(|verb| call.action.starts_with(verb));
+    if let Some(ms) = twists.later.filter(|_| answers_nothing) {
+        let inner = Arc::clone(inner);
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+            // Its refusal would come too late.
+            let _unheard: Result<Value, Refusal> = run(&inner, &call);
+        });
+        return Ok(Done { value: json!({}), lost, garbled });
     }
-    let (value, follow) = actions::run(&mut inner.state.lock(), &call.version, &call.action, &call.parameters)?;
-    timeline::begin(inner, follow);
-    Ok(Done { value, lost, garbled })
+    let mut result = run(inner, &call);
+    if twists.twice {
+        result = run(inner, &call);
+    }
+    Ok(Done { value: result?, lost, garbled })
 }
 
 async fn ask_metadata(inner: &Arc<Inner>, from: SocketAddr, head: &request::Parts) -> Response {
+    let path = head.uri.path().trim_start_matches("/latest/").trim_start_matches("meta-data/");
     let mut lost = false;
     let mut ordered = None;
-    let struck = inner.faults.lock().strike("metadata");
+    let struck = inner.faults.lock().strike(&format!("metadata/{path}"));
     for kind in struck {
         match kind {
             FaultKind::Error { status, .. } => ordered = ordered.or(StatusCode::from_u16(status).ok()),
             FaultKind::Delay { ms } => tokio::time::sleep(Duration::from_millis(ms)).await,
             FaultKind::LoseReply | FaultKind::Garble => lost = true,
+            // For calls that change something.
+            _ => {}
         }
     }
     let (status, text) = match (ordered, inner.who(from)) {
@@ -158,42 +209,22 @@ async fn ask_metadata(inner: &Arc<Inner>, from: SocketAddr, head: &request::Part
         (None, Some(node)) => metadata::answer(inner, &node, &head.method, head.uri.path(), &head.headers),
         (None, None) => (StatusCode::NOT_FOUND, format!("no instance has the address {}", from.ip())),
     };
-    {
-        let mut calls = inner.calls.lock();
-        let calls = calls.entry("metadata".to_owned()).or_default();
-        calls.total += 1;
-        calls.lost += u64::from(lost);
-        if !status.is_success() {
-            *calls.refused.entry(status.as_str().to_owned()).or_default() += 1;
-        }
-    }
+    let code = if status.is_success() { String::new() } else { status.as_str().to_owned() };
+    inner.calls.lock().enter(CallRecord {
+        number: 0,
+        at_ms: 0,
+        action: "metadata".to_owned(),
+        token: None,
+        subject: Some(path.to_owned()),
+        code,
+        lost,
+        request_id: String::new(),
+    });
+    scenario::called(inner, "metadata");
     if lost { broken_connection() } else { (status, text).into_response() }
 }
 
-/// For tests and people: `GET /_sim/state`, `GET /_sim/calls`, `GET|PUT /_sim/faults` (a JSON list, replacing all).
-fn admin(inner: &Arc<Inner>, method: &Method, item: &str, body: &Bytes) -> Response {
-    let answer = |value: serde_json::Result<Value>| match value {
-        Ok(value) => reply(StatusCode::OK, &value),
-        Err(error) => (StatusCode::BAD_REQUEST, error.to_string()).into_response(),
-    };
-    match (method, item) {
-        (&Method::GET, "state") => {
-            let state = inner.state.lock();
-            let enis: Vec<_> = state.enis.values().collect();
-            answer(serde_json::to_value(enis).map(|enis| json!({"enis": enis})))
-        }
-        (&Method::GET, "calls") => answer(serde_json::to_value(&*inner.calls.lock())),
-        (&Method::GET, "faults") => answer(serde_json::to_value(inner.faults.lock().list())),
-        (&Method::PUT, "faults") => answer(serde_json::from_slice::<Vec<Fault>>(body).map(|faults| {
-            let number = faults.len();
-            inner.faults.lock().set(faults);
-            json!({"set": number})
-        })),
-        _ => StatusCode::NOT_FOUND.into_response(),
-    }
-}
-
-fn reply(status: StatusCode, value: &Value) -> Response {
+pub(super) fn reply(status: StatusCode, value: &Value) -> Response {
     (status, [(header::CONTENT_TYPE, "application/json;charset=utf-8")], value.to_string()).into_response()
 }
 

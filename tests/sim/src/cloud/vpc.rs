@@ -1,16 +1,20 @@
 //! What exists in the VPC: ENIs, their addresses, their states.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::time::SystemTime;
+use std::collections::{BTreeMap, HashMap};
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
+use ipnet::{Ipv4Net, Ipv6Net};
 use serde::Serialize;
 use serde_json::Value;
 use terway_core::cloud::{EniKind, EniStatus};
 use terway_core::ident::{EniId, Mac, VSwitchId};
 
+use super::addresses::Addresses;
 use super::config::{CloudConfig, InstanceConfig, InstanceTypeConfig, VSwitchConfig};
+use super::history::{Enis, History};
 use super::reply::Refusal;
 use super::wire::{Command, Wire};
 use crate::fabric::FabricEni;
@@ -36,6 +40,10 @@ pub struct EniRecord {
     pub v4: Vec<Ipv4Addr>,
     /// IPv6 addresses.
     pub v6: Vec<Ipv6Addr>,
+    /// IPv4 prefixes.
+    pub v4_prefixes: Vec<Ipv4Net>,
+    /// IPv6 prefixes.
+    pub v6_prefixes: Vec<Ipv6Net>,
     /// Security groups.
     pub security_groups: Vec<String>,
     /// Tags.
@@ -51,16 +59,30 @@ pub struct EniRecord {
     pub(super) attachment: u64,
 }
 
+impl EniRecord {
+    /// What it takes of the instance type's limit of IPv4 addresses: a prefix counts as one.
+    pub(super) fn v4_count(&self) -> usize {
+        self.v4.len() + self.v4_prefixes.len()
+    }
+
+    /// As [`EniRecord::v4_count`], for IPv6.
+    pub(super) fn v6_count(&self) -> usize {
+        self.v6.len() + self.v6_prefixes.len()
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.v4_count() + self.v6_count()
+    }
+}
+
 pub(super) struct Vpc {
     pub(super) config: CloudConfig,
     pub(super) enis: BTreeMap<EniId, EniRecord>,
     /// `(action, ClientToken)` → what was asked and what was answered.
     pub(super) answered: HashMap<(String, String), (String, Value)>,
     pub(super) wire: Wire,
-    used: BTreeSet<IpAddr>,
-    /// Where the search for a free address goes on: an address is reused as late as possible.
-    next_v4: BTreeMap<String, u32>,
-    next_v6: BTreeMap<String, u128>,
+    pub(super) addresses: Addresses,
+    history: History,
     next_eni: u64,
     next_request: u64,
 }
@@ -71,9 +93,8 @@ impl Vpc {
             enis: BTreeMap::new(),
             answered: HashMap::new(),
             wire,
-            used: BTreeSet::new(),
-            next_v4: BTreeMap::new(),
-            next_v6: BTreeMap::new(),
+            addresses: Addresses::default(),
+            history: History::default(),
             next_eni: 0,
             next_request: 0,
             config,
@@ -84,6 +105,7 @@ impl Vpc {
         for instance in instances {
             vpc.add_instance(&instance).with_context(|| format!("instance {}", instance.id))?;
         }
+        vpc.remember_always();
         Ok(vpc)
     }
 
@@ -93,12 +115,12 @@ impl Vpc {
         }
         let vswitch = self.vswitch(&instance.vswitch).context("unknown vSwitch")?.clone();
         let v4 = match instance.primary_v4 {
-            Some(address) if vswitch.cidr_v4.contains(&address) && self.used.insert(address.into()) => vec![address],
+            Some(address) if vswitch.cidr_v4.contains(&address) && self.addresses.take(address) => vec![address],
             Some(address) => bail!("{address} is taken or not in {}", vswitch.cidr_v4),
-            None => self.take_v4(&vswitch, 1).map_err(|refusal| anyhow::anyhow!(refusal.message))?,
+            None => self.addresses.take_v4(&vswitch, 1).map_err(|refusal| anyhow::anyhow!(refusal.message))?,
         };
         let v6 = match vswitch.cidr_v6 {
-            Some(_) => self.take_v6(&vswitch, 1).map_err(|refusal| anyhow::anyhow!(refusal.message))?,
+            Some(_) => self.addresses.take_v6(&vswitch, 1).map_err(|refusal| anyhow::anyhow!(refusal.message))?,
             None => Vec::new(),
         };
         let mut eni = self.new_eni(&instance.vswitch, EniKind::Primary, v4, v6);
@@ -126,6 +148,8 @@ impl Vpc {
             node: None,
             v4,
             v6,
+            v4_prefixes: Vec::new(),
+            v6_prefixes: Vec::new(),
             security_groups: Vec::new(),
             tags: BTreeMap::new(),
             plugged: false,
@@ -169,63 +193,36 @@ impl Vpc {
         self.enis.values().find(|eni| eni.kind == EniKind::Primary && eni.node.as_deref() == Some(node))
     }
 
-    /// Takes `count` free IPv4 addresses, all or none.
-    pub(super) fn take_v4(&mut self, vswitch: &VSwitchConfig, count: u32) -> Result<Vec<Ipv4Addr>, Refusal> {
-        if self.available_v4(vswitch) < count {
-            return Err(Refusal::new(
-                403,
-                "InvalidVSwitchId.IpNotEnough",
-                format!("The specified VSwitch {} has not enough private IP addresses.", vswitch.id),
-            ));
-        }
-        let (first, last) = usable_v4(vswitch);
-        let next = self.next_v4.entry(vswitch.id.clone()).or_insert(first);
-        let mut taken = Vec::new();
-        while taken.len() < count as usize {
-            let address = Ipv4Addr::from_bits(*next);
-            *next = if *next == last { first } else { *next + 1 };
-            if self.used.insert(address.into()) {
-                taken.push(address);
-            }
-        }
-        Ok(taken)
-    }
-
-    /// Takes `count` free IPv6 addresses. A /64 does not run out.
-    pub(super) fn take_v6(&mut self, vswitch: &VSwitchConfig, count: u32) -> Result<Vec<Ipv6Addr>, Refusal> {
-        let Some(block) = vswitch.cidr_v6 else {
-            let message = format!("IPv6 is not turned on for the VSwitch {}.", vswitch.id);
-            return Err(Refusal::new(400, "InvalidVSwitch.IPv6NotTurnOn", message));
-        };
-        let next = self.next_v6.entry(vswitch.id.clone()).or_insert(block.network().to_bits() + 1);
-        let mut taken = Vec::new();
-        while taken.len() < count as usize {
-            let address = Ipv6Addr::from_bits(*next);
-            *next += 1;
-            if self.used.insert(address.into()) {
-                taken.push(address);
-            }
-        }
-        Ok(taken)
-    }
-
-    pub(super) fn give_back(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
-        for address in addresses {
-            self.used.remove(&address);
+    /// Writes the present state down, if somebody reads late.
+    pub(super) fn remember(&mut self) {
+        if self.config.describe_lag_ms.max(self.config.metadata_lag_ms) > 0 {
+            self.remember_always();
         }
     }
 
-    /// `AvailableIpAddressCount`.
-    pub(super) fn available_v4(&self, vswitch: &VSwitchConfig) -> u32 {
-        let (first, last) = usable_v4(vswitch);
-        let ends = IpAddr::from(Ipv4Addr::from_bits(first))..=IpAddr::from(Ipv4Addr::from_bits(last));
-        (last - first + 1).saturating_sub(u32::try_from(self.used.range(ends).count()).unwrap_or(u32::MAX))
+    pub(super) fn remember_always(&mut self) {
+        let keep = Duration::from_millis(self.config.describe_lag_ms.max(self.config.metadata_lag_ms));
+        self.history.record(Instant::now(), &self.enis, keep);
+    }
+
+    /// The ENIs as a reader sees them who is `lag_ms` behind.
+    pub(super) fn seen(&self, lag_ms: u64) -> Arc<Enis> {
+        let late = if lag_ms == 0 { None } else { self.history.seen(Instant::now(), Duration::from_millis(lag_ms)) };
+        late.unwrap_or_else(|| Arc::new(self.enis.clone()))
     }
 
     /// Tells the fabric an ENI's addresses, if it has the NIC.
     pub(super) fn announce(&self, eni: &EniRecord) {
         if eni.plugged {
             self.wire.send(Command::Addresses { eni: eni.id.clone(), v4: eni.v4.clone(), v6: eni.v6.clone() });
+        }
+    }
+
+    /// Tells the fabric an ENI's prefixes, if it has the NIC.
+    pub(super) fn announce_prefixes(&self, eni: &EniRecord) {
+        if eni.plugged {
+            let (v4, v6) = (eni.v4_prefixes.clone(), eni.v6_prefixes.clone());
+            self.wire.send(Command::Prefixes { eni: eni.id.clone(), v4, v6 });
         }
     }
 
@@ -245,23 +242,4 @@ impl Vpc {
             v6: eni.v6.clone(),
         })
     }
-}
-
-impl VSwitchConfig {
-    /// The last address but two, as in the real cloud (10.0.0.253 of 10.0.0.0/24).
-    #[must_use]
-    pub fn gateway_v4(&self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.cidr_v4.broadcast().to_bits() - 2)
-    }
-
-    /// The last address but two.
-    #[must_use]
-    pub fn gateway_v6(&self) -> Option<Ipv6Addr> {
-        self.cidr_v6.map(|block| Ipv6Addr::from_bits(block.broadcast().to_bits() - 2))
-    }
-}
-
-/// The first and last address that can be given out: the first and the last three of a vSwitch are the cloud's own ("VPC limits").
-fn usable_v4(vswitch: &VSwitchConfig) -> (u32, u32) {
-    (vswitch.cidr_v4.network().to_bits() + 1, vswitch.cidr_v4.broadcast().to_bits() - 3)
 }

@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, mpsc};
 
+use ipnet::{Ipv4Net, Ipv6Net};
 use terway_core::ident::{EniId, Mac};
 use tokio::sync::oneshot;
 use tracing::error;
@@ -23,6 +24,11 @@ pub(super) enum Command {
         eni: EniId,
         v4: Vec<Ipv4Addr>,
         v6: Vec<Ipv6Addr>,
+    },
+    Prefixes {
+        eni: EniId,
+        v4: Vec<Ipv4Net>,
+        v6: Vec<Ipv6Net>,
     },
     /// Nothing; its answer says that all before it is done.
     Barrier,
@@ -74,6 +80,7 @@ fn run(fabric: &dyn Fabric, command: &Command) -> anyhow::Result<()> {
         Command::Plug { node, eni } => fabric.plug(node, eni),
         Command::Unplug { node, eni, mac } => fabric.unplug(node, eni, *mac),
         Command::Addresses { eni, v4, v6 } => fabric.set_addresses(eni, v4, v6),
+        Command::Prefixes { eni, v4, v6 } => fabric.set_prefixes(eni, v4, v6),
         Command::Barrier => Ok(()),
     }
 }

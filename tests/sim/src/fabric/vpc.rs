@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use terway_core::ident::{EniId, Mac, VSwitchId};
 
 use super::{Fabric, FabricEni};
@@ -22,6 +22,8 @@ const RULES: &str = "table inet vpc {
   set macs { type ifname . ether_addr; }
   set v4 { type ifname . ipv4_addr; }
   set v6 { type ifname . ipv6_addr; }
+  set prefixes4 { type ifname . ipv4_addr; flags interval; }
+  set prefixes6 { type ifname . ipv6_addr; flags interval; }
   counter foreign_mac {}
   counter foreign_v4 {}
   counter foreign_v6 {}
@@ -30,9 +32,11 @@ const RULES: &str = "table inet vpc {
     iifname \"lo\" accept
     iifname . ether saddr != @macs counter name foreign_mac drop
     ip daddr 224.0.0.0/4 accept
+    meta nfproto ipv4 iifname . ip saddr @prefixes4 accept
     meta nfproto ipv4 iifname . ip saddr != @v4 counter name foreign_v4 drop
     ip6 saddr { ::, fe80::/10 } accept
     ip6 hoplimit 255 icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert } accept
+    meta nfproto ipv6 iifname . ip6 saddr @prefixes6 accept
     meta nfproto ipv6 iifname . ip6 saddr != @v6 counter name foreign_v6 drop
   }
 }
@@ -79,6 +83,7 @@ struct Plugged {
     veth: String,
     mac: Mac,
     addresses: BTreeSet<IpAddr>,
+    prefixes: BTreeSet<IpNet>,
 }
 
 impl Vpc {
@@ -269,7 +274,7 @@ impl Fabric for Vpc {
         self.ns.sysctl(&[(&format!("ipv4/neigh/{veth}/proxy_delay"), "0")])?;
         let addresses = all(&eni.v4, &eni.v6);
         self.readdress(&veth, mac, &BTreeSet::new(), &addresses)?;
-        state.enis.insert(eni.id.clone(), Plugged { veth, mac, addresses });
+        state.enis.insert(eni.id.clone(), Plugged { veth, mac, addresses, prefixes: BTreeSet::new() });
         if eni.primary {
             state.primaries.insert(node.to_owned(), eni.clone());
         }
@@ -279,10 +284,13 @@ impl Fabric for Vpc {
     fn unplug(&self, _node: &str, eni: &EniId, _mac: Mac) -> Result<()> {
         let mut state = self.state();
         let Some(plugged) = state.enis.remove(eni) else { return Ok(()) };
-        let Plugged { veth, mac, addresses } = plugged;
+        let Plugged { veth, mac, addresses, prefixes } = plugged;
         let mut nft = format!("delete element inet vpc macs {{ \"{veth}\" . {mac} }}\n");
         for address in addresses {
             writeln!(nft, "delete element inet vpc {} {{ \"{veth}\" . {address} }}", set_of(address))?;
+        }
+        for prefix in prefixes {
+            writeln!(nft, "delete element inet vpc {} {{ \"{veth}\" . {prefix} }}", prefixes_of(prefix))?;
         }
         feed(self.ns.command("nft").args(["-f", "-"]), &nft).with_context(|| format!("nft in the VPC:\n{nft}"))?;
         // Deleting this end deletes the other wherever it is; a node that is gone has taken both with it.
@@ -300,7 +308,34 @@ impl Fabric for Vpc {
         plugged.addresses = new;
         Ok(())
     }
+
+    fn set_prefixes(&self, eni: &EniId, v4: &[Ipv4Net], v6: &[Ipv6Net]) -> Result<()> {
+        let mut state = self.state();
+        let Plugged { veth, mac, prefixes, .. } =
+            state.enis.get_mut(eni).with_context(|| format!("{eni} is not plugged"))?;
+        let new: BTreeSet<IpNet> = v4.iter().copied().map(IpNet::V4).chain(v6.iter().copied().map(IpNet::V6)).collect();
+        // One neighbour for all addresses of all prefixes, of either family: an /80 has too many for one each.
+        let mut ip = format!("neigh replace {BEHIND} lladdr {mac} dev {veth} nud permanent\n");
+        let mut nft = String::new();
+        for prefix in prefixes.difference(&new) {
+            writeln!(ip, "route del {prefix} dev {veth}")?;
+            writeln!(nft, "delete element inet vpc {} {{ \"{veth}\" . {prefix} }}", prefixes_of(*prefix))?;
+        }
+        for prefix in new.difference(prefixes) {
+            writeln!(ip, "route replace {prefix} via inet6 {BEHIND} dev {veth}")?;
+            writeln!(nft, "add element inet vpc {} {{ \"{veth}\" . {prefix} }}", prefixes_of(*prefix))?;
+        }
+        if !nft.is_empty() {
+            feed(self.ns.command("nft").args(["-f", "-"]), &nft).with_context(|| format!("nft in the VPC:\n{nft}"))?;
+            self.ns.ip(&ip)?;
+        }
+        *prefixes = new;
+        Ok(())
+    }
 }
+
+/// Stands for the far end of every veth in routes of prefixes; nobody asks for it, its Ethernet address is told.
+const BEHIND: &str = "fe80::2";
 
 /// Configures `eth0` of an instance as DHCP and cloud-init do: the vSwitch's prefix for IPv4, the bare address for IPv6, and the
 /// default routes.
@@ -329,6 +364,13 @@ fn all(v4: &[Ipv4Addr], v6: &[Ipv6Addr]) -> BTreeSet<IpAddr> {
 
 const fn set_of(address: IpAddr) -> &'static str {
     if address.is_ipv4() { "v4" } else { "v6" }
+}
+
+const fn prefixes_of(prefix: IpNet) -> &'static str {
+    match prefix {
+        IpNet::V4(_) => "prefixes4",
+        IpNet::V6(_) => "prefixes6",
+    }
 }
 
 /// The lowest free `ethN` above 0 of a node.

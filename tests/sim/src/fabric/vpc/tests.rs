@@ -78,6 +78,28 @@ fn instances_reach_each_other_their_gateway_and_servers_of_the_vpc() {
 }
 
 #[test]
+fn prefixes_are_carried_like_single_addresses() {
+    let Some((vpc, prefix)) = setup("p") else { return };
+    let a = node(&vpc, &format!("{prefix}-a"), 1);
+    let b = node(&vpc, &format!("{prefix}-b"), 2);
+    a.ns.ip("addr add 10.7.0.20/32 dev eth0\naddr add fd07:0:0:0:8000::9/128 dev eth0 nodad\n").unwrap();
+    let (v4, v6) = (["10.7.0.16/28".parse().unwrap()], ["fd07:0:0:0:8000::/80".parse().unwrap()]);
+    let own = ["10.7.0.20", "fd07::8000:0:0:9"];
+    assert!(!pings(&a.ns, &["-I", own[0], "10.7.0.2"]) && !pings(&a.ns, &["-I", own[1], "fd07::2"]));
+    vpc.set_prefixes(&a.eni.id, &v4, &v6).unwrap();
+    assert!(pings(&b.ns, &own[..1]) && pings(&b.ns, &own[1..]));
+    assert!(pings(&a.ns, &["-I", own[0], "10.7.0.2"]) && pings(&a.ns, &["-I", own[1], "fd07::2"]));
+    let before = vpc.spoofed().unwrap();
+    a.ns.ip("addr add 10.7.0.32/32 dev eth0\n").unwrap();
+    assert!(!pings(&a.ns, &["-I", "10.7.0.32", "10.7.0.2"]), "the next address after the prefix");
+    vpc.set_prefixes(&a.eni.id, &[], &v6).unwrap();
+    assert!(!pings(&a.ns, &["-I", own[0], "10.7.0.2"]) && pings(&a.ns, &["-I", own[1], "fd07::2"]));
+    assert_eq!(vpc.spoofed().unwrap().v4, before.v4 + 2);
+    vpc.unplug("", &a.eni.id, a.eni.mac).unwrap();
+    vpc.delete().unwrap();
+}
+
+#[test]
 fn what_an_eni_must_not_send_is_dropped_and_counted() {
     let Some((vpc, prefix)) = setup("s") else { return };
     let a = node(&vpc, &format!("{prefix}-a"), 1);
