@@ -119,6 +119,18 @@ catalogue! {
     NIC_MISSING = "TW0207", "nic-missing", 11,
         "The cloud says that the ENI is attached, but no network interface with its MAC address has appeared in the node.",
         "Wait a minute; if it stays away, look in the kernel log for virtio or memory errors, and reboot the node.";
+    /// An ENI that does not fit the configuration.
+    ENI_MISMATCH = "TW0211", "eni-mismatch", 11,
+        "An ENI does not fit the configuration, so it takes no new pods.",
+        "Nothing to do: it is given back when its last pod is gone. If it is to stay in use, correct what the message names in eni-config.";
+    /// The cloud took away the address of a running pod.
+    ADDRESS_FENCED = "TW0212", "address-fenced", 11,
+        "The cloud does not list the address of a running pod on its ENI any more, so the VPC drops the pod's packets.",
+        "Delete the pod; its replacement gets another address. Find out who detached the ENI or unassigned the address: ActionTrail knows.";
+    /// The operators asked for fewer cloud calls.
+    DEGRADED = "TW0213", "degraded", 11,
+        "The configuration forbids the daemon to call the cloud.",
+        "Clear degradation in the configuration when the cloud can bear calls again.";
     /// Kernel refused a network operation.
     NET_FAILED = "TW0301", "net-failed", 11,
         "The kernel refused a step of the pod's network set-up.",
