@@ -262,7 +262,7 @@ async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Ho
         stack: config.ip_stack,
         addresses,
         nic_mtu,
-        mtu: options.mtu,
+        mtu: options.mtu.or(config.mtu),
     })
 }
 

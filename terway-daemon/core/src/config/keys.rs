@@ -246,7 +246,7 @@ keys! {
     MAX_POOL_SIZE = "max_pool_size", EniConf, Whole { least: 0, most: MANY }, Is("5"), "addresses", Now,
         "Idle addresses beyond this go back to the vSwitch.";
     IP_WARM_UP_SIZE = "ip_warm_up_size", EniConf, Whole { least: 0, most: MANY }, Is("0"), "addresses", Restart,
-        "Addresses fetched once when the daemon starts, before the first pod asks.";
+        "Addresses fetched once when the daemon starts on a node that has none yet, before the first pod asks.";
     IDLE_IP_RECLAIM_AFTER = "idle_ip_reclaim_after", EniConf, Period { least: Duration::ZERO, most: DAY.saturating_mul(30) }, Means("off"), "time", Now,
         "When no address was bound or freed for this long, idle addresses are given back down to min_pool_size. 0 is off.";
     IDLE_IP_RECLAIM_INTERVAL = "idle_ip_reclaim_interval", EniConf, Period { least: SECOND, most: DAY }, Is("10m"), "time", Now,
@@ -257,10 +257,10 @@ keys! {
         "The pause is longer by a random part of itself up to this, so that nodes do not call the API in step.";
     IP_POOL_SYNC_PERIOD = "ip_pool_sync_period", EniConf, Period { least: SECOND, most: DAY }, Is("120s"), "time", Now,
         "How often the pool is compared with the cloud at least.";
-    ENABLE_IP_PREFIX = "enable_ip_prefix", EniConf, Flag, Is("false"), "", Restart,
-        "Addresses are fetched as /28 prefixes, 16 at a time.";
+    ENABLE_IP_PREFIX = "enable_ip_prefix", EniConf, Flag, Is("false"), "", NewAllocations,
+        "Addresses are fetched as prefixes, 16 IPv4 addresses (a /28) at a time. Where a vSwitch has no whole prefix left, single addresses are. What the node has of the other kind stays in use.";
     IPV4_PREFIX_COUNT = "ipv4_prefix_count", EniConf, Whole { least: 0, most: MANY }, Is("0"), "prefixes", Now,
-        "IPv4 prefixes that the node keeps in all; 0 lets demand and the watermarks decide. Needs enable_ip_prefix.";
+        "IPv4 prefixes that the node has at least; 0 lets demand and the watermarks decide. Needs enable_ip_prefix.";
     IPV6_PREFIX_COUNT = "ipv6_prefix_count", EniConf, Whole { least: 0, most: 1 }, Is("0"), "prefixes", Now,
         "IPv6 prefixes of each ENI on a node with ip_stack ipv6; a dual node has one per ENI by itself. Needs enable_ip_prefix.";
     SERVICE_CIDR = "service_cidr", EniConf, CidrText, Means("none"), "", Restart,

@@ -101,7 +101,7 @@ pub struct Reclaim {
 pub struct Prefixes {
     /// Whether addresses are fetched as prefixes.
     pub enabled: bool,
-    /// IPv4 prefixes of the node; 0 leaves it to demand.
+    /// IPv4 prefixes of the node at least; 0 leaves it to demand.
     pub v4_count: u32,
     /// IPv6 prefixes of each ENI, 0 or 1.
     pub v6_count: u32,
