@@ -206,6 +206,47 @@ pub struct StatusResponse {
     /// The eBPF datapath.
     #[prost(message, optional, tag = "7")]
     pub datapath: ::core::option::Option<Datapath>,
+    /// The configuration.
+    #[prost(message, optional, tag = "8")]
+    pub configuration: ::core::option::Option<Configuration>,
+}
+/// What became of eni-config.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Configuration {
+    /// 1 at the daemon's start, one more with every edit that changed something.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// When the present one was taken, in seconds of the Unix epoch.
+    #[prost(uint64, tag = "2")]
+    pub applied_at: u64,
+    /// Why the files as they are now are not taken; unset if they are.
+    #[prost(message, optional, tag = "3")]
+    pub failure: ::core::option::Option<ErrorDetail>,
+    /// What the present one is warned of, one sentence each.
+    #[prost(string, repeated, tag = "4")]
+    pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Edits that wait for a restart.
+    #[prost(message, repeated, tag = "5")]
+    pub pending_restart: ::prost::alloc::vec::Vec<ConfigChange>,
+    /// What the last edit changed.
+    #[prost(message, repeated, tag = "6")]
+    pub last_edit: ::prost::alloc::vec::Vec<ConfigChange>,
+}
+/// One changed key. Secrets are not shown.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigChange {
+    /// The key.
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// Its old value.
+    #[prost(string, tag = "2")]
+    pub old: ::prost::alloc::string::String,
+    /// Its new value.
+    #[prost(string, tag = "3")]
+    pub new: ::prost::alloc::string::String,
+    /// When it takes effect: now, new-allocations or restart.
+    #[prost(string, tag = "4")]
+    pub effect: ::prost::alloc::string::String,
 }
 /// Counts of pod addresses by state.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -343,7 +384,7 @@ pub struct Eni {
     /// The cloud's id of its vSwitch.
     #[prost(string, tag = "3")]
     pub vswitch: ::prost::alloc::string::String,
-    /// primary (the instance's own), pods, or unused.
+    /// primary (the instance's own), pods, or foreign (never touched).
     #[prost(string, tag = "4")]
     pub role: ::prost::alloc::string::String,
     /// State in the cloud, such as InUse; empty if the cloud was not asked or does not list it.
@@ -373,6 +414,12 @@ pub struct Eni {
     /// What hinders it.
     #[prost(message, optional, tag = "12")]
     pub error: ::core::option::Option<ErrorDetail>,
+    /// Its prefixes, as CIDRs.
+    #[prost(string, repeated, tag = "13")]
+    pub prefixes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Seconds until an address is asked for on it again; 0 if nothing is in the way.
+    #[prost(uint32, tag = "14")]
+    pub resting_seconds: u32,
 }
 /// One address of an ENI.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -380,7 +427,7 @@ pub struct EniAddress {
     /// Without prefix length.
     #[prost(string, tag = "1")]
     pub address: ::prost::alloc::string::String,
-    /// bound, free, or other (not the pool's).
+    /// bound, idle, cooling, releasing, fenced (a pod's, but the cloud does not list it), or other (not the pool's).
     #[prost(string, tag = "2")]
     pub state: ::prost::alloc::string::String,
     /// Whose it is, if it is bound.
@@ -414,6 +461,15 @@ pub struct VSwitch {
     /// Why no ENI is made and no address taken from it now.
     #[prost(message, optional, tag = "8")]
     pub blocked: ::core::option::Option<ErrorDetail>,
+    /// Whether new ENIs may be made in it.
+    #[prost(bool, tag = "9")]
+    pub configured: bool,
+    /// Seconds until it is tried again; 0 if it is not resting.
+    #[prost(uint32, tag = "10")]
+    pub resting_seconds: u32,
+    /// It has no whole prefix left; single addresses are taken.
+    #[prost(bool, tag = "11")]
+    pub fragmented: bool,
 }
 /// Asks for the comparison.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -11,15 +11,14 @@ use terway_core::cni;
 use terway_core::config::Config;
 use terway_core::errors::{self, Error};
 use terway_core::ident::Addresses;
-use terway_core::ipam::{NodeFacts, Pool, PoolConfig, Record, Snapshot, VSwitchSelection};
+use terway_core::ipam::{NodeFacts, Pool, Record, Snapshot};
 use terway_core::route::{NodeInputs, NodePlan};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::atomic_file;
 use crate::bpf::{self, Datapath};
-use crate::cloud::{Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, Metadata, Retry, endpoint};
+use crate::cloud::{Aliyun, Cloud, EcsConfig, EniFilter, Metadata, Retry, endpoint};
 use crate::config_source::{ConfigMetrics, ConfigSource};
 use crate::engine::{self, Engine, Facts, Parts};
 use crate::http;
@@ -28,6 +27,7 @@ use crate::metrics::{self, Metrics};
 use crate::net::Host;
 use crate::options::Options;
 use crate::queue;
+use crate::reload::{self, Followers};
 use crate::server::Service;
 use crate::socket::{self, InstanceLock};
 use crate::store::Store;
@@ -68,25 +68,36 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let datapath = Arc::new(open_datapath(&options)?);
     metrics::register_datapath(&mut registry, &datapath);
 
-    let (node, cloud) = meet_cloud(&options, &config, &metrics).await?;
+    let (node, aliyun) = meet_cloud(&options, &config, &metrics).await?;
     let facts = prepare_node(&options, &config, &node, &host).await?;
     let addresses = links.addresses();
-    apply(&config, &addresses.borrow().clone(), &datapath)?;
-    tokio::spawn(follow(source.subscribe(), addresses, Arc::clone(&datapath)));
+    reload::host_stack(&config, &addresses.borrow().clone(), &datapath)?;
 
     let snapshot = Snapshot {
         records: records.clone(),
-        enis: inventory(&*cloud, &node).await,
+        enis: inventory(&*aliyun, &node).await,
         facts: gone(&host, &records).await?,
     };
-    let (pool, effects) = Pool::restore(pool_config(&options, &config, &node), snapshot, Moment::ZERO)
+    let (pool, effects) = Pool::restore(reload::pool(&options, &config, &node), snapshot, Moment::ZERO)
         .map_err(|error| failed(errors::STORE_FAILED, "restore", &error))?;
-    let parts =
-        Parts { pool, origin: Instant::now(), store, cloud, datapath, host, links, facts, metrics: metrics.clone() };
+    let parts = Parts {
+        pool,
+        origin: Instant::now(),
+        store,
+        cloud: Arc::clone(&aliyun) as Arc<dyn Cloud>,
+        datapath: Arc::clone(&datapath),
+        host,
+        links,
+        facts,
+        defaults: reload::pod_defaults(&options, &config),
+        metrics: metrics.clone(),
+    };
     let engine = Engine::new(parts);
     engine.begin(&records, effects).await?;
     tokio::spawn(Arc::clone(&engine).tick());
     tokio::spawn(Arc::clone(&engine).log_drops());
+    let followers = Followers { options: options.clone(), node, cloud: aliyun, engine: Arc::clone(&engine), datapath };
+    tokio::spawn(followers.follow(source.subscribe(), addresses));
     tokio::spawn(Arc::clone(&source).follow());
 
     // Listening comes before reading the queue: see terway_core::cni::queue for why nothing falls in between.
@@ -117,7 +128,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     tokio::spawn(serve_http(options.listen, Arc::new(registry), ready));
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let service = Service::server(Arc::clone(&engine), metrics.clone());
+    let service = Service::server(Arc::clone(&engine), Arc::clone(&source), metrics.clone());
     let mut server =
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
             socket::trusted(listener),
@@ -176,7 +187,7 @@ fn open_datapath(options: &Options) -> Result<Datapath, Error> {
 }
 
 /// Learns who this node is and makes the client of its cloud.
-async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Result<(Node, Arc<dyn Cloud>), Error> {
+async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Result<(Node, Arc<Aliyun>), Error> {
     let bad = |error: &dyn std::error::Error| failed(errors::CONFIG_INVALID, "endpoint", error);
     let observer: crate::cloud::CallObserver = {
         let metrics = metrics.clone();
@@ -193,12 +204,13 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
         identity::insist("metadata service: who is this node", || metadata.node_identity()).await
     };
 
-    let credentials = match &config.access_key {
-        Some(key) => CredentialSource::AccessKey { id: key.id.clone(), secret: key.secret.clone() },
-        None => CredentialSource::RamRole { role: None },
-    };
     let region = config.region.as_deref().unwrap_or(&identity.region);
-    let mut ecs = EcsConfig::for_region(region, EndpointNetwork::Vpc, credentials).map_err(|e| bad(&e))?;
+    let mut ecs = EcsConfig::for_region(region, options.endpoint_network(), reload::credentials(options, config))
+        .map_err(|e| bad(&e))?;
+    // An endpoint that is given has its scheme in it.
+    ecs = ecs.with_scheme(options.endpoint_scheme());
+    ecs.signature = options.signature();
+    ecs.rate_limits.clone_from(&config.rate_limits);
     ecs.metadata = metadata_url;
     ecs.observer = Some(observer);
     for (url, given) in [(&mut ecs.ecs_endpoint, &options.ecs_endpoint), (&mut ecs.vpc_endpoint, &options.vpc_endpoint)]
@@ -253,43 +265,7 @@ async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Ho
         }
         None => warn!(mac = %node.identity.primary_mac, "no interface has the primary ENI's MAC address"),
     }
-    Ok(Facts {
-        node: options.node_name(),
-        identity: node.identity.clone(),
-        stack: config.ip_stack,
-        addresses,
-        nic_mtu,
-        mtu: options.mtu,
-    })
-}
-
-/// Carries a configuration, and the node's present addresses, to everything that can take them while the daemon runs. Called at the start and
-/// after every change of either; all of it is idempotent.
-fn apply(config: &Config, addresses: &[ipnet::IpNet], datapath: &Datapath) -> Result<(), Error> {
-    let hosts = addresses.iter().map(|net| ipnet::IpNet::from(net.addr()));
-    let all: Vec<ipnet::IpNet> = hosts.chain(config.host_stack_cidrs.iter().copied()).collect();
-    datapath.set_host_addresses(&all).map_err(|error| failed(errors::BPF_FAILED, "host addresses", &error))
-}
-
-/// Applies every change of the configuration and of the node's addresses. Runs as long as the daemon.
-async fn follow(
-    mut config: watch::Receiver<Arc<Config>>,
-    mut addresses: watch::Receiver<Arc<Vec<ipnet::IpNet>>>,
-    datapath: Arc<Datapath>,
-) {
-    loop {
-        let changed = tokio::select! {
-            changed = config.changed() => changed,
-            changed = addresses.changed() => changed,
-        };
-        if changed.is_err() {
-            return;
-        }
-        let (config, addresses) = (config.borrow_and_update().clone(), addresses.borrow_and_update().clone());
-        if let Err(error) = apply(&config, &addresses, &datapath) {
-            error!(%error, "a part of the configuration or of the node's addresses is not in effect");
-        }
-    }
+    Ok(Facts { node: options.node_name(), identity: node.identity.clone(), stack: config.ip_stack, addresses, nic_mtu })
 }
 
 async fn inventory(cloud: &dyn Cloud, node: &Node) -> Option<Vec<terway_core::cloud::Eni>> {
@@ -313,26 +289,6 @@ async fn gone(host: &Host, records: &[Record]) -> Result<NodeFacts, Error> {
         _ => None,
     });
     Ok(NodeFacts { netns_gone: engine::gone(host, attachments.collect()).await? })
-}
-
-fn pool_config(options: &Options, config: &Config, node: &Node) -> PoolConfig {
-    let zone = &node.identity.zone;
-    let vswitches = config.vswitches.get(zone).cloned().unwrap_or_default();
-    if vswitches.is_empty() {
-        error!(zone, "eni_conf has no vSwitch in this node's zone: no ENI can be made");
-    }
-    PoolConfig {
-        max_enis: config.max_eni,
-        stack: config.ip_stack,
-        vswitches,
-        selection: VSwitchSelection::Ordered,
-        security_groups: config.security_groups.clone(),
-        tags: config.eni_tags.clone(),
-        min_idle: config.min_idle,
-        max_idle: config.max_idle,
-        cooling: Duration::from_secs(options.cooling),
-        ..PoolConfig::new(node.identity.instance.clone(), node.limits, node.token_seed.clone())
-    }
 }
 
 async fn work_off_queue(engine: &Arc<Engine>, dir: &Path, metrics: &Metrics) {

@@ -13,6 +13,7 @@ pub mod metrics;
 pub mod net;
 pub mod options;
 pub mod queue;
+mod reload;
 pub mod server;
 pub mod socket;
 pub mod store;

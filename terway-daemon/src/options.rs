@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use crate::cloud::{EndpointNetwork, KEY_FOLDER, Scheme, SignatureMethod};
 use crate::config_source::Paths;
 
 /// The node daemon of the terway container network.
@@ -44,6 +45,18 @@ pub struct Options {
     /// VPC endpoint; default: the region's VPC endpoint.
     #[arg(long, env = "VPC_ENDPOINT", value_name = "URL")]
     pub vpc_endpoint: Option<String>,
+    /// How the endpoints are spoken to.
+    #[arg(long, env = "ALICLOUD_CLIENT_SCHEME", default_value = "https", value_parser = ["https", "http", "HTTPS", "HTTP"], value_name = "SCHEME")]
+    pub endpoint_scheme: String,
+    /// The network by which the region's endpoints are reached.
+    #[arg(long, env = "ALICLOUD_ENDPOINT_TYPE", default_value = "vpc", value_parser = ["vpc", "public"], value_name = "NETWORK")]
+    pub endpoint_type: String,
+    /// How requests are signed: ACS3-HMAC-SHA256, or HMAC-SHA1 for private clouds that know nothing newer.
+    #[arg(long, default_value = "acs3", value_parser = ["acs3", "hmac-sha1"], value_name = "METHOD")]
+    pub signature: String,
+    /// Folder with the files access-key-id and access-key-secret; if both are there, they go before the keys of eni_conf.
+    #[arg(long, default_value = KEY_FOLDER, value_name = "DIR")]
+    pub credentials_dir: PathBuf,
     /// Metadata service.
     #[arg(long, default_value = "http://100.100.100.200", value_name = "URL")]
     pub metadata: String,
@@ -72,6 +85,24 @@ impl Options {
             .clone()
             .or_else(|| nix::unistd::gethostname().ok()?.into_string().ok())
             .unwrap_or_else(|| "node".into())
+    }
+
+    /// The scheme as the client of the cloud names it.
+    #[must_use]
+    pub fn endpoint_scheme(&self) -> Scheme {
+        if self.endpoint_scheme.eq_ignore_ascii_case("http") { Scheme::Http } else { Scheme::Https }
+    }
+
+    /// The network of the endpoints, likewise.
+    #[must_use]
+    pub fn endpoint_network(&self) -> EndpointNetwork {
+        if self.endpoint_type == "public" { EndpointNetwork::Public } else { EndpointNetwork::Vpc }
+    }
+
+    /// The method of signing, likewise.
+    #[must_use]
+    pub fn signature(&self) -> SignatureMethod {
+        if self.signature == "hmac-sha1" { SignatureMethod::HmacSha1 } else { SignatureMethod::Acs3 }
     }
 
     /// The store's file.

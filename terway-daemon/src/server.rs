@@ -2,8 +2,9 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, UNIX_EPOCH};
 
+use terway_core::config::Changed;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, PodRef};
 use terway_proto::v1;
@@ -13,6 +14,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
 
+use crate::config_source::{ConfigSource, ConfigStatus};
 use crate::engine::{AddRequest, Engine};
 use crate::metrics::{Metrics, Phase, Verb};
 
@@ -20,14 +22,15 @@ use crate::metrics::{Metrics, Phase, Verb};
 #[derive(Clone)]
 pub struct Service {
     engine: Arc<Engine>,
+    source: Arc<ConfigSource>,
     metrics: Metrics,
 }
 
 impl Service {
     /// A tonic service that can be added to a server.
     #[must_use]
-    pub fn server(engine: Arc<Engine>, metrics: Metrics) -> NodeNetworkServer<Self> {
-        NodeNetworkServer::new(Self { engine, metrics })
+    pub fn server(engine: Arc<Engine>, source: Arc<ConfigSource>, metrics: Metrics) -> NodeNetworkServer<Self> {
+        NodeNetworkServer::new(Self { engine, source, metrics })
     }
 
     fn done<T>(&self, api: &'static str, start: Instant, result: Result<T, Error>) -> Result<Response<T>, Status> {
@@ -73,6 +76,24 @@ pub(crate) fn detail(error: &Error) -> v1::ErrorDetail {
         remedy: error.code.remedy.to_owned(),
         detail: error.detail.clone(),
         cni_code: error.code.cni,
+    }
+}
+
+/// The configuration as the contract writes it.
+fn configuration(status: &ConfigStatus) -> v1::Configuration {
+    let change = |changed: &Changed| v1::ConfigChange {
+        key: changed.key.to_owned(),
+        old: changed.old.to_string(),
+        new: changed.new.to_string(),
+        effect: changed.effect.as_str().to_owned(),
+    };
+    v1::Configuration {
+        generation: status.generation,
+        applied_at: status.applied_at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        failure: status.failure.as_ref().map(|failure| detail(&failure.error)),
+        warnings: status.warnings.iter().map(ToString::to_string).collect(),
+        pending_restart: status.pending_restart.iter().map(change).collect(),
+        last_edit: status.recent.back().into_iter().flat_map(|edit| &edit.changed).map(change).collect(),
     }
 }
 
@@ -176,7 +197,11 @@ impl NodeNetwork for Service {
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
         let start = Instant::now();
-        self.done("Status", start, Ok(self.engine.status()))
+        let mut status = self.engine.status();
+        let configuration = configuration(&self.source.status());
+        status.problems.extend(configuration.failure.clone());
+        status.configuration = Some(configuration);
+        self.done("Status", start, Ok(status))
     }
 
     type WatchDropsStream = Pin<Box<dyn Stream<Item = Result<v1::DroppedPacket, Status>> + Send>>;

@@ -94,7 +94,8 @@ fn check(checked: &Checked, zone: Option<&str>, style: Style) -> (String, bool) 
     lines.push(match (good, warnings.len()) {
         (false, _) => "refused: the daemon would keep its last good configuration".to_owned(),
         (true, 0) => "good".to_owned(),
-        (true, count) => format!("good, {count} warnings"),
+        (true, 1) => "good, with one warning".to_owned(),
+        (true, count) => format!("good, with {count} warnings"),
     });
     (lines.join("\n") + "\n", good)
 }
@@ -174,24 +175,21 @@ fn explain(name: &str, style: Style) -> Result<String> {
     ))
 }
 
+/// What is wrong with which of two files.
+fn refused(sides: &[(&Path, Checked)], style: Style) -> String {
+    let sides = sides.iter().filter_map(|(path, checked)| Some((path.display(), checked.as_ref().err()?)));
+    if style.is_json() {
+        let files = sides.map(|(path, bad)| {
+            json!({"file": path.to_string(), "refused": bad.iter().map(invalid_json).collect::<Vec<_>>()})
+        });
+        return pretty(&json!({"valid": false, "files": files.collect::<Vec<_>>()}));
+    }
+    sides.flat_map(|(path, bad)| bad.iter().map(move |bad| format!("refused  {path}: {bad}\n"))).collect()
+}
+
 fn diff(old: (&Path, Checked), new: (&Path, Checked), style: Style) -> (String, bool) {
-    let (old_config, new_config) = match (&old.1, &new.1) {
-        (Ok((old, _)), Ok((new, _))) => (old, new),
-        _ => {
-            let sides = [&old, &new].into_iter().filter_map(|(path, checked)| Some((path, checked.as_ref().err()?)));
-            let text = match style.is_json() {
-                true => {
-                    let all = sides.map(|(path, bad)| {
-                        json!({"file": path.display().to_string(), "refused": bad.iter().map(invalid_json).collect::<Vec<_>>()})
-                    });
-                    pretty(&json!({"valid": false, "files": all.collect::<Vec<_>>()}))
-                }
-                false => sides
-                    .flat_map(|(path, bad)| bad.iter().map(|bad| format!("refused  {}: {bad}\n", path.display())))
-                    .collect(),
-            };
-            return (text, false);
-        }
+    let (Ok((old_config, _)), Ok((new_config, _))) = (&old.1, &new.1) else {
+        return (refused(&[old, new], style), false);
     };
     let changed = old_config.diff(new_config);
     let text = match style.is_json() {
@@ -273,10 +271,7 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }
-        assert_eq!(
-            diff((path, parse(GOOD)), (path, parse(GOOD)), TEXT),
-            ("nothing changes\n".to_owned(), true)
-        );
+        assert_eq!(diff((path, parse(GOOD)), (path, parse(GOOD)), TEXT), ("nothing changes\n".to_owned(), true));
         assert!(!diff((path, parse(GOOD)), (path, parse("{}")), TEXT).1);
     }
 

@@ -20,6 +20,8 @@ pub(super) fn enis(enis: &[v1::Eni], style: Style) -> String {
         "USED/TOTAL",
         "INTERFACE",
         "NOT-USED-BECAUSE",
+        "+PREFIXES",
+        "+RESTING",
         "+MAC",
         "+SECURITY-GROUPS",
         "+TAGS",
@@ -36,6 +38,8 @@ pub(super) fn enis(enis: &[v1::Eni], style: Style) -> String {
             format!("{}/{}", bound(eni), eni.addresses.len()),
             eni.ifname.clone(),
             eni.reason.clone(),
+            eni.prefixes.join(","),
+            seconds(eni.resting_seconds),
             eni.mac.clone(),
             eni.security_groups.join(","),
             tags.join(","),
@@ -47,7 +51,18 @@ pub(super) fn enis(enis: &[v1::Eni], style: Style) -> String {
 
 /// All vSwitches as a table.
 pub(super) fn vswitches(vswitches: &[v1::VSwitch], style: Style) -> String {
-    let head = ["VSWITCH", "ZONE", "CIDR", "AVAILABLE", "ENIS", "USED/TOTAL", "BLOCKED"];
+    let head = [
+        "VSWITCH",
+        "ZONE",
+        "CIDR",
+        "AVAILABLE",
+        "ENIS",
+        "USED/TOTAL",
+        "CONFIGURED",
+        "BLOCKED",
+        "+RESTING",
+        "+PREFIXES",
+    ];
     let rows = vswitches.iter().map(|v| {
         vec![
             v.id.clone(),
@@ -56,10 +71,18 @@ pub(super) fn vswitches(vswitches: &[v1::VSwitch], style: Style) -> String {
             v.available.map(|n| n.to_string()).unwrap_or_default(),
             v.enis.to_string(),
             format!("{}/{}", v.bound, v.addresses),
+            if v.configured { "yes" } else { "no" }.to_owned(),
             v.blocked.as_ref().map(error_line).unwrap_or_default(),
+            seconds(v.resting_seconds),
+            if v.fragmented { "fragmented" } else { "" }.to_owned(),
         ]
     });
     style.table(&head, rows)
+}
+
+/// A waiting time; empty if nothing is waited for.
+fn seconds(seconds: u32) -> String {
+    if seconds == 0 { String::new() } else { format!("{seconds}s") }
 }
 
 /// Addresses of the ENI that pods have.
@@ -82,6 +105,7 @@ pub(super) fn eni_value(eni: &v1::Eni) -> Value {
         "id": eni.id, "mac": eni.mac, "vswitch": eni.vswitch, "role": eni.role, "status": eni.status,
         "state": eni.state, "interface": eni.ifname, "securityGroups": eni.security_groups, "tags": eni.tags,
         "used": bound(eni), "total": eni.addresses.len(), "reason": eni.reason,
+        "prefixes": eni.prefixes, "restingSeconds": eni.resting_seconds,
         "addresses": eni.addresses.iter().map(address_value).collect::<Vec<_>>(),
         "error": error_json(eni.error.as_ref()),
     })
@@ -95,6 +119,7 @@ pub(super) fn vswitch_value(v: &v1::VSwitch) -> Value {
     json!({
         "id": v.id, "zone": v.zone, "cidr": v.cidr, "available": v.available, "enis": v.enis,
         "addresses": v.addresses, "bound": v.bound, "blocked": error_json(v.blocked.as_ref()),
+        "configured": v.configured, "restingSeconds": v.resting_seconds, "fragmented": v.fragmented,
     })
 }
 

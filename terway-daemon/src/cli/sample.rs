@@ -42,6 +42,19 @@ pub(super) fn status() -> v1::StatusResponse {
             addresses: 3,
             bound: 2,
         }],
+        configuration: Some(v1::Configuration {
+            generation: 3,
+            applied_at: 1_767_225_600,
+            failure: None,
+            warnings: vec!["max_pool_sizes: is unknown; did you mean max_pool_size?".into()],
+            pending_restart: vec![v1::ConfigChange {
+                key: "ip_stack".into(),
+                old: "ipv4".into(),
+                new: "dual".into(),
+                effect: "restart".into(),
+            }],
+            last_edit: Vec::new(),
+        }),
         datapath: Some(v1::Datapath {
             pod_hook: "clsact".into(),
             eni_hook: "tcx".into(),
@@ -102,7 +115,7 @@ pub(super) fn pool() -> v1::GetPoolResponse {
                 addresses: vec![
                     address("10.0.2.10", "bound", Some("web-0")),
                     address("10.0.2.11", "bound", Some("web-1")),
-                    address("10.0.2.12", "free", None),
+                    address("10.0.2.12", "idle", None),
                 ],
                 tags: [("creator".to_owned(), "terway".to_owned())].into(),
                 error: Some(error(terway_core::errors::VSWITCH_EXHAUSTED, "vsw-2.")),
@@ -110,7 +123,7 @@ pub(super) fn pool() -> v1::GetPoolResponse {
             },
             v1::Eni {
                 reason: "vsw-9 is not in vswitches of eni-config for this zone".into(),
-                ..eni("eni-c", "unused", "vsw-9")
+                ..eni("eni-c", "foreign", "vsw-9")
             },
         ],
         vswitches: vec![
@@ -124,6 +137,9 @@ pub(super) fn pool() -> v1::GetPoolResponse {
                 addresses: 3,
                 bound: 2,
                 blocked: Some(error(terway_core::errors::VSWITCH_EXHAUSTED, "vsw-2.")),
+                configured: true,
+                resting_seconds: 540,
+                fragmented: false,
             },
         ],
         problems: status().problems,

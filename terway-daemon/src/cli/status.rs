@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use terway_proto::v1;
 
-use super::table::{Style, errors_json, pool_json, pretty};
+use super::table::{Style, error_json, errors_json, pool_json, pretty};
 
 pub(super) fn render(status: &v1::StatusResponse, style: Style) -> String {
     if style.is_json() { json(status) } else { text(status, style) }
@@ -38,6 +38,9 @@ fn text(status: &v1::StatusResponse, style: Style) -> String {
             let _ = writeln!(out, "  dropped  {packets} packets: {reason}");
         }
     }
+    if let Some(configuration) = &status.configuration {
+        out.push_str(&configuration_text(configuration));
+    }
     if !status.enis.is_empty() {
         let rows = status.enis.iter().map(|e| {
             let used = format!("{}/{}", e.bound, e.addresses);
@@ -49,6 +52,30 @@ fn text(status: &v1::StatusResponse, style: Style) -> String {
     out
 }
 
+fn configuration_text(configuration: &v1::Configuration) -> String {
+    let mut out = String::new();
+    let refused = if configuration.failure.is_some() { "; the files as they are now are refused" } else { "" };
+    let _ = writeln!(out, "config     generation {}{refused}", configuration.generation);
+    for warning in &configuration.warnings {
+        let _ = writeln!(out, "  warning  {warning}");
+    }
+    for change in &configuration.pending_restart {
+        let _ = writeln!(out, "  restart  {}: {} becomes {} with the next start", change.key, change.old, change.new);
+    }
+    out
+}
+
+fn configuration_json(configuration: Option<&v1::Configuration>) -> Value {
+    let Some(c) = configuration else { return Value::Null };
+    let changes = |all: &[v1::ConfigChange]| -> Value {
+        all.iter().map(|c| json!({"key": c.key, "old": c.old, "new": c.new, "effect": c.effect})).collect()
+    };
+    json!({
+        "generation": c.generation, "appliedAt": c.applied_at, "failure": error_json(c.failure.as_ref()),
+        "warnings": c.warnings, "pendingRestart": changes(&c.pending_restart), "lastEdit": changes(&c.last_edit),
+    })
+}
+
 fn json(status: &v1::StatusResponse) -> String {
     let datapath = status.datapath.clone().unwrap_or_default();
     pretty(&json!({
@@ -57,6 +84,7 @@ fn json(status: &v1::StatusResponse) -> String {
         "version": status.version,
         "problems": errors_json(&status.problems),
         "pool": pool_json(status.pool.as_ref()),
+        "configuration": configuration_json(status.configuration.as_ref()),
         "enis": status.enis.iter().map(|e| json!({
             "id": e.id, "mac": e.mac, "vswitch": e.vswitch, "state": e.state, "interface": e.ifname,
             "addresses": e.addresses, "bound": e.bound,

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -54,7 +53,10 @@ impl Paths {
     pub(super) fn keep(&self, read: &Outcome) {
         let (Some(path), Ok(Documents { data, overlay })) = (&self.kept, read) else { return };
         let document = json!({"data": data, "overlay": overlay}).to_string();
-        if let Err(error) = write_private(path, document.as_bytes()) {
+        if fs::read(path).is_ok_and(|old| old == document.as_bytes()) {
+            return;
+        }
+        if let Err(error) = atomic_file::write_private(path, document.as_bytes()) {
             warn!(path = %path.display(), %error, "the configuration is not kept for a start without it");
         }
     }
@@ -65,15 +67,6 @@ impl Paths {
         let data = |value: Value| serde_json::from_value::<Option<Data>>(value).ok();
         Some(Documents { data: data(kept["data"].take())??, overlay: data(kept["overlay"].take())? })
     }
-}
-
-fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
-    if fs::read(path).is_ok_and(|old| old == content) {
-        return Ok(());
-    }
-    // The folder of the state is for root alone already; the mode holds wherever the file goes from there.
-    atomic_file::write(path, content)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
 }
 
 fn read_data(path: &Path) -> Result<Data, String> {

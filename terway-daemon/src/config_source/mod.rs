@@ -10,7 +10,7 @@ mod watch;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use terway_core::config::{Config, Documents, Live};
+use terway_core::config::{Config, Documents, Live, Warning};
 use terway_core::errors::{self, Error};
 use tokio::sync::watch::{Receiver, Sender};
 use tracing::{error, info, warn};
@@ -64,7 +64,7 @@ impl ConfigSource {
                     detail = failure.error.detail,
                     "the configuration is bad; starting with the last good one"
                 );
-                (config, warnings, Some(failure))
+                (config, warnings, Some(*failure))
             }
         };
         for warning in &warnings {
@@ -140,7 +140,7 @@ impl ConfigSource {
                     "eni-config is bad; what was in force stays"
                 );
                 self.metrics.reloaded(failure.result);
-                state.status.failure = Some(failure);
+                state.status.failure = Some(*failure);
             }
         }
         state.read = read;
@@ -154,9 +154,10 @@ impl ConfigSource {
     }
 }
 
-fn judge(read: &Outcome) -> Result<(Config, Vec<terway_core::config::Warning>), Failure> {
-    let failure =
-        |result, detail| Failure { at: SystemTime::now(), result, error: Error::new(errors::CONFIG_INVALID, detail) };
+fn judge(read: &Outcome) -> Result<(Config, Vec<Warning>), Box<Failure>> {
+    let failure = |result, detail| {
+        Box::new(Failure { at: SystemTime::now(), result, error: Error::new(errors::CONFIG_INVALID, detail) })
+    };
     let documents = read.as_ref().map_err(|reason| failure("unreadable", reason.clone()))?;
     documents.check().map_err(|bad| {
         let all: Vec<String> = bad.iter().map(ToString::to_string).collect();

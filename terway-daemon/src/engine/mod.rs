@@ -20,7 +20,7 @@ use std::time::Instant;
 use terway_core::clock::Moment;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, InstanceId, IpStack, PodRef};
-use terway_core::ipam::{Add, Answer, Event, Pool, Ticket};
+use terway_core::ipam::{Add, Answer, Event, Pool, PoolConfig, Ticket};
 use terway_proto::v1;
 use tokio::sync::{RwLock, oneshot, watch};
 
@@ -69,6 +69,8 @@ pub struct Engine {
     wiring: RwLock<()>,
     drops: drops::DropLog,
     facts: Facts,
+    /// What pods get unless their network configuration says otherwise.
+    defaults: Mutex<PodOptions>,
     metrics: Metrics,
 }
 
@@ -123,7 +125,8 @@ impl Engine {
     /// # Errors
     /// What the catalogue says; the attachment is then undone or will be.
     pub async fn add(self: &Arc<Self>, request: AddRequest) -> Result<v1::Network, Error> {
-        let options = PodOptions { mtu: request.mtu };
+        let defaults = self.defaults().clone();
+        let options = PodOptions { mtu: request.mtu.or(defaults.mtu), ..defaults };
         let want = self.facts.stack;
         let key = request.key.clone();
         let pod = request.pod.clone();
@@ -141,6 +144,16 @@ impl Engine {
             Answer::Attached(grant) => Ok(self.network(&key, &pod, &grant, &options)),
             other => Err(Error::new(errors::INTERNAL, format!("unexpected answer {other:?}"))),
         }
+    }
+
+    /// Takes a new configuration: the pool at once, pods from the next ADD on.
+    pub fn reconfigure(self: &Arc<Self>, pool: PoolConfig, defaults: PodOptions) {
+        *self.defaults() = defaults;
+        self.feed(Event::Configure(Box::new(pool)));
+    }
+
+    fn defaults(&self) -> MutexGuard<'_, PodOptions> {
+        self.defaults.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// DEL: returns when the datapath forgot the pod and its release is on disk.

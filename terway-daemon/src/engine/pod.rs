@@ -21,6 +21,9 @@ pub struct PodOptions {
     /// MTU in bytes that the network configuration asks for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
+    /// Destinations the pod gets routes to besides the default one (`extra_routes`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extra_routes: Vec<ipnet::IpNet>,
 }
 
 impl PodOptions {
@@ -47,9 +50,9 @@ impl Engine {
             pod_mac: Mac::derived(&[b"pod", seed.as_bytes()]),
             addresses: grant.addresses,
             eni_ifindex: grant.nic.ifindex,
-            mtu: options.mtu.or(self.facts.mtu).unwrap_or(self.facts.nic_mtu),
+            mtu: options.mtu.unwrap_or(self.facts.nic_mtu),
             default_route: true,
-            extra_routes: Vec::new(),
+            extra_routes: options.extra_routes.clone(),
         })
     }
 

@@ -36,8 +36,6 @@ pub struct Facts {
     pub addresses: Addresses,
     /// MTU of the node's primary interface in bytes.
     pub nic_mtu: u32,
-    /// MTU of pods in bytes, if the operator chose one.
-    pub mtu: Option<u32>,
 }
 
 /// What an engine is made of.
@@ -58,6 +56,8 @@ pub struct Parts {
     pub links: Watch,
     /// What does not change.
     pub facts: Facts,
+    /// What pods get unless their network configuration says otherwise.
+    pub defaults: PodOptions,
     /// Counters and times.
     pub metrics: Metrics,
 }
@@ -66,7 +66,7 @@ impl Engine {
     /// Makes an engine. Must be called on the runtime: the task that deletes links starts with it.
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
-        let Parts { pool, origin, store, cloud, datapath, host, links, facts, metrics } = parts;
+        let Parts { pool, origin, store, cloud, datapath, host, links, facts, defaults, metrics } = parts;
         let core = Core { pool, waiting: HashMap::new(), next_ticket: 0, written: 0 };
         let reaper = Reaper::start(Arc::clone(&host));
         Arc::new(Self {
@@ -85,6 +85,7 @@ impl Engine {
             wiring: RwLock::new(()),
             drops: super::drops::DropLog::default(),
             facts,
+            defaults: Mutex::new(defaults),
             metrics,
         })
     }

@@ -5,10 +5,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use terway_abi::Drop;
-use terway_core::cloud::{self, CloudError, EniKind};
+use terway_core::clock::Moment;
+use terway_core::cloud::{self, EniKind};
 use terway_core::errors::{self, Error};
-use terway_core::ident::{AttachmentKey, EniId, PodRef, VSwitchId};
-use terway_core::ipam::{EniPhase, Phase, Stats};
+use terway_core::ident::{AttachmentKey, EniId, VSwitchId};
+use terway_core::ipam::{AddressView, EniPhase, EniView, Phase, Stats, VSwitchView};
 use terway_core::route::host_ifname;
 use terway_proto::v1;
 
@@ -103,83 +104,46 @@ impl Engine {
             pool: Some(numbers(&stats)),
             enis: enis.collect(),
             datapath: Some(self.datapath_view()),
+            configuration: None,
         }
     }
 
     /// ENIs, addresses and vSwitches; with `ask_cloud`, also what only the cloud knows of them.
     pub async fn pool(&self, ask_cloud: bool) -> v1::GetPoolResponse {
-        let (stats, own, foreign, attachments, problems) = {
-            let core = self.core();
-            (core.pool.stats(), core.pool.enis(), core.pool.foreign().to_vec(), core.pool.list(), core.pool.problems())
+        let now = self.now();
+        let (stats, views, addresses, vswitches, problems) = {
+            let pool = &self.core().pool;
+            let enis: Vec<EniView> = pool.enis().into_iter().chain(pool.foreign_enis()).collect();
+            (pool.stats(), enis, pool.addresses(), pool.vswitches(), pool.problems())
         };
         let mut cloud_error = None;
         let mut listed: BTreeMap<EniId, cloud::Eni> = BTreeMap::new();
         if ask_cloud {
             match self.cloud.enis(&EniFilter::of_instance(self.instance())).await {
                 Ok(enis) => listed.extend(enis.into_iter().map(|eni| (eni.id.clone(), eni))),
-                Err(error) => cloud_error = Some(cloud_failed(&error)),
+                Err(error) => cloud_error = Some(detail(&error.explain())),
             }
-        }
-        if listed.is_empty() {
-            // What the last inventory said.
-            listed.extend(foreign.into_iter().map(|eni| (eni.id.clone(), eni)));
         }
         let nics: HashMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.mac, nic.name)).collect();
-        let owners: HashMap<IpAddr, &PodRef> =
-            attachments.iter().flat_map(|a| a.grant.addresses.iter().map(|address| (address, &a.pod))).collect();
-        let mut enis: Vec<v1::Eni> = own
-            .iter()
-            .map(|eni| {
-                let known = eni.id.as_ref().and_then(|id| listed.remove(id));
-                let addresses = eni.addresses.iter().map(|address| {
-                    let owner = owners.get(address);
-                    let state = if owner.is_some() { "bound" } else { "free" };
-                    v1::EniAddress { address: address.to_string(), state: state.to_owned(), pod: owner.map(|p| pod(p)) }
-                });
-                v1::Eni {
-                    id: eni.id.as_ref().map(ToString::to_string).unwrap_or_default(),
-                    mac: eni.mac.map(|mac| mac.to_string()).unwrap_or_default(),
-                    vswitch: eni.vswitch.to_string(),
-                    role: "pods".to_owned(),
-                    status: known.as_ref().map(|known| format!("{:?}", known.status)).unwrap_or_default(),
-                    state: eni.phase.as_str().to_owned(),
-                    ifname: eni.mac.and_then(|mac| nics.get(&mac).cloned()).unwrap_or_default(),
-                    addresses: addresses.collect(),
-                    security_groups: known.iter().flat_map(|k| &k.security_groups).map(ToString::to_string).collect(),
-                    tags: known.map(|known| known.tags).unwrap_or_default(),
-                    reason: why_not(eni.phase),
-                    error: eni.error.as_ref().map(detail),
-                }
-            })
-            .collect();
+        let mut by_eni: HashMap<&EniId, Vec<&AddressView>> = HashMap::new();
+        for address in &addresses {
+            by_eni.entry(&address.eni).or_default().push(address);
+        }
+        let mut enis = Vec::with_capacity(views.len());
+        for view in views {
+            let known = view.id.as_ref().and_then(|id| listed.remove(id));
+            let own = view.id.as_ref().and_then(|id| by_eni.get(id)).map(Vec::as_slice).unwrap_or_default();
+            let interface = view.mac.and_then(|mac| nics.get(&mac)).cloned().unwrap_or_default();
+            enis.push(eni_row(view, own, known, interface, now));
+        }
         enis.extend(listed.into_values().map(|eni| {
-            let primary = eni.kind == EniKind::Primary;
-            let addresses = eni.v4.iter().copied().map(IpAddr::V4).chain(eni.v6.iter().copied().map(IpAddr::V6));
-            v1::Eni {
-                id: eni.id.to_string(),
-                mac: eni.mac.to_string(),
-                vswitch: eni.vswitch.to_string(),
-                role: if primary { "primary" } else { "unused" }.to_owned(),
-                status: format!("{:?}", eni.status),
-                state: String::new(),
-                ifname: nics.get(&eni.mac).cloned().unwrap_or_default(),
-                addresses: addresses
-                    .map(|address| v1::EniAddress {
-                        address: address.to_string(),
-                        state: "other".to_owned(),
-                        pod: None,
-                    })
-                    .collect(),
-                security_groups: eni.security_groups.iter().map(ToString::to_string).collect(),
-                reason: unused(&eni),
-                tags: eni.tags,
-                error: None,
-            }
+            let interface = nics.get(&eni.mac).cloned().unwrap_or_default();
+            stranger_row(eni, interface)
         }));
         enis.sort_by(|a, b| {
             (a.role != "primary", a.id.is_empty(), &a.id).cmp(&(b.role != "primary", b.id.is_empty(), &b.id))
         });
-        let mut vswitches = vswitches_of(&enis);
+        let mut vswitches = vswitches_of(&enis, vswitches, now);
         if ask_cloud && cloud_error.is_none() {
             let ids: Vec<VSwitchId> = vswitches.keys().map(|id| VSwitchId::new(id.as_str())).collect();
             match self.cloud.vswitches(&ids).await {
@@ -192,7 +156,7 @@ impl Engine {
                         }
                     }
                 }
-                Err(error) => cloud_error = Some(cloud_failed(&error)),
+                Err(error) => cloud_error = Some(detail(&error.explain())),
             }
         }
         v1::GetPoolResponse {
@@ -264,34 +228,88 @@ fn numbers(stats: &Stats) -> v1::Pool {
     }
 }
 
-fn cloud_failed(error: &CloudError) -> v1::ErrorDetail {
-    detail(&Error::new(errors::CLOUD_FAILED, error.to_string()))
+/// An ENI of the pool, or one that it leaves alone.
+fn eni_row(view: EniView, own: &[&AddressView], known: Option<cloud::Eni>, ifname: String, now: Moment) -> v1::Eni {
+    let other = |address: &IpAddr| v1::EniAddress { address: address.to_string(), state: "other".into(), pod: None };
+    let address = |view: &&AddressView| v1::EniAddress {
+        address: view.address.to_string(),
+        state: view.state.as_str().to_owned(),
+        pod: view.owner.as_ref().map(|(_, owner)| pod(owner)),
+    };
+    let foreign = view.phase == EniPhase::Foreign;
+    v1::Eni {
+        id: view.id.as_ref().map(ToString::to_string).unwrap_or_default(),
+        mac: view.mac.map(|mac| mac.to_string()).unwrap_or_default(),
+        vswitch: view.vswitch.to_string(),
+        role: if foreign { "foreign" } else { "pods" }.to_owned(),
+        status: known.as_ref().map(|known| format!("{:?}", known.status)).unwrap_or_default(),
+        state: view.phase.as_str().to_owned(),
+        ifname,
+        addresses: if foreign { view.addresses.iter().map(other).collect() } else { own.iter().map(address).collect() },
+        prefixes: view.prefixes.iter().map(|prefix| prefix.prefix.to_string()).collect(),
+        security_groups: known.iter().flat_map(|k| &k.security_groups).map(ToString::to_string).collect(),
+        tags: known.map(|known| known.tags).unwrap_or_default(),
+        reason: view.reason.map_or_else(|| why_not(view.phase).to_owned(), |reason| reason.detail),
+        resting_seconds: seconds_until(view.resting_until, now),
+        error: view.error.as_ref().map(detail),
+    }
+}
+
+/// An ENI that only the cloud tells of: the primary one, or one that came after the pool's last look.
+fn stranger_row(eni: cloud::Eni, ifname: String) -> v1::Eni {
+    let primary = eni.kind == EniKind::Primary;
+    let addresses = eni.v4.iter().copied().map(IpAddr::V4).chain(eni.v6.iter().copied().map(IpAddr::V6));
+    let prefixes = eni.v4_prefixes.iter().map(ToString::to_string);
+    v1::Eni {
+        id: eni.id.to_string(),
+        mac: eni.mac.to_string(),
+        vswitch: eni.vswitch.to_string(),
+        role: if primary { "primary" } else { "foreign" }.to_owned(),
+        status: format!("{:?}", eni.status),
+        ifname,
+        addresses: addresses
+            .map(|address| v1::EniAddress { address: address.to_string(), state: "other".to_owned(), pod: None })
+            .collect(),
+        prefixes: prefixes.chain(eni.v6_prefixes.iter().map(ToString::to_string)).collect(),
+        security_groups: eni.security_groups.iter().map(ToString::to_string).collect(),
+        reason: if primary { "the instance's own" } else { "not seen by the pool yet" }.to_owned(),
+        tags: eni.tags,
+        ..Default::default()
+    }
+}
+
+/// Whole seconds until a moment, 0 if it has passed or there is none.
+fn seconds_until(moment: Option<Moment>, now: Moment) -> u32 {
+    moment.map_or(0, |moment| u32::try_from(moment.since(now).as_secs()).unwrap_or(u32::MAX))
 }
 
 /// Why an ENI of the pool gives no address to new pods.
-fn why_not(phase: EniPhase) -> String {
+const fn why_not(phase: EniPhase) -> &'static str {
     match phase {
         EniPhase::InUse => "",
         EniPhase::Creating | EniPhase::Attaching | EniPhase::Configuring => "not ready yet",
         EniPhase::Draining => "being emptied",
         EniPhase::Detaching | EniPhase::Deleting => "being released",
         EniPhase::Missing => "the cloud does not list it as attached",
-    }
-    .to_owned()
-}
-
-/// Why an ENI of the instance is none of the pool's.
-fn unused(eni: &cloud::Eni) -> String {
-    match eni.kind {
-        EniKind::Primary => "the instance's own".to_owned(),
-        EniKind::Trunk | EniKind::Member => "a trunk or a member of one".to_owned(),
-        EniKind::Secondary if eni.status != cloud::EniStatus::InUse => format!("its status is {:?}", eni.status),
-        EniKind::Secondary => format!("{} is not in vswitches of eni-config for this zone", eni.vswitch),
+        EniPhase::Mismatched => "does not fit the configuration",
+        EniPhase::Foreign => "not the pool's",
     }
 }
 
-fn vswitches_of(enis: &[v1::Eni]) -> BTreeMap<String, v1::VSwitch> {
+fn vswitches_of(enis: &[v1::Eni], views: Vec<VSwitchView>, now: Moment) -> BTreeMap<String, v1::VSwitch> {
     let mut all: BTreeMap<String, v1::VSwitch> = BTreeMap::new();
+    for view in views {
+        let row = v1::VSwitch {
+            id: view.id.to_string(),
+            available: view.available,
+            configured: view.configured,
+            blocked: view.error.as_ref().map(detail),
+            resting_seconds: seconds_until(view.resting_until, now),
+            fragmented: view.fragmented_until.is_some(),
+            ..Default::default()
+        };
+        all.insert(row.id.clone(), row);
+    }
     for eni in enis {
         let row = all.entry(eni.vswitch.clone()).or_default();
         row.id.clone_from(&eni.vswitch);

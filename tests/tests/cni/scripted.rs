@@ -277,7 +277,10 @@ impl NodeNetwork for ScriptedDaemon {
         Err(Status::unimplemented("the plugin never asks"))
     }
 
-    async fn get_metadata(&self, _: Request<v1::GetMetadataRequest>) -> Result<Response<v1::GetMetadataResponse>, Status> {
+    async fn get_metadata(
+        &self,
+        _: Request<v1::GetMetadataRequest>,
+    ) -> Result<Response<v1::GetMetadataResponse>, Status> {
         Err(Status::unimplemented("the plugin never asks"))
     }
 

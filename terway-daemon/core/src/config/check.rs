@@ -44,6 +44,9 @@ const ACTIONS: &[&str] = &[
 ];
 const MAX_RATE: i64 = 100_000;
 
+/// Operations of `backoff_override` that change addresses or ENIs; the first of them that is given sets the pool's waiting times.
+pub const POOL_OPERATIONS: [&str; 5] = ["eni_ip_ops", "eni_ops", "eni_create", "eni_release", ""];
+
 /// Operations of `backoff_override` in the format.
 const OPERATIONS: &[&str] = &[
     "",
@@ -397,6 +400,10 @@ fn backoff(reader: &mut Reader) -> BTreeMap<String, BackoffOverride> {
     for (operation, times) in operations {
         if let Some(hint) = stranger(operation, OPERATIONS) {
             reader.warn(keys::BACKOFF_OVERRIDE.name, format!("no operation {operation:?} is known{hint}"));
+        } else if !POOL_OPERATIONS.contains(&operation.as_str()) {
+            let words =
+                format!("has no effect on {operation}: this version waits for events there, or for fixed times");
+            reader.warn(keys::BACKOFF_OVERRIDE.name, words);
         }
         match times {
             Value::Object(times) => {

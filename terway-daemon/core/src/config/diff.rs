@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::keys::{self, Effect, Key};
 use super::units::show_period;
-use super::{AccessKey, BackoffOverride, Config, Prefixes, Secret};
+use super::{AccessKey, BackoffOverride, Config, Secret};
 
 /// The value of one key, as far as it can be shown.
 #[derive(Clone, Debug, PartialEq)]
@@ -188,7 +188,6 @@ impl Config {
         Self {
             ip_stack: self.ip_stack,
             warm_up: self.warm_up,
-            prefixes: Prefixes { enabled: self.prefixes.enabled, ..new.prefixes },
             service_cidrs: self.service_cidrs.clone(),
             region: self.region.clone(),
             policy_enabled: self.policy_enabled,

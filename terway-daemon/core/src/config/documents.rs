@@ -1,6 +1,7 @@
 //! The data of a ConfigMap: `eni_conf` and what stands beside it, and the node's own layer.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde_json::{Map, Value, json};
 
@@ -16,12 +17,23 @@ use crate::cni::conf::VirtualType;
 pub type Data = BTreeMap<String, String>;
 
 /// Everything a configuration is made of.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Documents {
     /// The cluster's `eni-config`.
     pub data: Data,
     /// The node's own layer (label `terway-config`): its `eni_conf` is merged over the cluster's by RFC 7396; nothing else of it counts.
     pub overlay: Option<Data>,
+}
+
+/// The texts hold secrets: only their names and sizes are shown.
+impl fmt::Debug for Documents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fn sizes(data: &Data) -> BTreeMap<&str, usize> {
+            data.iter().map(|(name, text)| (name.as_str(), text.len())).collect()
+        }
+        let overlay = self.overlay.as_ref().map(sizes);
+        f.debug_struct("Documents").field("data", &sizes(&self.data)).field("overlay", &overlay).finish()
+    }
 }
 
 /// What the ConfigMap says outside of `eni_conf`.
@@ -59,7 +71,15 @@ impl Documents {
             return Err(bad);
         }
         let config = check(&mut reader, beside);
-        if reader.bad.is_empty() { Ok((config, reader.warnings)) } else { Err(reader.bad) }
+        if reader.bad.is_empty() {
+            return Ok((config, reader.warnings));
+        }
+        // Two files make one document: say which of them to mend.
+        let own = self.overlay.as_ref().and_then(|data| object("", data.get(ENI_CONF.name)?).ok());
+        for bad in reader.bad.iter_mut().filter(|bad| own.as_ref().is_some_and(|own| own.contains_key(&bad.key))) {
+            bad.reason.push_str(" (set by the node's own configuration)");
+        }
+        Err(reader.bad)
     }
 
     /// `eni_conf` with the overlay's laid over it.

@@ -246,7 +246,7 @@ keys! {
     MAX_POOL_SIZE = "max_pool_size", EniConf, Whole { least: 0, most: MANY }, Is("5"), "addresses", Now,
         "Idle addresses beyond this go back to the vSwitch.";
     IP_WARM_UP_SIZE = "ip_warm_up_size", EniConf, Whole { least: 0, most: MANY }, Is("0"), "addresses", Restart,
-        "Addresses fetched once when the daemon starts, before the first pod asks.";
+        "Addresses fetched once when the daemon starts on a node that has none yet, before the first pod asks.";
     IDLE_IP_RECLAIM_AFTER = "idle_ip_reclaim_after", EniConf, Period { least: Duration::ZERO, most: DAY.saturating_mul(30) }, Means("off"), "time", Now,
         "When no address was bound or freed for this long, idle addresses are given back down to min_pool_size. 0 is off.";
     IDLE_IP_RECLAIM_INTERVAL = "idle_ip_reclaim_interval", EniConf, Period { least: SECOND, most: DAY }, Is("10m"), "time", Now,
@@ -257,14 +257,14 @@ keys! {
         "The pause is longer by a random part of itself up to this, so that nodes do not call the API in step.";
     IP_POOL_SYNC_PERIOD = "ip_pool_sync_period", EniConf, Period { least: SECOND, most: DAY }, Is("120s"), "time", Now,
         "How often the pool is compared with the cloud at least.";
-    ENABLE_IP_PREFIX = "enable_ip_prefix", EniConf, Flag, Is("false"), "", Restart,
-        "Addresses are fetched as /28 prefixes, 16 at a time.";
+    ENABLE_IP_PREFIX = "enable_ip_prefix", EniConf, Flag, Is("false"), "", NewAllocations,
+        "Addresses are fetched as prefixes, 16 IPv4 addresses (a /28) at a time. Where a vSwitch has no whole prefix left, single addresses are. What the node has of the other kind stays in use.";
     IPV4_PREFIX_COUNT = "ipv4_prefix_count", EniConf, Whole { least: 0, most: MANY }, Is("0"), "prefixes", Now,
-        "IPv4 prefixes that the node keeps in all; 0 lets demand and the watermarks decide. Needs enable_ip_prefix.";
+        "IPv4 prefixes that the node has at least; 0 lets demand and the watermarks decide. Needs enable_ip_prefix.";
     IPV6_PREFIX_COUNT = "ipv6_prefix_count", EniConf, Whole { least: 0, most: 1 }, Is("0"), "prefixes", Now,
-        "IPv6 prefixes of each ENI on a node with ip_stack ipv6; a dual node has one per ENI by itself. Needs enable_ip_prefix.";
+        "IPv6 prefixes of each ENI on a node with ip_stack ipv6; a dual node has one per ENI by itself. Needs enable_ip_prefix. Accepted for compatibility: with prefixes, an ENI gets its /80 when a pod needs it.";
     SERVICE_CIDR = "service_cidr", EniConf, CidrText, Means("none"), "", Restart,
-        "The address ranges of Services.";
+        "The address ranges of Services. Kept for Services in the datapath, which are to come.";
     HOST_STACK_CIDRS = "host_stack_cidrs", EniConf, CidrList, Means("none"), "", Now,
         "Destinations that pods reach by the node's own network stack rather than by their ENI, such as a node-local DNS cache. Joined with host_stack_cidrs of the CNI configuration.";
     EXTRA_ROUTES = "extra_routes", EniConf, Routes, Means("none"), "", NewAllocations,
@@ -284,9 +284,9 @@ keys! {
     DEGRADATION = "degradation", EniConf, OneOf(&["", "l0", "l1"]), Is(""), "", Now,
         "For emergencies: l0 makes no call of the cloud API at all and serves pods from what the node has; l1 makes none that releases something.";
     DISABLE_NETWORK_POLICY = "disable_network_policy", ConfigMap, TextFlag, Is("false"), "", Restart,
-        "Turns NetworkPolicy off. Every value but false, 0 and the empty string does.";
+        "Turns NetworkPolicy off. Every value but false, 0 and the empty string does. Kept for NetworkPolicy, which is to come.";
     IN_CLUSTER_LOADBALANCE = "in_cluster_loadbalance", ConfigMap, TextFlag, Is("true"), "", Restart,
-        "Connections of pods to external addresses of Services go straight to the backends. Every value but true turns it off.";
+        "Connections of pods to external addresses of Services go straight to the backends. Every value but true turns it off. Kept for Services in the datapath, which are to come.";
     CNI_CONFLIST = "10-terway.conflist", ConfigMap, CniConf, Means("none"), "", Restart,
         "A CNI configuration list; its plugin of type terway is read as 10-terway.conf is, and goes before it. The daemon writes the list for the container runtime itself.";
     CNI_CONF = "10-terway.conf", ConfigMap, CniConf, Means("none"), "", Restart,

@@ -66,8 +66,8 @@ mod tests {
         }
 
         #[test]
-        fn an_empty_patch_of_an_object_changes_nothing(target in any_json()) {
-            prop_assume!(target.is_object());
+        fn an_empty_patch_of_an_object_changes_nothing(inner in any_json()) {
+            let target = json!({"a": inner, "b": null});
             prop_assert_eq!(merged(target.clone(), json!({})), target);
         }
     }

@@ -23,6 +23,7 @@ use ipnet::IpNet;
 
 use crate::ident::{IpStack, SecurityGroupId, VSwitchId};
 
+pub use self::check::POOL_OPERATIONS;
 pub use self::diff::{Changed, Setting};
 pub use self::documents::{Data, Documents};
 pub use self::keys::{Absent, Effect, KEYS, Key, Kind, Place, REMOVED, by_name, nearest};
@@ -101,7 +102,7 @@ pub struct Reclaim {
 pub struct Prefixes {
     /// Whether addresses are fetched as prefixes.
     pub enabled: bool,
-    /// IPv4 prefixes of the node; 0 leaves it to demand.
+    /// IPv4 prefixes of the node at least; 0 leaves it to demand.
     pub v4_count: u32,
     /// IPv6 prefixes of each ENI, 0 or 1.
     pub v6_count: u32,

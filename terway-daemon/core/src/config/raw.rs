@@ -25,7 +25,6 @@ pub(super) fn object(name: &str, text: &str) -> Result<Map<String, Value>, Inval
 }
 
 /// The document being read: what is taken leaves it, what is refused is noted.
-#[derive(Debug)]
 pub(super) struct Reader {
     keys: Map<String, Value>,
     pub(super) bad: Vec<Invalid>,

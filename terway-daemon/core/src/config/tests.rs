@@ -51,7 +51,7 @@ fn a_default_of_the_table_is_the_default_of_the_node() {
             // A length of time has several spellings.
             Absent::Is("120s") => assert_eq!(shown, "2m"),
             Absent::Is("1" | "0.1") => {
-                assert_eq!(setting.clone(), Setting::Value(json!(shown.parse::<f64>().unwrap())))
+                assert_eq!(setting, Setting::Value(json!(shown.parse::<f64>().unwrap())));
             }
             Absent::Is("") => assert_eq!(shown, "\"\"", "{}", key.name),
             Absent::Is(text) => assert_eq!(shown, text, "{}", key.name),
@@ -210,6 +210,8 @@ fn the_nodes_own_layer_goes_over_the_clusters() {
         "{warnings:?}"
     );
 
+    documents.overlay = Some(Data::from([("eni_conf".into(), r#"{"max_pool_size": -1}"#.into())]));
+    assert!(documents.check().unwrap_err()[0].reason.ends_with("own configuration)"));
     documents.overlay = Some(Data::from([("eni_conf".into(), "[]".into())]));
     assert!(documents.check().unwrap_err()[0].key.contains("own configuration"));
     documents.overlay = Some(Data::new());
@@ -347,6 +349,7 @@ proptest! {
         let mut documents = Documents::of(&text);
         for text in [documents.clone(), { documents.data.insert("10-terway.conf".into(), whole.clone()); documents }] {
             let outcome = text.check();
+            prop_assert!(free_of_secrets(&text));
             prop_assert!(outcome.is_err() || text.data.len() == 1);
             prop_assert!(free_of_secrets(&outcome));
         }

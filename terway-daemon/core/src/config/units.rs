@@ -26,6 +26,12 @@ impl Ratio {
     pub const fn get(self) -> f64 {
         self.0
     }
+
+    /// The number in thousandths, rounded; at most `u32::MAX`.
+    #[must_use]
+    pub fn permille(self) -> u32 {
+        (self.0 * 1000.0).round() as u32
+    }
 }
 
 impl fmt::Display for Ratio {
@@ -132,6 +138,8 @@ mod tests {
     #[test]
     fn ratios_are_finite_and_have_one_zero() {
         assert_eq!(Ratio::new(-0.0).map(|r| r.to_string()), Some("0".to_owned()));
+        assert_eq!(Ratio::new(0.3335).map(Ratio::permille), Some(334));
+        assert_eq!(Ratio::new(f64::MAX).map(Ratio::permille), Some(u32::MAX));
         assert!([f64::NAN, f64::INFINITY, -0.1].into_iter().all(|bad| Ratio::new(bad).is_none()));
     }
 

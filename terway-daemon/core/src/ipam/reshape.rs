@@ -89,7 +89,8 @@ impl Pool {
             }
         }
         let now = self.now;
-        let graces = self.enis.values().filter_map(|state| state.mismatch.as_ref().map(|(_, since)| since.after(grace)));
+        let graces =
+            self.enis.values().filter_map(|state| state.mismatch.as_ref().map(|(_, since)| since.after(grace)));
         if let Some(next) = graces.filter(|at| *at > now).min() {
             self.wake(next, Timer::Plan);
         }

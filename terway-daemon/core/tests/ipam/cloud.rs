@@ -101,9 +101,13 @@ impl Cloud {
 
     /// Whole blocks only, so a vSwitch can have addresses and no prefix.
     fn take_prefixes(&mut self, vswitch: &VSwitchId, count: u32) -> Result<Vec<Ipv4Net>, CloudError> {
-        let free = self.free.get_mut(vswitch).ok_or_else(|| error(ErrorClass::NotFound, "InvalidVSwitchId.NotFound"))?;
-        let whole = |a: &&Ipv4Addr| a.octets()[3] % 16 == 0 && (0..16).all(|n| free.contains(&Ipv4Addr::from_bits(a.to_bits() + n)));
-        let found: Vec<_> = free.iter().filter(whole).take(count as usize).map(|a| Ipv4Net::new_assert(*a, 28)).collect();
+        let free =
+            self.free.get_mut(vswitch).ok_or_else(|| error(ErrorClass::NotFound, "InvalidVSwitchId.NotFound"))?;
+        let whole = |a: &&Ipv4Addr| {
+            a.octets()[3] % 16 == 0 && (0..16).all(|n| free.contains(&Ipv4Addr::from_bits(a.to_bits() + n)))
+        };
+        let found: Vec<_> =
+            free.iter().filter(whole).take(count as usize).map(|a| Ipv4Net::new_assert(*a, 28)).collect();
         if found.len() < count as usize {
             return Err(error(ErrorClass::VSwitchExhausted, "InvalidVSwitchId.IpNotEnough"));
         }
