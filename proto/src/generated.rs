@@ -206,6 +206,28 @@ pub struct StatusResponse {
     /// The eBPF datapath.
     #[prost(message, optional, tag = "7")]
     pub datapath: ::core::option::Option<Datapath>,
+    /// The configuration in force.
+    #[prost(message, optional, tag = "8")]
+    pub config: ::core::option::Option<ConfigState>,
+}
+/// The configuration in force, and what became of the latest edit.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ConfigState {
+    /// 1 at the start, one more with every edit that changed something.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// Milliseconds since 1970 when it was taken.
+    #[prost(uint64, tag = "2")]
+    pub applied_ms: u64,
+    /// Why the files as they are now are not taken; unset if they are. Also among the problems of the status.
+    #[prost(message, optional, tag = "3")]
+    pub failure: ::core::option::Option<ErrorDetail>,
+    /// What waits for a restart; unset if nothing does.
+    #[prost(message, optional, tag = "4")]
+    pub pending: ::core::option::Option<ErrorDetail>,
+    /// Keys that are ignored or questionable.
+    #[prost(message, repeated, tag = "5")]
+    pub warnings: ::prost::alloc::vec::Vec<ErrorDetail>,
 }
 /// Counts of pod addresses by state.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -8,19 +8,19 @@ use std::time::{Duration, Instant};
 use serde_json::Map;
 use terway_core::clock::Moment;
 use terway_core::cni;
-use terway_core::config::{self, Config};
+use terway_core::config::Config;
 use terway_core::errors::{self, Error};
 use terway_core::ident::Addresses;
 use terway_core::ipam::{NodeFacts, Pool, PoolConfig, Record, Snapshot, VSwitchSelection};
 use terway_core::route::{NodeInputs, NodePlan};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::atomic_file;
 use crate::bpf::{self, Datapath};
-use crate::cloud::{
-    Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, Metadata, Retry, Secret, endpoint,
-};
+use crate::cloud::{Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, Metadata, Retry, endpoint};
+use crate::config_source::{ConfigMetrics, ConfigSource};
 use crate::engine::{self, Engine, Facts, Parts};
 use crate::http;
 use crate::identity::{self, Node};
@@ -56,12 +56,13 @@ pub async fn run(options: Options) -> Result<(), Error> {
         }
         _ => failed(errors::STORE_FAILED, &options.state_dir.display().to_string(), &error),
     })?;
-    let config = read_config(&options.config)?;
+    let (mut registry, metrics) = metrics::new_registry();
+    let source = Arc::new(ConfigSource::open(options.config_paths(), ConfigMetrics::new(&mut registry))?);
+    let config = source.config();
     let store = Store::open(options.store_path())
         .map_err(|error| failed(errors::STORE_FAILED, &options.store_path().display().to_string(), &error))?;
     let records = store.load().map_err(|error| failed(errors::STORE_FAILED, "load", &error))?;
 
-    let (mut registry, metrics) = metrics::new_registry();
     let host = Arc::new(Host::new()?);
     let links = host.watch()?;
     let datapath = Arc::new(open_datapath(&options)?);
@@ -69,7 +70,9 @@ pub async fn run(options: Options) -> Result<(), Error> {
 
     let (node, cloud) = meet_cloud(&options, &config, &metrics).await?;
     let facts = prepare_node(&options, &config, &node, &host).await?;
-    follow_addresses(&links, &datapath, &config)?;
+    let addresses = links.addresses();
+    apply(&config, &addresses.borrow().clone(), &datapath)?;
+    tokio::spawn(follow(source.subscribe(), addresses, Arc::clone(&datapath)));
 
     let snapshot = Snapshot {
         records: records.clone(),
@@ -78,12 +81,23 @@ pub async fn run(options: Options) -> Result<(), Error> {
     };
     let (pool, effects) = Pool::restore(pool_config(&options, &config, &node), snapshot, Moment::ZERO)
         .map_err(|error| failed(errors::STORE_FAILED, "restore", &error))?;
-    let parts =
-        Parts { pool, origin: Instant::now(), store, cloud, datapath, host, links, facts, metrics: metrics.clone() };
+    let parts = Parts {
+        pool,
+        origin: Instant::now(),
+        store,
+        cloud,
+        datapath,
+        host,
+        links,
+        facts,
+        metrics: metrics.clone(),
+        config: Arc::clone(&source),
+    };
     let engine = Engine::new(parts);
     engine.begin(&records, effects).await?;
     tokio::spawn(Arc::clone(&engine).tick());
     tokio::spawn(Arc::clone(&engine).log_drops());
+    tokio::spawn(Arc::clone(&source).follow());
 
     // Listening comes before reading the queue: see terway_core::cni::queue for why nothing falls in between.
     let listener = socket::bind(&options.socket)
@@ -165,19 +179,6 @@ async fn serve_http(
     }
 }
 
-fn read_config(path: &Path) -> Result<Config, Error> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| failed(errors::CONFIG_INVALID, &path.display().to_string(), &error))?;
-    let (config, warnings) = config::parse(&text).map_err(|bad| {
-        let all: Vec<String> = bad.iter().map(ToString::to_string).collect();
-        Error::new(errors::CONFIG_INVALID, format!("{}: {}", path.display(), all.join("; ")))
-    })?;
-    for warning in warnings {
-        warn!(key = warning.key, "eni_conf: {}", warning.message);
-    }
-    Ok(config)
-}
-
 fn open_datapath(options: &Options) -> Result<Datapath, Error> {
     let entries = options.flow_entries;
     let config = bpf::Config { flows_v4: entries, flows_v6: entries, ..bpf::Config::new(&options.bpffs) };
@@ -203,9 +204,7 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
     };
 
     let credentials = match &config.access_key {
-        Some(key) => {
-            CredentialSource::AccessKey { id: Secret::new(key.id.as_str()), secret: Secret::new(key.secret.expose()) }
-        }
+        Some(key) => CredentialSource::AccessKey { id: key.id.clone(), secret: key.secret.clone() },
         None => CredentialSource::RamRole { role: None },
     };
     let region = config.region.as_deref().unwrap_or(&identity.region);
@@ -274,26 +273,33 @@ async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Ho
     })
 }
 
-/// Keeps the datapath's idea of "the node itself" in line with the node's addresses.
-fn follow_addresses(links: &crate::net::Watch, datapath: &Arc<Datapath>, config: &Config) -> Result<(), Error> {
-    let mut addresses = links.addresses();
-    let (datapath, fixed) = (Arc::clone(datapath), config.host_stack_cidrs.clone());
-    let apply = move |now: &[ipnet::IpNet]| {
-        let hosts = now.iter().map(|net| ipnet::IpNet::from(net.addr()));
-        let all: Vec<ipnet::IpNet> = hosts.chain(fixed.iter().copied()).collect();
-        datapath.set_host_addresses(&all)
-    };
-    let first = Arc::clone(&addresses.borrow_and_update());
-    apply(&first).map_err(|error| failed(errors::BPF_FAILED, "host addresses", &error))?;
-    tokio::spawn(async move {
-        while addresses.changed().await.is_ok() {
-            let now = Arc::clone(&addresses.borrow_and_update());
-            if let Err(error) = apply(&now) {
-                error!(%error, "the datapath does not know the node's present addresses");
-            }
+/// Carries a configuration, and the node's present addresses, to everything that can take them while the daemon runs. Called at the start and
+/// after every change of either; all of it is idempotent.
+fn apply(config: &Config, addresses: &[ipnet::IpNet], datapath: &Datapath) -> Result<(), Error> {
+    let hosts = addresses.iter().map(|net| ipnet::IpNet::from(net.addr()));
+    let all: Vec<ipnet::IpNet> = hosts.chain(config.host_stack_cidrs.iter().copied()).collect();
+    datapath.set_host_addresses(&all).map_err(|error| failed(errors::BPF_FAILED, "host addresses", &error))
+}
+
+/// Applies every change of the configuration and of the node's addresses. Runs as long as the daemon.
+async fn follow(
+    mut config: watch::Receiver<Arc<Config>>,
+    mut addresses: watch::Receiver<Arc<Vec<ipnet::IpNet>>>,
+    datapath: Arc<Datapath>,
+) {
+    loop {
+        let changed = tokio::select! {
+            changed = config.changed() => changed,
+            changed = addresses.changed() => changed,
+        };
+        if changed.is_err() {
+            return;
         }
-    });
-    Ok(())
+        let (config, addresses) = (config.borrow_and_update().clone(), addresses.borrow_and_update().clone());
+        if let Err(error) = apply(&config, &addresses, &datapath) {
+            error!(%error, "a part of the configuration or of the node's addresses is not in effect");
+        }
+    }
 }
 
 async fn inventory(cloud: &dyn Cloud, node: &Node) -> Option<Vec<terway_core::cloud::Eni>> {

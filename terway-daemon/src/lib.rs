@@ -4,6 +4,7 @@ pub mod atomic_file;
 pub mod bpf;
 pub mod cli;
 pub mod cloud;
+pub mod config_source;
 pub mod daemon;
 pub mod engine;
 pub mod http;

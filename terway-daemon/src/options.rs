@@ -5,13 +5,18 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use crate::config_source::Paths;
+
 /// The node daemon of the terway container network.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "terwayd", version, about)]
 pub struct Options {
-    /// The `eni_conf` document of the eni-config ConfigMap, as mounted.
-    #[arg(long, default_value = "/etc/eni/eni_conf", value_name = "FILE")]
+    /// The eni-config ConfigMap as mounted, or its `eni_conf` document alone; followed while the daemon runs.
+    #[arg(long, default_value = "/etc/eni", value_name = "PATH")]
     pub config: PathBuf,
+    /// The node's own configuration, merged over the cluster's: a folder or an `eni_conf` document.
+    #[arg(long, value_name = "PATH")]
+    pub config_overlay: Option<PathBuf>,
     /// State that survives restarts: the store, the lock, queued DELs.
     #[arg(long, default_value = "/var/lib/cni/terway", value_name = "DIR")]
     pub state_dir: PathBuf,
@@ -79,6 +84,16 @@ impl Options {
     #[must_use]
     pub fn node_path(&self) -> PathBuf {
         self.state_dir.join("node.json")
+    }
+
+    /// Where the configuration lies, and where the last good one is kept.
+    #[must_use]
+    pub fn config_paths(&self) -> Paths {
+        Paths {
+            config: self.config.clone(),
+            overlay: self.config_overlay.clone(),
+            kept: Some(self.state_dir.join("config.json")),
+        }
     }
 
     /// Where the plugin leaves DELs that found no daemon.

@@ -279,6 +279,10 @@ catalogue! {
     CONFIG_RESTART = "TW0406", "config-restart", 7,
         "An edit of eni-config takes effect only when the daemon of this node restarts.",
         "Restart the terway pod of this node when convenient; running pods keep their network meanwhile.";
+    /// A key whose value is taken, with a reservation.
+    CONFIG_QUESTIONABLE = "TW0407", "config-questionable", 7,
+        "The eni-config configuration holds a value that is taken but will not do all that it says.",
+        "The message says what; set the key as it advises, or leave it.";
 }
 
 /// An error on its way to a user: a code and the particulars.

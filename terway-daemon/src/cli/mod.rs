@@ -3,6 +3,7 @@
 //! Exit codes: 0 all is well, 1 the answer tells of a problem or mismatch (or the daemon refused), 2 wrong usage, 3 the daemon does not
 //! answer. The JSON is a contract: keys are added, never renamed (docs/operating.md).
 
+mod config;
 mod daemon;
 mod drops;
 mod eni;
@@ -87,6 +88,11 @@ enum Command {
         #[arg(short, long)]
         follow: bool,
     },
+    /// Checks, explains and compares configurations (eni-config); needs no daemon.
+    Config {
+        #[command(subcommand)]
+        command: config::Command,
+    },
     /// Explains an error code such as TW0202.
     Explain {
         /// The code.
@@ -161,6 +167,7 @@ async fn run(cli: &Cli) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        Command::Config { command } => config::run(command, style),
         Command::Explain { code } => {
             let unknown = || Failure::Usage(format!("{code} is no error code of this version"));
             let code = terway_core::errors::by_id(&code.to_uppercase()).ok_or_else(unknown)?;

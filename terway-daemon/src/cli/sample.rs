@@ -49,6 +49,13 @@ pub(super) fn status() -> v1::StatusResponse {
             endpoints: 2,
             drops: [("policy".to_owned(), 0), ("spoofed_source".to_owned(), 7)].into(),
         }),
+        config: Some(v1::ConfigState {
+            generation: 3,
+            applied_ms: 1_790_000_000_000,
+            failure: None,
+            pending: Some(error(terway_core::errors::CONFIG_RESTART, "ip_stack: ipv4 -> dual (restart)")),
+            warnings: vec![error(terway_core::errors::CONFIG_UNKNOWN_KEY, "vswitchs: did you mean vswitches?")],
+        }),
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde_json::json;
 use terway_proto::v1;
 
-use super::table::{Style, errors_json, pool_json, pretty};
+use super::table::{Style, error_json, errors_json, pool_json, pretty};
 
 pub(super) fn render(status: &v1::StatusResponse, style: Style) -> String {
     if style.is_json() { json(status) } else { text(status, style) }
@@ -38,6 +38,17 @@ fn text(status: &v1::StatusResponse, style: Style) -> String {
             let _ = writeln!(out, "  dropped  {packets} packets: {reason}");
         }
     }
+    if let Some(config) = &status.config {
+        let _ = writeln!(
+            out,
+            "config     generation {}{}",
+            config.generation,
+            if config.failure.is_some() { ", the latest edit is refused" } else { "" }
+        );
+        for note in config.pending.iter().chain(&config.warnings) {
+            let _ = writeln!(out, "  note     {} {}", note.code, note.detail);
+        }
+    }
     if !status.enis.is_empty() {
         let rows = status.enis.iter().map(|e| {
             let used = format!("{}/{}", e.bound, e.addresses);
@@ -51,6 +62,7 @@ fn text(status: &v1::StatusResponse, style: Style) -> String {
 
 fn json(status: &v1::StatusResponse) -> String {
     let datapath = status.datapath.clone().unwrap_or_default();
+    let config = status.config.clone().unwrap_or_default();
     pretty(&json!({
         "ready": status.ready,
         "node": status.node,
@@ -64,6 +76,11 @@ fn json(status: &v1::StatusResponse) -> String {
         "datapath": {
             "podHook": datapath.pod_hook, "eniHook": datapath.eni_hook, "abiVersion": datapath.abi_version,
             "endpoints": datapath.endpoints, "drops": datapath.drops,
+        },
+        "config": {
+            "generation": config.generation, "appliedMs": config.applied_ms,
+            "failure": error_json(config.failure.as_ref()), "pending": error_json(config.pending.as_ref()),
+            "warnings": errors_json(&config.warnings),
         },
     }))
 }

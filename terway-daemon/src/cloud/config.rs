@@ -7,7 +7,7 @@ use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use reqwest::Url;
 
 use super::CallObserver;
-use super::secret::Secret;
+use super::Secret;
 
 /// The address of the metadata service, the same in every region.
 pub const METADATA: &str = "http://100.100.100.200";

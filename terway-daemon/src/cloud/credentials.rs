@@ -8,9 +8,9 @@ use tokio::sync::Mutex;
 use tracing::{info, warn};
 
 use super::Result;
+use super::Secret;
 use super::config::CredentialSource;
 use super::metadata::Metadata;
-use super::secret::Secret;
 
 /// Temporary keys are replaced this long before they expire. The metadata service has the successors half an hour ahead
 /// ("Instance RAM roles", ECS user guide).

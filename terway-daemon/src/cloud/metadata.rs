@@ -15,9 +15,9 @@ use terway_core::ident::{EniId, InstanceId, Mac, VSwitchId};
 use tokio::sync::Mutex;
 use tracing::debug;
 
+use super::Secret;
 use super::config::Retry;
 use super::credentials::Credentials;
-use super::secret::Secret;
 use super::{CallObserver, ObservedCall, Result};
 
 const ACTION: &str = "metadata";

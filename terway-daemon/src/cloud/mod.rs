@@ -9,7 +9,6 @@ mod credentials;
 mod limits;
 mod metadata;
 mod rpc;
-mod secret;
 mod sign;
 pub mod tls;
 mod wire;
@@ -26,7 +25,7 @@ use terway_core::ident::{EniId, InstanceId, Mac, SecurityGroupId, VSwitchId};
 pub use self::aliyun::Aliyun;
 pub use self::config::{BadEndpoint, CredentialSource, EcsConfig, EndpointNetwork, METADATA, Retry, endpoint};
 pub use self::metadata::{Metadata, Nic};
-pub use self::secret::Secret;
+pub use terway_core::config::Secret;
 
 /// Addresses that one assign or unassign call may name (ECS API reference, `AssignPrivateIpAddresses`: `PrivateIpAddress.N`, N up to 10).
 pub const MAX_ADDRESSES_PER_CALL: u32 = 10;

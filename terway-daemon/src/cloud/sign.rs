@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use hmac::{Hmac, Mac};
 use sha2::{Digest, Sha256};
 
-use super::secret::Secret;
+use super::Secret;
 
 const ALGORITHM: &str = "ACS3-HMAC-SHA256";
 

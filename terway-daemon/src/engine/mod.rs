@@ -26,6 +26,7 @@ use tokio::sync::{RwLock, oneshot, watch};
 
 use crate::bpf::Datapath;
 use crate::cloud::Cloud;
+use crate::config_source::ConfigSource;
 use crate::metrics::Metrics;
 use crate::net::{Host, Watch};
 use crate::store::Store;
@@ -70,6 +71,7 @@ pub struct Engine {
     drops: drops::DropLog,
     facts: Facts,
     metrics: Metrics,
+    config: Arc<ConfigSource>,
 }
 
 struct Core {

@@ -19,6 +19,7 @@ use super::reaper::Reaper;
 use super::{Core, Engine};
 use crate::bpf::Datapath;
 use crate::cloud::Cloud;
+use crate::config_source::ConfigSource;
 use crate::metrics::Metrics;
 use crate::net::{Host, NetError, Watch};
 use crate::store::Store;
@@ -60,13 +61,15 @@ pub struct Parts {
     pub facts: Facts,
     /// Counters and times.
     pub metrics: Metrics,
+    /// The configuration, for the status.
+    pub config: Arc<ConfigSource>,
 }
 
 impl Engine {
     /// Makes an engine. Must be called on the runtime: the task that deletes links starts with it.
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
-        let Parts { pool, origin, store, cloud, datapath, host, links, facts, metrics } = parts;
+        let Parts { pool, origin, store, cloud, datapath, host, links, facts, metrics, config } = parts;
         let core = Core { pool, waiting: HashMap::new(), next_ticket: 0, written: 0 };
         let reaper = Reaper::start(Arc::clone(&host));
         Arc::new(Self {
@@ -86,6 +89,7 @@ impl Engine {
             drops: super::drops::DropLog::default(),
             facts,
             metrics,
+            config,
         })
     }
 

@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use terway_abi::Drop;
 use terway_core::cloud::{self, CloudError, EniKind};
+use terway_core::config::{self, by_name};
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, EniId, PodRef, VSwitchId};
 use terway_core::ipam::{EniPhase, Phase, Stats};
@@ -15,6 +17,7 @@ use terway_proto::v1;
 use super::Engine;
 use super::pod::{PodOptions, net_error};
 use crate::cloud::EniFilter;
+use crate::config_source::ConfigStatus;
 use crate::server::{attachment, detail, pod};
 
 impl Engine {
@@ -85,6 +88,8 @@ impl Engine {
         };
         problems.extend(self.fatal.borrow().clone());
         problems.extend(self.audit.problems());
+        let config = self.config.status();
+        problems.extend(config.failure.as_ref().map(|failure| failure.error.clone()));
         let nics: HashMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.mac, nic.name)).collect();
         let enis = enis.into_iter().map(|eni| v1::EniState {
             id: eni.id.map(|id| id.to_string()).unwrap_or_default(),
@@ -103,6 +108,7 @@ impl Engine {
             pool: Some(numbers(&stats)),
             enis: enis.collect(),
             datapath: Some(self.datapath_view()),
+            config: Some(config_state(&config)),
         }
     }
 
@@ -261,6 +267,28 @@ fn numbers(stats: &Stats) -> v1::Pool {
         bound: stats.bound,
         cooling: stats.cooling,
         pending: stats.pending,
+    }
+}
+
+fn config_state(status: &ConfigStatus) -> v1::ConfigState {
+    let warnings = status.warnings.iter().map(|warning| {
+        let code = if config::REMOVED.iter().any(|(removed, _)| *removed == warning.key) {
+            errors::CONFIG_REMOVED_KEY
+        } else if by_name(&warning.key).is_none() {
+            errors::CONFIG_UNKNOWN_KEY
+        } else {
+            errors::CONFIG_QUESTIONABLE
+        };
+        detail(&Error::new(code, warning.to_string()))
+    });
+    let pending: Vec<String> = status.pending_restart.iter().map(ToString::to_string).collect();
+    let since = status.applied_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    v1::ConfigState {
+        generation: status.generation,
+        applied_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+        failure: status.failure.as_ref().map(|failure| detail(&failure.error)),
+        pending: (!pending.is_empty()).then(|| detail(&Error::new(errors::CONFIG_RESTART, pending.join("; ")))),
+        warnings: warnings.collect(),
     }
 }
 

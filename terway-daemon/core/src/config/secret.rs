@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer};
 
-/// A key or token. It leaves this type only by [`Secret::expose`], which is easy to search for.
+/// A key or token of the cloud account. It leaves this type only by [`Secret::expose`], which is easy to search for.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Box<str>);
 
@@ -24,7 +24,7 @@ impl Secret {
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret(..)")
+        f.write_str("<secret>")
     }
 }
 
@@ -44,7 +44,7 @@ mod tests {
     #[test]
     fn shows_nothing_even_when_it_does_not_parse() {
         let secret = Secret::new("hunter2");
-        assert_eq!(format!("{secret:?} {:?}", Some(&secret)), "Secret(..) Some(Secret(..))");
+        assert_eq!(format!("{secret:?} {:?}", Some(&secret)), "<secret> Some(<secret>)");
         let error = serde_json::from_str::<Secret>("31337").unwrap_err().to_string();
         assert!(!error.contains("31337"), "{error}");
         assert_eq!(serde_json::from_str::<Secret>("\"x\"").unwrap().expose(), "x");
