@@ -25,6 +25,8 @@ pub(super) struct Creation {
     pub(super) error: Option<CloudError>,
     /// An attempt ended without an outcome: only the cloud's word about this very token may end it.
     uncertain: bool,
+    /// Refused, and only kept because an attempt without an outcome may still arrive there.
+    pub(super) doomed: bool,
 }
 
 /// What an ENI is created with.
@@ -39,7 +41,7 @@ pub(super) struct Cargo {
 
 impl Creation {
     pub(super) const fn restored(record: CreationRecord) -> Self {
-        Self { record, op: None, failures: 0, error: None, uncertain: true }
+        Self { record, op: None, failures: 0, error: None, uncertain: true, doomed: false }
     }
 
     /// Units it brings.
@@ -82,7 +84,7 @@ impl Pool {
             tags,
         };
         self.out.put(Record::Creation(record.clone()));
-        let creation = Creation { record, op: None, failures: 0, error: None, uncertain: false };
+        let creation = Creation { record, op: None, failures: 0, error: None, uncertain: false, doomed: false };
         self.creations.insert(token.clone(), creation);
         self.retry_creation(&token);
     }
@@ -132,6 +134,7 @@ impl Pool {
         };
         if repeat {
             creation.op = None;
+            creation.doomed = false;
             creation.failures += 1;
             let failures = creation.failures;
             creation.error = Some(error.clone());
@@ -141,12 +144,25 @@ impl Pool {
             }
             return self.wake(at, Timer::Creation(token));
         }
-        let Some(creation) = self.creations.remove(&token) else { return };
+        let record = creation.record.clone();
+        if std::mem::take(&mut creation.uncertain) {
+            // An earlier attempt may be on its way yet, and make an ENI that nobody knows. The same token asked again when it must have
+            // arrived brings that ENI, or this refusal once more.
+            (creation.op, creation.doomed) = (None, true);
+            let at = self.now.after(self.config.settle);
+            self.wake(at, Timer::Creation(token));
+            return self.creation_refused(record, error);
+        }
+        self.creations.remove(&token);
         // Lost in a crash, the call is repeated: at worst there is an ENI more, which is used or given back.
         self.out.delete_lazily(RecordKey::Creation(token));
+        self.creation_refused(record, error);
+    }
+
+    fn creation_refused(&mut self, record: CreationRecord, error: CloudError) {
         if error.class == ErrorClass::VSwitchExhausted {
             let until = self.now.after(self.config.vswitch_rest);
-            let CreationRecord { vswitch, v4, v4_prefixes, .. } = creation.record;
+            let CreationRecord { vswitch, v4, v4_prefixes, .. } = record;
             if v4_prefixes > 0 {
                 // Even the primary address may be what is missing; then the next attempt without prefixes says so.
                 self.vswitches.fragmented(&vswitch, v4_prefixes, until);

@@ -67,12 +67,19 @@ impl Pool {
         let now = self.now;
         let Some(mismatch) = self.enis.get(id).map(|state| self.mismatch(state)) else { return };
         let Some(state) = self.enis.get_mut(id) else { return };
+        let was_blocked = state.blocked();
         state.mismatch = match (mismatch, state.mismatch.take()) {
             // The time runs from the first reason on, whichever it was.
             (Some(reason), Some((_, since))) => Some((reason, since)),
             (Some(reason), None) => Some((reason, now)),
             (None, _) => None,
         };
+        if was_blocked && !state.blocked() {
+            // Ours again: what was left lying goes on.
+            self.retry_call(id, Family::V4);
+            self.retry_call(id, Family::V6);
+            self.advance_drain(id);
+        }
     }
 
     /// Empties what does not match, gives back what is empty, and makes room for `short` units that no call can bring as things stand.

@@ -44,6 +44,7 @@ impl VSwitches {
     /// Takes over a new list. What is known of a vSwitch stays known, except that none is left alone any longer: the change may be the cure.
     pub(super) fn configure(&mut self, ids: &[VSwitchId]) {
         let mut old = std::mem::take(&mut self.list);
+        (self.failures, self.error) = (0, None);
         for id in ids {
             let known = old.iter().position(|v| v.id == *id).map(|i| old.swap_remove(i));
             let available = known.and_then(|v| v.available);

@@ -11,7 +11,7 @@ use terway_core::cloud::ErrorClass;
 use terway_core::ident::{Family, IpStack};
 use terway_core::ipam::{
     ALWAYS_BLOCKED, Answer, Degradation, EniSelection, Event, Phase, PoolConfig, PoolMode, Reclaim, Record,
-    VSwitchSelection,
+    V4_PREFIX_SLOTS, V6_PREFIX_SLOTS, VSwitchSelection,
 };
 
 use crate::cloud::prefixes_of;
@@ -266,7 +266,11 @@ fn check_at_rest(world: &World, scarce: bool) {
     let primaries = u32::try_from(enis.len()).unwrap_or(0);
     let partly = enis.iter().flat_map(|eni| &eni.prefixes).filter(|p| p.in_use > 0);
     let partly: u32 = partly.map(|p| p.slots - p.in_use).sum();
-    let whole = if world.config.prefixes { 15 } else { 0 };
+    let whole = match (enis.iter().any(|eni| !eni.prefixes.is_empty()), world.config.stack) {
+        (false, _) => 0,
+        (true, IpStack::Ipv6) => V6_PREFIX_SLOTS - 1,
+        (true, _) => V4_PREFIX_SLOTS - 1,
+    };
     assert!(stats.idle <= world.config.ceiling() + primaries + partly + whole, "{stats:?}");
 }
 
@@ -315,7 +319,7 @@ fn recover(world: &mut World, base: &PoolConfig) {
     world.settle(Duration::from_secs(1_500));
     for view in world.pool.list() {
         let lost = |a: IpAddr| !world.cloud.has(&view.grant.eni, a);
-        if view.phase == Phase::Ready && view.grant.addresses.iter().any(lost) {
+        if view.phase != Phase::Releasing && view.grant.addresses.iter().any(lost) {
             assert!(world.fenced.contains_key(&view.key), "{} lost its address and nobody is told", view.key);
             assert!(!view.missing.is_empty());
             world.del(&view.key);

@@ -197,6 +197,7 @@ fn enis_found_attached_are_used_replaced_or_left_alone() {
         ],
     );
     world.config.limits.adapters = 9;
+    world.cloud.limits = Some((20, 10, 10));
     for other in others {
         world.cloud.enis.insert(other.id.clone(), other);
     }
