@@ -18,7 +18,9 @@ use tracing::{error, info, warn};
 
 use crate::atomic_file;
 use crate::bpf::{self, Datapath};
-use crate::cloud::{Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, Metadata, Retry, endpoint};
+use crate::cloud::{
+    Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, KEY_FOLDER, Metadata, Retry, endpoint,
+};
 use crate::engine::{self, Engine, Facts, Parts};
 use crate::http;
 use crate::identity::{self, Node};
@@ -203,10 +205,8 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
         identity::insist("metadata service: who is this node", || metadata.node_identity()).await
     };
 
-    let credentials = match &config.access_key {
-        Some(key) => CredentialSource::AccessKey { id: key.id.clone(), secret: key.secret.clone() },
-        None => CredentialSource::RamRole { role: None },
-    };
+    let key = config.access_key.as_ref().map(|key| (key.id.clone(), key.secret.clone()));
+    let credentials = CredentialSource::chain(Path::new(KEY_FOLDER), key, None);
     let region = config.region.as_deref().unwrap_or(&identity.region);
     let mut ecs = EcsConfig::for_region(region, EndpointNetwork::Vpc, credentials).map_err(|e| bad(&e))?;
     ecs.metadata = metadata_url;
