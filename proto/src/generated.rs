@@ -206,6 +206,47 @@ pub struct StatusResponse {
     /// The eBPF datapath.
     #[prost(message, optional, tag = "7")]
     pub datapath: ::core::option::Option<Datapath>,
+    /// The configuration.
+    #[prost(message, optional, tag = "8")]
+    pub configuration: ::core::option::Option<Configuration>,
+}
+/// What became of eni-config.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Configuration {
+    /// 1 at the daemon's start, one more with every edit that changed something.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// When the present one was taken, in seconds of the Unix epoch.
+    #[prost(uint64, tag = "2")]
+    pub applied_at: u64,
+    /// Why the files as they are now are not taken; unset if they are.
+    #[prost(message, optional, tag = "3")]
+    pub failure: ::core::option::Option<ErrorDetail>,
+    /// What the present one is warned of, one sentence each.
+    #[prost(string, repeated, tag = "4")]
+    pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Edits that wait for a restart.
+    #[prost(message, repeated, tag = "5")]
+    pub pending_restart: ::prost::alloc::vec::Vec<ConfigChange>,
+    /// What the last edit changed.
+    #[prost(message, repeated, tag = "6")]
+    pub last_edit: ::prost::alloc::vec::Vec<ConfigChange>,
+}
+/// One changed key. Secrets are not shown.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigChange {
+    /// The key.
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// Its old value.
+    #[prost(string, tag = "2")]
+    pub old: ::prost::alloc::string::String,
+    /// Its new value.
+    #[prost(string, tag = "3")]
+    pub new: ::prost::alloc::string::String,
+    /// When it takes effect: now, new-allocations or restart.
+    #[prost(string, tag = "4")]
+    pub effect: ::prost::alloc::string::String,
 }
 /// Counts of pod addresses by state.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -305,6 +346,284 @@ pub struct PodState {
     #[prost(string, tag = "6")]
     pub host_ifname: ::prost::alloc::string::String,
 }
+/// Asks for ENIs and vSwitches.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetPoolRequest {
+    /// Ask the cloud too: adds ENIs that the pool leaves alone, the cloud's state of each, and what is left in the vSwitches.
+    #[prost(bool, tag = "1")]
+    pub ask_cloud: bool,
+}
+/// ENIs and vSwitches.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetPoolResponse {
+    /// The pool in numbers.
+    #[prost(message, optional, tag = "1")]
+    pub pool: ::core::option::Option<Pool>,
+    /// Every ENI that the pool or the cloud knows, ordered by id.
+    #[prost(message, repeated, tag = "2")]
+    pub enis: ::prost::alloc::vec::Vec<Eni>,
+    /// Every vSwitch that is configured for the node's zone, or that one of `enis` is in.
+    #[prost(message, repeated, tag = "3")]
+    pub vswitches: ::prost::alloc::vec::Vec<VSwitch>,
+    /// What is wrong with the pool, the gravest first.
+    #[prost(message, repeated, tag = "4")]
+    pub problems: ::prost::alloc::vec::Vec<ErrorDetail>,
+    /// Why the cloud's part is missing, if it was asked for.
+    #[prost(message, optional, tag = "5")]
+    pub cloud_error: ::core::option::Option<ErrorDetail>,
+}
+/// One ENI of the instance.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Eni {
+    /// The cloud's id; empty while it is being created.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// MAC address.
+    #[prost(string, tag = "2")]
+    pub mac: ::prost::alloc::string::String,
+    /// The cloud's id of its vSwitch.
+    #[prost(string, tag = "3")]
+    pub vswitch: ::prost::alloc::string::String,
+    /// primary (the instance's own), pods, or foreign (never touched).
+    #[prost(string, tag = "4")]
+    pub role: ::prost::alloc::string::String,
+    /// State in the cloud, such as InUse; empty if the cloud was not asked or does not list it.
+    #[prost(string, tag = "5")]
+    pub status: ::prost::alloc::string::String,
+    /// State in the daemon's state machine, in kebab-case; empty if it is not the pool's.
+    #[prost(string, tag = "6")]
+    pub state: ::prost::alloc::string::String,
+    /// Interface on the node; empty until it has appeared.
+    #[prost(string, tag = "7")]
+    pub ifname: ::prost::alloc::string::String,
+    /// Its addresses.
+    #[prost(message, repeated, tag = "8")]
+    pub addresses: ::prost::alloc::vec::Vec<EniAddress>,
+    /// Security groups, if the cloud was asked.
+    #[prost(string, repeated, tag = "9")]
+    pub security_groups: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Tags, if the cloud was asked.
+    #[prost(btree_map = "string, string", tag = "10")]
+    pub tags: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Why new pods get no address of it; empty if they may.
+    #[prost(string, tag = "11")]
+    pub reason: ::prost::alloc::string::String,
+    /// What hinders it.
+    #[prost(message, optional, tag = "12")]
+    pub error: ::core::option::Option<ErrorDetail>,
+    /// Its prefixes, as CIDRs.
+    #[prost(string, repeated, tag = "13")]
+    pub prefixes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Seconds until an address is asked for on it again; 0 if nothing is in the way.
+    #[prost(uint32, tag = "14")]
+    pub resting_seconds: u32,
+}
+/// One address of an ENI.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EniAddress {
+    /// Without prefix length.
+    #[prost(string, tag = "1")]
+    pub address: ::prost::alloc::string::String,
+    /// bound, idle, cooling, releasing, fenced (a pod's, but the cloud does not list it), or other (not the pool's).
+    #[prost(string, tag = "2")]
+    pub state: ::prost::alloc::string::String,
+    /// Whose it is, if it is bound.
+    #[prost(message, optional, tag = "3")]
+    pub pod: ::core::option::Option<Pod>,
+}
+/// One vSwitch.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VSwitch {
+    /// The cloud's id.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// Its zone; empty if the cloud was not asked.
+    #[prost(string, tag = "2")]
+    pub zone: ::prost::alloc::string::String,
+    /// Its IPv4 block; empty if the cloud was not asked.
+    #[prost(string, tag = "3")]
+    pub cidr: ::prost::alloc::string::String,
+    /// Addresses left in it; unset if not known.
+    #[prost(uint32, optional, tag = "4")]
+    pub available: ::core::option::Option<u32>,
+    /// ENIs of the instance in it.
+    #[prost(uint32, tag = "5")]
+    pub enis: u32,
+    /// Addresses of the instance from it.
+    #[prost(uint32, tag = "6")]
+    pub addresses: u32,
+    /// Addresses in use by pods.
+    #[prost(uint32, tag = "7")]
+    pub bound: u32,
+    /// Why no ENI is made and no address taken from it now.
+    #[prost(message, optional, tag = "8")]
+    pub blocked: ::core::option::Option<ErrorDetail>,
+    /// Whether new ENIs may be made in it.
+    #[prost(bool, tag = "9")]
+    pub configured: bool,
+    /// Seconds until it is tried again; 0 if it is not resting.
+    #[prost(uint32, tag = "10")]
+    pub resting_seconds: u32,
+    /// It has no whole prefix left; single addresses are taken.
+    #[prost(bool, tag = "11")]
+    pub fragmented: bool,
+}
+/// Asks for the comparison.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetMappingRequest {
+    /// Do not ask the cloud.
+    #[prost(bool, tag = "1")]
+    pub skip_cloud: bool,
+}
+/// The comparison.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetMappingResponse {
+    /// Every attachment, in the order of their keys.
+    #[prost(message, repeated, tag = "1")]
+    pub pods: ::prost::alloc::vec::Vec<MappingRow>,
+    /// Everything that does not fit.
+    #[prost(message, repeated, tag = "2")]
+    pub findings: ::prost::alloc::vec::Vec<Finding>,
+    /// Who was asked.
+    #[prost(message, repeated, tag = "3")]
+    pub sources: ::prost::alloc::vec::Vec<Source>,
+}
+/// One pod's way. The layers say ok, wrong, unknown (a source did not answer) or changing (the pod is being set up or torn down).
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MappingRow {
+    /// The key.
+    #[prost(message, optional, tag = "1")]
+    pub attachment: ::core::option::Option<Attachment>,
+    /// Whose it is.
+    #[prost(message, optional, tag = "2")]
+    pub pod: ::core::option::Option<Pod>,
+    /// setting-up, ready or releasing.
+    #[prost(string, tag = "3")]
+    pub phase: ::prost::alloc::string::String,
+    /// Addresses without prefix length, IPv4 first.
+    #[prost(string, repeated, tag = "4")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The ENI that carries the addresses.
+    #[prost(string, tag = "5")]
+    pub eni: ::prost::alloc::string::String,
+    /// That ENI's interface on the node.
+    #[prost(string, tag = "6")]
+    pub eni_ifname: ::prost::alloc::string::String,
+    /// Interface on the node that leads to the pod.
+    #[prost(string, tag = "7")]
+    pub host_ifname: ::prost::alloc::string::String,
+    /// The host end of the pod's veth.
+    #[prost(string, tag = "8")]
+    pub link: ::prost::alloc::string::String,
+    /// Routes and neighbours on the node.
+    #[prost(string, tag = "9")]
+    pub route: ::prost::alloc::string::String,
+    /// Rules on the node.
+    #[prost(string, tag = "10")]
+    pub rule: ::prost::alloc::string::String,
+    /// The datapath's maps and programs.
+    #[prost(string, tag = "11")]
+    pub datapath: ::prost::alloc::string::String,
+    /// The addresses in the cloud.
+    #[prost(string, tag = "12")]
+    pub cloud: ::prost::alloc::string::String,
+}
+/// Something that does not fit.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Finding {
+    /// A kind of terway_core::reconcile, in kebab-case.
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    /// The attachment it concerns, if it is one's.
+    #[prost(message, optional, tag = "2")]
+    pub attachment: ::core::option::Option<Attachment>,
+    /// Whose that is.
+    #[prost(message, optional, tag = "3")]
+    pub pod: ::core::option::Option<Pod>,
+    /// What it is about: an interface, an address, an ENI.
+    #[prost(string, tag = "4")]
+    pub subject: ::prost::alloc::string::String,
+    /// Who says what.
+    #[prost(string, tag = "5")]
+    pub evidence: ::prost::alloc::string::String,
+    /// What the daemon does about it: none, repair, fence, remove or free.
+    #[prost(string, tag = "6")]
+    pub action: ::prost::alloc::string::String,
+    /// Whether it is a mismatch and no passing state.
+    #[prost(bool, tag = "7")]
+    pub mismatch: bool,
+}
+/// A source of the comparison.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Source {
+    /// store, kernel, datapath or cloud.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Why it said nothing; unset if it answered.
+    #[prost(message, optional, tag = "2")]
+    pub error: ::core::option::Option<ErrorDetail>,
+}
+/// Asks for the metadata service's words.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetMetadataRequest {}
+/// What the metadata service says. What it would not say is empty and has an error.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetMetadataResponse {
+    /// Instance id.
+    #[prost(string, tag = "1")]
+    pub instance: ::prost::alloc::string::String,
+    /// Instance type.
+    #[prost(string, tag = "2")]
+    pub instance_type: ::prost::alloc::string::String,
+    /// Region.
+    #[prost(string, tag = "3")]
+    pub region: ::prost::alloc::string::String,
+    /// Zone.
+    #[prost(string, tag = "4")]
+    pub zone: ::prost::alloc::string::String,
+    /// MAC of the primary ENI.
+    #[prost(string, tag = "5")]
+    pub primary_mac: ::prost::alloc::string::String,
+    /// The ENIs whose NIC has arrived.
+    #[prost(message, repeated, tag = "6")]
+    pub nics: ::prost::alloc::vec::Vec<MetadataNic>,
+    /// What could not be had.
+    #[prost(message, repeated, tag = "7")]
+    pub errors: ::prost::alloc::vec::Vec<ErrorDetail>,
+}
+/// An ENI as the metadata service shows it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MetadataNic {
+    /// MAC address.
+    #[prost(string, tag = "1")]
+    pub mac: ::prost::alloc::string::String,
+    /// The cloud's id.
+    #[prost(string, tag = "2")]
+    pub eni: ::prost::alloc::string::String,
+    /// The cloud's id of its vSwitch.
+    #[prost(string, tag = "3")]
+    pub vswitch: ::prost::alloc::string::String,
+    /// Its primary address.
+    #[prost(string, tag = "4")]
+    pub primary_address: ::prost::alloc::string::String,
+    /// Its IPv4 addresses, the primary one included, then its IPv6 addresses.
+    #[prost(string, repeated, tag = "5")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The vSwitch's IPv4 block and gateway.
+    #[prost(string, tag = "6")]
+    pub cidr_v4: ::prost::alloc::string::String,
+    #[prost(string, tag = "7")]
+    pub gateway_v4: ::prost::alloc::string::String,
+    /// The vSwitch's IPv6 block and gateway; empty if it has none.
+    #[prost(string, tag = "8")]
+    pub cidr_v6: ::prost::alloc::string::String,
+    #[prost(string, tag = "9")]
+    pub gateway_v6: ::prost::alloc::string::String,
+}
+/// Asks for dropped packets.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchDropsRequest {
     /// Stay and tell of packets to come.
@@ -594,6 +913,81 @@ pub mod node_network_client {
                 .insert(GrpcMethod::new("terway.v1.NodeNetwork", "ListPods"));
             self.inner.unary(req, path, codec).await
         }
+        /// The ENIs of the instance with their addresses, and the vSwitches these come from.
+        pub async fn get_pool(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetPoolRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetPoolResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/GetPool",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "GetPool"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Every pod's way from its interface to the cloud, compared layer by layer, and all else that does not fit.
+        pub async fn get_mapping(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetMappingRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetMappingResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/GetMapping",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "GetMapping"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// What the metadata service says of this node.
+        pub async fn get_metadata(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetMetadataRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetMetadataResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/GetMetadata",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "GetMetadata"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Tells of dropped packets: the latest ones, then, if wished, those to come.
         pub async fn watch_drops(
             &mut self,
@@ -669,6 +1063,27 @@ pub mod node_network_server {
             request: tonic::Request<super::ListPodsRequest>,
         ) -> std::result::Result<
             tonic::Response<super::ListPodsResponse>,
+            tonic::Status,
+        >;
+        /// The ENIs of the instance with their addresses, and the vSwitches these come from.
+        async fn get_pool(
+            &self,
+            request: tonic::Request<super::GetPoolRequest>,
+        ) -> std::result::Result<tonic::Response<super::GetPoolResponse>, tonic::Status>;
+        /// Every pod's way from its interface to the cloud, compared layer by layer, and all else that does not fit.
+        async fn get_mapping(
+            &self,
+            request: tonic::Request<super::GetMappingRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetMappingResponse>,
+            tonic::Status,
+        >;
+        /// What the metadata service says of this node.
+        async fn get_metadata(
+            &self,
+            request: tonic::Request<super::GetMetadataRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetMetadataResponse>,
             tonic::Status,
         >;
         /// Server streaming response type for the WatchDrops method.
@@ -1014,6 +1429,141 @@ pub mod node_network_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ListPodsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/GetPool" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetPoolSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::UnaryService<super::GetPoolRequest>
+                    for GetPoolSvc<T> {
+                        type Response = super::GetPoolResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetPoolRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::get_pool(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetPoolSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/GetMapping" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetMappingSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::UnaryService<super::GetMappingRequest>
+                    for GetMappingSvc<T> {
+                        type Response = super::GetMappingResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetMappingRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::get_mapping(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetMappingSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/GetMetadata" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetMetadataSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::UnaryService<super::GetMetadataRequest>
+                    for GetMetadataSvc<T> {
+                        type Response = super::GetMetadataResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetMetadataRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::get_metadata(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetMetadataSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 /// Writes `content` to `path` by a temporary file in the same folder, fsync, rename, and fsync of the folder.
@@ -11,11 +12,28 @@ use std::path::Path;
 /// # Errors
 /// What the file system says; the old file is still there then.
 pub fn write(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_with(path, content, 0o666)
+}
+
+/// As [`write`], readable for the owner alone from its first byte on.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_with(path, content, 0o600)
+}
+
+fn write_with(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let parent = path.parent().unwrap_or(Path::new("."));
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".tmp");
     let temporary = parent.join(name);
-    let mut file = File::create(&temporary)?;
+    // A temporary file that a crash left behind could have another mode.
+    match std::fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = File::options().write(true).create_new(true).mode(mode).open(&temporary)?;
     file.write_all(content)?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)?;
@@ -46,5 +64,9 @@ mod tests {
         assert!(write_if_changed(&path, b"two").unwrap());
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        std::fs::write(dir.path().join("10-terway.conflist.tmp"), b"left by a crash").unwrap();
+        write_private(&path, b"three").unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
+        assert_eq!((std::fs::read(&path).unwrap(), mode & 0o777), (b"three".to_vec(), 0o600));
     }
 }

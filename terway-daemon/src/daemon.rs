@@ -8,19 +8,18 @@ use std::time::{Duration, Instant};
 use serde_json::Map;
 use terway_core::clock::Moment;
 use terway_core::cni;
-use terway_core::config::{self, Config};
+use terway_core::config::Config;
 use terway_core::errors::{self, Error};
 use terway_core::ident::Addresses;
-use terway_core::ipam::{NodeFacts, Pool, PoolConfig, Record, Snapshot, VSwitchSelection};
+use terway_core::ipam::{NodeFacts, Pool, Record, Snapshot};
 use terway_core::route::{NodeInputs, NodePlan};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
 use crate::atomic_file;
 use crate::bpf::{self, Datapath};
-use crate::cloud::{
-    Aliyun, Cloud, CredentialSource, EcsConfig, EndpointNetwork, EniFilter, KEY_FOLDER, Metadata, Retry, endpoint,
-};
+use crate::cloud::{Aliyun, Cloud, EcsConfig, EniFilter, Metadata, Retry, endpoint};
+use crate::config_source::{ConfigMetrics, ConfigSource};
 use crate::engine::{self, Engine, Facts, Parts};
 use crate::http;
 use crate::identity::{self, Node};
@@ -28,15 +27,13 @@ use crate::metrics::{self, Metrics};
 use crate::net::Host;
 use crate::options::Options;
 use crate::queue;
+use crate::reload::{self, Followers};
 use crate::server::Service;
 use crate::socket::{self, InstanceLock};
 use crate::store::Store;
 
 /// How long the start waits for the cloud's list of ENIs before it goes on with what the store says.
 const INVENTORY_WITHIN: Duration = Duration::from_secs(10);
-
-/// How often the namespaces of pods are looked at, for runtimes that forget a DEL.
-const COLLECT_EVERY: Duration = Duration::from_secs(60);
 
 /// How often the plugin's queue is looked at, for DELs that were answered too late.
 const QUEUE_EVERY: Duration = Duration::from_secs(5);
@@ -59,44 +56,59 @@ pub async fn run(options: Options) -> Result<(), Error> {
         }
         _ => failed(errors::STORE_FAILED, &options.state_dir.display().to_string(), &error),
     })?;
-    let config = read_config(&options.config)?;
+    let (mut registry, metrics) = metrics::new_registry();
+    let source = Arc::new(ConfigSource::open(options.config_paths(), ConfigMetrics::new(&mut registry))?);
+    let config = source.config();
     let store = Store::open(options.store_path())
         .map_err(|error| failed(errors::STORE_FAILED, &options.store_path().display().to_string(), &error))?;
     let records = store.load().map_err(|error| failed(errors::STORE_FAILED, "load", &error))?;
 
-    let (mut registry, metrics) = metrics::new_registry();
     let host = Arc::new(Host::new()?);
     let links = host.watch()?;
     let datapath = Arc::new(open_datapath(&options)?);
     metrics::register_datapath(&mut registry, &datapath);
 
-    let (node, cloud) = meet_cloud(&options, &config, &metrics).await?;
+    let (node, aliyun) = meet_cloud(&options, &config, &metrics).await?;
     let facts = prepare_node(&options, &config, &node, &host).await?;
-    follow_addresses(&links, &datapath, &config)?;
+    let addresses = links.addresses();
+    reload::host_stack(&config, &addresses.borrow().clone(), &datapath)?;
 
     let snapshot = Snapshot {
         records: records.clone(),
-        enis: inventory(&*cloud, &node).await,
+        enis: inventory(&*aliyun, &node).await,
         facts: gone(&host, &records).await?,
     };
-    let (pool, effects) = Pool::restore(pool_config(&options, &config, &node), snapshot, Moment::ZERO)
+    let (pool, effects) = Pool::restore(reload::pool(&options, &config, &node), snapshot, Moment::ZERO)
         .map_err(|error| failed(errors::STORE_FAILED, "restore", &error))?;
-    let parts =
-        Parts { pool, origin: Instant::now(), store, cloud, datapath, host, links, facts, metrics: metrics.clone() };
+    let parts = Parts {
+        pool,
+        origin: Instant::now(),
+        store,
+        cloud: Arc::clone(&aliyun) as Arc<dyn Cloud>,
+        datapath: Arc::clone(&datapath),
+        host,
+        links,
+        facts,
+        defaults: reload::pod_defaults(&options, &config),
+        metrics: metrics.clone(),
+    };
     let engine = Engine::new(parts);
     engine.begin(&records, effects).await?;
     tokio::spawn(Arc::clone(&engine).tick());
     tokio::spawn(Arc::clone(&engine).log_drops());
+    let followers = Followers { options: options.clone(), node, cloud: aliyun, engine: Arc::clone(&engine), datapath };
+    tokio::spawn(followers.follow(source.subscribe(), addresses));
+    tokio::spawn(Arc::clone(&source).follow());
 
     // Listening comes before reading the queue: see terway_core::cni::queue for why nothing falls in between.
     let listener = socket::bind(&options.socket)
         .map_err(|error| failed(errors::INTERNAL, &options.socket.display().to_string(), &error))?;
     work_off_queue(&engine, &options.spool_dir(), &metrics).await;
-    tokio::spawn(repeat(COLLECT_EVERY, {
+    tokio::spawn(repeat(Duration::from_secs(options.audit_interval.max(1)), {
         let engine = Arc::clone(&engine);
         move || {
             let engine = Arc::clone(&engine);
-            async move { engine.collect().await }
+            async move { engine.audit().await }
         }
     }));
     tokio::spawn(repeat(QUEUE_EVERY, {
@@ -116,7 +128,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     tokio::spawn(serve_http(options.listen, Arc::new(registry), ready));
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let service = Service::server(Arc::clone(&engine), metrics.clone());
+    let service = Service::server(Arc::clone(&engine), Arc::clone(&source), metrics.clone());
     let mut server =
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
             socket::trusted(listener),
@@ -168,19 +180,6 @@ async fn serve_http(
     }
 }
 
-fn read_config(path: &Path) -> Result<Config, Error> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| failed(errors::CONFIG_INVALID, &path.display().to_string(), &error))?;
-    let (config, warnings) = config::parse(&text).map_err(|bad| {
-        let all: Vec<String> = bad.iter().map(ToString::to_string).collect();
-        Error::new(errors::CONFIG_INVALID, format!("{}: {}", path.display(), all.join("; ")))
-    })?;
-    for warning in warnings {
-        warn!(key = warning.key, "eni_conf: {}", warning.message);
-    }
-    Ok(config)
-}
-
 fn open_datapath(options: &Options) -> Result<Datapath, Error> {
     let entries = options.flow_entries;
     let config = bpf::Config { flows_v4: entries, flows_v6: entries, ..bpf::Config::new(&options.bpffs) };
@@ -188,7 +187,7 @@ fn open_datapath(options: &Options) -> Result<Datapath, Error> {
 }
 
 /// Learns who this node is and makes the client of its cloud.
-async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Result<(Node, Arc<dyn Cloud>), Error> {
+async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Result<(Node, Arc<Aliyun>), Error> {
     let bad = |error: &dyn std::error::Error| failed(errors::CONFIG_INVALID, "endpoint", error);
     let observer: crate::cloud::CallObserver = {
         let metrics = metrics.clone();
@@ -205,10 +204,13 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
         identity::insist("metadata service: who is this node", || metadata.node_identity()).await
     };
 
-    let key = config.access_key.as_ref().map(|key| (key.id.clone(), key.secret.clone()));
-    let credentials = CredentialSource::chain(Path::new(KEY_FOLDER), key, None);
     let region = config.region.as_deref().unwrap_or(&identity.region);
-    let mut ecs = EcsConfig::for_region(region, EndpointNetwork::Vpc, credentials).map_err(|e| bad(&e))?;
+    let mut ecs = EcsConfig::for_region(region, options.endpoint_network(), reload::credentials(options, config))
+        .map_err(|e| bad(&e))?;
+    // An endpoint that is given has its scheme in it.
+    ecs = ecs.with_scheme(options.endpoint_scheme());
+    ecs.signature = options.signature();
+    ecs.rate_limits.clone_from(&config.rate_limits);
     ecs.metadata = metadata_url;
     ecs.observer = Some(observer);
     for (url, given) in [(&mut ecs.ecs_endpoint, &options.ecs_endpoint), (&mut ecs.vpc_endpoint, &options.vpc_endpoint)]
@@ -263,36 +265,7 @@ async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Ho
         }
         None => warn!(mac = %node.identity.primary_mac, "no interface has the primary ENI's MAC address"),
     }
-    Ok(Facts {
-        node: options.node_name(),
-        identity: node.identity.clone(),
-        stack: config.ip_stack,
-        addresses,
-        nic_mtu,
-        mtu: options.mtu,
-    })
-}
-
-/// Keeps the datapath's idea of "the node itself" in line with the node's addresses.
-fn follow_addresses(links: &crate::net::Watch, datapath: &Arc<Datapath>, config: &Config) -> Result<(), Error> {
-    let mut addresses = links.addresses();
-    let (datapath, fixed) = (Arc::clone(datapath), config.host_stack_cidrs.clone());
-    let apply = move |now: &[ipnet::IpNet]| {
-        let hosts = now.iter().map(|net| ipnet::IpNet::from(net.addr()));
-        let all: Vec<ipnet::IpNet> = hosts.chain(fixed.iter().copied()).collect();
-        datapath.set_host_addresses(&all)
-    };
-    let first = Arc::clone(&addresses.borrow_and_update());
-    apply(&first).map_err(|error| failed(errors::BPF_FAILED, "host addresses", &error))?;
-    tokio::spawn(async move {
-        while addresses.changed().await.is_ok() {
-            let now = Arc::clone(&addresses.borrow_and_update());
-            if let Err(error) = apply(&now) {
-                error!(%error, "the datapath does not know the node's present addresses");
-            }
-        }
-    });
-    Ok(())
+    Ok(Facts { node: options.node_name(), identity: node.identity.clone(), stack: config.ip_stack, addresses, nic_mtu })
 }
 
 async fn inventory(cloud: &dyn Cloud, node: &Node) -> Option<Vec<terway_core::cloud::Eni>> {
@@ -316,26 +289,6 @@ async fn gone(host: &Host, records: &[Record]) -> Result<NodeFacts, Error> {
         _ => None,
     });
     Ok(NodeFacts { netns_gone: engine::gone(host, attachments.collect()).await? })
-}
-
-fn pool_config(options: &Options, config: &Config, node: &Node) -> PoolConfig {
-    let zone = &node.identity.zone;
-    let vswitches = config.vswitches.get(zone).cloned().unwrap_or_default();
-    if vswitches.is_empty() {
-        error!(zone, "eni_conf has no vSwitch in this node's zone: no ENI can be made");
-    }
-    PoolConfig {
-        max_enis: config.max_eni,
-        stack: config.ip_stack,
-        vswitches,
-        selection: VSwitchSelection::Ordered,
-        security_groups: config.security_groups.clone(),
-        tags: config.eni_tags.clone(),
-        min_idle: config.min_idle,
-        max_idle: config.max_idle,
-        cooling: Duration::from_secs(options.cooling),
-        ..PoolConfig::new(node.identity.instance.clone(), node.limits, node.token_seed.clone())
-    }
 }
 
 async fn work_off_queue(engine: &Arc<Engine>, dir: &Path, metrics: &Metrics) {

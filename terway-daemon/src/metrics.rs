@@ -62,6 +62,16 @@ struct CallLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabels {
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ActionLabels {
+    action: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StateLabels {
     state: &'static str,
 }
@@ -74,6 +84,8 @@ pub struct Metrics {
     calls: Family<CallLabels, Histogram, fn() -> Histogram>,
     addresses: Family<StateLabels, Gauge>,
     enis: Family<StateLabels, Gauge>,
+    findings: Family<KindLabels, Gauge>,
+    corrections: Family<ActionLabels, Counter>,
     start: Gauge<f64, AtomicU64>,
     spooled: Counter,
 }
@@ -98,6 +110,8 @@ impl Metrics {
             calls: Family::new_with_constructor(slow),
             addresses: Family::default(),
             enis: Family::default(),
+            findings: Family::default(),
+            corrections: Family::default(),
             start: Gauge::default(),
             spooled: Counter::default(),
         };
@@ -121,6 +135,16 @@ impl Metrics {
         );
         registry.register("terway_pool_addresses", "Addresses of this node by state", metrics.addresses.clone());
         registry.register("terway_pool_enis", "ENIs of this node by state", metrics.enis.clone());
+        registry.register(
+            "terway_reconcile_findings",
+            "What the last audit found to differ between store, kernel and datapath",
+            metrics.findings.clone(),
+        );
+        registry.register(
+            "terway_reconcile_corrections",
+            "What audits have set right, by sort of action",
+            metrics.corrections.clone(),
+        );
         registry.register_with_unit(
             "terway_start_duration",
             "Time from the daemon's start until it served",
@@ -155,6 +179,16 @@ impl Metrics {
     /// Sets how many ENIs are in `state`.
     pub fn enis(&self, state: &'static str, count: u32) {
         self.enis.get_or_create(&StateLabels { state }).set(i64::from(count));
+    }
+
+    /// Sets how many findings of `kind` the last audit had.
+    pub fn findings(&self, kind: &'static str, count: usize) {
+        self.findings.get_or_create(&KindLabels { kind }).set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// Counts something that an audit has set right.
+    pub fn corrected(&self, action: &'static str) {
+        self.corrections.get_or_create(&ActionLabels { action }).inc();
     }
 
     /// Records how long the start took.

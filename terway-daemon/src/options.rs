@@ -5,13 +5,19 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use crate::cloud::{EndpointNetwork, KEY_FOLDER, Scheme, SignatureMethod};
+use crate::config_source::Paths;
+
 /// The node daemon of the terway container network.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "terwayd", version, about)]
 pub struct Options {
-    /// The `eni_conf` document of the eni-config ConfigMap, as mounted.
-    #[arg(long, default_value = "/etc/eni/eni_conf", value_name = "FILE")]
+    /// The eni-config ConfigMap as mounted, or its `eni_conf` document alone; followed while the daemon runs.
+    #[arg(long, default_value = "/etc/eni", value_name = "PATH")]
     pub config: PathBuf,
+    /// The node's own configuration, merged over the cluster's: a folder or an `eni_conf` document.
+    #[arg(long, value_name = "PATH")]
+    pub config_overlay: Option<PathBuf>,
     /// State that survives restarts: the store, the lock, queued DELs.
     #[arg(long, default_value = "/var/lib/cni/terway", value_name = "DIR")]
     pub state_dir: PathBuf,
@@ -39,6 +45,18 @@ pub struct Options {
     /// VPC endpoint; default: the region's VPC endpoint.
     #[arg(long, env = "VPC_ENDPOINT", value_name = "URL")]
     pub vpc_endpoint: Option<String>,
+    /// How the endpoints are spoken to.
+    #[arg(long, env = "ALICLOUD_CLIENT_SCHEME", default_value = "https", value_parser = ["https", "http", "HTTPS", "HTTP"], value_name = "SCHEME")]
+    pub endpoint_scheme: String,
+    /// The network by which the region's endpoints are reached.
+    #[arg(long, env = "ALICLOUD_ENDPOINT_TYPE", default_value = "vpc", value_parser = ["vpc", "public"], value_name = "NETWORK")]
+    pub endpoint_type: String,
+    /// How requests are signed: ACS3-HMAC-SHA256, or HMAC-SHA1 for private clouds that know nothing newer.
+    #[arg(long, default_value = "acs3", value_parser = ["acs3", "hmac-sha1"], value_name = "METHOD")]
+    pub signature: String,
+    /// Folder with the files access-key-id and access-key-secret; if both are there, they go before the keys of eni_conf.
+    #[arg(long, default_value = KEY_FOLDER, value_name = "DIR")]
+    pub credentials_dir: PathBuf,
     /// Metadata service.
     #[arg(long, default_value = "http://100.100.100.200", value_name = "URL")]
     pub metadata: String,
@@ -48,6 +66,9 @@ pub struct Options {
     /// Seconds an address rests before another pod may get it.
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     pub cooling: u64,
+    /// Seconds between two audits of the node's links, rules, routes and datapath entries.
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    pub audit_interval: u64,
     /// Log filter, such as info or terway_daemon=debug.
     #[arg(long, env = "TERWAY_LOG", default_value = "info", value_name = "FILTER")]
     pub log: String,
@@ -66,6 +87,24 @@ impl Options {
             .unwrap_or_else(|| "node".into())
     }
 
+    /// The scheme as the client of the cloud names it.
+    #[must_use]
+    pub fn endpoint_scheme(&self) -> Scheme {
+        if self.endpoint_scheme.eq_ignore_ascii_case("http") { Scheme::Http } else { Scheme::Https }
+    }
+
+    /// The network of the endpoints, likewise.
+    #[must_use]
+    pub fn endpoint_network(&self) -> EndpointNetwork {
+        if self.endpoint_type == "public" { EndpointNetwork::Public } else { EndpointNetwork::Vpc }
+    }
+
+    /// The method of signing, likewise.
+    #[must_use]
+    pub fn signature(&self) -> SignatureMethod {
+        if self.signature == "hmac-sha1" { SignatureMethod::HmacSha1 } else { SignatureMethod::Acs3 }
+    }
+
     /// The store's file.
     #[must_use]
     pub fn store_path(&self) -> PathBuf {
@@ -76,6 +115,16 @@ impl Options {
     #[must_use]
     pub fn node_path(&self) -> PathBuf {
         self.state_dir.join("node.json")
+    }
+
+    /// Where the configuration lies, and where the last good one is kept.
+    #[must_use]
+    pub fn config_paths(&self) -> Paths {
+        Paths {
+            config: self.config.clone(),
+            overlay: self.config_overlay.clone(),
+            kept: Some(self.state_dir.join("config.json")),
+        }
     }
 
     /// Where the plugin leaves DELs that found no daemon.

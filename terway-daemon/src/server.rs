@@ -2,8 +2,9 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, UNIX_EPOCH};
 
+use terway_core::config::Changed;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, PodRef};
 use terway_proto::v1;
@@ -13,6 +14,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
 
+use crate::config_source::{ConfigSource, ConfigStatus};
 use crate::engine::{AddRequest, Engine};
 use crate::metrics::{Metrics, Phase, Verb};
 
@@ -20,14 +22,15 @@ use crate::metrics::{Metrics, Phase, Verb};
 #[derive(Clone)]
 pub struct Service {
     engine: Arc<Engine>,
+    source: Arc<ConfigSource>,
     metrics: Metrics,
 }
 
 impl Service {
     /// A tonic service that can be added to a server.
     #[must_use]
-    pub fn server(engine: Arc<Engine>, metrics: Metrics) -> NodeNetworkServer<Self> {
-        NodeNetworkServer::new(Self { engine, metrics })
+    pub fn server(engine: Arc<Engine>, source: Arc<ConfigSource>, metrics: Metrics) -> NodeNetworkServer<Self> {
+        NodeNetworkServer::new(Self { engine, source, metrics })
     }
 
     fn done<T>(&self, api: &'static str, start: Instant, result: Result<T, Error>) -> Result<Response<T>, Status> {
@@ -51,7 +54,13 @@ fn status(error: &Error) -> Status {
     let code = match error.code {
         errors::CNI_NETNS | errors::CNI_CONFIG | errors::CNI_ENV => Code::InvalidArgument,
         errors::UNKNOWN_ATTACHMENT => Code::NotFound,
-        errors::NO_ADDRESS | errors::VSWITCH_EXHAUSTED | errors::CLOUD_QUOTA => Code::ResourceExhausted,
+        errors::NO_ADDRESS
+        | errors::VSWITCH_EXHAUSTED
+        | errors::CLOUD_QUOTA
+        | errors::ENI_SLOTS_FULL
+        | errors::ENI_ADDRESSES_FULL
+        | errors::ACCOUNT_ENI_QUOTA
+        | errors::SECURITY_GROUP_FULL => Code::ResourceExhausted,
         errors::CHECK_FAILED => Code::FailedPrecondition,
         errors::INTERNAL => Code::Internal,
         _ => Code::Unavailable,
@@ -67,6 +76,24 @@ pub(crate) fn detail(error: &Error) -> v1::ErrorDetail {
         remedy: error.code.remedy.to_owned(),
         detail: error.detail.clone(),
         cni_code: error.code.cni,
+    }
+}
+
+/// The configuration as the contract writes it.
+fn configuration(status: &ConfigStatus) -> v1::Configuration {
+    let change = |changed: &Changed| v1::ConfigChange {
+        key: changed.key.to_owned(),
+        old: changed.old.to_string(),
+        new: changed.new.to_string(),
+        effect: changed.effect.as_str().to_owned(),
+    };
+    v1::Configuration {
+        generation: status.generation,
+        applied_at: status.applied_at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        failure: status.failure.as_ref().map(|failure| detail(&failure.error)),
+        warnings: status.warnings.iter().map(ToString::to_string).collect(),
+        pending_restart: status.pending_restart.iter().map(change).collect(),
+        last_edit: status.recent.back().into_iter().flat_map(|edit| &edit.changed).map(change).collect(),
     }
 }
 
@@ -98,8 +125,14 @@ fn key(attachment: Option<v1::Attachment>) -> Result<AttachmentKey, Error> {
     Ok(key)
 }
 
-fn attachment(key: AttachmentKey) -> v1::Attachment {
-    v1::Attachment { network: key.network, container_id: key.container_id, ifname: key.ifname }
+pub(crate) fn attachment(key: &AttachmentKey) -> v1::Attachment {
+    let AttachmentKey { network, container_id, ifname } = key.clone();
+    v1::Attachment { network, container_id, ifname }
+}
+
+pub(crate) fn pod(pod: &PodRef) -> v1::Pod {
+    let PodRef { namespace, name, uid } = pod.clone();
+    v1::Pod { namespace, name, uid }
 }
 
 #[tonic::async_trait]
@@ -156,7 +189,7 @@ impl NodeNetwork for Service {
         let result = async {
             let valid = request.valid.into_iter().map(|a| key(Some(a))).collect::<Result<Vec<_>, _>>()?;
             let removed = self.engine.gc(request.network, valid).await?;
-            Ok(v1::GcPodsResponse { removed: removed.into_iter().map(attachment).collect() })
+            Ok(v1::GcPodsResponse { removed: removed.iter().map(attachment).collect() })
         }
         .await;
         self.done("GcPods", start, result)
@@ -164,7 +197,11 @@ impl NodeNetwork for Service {
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
         let start = Instant::now();
-        self.done("Status", start, Ok(self.engine.status()))
+        let mut status = self.engine.status();
+        let configuration = configuration(&self.source.status());
+        status.problems.extend(configuration.failure.clone());
+        status.configuration = Some(configuration);
+        self.done("Status", start, Ok(status))
     }
 
     type WatchDropsStream = Pin<Box<dyn Stream<Item = Result<v1::DroppedPacket, Status>> + Send>>;
@@ -182,6 +219,29 @@ impl NodeNetwork for Service {
             Some(live) => Box::pin(recent.chain(live)),
             None => Box::pin(recent),
         }))
+    }
+
+    async fn get_pool(&self, request: Request<v1::GetPoolRequest>) -> Result<Response<v1::GetPoolResponse>, Status> {
+        let start = Instant::now();
+        let reply = self.engine.pool(request.into_inner().ask_cloud).await;
+        self.done("GetPool", start, Ok(reply))
+    }
+
+    async fn get_mapping(
+        &self,
+        request: Request<v1::GetMappingRequest>,
+    ) -> Result<Response<v1::GetMappingResponse>, Status> {
+        let start = Instant::now();
+        let reply = self.engine.mapping(!request.into_inner().skip_cloud).await;
+        self.done("GetMapping", start, Ok(reply))
+    }
+
+    async fn get_metadata(
+        &self,
+        _: Request<v1::GetMetadataRequest>,
+    ) -> Result<Response<v1::GetMetadataResponse>, Status> {
+        let start = Instant::now();
+        self.done("GetMetadata", start, Ok(self.engine.metadata().await))
     }
 
     async fn list_pods(&self, _: Request<v1::ListPodsRequest>) -> Result<Response<v1::ListPodsResponse>, Status> {

@@ -1,6 +1,9 @@
-//! Files written from other files and committed: the gRPC code from `proto/**/*.proto`, and `docs/errors.md` from the error catalogue.
+//! Files written from other files and committed: the gRPC code from `proto/**/*.proto`, `docs/errors.md` from the error catalogue, and
+//! `docs/configuration.md` from the table of configuration keys.
 //!
 //! Committed, so that a build needs neither `protoc` nor these dependencies, and a review sees what changes for the callers.
+
+mod configuration;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -20,6 +23,10 @@ pub(crate) fn run(check: bool) -> anyhow::Result<()> {
     let files = [
         (root.join("proto/src/generated.rs"), rpc(&root.join("proto"))?),
         (root.join("docs/errors.md"), errors(terway_core::errors::ALL)),
+        (
+            root.join("docs/configuration.md"),
+            configuration::page(terway_core::config::KEYS, terway_core::config::REMOVED),
+        ),
     ];
     let mut stale = Vec::new();
     for (path, wanted) in files {

@@ -122,7 +122,7 @@ catalogue! {
     /// Nothing can be made because the operator said so.
     DEGRADED = "TW0208", "degraded", 11,
         "The degradation switch of eni-config forbids the cloud API call.",
-        "Remove degradation from eni-config when the incident is over: l0 stops creating and releasing, l1 every call to the cloud.";
+        "Remove degradation from eni-config when the incident is over: l1 stops what releases something, l0 every call to the cloud.";
     /// `EniPerInstanceLimitExceeded`.
     ENI_SLOTS_FULL = "TW0209", "eni-slots-full", 11,
         "The instance carries as many ENIs as its type allows.",

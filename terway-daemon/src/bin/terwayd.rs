@@ -22,8 +22,8 @@ fn main() -> ExitCode {
     } else {
         log.with_ansi(false).init();
     }
-    // Two workers: the work is system calls and waiting, and every thread costs memory on every node.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    // One worker: the work is short, and handing it to another thread costs an ADD more than waiting its turn. What takes long has threads of its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let outcome = match runtime {
         Ok(runtime) => {
             let outcome = runtime.block_on(terway_daemon::daemon::run(options));

@@ -157,6 +157,19 @@ impl Table {
         Ok(owns_v4 && owns_v6 && self.epoch(known.slot)? == known.epoch)
     }
 
+    /// What is in the maps, as far as it is whole.
+    pub(super) fn stored(&self) -> Result<Vec<Endpoint>, BpfError> {
+        let mut all = Vec::new();
+        for entry in self.by_ifindex.iter() {
+            let (_, entry) = entry.map_err(BpfError::map(names::ENDPOINTS))?;
+            if self.is_whole(&entry)? {
+                all.push(Endpoint::from_abi(&entry));
+            }
+        }
+        all.sort_by_key(|endpoint| endpoint.host_ifindex);
+        Ok(all)
+    }
+
     pub(super) fn list(&self) -> Vec<Endpoint> {
         self.known.values().map(Endpoint::from_abi).collect()
     }

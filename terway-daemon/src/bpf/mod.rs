@@ -242,6 +242,24 @@ impl Datapath {
         error::lock(&self.endpoints).list()
     }
 
+    /// All pods as the kernel's maps hold them now, whatever this daemon believes. An entry that is not whole (missing under one of its
+    /// addresses, or void) is left out.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn stored_endpoints(&self) -> Result<Vec<Endpoint>, BpfError> {
+        error::lock(&self.endpoints).stored()
+    }
+
+    /// Takes the kernel's maps for the truth, should something else have changed them: forgets endpoints that are not there, completes
+    /// those that are there by half.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`]; calling again completes it.
+    pub fn reread(&self) -> Result<(), BpfError> {
+        error::lock(&self.endpoints).recover()
+    }
+
     /// Sets which addresses the host stack serves: the node's own and `host_stack_cidrs`. Pods' packets to them are passed to it.
     ///
     /// # Errors

@@ -1,27 +1,47 @@
 //! `terway-cli`: what the daemon of this node knows, for people and for scripts.
+//!
+//! Exit codes: 0 all is well, 1 the answer tells of a problem or mismatch (or the daemon refused), 2 wrong usage, 3 the daemon does not
+//! answer. The JSON is a contract: keys are added, never renamed (docs/operating.md).
 
-mod render;
+mod config;
+mod daemon;
+mod drops;
+mod eni;
+mod mapping;
+mod metadata;
+mod pods;
+#[cfg(test)]
+mod sample;
+mod show;
+mod status;
+mod table;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use terway_proto::v1;
-use terway_proto::v1::node_network_client::NodeNetworkClient;
-use tonic::transport::{Channel, Endpoint};
+
+use self::daemon::Failure;
+use self::table::Style;
 
 /// Looks into the terway daemon of this node.
 #[derive(Debug, Parser)]
 #[command(name = "terway-cli", version, about)]
+#[command(
+    after_help = "Exit codes: 0 all is well, 1 a problem or mismatch, 2 wrong usage, 3 the daemon does not answer."
+)]
 pub struct Cli {
     /// The daemon's socket.
     #[arg(long, global = true, env = "TERWAY_SOCKET", default_value = terway_core::cni::DEFAULT_SOCKET, value_name = "PATH")]
     socket: PathBuf,
     /// How to print.
-    #[arg(short, long, global = true, value_enum, default_value_t = Output::Text)]
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
     output: Output,
+    /// Tables without their first line.
+    #[arg(long, global = true)]
+    no_headers: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -30,7 +50,8 @@ pub struct Cli {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
     /// For people.
-    Text,
+    #[value(alias = "text")]
+    Table,
     /// For people with wide screens.
     Wide,
     /// One JSON document.
@@ -39,21 +60,50 @@ enum Output {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// One screen: can this node take pods, and if not, why. Exit code 1 if it cannot.
+    /// One screen: can this node take pods, and if not, why. Exit code 1 if there is any problem.
     Status,
     /// The pods of this node with their addresses, ENI and interface.
     List,
+    /// Everything about one pod, ENI, vSwitch or address; without a name, an overview.
+    Show {
+        #[command(subcommand)]
+        what: Option<show::What>,
+    },
+    /// Each pod's way compared: store, link, routes, rules, datapath and cloud. Exit code 1 if they differ.
+    Mapping {
+        /// Do not ask the cloud.
+        #[arg(long)]
+        no_cloud: bool,
+    },
+    /// What the metadata service says of this node.
+    Metadata,
+    /// The ENIs of this instance.
+    Eni {
+        #[command(subcommand)]
+        verb: EniVerb,
+    },
     /// Dropped packets with reason, addresses and pod, the latest last.
     Drops {
         /// Stay and print those to come.
         #[arg(short, long)]
         follow: bool,
     },
+    /// Checks, explains and compares configurations (eni-config); needs no daemon.
+    Config {
+        #[command(subcommand)]
+        command: config::Command,
+    },
     /// Explains an error code such as TW0202.
     Explain {
         /// The code.
         code: String,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum EniVerb {
+    /// All of them: role, vSwitch, state, addresses in use, and why one is not used.
+    List,
 }
 
 /// Runs a command line and returns the exit code.
@@ -63,65 +113,80 @@ pub fn main(cli: &Cli) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("terway-cli: {error}");
-            return ExitCode::from(2);
+            return ExitCode::FAILURE;
         }
     };
     match runtime.block_on(run(cli)) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("terway-cli: {error:#}");
-            ExitCode::from(2)
+            error.downcast_ref::<Failure>().map_or(ExitCode::FAILURE, Failure::code)
         }
     }
 }
 
 async fn run(cli: &Cli) -> Result<ExitCode> {
+    let style = Style { output: cli.output, headers: !cli.no_headers };
     match &cli.command {
         Command::Status => {
-            let status = connect(cli, Some(REPLY_WITHIN))
-                .await?
-                .status(v1::StatusRequest {})
-                .await
-                .map_err(explain)?
-                .into_inner();
-            print(&match cli.output {
-                Output::Json => render::status_json(&status),
-                _ => render::status_text(&status),
-            });
-            Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+            let status = daemon::call(cli, v1::StatusRequest {}, |mut c, r| async move { c.status(r).await }).await?;
+            print(&status::render(&status, style));
+            Ok(verdict(status.ready && status.problems.is_empty()))
         }
         Command::List => {
-            let pods = connect(cli, Some(REPLY_WITHIN))
-                .await?
-                .list_pods(v1::ListPodsRequest {})
-                .await
-                .map_err(explain)?
-                .into_inner()
-                .pods;
-            print(&match cli.output {
-                Output::Json => render::pods_json(&pods),
-                output => render::pods_text(&pods, output == Output::Wide),
-            });
+            let reply =
+                daemon::call(cli, v1::ListPodsRequest {}, |mut c, r| async move { c.list_pods(r).await }).await?;
+            print(&pods::render(&reply.pods, style));
             Ok(ExitCode::SUCCESS)
+        }
+        Command::Show { what } => show::run(cli, what.as_ref(), style).await,
+        Command::Mapping { no_cloud } => {
+            let reply = daemon::mapping(cli, *no_cloud).await?;
+            print(&mapping::render(&reply, style));
+            Ok(verdict(mapping::agrees(&reply)))
+        }
+        Command::Metadata => {
+            let request = v1::GetMetadataRequest {};
+            let reply = daemon::call(cli, request, |mut c, r| async move { c.get_metadata(r).await }).await?;
+            print(&metadata::render(&reply, style));
+            Ok(verdict(reply.errors.is_empty()))
+        }
+        Command::Eni { verb: EniVerb::List } => {
+            let reply = daemon::pool(cli).await?;
+            print(&eni::render(&reply, style));
+            Ok(verdict(complete(&reply)))
         }
         Command::Drops { follow } => {
             let request = v1::WatchDropsRequest { follow: *follow };
-            let mut packets = connect(cli, None).await?.watch_drops(request).await.map_err(explain)?.into_inner();
-            while let Some(packet) = packets.message().await.map_err(explain)? {
+            let mut packets = daemon::drops(cli, request).await?;
+            while let Some(packet) = packets.message().await.map_err(Failure::from)? {
                 print(&match cli.output {
-                    Output::Json => render::drop_json(&packet),
-                    _ => render::drop_text(&packet),
+                    Output::Json => drops::json(&packet),
+                    Output::Table | Output::Wide => drops::text(&packet),
                 });
             }
             Ok(ExitCode::SUCCESS)
         }
+        Command::Config { command } => config::run(command, style),
         Command::Explain { code } => {
-            let code = terway_core::errors::by_id(&code.to_uppercase())
-                .with_context(|| format!("{code} is no error code of this version"))?;
+            let unknown = || Failure::Usage(format!("{code} is no error code of this version"));
+            let code = terway_core::errors::by_id(&code.to_uppercase()).ok_or_else(unknown)?;
             print(&format!("{} {}\n\n{}\n{}\n", code.id, code.name, code.cause, code.remedy));
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+fn verdict(good: bool) -> ExitCode {
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Whether the cloud added its part. If not, what follows is said on stderr, where it disturbs no parser.
+fn complete(reply: &v1::GetPoolResponse) -> bool {
+    if let Some(error) = &reply.cloud_error {
+        eprintln!("terway-cli: without the cloud's part: {} {} {}", error.code, error.detail, error.remedy);
+    }
+    reply.cloud_error.is_none()
 }
 
 #[expect(clippy::print_stdout, reason = "printing is this program's purpose")]
@@ -129,35 +194,32 @@ fn print(text: &str) {
     print!("{text}");
 }
 
-/// A reply that takes longer will not come.
-const REPLY_WITHIN: Duration = Duration::from_secs(10);
-
-async fn connect(cli: &Cli, within: Option<Duration>) -> Result<NodeNetworkClient<Channel>> {
-    let path = cli.socket.display();
-    let mut endpoint = Endpoint::try_from(format!("unix://{path}"))?.connect_timeout(Duration::from_secs(2));
-    if let Some(within) = within {
-        endpoint = endpoint.timeout(within);
-    }
-    let channel = endpoint
-        .connect()
-        .await
-        .with_context(|| format!("the daemon does not answer on {path}; is terwayd running, and are you root?"))?;
-    Ok(NodeNetworkClient::new(channel))
-}
-
-fn explain(status: tonic::Status) -> anyhow::Error {
-    match terway_proto::detail(&status) {
-        Some(detail) => anyhow::anyhow!("{}: {} {} {}", detail.code, detail.cause, detail.detail, detail.remedy),
-        None => anyhow::anyhow!("the daemon answered: {}", status.message()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
 
+    use super::*;
+
     #[test]
     fn the_command_line_is_consistent() {
-        super::Cli::command().debug_assert();
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn forms_of_show_are_understood_and_others_are_wrong_usage() {
+        let parse = |words: &[&str]| Cli::try_parse_from(["terway-cli"].iter().chain(words));
+        for good in [
+            &["show"][..],
+            &["show", "pod", "default/web"],
+            &["show", "eni", "eni-1", "-o", "wide"],
+            &["show", "vswitch", "vsw-1"],
+            &["show", "address", "fd00::1"],
+            &["eni", "list", "-o", "text", "--no-headers"],
+        ] {
+            assert!(parse(good).is_ok(), "{good:?}");
+        }
+        for bad in [&["show", "pod", "web"][..], &["show", "address", "10.0.0"], &["eni"], &["list", "-o", "xml"]] {
+            assert_eq!(parse(bad).map(drop).unwrap_err().exit_code(), 2, "{bad:?}");
+        }
     }
 }

@@ -15,7 +15,7 @@ use tracing::warn;
 
 use super::config::{CredentialSource, EcsConfig};
 use super::credentials::Keyring;
-use super::metadata::Metadata;
+use super::metadata::{Metadata, Nic};
 use super::rpc::{Parameters, Rpc, Service, failure};
 use super::wire::{
     AssignIpv6Addresses, AssignPrivateIpAddresses, DescribeInstanceTypes, DescribeNetworkInterfaces, DescribeVSwitches,
@@ -366,6 +366,19 @@ impl Cloud for Aliyun {
 
     async fn subnet(&self, mac: Mac) -> Result<Subnet> {
         self.metadata.subnet(mac).await
+    }
+
+    async fn nics(&self) -> Result<Vec<Nic>> {
+        let mut nics = Vec::new();
+        for mac in self.metadata.macs().await? {
+            match self.metadata.nic(mac).await {
+                Ok(nic) => nics.push(nic),
+                // Unplugged since it was listed.
+                Err(error) if error.class == ErrorClass::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(nics)
     }
 
     async fn describe_eni(&self, eni: &EniId) -> Result<Eni> {

@@ -159,6 +159,9 @@ pub trait Cloud: Send + Sync {
     /// The subnet of the attached ENI with this MAC, from the metadata service. `NotFound` until the NIC has arrived.
     async fn subnet(&self, mac: Mac) -> Result<Subnet>;
 
+    /// The attached ENIs whose NIC has arrived, the primary one included, by the word of the metadata service.
+    async fn nics(&self) -> Result<Vec<Nic>>;
+
     /// One ENI. `NotFound` if it does not exist.
     async fn describe_eni(&self, eni: &EniId) -> Result<Eni>;
 

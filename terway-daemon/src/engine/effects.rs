@@ -4,11 +4,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use terway_core::cloud::{CloudError, EniStatus, ErrorClass};
 use terway_core::errors::{self, Error};
 use terway_core::ident::{EniId, Family};
 use terway_core::ipam::{Effect, Event};
-use tracing::{debug, error};
+use tracing::{debug, error, info, warn};
 
 use super::{Core, Engine};
 use crate::cloud::{CreateEni, EniFilter};
@@ -117,17 +118,28 @@ impl Engine {
                     Err(error) => Event::DisconnectFailed { op, key, error },
                 }
             }
-            Effect::CreateEni { op, token, vswitch, security_groups, v4, v6, tags } => {
+            Effect::CreateEni {
+                op,
+                token,
+                vswitch,
+                security_groups,
+                v4,
+                v6,
+                v4_prefixes,
+                v6_prefixes,
+                resource_group,
+                tags,
+            } => {
                 let request = CreateEni {
                     token: token.0,
                     vswitch,
                     security_groups,
                     v4_count: v4,
                     v6_count: v6,
-                    v4_prefixes: 0,
-                    v6_prefixes: 0,
+                    v4_prefixes,
+                    v6_prefixes,
                     tags,
-                    resource_group: None,
+                    resource_group,
                 };
                 Event::EniCreated { op, result: self.cloud.create_eni(&request).await }
             }
@@ -149,6 +161,26 @@ impl Engine {
             Effect::Unassign { op, eni, family, addresses } => {
                 let result = self.unassign(&eni, &addresses).await;
                 Event::Unassigned { op, eni, family, result }
+            }
+            Effect::AssignPrefixes { op, token, eni, family, count } => {
+                let result = match family {
+                    Family::V4 => self.cloud.assign_v4_prefixes(&eni, count, &token.0).await.map(any_net),
+                    Family::V6 => self.cloud.assign_v6_prefixes(&eni, count, &token.0).await.map(any_net),
+                };
+                Event::PrefixesAssigned { op, eni, family, result }
+            }
+            Effect::UnassignPrefixes { op, eni, family, prefixes } => {
+                let result = self.unassign_prefixes(&eni, &prefixes).await;
+                Event::PrefixesUnassigned { op, eni, family, result }
+            }
+            Effect::DescribeVSwitches { op, ids } => Event::VSwitches { op, result: self.cloud.vswitches(&ids).await },
+            Effect::Fence { key, pod, reason, .. } => {
+                warn!(%key, %pod, code = reason.code.id, detail = reason.detail, "a pod's address is gone from its ENI");
+                return None;
+            }
+            Effect::Unfence { key, pod } => {
+                info!(%key, %pod, "the pod's addresses are on its ENI again");
+                return None;
             }
             Effect::Detach { op, eni } => {
                 let result = self.detach(&eni).await;
@@ -183,6 +215,18 @@ impl Engine {
         Ok(())
     }
 
+    async fn unassign_prefixes(&self, eni: &EniId, prefixes: &[IpNet]) -> Result<(), CloudError> {
+        let v4: Vec<_> = prefixes.iter().filter_map(|p| if let IpNet::V4(p) = p { Some(*p) } else { None }).collect();
+        let v6: Vec<_> = prefixes.iter().filter_map(|p| if let IpNet::V6(p) = p { Some(*p) } else { None }).collect();
+        if !v4.is_empty() {
+            self.cloud.unassign_v4_prefixes(eni, &v4).await?;
+        }
+        if !v6.is_empty() {
+            self.cloud.unassign_v6_prefixes(eni, &v6).await?;
+        }
+        Ok(())
+    }
+
     async fn detach(&self, eni: &EniId) -> Result<(), CloudError> {
         match self.cloud.describe_eni(eni).await {
             Ok(known) => self.release_nic(known.mac).await,
@@ -199,4 +243,8 @@ impl Engine {
 
 fn any<A: Into<IpAddr>>(addresses: Vec<A>) -> Vec<IpAddr> {
     addresses.into_iter().map(Into::into).collect()
+}
+
+fn any_net<N: Into<IpNet>>(prefixes: Vec<N>) -> Vec<IpNet> {
+    prefixes.into_iter().map(Into::into).collect()
 }

@@ -26,15 +26,20 @@ impl Engine {
         // Asked after the NIC is there: the metadata service knows an ENI no earlier.
         let subnet =
             self.cloud.subnet(mac).await.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string()))?;
-        self.host.ensure_eni(&self.eni_plan(&nic, &subnet)).await.map_err(net_error)?;
+        let plan = self.eni_plan(&nic, &subnet);
+        let _wiring = self.wiring.read().await;
+        self.host.ensure_eni(&plan).await.map_err(net_error)?;
         let ifindex = nic.ifindex;
         self.with_datapath(move |datapath| datapath.attach_eni(ifindex)).await?;
+        self.audit.eni_is_set_up(mac, plan);
         info!(%mac, ifindex, name = nic.name, gateway = %subnet.gateway_v4, "ENI is ready");
         Ok((ifindex, subnet))
     }
 
     /// Takes back what [`configure_nic`](Self::configure_nic) did, as far as the NIC is still there. Best effort: detaching unplugs it anyway.
     pub(super) async fn release_nic(&self, mac: Mac) {
+        let _wiring = self.wiring.read().await;
+        self.audit.eni_is_released(mac);
         let Some(nic) = self.links.nics().into_iter().find(|nic| nic.mac == mac) else { return };
         let ifindex = nic.ifindex;
         if let Err(error) = self.with_datapath(move |datapath| datapath.detach_eni(ifindex)).await {

@@ -3,9 +3,11 @@
 //! The pool is stepped under one short lock without any IO in it. What a step wants written is handed to the store under the same lock, so
 //! that writes keep the order of the decisions; everything else starts when they are durable (see `terway_core::ipam`, the contract).
 
+mod audit;
 mod drops;
 mod effects;
 mod eni;
+mod mapping;
 mod pod;
 mod reaper;
 mod start;
@@ -18,9 +20,9 @@ use std::time::Instant;
 use terway_core::clock::Moment;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, InstanceId, IpStack, PodRef};
-use terway_core::ipam::{Add, Answer, Event, Pool, Ticket};
+use terway_core::ipam::{Add, Answer, Event, Pool, PoolConfig, Ticket};
 use terway_proto::v1;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{RwLock, oneshot, watch};
 
 use crate::bpf::Datapath;
 use crate::cloud::Cloud;
@@ -62,8 +64,13 @@ pub struct Engine {
     host: Arc<Host>,
     links: Watch,
     reaper: Reaper,
+    audit: audit::Audit,
+    /// Wiring and unwiring pods and ENIs hold it shared, corrections of an audit alone.
+    wiring: RwLock<()>,
     drops: drops::DropLog,
     facts: Facts,
+    /// What pods get unless their network configuration says otherwise.
+    defaults: Mutex<PodOptions>,
     metrics: Metrics,
 }
 
@@ -118,7 +125,8 @@ impl Engine {
     /// # Errors
     /// What the catalogue says; the attachment is then undone or will be.
     pub async fn add(self: &Arc<Self>, request: AddRequest) -> Result<v1::Network, Error> {
-        let options = PodOptions { mtu: request.mtu };
+        let defaults = self.defaults().clone();
+        let options = PodOptions { mtu: request.mtu.or(defaults.mtu), ..defaults };
         let want = self.facts.stack;
         let key = request.key.clone();
         let pod = request.pod.clone();
@@ -136,6 +144,16 @@ impl Engine {
             Answer::Attached(grant) => Ok(self.network(&key, &pod, &grant, &options)),
             other => Err(Error::new(errors::INTERNAL, format!("unexpected answer {other:?}"))),
         }
+    }
+
+    /// Takes a new configuration: the pool at once, pods from the next ADD on.
+    pub fn reconfigure(self: &Arc<Self>, pool: PoolConfig, defaults: PodOptions) {
+        *self.defaults() = defaults;
+        self.feed(Event::Configure(Box::new(pool)));
+    }
+
+    fn defaults(&self) -> MutexGuard<'_, PodOptions> {
+        self.defaults.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// DEL: returns when the datapath forgot the pod and its release is on disk.

@@ -21,6 +21,9 @@ pub struct PodOptions {
     /// MTU in bytes that the network configuration asks for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
+    /// Destinations the pod gets routes to besides the default one (`extra_routes`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extra_routes: Vec<ipnet::IpNet>,
 }
 
 impl PodOptions {
@@ -47,9 +50,9 @@ impl Engine {
             pod_mac: Mac::derived(&[b"pod", seed.as_bytes()]),
             addresses: grant.addresses,
             eni_ifindex: grant.nic.ifindex,
-            mtu: options.mtu.or(self.facts.mtu).unwrap_or(self.facts.nic_mtu),
+            mtu: options.mtu.unwrap_or(self.facts.nic_mtu),
             default_route: true,
-            extra_routes: Vec::new(),
+            extra_routes: options.extra_routes.clone(),
         })
     }
 
@@ -76,31 +79,22 @@ impl Engine {
         grant: &Grant,
     ) -> Result<(), Error> {
         let plan = self.plan(key, pod, grant, &PodOptions::decode(options));
+        let _wiring = self.wiring.read().await;
         let netns = self.host.open_netns(netns).map_err(net_error)?;
 
-        let start = Instant::now();
-        let links = self.host.create_pod(&plan, &netns).await.map_err(net_error)?;
-        let created = Instant::now();
-        self.metrics.phase(Verb::Add, Phase::Links, created - start);
-
-        // Between here and `enable_pod` both ends are down: the programs and the maps are complete before the first packet.
-        let endpoint = Self::endpoint(&plan, grant, links.host_ifindex);
-        self.plug(endpoint).await?;
-        let plugged = Instant::now();
-        self.metrics.phase(Verb::Add, Phase::Datapath, plugged - created);
-
-        self.host.enable_pod(&plan, &netns, links).await.map_err(net_error)?;
-        self.metrics.phase(Verb::Add, Phase::Host, plugged.elapsed());
+        // Between its creation and the opening of the way both ends are down: programs and maps are complete before the first packet.
+        let (endpoint, datapath) = (Self::endpoint(&plan, grant, 0), Arc::clone(&self.datapath));
+        let plug = move |host_ifindex| plug(&datapath, &Endpoint { host_ifindex, ..endpoint }).map_err(bpf_error);
+        let took = self.host.connect_pod(&plan, &netns, plug).await?;
+        self.metrics.phase(Verb::Add, Phase::Links, took.create);
+        self.metrics.phase(Verb::Add, Phase::Datapath, took.plug);
+        self.metrics.phase(Verb::Add, Phase::Host, took.enable);
         Ok(())
     }
 
     /// Writes an endpoint and attaches the programs of its interface.
     pub(super) async fn plug(&self, endpoint: Endpoint) -> Result<(), Error> {
-        self.with_datapath(move |datapath| {
-            datapath.upsert_endpoint(&endpoint)?;
-            datapath.attach_pod(endpoint.host_ifindex)
-        })
-        .await
+        self.with_datapath(move |datapath| plug(datapath, &endpoint)).await
     }
 
     /// Unwires a pod, whatever of it is there. Calls `unplugged` when no packet can come or go any more; the links take longer.
@@ -113,6 +107,7 @@ impl Engine {
     ) -> Result<(), Error> {
         let plan = self.plan(key, pod, grant, &PodOptions::default());
         let addresses = grant.addresses;
+        let wiring = self.wiring.read().await;
         let start = Instant::now();
         self.with_datapath(move |datapath| forget(datapath, addresses)).await?;
         let removed = Instant::now();
@@ -120,6 +115,7 @@ impl Engine {
 
         self.host.detach_pod(&plan).await.map_err(net_error)?;
         self.metrics.phase(Verb::Del, Phase::Host, removed.elapsed());
+        drop(wiring);
         unplugged();
 
         let detached = Instant::now();
@@ -135,7 +131,7 @@ impl Engine {
     ) -> Result<T, Error> {
         let datapath = Arc::clone(&self.datapath);
         match tokio::task::spawn_blocking(move || work(&datapath)).await {
-            Ok(result) => result.map_err(|error| Error::new(errors::BPF_FAILED, chain(&error))),
+            Ok(result) => result.map_err(bpf_error),
             Err(error) => Err(Error::new(errors::INTERNAL, error.to_string())),
         }
     }
@@ -170,6 +166,11 @@ impl Engine {
     }
 }
 
+fn plug(datapath: &Datapath, endpoint: &Endpoint) -> Result<(), BpfError> {
+    datapath.upsert_endpoint(endpoint)?;
+    datapath.attach_pod(endpoint.host_ifindex)
+}
+
 /// Removes the endpoint that has these addresses, if there is one: found by address, since after a restart nobody remembers an index.
 pub(super) fn forget(datapath: &Datapath, addresses: Addresses) -> Result<(), BpfError> {
     for endpoint in datapath.endpoints().into_iter().filter(|endpoint| endpoint.addresses == addresses) {
@@ -190,6 +191,11 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+fn bpf_error(error: BpfError) -> Error {
+    Error::new(errors::BPF_FAILED, chain(&error))
 }
 
 pub(super) fn net_error(error: NetError) -> Error {

@@ -9,8 +9,9 @@ use terway_core::cloud::NodeIdentity;
 use terway_core::errors::Error;
 use terway_core::ident::{Addresses, AttachmentKey, IpStack};
 use terway_core::ipam::{AttachmentRecord, Effect, Event, Phase, Pool, Record};
+use terway_core::reconcile::{Netns, pod_is_gone};
 use terway_core::route::{Known, alias, leftovers};
-use tokio::sync::watch;
+use tokio::sync::{RwLock, watch};
 use tracing::{info, warn};
 
 use super::pod::{PodOptions, net_error};
@@ -35,8 +36,6 @@ pub struct Facts {
     pub addresses: Addresses,
     /// MTU of the node's primary interface in bytes.
     pub nic_mtu: u32,
-    /// MTU of pods in bytes, if the operator chose one.
-    pub mtu: Option<u32>,
 }
 
 /// What an engine is made of.
@@ -57,6 +56,8 @@ pub struct Parts {
     pub links: Watch,
     /// What does not change.
     pub facts: Facts,
+    /// What pods get unless their network configuration says otherwise.
+    pub defaults: PodOptions,
     /// Counters and times.
     pub metrics: Metrics,
 }
@@ -65,7 +66,7 @@ impl Engine {
     /// Makes an engine. Must be called on the runtime: the task that deletes links starts with it.
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
-        let Parts { pool, origin, store, cloud, datapath, host, links, facts, metrics } = parts;
+        let Parts { pool, origin, store, cloud, datapath, host, links, facts, defaults, metrics } = parts;
         let core = Core { pool, waiting: HashMap::new(), next_ticket: 0, written: 0 };
         let reaper = Reaper::start(Arc::clone(&host));
         Arc::new(Self {
@@ -80,8 +81,11 @@ impl Engine {
             host,
             links,
             reaper,
+            audit: super::audit::Audit::default(),
+            wiring: RwLock::new(()),
             drops: super::drops::DropLog::default(),
             facts,
+            defaults: Mutex::new(defaults),
             metrics,
         })
     }
@@ -154,27 +158,9 @@ impl Engine {
         }
         Ok(())
     }
-
-    /// Looks for attachments whose pod is gone without a DEL (runtimes do forget some), and frees them.
-    pub async fn collect(self: &Arc<Self>) {
-        let ready = {
-            let core = self.core();
-            core.pool.list().into_iter().filter(|a| a.phase == Phase::Ready).map(|a| (a.key, a.netns)).collect()
-        };
-        match gone(&self.host, ready).await {
-            Ok(gone) => {
-                for key in gone {
-                    info!(%key, "the pod is gone without a DEL; freeing its addresses");
-                    self.feed(Event::Gone { key });
-                }
-            }
-            Err(error) => warn!(%error, "cannot look for pods that are gone"),
-        }
-    }
 }
 
-/// Those of `attachments` whose pods provably do not exist any more: their path leads to no network namespace, and the node's end of their veth
-/// is gone, as the kernel removes it with the namespace. The path alone proves nothing: it may only be invisible from here.
+/// Those of `attachments` whose pods provably do not exist any more ([`pod_is_gone`]).
 ///
 /// # Errors
 /// When the kernel cannot be asked.
@@ -184,8 +170,7 @@ pub async fn gone(host: &Host, attachments: Vec<(AttachmentKey, String)>) -> Res
     if suspects.is_empty() {
         return Ok(BTreeSet::new());
     }
-    let links = host.observe(BTreeSet::new()).await?.links;
-    let aliases: BTreeSet<&str> = links.values().filter_map(|link| link.alias.as_deref()).collect();
-    let gone = suspects.into_iter().map(|(key, _)| key).filter(|key| !aliases.contains(alias(key).as_str()));
+    let state = host.observe(BTreeSet::new()).await?;
+    let gone = suspects.into_iter().map(|(key, _)| key).filter(|key| pod_is_gone(key, Netns::Absent, &state));
     Ok(gone.collect())
 }

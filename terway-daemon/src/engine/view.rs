@@ -1,18 +1,22 @@
 //! What the engine tells about itself: CHECK, status, list, readiness, gauges.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use terway_abi::Drop;
+use terway_core::clock::Moment;
+use terway_core::cloud::{self, EniKind};
 use terway_core::errors::{self, Error};
-use terway_core::ident::AttachmentKey;
-use terway_core::ipam::Phase;
+use terway_core::ident::{AttachmentKey, EniId, VSwitchId};
+use terway_core::ipam::{AddressView, EniPhase, EniView, Phase, Stats, VSwitchView};
 use terway_core::route::host_ifname;
 use terway_proto::v1;
 
 use super::Engine;
 use super::pod::{PodOptions, net_error};
+use crate::cloud::EniFilter;
+use crate::server::{attachment, detail, pod};
 
 impl Engine {
     /// CHECK: compares a pod's network with what was set up.
@@ -81,6 +85,7 @@ impl Engine {
             (core.pool.stats(), core.pool.enis(), core.pool.problems())
         };
         problems.extend(self.fatal.borrow().clone());
+        problems.extend(self.audit.problems());
         let nics: HashMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.mac, nic.name)).collect();
         let enis = enis.into_iter().map(|eni| v1::EniState {
             id: eni.id.map(|id| id.to_string()).unwrap_or_default(),
@@ -93,18 +98,73 @@ impl Engine {
         });
         v1::StatusResponse {
             ready: self.ready().is_ok(),
-            problems: problems.iter().map(crate::server::detail).collect(),
+            problems: problems.iter().map(detail).collect(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.facts.node.clone(),
-            pool: Some(v1::Pool {
-                capacity: stats.capacity,
-                idle: stats.idle,
-                bound: stats.bound,
-                cooling: stats.cooling,
-                pending: stats.pending,
-            }),
+            pool: Some(numbers(&stats)),
             enis: enis.collect(),
             datapath: Some(self.datapath_view()),
+            configuration: None,
+        }
+    }
+
+    /// ENIs, addresses and vSwitches; with `ask_cloud`, also what only the cloud knows of them.
+    pub async fn pool(&self, ask_cloud: bool) -> v1::GetPoolResponse {
+        let now = self.now();
+        let (stats, views, addresses, vswitches, problems) = {
+            let pool = &self.core().pool;
+            let enis: Vec<EniView> = pool.enis().into_iter().chain(pool.foreign_enis()).collect();
+            (pool.stats(), enis, pool.addresses(), pool.vswitches(), pool.problems())
+        };
+        let mut cloud_error = None;
+        let mut listed: BTreeMap<EniId, cloud::Eni> = BTreeMap::new();
+        if ask_cloud {
+            match self.cloud.enis(&EniFilter::of_instance(self.instance())).await {
+                Ok(enis) => listed.extend(enis.into_iter().map(|eni| (eni.id.clone(), eni))),
+                Err(error) => cloud_error = Some(detail(&error.explain())),
+            }
+        }
+        let nics: HashMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.mac, nic.name)).collect();
+        let mut by_eni: HashMap<&EniId, Vec<&AddressView>> = HashMap::new();
+        for address in &addresses {
+            by_eni.entry(&address.eni).or_default().push(address);
+        }
+        let mut enis = Vec::with_capacity(views.len());
+        for view in views {
+            let known = view.id.as_ref().and_then(|id| listed.remove(id));
+            let own = view.id.as_ref().and_then(|id| by_eni.get(id)).map(Vec::as_slice).unwrap_or_default();
+            let interface = view.mac.and_then(|mac| nics.get(&mac)).cloned().unwrap_or_default();
+            enis.push(eni_row(view, own, known, interface, now));
+        }
+        enis.extend(listed.into_values().map(|eni| {
+            let interface = nics.get(&eni.mac).cloned().unwrap_or_default();
+            stranger_row(eni, interface)
+        }));
+        enis.sort_by(|a, b| {
+            (a.role != "primary", a.id.is_empty(), &a.id).cmp(&(b.role != "primary", b.id.is_empty(), &b.id))
+        });
+        let mut vswitches = vswitches_of(&enis, vswitches, now);
+        if ask_cloud && cloud_error.is_none() {
+            let ids: Vec<VSwitchId> = vswitches.keys().map(|id| VSwitchId::new(id.as_str())).collect();
+            match self.cloud.vswitches(&ids).await {
+                Ok(known) => {
+                    for vswitch in known {
+                        if let Some(row) = vswitches.get_mut(vswitch.id.as_str()) {
+                            row.zone = vswitch.zone;
+                            row.cidr = vswitch.cidr_v4.to_string();
+                            row.available = Some(vswitch.available);
+                        }
+                    }
+                }
+                Err(error) => cloud_error = Some(detail(&error.explain())),
+            }
+        }
+        v1::GetPoolResponse {
+            pool: Some(numbers(&stats)),
+            enis,
+            vswitches: vswitches.into_values().collect(),
+            problems: problems.iter().map(detail).collect(),
+            cloud_error,
         }
     }
 
@@ -128,12 +188,8 @@ impl Engine {
             .into_iter()
             .map(|a| v1::PodState {
                 host_ifname: host_ifname(&a.pod, &a.key),
-                attachment: Some(v1::Attachment {
-                    network: a.key.network,
-                    container_id: a.key.container_id,
-                    ifname: a.key.ifname,
-                }),
-                pod: Some(v1::Pod { namespace: a.pod.namespace, name: a.pod.name, uid: a.pod.uid }),
+                attachment: Some(attachment(&a.key)),
+                pod: Some(pod(&a.pod)),
                 phase: a.phase.as_str().to_owned(),
                 addresses: a.grant.addresses.iter().map(|address| address.to_string()).collect(),
                 eni: a.grant.eni.to_string(),
@@ -160,4 +216,107 @@ impl Engine {
             self.metrics.enis(state, count);
         }
     }
+}
+
+fn numbers(stats: &Stats) -> v1::Pool {
+    v1::Pool {
+        capacity: stats.capacity,
+        idle: stats.idle,
+        bound: stats.bound,
+        cooling: stats.cooling,
+        pending: stats.pending,
+    }
+}
+
+/// An ENI of the pool, or one that it leaves alone.
+fn eni_row(view: EniView, own: &[&AddressView], known: Option<cloud::Eni>, ifname: String, now: Moment) -> v1::Eni {
+    let other = |address: &IpAddr| v1::EniAddress { address: address.to_string(), state: "other".into(), pod: None };
+    let address = |view: &&AddressView| v1::EniAddress {
+        address: view.address.to_string(),
+        state: view.state.as_str().to_owned(),
+        pod: view.owner.as_ref().map(|(_, owner)| pod(owner)),
+    };
+    let foreign = view.phase == EniPhase::Foreign;
+    v1::Eni {
+        id: view.id.as_ref().map(ToString::to_string).unwrap_or_default(),
+        mac: view.mac.map(|mac| mac.to_string()).unwrap_or_default(),
+        vswitch: view.vswitch.to_string(),
+        role: if foreign { "foreign" } else { "pods" }.to_owned(),
+        status: known.as_ref().map(|known| format!("{:?}", known.status)).unwrap_or_default(),
+        state: view.phase.as_str().to_owned(),
+        ifname,
+        addresses: if foreign { view.addresses.iter().map(other).collect() } else { own.iter().map(address).collect() },
+        prefixes: view.prefixes.iter().map(|prefix| prefix.prefix.to_string()).collect(),
+        security_groups: known.iter().flat_map(|k| &k.security_groups).map(ToString::to_string).collect(),
+        tags: known.map(|known| known.tags).unwrap_or_default(),
+        reason: view.reason.map_or_else(|| why_not(view.phase).to_owned(), |reason| reason.detail),
+        resting_seconds: seconds_until(view.resting_until, now),
+        error: view.error.as_ref().map(detail),
+    }
+}
+
+/// An ENI that only the cloud tells of: the primary one, or one that came after the pool's last look.
+fn stranger_row(eni: cloud::Eni, ifname: String) -> v1::Eni {
+    let primary = eni.kind == EniKind::Primary;
+    let addresses = eni.v4.iter().copied().map(IpAddr::V4).chain(eni.v6.iter().copied().map(IpAddr::V6));
+    let prefixes = eni.v4_prefixes.iter().map(ToString::to_string);
+    v1::Eni {
+        id: eni.id.to_string(),
+        mac: eni.mac.to_string(),
+        vswitch: eni.vswitch.to_string(),
+        role: if primary { "primary" } else { "foreign" }.to_owned(),
+        status: format!("{:?}", eni.status),
+        ifname,
+        addresses: addresses
+            .map(|address| v1::EniAddress { address: address.to_string(), state: "other".to_owned(), pod: None })
+            .collect(),
+        prefixes: prefixes.chain(eni.v6_prefixes.iter().map(ToString::to_string)).collect(),
+        security_groups: eni.security_groups.iter().map(ToString::to_string).collect(),
+        reason: if primary { "the instance's own" } else { "not seen by the pool yet" }.to_owned(),
+        tags: eni.tags,
+        ..Default::default()
+    }
+}
+
+/// Whole seconds until a moment, 0 if it has passed or there is none.
+fn seconds_until(moment: Option<Moment>, now: Moment) -> u32 {
+    moment.map_or(0, |moment| u32::try_from(moment.since(now).as_secs()).unwrap_or(u32::MAX))
+}
+
+/// Why an ENI of the pool gives no address to new pods.
+const fn why_not(phase: EniPhase) -> &'static str {
+    match phase {
+        EniPhase::InUse => "",
+        EniPhase::Creating | EniPhase::Attaching | EniPhase::Configuring => "not ready yet",
+        EniPhase::Draining => "being emptied",
+        EniPhase::Detaching | EniPhase::Deleting => "being released",
+        EniPhase::Missing => "the cloud does not list it as attached",
+        EniPhase::Mismatched => "does not fit the configuration",
+        EniPhase::Foreign => "not the pool's",
+    }
+}
+
+fn vswitches_of(enis: &[v1::Eni], views: Vec<VSwitchView>, now: Moment) -> BTreeMap<String, v1::VSwitch> {
+    let mut all: BTreeMap<String, v1::VSwitch> = BTreeMap::new();
+    for view in views {
+        let row = v1::VSwitch {
+            id: view.id.to_string(),
+            available: view.available,
+            configured: view.configured,
+            blocked: view.error.as_ref().map(detail),
+            resting_seconds: seconds_until(view.resting_until, now),
+            fragmented: view.fragmented_until.is_some(),
+            ..Default::default()
+        };
+        all.insert(row.id.clone(), row);
+    }
+    for eni in enis {
+        let row = all.entry(eni.vswitch.clone()).or_default();
+        row.id.clone_from(&eni.vswitch);
+        row.enis += 1;
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        row.addresses += count(eni.addresses.len());
+        row.bound += count(eni.addresses.iter().filter(|address| address.state == "bound").count());
+    }
+    all
 }

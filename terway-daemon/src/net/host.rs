@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::AsRawFd as _;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use terway_core::route::{
@@ -10,7 +11,7 @@ use terway_core::route::{
 
 use super::apply::{self, Sides};
 use super::decode::NamedLink;
-use super::netns::{NetnsPool, PodNetns};
+use super::netns::{NetnsPool, PodNetns, Worker};
 use super::socket::Netlink;
 use super::{NetError, Watch, decode, encode, observe, pod};
 
@@ -24,6 +25,17 @@ pub struct Links {
     pub host_ifindex: u32,
     /// The end in the pod's.
     pub pod_ifindex: u32,
+}
+
+/// How long the parts of [`Host::connect_pod`] took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Took {
+    /// Making the pair.
+    pub create: Duration,
+    /// What the caller had to do in between.
+    pub plug: Duration,
+    /// Opening the way.
+    pub enable: Duration,
 }
 
 /// Executes plans in the network namespace of the thread that made it, and in those of pods.
@@ -85,6 +97,33 @@ impl Host {
         self.foreign(netns)?;
         let (plan, netns) = (plan.clone(), netns.clone());
         self.pool.run(move |worker| worker.inside(&netns, |host| pod::enable(host, &plan, links))).await
+    }
+
+    /// [`Self::create_pod`], `plug` with the host end's index, [`Self::enable_pod`], in one go on one thread: each change of threads would cost an ADD
+    /// more than most of its system calls do. `plug` runs in the node's namespace and may wait for RTNL.
+    ///
+    /// # Errors
+    /// Those of the three; the plan's teardown cleans up.
+    pub async fn connect_pod<E: From<NetError> + Send + 'static>(
+        &self,
+        plan: &PodPlan,
+        netns: &PodNetns,
+        plug: impl FnOnce(u32) -> Result<(), E> + Send + 'static,
+    ) -> Result<Took, E> {
+        self.foreign(netns)?;
+        let (plan, netns) = (plan.clone(), netns.clone());
+        let job = move |worker: &mut Worker| {
+            let start = Instant::now();
+            let links = worker.inside(&netns, |host| pod::create(host, &plan, netns.as_raw_fd()))?;
+            let created = Instant::now();
+            if let Err(error) = plug(links.host_ifindex) {
+                return Ok(Err(error));
+            }
+            let plugged = Instant::now();
+            worker.inside(&netns, |host| pod::enable(host, &plan, links))?;
+            Ok(Ok(Took { create: created - start, plug: plugged - created, enable: plugged.elapsed() }))
+        };
+        self.pool.run(job).await?
     }
 
     /// Makes a pod unreachable, quickly: rules, routes and neighbours of the node's side go. Needs nothing of the pod to be there.

@@ -17,6 +17,6 @@ mod socket;
 mod watch;
 
 pub use error::NetError;
-pub use host::{Host, Links};
+pub use host::{Host, Links, Took};
 pub use netns::{NetnsPool, PodNetns, Worker};
 pub use watch::{Nic, NicEvent, Watch};

@@ -15,8 +15,10 @@ use super::{NetError, decode, encode};
 
 /// How long a link may take from up to usable.
 const PATIENCE: Duration = Duration::from_millis(200);
-/// How often it is looked at.
+/// How often it is looked at, after some looks in a row: a timer's slack alone is longer than what is mostly left to wait for.
 const POLL: Duration = Duration::from_micros(100);
+/// Looks without a pause.
+const EAGER: u32 = 20;
 /// How often a name may turn out to be taken by a leftover while we make room.
 const TRIES: u32 = 3;
 
@@ -161,7 +163,9 @@ fn settle(
     settled: impl Fn(&[u8]) -> bool,
 ) -> Result<(), NetError> {
     let deadline = Instant::now() + PATIENCE;
+    let mut looks = 0;
     loop {
+        looks += 1;
         match netlink.request(message.clone(), flags)? {
             Ok(answer) if answer.as_deref().is_some_and(&settled) => return Ok(()),
             Err(refusal) if refusal.errno == libc::ENODEV => {
@@ -172,6 +176,7 @@ fn settle(
                 tracing::warn!(name, "a pod's interface {otherwise}");
                 return Ok(());
             }
+            _ if looks < EAGER => thread::yield_now(),
             _ => thread::sleep(POLL),
         }
     }

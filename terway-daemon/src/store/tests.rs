@@ -19,6 +19,9 @@ fn record(n: u64) -> Record {
         security_groups,
         v4: 1,
         v6: 0,
+        v4_prefixes: 0,
+        v6_prefixes: 0,
+        resource_group: None,
         tags,
     })
 }

@@ -51,6 +51,8 @@ pub struct Options {
     pub pool: (u32, u32),
     /// How long a freed address rests, in seconds.
     pub cooling: u64,
+    /// Time between two audits of a node, in seconds.
+    pub audit: u64,
     /// How long the cloud takes to attach an ENI, and then for its NIC to arrive.
     pub attach: (Duration, Duration),
     /// The binaries of the containerd that every node gets, if any.
@@ -77,6 +79,7 @@ impl Options {
             addresses_per_adapter: 15,
             pool: (5, 10),
             cooling: 1,
+            audit: 60,
             attach: (Duration::from_millis(100), Duration::from_millis(50)),
             containerd: None,
             log: "info".to_owned(),
@@ -175,6 +178,7 @@ impl Cluster {
             eni_conf: setup::eni_conf(options),
             endpoint: setup::ENDPOINT_URL.to_owned(),
             cooling: options.cooling,
+            audit: options.audit,
             log: options.log.clone(),
             interrupted: Arc::clone(&options.interrupted),
         };

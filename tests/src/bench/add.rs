@@ -66,7 +66,11 @@ fn time(command: &mut Command, input: &[u8]) -> Result<Duration> {
     let start = Instant::now();
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(input)?;
+        // A plugin may answer without reading its input.
+        match stdin.write_all(input) {
+            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(error.into()),
+            _ => {}
+        }
     }
     let output = child.wait_with_output()?;
     let took = start.elapsed();
@@ -84,7 +88,8 @@ fn version(program: &Path) -> Result<Duration> {
     time(&mut command, br#"{"cniVersion":"1.0.0"}"#)
 }
 
-/// Measures on a node whose pool holds an idle address whenever a pod asks.
+/// Measures on a node whose pool holds an idle address whenever a pod asks, and whose pods get IPv4 addresses like the reference's: with an
+/// IPv6 address that one waits a second for duplicate address detection, which would flatter us.
 ///
 /// # Errors
 /// When a plugin fails.
@@ -123,6 +128,32 @@ pub fn measure(node: &Node, reference: &Reference) -> Result<Vec<Figure>> {
         figure("del_p99_ms", &del, &ptp_del, 99.0, vec![]),
         figure("version_p50_ms", &ver, &ptp_ver, 50.0, vec![Bar::AtMost(1.5)]),
     ])
+}
+
+/// Measures ADD and DEL on a node whose pods get addresses of both families.
+///
+/// # Errors
+/// When the plugin fails.
+pub fn measure_dual(node: &Node) -> Result<Vec<Figure>> {
+    let ms = |d: Duration| d.as_secs_f64() * 1e3;
+    let (mut add, mut del) = (Vec::new(), Vec::new());
+    for n in 0..WARM + PODS {
+        let mut pod = node.new_pod(&format!("dual-{n}"))?;
+        let took = (node.add(&mut pod)?.elapsed, node.del(&pod)?.elapsed);
+        if n >= WARM {
+            add.push(ms(took.0));
+            del.push(ms(took.1));
+        }
+    }
+    let figure = |name: &str, ours: &[f64]| Figure {
+        bench: "add",
+        name: name.to_owned(),
+        value: percentile(ours, 50.0),
+        anchor: None,
+        better: Better::Less,
+        bars: vec![Bar::AtMost(5.0)],
+    };
+    Ok(vec![figure("add_dual_p50_ms", &add), figure("del_dual_p50_ms", &del)])
 }
 
 /// Adds `pods` pods and reads the daemon's resident set.

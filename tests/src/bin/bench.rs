@@ -64,19 +64,19 @@ fn run(cli: &Cli) -> Result<bool> {
         show(prog::measure()?);
     }
     if wanted(Name::Add) {
-        // A pool that never runs dry while pods come and go one at a time, however long addresses cool.
-        let mut options = Options::new()?;
-        options.nodes = 1;
-        options.pool = (60, 120);
-        options.addresses_per_adapter = 60;
-        options.cooling = 1;
-        let cluster = Cluster::start(&options)?;
+        let cluster = Cluster::start(&warm("ipv4")?)?;
         let node = cluster.node(1);
         wait_for_idle(node, 60)?;
         let reference = add::Reference::create(&format!("{}-ptp", cluster.prefix()))?;
         show(add::measure(node, &reference)?);
-        show(add::footprint(node, 100)?);
         drop(reference);
+        cluster.finish()?;
+
+        let cluster = Cluster::start(&warm("dual")?)?;
+        let node = cluster.node(1);
+        wait_for_idle(node, 60)?;
+        show(add::measure_dual(node)?);
+        show(add::footprint(node, 100)?);
         cluster.finish()?;
     }
     if wanted(Name::Path) {
@@ -103,6 +103,17 @@ fn run(cli: &Cli) -> Result<bool> {
         cluster.finish()?;
     }
     Ok(met)
+}
+
+/// One node with a pool that never runs dry while pods come and go one at a time, however long addresses cool.
+fn warm(ip_stack: &'static str) -> Result<Options> {
+    let mut options = Options::new()?;
+    options.nodes = 1;
+    options.ip_stack = ip_stack;
+    options.pool = (60, 120);
+    options.addresses_per_adapter = 60;
+    options.cooling = 1;
+    Ok(options)
 }
 
 fn wait_for_idle(node: &terway_sim::node::Node, count: u32) -> Result<()> {

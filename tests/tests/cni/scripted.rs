@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use terway_core::cni::queue::{QueuedDel, SUFFIX};
 use terway_core::errors::{self, Code};
+use terway_proto::v1;
 use terway_proto::v1::node_network_server::{NodeNetwork, NodeNetworkServer};
 use terway_proto::v1::{
     AddPodRequest, AddPodResponse, Address, Attachment, CheckPodRequest, CheckPodResponse, DelPodRequest,
@@ -265,6 +266,21 @@ impl NodeNetwork for ScriptedDaemon {
     }
 
     async fn list_pods(&self, _: Request<ListPodsRequest>) -> Result<Response<ListPodsResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
+    async fn get_pool(&self, _: Request<v1::GetPoolRequest>) -> Result<Response<v1::GetPoolResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
+    async fn get_mapping(&self, _: Request<v1::GetMappingRequest>) -> Result<Response<v1::GetMappingResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
+    async fn get_metadata(
+        &self,
+        _: Request<v1::GetMetadataRequest>,
+    ) -> Result<Response<v1::GetMetadataResponse>, Status> {
         Err(Status::unimplemented("the plugin never asks"))
     }
 

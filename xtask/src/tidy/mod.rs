@@ -1,6 +1,7 @@
 //! `cargo xtask tidy`: the rules that no compiler checks, each finding with what to do about it.
 
 mod border;
+mod catalogue;
 mod source;
 mod text;
 mod walls;
@@ -101,6 +102,7 @@ pub(crate) fn run(workspace: &Workspace, bless_abi: bool) -> Result<bool> {
             found.extend(text::rust(&file.path, &file.text));
         }
     }
+    found.extend(catalogue::check(&files));
     found.extend(border::check(&files, record.as_deref()));
     found.extend(walls::check(workspace, &workspace.metadata()?)?);
     if let Err(error) = codegen::run(true) {

@@ -1,177 +1,182 @@
-//! `eni_conf` as it is written: the shape of the JSON document, nothing about its meaning.
+//! `eni_conf` as it is written: takes values out of the JSON document by the shape that the table of keys gives them, and notes every value
+//! that has another shape.
 
-use std::collections::BTreeMap;
+use std::time::Duration;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::keys::{Absent, Effect, KEYS, Key, Kind, Place, REMOVED, nearest};
+use super::units::{Ratio, parse_period};
 use super::{Invalid, Warning};
-use crate::ident::VSwitchId;
 
-/// The keys this version acts on.
-#[derive(Debug, Default)]
-pub(super) struct EniConf {
-    pub(super) ip_stack: Option<String>,
-    pub(super) vswitches: Option<BTreeMap<String, Vec<VSwitchId>>>,
-    pub(super) vswitch_selection_policy: Option<String>,
-    pub(super) security_group: Option<String>,
-    pub(super) security_groups: Option<Vec<String>>,
-    pub(super) eni_tags: Option<BTreeMap<String, String>>,
-    pub(super) min_pool_size: Option<i64>,
-    pub(super) max_pool_size: Option<i64>,
-    pub(super) max_eni: Option<i64>,
-    pub(super) service_cidr: Option<String>,
-    pub(super) host_stack_cidrs: Option<Vec<String>>,
-    pub(super) region_id: Option<String>,
-    pub(super) access_key: Option<String>,
-    pub(super) access_secret: Option<String>,
+/// A value is shown up to this many characters: it goes into log lines.
+const SHOWN: usize = 120;
+
+/// Reads a document that must be a JSON object. `name` is what the error calls it.
+pub(super) fn object(name: &str, text: &str) -> Result<Map<String, Value>, Invalid> {
+    let invalid = |reason: String| Invalid { key: name.into(), value: format!("{} bytes", text.len()), reason };
+    match serde_json::from_str(text) {
+        Ok(Value::Object(keys)) => Ok(keys),
+        Ok(_) => Err(invalid("is not a JSON object".into())),
+        // The parser's message could quote a secret; its position cannot.
+        Err(e) => Err(invalid(format!("is not JSON: error at line {}, column {}", e.line(), e.column()))),
+    }
 }
 
-const ACTED_ON: &[&str] = &[
-    "access_key",
-    "access_secret",
-    "eni_tags",
-    "host_stack_cidrs",
-    "ip_stack",
-    "max_eni",
-    "max_pool_size",
-    "min_pool_size",
-    "region_id",
-    "security_group",
-    "security_groups",
-    "service_cidr",
-    "version",
-    "vswitch_selection_policy",
-    "vswitches",
-];
-
-/// Keys of the format that have no effect in this version; accepted, so that an existing ConfigMap can be kept as it is.
-const NO_EFFECT: &[&str] = &[
-    "backoff_override",
-    "credential_path",
-    "custom_stateful_workload_kinds",
-    "disable_device_plugin",
-    "enable_eni_trunking",
-    "enable_erdma",
-    "enable_ip_prefix",
-    "enable_patch_pod_ips",
-    "eni_cap_ratio",
-    "eni_cap_shift",
-    "eni_selection_policy",
-    "eni_tag_block_list",
-    "eni_tag_filter",
-    "extra_routes",
-    "idle_ip_reclaim_after",
-    "idle_ip_reclaim_batch_size",
-    "idle_ip_reclaim_interval",
-    "idle_ip_reclaim_jitter_factor",
-    "ip_pool_sync_period",
-    "ip_warm_up_size",
-    "ipam_type",
-    "ipv4_prefix_count",
-    "ipv6_prefix_count",
-    "kube_client_burst",
-    "kube_client_qps",
-    "min_eni",
-    "prefix",
-    "rate_limit",
-    "resource_group_id",
-];
-
-/// Keys that the format no longer has, with their successor.
-const REMOVED: &[(&str, &str)] = &[
-    ("allow_eip_rob", "EIPs moved to ack-extend-network-controller"),
-    ("enable_eip_migrate", "EIPs moved to ack-extend-network-controller"),
-    ("enable_eip_pool", "EIPs moved to ack-extend-network-controller"),
-];
-
-const SECRET: &[&str] = &["access_key", "access_secret"];
-
-pub(super) fn read(text: &str) -> Result<(EniConf, Vec<Warning>), Invalid> {
-    let invalid = |reason: String| Invalid { key: "eni_conf".into(), value: format!("{} bytes", text.len()), reason };
-    // The parser's message could quote a secret; its position cannot.
-    let value: Value = serde_json::from_str(text)
-        .map_err(|e| invalid(format!("is not JSON: error at line {}, column {}", e.line(), e.column())))?;
-    let Value::Object(mut keys) = value else { return Err(invalid("is not a JSON object".into())) };
-
-    let warnings = keys.keys().filter_map(|key| warn(key)).collect();
-    let raw = EniConf {
-        ip_stack: take(&mut keys, "ip_stack", "a string")?,
-        vswitches: take(&mut keys, "vswitches", "an object of lists of vSwitch ids by zone")?,
-        vswitch_selection_policy: take(&mut keys, "vswitch_selection_policy", "a string")?,
-        security_group: take(&mut keys, "security_group", "a string")?,
-        security_groups: take(&mut keys, "security_groups", "a list of strings")?,
-        eni_tags: take(&mut keys, "eni_tags", "an object of strings")?,
-        min_pool_size: take(&mut keys, "min_pool_size", "a whole number")?,
-        max_pool_size: take(&mut keys, "max_pool_size", "a whole number")?,
-        max_eni: take(&mut keys, "max_eni", "a whole number")?,
-        service_cidr: take(&mut keys, "service_cidr", "a string of comma-separated CIDRs")?,
-        host_stack_cidrs: take(&mut keys, "host_stack_cidrs", "a list of CIDRs")?,
-        region_id: take(&mut keys, "region_id", "a string")?,
-        access_key: take(&mut keys, "access_key", "a string")?,
-        access_secret: take(&mut keys, "access_secret", "a string")?,
-    };
-    Ok((raw, warnings))
+/// The document being read: what is taken leaves it, what is refused is noted.
+pub(super) struct Reader {
+    keys: Map<String, Value>,
+    pub(super) bad: Vec<Invalid>,
+    pub(super) warnings: Vec<Warning>,
 }
 
-fn take<T: DeserializeOwned>(keys: &mut Map<String, Value>, key: &str, shape: &str) -> Result<Option<T>, Invalid> {
-    let Some(value) = keys.remove(key) else { return Ok(None) };
-    let shown = if SECRET.contains(&key) { "<secret>".into() } else { value.to_string() };
-    Option::<T>::deserialize(value).ok().ok_or_else(|| Invalid {
-        key: key.into(),
-        value: shown,
-        reason: format!("must be {shape}"),
-    })
-}
+impl Reader {
+    pub(super) fn new(keys: Map<String, Value>) -> Self {
+        Self { keys, bad: Vec::new(), warnings: Vec::new() }
+    }
 
-fn warn(key: &str) -> Option<Warning> {
-    let message = if ACTED_ON.contains(&key) {
-        return None;
-    } else if NO_EFFECT.contains(&key) {
-        "has no effect in this version".to_owned()
-    } else if let Some((_, successor)) = REMOVED.iter().find(|(removed, _)| *removed == key) {
-        format!("was removed: {successor}")
-    } else {
-        let nearest = ACTED_ON.iter().chain(NO_EFFECT).min_by_key(|known| distance(key, known));
-        match nearest {
-            Some(known) if distance(key, known) <= 3 => format!("is not a known key; did you mean {known}?"),
-            _ => "is not a known key and is ignored".to_owned(),
-        }
-    };
-    Some(Warning { key: key.to_owned(), message })
-}
+    pub(super) fn refuse(&mut self, key: &Key, value: &Value, reason: impl Into<String>) {
+        let value = if key.kind == Kind::Secret { "<secret>".to_owned() } else { shown(value) };
+        self.bad.push(Invalid { key: key.name.into(), value, reason: reason.into() });
+    }
 
-/// Levenshtein distance in characters.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = i;
-        let mut left = i + 1;
-        for (cell, y) in row.iter_mut().skip(1).zip(&b) {
-            let above = *cell;
-            left = (diagonal + usize::from(x != *y)).min(above + 1).min(left + 1);
-            diagonal = above;
-            *cell = left;
-        }
-        if let Some(first) = row.first_mut() {
-            *first = i + 1;
+    pub(super) fn warn(&mut self, key: &str, message: impl Into<String>) {
+        self.warnings.push(Warning { key: key.into(), message: message.into() });
+    }
+
+    /// Takes a value; `null` is none.
+    pub(super) fn take(&mut self, key: &Key) -> Option<Value> {
+        self.keys.remove(key.name).filter(|value| !value.is_null())
+    }
+
+    /// Takes a value or the table's default, and reads it; what cannot be read is refused, and the default read instead.
+    fn read<T>(&mut self, key: &Key, read: impl Fn(&Value) -> Option<T>) -> Option<T> {
+        let default = || match key.absent {
+            Absent::Is(text) => read(&literal(text)),
+            Absent::Means(_) => None,
+        };
+        match self.take(key) {
+            None => default(),
+            Some(value) => read(&value).or_else(|| {
+                self.refuse(key, &value, format!("must be {}", key.kind));
+                default()
+            }),
         }
     }
-    row.last().copied().unwrap_or(0)
+
+    /// A string; the empty one is none.
+    pub(super) fn text(&mut self, key: &Key) -> Option<String> {
+        self.read(key, |value| value.as_str().map(str::to_owned)).filter(|text| !text.is_empty())
+    }
+
+    pub(super) fn flag(&mut self, key: &Key) -> bool {
+        self.read(key, Value::as_bool).unwrap_or_default()
+    }
+
+    pub(super) fn whole(&mut self, key: &Key) -> Option<i64> {
+        let Kind::Whole { least, most } = key.kind else { return None };
+        self.read(key, |value| value.as_i64().filter(|n| (least..=most).contains(n)))
+    }
+
+    /// A whole number of a key whose limits are inside those of `u32`.
+    pub(super) fn count(&mut self, key: &Key) -> u32 {
+        self.whole(key).and_then(|n| u32::try_from(n).ok()).unwrap_or_default()
+    }
+
+    pub(super) fn ratio(&mut self, key: &Key) -> Ratio {
+        let Kind::Number { least, most } = key.kind else { return Ratio::ONE };
+        self.drop_empty(key);
+        let number = |value: &Value| match value {
+            Value::String(text) => text.trim().parse().ok(),
+            value => value.as_f64(),
+        };
+        self.read(key, |value| number(value).filter(|n| (least..=most).contains(n)).and_then(Ratio::new))
+            .unwrap_or(Ratio::ONE)
+    }
+
+    /// The empty string stands for a value that nobody wrote.
+    fn drop_empty(&mut self, key: &Key) {
+        if self.keys.get(key.name).and_then(Value::as_str) == Some("") {
+            self.keys.remove(key.name);
+        }
+    }
+
+    /// A length of time; none where the table has no default.
+    pub(super) fn period(&mut self, key: &Key) -> Option<Duration> {
+        let Kind::Period { least, most } = key.kind else { return None };
+        self.drop_empty(key);
+        let within = |period: &Duration| (least..=most).contains(period);
+        self.read(key, |value| match value {
+            Value::String(text) => parse_period(text.trim()).filter(within),
+            value => value.as_f64().and_then(|s| Duration::try_from_secs_f64(s).ok()).filter(within),
+        })
+    }
+
+    /// The value that stands at the place of the word, the table's default for the empty string.
+    pub(super) fn choice<T: Copy, const N: usize>(&mut self, key: &Key, values: [T; N]) -> T {
+        let Kind::OneOf(words) = key.kind else { return values[0] };
+        let find = |word: &str| words.iter().position(|w| *w == word).and_then(|at| values.get(at)).copied();
+        let default = match key.absent {
+            Absent::Is(word) => word,
+            Absent::Means(_) => "",
+        };
+        let chosen = self.read(key, |value| value.as_str().and_then(|w| find(if w.is_empty() { default } else { w })));
+        chosen.unwrap_or(values[0])
+    }
+
+    /// A list or an object; none and refused are both the empty one.
+    pub(super) fn many<T: DeserializeOwned + Default>(&mut self, key: &Key) -> T {
+        self.read(key, |value| T::deserialize(value).ok()).unwrap_or_default()
+    }
+
+    /// Warns of everything that is still there: unknown, removed, misplaced and pending keys.
+    pub(super) fn rest(&mut self) {
+        for (name, value) in std::mem::take(&mut self.keys) {
+            let known = KEYS.iter().find(|key| key.name == name);
+            let message = match known {
+                Some(key) if key.place == Place::ConfigMap => {
+                    "belongs beside eni_conf in the ConfigMap, not into it; it is ignored here".to_owned()
+                }
+                Some(key) if key.effect == Effect::NotYet => {
+                    // The value that describes what this version does anyway deserves no warning.
+                    if value.is_null() || matches!(key.absent, Absent::Is(text) if literal(text) == value) {
+                        continue;
+                    }
+                    "has no effect in this version".to_owned()
+                }
+                Some(_) => continue,
+                None => unknown(&name),
+            };
+            // A name is as long as its writer likes, and could be a misplaced value.
+            self.warn(&shorten(&name), message);
+        }
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::distance;
+/// What to say of a name that the table does not have.
+pub(super) fn unknown(name: &str) -> String {
+    if let Some((_, successor)) = REMOVED.iter().find(|(removed, _)| *removed == name) {
+        return format!("was removed and is ignored: {successor}");
+    }
+    match nearest(name) {
+        Some(known) => format!("is not a known key and is ignored; did you mean {known}?"),
+        None => "is not a known key and is ignored".to_owned(),
+    }
+}
 
-    #[test]
-    fn distances() {
-        for (a, b, d) in
-            [("", "abc", 3), ("abc", "abc", 0), ("kitten", "sitting", 3), ("max_pool_sizes", "max_pool_size", 1)]
-        {
-            assert_eq!(distance(a, b), d, "{a} {b}");
-        }
+/// A default of the table as the value it stands for.
+fn literal(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|_not_json| Value::String(text.to_owned()))
+}
+
+pub(super) fn shown(value: &Value) -> String {
+    shorten(&value.to_string())
+}
+
+fn shorten(text: &str) -> String {
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text.to_owned(),
     }
 }

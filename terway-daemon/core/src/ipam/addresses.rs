@@ -1,22 +1,51 @@
-//! Addresses come to an ENI and go back to the cloud: one call at a time per ENI and family.
+//! Addresses and prefixes come to an ENI and go back to the cloud: one call at a time per ENI and family.
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
+use super::config::prefix_slots;
 use super::effect::Effect;
 use super::event::OpId;
+use super::lifecycle::explain;
 use super::pool::{Pool, Timer};
-use super::record::{AddressRecord, AssignmentRecord, Hold, Record, RecordKey};
+use super::record::{AddressRecord, AssignmentRecord, Hold, PrefixRecord, Record, RecordKey};
 use super::slot::{Call, CallKind, SlotState};
+use crate::clock::Moment;
 use crate::cloud::{CloudError, ErrorClass};
 use crate::ident::{EniId, Family};
+
+/// What an assign call brought.
+#[derive(Debug)]
+pub(super) enum Gain {
+    Addresses(Vec<IpAddr>),
+    Prefixes(Vec<IpNet>),
+}
 
 impl Pool {
     /// Asks for `count` more addresses.
     pub(super) fn assign(&mut self, id: &EniId, family: Family, count: u32) {
         let token = self.token();
-        let record = AssignmentRecord { token: token.clone(), eni: id.clone(), family, count };
+        let record = AssignmentRecord { token: token.clone(), eni: id.clone(), family, count, prefixes: false };
         self.out.put(Record::Assignment(record));
+        self.note_use(id, family, count);
         self.call(id, family, CallKind::Assign { token, count });
+    }
+
+    /// Asks for `count` more prefixes.
+    pub(super) fn assign_prefixes(&mut self, id: &EniId, family: Family, count: u32) {
+        let token = self.token();
+        let record = AssignmentRecord { token: token.clone(), eni: id.clone(), family, count, prefixes: true };
+        self.out.put(Record::Assignment(record));
+        let each = prefix_slots(family);
+        self.note_use(id, family, count * each);
+        self.call(id, family, CallKind::AssignPrefixes { token, count, each });
+    }
+
+    fn note_use(&mut self, id: &EniId, family: Family, count: u32) {
+        if let Some(state) = self.enis.get(id).filter(|_| family == Family::V4) {
+            self.vswitches.used(&state.vswitch, count);
+        }
     }
 
     pub(super) fn call(&mut self, id: &EniId, family: Family, kind: CallKind) {
@@ -26,14 +55,20 @@ impl Pool {
     }
 
     pub(super) fn retry_call(&mut self, id: &EniId, family: Family) {
+        let (ask, release) = (self.may_ask(), self.may_release());
         let fresh = self.op();
-        let Some(state) = self.enis.get_mut(id) else { return };
+        let Some(state) = self.enis.get_mut(id).filter(|state| !state.blocked()) else { return };
         let Some(Call { kind, op: op @ None, .. }) = &mut state.slots_mut(family).call else { return };
+        if !(if kind.token().is_some() { ask } else { release }) {
+            return;
+        }
         *op = Some(fresh);
         let (op, eni) = (fresh, id.clone());
         self.out.effect(match kind.clone() {
             CallKind::Assign { token, count } => Effect::Assign { op, token, eni, family, count },
             CallKind::Unassign { addresses } => Effect::Unassign { op, eni, family, addresses },
+            CallKind::AssignPrefixes { token, count, .. } => Effect::AssignPrefixes { op, token, eni, family, count },
+            CallKind::UnassignPrefixes { prefixes } => Effect::UnassignPrefixes { op, eni, family, prefixes },
         });
     }
 
@@ -50,8 +85,11 @@ impl Pool {
         call.op = None;
         call.failures += 1;
         call.uncertain |= error.class == ErrorClass::Unknown;
-        call.error = Some(error);
         let at = self.retry_at(call.failures);
+        if error.class == ErrorClass::Throttled && call.kind.token().is_some() {
+            self.assign_blocked = Some((at, explain(&error)));
+        }
+        call.error = Some(error);
         if let Some(state) = self.enis.get_mut(id) {
             state.slots_mut(family).call = Some(call);
         }
@@ -64,19 +102,18 @@ impl Pool {
         }
     }
 
-    pub(super) fn assigned(&mut self, op: OpId, id: &EniId, family: Family, result: Result<Vec<IpAddr>, CloudError>) {
+    pub(super) fn assigned(&mut self, op: OpId, id: &EniId, family: Family, result: Result<Gain, CloudError>) {
         let Some(call) = self.call_reported(op, id, family) else { return };
-        let CallKind::Assign { token, count } = &call.kind else {
+        let (token, count, prefixes) = match &call.kind {
+            CallKind::Assign { token, count } => (token.clone(), *count, false),
+            CallKind::AssignPrefixes { token, count, .. } => (token.clone(), *count, true),
             // A report of the wrong kind: the call goes on.
-            return self.put_back(id, family, call);
+            CallKind::Unassign { .. } | CallKind::UnassignPrefixes { .. } => return self.put_back(id, family, call),
         };
-        let (token, count) = (token.clone(), *count);
         let error = match result {
-            Ok(addresses) => {
+            Ok(gain) => {
                 self.out.delete_lazily(RecordKey::Assignment(token));
-                for address in addresses.into_iter().filter(|address| Family::of(*address) == family) {
-                    self.received(id, address);
-                }
+                self.gained(id, family, gain);
                 self.write_eni_lazily(id);
                 return self.advance_drain(id);
             }
@@ -92,27 +129,54 @@ impl Pool {
         }
         // Lost in a crash, the call is repeated: at worst there are addresses more, which are used or given back.
         self.out.delete_lazily(RecordKey::Assignment(token));
-        let Some(state) = self.enis.get_mut(id) else { return };
-        let until = if error.class == ErrorClass::VSwitchExhausted && family == Family::V4 {
-            let vswitch = state.vswitch.clone();
-            self.vswitches.exhausted(&vswitch, count, error, self.now)
-        } else {
-            let until = self.now.after(self.config.refusal_rest);
-            let doubtful = matches!(error.class, ErrorClass::Quota | ErrorClass::NotFound);
-            state.slots_mut(family).blocked = Some((until, error));
-            if doubtful {
-                // The ENI is not what we take it for.
-                self.take_inventory();
-            }
-            until
-        };
-        self.wake(until, Timer::Plan);
+        self.assign_refused(id, family, count, prefixes, error);
         self.advance_drain(id);
+    }
+
+    /// Leaves alone what the refusal speaks of: the vSwitch, the ENI, or the kind of call.
+    fn assign_refused(&mut self, id: &EniId, family: Family, count: u32, prefixes: bool, error: CloudError) {
+        let mut until = self.now.after(self.config.refusal_rest);
+        let Some(state) = self.enis.get_mut(id) else { return };
+        match error.class {
+            ErrorClass::VSwitchExhausted if family == Family::V4 => {
+                until = self.now.after(self.config.vswitch_rest);
+                let vswitch = state.vswitch.clone();
+                if prefixes {
+                    self.vswitches.fragmented(&vswitch, count, until);
+                } else {
+                    self.vswitches.exhausted(&vswitch, count, error, until);
+                }
+            }
+            ErrorClass::Forbidden => self.assign_blocked = Some((until, explain(&error))),
+            class => {
+                state.slots_mut(family).blocked = Some((until, error));
+                if matches!(class, ErrorClass::Quota | ErrorClass::NotFound) {
+                    // The ENI is not what we take it for.
+                    self.take_inventory();
+                }
+            }
+        }
+        self.wake(until, Timer::Plan);
     }
 
     fn put_back(&mut self, id: &EniId, family: Family, call: Call) {
         if let Some(state) = self.enis.get_mut(id) {
             state.slots_mut(family).call = Some(call);
+        }
+    }
+
+    fn gained(&mut self, id: &EniId, family: Family, gain: Gain) {
+        match gain {
+            Gain::Addresses(addresses) => {
+                for address in addresses.into_iter().filter(|address| Family::of(*address) == family) {
+                    self.received(id, address);
+                }
+            }
+            Gain::Prefixes(prefixes) => {
+                for prefix in prefixes.into_iter().filter(|prefix| Family::of(prefix.addr()) == family) {
+                    self.received_prefix(id, family, prefix);
+                }
+            }
         }
     }
 
@@ -126,7 +190,24 @@ impl Pool {
         }
     }
 
-    /// Marks idle addresses as going back; the calls are made by [`Pool::give_back`].
+    fn received_prefix(&mut self, id: &EniId, family: Family, prefix: IpNet) {
+        let Some(state) = self.enis.get_mut(id) else { return };
+        let slots = state.slots_mut(family);
+        if slots.enter_prefix(prefix, prefix_slots(family)) && slots.prefix_ghosts.remove(&prefix).is_some() {
+            self.out.delete_lazily(RecordKey::Prefix(id.clone(), prefix));
+            self.cool_prefix(id, family, prefix);
+        }
+    }
+
+    /// Starts the rest of all addresses of a prefix: somebody may have had them a moment ago.
+    pub(super) fn cool_prefix(&mut self, id: &EniId, family: Family, prefix: IpNet) {
+        let inside = self.enis.get(id).map(|state| state.slots(family).inside(prefix)).unwrap_or_default();
+        for address in inside {
+            self.cool(id, address);
+        }
+    }
+
+    /// Marks idle single addresses as going back; the calls are made by [`Pool::give_back`].
     pub(super) fn retire(&mut self, id: &EniId, family: Family, addresses: &[IpAddr]) {
         let Some(state) = self.enis.get_mut(id) else { return };
         for address in addresses {
@@ -140,40 +221,67 @@ impl Pool {
         }
     }
 
+    /// Marks a prefix that no pod uses as going back.
+    pub(super) fn retire_prefix(&mut self, id: &EniId, family: Family, prefix: IpNet) {
+        let Some(state) = self.enis.get_mut(id) else { return };
+        if state.slots_mut(family).release_prefix(prefix) {
+            let record = PrefixRecord { eni: id.clone(), prefix, hold: Hold::Releasing };
+            self.out.put(Record::Prefix(record));
+        }
+    }
+
     /// Starts giving back what is marked for it, where no call is under way.
     pub(super) fn give_back(&mut self, id: &EniId, family: Family) {
         let batch = usize::try_from(self.config.batch.max(1)).unwrap_or(1);
         let Some(state) = self.enis.get(id) else { return };
         let slots = state.slots(family);
-        if slots.call.is_some() || slots.releasing().is_empty() || !state.attached() {
+        if slots.call.is_some() || !state.attached() {
             return;
         }
-        let addresses = slots.releasing().iter().copied().take(if slots.one_by_one { 1 } else { batch }).collect();
-        self.call(id, family, CallKind::Unassign { addresses });
+        let most = if slots.one_by_one { 1 } else { batch };
+        let releasing = slots.prefixes().iter().filter(|(_, prefix)| prefix.releasing);
+        let prefixes: Vec<_> = releasing.map(|(prefix, _)| *prefix).take(most).collect();
+        if !prefixes.is_empty() {
+            return self.call(id, family, CallKind::UnassignPrefixes { prefixes });
+        }
+        let addresses: Vec<_> = slots.releasing().iter().copied().take(most).collect();
+        if !addresses.is_empty() {
+            self.call(id, family, CallKind::Unassign { addresses });
+        }
     }
 
     pub(super) fn unassigned(&mut self, op: OpId, id: &EniId, family: Family, result: Result<(), CloudError>) {
         let Some(call) = self.call_reported(op, id, family) else { return };
-        let CallKind::Unassign { addresses } = &call.kind else { return self.put_back(id, family, call) };
-        let gone = match result {
-            Ok(()) => true,
+        let many = match &call.kind {
+            CallKind::Unassign { addresses } => addresses.len() > 1,
+            CallKind::UnassignPrefixes { prefixes } => prefixes.len() > 1,
+            CallKind::Assign { .. } | CallKind::AssignPrefixes { .. } => return self.put_back(id, family, call),
+        };
+        match result {
+            Ok(()) => {}
             Err(error) if error.class == ErrorClass::NotFound => {
-                if addresses.len() > 1
-                    && let Some(state) = self.enis.get_mut(id)
-                {
+                if let Some(state) = self.enis.get_mut(id).filter(|_| many) {
                     // One of them is not there, and the cloud does not say which.
                     state.slots_mut(family).one_by_one = true;
+                    return self.advance_drain(id);
                 }
-                addresses.len() == 1
             }
             Err(error) => return self.repeat_call(id, family, call, error),
-        };
-        if gone {
-            for address in addresses {
-                self.gave_back(id, *address);
-            }
-            self.write_eni_lazily(id);
         }
+        match call.kind {
+            CallKind::Unassign { addresses } => {
+                for address in addresses {
+                    self.gave_back(id, address);
+                }
+            }
+            CallKind::UnassignPrefixes { prefixes } => {
+                for prefix in prefixes {
+                    self.gave_back_prefix(id, family, prefix);
+                }
+            }
+            CallKind::Assign { .. } | CallKind::AssignPrefixes { .. } => {}
+        }
+        self.write_eni_lazily(id);
         self.advance_drain(id);
     }
 
@@ -184,16 +292,32 @@ impl Pool {
         let slots = state.slots_mut(Family::of(address));
         slots.remove(address);
         slots.ghosts.insert(address, until);
-        slots.one_by_one &= !slots.releasing().is_empty();
-        self.wake(until, Timer::Ghost(id.clone(), address));
+        slots.one_by_one &= slots.to_give_back();
+        self.wake(until, Timer::Ghost(id.clone(), IpNet::from(address)));
     }
 
-    pub(super) fn ghost_faded(&mut self, id: &EniId, address: IpAddr) {
+    /// A prefix is gone; as [`Pool::gave_back`].
+    pub(super) fn gave_back_prefix(&mut self, id: &EniId, family: Family, prefix: IpNet) {
+        let until = self.now.after(self.config.settle);
         let Some(state) = self.enis.get_mut(id) else { return };
-        let ghosts = &mut state.slots_mut(Family::of(address)).ghosts;
-        if ghosts.get(&address).is_some_and(|until| *until <= self.now) {
-            ghosts.remove(&address);
-            self.out.delete_lazily(RecordKey::Address(id.clone(), address));
+        let slots = state.slots_mut(family);
+        slots.remove_prefix(prefix);
+        slots.prefix_ghosts.insert(prefix, until);
+        slots.one_by_one &= slots.to_give_back();
+        self.wake(until, Timer::Ghost(id.clone(), prefix));
+    }
+
+    pub(super) fn ghost_faded(&mut self, id: &EniId, what: IpNet) {
+        let now = self.now;
+        let Some(state) = self.enis.get_mut(id) else { return };
+        let slots = state.slots_mut(Family::of(what.addr()));
+        let faded = |until: &Moment| *until <= now;
+        if slots.ghosts.get(&what.addr()).is_some_and(faded) && what.prefix_len() == what.max_prefix_len() {
+            slots.ghosts.remove(&what.addr());
+            self.out.delete_lazily(RecordKey::Address(id.clone(), what.addr()));
+        } else if slots.prefix_ghosts.get(&what).is_some_and(faded) {
+            slots.prefix_ghosts.remove(&what);
+            self.out.delete_lazily(RecordKey::Prefix(id.clone(), what));
         }
     }
 }

@@ -1,18 +1,17 @@
-//! Planning, which ends every step: who gets which address, what to ask of the cloud, whom to refuse, what to give back.
+//! Planning, which ends every step: who gets which address, what to ask of the cloud, whom to refuse. What to give back is next door.
 //!
 //! Every pass is over ENIs, of which there are a dozen, never over addresses or pods.
 
-use std::collections::BTreeSet;
-
+use super::config::{EniSelection, PoolMode, prefix_slots};
 use super::effect::Grant;
 use super::eni::{EniState, Stage};
-use super::lifecycle::explain;
+use super::lifecycle::{Cargo, explain};
 use super::pool::{Pool, Timer};
-use super::slot::{CallKind, SlotState};
+use super::slot::SlotState;
 use crate::clock::Moment;
-use crate::cloud::{CloudError, EniKind};
+use crate::cloud::{CloudError, Eni, EniKind};
 use crate::errors::{self, Error};
-use crate::ident::{Addresses, EniId, Family, IpStack};
+use crate::ident::{Addresses, EniId, Family, IpStack, VSwitchId};
 
 /// Units of the pool by how near they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,20 +30,17 @@ pub(super) struct Supply {
 impl Pool {
     pub(super) fn plan(&mut self) {
         self.bind_waiting();
-        if self.inventory.known {
-            self.grow();
+        let mut short = 0;
+        if self.inventory.known && self.may_ask() {
+            short = self.grow();
+        }
+        if self.may_release() {
+            self.replace(short);
         }
         self.refuse_hopeless();
-        self.shrink();
-        let giving: Vec<_> = self
-            .enis
-            .values()
-            .flat_map(|eni| [(eni, Family::V4), (eni, Family::V6)])
-            .filter(|(eni, family)| !eni.slots(*family).releasing().is_empty())
-            .map(|(eni, family)| (eni.id.clone(), family))
-            .collect();
-        for (eni, family) in giving {
-            self.give_back(&eni, family);
+        if self.may_release() {
+            self.shrink();
+            self.give_back_all();
         }
     }
 
@@ -57,17 +53,17 @@ impl Pool {
         }
     }
 
-    /// The least recently used addresses: one of each wanted family, on one ENI.
+    /// One address of each wanted family, on one ENI: the ENI by the configured order, of its addresses the least recently used.
     fn pick(&self, want: IpStack) -> Option<Grant> {
-        let coldest = |eni: &EniState, family: Family, wanted: bool| {
-            if wanted { eni.slots(family).coldest().map(Some) } else { Some(None) }
+        let offer = |eni: &EniState, family: Family, wanted: bool| {
+            if wanted { eni.offer(&self.config, family).map(Some) } else { Some(None) }
         };
         let candidates = self.enis.values().filter(|eni| eni.usable()).filter_map(|eni| {
-            let v4 = coldest(eni, Family::V4, want.v4())?;
-            let v6 = coldest(eni, Family::V6, want.v6())?;
-            Some((v4.max(v6).map(|(used, _)| used), eni, v4, v6))
+            let v4 = offer(eni, Family::V4, want.v4())?;
+            let v6 = offer(eni, Family::V6, want.v6())?;
+            Some((self.rank(eni), eni, v4, v6))
         });
-        let (_, eni, v4, v6) = candidates.min_by_key(|(used, ..)| *used)?;
+        let (_, eni, v4, v6) = candidates.min_by_key(|(rank, ..)| *rank)?;
         let mut addresses = Addresses::default();
         for (_, address) in v4.into_iter().chain(v6) {
             match address {
@@ -76,6 +72,15 @@ impl Pool {
             }
         }
         Some(Grant { eni: eni.id.clone(), mac: eni.mac, nic: eni.nic.clone()?, addresses })
+    }
+
+    /// The place of an ENI in the configured order: the lowest comes first.
+    fn rank(&self, eni: &EniState) -> u32 {
+        let held = eni.v4.len() + eni.v6.len();
+        match self.config.eni_selection {
+            EniSelection::MostIps => u32::MAX - held,
+            EniSelection::LeastIps => held,
+        }
     }
 
     pub(super) fn supply(&self) -> Supply {
@@ -96,7 +101,7 @@ impl Pool {
                 supply.cooling += units.cooling;
             }
         }
-        for creation in self.creations.values() {
+        for creation in self.creations.values().filter(|creation| !creation.doomed) {
             let units = creation.units(&self.config);
             supply.pending += units;
             supply.sound += if creation.failures == 0 { units } else { 0 };
@@ -105,19 +110,26 @@ impl Pool {
         supply
     }
 
-    /// ENIs that could still be created.
-    pub(super) fn free_adapters(&self) -> u32 {
-        let foreign = self
-            .foreign
-            .iter()
-            .filter(|eni| eni.kind != EniKind::Primary && eni.instance.as_ref() == Some(&self.config.instance));
-        let ours = self.enis.values().filter(|eni| eni.stage != Stage::Deleting);
-        let taken = foreign.count() + ours.count() + self.creations.len();
-        self.config.eni_limit().saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX))
+    /// ENIs that pods can have on this instance, with what others have taken of its adapters.
+    pub(super) fn eni_limit(&self) -> u32 {
+        let here = |eni: &&Eni| eni.kind != EniKind::Primary && eni.instance.as_ref() == Some(&self.config.instance);
+        let foreign = u32::try_from(self.foreign.iter().filter(here).count()).unwrap_or(u32::MAX);
+        let adapters = self.config.limits.adapters.saturating_sub(1).saturating_sub(foreign);
+        self.config.eni_limit().min(adapters)
     }
 
-    fn creation_blocked(&self) -> Option<(Moment, &CloudError)> {
+    /// ENIs that could still be created.
+    pub(super) fn free_adapters(&self) -> u32 {
+        let taken = self.enis.values().filter(|eni| eni.stage != Stage::Deleting).count() + self.creations.len();
+        self.eni_limit().saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX))
+    }
+
+    pub(super) fn creation_blocked(&self) -> Option<(Moment, &Error)> {
         self.creation_blocked.as_ref().filter(|(until, _)| *until > self.now).map(|(until, error)| (*until, error))
+    }
+
+    fn assign_blocked(&self) -> Option<(Moment, &Error)> {
+        self.assign_blocked.as_ref().filter(|(until, _)| *until > self.now).map(|(until, error)| (*until, error))
     }
 
     /// Whether the cloud may be asked at that moment for addresses of this family on this ENI.
@@ -127,9 +139,24 @@ impl Pool {
         !refused && (family == Family::V6 || self.vswitches.cap(&eni.vswitch, at) > 0)
     }
 
+    /// Whether prefixes of this family are to be asked for in this vSwitch.
+    fn by_prefix(&self, vswitch: &VSwitchId, family: Family, at: Moment) -> bool {
+        // Only IPv4 can be fragmented: a /80 is nothing in a /64.
+        self.config.uses_prefixes() && (family == Family::V6 || self.vswitches.prefix_cap(vswitch, at) > 0)
+    }
+
+    /// Addresses of one family that this ENI could still take, as things stand at that moment.
+    fn room(&self, eni: &EniState, family: Family, at: Moment) -> u32 {
+        if self.open(eni, family, at) {
+            eni.room(&self.config, family, self.by_prefix(&eni.vswitch, family, at))
+        } else {
+            0
+        }
+    }
+
     /// Units that calls on this ENI could add, as things stand at that moment.
-    fn growth(&self, eni: &EniState, at: Moment) -> u32 {
-        eni.growth(&self.config, &|family| if self.open(eni, family, at) { u32::MAX } else { 0 })
+    pub(super) fn growth(&self, eni: &EniState, at: Moment) -> u32 {
+        eni.growth(&self.config, &|family| self.room(eni, family, at))
     }
 
     /// Why an ENI cannot grow.
@@ -140,45 +167,87 @@ impl Pool {
         slots.chain(vswitch.map(|(_, _, error)| error)).next()
     }
 
-    fn grow(&mut self) {
-        let supply = self.supply();
+    /// Units to ask for now.
+    fn need(&mut self, supply: Supply) -> u32 {
         let (waiting, coming) = (self.waiting.len(), supply.ready + supply.pending);
         // A pod must not wait for an address to cool if there can be another; the reserve may.
-        let reserve = (waiting + self.config.min_idle).saturating_sub(coming + supply.cooling);
+        let coming_or_cooling = coming + supply.cooling;
+        let reserve = (waiting + self.config.min_idle).saturating_sub(coming_or_cooling);
+        let mut floor = self.config.min_prefixes.saturating_mul(prefix_slots(Family::V4));
+        if self.warming {
+            floor = floor.max(self.config.warm_up);
+        }
         let mut need = waiting.saturating_sub(coming).max(reserve);
+        if floor > 0 {
+            let bound = u32::try_from(self.attachments.len()).unwrap_or(u32::MAX);
+            let lacking = floor.min(self.capacity()).saturating_sub(coming_or_cooling + bound);
+            self.warming &= lacking > 0;
+            need = need.max(lacking);
+        }
+        need
+    }
+
+    /// Asks for what is wanted and neither there nor coming. Returns how much of it no call can bring as things stand.
+    fn grow(&mut self) -> u32 {
+        let supply = self.supply();
+        let mut need = self.need(supply);
         if need == 0 {
-            return;
+            self.demand_since = None;
+            self.keep_min_enis();
+            return 0;
+        }
+        let since = *self.demand_since.get_or_insert(self.now);
+        let ripe = self.last_add.after(self.config.gather).min(since.after(self.config.gather * 5));
+        if ripe > self.now {
+            self.wake(ripe, Timer::Plan);
+            return 0;
         }
         let mut later = supply.later;
-        // Fullest first, so that the emptiest can be given back one day.
         let mut order: Vec<_> = self
             .enis
             .values()
             .filter(|eni| eni.usable() && self.growth(eni, self.now) > 0)
-            .map(|eni| (std::cmp::Reverse(eni.v4.len() + eni.v6.len()), eni.id.clone()))
+            .map(|eni| (self.rank(eni), eni.id.clone()))
             .collect();
         order.sort();
+        let pause = self.assign_blocked().map(|(until, _)| until);
         for (_, id) in order {
-            let (taken, left) = self.grow_eni(&id, need);
+            let (taken, left) = match pause {
+                None => self.grow_eni(&id, need),
+                // A pause is no reason to make more ENIs; a prohibition is.
+                Some(until) if until <= self.now.after(self.config.patience) => {
+                    (0, self.enis.get(&id).map_or(0, |eni| self.growth(eni, self.now)))
+                }
+                Some(_) => (0, 0),
+            };
             need -= taken;
             later += left;
             if need == 0 {
-                return;
+                return 0;
             }
         }
-        self.grow_by_enis(need.saturating_sub(later));
+        self.grow_by_enis(need.saturating_sub(later))
     }
 
-    /// Asks for up to `need` units on this ENI. Returns how many, and how many more it could take later.
+    /// Asks for up to `need` units on this ENI. Returns how many of these, and how many more it could take later.
     fn grow_eni(&mut self, id: &EniId, need: u32) -> (u32, u32) {
         let Some(eni) = self.enis.get(id) else { return (0, 0) };
         let growth = self.growth(eni, self.now);
-        let cap = |family: Family| match family {
-            Family::V4 => self.vswitches.cap(&eni.vswitch, self.now).min(self.config.batch),
-            Family::V6 => self.config.batch,
+        let batch = self.config.batch;
+        // What one call may bring.
+        let cap = |family: Family| {
+            let room = self.room(eni, family, self.now);
+            match (self.by_prefix(&eni.vswitch, family, self.now), family) {
+                (true, Family::V4) => {
+                    let prefixes = self.vswitches.prefix_cap(&eni.vswitch, self.now).min(batch);
+                    room.min(prefixes.saturating_mul(prefix_slots(family)))
+                }
+                (true, Family::V6) => room,
+                (false, Family::V4) => room.min(self.vswitches.cap(&eni.vswitch, self.now)).min(batch),
+                (false, Family::V6) => room.min(batch),
+            }
         };
-        let open = |family: Family| if self.open(eni, family, self.now) { cap(family) } else { 0 };
-        let take = need.min(eni.growth(&self.config, &open));
+        let take = need.min(eni.growth(&self.config, &cap));
         let units = eni.units(&self.config);
         let wanted = units.ready + units.pending + take;
         let calls: Vec<_> = self
@@ -187,31 +256,82 @@ impl Pool {
             .iter()
             .map(|family| {
                 let slots = eni.slots(*family);
-                (*family, wanted.saturating_sub(slots.counts().idle + slots.incoming()), slots.call.is_some())
+                let count = wanted.saturating_sub(slots.counts().idle + slots.incoming());
+                (*family, count, self.by_prefix(&eni.vswitch, *family, self.now), slots.call.is_some())
             })
-            .filter(|(_, count, _)| *count > 0)
+            .filter(|(_, count, ..)| *count > 0)
             .collect();
-        if take == 0 || calls.iter().any(|(_, _, busy)| *busy) {
+        if take == 0 || calls.iter().any(|(.., busy)| *busy) {
             return (0, growth);
         }
-        for (family, count, _) in calls {
-            self.assign(id, family, count);
+        for (family, count, prefixes, _) in calls {
+            if prefixes {
+                self.assign_prefixes(id, family, count.div_ceil(prefix_slots(family)));
+            } else {
+                self.assign(id, family, count);
+            }
         }
         (take, growth - take)
     }
 
-    fn grow_by_enis(&mut self, mut need: u32) {
+    /// Asks for ENIs with up to `need` units on them. Returns what they cannot bring, then or later.
+    fn grow_by_enis(&mut self, mut need: u32) -> u32 {
         let per_eni = self.config.units_per_eni();
         let mut adapters = self.free_adapters();
-        while need > 0 && per_eni > 0 && adapters > 0 && self.creation_blocked().is_none() {
-            let Some(vswitch) = self.vswitches.choose(self.now).cloned() else { return };
-            let cap = self.vswitches.cap(&vswitch, self.now).min(self.config.batch).max(1);
-            let units = need.min(per_eni).min(cap);
-            let v4 = if self.config.stack.v4() { units } else { 1 };
-            let v6 = if self.config.stack.v6() { units } else { 0 };
-            self.create_eni(vswitch, v4, v6);
+        if need == 0 || per_eni == 0 || (adapters > 0 && self.count_vswitches()) {
+            return 0;
+        }
+        while need > 0 && adapters > 0 && self.creation_blocked().is_none() {
+            let Some(vswitch) = self.choose_vswitch(self.now).cloned() else { break };
+            let cargo = self.cargo(&vswitch, need.min(per_eni));
+            self.create_eni(vswitch, cargo);
             need = need.saturating_sub(per_eni);
             adapters -= 1;
+        }
+        need
+    }
+
+    /// What to create an ENI with, so that it brings `units` if one call can.
+    fn cargo(&self, vswitch: &VSwitchId, units: u32) -> Cargo {
+        let mut cargo = Cargo { v4: 1, ..Cargo::default() };
+        if self.config.stack.v4() {
+            if units > 1 && self.by_prefix(vswitch, Family::V4, self.now) {
+                let most = self.config.prefixes_per_eni(Family::V4).min(self.config.batch);
+                let wanted = (units - 1).div_ceil(prefix_slots(Family::V4)).max(1);
+                cargo.v4_prefixes = wanted.min(most).min(self.vswitches.prefix_cap(vswitch, self.now));
+            } else {
+                let cap = self.vswitches.cap(vswitch, self.now).min(self.config.create_v4);
+                cargo.v4 = units.min(self.config.per_eni(Family::V4)).min(cap).max(1);
+            }
+        }
+        if self.config.stack.v6() {
+            if self.config.prefixes_per_eni(Family::V6) > 0 {
+                cargo.v6_prefixes = 1;
+            } else {
+                cargo.v6 = units.min(self.config.per_eni(Family::V6)).min(self.config.create_v6);
+            }
+        }
+        cargo
+    }
+
+    /// Asks for ENIs up to the configured minimum, with one unit each.
+    fn keep_min_enis(&mut self) {
+        if self.config.min_enis == 0 {
+            return;
+        }
+        let have = self.enis.values().filter(|eni| !eni.leaving() && eni.mismatch.is_none()).count();
+        let have = u32::try_from(have + self.creations.len()).unwrap_or(u32::MAX);
+        let lacking = self.config.min_enis.saturating_sub(have).min(self.free_adapters());
+        if lacking == 0 || self.config.units_per_eni() == 0 || self.count_vswitches() {
+            return;
+        }
+        for _ in 0..lacking {
+            if self.creation_blocked().is_some() {
+                return;
+            }
+            let Some(vswitch) = self.choose_vswitch(self.now).cloned() else { return };
+            let cargo = self.cargo(&vswitch, 1);
+            self.create_eni(vswitch, cargo);
         }
     }
 
@@ -247,9 +367,13 @@ impl Pool {
         let supply = self.supply();
         let mut hope = supply.ready + supply.pending + supply.later;
         hope += self.enis.values().filter(|eni| eni.usable()).map(|eni| self.growth(eni, soon)).sum::<u32>();
-        let vswitch = self.vswitches.choose(soon).is_some();
+        if !self.may_ask() {
+            return supply.ready + supply.sound;
+        }
+        let vswitch = self.choose_vswitch(soon).is_some();
         if vswitch && self.creation_blocked().is_none_or(|(until, _)| until <= soon) {
-            hope = hope.saturating_add(self.free_adapters().saturating_mul(self.config.units_per_eni()));
+            let adapters = self.free_adapters() + self.adapters_coming_free();
+            hope = hope.saturating_add(adapters.saturating_mul(self.config.units_per_eni()));
         }
         if self.waiting.len() > hope && supply.cooling > 0 {
             hope += self.enis.values().filter(|eni| eni.usable()).map(|eni| self.cooled_by(eni, soon)).sum::<u32>();
@@ -265,7 +389,8 @@ impl Pool {
             u32::try_from(cool.count()).unwrap_or(u32::MAX)
         };
         let all = self.config.families().iter().map(|family| cooled(*family)).min().unwrap_or(0);
-        all - eni.units(&self.config).ready
+        all.min(if self.config.mode == PoolMode::Exclusive { eni.units(&self.config).cooling } else { u32::MAX })
+            .saturating_sub(eni.units(&self.config).ready)
     }
 
     fn full(&self) -> Error {
@@ -276,18 +401,26 @@ impl Pool {
         )
     }
 
+    /// Units the node can have at most.
+    pub(super) fn capacity(&self) -> u32 {
+        self.eni_limit().saturating_mul(self.config.units_per_eni())
+    }
+
     /// Why the pool cannot grow, if it cannot: the most telling of the current failures.
     pub(super) fn trouble(&self) -> Option<Error> {
+        if !self.may_ask() {
+            return Some(degraded());
+        }
         if let Some(error) = self.inventory.error.as_ref().filter(|_| !self.inventory.known) {
             return Some(explain(error));
         }
         if self.free_adapters() > 0 {
             if let Some((_, error)) = self.creation_blocked() {
-                return Some(explain(error));
+                return Some(error.clone());
             }
-            if self.vswitches.choose(self.now).is_none() {
+            if self.choose_vswitch(self.now).is_none() {
                 let last = self.vswitches.blocked(self.now).last();
-                let unconfigured = || Error::new(errors::CONFIG_INVALID, "No vSwitch is configured for this zone.");
+                let unconfigured = || Error::new(errors::VSWITCH_NONE, "");
                 return Some(last.map_or_else(unconfigured, |(_, _, error)| explain(error)));
             }
         }
@@ -296,113 +429,22 @@ impl Pool {
         }
         let enis = || self.enis.values().filter(|eni| !eni.draining);
         let calls = enis().flat_map(|eni| [&eni.v4, &eni.v6]).filter_map(|slots| slots.call.as_ref());
-        let mut assigns = calls.filter(|call| matches!(call.kind, CallKind::Assign { .. }));
+        let mut assigns = calls.filter(|call| call.kind.token().is_some());
         if let Some(error) = assigns.find_map(|call| call.error.as_ref()) {
             return Some(explain(error));
         }
         if let Some(error) = enis().filter(|eni| eni.stage != Stage::Deleting).find_map(|eni| eni.error.clone()) {
             return Some(error);
         }
+        if let Some((_, error)) = self.assign_blocked() {
+            return Some(error.clone());
+        }
         let mut growing = enis().filter(|eni| eni.usable() && eni.units(&self.config).growth > 0);
         growing.find_map(|eni| self.obstacle(eni)).map(explain)
     }
-
-    fn shrink(&mut self) {
-        let ceiling = self.config.ceiling();
-        let usable = || self.enis.values().filter(|eni| eni.usable());
-        let ready: u32 = usable().map(|eni| eni.units(&self.config).ready).sum();
-        let spare = |family: Family| -> u32 {
-            let keep = if self.config.families().contains(&family) { ceiling } else { 0 };
-            usable().map(|eni| retirable(eni, family)).sum::<u32>().saturating_sub(keep)
-        };
-        let spares = [(Family::V4, spare(Family::V4)), (Family::V6, spare(Family::V6))];
-        let excess = ready.saturating_sub(ceiling);
-        if self.waiting.len() > 0 || (excess == 0 && spares.iter().all(|(_, n)| *n == 0)) {
-            self.excess_since = None;
-            return;
-        }
-        let Some(since) = self.excess_since else {
-            self.excess_since = Some(self.now);
-            return self.wake(self.now.after(self.config.shrink_after), Timer::Plan);
-        };
-        if since.after(self.config.shrink_after) <= self.now {
-            let drained = self.drain_idle_enis(excess);
-            let paired = self.retire_units(excess - drained);
-            for (family, spare) in spares {
-                self.retire_spares(family, spare.saturating_sub(drained + paired));
-            }
-        }
-    }
-
-    /// Gives back whole ENIs that no pod uses, as long as that does not go below the watermark.
-    fn drain_idle_enis(&mut self, excess: u32) -> u32 {
-        let mut idle: Vec<_> = self
-            .enis
-            .values()
-            .filter(|eni| eni.usable() && !eni.in_use() && !eni.calling())
-            .map(|eni| (eni.units(&self.config).ready, eni.id.clone()))
-            .filter(|(units, _)| *units > 0)
-            .collect();
-        idle.sort();
-        let mut drained = 0;
-        for (units, id) in idle {
-            if drained + units <= excess {
-                drained += units;
-                self.begin_drain(&id);
-            }
-        }
-        drained
-    }
-
-    /// Gives back single units, from the ENIs with the fewest pods first.
-    fn retire_units(&mut self, excess: u32) -> u32 {
-        let families = self.config.families();
-        let mut order: Vec<_> = self
-            .enis
-            .values()
-            .filter(|eni| eni.usable() && families.iter().all(|family| eni.slots(*family).call.is_none()))
-            .map(|eni| (eni.v4.counts().bound + eni.v6.counts().bound, eni.id.clone()))
-            .collect();
-        order.sort();
-        let mut retired = 0;
-        for (_, id) in order {
-            let Some(eni) = self.enis.get(&id) else { continue };
-            let most = families.iter().map(|family| retirable(eni, *family)).min().unwrap_or(0);
-            let take = most.min(self.config.batch).min(excess - retired);
-            retired += take;
-            for family in families {
-                self.retire_coldest(&id, *family, take);
-            }
-        }
-        retired
-    }
-
-    /// Gives back addresses that are no part of a unit.
-    fn retire_spares(&mut self, family: Family, mut spare: u32) {
-        let in_stack = self.config.families().contains(&family);
-        let enis: BTreeSet<_> = self.enis.values().filter(|eni| eni.usable()).map(|eni| eni.id.clone()).collect();
-        for id in enis {
-            let Some(eni) = self.enis.get(&id).filter(|eni| eni.slots(family).call.is_none()) else { continue };
-            let paired = if in_stack { eni.units(&self.config).ready } else { 0 };
-            let single = eni.slots(family).counts().idle.saturating_sub(paired);
-            let take = single.min(retirable(eni, family)).min(self.config.batch).min(spare);
-            spare -= take;
-            self.retire_coldest(&id, family, take);
-        }
-    }
-
-    fn retire_coldest(&mut self, id: &EniId, family: Family, count: u32) {
-        let Some(eni) = self.enis.get(id) else { return };
-        let count = usize::try_from(count).unwrap_or(0);
-        let coldest: Vec<_> =
-            eni.slots(family).idle().filter(|address| !eni.is_primary(*address)).take(count).collect();
-        self.retire(id, family, &coldest);
-    }
 }
 
-/// Idle addresses that could be given back while the ENI stays.
-fn retirable(eni: &EniState, family: Family) -> u32 {
-    let idle = eni.slots(family).counts().idle;
-    let primary = eni.slots(family).get(eni.primary_v4.into()).is_some_and(|slot| slot.state == SlotState::Idle);
-    idle - u32::from(primary)
+/// What is told while no cloud call is made.
+pub(super) fn degraded() -> Error {
+    Error::new(errors::DEGRADED, "degradation is l0: no cloud call is made, so pods get only what is idle on the node.")
 }

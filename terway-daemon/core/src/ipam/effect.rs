@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::event::{OpId, Ticket, Token};
@@ -72,6 +73,12 @@ pub enum Effect {
         v4: u32,
         /// IPv6 addresses.
         v6: u32,
+        /// IPv4 prefixes (/28), besides the primary address; `v4` is 1 then, since the API takes one or the other.
+        v4_prefixes: u32,
+        /// IPv6 prefixes (/80); `v6` is 0 then.
+        v6_prefixes: u32,
+        /// Resource group.
+        resource_group: Option<String>,
         /// Tags, [`TOKEN_TAG`](super::TOKEN_TAG) included.
         tags: BTreeMap<String, String>,
     },
@@ -116,6 +123,30 @@ pub enum Effect {
         /// Which.
         addresses: Vec<IpAddr>,
     },
+    /// `AssignPrivateIpAddresses` or `AssignIpv6Addresses` with a count of prefixes. Report: `PrefixesAssigned`.
+    AssignPrefixes {
+        /// Number for the report.
+        op: OpId,
+        /// `ClientToken`.
+        token: Token,
+        /// To which ENI.
+        eni: EniId,
+        /// Which family.
+        family: Family,
+        /// How many prefixes; at most what one call takes.
+        count: u32,
+    },
+    /// `UnassignPrivateIpAddresses` or `UnassignIpv6Addresses` with prefixes. Report: `PrefixesUnassigned`.
+    UnassignPrefixes {
+        /// Number for the report.
+        op: OpId,
+        /// From which ENI.
+        eni: EniId,
+        /// Which family all of them are of.
+        family: Family,
+        /// Which.
+        prefixes: Vec<IpNet>,
+    },
     /// Undo `ConfigureNic`, `DetachNetworkInterface`, and wait for `Available`. Report: `Detached`.
     Detach {
         /// Number for the report.
@@ -134,6 +165,34 @@ pub enum Effect {
     TakeInventory {
         /// Number for the report.
         op: OpId,
+    },
+    /// `DescribeVSwitches`. Report: `VSwitches`.
+    DescribeVSwitches {
+        /// Number for the report.
+        op: OpId,
+        /// Which.
+        ids: Vec<VSwitchId>,
+    },
+    /// The cloud does not list these addresses of a running pod any more, so its packets are lost. Tell whoever looks after the pod; nothing
+    /// else happens to it, and its addresses go to nobody until it is deleted. Comes anew after a restart. No report.
+    Fence {
+        /// The attachment.
+        key: AttachmentKey,
+        /// Whose it is.
+        pod: PodRef,
+        /// The ENI.
+        eni: EniId,
+        /// The addresses concerned.
+        addresses: Vec<IpAddr>,
+        /// In words, with code and remedy.
+        reason: Error,
+    },
+    /// The cloud lists all addresses of a fenced pod again. No report.
+    Unfence {
+        /// The attachment.
+        key: AttachmentKey,
+        /// Whose it is.
+        pod: PodRef,
     },
     /// Send a `Tick` at this moment. Replaces what an earlier `WakeAt` said.
     WakeAt(Moment),

@@ -1,16 +1,17 @@
 //! One ENI of the pool.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::config::PoolConfig;
+use super::config::{PoolConfig, PoolMode, prefix_slots};
 use super::effect::Nic;
 use super::event::OpId;
 use super::record::{EniRecord, EniStage};
-use super::slot::Slots;
+use super::slot::{SlotState, Slots};
 use crate::clock::Moment;
 use crate::cloud::Eni;
 use crate::errors::Error;
-use crate::ident::{AttachmentKey, EniId, Family, Mac, VSwitchId};
+use crate::ident::{AttachmentKey, EniId, Family, Mac, SecurityGroupId, VSwitchId};
 
 /// How far an ENI is. `Creating` has no id yet and is a [`Creation`](super::lifecycle::Creation); `Draining` is `InUse` and `draining`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +24,19 @@ pub(super) enum Stage {
     Deleting,
 }
 
+/// Why an ENI is no good for new pods.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Mismatch {
+    /// Its vSwitch is not configured any more.
+    VSwitch,
+    /// Its security groups are others than those configured.
+    SecurityGroups,
+    /// It lacks a tag of the filter.
+    TagFilter,
+    /// It has a tag of the block list, so it is somebody else's now: the cloud is not asked for anything about it.
+    Blocked(String, String),
+}
+
 #[derive(Debug)]
 pub(super) struct EniState {
     pub(super) id: EniId,
@@ -30,8 +44,17 @@ pub(super) struct EniState {
     pub(super) vswitch: VSwitchId,
     /// It cannot be given back while the ENI lives.
     pub(super) primary_v4: Ipv4Addr,
+    /// As far as known.
+    pub(super) security_groups: Option<Vec<SecurityGroupId>>,
+    /// As far as known.
+    pub(super) tags: Option<BTreeMap<String, String>>,
     pub(super) stage: Stage,
+    /// It can only go; on disk.
     pub(super) draining: bool,
+    /// Why it takes no new pods although it is not draining, and since when. May pass with the next configuration.
+    pub(super) mismatch: Option<(Mismatch, Moment)>,
+    /// Why it is going, for those who look.
+    pub(super) reason: Option<Error>,
     pub(super) nic: Option<Nic>,
     pub(super) v4: Slots,
     pub(super) v6: Slots,
@@ -54,8 +77,12 @@ impl EniState {
             mac,
             vswitch,
             primary_v4,
+            security_groups: None,
+            tags: None,
             stage,
             draining: false,
+            mismatch: None,
+            reason: None,
             nic: None,
             v4: Slots::default(),
             v6: Slots::default(),
@@ -69,7 +96,10 @@ impl EniState {
     }
 
     pub(super) fn from_cloud(eni: &Eni, stage: Stage) -> Self {
-        Self::new(eni.id.clone(), eni.mac, eni.vswitch.clone(), eni.primary_v4, stage)
+        let mut state = Self::new(eni.id.clone(), eni.mac, eni.vswitch.clone(), eni.primary_v4, stage);
+        state.security_groups = Some(eni.security_groups.clone());
+        state.tags = Some(eni.tags.clone());
+        state
     }
 
     pub(super) const fn slots(&self, family: Family) -> &Slots {
@@ -92,7 +122,22 @@ impl EniState {
 
     /// New pods may be put here.
     pub(super) const fn usable(&self) -> bool {
-        matches!(self.stage, Stage::InUse) && !self.draining && self.missing.is_none()
+        matches!(self.stage, Stage::InUse) && !self.draining && self.missing.is_none() && self.mismatch.is_none()
+    }
+
+    /// Somebody else's by now.
+    pub(super) const fn blocked(&self) -> bool {
+        matches!(self.mismatch, Some((Mismatch::Blocked(..), _)))
+    }
+
+    /// Nothing keeps it from being detached, except perhaps the step of its life that is under way.
+    pub(super) const fn empty(&self) -> bool {
+        !self.in_use() && !self.calling()
+    }
+
+    /// Detached or on the way there, with nothing to wait for but the cloud.
+    pub(super) const fn leaving(&self) -> bool {
+        matches!(self.stage, Stage::Detaching | Stage::Deleting) || (self.draining && self.empty())
     }
 
     /// On its way to being usable. One that keeps failing is not counted upon.
@@ -100,6 +145,7 @@ impl EniState {
         matches!(self.stage, Stage::Attaching | Stage::Configuring)
             && !self.draining
             && self.missing.is_none()
+            && self.mismatch.is_none()
             && self.failures < 2
     }
 
@@ -122,7 +168,10 @@ impl EniState {
             mac: self.mac,
             vswitch: self.vswitch.clone(),
             primary_v4: self.primary_v4,
-            addresses: self.v4.iter().chain(self.v6.iter()).map(|(address, _)| address).collect(),
+            security_groups: self.security_groups.clone(),
+            tags: self.tags.clone(),
+            addresses: self.v4.singles().chain(self.v6.singles()).map(|(address, _)| address).collect(),
+            prefixes: self.v4.prefixes().keys().chain(self.v6.prefixes().keys()).copied().collect(),
             nic: self.nic.clone(),
             stage: match self.stage {
                 Stage::Attaching => EniStage::Attaching,
@@ -137,22 +186,58 @@ impl EniState {
     /// Units (one address of each family of the stack) on this ENI.
     pub(super) fn units(&self, config: &PoolConfig) -> Units {
         let least = |of: &dyn Fn(Family) -> u32| config.families().iter().map(|f| of(*f)).min().unwrap_or(0);
-        let ready = least(&|f| self.slots(f).counts().idle);
-        let coming = least(&|f| self.slots(f).counts().idle + self.slots(f).incoming());
-        let cooling = least(&|f| self.slots(f).counts().cooling);
-        Units { ready, pending: coming - ready, cooling, growth: self.growth(config, &|_| u32::MAX) }
+        let mut ready = least(&|f| self.slots(f).counts().idle);
+        let mut coming = least(&|f| self.slots(f).counts().idle + self.slots(f).incoming());
+        let mut cooling = least(&|f| self.slots(f).counts().cooling);
+        if config.mode == PoolMode::Exclusive {
+            // However many addresses it has, it carries one pod.
+            let bound = self.v4.counts().bound + self.v6.counts().bound > 0;
+            cooling = if bound { 0 } else { cooling.min(1) };
+            let free = u32::from(!self.in_use() && self.lone(config));
+            (ready, coming) = (ready.min(free), coming.min(free));
+        }
+        Units { ready, pending: coming - ready, cooling, growth: self.growth(config, &|f| self.room(config, f, true)) }
+    }
+
+    /// Whether the address for the one pod of an exclusive ENI is idle.
+    fn lone(&self, config: &PoolConfig) -> bool {
+        let primary = self.v4.get(self.primary_v4.into()).is_some_and(|slot| slot.state == SlotState::Idle);
+        primary || !config.stack.v4()
+    }
+
+    /// The address of a family for the next pod, with when it was last used.
+    pub(super) fn offer(&self, config: &PoolConfig, family: Family) -> Option<(u64, IpAddr)> {
+        if config.mode == PoolMode::Exclusive {
+            if self.in_use() {
+                return None;
+            }
+            if family == Family::V4 {
+                let primary = IpAddr::V4(self.primary_v4);
+                let slot = self.v4.get(primary).filter(|slot| slot.state == SlotState::Idle)?;
+                return Some((slot.used, primary));
+            }
+        }
+        self.slots(family).coldest()
+    }
+
+    /// Addresses of a family that the ENI could still take, as prefixes or one by one.
+    pub(super) fn room(&self, config: &PoolConfig, family: Family, prefixes: bool) -> u32 {
+        let slots = self.slots(family);
+        // The limit may have shrunk with the instance type, or an assignment be larger than thought.
+        let places = config.per_eni(family).saturating_sub(slots.places() + slots.incoming_places());
+        if !(prefixes && config.uses_prefixes()) {
+            return places;
+        }
+        let have = u32::try_from(slots.prefixes().len()).unwrap_or(u32::MAX) + slots.incoming_prefixes();
+        places.min(config.prefixes_per_eni(family).saturating_sub(have)) * prefix_slots(family)
     }
 
     /// Units that further calls could add, if they may add at most so many addresses of each family.
-    pub(super) fn growth(&self, config: &PoolConfig, most: &dyn Fn(Family) -> u32) -> u32 {
+    pub(super) fn growth(&self, config: &PoolConfig, room: &dyn Fn(Family) -> u32) -> u32 {
         let coming = |f: Family| self.slots(f).counts().idle + self.slots(f).incoming();
-        let free = |f: Family| {
-            // The limit may have shrunk with the instance type, or an assignment be larger than thought.
-            config.per_eni(f).saturating_sub(self.slots(f).len() + self.slots(f).incoming())
-        };
         let now = config.families().iter().map(|f| coming(*f)).min().unwrap_or(0);
-        let then = config.families().iter().map(|f| coming(*f) + free(*f).min(most(*f))).min().unwrap_or(0);
-        then - now
+        let then = config.families().iter().map(|f| coming(*f) + room(*f)).min().unwrap_or(0);
+        if config.mode == PoolMode::Exclusive && self.in_use() { 0 } else { then - now }
     }
 }
 
@@ -175,7 +260,7 @@ mod tests {
     use crate::cloud::InstanceLimits;
     use crate::ident::IpStack;
     use crate::ipam::Token;
-    use crate::ipam::slot::{Call, CallKind, SlotState};
+    use crate::ipam::slot::{Call, CallKind};
 
     #[test]
     fn units_of_a_lopsided_dual_stack_eni() {

@@ -4,9 +4,11 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::cloud::{CloudError, Eni, Subnet};
+use super::config::PoolConfig;
+use crate::cloud::{CloudError, Eni, Subnet, VSwitch};
 use crate::errors::Error;
 use crate::ident::{AttachmentKey, EniId, Family, IpStack, PodRef};
 
@@ -163,6 +165,28 @@ pub enum Event {
         /// How it went.
         result: Result<(), CloudError>,
     },
+    /// Report of [`Effect::AssignPrefixes`](super::Effect::AssignPrefixes).
+    PrefixesAssigned {
+        /// The effect's number.
+        op: OpId,
+        /// The ENI.
+        eni: EniId,
+        /// The family asked for.
+        family: Family,
+        /// The prefixes this call (or an earlier one with the same token) added.
+        result: Result<Vec<IpNet>, CloudError>,
+    },
+    /// Report of [`Effect::UnassignPrefixes`](super::Effect::UnassignPrefixes).
+    PrefixesUnassigned {
+        /// The effect's number.
+        op: OpId,
+        /// The ENI.
+        eni: EniId,
+        /// The family.
+        family: Family,
+        /// How it went.
+        result: Result<(), CloudError>,
+    },
     /// Report of [`Effect::Detach`](super::Effect::Detach). `Ok` once the cloud calls the ENI `Available`.
     Detached {
         /// The effect's number.
@@ -188,6 +212,16 @@ pub enum Event {
         /// Every ENI of this instance, its primary one included.
         result: Result<Vec<Eni>, CloudError>,
     },
+    /// Report of [`Effect::DescribeVSwitches`](super::Effect::DescribeVSwitches).
+    VSwitches {
+        /// The effect's number.
+        op: OpId,
+        /// Those that exist.
+        result: Result<Vec<VSwitch>, CloudError>,
+    },
+    /// The configuration has changed. Applies at once: watermarks, limits and blocks (all of which are lifted) to this very step, vSwitches, security
+    /// groups and tags to the next ENI and to the judgement of those that are there. Fixed fields are ignored.
+    Configure(Box<PoolConfig>),
     /// Time has passed. Always harmless; due at the moment of the last [`Effect::WakeAt`](super::Effect::WakeAt).
     Tick,
 }

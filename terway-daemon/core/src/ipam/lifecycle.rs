@@ -1,16 +1,19 @@
 //! The life of an ENI: created, attached, configured, and the way back.
 
+use ipnet::IpNet;
+
 use super::TOKEN_TAG;
-use super::config::PoolConfig;
+use super::config::{PoolConfig, prefix_slots};
 use super::effect::{Effect, Nic};
 use super::eni::{EniState, Stage};
 use super::event::{OpId, Token};
 use super::pool::{Pool, Timer};
 use super::record::{CreationRecord, Record, RecordKey};
-use super::slot::{CallKind, SlotState};
+use super::slot::SlotState;
+use crate::clock::Moment;
 use crate::cloud::{CloudError, Eni, EniStatus, ErrorClass, Subnet};
 use crate::errors::Error;
-use crate::ident::{EniId, Family, IpStack, VSwitchId};
+use crate::ident::{EniId, Family, VSwitchId};
 
 /// An ENI that may have been asked for.
 #[derive(Debug)]
@@ -22,26 +25,32 @@ pub(super) struct Creation {
     pub(super) error: Option<CloudError>,
     /// An attempt ended without an outcome: only the cloud's word about this very token may end it.
     uncertain: bool,
+    /// Refused, and only kept because an attempt without an outcome may still arrive there.
+    pub(super) doomed: bool,
+}
+
+/// What an ENI is created with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Cargo {
+    /// The primary address included.
+    pub(super) v4: u32,
+    pub(super) v6: u32,
+    pub(super) v4_prefixes: u32,
+    pub(super) v6_prefixes: u32,
 }
 
 impl Creation {
     pub(super) const fn restored(record: CreationRecord) -> Self {
-        Self { record, op: None, failures: 0, error: None, uncertain: true }
+        Self { record, op: None, failures: 0, error: None, uncertain: true, doomed: false }
     }
 
     /// Units it brings.
-    pub(super) const fn units(&self, config: &PoolConfig) -> u32 {
-        match config.stack {
-            IpStack::Ipv4 => self.record.v4,
-            IpStack::Ipv6 => self.record.v6,
-            IpStack::Dual => {
-                if self.record.v4 < self.record.v6 {
-                    self.record.v4
-                } else {
-                    self.record.v6
-                }
-            }
-        }
+    pub(super) fn units(&self, config: &PoolConfig) -> u32 {
+        let brings = |family: Family| match family {
+            Family::V4 => self.record.v4 + self.record.v4_prefixes * prefix_slots(family),
+            Family::V6 => self.record.v6 + self.record.v6_prefixes * prefix_slots(family),
+        };
+        config.families().iter().map(|family| brings(*family)).min().unwrap_or(0).min(config.units_per_eni())
     }
 }
 
@@ -56,24 +65,52 @@ impl Pool {
         eni.status == EniStatus::InUse && eni.instance.as_ref() == Some(&self.config.instance)
     }
 
-    pub(super) fn create_eni(&mut self, vswitch: VSwitchId, v4: u32, v6: u32) {
+    /// Asks for an ENI with so much on it.
+    pub(super) fn create_eni(&mut self, vswitch: VSwitchId, with: Cargo) {
+        let Cargo { v4, v6, v4_prefixes, v6_prefixes } = with;
         let token = self.token();
-        let mut tags = self.config.tags.clone();
+        self.vswitches.used(&vswitch, v4 + v4_prefixes * prefix_slots(Family::V4));
+        let mut tags = self.config.new_tags();
         tags.insert(TOKEN_TAG.to_owned(), token.0.clone());
-        let security_groups = self.config.security_groups.clone();
-        let record = CreationRecord { token: token.clone(), vswitch, security_groups, v4, v6, tags };
+        let record = CreationRecord {
+            token: token.clone(),
+            vswitch,
+            security_groups: self.config.security_groups.clone(),
+            v4,
+            v6,
+            v4_prefixes,
+            v6_prefixes,
+            resource_group: self.config.resource_group.clone(),
+            tags,
+        };
         self.out.put(Record::Creation(record.clone()));
-        let creation = Creation { record, op: None, failures: 0, error: None, uncertain: false };
+        let creation = Creation { record, op: None, failures: 0, error: None, uncertain: false, doomed: false };
         self.creations.insert(token.clone(), creation);
         self.retry_creation(&token);
     }
 
     pub(super) fn retry_creation(&mut self, token: &Token) {
-        let fresh = self.op();
-        let Some(Creation { record, op: op @ None, .. }) = self.creations.get_mut(token) else { return };
-        *op = Some(fresh);
-        let CreationRecord { token, vswitch, security_groups, v4, v6, tags } = record.clone();
-        self.out.effect(Effect::CreateEni { op: fresh, token, vswitch, security_groups, v4, v6, tags });
+        if !self.may_ask() {
+            return;
+        }
+        let op = self.op();
+        let Some(Creation { record, op: running @ None, .. }) = self.creations.get_mut(token) else { return };
+        *running = Some(op);
+        let record = record.clone();
+        let CreationRecord { token, vswitch, security_groups, v4, v6, v4_prefixes, v6_prefixes, .. } = record;
+        let CreationRecord { resource_group, tags, .. } = record;
+        self.out.effect(Effect::CreateEni {
+            op,
+            token,
+            vswitch,
+            security_groups,
+            v4,
+            v6,
+            v4_prefixes,
+            v6_prefixes,
+            resource_group,
+            tags,
+        });
     }
 
     pub(super) fn eni_created(&mut self, report: OpId, result: Result<Eni, CloudError>) {
@@ -97,25 +134,49 @@ impl Pool {
         };
         if repeat {
             creation.op = None;
+            creation.doomed = false;
             creation.failures += 1;
-            creation.error = Some(error);
             let failures = creation.failures;
+            creation.error = Some(error.clone());
             let at = self.retry_at(failures);
+            if error.class == ErrorClass::Throttled {
+                self.creation_blocked = Some((at, explain(&error)));
+            }
             return self.wake(at, Timer::Creation(token));
         }
-        let Some(creation) = self.creations.remove(&token) else { return };
+        let record = creation.record.clone();
+        if std::mem::take(&mut creation.uncertain) {
+            // An earlier attempt may be on its way yet, and make an ENI that nobody knows. The same token asked again when it must have
+            // arrived brings that ENI, or this refusal once more.
+            (creation.op, creation.doomed) = (None, true);
+            let at = self.now.after(self.config.settle);
+            self.wake(at, Timer::Creation(token));
+            return self.creation_refused(record, error);
+        }
+        self.creations.remove(&token);
         // Lost in a crash, the call is repeated: at worst there is an ENI more, which is used or given back.
         self.out.delete_lazily(RecordKey::Creation(token));
+        self.creation_refused(record, error);
+    }
+
+    fn creation_refused(&mut self, record: CreationRecord, error: CloudError) {
         if error.class == ErrorClass::VSwitchExhausted {
-            let until = self.vswitches.exhausted(&creation.record.vswitch, creation.record.v4, error, self.now);
+            let until = self.now.after(self.config.vswitch_rest);
+            let CreationRecord { vswitch, v4, v4_prefixes, .. } = record;
+            if v4_prefixes > 0 {
+                // Even the primary address may be what is missing; then the next attempt without prefixes says so.
+                self.vswitches.fragmented(&vswitch, v4_prefixes, until);
+            } else {
+                self.vswitches.exhausted(&vswitch, v4, error, until);
+            }
             self.wake(until, Timer::Plan);
         } else {
-            self.block_creation(error);
+            let until = self.now.after(self.config.refusal_rest);
+            self.block_creation(explain(&error), until);
         }
     }
 
-    fn block_creation(&mut self, error: CloudError) {
-        let until = self.now.after(self.config.refusal_rest);
+    fn block_creation(&mut self, error: Error, until: Moment) {
         self.creation_blocked = Some((until, error));
         self.wake(until, Timer::Plan);
     }
@@ -134,7 +195,12 @@ impl Pool {
         for address in addresses(eni) {
             state.slots_mut(Family::of(address)).enter(address, SlotState::Idle);
         }
+        for prefix in prefixes(eni) {
+            let family = Family::of(prefix.addr());
+            state.slots_mut(family).enter_prefix(prefix, prefix_slots(family));
+        }
         state.changed = Some(self.now);
+        state.mismatch = self.mismatch(&state).map(|mismatch| (mismatch, self.now));
         self.out.put(Record::Eni(state.record()));
         self.foreign.retain(|other| other.id != eni.id);
         self.enis.insert(eni.id.clone(), state);
@@ -142,8 +208,17 @@ impl Pool {
 
     /// Orders the step of its life that an ENI is at, if none is under way.
     pub(super) fn retry_eni(&mut self, id: &EniId) {
+        let (ask, release) = (self.may_ask(), self.may_release());
         let op = self.op();
         let Some(state) = self.enis.get_mut(id).filter(|state| state.op.is_none()) else { return };
+        let may = match state.stage {
+            Stage::Attaching => ask,
+            Stage::Configuring | Stage::InUse => true,
+            Stage::Detaching | Stage::Deleting => release,
+        };
+        if !may {
+            return;
+        }
         let eni = id.clone();
         let effect = match state.stage {
             Stage::Attaching => Effect::AttachEni { op, eni },
@@ -206,7 +281,8 @@ impl Pool {
             Err(error) => match error.class {
                 ErrorClass::NotFound => self.forget(id),
                 ErrorClass::Quota | ErrorClass::Invalid => {
-                    self.block_creation(error);
+                    let until = self.now.after(self.config.refusal_rest);
+                    self.block_creation(explain(&error), until);
                     self.proceed(id, Stage::Deleting);
                 }
                 _ => self.fail_by_cloud(id, &error),
@@ -218,6 +294,7 @@ impl Pool {
         let Some(state) = self.reported(op, id, Stage::Configuring) else { return };
         state.nic = Some(Nic { ifindex, subnet });
         let unconnected = std::mem::take(&mut state.unconnected);
+        self.lost_nics = 0;
         self.proceed(id, Stage::InUse);
         for key in unconnected {
             self.reconnect(&key);
@@ -226,11 +303,21 @@ impl Pool {
     }
 
     pub(super) fn nic_failed(&mut self, op: OpId, id: &EniId, error: Error) {
-        if self.reported(op, id, Stage::Configuring).is_some() {
+        let (attempts, release) = (self.config.nic_attempts.max(1), self.may_release());
+        let Some(state) = self.reported(op, id, Stage::Configuring) else { return };
+        let hopeless = state.failures + 1 >= attempts && state.empty() && !state.draining && release;
+        if hopeless {
+            state.reason = Some(error.clone());
+        } else {
             // The cloud may have detached it meanwhile.
             self.take_inventory();
-            self.fail(id, error);
+            return self.fail(id, error);
         }
+        // Another one may fare better. If none does, the node is at fault: ever slower, since each attempt costs four calls.
+        self.lost_nics += 1;
+        let until = self.retry_at(self.lost_nics * 2);
+        self.block_creation(error, until);
+        self.begin_drain(id);
     }
 
     /// Puts no more pods on an ENI, and gives it back after its last one.
@@ -245,7 +332,7 @@ impl Pool {
     pub(super) fn advance_drain(&mut self, id: &EniId) {
         let done = self.enis.get(id).is_some_and(|state| {
             let idle = state.stage == Stage::InUse || (state.stage == Stage::Configuring && state.op.is_none());
-            state.draining && idle && !state.in_use() && !state.calling()
+            state.draining && idle && state.empty() && !state.blocked()
         });
         if done {
             self.proceed(id, Stage::Detaching);
@@ -278,7 +365,7 @@ impl Pool {
         let Some(state) = self.enis.remove(id) else { return };
         debug_assert!(state.v4.counts().bound + state.v6.counts().bound == 0, "{id} has pods");
         for slots in [&state.v4, &state.v6] {
-            if let Some(CallKind::Assign { token, .. }) = slots.call.as_ref().map(|call| &call.kind) {
+            if let Some(token) = slots.call.as_ref().and_then(|call| call.kind.token()) {
                 self.out.delete_lazily(RecordKey::Assignment(token.clone()));
             }
             let held =
@@ -286,15 +373,25 @@ impl Pool {
             for address in held.map(|(address, _)| address).chain(slots.ghosts.keys().copied()) {
                 self.out.delete_lazily(RecordKey::Address(id.clone(), address));
             }
+            let releasing = slots.prefixes().iter().filter(|(_, prefix)| prefix.releasing).map(|(prefix, _)| prefix);
+            for prefix in releasing.chain(slots.prefix_ghosts.keys()) {
+                self.out.delete_lazily(RecordKey::Prefix(id.clone(), *prefix));
+            }
         }
         self.out.delete_lazily(RecordKey::Eni(id.clone()));
         self.inventory.forgotten.insert(id.clone(), self.now);
     }
 }
 
-/// All addresses of an ENI.
+/// All single addresses of an ENI.
 pub(super) fn addresses(eni: &Eni) -> impl Iterator<Item = std::net::IpAddr> {
     // The primary address is in the list of the real cloud; it is entered once in any case.
     let v4 = std::iter::once(eni.primary_v4).chain(eni.v4.iter().copied());
     v4.map(std::net::IpAddr::V4).chain(eni.v6.iter().copied().map(std::net::IpAddr::V6))
+}
+
+/// All prefixes of an ENI.
+pub(super) fn prefixes(eni: &Eni) -> impl Iterator<Item = IpNet> {
+    let v4 = eni.v4_prefixes.iter().copied().map(IpNet::V4);
+    v4.chain(eni.v6_prefixes.iter().copied().map(IpNet::V6))
 }

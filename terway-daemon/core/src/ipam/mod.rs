@@ -23,9 +23,11 @@
 //!    others), however long it takes, unless the process ends. Reports of effects that the pool no longer waits for are ignored, so late and repeated
 //!    ones do no harm.
 //! 3. `Connect`, `Disconnect`, `ConfigureNic` and all cloud calls are idempotent: after a crash they come again.
+//!    `Fence` and `Unfence` are news and get no report.
 //! 4. A `Cancel` is sent at the deadline of a request; its answer then comes in the same batch.
 //! 5. A write that fails ends the process: what is promised must be on disk.
-//! 6. After [`Pool::new`] a first `Tick` starts the warm-up. [`Pool::restore`] returns its effects itself.
+//! 6. A changed configuration comes as [`Event::Configure`]; a changed stack needs a new pool. One event at a time, like all others.
+//! 7. After [`Pool::new`] a first `Tick` starts the warm-up. [`Pool::restore`] returns its effects itself.
 //!
 //! So a crash leaves the store with a prefix of the writes, the kernel and the cloud with some of the effects before the end of that
 //! prefix, and `restore` finishes or undoes every one of them.
@@ -37,6 +39,8 @@
 //! - A `Del` is answered with success only when the release is on disk and the datapath forgot the pod; nothing wires it again.
 //! - Absence of evidence frees nothing: while the cloud does not answer, and for addresses missing from its lists, pods keep what they have.
 //! - A call that makes something in the cloud is on disk with its token before it is sent, and is repeated with the same token until its outcome is known.
+//! - What the configuration does not fit any more, or the cloud's list lacks, takes no new pods, and keeps those it has until they are deleted.
+//! - Nothing is ever asked of the cloud about a primary ENI, a trunk or its members, or an ENI that a tag marks as somebody else's.
 //! - One call at a time per ENI and family, because the outcome of two could not be told apart in the cloud's lists.
 
 mod addresses;
@@ -50,21 +54,26 @@ mod pods;
 mod pool;
 mod reconcile;
 mod record;
+mod reshape;
 mod restore;
+mod shrink;
 mod slot;
 mod view;
 mod vswitch;
 
-pub use config::{Backoff, PoolConfig, VSwitchSelection};
+pub use config::{
+    ALWAYS_BLOCKED, Backoff, Degradation, EniSelection, PoolConfig, PoolMode, Reclaim, V4_PREFIX_SLOTS,
+    V6_PREFIX_SLOTS, VSwitchSelection,
+};
 pub use effect::{Answer, Effect, Grant, Nic};
 pub use event::{Add, Event, OpId, Ticket, Token};
 pub use pool::Pool;
 pub use record::{
     AddressRecord, AssignmentRecord, AttachmentRecord, BadRecord, Change, CreationRecord, EniRecord, EniStage, Hold,
-    Phase, Record, RecordKey, VERSION,
+    Phase, PrefixRecord, Record, RecordKey, VERSION,
 };
 pub use restore::{NodeFacts, RestoreError, Snapshot};
-pub use view::{AttachmentView, EniPhase, EniView, Stats};
+pub use view::{AddressState, AddressView, AttachmentView, EniPhase, EniView, PrefixView, Stats, VSwitchView};
 
 /// The tag that carries an ENI's creation token, by which it is recognised when the reply to its creation was lost.
 pub const TOKEN_TAG: &str = "terway-token";

@@ -207,6 +207,7 @@ impl Pool {
 
     fn enqueue(&mut self, mut request: Request) {
         request.since = self.now;
+        self.last_add = self.now;
         let ends = self.now.after(self.config.patience);
         self.waiting.push(request);
         self.wake(ends, Timer::Plan);
@@ -216,6 +217,7 @@ impl Pool {
     pub(super) fn set_up(&mut self, request: Request, grant: Grant) {
         let Request { tickets, key, pod, netns, options, .. } = request;
         let op = self.op();
+        (self.last_use, self.reclaim_at) = (self.now, None);
         if let Some(eni) = self.enis.get_mut(&grant.eni) {
             for address in grant.addresses.iter() {
                 eni.slots_mut(Family::of(address)).set(address, SlotState::Bound, None);
@@ -471,6 +473,7 @@ impl Pool {
     pub(super) fn cool(&mut self, eni: &EniId, address: IpAddr) {
         let until = self.now.after(self.config.cooling);
         self.uses += 1;
+        (self.last_use, self.reclaim_at) = (self.now, None);
         let Some(state) = self.enis.get_mut(eni) else { return };
         let slots = state.slots_mut(Family::of(address));
         match slots.get(address) {

@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use sha1::{Digest, Sha1};
 
-use super::config::PoolConfig;
+use super::addresses::Gain;
+use super::config::{Degradation, PoolConfig};
 use super::effect::{Answer, Effect};
 use super::eni::EniState;
 use super::event::{Event, OpId, Ticket, Token};
@@ -15,7 +17,7 @@ use super::reconcile::InventoryState;
 use super::record::{Change, Record, RecordKey};
 use super::vswitch::VSwitches;
 use crate::clock::Moment;
-use crate::cloud::{CloudError, Eni};
+use crate::cloud::Eni;
 use crate::errors::Error;
 use crate::ident::{AttachmentKey, EniId, Family};
 
@@ -35,7 +37,21 @@ pub struct Pool {
     pub(super) creations: BTreeMap<Token, Creation>,
     pub(super) vswitches: VSwitches,
     /// No ENI is created until then, and why.
-    pub(super) creation_blocked: Option<(Moment, CloudError)>,
+    pub(super) creation_blocked: Option<(Moment, Error)>,
+    /// Nothing is assigned to any ENI until then, and why.
+    pub(super) assign_blocked: Option<(Moment, Error)>,
+    /// ENIs in a row that were given back because their NICs never showed up.
+    pub(super) lost_nics: u32,
+    /// Since when more is wanted than is there or on its way.
+    pub(super) demand_since: Option<Moment>,
+    /// When an Add last came in.
+    pub(super) last_add: Moment,
+    /// When an address was last bound or freed: idle ones are reclaimed some time after.
+    pub(super) last_use: Moment,
+    /// When the next batch may be reclaimed.
+    pub(super) reclaim_at: Option<Moment>,
+    /// The warm-up is still to be done.
+    pub(super) warming: bool,
     pub(super) inventory: InventoryState,
     /// Since when there are too many idle units.
     pub(super) excess_since: Option<Moment>,
@@ -60,7 +76,7 @@ pub(super) enum Place {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Timer {
     Cooled(EniId, IpAddr),
-    Ghost(EniId, IpAddr),
+    Ghost(EniId, IpNet),
     Creation(Token),
     Call(EniId, Family),
     Eni(EniId),
@@ -112,7 +128,9 @@ impl Pool {
     /// The pool of a node that has nothing yet, neither on disk nor in the cloud.
     #[must_use]
     pub fn new(config: PoolConfig) -> Self {
-        let vswitches = VSwitches::new(&config.vswitches, config.selection, config.batch, config.vswitch_rest);
+        let mut vswitches = VSwitches::default();
+        vswitches.configure(&config.vswitches);
+        let warming = config.warm_up > 0;
         let mut pool = Self {
             config,
             now: Moment::ZERO,
@@ -125,6 +143,13 @@ impl Pool {
             creations: BTreeMap::new(),
             vswitches,
             creation_blocked: None,
+            assign_blocked: None,
+            lost_nics: 0,
+            demand_since: None,
+            last_add: Moment::ZERO,
+            last_use: Moment::ZERO,
+            reclaim_at: None,
+            warming,
             inventory: InventoryState::default(),
             excess_since: None,
             uses: 0,
@@ -164,8 +189,17 @@ impl Pool {
             Event::EniAttached { op, eni, result } => self.eni_attached(op, &eni, result),
             Event::NicReady { op, eni, ifindex, subnet } => self.nic_ready(op, &eni, ifindex, subnet),
             Event::NicFailed { op, eni, error } => self.nic_failed(op, &eni, error),
-            Event::Assigned { op, eni, family, result } => self.assigned(op, &eni, family, result),
-            Event::Unassigned { op, eni, family, result } => self.unassigned(op, &eni, family, result),
+            Event::Assigned { op, eni, family, result } => {
+                self.assigned(op, &eni, family, result.map(Gain::Addresses));
+            }
+            Event::PrefixesAssigned { op, eni, family, result } => {
+                self.assigned(op, &eni, family, result.map(Gain::Prefixes));
+            }
+            Event::Unassigned { op, eni, family, result } | Event::PrefixesUnassigned { op, eni, family, result } => {
+                self.unassigned(op, &eni, family, result);
+            }
+            Event::VSwitches { op, result } => self.vswitches_counted(op, result),
+            Event::Configure(config) => self.configure(*config),
             Event::Detached { op, eni, result } => self.detached(op, &eni, result),
             Event::Deleted { op, eni, result } => self.deleted(op, &eni, result),
             Event::Inventory { op, result } => self.inventory(op, result),
@@ -180,7 +214,7 @@ impl Pool {
             let Some((_, timer)) = self.timers.pop_first() else { return };
             match timer {
                 Timer::Cooled(eni, address) => self.cooled(&eni, address),
-                Timer::Ghost(eni, address) => self.ghost_faded(&eni, address),
+                Timer::Ghost(eni, what) => self.ghost_faded(&eni, what),
                 Timer::Creation(token) => self.retry_creation(&token),
                 Timer::Call(eni, family) => self.retry_call(&eni, family),
                 Timer::Eni(eni) => self.retry_eni(&eni),
@@ -219,8 +253,22 @@ impl Pool {
 
     /// The moment of the next attempt after so many failures.
     pub(super) fn retry_at(&mut self, failures: u32) -> Moment {
-        let salt = u64::from_be_bytes(self.digest(self.next_op)[..8].try_into().unwrap_or_default());
-        self.now.after(self.config.retry.delay(failures, salt))
+        self.now.after(self.config.retry.delay(failures, self.salt(self.next_op)))
+    }
+
+    /// A number that looks random and is the same for the same `number` on this node.
+    pub(super) fn salt(&self, number: u64) -> u64 {
+        u64::from_be_bytes(self.digest(number)[..8].try_into().unwrap_or_default())
+    }
+
+    /// Whether the cloud may be asked for anything at all.
+    pub(super) fn may_ask(&self) -> bool {
+        self.config.degradation != Degradation::L0
+    }
+
+    /// Whether anything may be given back to the cloud.
+    pub(super) fn may_release(&self) -> bool {
+        self.config.degradation == Degradation::None
     }
 
     pub(super) fn op(&mut self) -> OpId {

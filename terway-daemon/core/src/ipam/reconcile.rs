@@ -1,16 +1,18 @@
 //! The cloud's list of ENIs against the pool's own idea of them.
 //!
-//! A list adds what is new and flags what is missing. It never takes anything from a pod, and it is not believed about what changed
+//! A list adds what is new, once a second one confirms it, and flags what is missing. It never takes anything from a pod, and it is not believed about what changed
 //! around the time it was made, since the cloud's lists lag behind its actions.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::time::Duration;
 
+use ipnet::IpNet;
+
+use super::config::prefix_slots;
 use super::effect::Effect;
 use super::eni::Stage;
 use super::event::OpId;
-use super::lifecycle::addresses;
+use super::lifecycle::{addresses, prefixes};
 use super::pool::{Pool, Timer};
 use super::record::{Record, RecordKey};
 use super::slot::SlotState;
@@ -48,7 +50,7 @@ impl Default for InventoryState {
 
 impl Pool {
     pub(super) fn take_inventory(&mut self) {
-        if self.inventory.op.is_none() {
+        if self.inventory.op.is_none() && self.may_ask() {
             let op = self.op();
             self.inventory.op = Some(op);
             self.inventory.asked = self.now;
@@ -105,7 +107,7 @@ impl Pool {
                 }
             } else if self.inventory.forgotten.contains_key(&eni.id) {
                 // It was there when the list was made, or rather a while before.
-            } else if eni.kind == EniKind::Secondary && self.is_ours(eni) && self.vswitches.configured(&eni.vswitch) {
+            } else if self.manages(eni) {
                 seen.insert(eni.id.clone());
                 self.enter(eni, Stage::Configuring);
                 self.retry_eni(&eni.id);
@@ -125,13 +127,27 @@ impl Pool {
         }
     }
 
+    /// Whether an ENI that nobody here knows is for this pool: attached here, of the right kind, and of nobody else by its tags. One that does
+    /// not match the configuration otherwise is taken in too, to be given back: the node was somebody's before, and its adapters are few.
+    fn manages(&self, eni: &Eni) -> bool {
+        eni.kind == EniKind::Secondary
+            && self.is_ours(eni)
+            && self.config.blocked_by(&eni.tags).is_none()
+            && self.config.passes_filter(&eni.tags)
+    }
+
     /// Notes that the list lacks an ENI; strikes it when it was missing for a while and nothing on it is in use.
     fn missed(&mut self, id: &EniId, certain: bool) {
         let Some(state) = self.enis.get_mut(id) else { return };
         if !certain {
             return self.inventory_again(self.now.after(self.config.settle));
         }
+        let known = state.missing.is_some();
         let since = *state.missing.get_or_insert(self.now);
+        if !known {
+            self.fence(id, None);
+        }
+        let Some(state) = self.enis.get(id) else { return };
         if since.after(self.config.settle) <= self.now && !state.in_use() && !state.calling() {
             self.forget(id);
         } else {
@@ -150,9 +166,18 @@ impl Pool {
     fn reconcile_stage(&mut self, eni: &Eni) -> bool {
         let ours = self.is_ours(eni);
         let Some(state) = self.enis.get_mut(&eni.id) else { return false };
-        if ours {
-            state.missing = None;
+        let back = ours && state.missing.take().is_some();
+        let known = (state.security_groups.as_ref(), state.tags.as_ref());
+        if known != (Some(&eni.security_groups), Some(&eni.tags)) {
+            state.security_groups = Some(eni.security_groups.clone());
+            state.tags = Some(eni.tags.clone());
+            self.out.put_lazily(Record::Eni(state.record()));
+            self.judge(&eni.id);
         }
+        if back {
+            self.unfence(&eni.id, None);
+        }
+        let Some(state) = self.enis.get_mut(&eni.id) else { return false };
         if state.op.is_none() {
             match (state.stage, ours, eni.status) {
                 (Stage::Attaching, true, _) => self.proceed(&eni.id, Stage::Configuring),
@@ -165,18 +190,19 @@ impl Pool {
     }
 
     fn reconcile_slots(&mut self, eni: &Eni, asked: Option<Moment>) {
-        let all: BTreeSet<_> = addresses(eni).collect();
+        // A single address is a prefix of full length here.
+        let all: BTreeSet<_> = addresses(eni).map(IpNet::from).chain(prefixes(eni)).collect();
         let settle = self.config.settle;
         let mut altered = false;
         for family in [Family::V4, Family::V6] {
             let Some(state) = self.enis.get_mut(&eni.id) else { return };
             let slots = state.slots_mut(family);
-            let listed = all.iter().copied().filter(|address| Family::of(*address) == family);
-            let fresh: Vec<_> = listed
-                .filter(|address| !slots.ghosts.contains_key(address))
-                .filter(|address| slots.get(*address).is_none_or(|slot| slot.missing))
-                .collect();
-            let lost: Vec<_> = slots.iter().filter(|(address, slot)| !all.contains(address) && !slot.missing).collect();
+            let listed: Vec<_> = all.iter().copied().filter(|net| Family::of(net.addr()) == family).collect();
+            slots.strange.retain(|net, _| all.contains(net));
+            let fresh: Vec<_> = listed.into_iter().filter(|net| slots.lacks(*net)).collect();
+            let singles = slots.singles().filter(|(_, slot)| !slot.missing).map(|(address, _)| IpNet::from(address));
+            let blocks = slots.prefixes().iter().filter(|(_, prefix)| !prefix.missing).map(|(prefix, _)| *prefix);
+            let lost: Vec<_> = singles.chain(blocks).filter(|net| !all.contains(net)).collect();
             if fresh.is_empty() && lost.is_empty() {
                 continue;
             }
@@ -185,15 +211,15 @@ impl Pool {
                 continue;
             }
             altered = true;
-            for address in fresh {
-                slots.enter(address, SlotState::Idle);
+            for net in fresh {
+                self.found(&eni.id, family, net, asked);
             }
             if asked.is_none() && !lost.is_empty() {
                 self.inventory_again(self.now.after(settle));
                 continue;
             }
-            for (address, slot) in lost {
-                self.lost(&eni.id, address, slot.state);
+            for net in lost {
+                self.lost(&eni.id, family, net);
             }
         }
         if altered && let Some(state) = self.enis.get(&eni.id) {
@@ -201,17 +227,61 @@ impl Pool {
         }
     }
 
-    /// The list lacks an address.
-    fn lost(&mut self, id: &EniId, address: IpAddr, state: SlotState) {
-        if state == SlotState::Releasing {
-            return self.gave_back(id, address);
+    /// The list has something that the table lacks, or that had been missing from an earlier list.
+    fn found(&mut self, id: &EniId, family: Family, net: IpNet, asked: Option<Moment>) {
+        let (now, settle) = (self.now, self.config.settle);
+        let Some(slots) = self.enis.get_mut(id).map(|eni| eni.slots_mut(family)) else { return };
+        let single = net.prefix_len() == net.max_prefix_len();
+        if single && slots.get(net.addr()).is_some() {
+            slots.enter(net.addr(), SlotState::Idle);
+            return self.unfence(id, Some(&[net.addr()]));
         }
-        let Some(eni) = self.enis.get_mut(id) else { return };
-        let slots = eni.slots_mut(Family::of(address));
-        match state {
-            SlotState::Bound => return slots.set_missing(address, true),
-            SlotState::Cooling { .. } => self.out.delete_lazily(RecordKey::Address(id.clone(), address)),
-            SlotState::Idle | SlotState::Releasing => {}
+        if slots.prefixes().contains_key(&net) {
+            slots.enter_prefix(net, prefix_slots(family));
+            let inside = slots.inside(net);
+            return self.unfence(id, Some(&inside));
+        }
+        // Nobody here asked for it, or nobody remembers. It is ours if a second list, some time later, says the same; and somebody may have
+        // had it until a moment ago.
+        let since = *slots.strange.entry(net).or_insert(asked.unwrap_or(now));
+        if asked.is_none_or(|asked| since.after(settle) > asked) {
+            return self.inventory_again(now.after(settle));
+        }
+        slots.strange.remove(&net);
+        if single {
+            slots.enter(net.addr(), SlotState::Idle);
+            self.cool(id, net.addr());
+        } else {
+            slots.enter_prefix(net, prefix_slots(family));
+            self.cool_prefix(id, family, net);
+        }
+    }
+
+    /// The list lacks an address or a prefix.
+    fn lost(&mut self, id: &EniId, family: Family, net: IpNet) {
+        let Some(slots) = self.enis.get_mut(id).map(|eni| eni.slots_mut(family)) else { return };
+        let address = net.addr();
+        if let Some(prefix) = slots.prefixes().get(&net) {
+            if prefix.releasing {
+                return self.gave_back_prefix(id, family, net);
+            }
+            let cooling = slots.inside(net).into_iter().filter(|address| {
+                slots.get(*address).is_some_and(|slot| matches!(slot.state, SlotState::Cooling { .. }))
+            });
+            for address in cooling {
+                self.out.delete_lazily(RecordKey::Address(id.clone(), address));
+            }
+            let bound = slots.lose_prefix(net);
+            return self.fence(id, Some(&bound));
+        }
+        match slots.get(address).map(|slot| slot.state) {
+            Some(SlotState::Releasing) => return self.gave_back(id, address),
+            Some(SlotState::Bound) => {
+                slots.set_missing(address, true);
+                return self.fence(id, Some(&[address]));
+            }
+            Some(SlotState::Cooling { .. }) => self.out.delete_lazily(RecordKey::Address(id.clone(), address)),
+            Some(SlotState::Idle) | None => {}
         }
         slots.remove(address);
     }

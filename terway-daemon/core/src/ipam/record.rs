@@ -6,14 +6,17 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::effect::{Grant, Nic};
 use super::event::Token;
 use crate::ident::{AttachmentKey, EniId, Family, Mac, PodRef, SecurityGroupId, VSwitchId};
 
-/// The version of the encoding. A daemon refuses what a newer one wrote, rather than dropping what it does not know.
-pub const VERSION: u32 = 1;
+/// The version of the encoding. A daemon refuses what a newer one wrote, rather than dropping what it does not know; it reads all older ones.
+///
+/// 2: prefixes, security groups and tags of ENIs.
+pub const VERSION: u32 = 2;
 
 /// One write.
 #[expect(clippy::large_enum_variant, reason = "nearly all changes are puts, so boxing would save nothing")]
@@ -35,6 +38,8 @@ pub enum Record {
     Eni(EniRecord),
     /// An address that must not be handed out.
     Address(AddressRecord),
+    /// A prefix that must not be handed out from.
+    Prefix(PrefixRecord),
     /// An ENI that may have been asked for.
     Creation(CreationRecord),
     /// Addresses that may have been asked for.
@@ -87,8 +92,17 @@ pub struct EniRecord {
     pub vswitch: VSwitchId,
     /// The address that stays as long as the ENI.
     pub primary_v4: Ipv4Addr,
-    /// All its addresses as far as known when this was written.
+    /// Its security groups; `None` in a record of version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub security_groups: Option<Vec<SecurityGroupId>>,
+    /// Its tags; `None` in a record of version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tags: Option<BTreeMap<String, String>>,
+    /// All its single addresses as far as known when this was written.
     pub addresses: Vec<IpAddr>,
+    /// All its prefixes, likewise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prefixes: Vec<IpNet>,
     /// Its NIC when it was last configured.
     pub nic: Option<Nic>,
     /// How far it is.
@@ -122,6 +136,17 @@ pub struct AddressRecord {
     pub hold: Hold,
 }
 
+/// See [`Record::Prefix`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrefixRecord {
+    /// Its ENI.
+    pub eni: EniId,
+    /// The prefix.
+    pub prefix: IpNet,
+    /// Why it must not be handed out from.
+    pub hold: Hold,
+}
+
 /// Why an address must not be handed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -145,6 +170,15 @@ pub struct CreationRecord {
     pub v4: u32,
     /// IPv6 addresses.
     pub v6: u32,
+    /// IPv4 prefixes.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub v4_prefixes: u32,
+    /// IPv6 prefixes.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub v6_prefixes: u32,
+    /// Resource group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resource_group: Option<String>,
     /// Tags.
     pub tags: BTreeMap<String, String>,
 }
@@ -160,6 +194,14 @@ pub struct AssignmentRecord {
     pub family: Family,
     /// How many.
     pub count: u32,
+    /// Whether they are prefixes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub prefixes: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+const fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 /// The key of a record: one record per key.
@@ -172,6 +214,8 @@ pub enum RecordKey {
     Eni(EniId),
     /// By ENI and address.
     Address(EniId, IpAddr),
+    /// By ENI and prefix.
+    Prefix(EniId, IpNet),
     /// By token.
     Creation(Token),
     /// By token.
@@ -214,6 +258,7 @@ impl Record {
             Self::Attachment(a) => RecordKey::Attachment(a.key.clone()),
             Self::Eni(e) => RecordKey::Eni(e.id.clone()),
             Self::Address(a) => RecordKey::Address(a.eni.clone(), a.address),
+            Self::Prefix(p) => RecordKey::Prefix(p.eni.clone(), p.prefix),
             Self::Creation(c) => RecordKey::Creation(c.token.clone()),
             Self::Assignment(a) => RecordKey::Assignment(a.token.clone()),
             Self::Counter { .. } => RecordKey::Counter,

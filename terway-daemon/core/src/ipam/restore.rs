@@ -6,15 +6,15 @@
 use std::collections::BTreeSet;
 
 use super::TOKEN_TAG;
-use super::config::PoolConfig;
+use super::config::{PoolConfig, prefix_slots};
 use super::effect::Effect;
 use super::eni::{EniState, Stage};
 use super::lifecycle::Creation;
 use super::pods::Attachment;
 use super::pool::{Pool, Timer};
 use super::record::{
-    AddressRecord, AssignmentRecord, AttachmentRecord, CreationRecord, EniRecord, EniStage, Hold, Phase, Record,
-    RecordKey,
+    AddressRecord, AssignmentRecord, AttachmentRecord, CreationRecord, EniRecord, EniStage, Hold, Phase, PrefixRecord,
+    Record, RecordKey,
 };
 use super::slot::{CallKind, SlotState};
 use crate::clock::Moment;
@@ -67,6 +67,7 @@ pub enum RestoreError {
 struct Sorted {
     attachments: Vec<AttachmentRecord>,
     holds: Vec<AddressRecord>,
+    prefixes: Vec<PrefixRecord>,
     creations: Vec<CreationRecord>,
     assignments: Vec<AssignmentRecord>,
 }
@@ -85,6 +86,7 @@ impl Pool {
                 Record::Attachment(record) => sorted.attachments.push(record),
                 Record::Eni(record) => pool.restore_eni(record),
                 Record::Address(record) => sorted.holds.push(record),
+                Record::Prefix(record) => sorted.prefixes.push(record),
                 Record::Creation(record) => sorted.creations.push(record),
                 Record::Assignment(record) => sorted.assignments.push(record),
                 Record::Counter { next } => pool.next_token = next,
@@ -96,6 +98,11 @@ impl Pool {
         for record in sorted.holds {
             pool.restore_hold(record);
         }
+        for record in sorted.prefixes {
+            pool.restore_prefix(&record);
+        }
+        // Warming up is for a node that has nothing yet.
+        pool.warming &= pool.enis.is_empty();
         let list = snapshot.enis;
         for record in sorted.creations {
             pool.restore_creation(record, list.as_deref().unwrap_or_default());
@@ -138,9 +145,16 @@ impl Pool {
         let mut eni = EniState::new(record.id.clone(), record.mac, record.vswitch, record.primary_v4, stage);
         eni.draining = record.stage == EniStage::Draining;
         eni.nic = record.nic;
+        eni.security_groups = record.security_groups;
+        eni.tags = record.tags;
         for address in record.addresses {
             eni.slots_mut(Family::of(address)).enter(address, SlotState::Idle);
         }
+        for prefix in record.prefixes {
+            let family = Family::of(prefix.addr());
+            eni.slots_mut(family).enter_prefix(prefix, prefix_slots(family));
+        }
+        eni.mismatch = self.mismatch(&eni).map(|mismatch| (mismatch, self.now));
         self.enis.insert(record.id, eni);
     }
 
@@ -183,6 +197,19 @@ impl Pool {
         }
     }
 
+    fn restore_prefix(&mut self, record: &PrefixRecord) {
+        let family = Family::of(record.prefix.addr());
+        let slots = self.enis.get_mut(&record.eni).map(|state| state.slots_mut(family));
+        // A pod on it wins, as for single addresses.
+        let released = slots.is_some_and(|slots| {
+            slots.enter_prefix(record.prefix, prefix_slots(family));
+            slots.release_prefix(record.prefix)
+        });
+        if !released {
+            self.out.delete_lazily(RecordKey::Prefix(record.eni.clone(), record.prefix));
+        }
+    }
+
     fn restore_creation(&mut self, record: CreationRecord, list: &[Eni]) {
         let made = list.iter().find(|eni| {
             let usable = eni.status == EniStatus::Available || self.is_ours(eni);
@@ -197,10 +224,16 @@ impl Pool {
     }
 
     fn restore_assignment(&mut self, record: AssignmentRecord) {
-        let AssignmentRecord { token, eni, family, count } = record;
+        let AssignmentRecord { token, eni, family, count, prefixes } = record;
         let ready = |eni: &EniState| eni.attached() && eni.slots(family).call.is_none();
         if self.enis.get(&eni).is_some_and(ready) {
-            self.call(&eni, family, CallKind::Assign { token, count });
+            let each = prefix_slots(family);
+            let kind = if prefixes {
+                CallKind::AssignPrefixes { token, count, each }
+            } else {
+                CallKind::Assign { token, count }
+            };
+            self.call(&eni, family, kind);
             if let Some(call) = self.enis.get_mut(&eni).and_then(|eni| eni.slots_mut(family).call.as_mut()) {
                 call.uncertain = true;
             }

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::event::{OpId, Token};
 use crate::clock::Moment;
 use crate::cloud::CloudError;
@@ -43,8 +45,46 @@ pub(super) struct Call {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum CallKind {
-    Assign { token: Token, count: u32 },
-    Unassign { addresses: Vec<IpAddr> },
+    Assign {
+        token: Token,
+        count: u32,
+    },
+    Unassign {
+        addresses: Vec<IpAddr>,
+    },
+    /// `each` is how many addresses one of them brings.
+    AssignPrefixes {
+        token: Token,
+        count: u32,
+        each: u32,
+    },
+    UnassignPrefixes {
+        prefixes: Vec<IpNet>,
+    },
+}
+
+impl CallKind {
+    /// The token, if it is a call that makes something.
+    pub(super) const fn token(&self) -> Option<&Token> {
+        match self {
+            Self::Assign { token, .. } | Self::AssignPrefixes { token, .. } => Some(token),
+            Self::Unassign { .. } | Self::UnassignPrefixes { .. } => None,
+        }
+    }
+}
+
+/// A block of addresses that comes and goes as one. Its addresses are slots like any others.
+#[derive(Debug, Default)]
+pub(super) struct Prefix {
+    /// Fullest prefix first, then least recently used.
+    idle: BTreeSet<(u64, IpAddr)>,
+    /// Slots that a pod has, or had a moment ago.
+    pub(super) in_use: u32,
+    pub(super) slots: u32,
+    /// Being given back to the cloud.
+    pub(super) releasing: bool,
+    /// The cloud's list lacks it; it goes with its last pod.
+    pub(super) missing: bool,
 }
 
 /// How many slots are in which state.
@@ -59,14 +99,20 @@ pub(super) struct Counts {
 #[derive(Debug, Default)]
 pub(super) struct Slots {
     map: BTreeMap<IpAddr, Slot>,
-    /// Least recently used first.
+    prefixes: BTreeMap<IpNet, Prefix>,
+    /// Single ones, least recently used first.
     idle: BTreeSet<(u64, IpAddr)>,
+    /// Single ones.
     releasing: BTreeSet<IpAddr>,
     counts: Counts,
     missing: u32,
     pub(super) call: Option<Call>,
     /// Given back so lately that the cloud's lists may still show them.
     pub(super) ghosts: BTreeMap<IpAddr, Moment>,
+    /// The same for prefixes.
+    pub(super) prefix_ghosts: BTreeMap<IpNet, Moment>,
+    /// What the cloud lists and nobody here asked for, since when. Only what stays on the list is real.
+    pub(super) strange: BTreeMap<IpNet, Moment>,
     /// No assign call until then, and why.
     pub(super) blocked: Option<(Moment, CloudError)>,
     /// When the last call ended: lists taken before, or shortly after, say nothing about this table.
@@ -98,6 +144,31 @@ impl Slots {
         self.map.get(&address).copied()
     }
 
+    pub(super) const fn prefixes(&self) -> &BTreeMap<IpNet, Prefix> {
+        &self.prefixes
+    }
+
+    /// The prefix that an address belongs to.
+    pub(super) fn prefix_of(&self, address: IpAddr) -> Option<IpNet> {
+        self.prefixes.keys().find(|prefix| prefix.contains(&address)).copied()
+    }
+
+    /// Addresses that came one by one.
+    pub(super) fn singles(&self) -> impl Iterator<Item = (IpAddr, Slot)> {
+        self.iter().filter(|(address, _)| self.prefix_of(*address).is_none())
+    }
+
+    /// How many of the ENI's places for addresses are taken: a prefix takes one.
+    pub(super) fn places(&self) -> u32 {
+        let blocks = u32::try_from(self.prefixes.len()).unwrap_or(u32::MAX);
+        self.len() - self.prefixes.values().map(|prefix| prefix.slots).sum::<u32>() + blocks
+    }
+
+    /// Single idle addresses.
+    pub(super) fn idle_singles(&self) -> u32 {
+        u32::try_from(self.idle.len()).unwrap_or(u32::MAX)
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = (IpAddr, Slot)> {
         self.map.iter().map(|(address, slot)| (*address, *slot))
     }
@@ -106,12 +177,16 @@ impl Slots {
         &self.releasing
     }
 
-    /// The idle address that was used longest ago.
+    /// The idle address for the next pod: of the single ones, which cost a place each, the one that was used longest ago; then that of the
+    /// fullest prefix, so that the others can be given back one day.
     pub(super) fn coldest(&self) -> Option<(u64, IpAddr)> {
-        self.idle.first().copied()
+        self.idle.first().copied().or_else(|| {
+            let open = self.prefixes.values().filter(|prefix| !prefix.idle.is_empty());
+            open.min_by_key(|prefix| std::cmp::Reverse(prefix.in_use)).and_then(|prefix| prefix.idle.first().copied())
+        })
     }
 
-    /// Idle addresses, coldest first.
+    /// Single idle addresses, coldest first.
     pub(super) fn idle(&self) -> impl Iterator<Item = IpAddr> {
         self.idle.iter().map(|(_, address)| *address)
     }
@@ -151,19 +226,140 @@ impl Slots {
         self.set_missing(address, false);
         if let Some(slot) = self.map.remove(&address) {
             self.count(address, slot.used, slot.state, false);
+            self.prefixes.retain(|_, prefix| prefix.slots > 0 || !prefix.missing);
         }
+    }
+
+    /// Enters a prefix with the `count` addresses that are handed out of it; those that are here already stay as they are, except that they
+    /// are known not to be missing. Says whether it is new.
+    pub(super) fn enter_prefix(&mut self, prefix: IpNet, count: u32) -> bool {
+        if let Some(known) = self.prefixes.get_mut(&prefix) {
+            known.missing = false;
+            if known.releasing {
+                return false;
+            }
+        }
+        let new = !self.prefixes.contains_key(&prefix);
+        if new {
+            let inside: Vec<_> = self.map.range(prefix.network()..=prefix.broadcast()).map(|(a, s)| (*a, *s)).collect();
+            for (address, slot) in &inside {
+                self.count(*address, slot.used, slot.state, false);
+            }
+            self.prefixes.insert(prefix, Prefix::default());
+            for (address, slot) in inside {
+                self.count(address, slot.used, slot.state, true);
+            }
+        }
+        for address in usable(prefix).take(usize::try_from(count).unwrap_or(0)) {
+            self.enter(address, SlotState::Idle);
+        }
+        new
+    }
+
+    /// Whether something on the cloud's list is not here, or was thought missing. What was given back a moment ago is not lacking.
+    pub(super) fn lacks(&self, net: IpNet) -> bool {
+        if net.prefix_len() == net.max_prefix_len() {
+            !self.ghosts.contains_key(&net.addr()) && self.get(net.addr()).is_none_or(|slot| slot.missing)
+        } else {
+            !self.prefix_ghosts.contains_key(&net) && self.prefixes.get(&net).is_none_or(|prefix| prefix.missing)
+        }
+    }
+
+    /// Marks a prefix that no pod uses as going back.
+    pub(super) fn release_prefix(&mut self, prefix: IpNet) -> bool {
+        if !self.prefixes.get(&prefix).is_some_and(|known| known.in_use == 0 && !known.releasing) {
+            return false;
+        }
+        for address in self.inside(prefix) {
+            self.set(address, SlotState::Releasing, None);
+        }
+        if let Some(known) = self.prefixes.get_mut(&prefix) {
+            known.releasing = true;
+        }
+        true
+    }
+
+    /// Strikes a prefix with all its slots.
+    pub(super) fn remove_prefix(&mut self, prefix: IpNet) {
+        for address in self.inside(prefix) {
+            self.remove(address);
+        }
+        self.prefixes.remove(&prefix);
+    }
+
+    /// The cloud's list lacks a prefix: what no pod has of it goes, the rest is flagged. Returns what a pod has.
+    pub(super) fn lose_prefix(&mut self, prefix: IpNet) -> Vec<IpAddr> {
+        if let Some(known) = self.prefixes.get_mut(&prefix) {
+            known.missing = true;
+        }
+        let mut bound = Vec::new();
+        for address in self.inside(prefix) {
+            if self.get(address).is_some_and(|slot| slot.state == SlotState::Bound) {
+                self.set_missing(address, true);
+                bound.push(address);
+            } else {
+                self.remove(address);
+            }
+        }
+        if bound.is_empty() {
+            self.prefixes.remove(&prefix);
+        }
+        bound
+    }
+
+    pub(super) fn inside(&self, prefix: IpNet) -> Vec<IpAddr> {
+        self.map.range(prefix.network()..=prefix.broadcast()).map(|(address, _)| *address).collect()
     }
 
     /// Addresses that the call under way will add.
     pub(super) fn incoming(&self) -> u32 {
-        match &self.call {
-            Some(Call { kind: CallKind::Assign { count, .. }, .. }) => *count,
+        match self.call.as_ref().map(|call| &call.kind) {
+            Some(CallKind::Assign { count, .. }) => *count,
+            Some(CallKind::AssignPrefixes { count, each, .. }) => count * each,
             _ => 0,
         }
     }
 
+    /// Places that the call under way will take.
+    pub(super) fn incoming_places(&self) -> u32 {
+        match self.call.as_ref().map(|call| &call.kind) {
+            Some(CallKind::Assign { count, .. } | CallKind::AssignPrefixes { count, .. }) => *count,
+            _ => 0,
+        }
+    }
+
+    /// Prefixes that the call under way will add.
+    pub(super) fn incoming_prefixes(&self) -> u32 {
+        match self.call.as_ref().map(|call| &call.kind) {
+            Some(CallKind::AssignPrefixes { count, .. }) => *count,
+            _ => 0,
+        }
+    }
+
+    /// Whether something waits for being given back.
+    pub(super) fn to_give_back(&self) -> bool {
+        !self.releasing.is_empty() || self.prefixes.values().any(|prefix| prefix.releasing)
+    }
+
     fn count(&mut self, address: IpAddr, used: u64, state: SlotState, add: bool) {
+        let prefix = self.prefixes.iter_mut().find(|(prefix, _)| prefix.contains(&address)).map(|(_, prefix)| prefix);
+        let adjust = |n: &mut u32| *n = if add { *n + 1 } else { *n - 1 };
         match (state, add) {
+            _ if prefix.is_some() => {
+                if let Some(prefix) = prefix {
+                    adjust(&mut prefix.slots);
+                    match state {
+                        SlotState::Idle if add => {
+                            prefix.idle.insert((used, address));
+                        }
+                        SlotState::Idle => {
+                            prefix.idle.remove(&(used, address));
+                        }
+                        SlotState::Bound | SlotState::Cooling { .. } => adjust(&mut prefix.in_use),
+                        SlotState::Releasing => {}
+                    }
+                }
+            }
             (SlotState::Idle, true) => {
                 self.idle.insert((used, address));
             }
@@ -184,8 +380,17 @@ impl Slots {
             SlotState::Cooling { .. } => &mut self.counts.cooling,
             SlotState::Releasing => &mut self.counts.releasing,
         };
-        *counter = if add { *counter + 1 } else { *counter - 1 };
+        adjust(counter);
     }
+}
+
+/// The addresses of a prefix that are handed out, in order. The first of an IPv6 prefix is the routers' anycast address (RFC 4291, 2.6.1).
+fn usable(prefix: IpNet) -> impl Iterator<Item = IpAddr> {
+    let first = prefix.network();
+    (0u128..).map_while(move |n| match first {
+        IpAddr::V4(first) => Some(IpAddr::V4(std::net::Ipv4Addr::from_bits(first.to_bits() + u32::try_from(n).ok()?))),
+        IpAddr::V6(first) => Some(IpAddr::V6(std::net::Ipv6Addr::from_bits(first.to_bits() + n + 1))),
+    })
 }
 
 #[cfg(test)]
@@ -225,5 +430,38 @@ mod tests {
         slots.remove(ip(2));
         slots.remove(ip(2));
         assert_eq!((slots.missing(), slots.len(), slots.releasing().len()), (0, 1, 0));
+    }
+
+    #[test]
+    fn a_prefix_fills_before_the_next_and_goes_only_when_all_of_it_is_free() {
+        let mut slots = Slots::default();
+        slots.enter([10, 0, 9, 9].into(), SlotState::Idle);
+        let prefixes: [IpNet; 2] = ["10.0.0.0/28".parse().unwrap(), "10.0.0.16/28".parse().unwrap()];
+        // The pod that a restart found before it knew of the prefix.
+        slots.enter(ip(3), SlotState::Bound);
+        assert!(prefixes.iter().all(|prefix| slots.enter_prefix(*prefix, 16)));
+        assert!(!slots.enter_prefix(prefixes[0], 16));
+        assert_eq!((slots.len(), slots.places(), slots.counts().idle, slots.idle_singles()), (33, 3, 32, 1));
+        let mut taken = Vec::new();
+        for _ in 0..3 {
+            let (_, address) = slots.coldest().unwrap();
+            slots.set(address, SlotState::Bound, None);
+            taken.push(address);
+        }
+        assert_eq!(
+            taken,
+            [[10, 0, 9, 9].into(), ip(0), ip(1)],
+            "singles first, then the prefix that is in use already"
+        );
+        assert!(!slots.release_prefix(prefixes[0]) && slots.release_prefix(prefixes[1]));
+        assert_eq!((slots.counts().releasing, slots.releasing().len(), slots.to_give_back()), (16, 0, true));
+        slots.remove_prefix(prefixes[1]);
+        assert_eq!((slots.len(), slots.places()), (17, 2));
+        assert_eq!(slots.lose_prefix(prefixes[0]), [ip(0), ip(1), ip(3)]);
+        assert_eq!((slots.missing(), slots.counts().idle, slots.coldest()), (3, 0, None));
+        for n in [0, 1, 3] {
+            slots.remove(ip(n));
+        }
+        assert!(slots.prefixes().is_empty() && slots.places() == 1);
     }
 }

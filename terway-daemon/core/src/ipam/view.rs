@@ -1,14 +1,20 @@
 //! The pool as others see it: numbers, lists, and what is wrong.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
+use super::demand::degraded;
 use super::effect::Grant;
 use super::eni::{EniState, Stage};
 use super::lifecycle::explain;
 use super::pool::Pool;
 use super::record::Phase;
-use super::slot::CallKind;
-use crate::cloud::Eni;
+use super::reshape::fenced_error;
+use super::slot::SlotState;
+use crate::clock::Moment;
+use crate::cloud::{Eni, EniKind};
 use crate::errors::{self, Error};
 use crate::ident::{AttachmentKey, EniId, Family, Mac, PodRef, VSwitchId};
 
@@ -31,6 +37,10 @@ pub struct Stats {
     pub releasing: u32,
     /// ENIs of the pool, in any state.
     pub enis: u32,
+    /// ENIs of the pool that take no new pods because they do not fit the configuration.
+    pub mismatched: u32,
+    /// ENIs of this instance that are not the pool's, the primary one not counted.
+    pub foreign: u32,
 }
 
 /// One attachment.
@@ -67,9 +77,95 @@ pub struct EniView {
     pub ifindex: Option<u32>,
     /// Its addresses of both families.
     pub addresses: Vec<IpAddr>,
-    /// How many of these pods have.
+    /// Its prefixes.
+    pub prefixes: Vec<PrefixView>,
+    /// How many of its addresses, those of its prefixes included, pods have.
     pub bound: u32,
+    /// How many are free.
+    pub idle: u32,
+    /// How many rest between two pods.
+    pub cooling: u32,
+    /// How many are being given back.
+    pub releasing: u32,
+    /// Why it takes no new pods: it does not fit the configuration, is being replaced, or is not the pool's.
+    pub reason: Option<Error>,
+    /// No address is asked for on it until then.
+    pub resting_until: Option<Moment>,
     /// What hinders it.
+    pub error: Option<Error>,
+}
+
+/// One prefix of an ENI.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PrefixView {
+    /// The block.
+    pub prefix: IpNet,
+    /// How many of its addresses pods have, or had a moment ago.
+    pub in_use: u32,
+    /// How many addresses are handed out of it.
+    pub slots: u32,
+    /// It is being given back.
+    pub releasing: bool,
+}
+
+/// What an address is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddressState {
+    /// Free.
+    Idle,
+    /// A pod's.
+    Bound,
+    /// A pod's until a moment ago.
+    Cooling,
+    /// Being given back to the cloud.
+    Releasing,
+    /// A pod's, and the cloud does not list it.
+    Fenced,
+}
+
+impl AddressState {
+    /// In words.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Bound => "bound",
+            Self::Cooling => "cooling",
+            Self::Releasing => "releasing",
+            Self::Fenced => "fenced",
+        }
+    }
+}
+
+/// One address of the pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AddressView {
+    /// The address.
+    pub address: IpAddr,
+    /// Its ENI.
+    pub eni: EniId,
+    /// The prefix it came with, if it did.
+    pub prefix: Option<IpNet>,
+    /// What it is doing.
+    pub state: AddressState,
+    /// Who has it.
+    pub owner: Option<(AttachmentKey, PodRef)>,
+}
+
+/// One vSwitch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VSwitchView {
+    /// Its id.
+    pub id: VSwitchId,
+    /// New ENIs may be put there.
+    pub configured: bool,
+    /// Free addresses by the cloud's last count, less what was asked for since; known only if the selection needs it.
+    pub available: Option<u32>,
+    /// Left alone until then, because it has no address left.
+    pub resting_until: Option<Moment>,
+    /// No prefix is asked for until then, because it has no whole one left.
+    pub fragmented_until: Option<Moment>,
+    /// The cloud's last refusal, while it counts.
     pub error: Option<Error>,
 }
 
@@ -92,6 +188,10 @@ pub enum EniPhase {
     Deleting,
     /// The cloud's list lacks it.
     Missing,
+    /// Does not fit the configuration; goes with its last pod.
+    Mismatched,
+    /// Not the pool's; never touched.
+    Foreign,
 }
 
 impl EniPhase {
@@ -107,6 +207,8 @@ impl EniPhase {
             Self::Detaching => "detaching",
             Self::Deleting => "deleting",
             Self::Missing => "missing",
+            Self::Mismatched => "mismatched",
+            Self::Foreign => "foreign",
         }
     }
 }
@@ -131,7 +233,7 @@ impl Pool {
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let releasing = self.enis.values().map(|e| e.v4.counts().releasing + e.v6.counts().releasing);
         Stats {
-            capacity: self.config.capacity(),
+            capacity: self.capacity(),
             idle: supply.ready,
             bound: count(self.attachments.len()),
             cooling: supply.cooling,
@@ -139,6 +241,10 @@ impl Pool {
             waiting: self.waiting.len(),
             releasing: releasing.sum(),
             enis: count(self.enis.len() + self.creations.len()),
+            mismatched: count(self.enis.values().filter(|eni| eni.mismatch.is_some()).count()),
+            foreign: count(
+                self.foreign.iter().filter(|eni| eni.instance.as_ref() == Some(&self.config.instance)).count(),
+            ),
         }
     }
 
@@ -148,7 +254,8 @@ impl Pool {
         let attachment = self.attachments.get(key)?;
         let missing = |address: &IpAddr| {
             let eni = self.enis.get(&attachment.grant.eni);
-            eni.and_then(|eni| eni.slots(Family::of(*address)).get(*address)).is_none_or(|slot| slot.missing)
+            let gone = eni.is_none_or(|eni| eni.missing.is_some());
+            gone || eni.and_then(|eni| eni.slots(Family::of(*address)).get(*address)).is_none_or(|slot| slot.missing)
         };
         Some(AttachmentView {
             key: key.clone(),
@@ -171,19 +278,86 @@ impl Pool {
     #[must_use]
     pub fn enis(&self) -> Vec<EniView> {
         let creating = self.creations.values().map(|creation| EniView {
-            id: None,
-            mac: None,
-            vswitch: creation.record.vswitch.clone(),
-            phase: EniPhase::Creating,
-            ifindex: None,
-            addresses: Vec::new(),
-            bound: 0,
             error: creation.error.as_ref().map(explain),
+            ..blank(None, creation.record.vswitch.clone(), EniPhase::Creating)
         });
-        self.enis.values().map(eni_view).chain(creating).collect()
+        self.enis.values().map(|eni| eni_view(eni, self.now)).chain(creating).collect()
     }
 
-    /// ENIs of this instance that the pool leaves alone: in another vSwitch, of another kind, or not attached.
+    /// ENIs of this instance that are not the pool's, with the reason, as [`Pool::enis`] shows its own.
+    #[must_use]
+    pub fn foreign_enis(&self) -> Vec<EniView> {
+        let view = |eni: &Eni| {
+            let reason = match eni.kind {
+                EniKind::Trunk | EniKind::Member => "It is a trunk, or a member of one.".to_owned(),
+                _ if eni.instance.as_ref() != Some(&self.config.instance) => "It is not attached here.".to_owned(),
+                _ => match self.config.blocked_by(&eni.tags) {
+                    Some((key, value)) => format!("It has the tag {key}={value}."),
+                    None if !self.config.passes_filter(&eni.tags) => "It lacks a tag of eni_tag_filter.".to_owned(),
+                    None => format!("It is {:?} by the cloud's word.", eni.status),
+                },
+            };
+            EniView {
+                id: Some(eni.id.clone()),
+                addresses: super::lifecycle::addresses(eni)
+                    .collect::<std::collections::BTreeSet<_>>()
+                    .into_iter()
+                    .collect(),
+                reason: Some(Error::new(errors::ENI_MISMATCH, reason)),
+                ..blank(Some(eni.mac), eni.vswitch.clone(), EniPhase::Foreign)
+            }
+        };
+        self.foreign.iter().map(view).collect()
+    }
+
+    /// Every address of the pool, by ENI.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<AddressView> {
+        let mut owners = BTreeMap::new();
+        for (key, attachment) in &self.attachments {
+            for address in attachment.grant.addresses.iter() {
+                owners.insert((attachment.grant.eni.clone(), address), (key.clone(), attachment.pod.clone()));
+            }
+        }
+        let of_eni = |eni: &EniState, owners: &mut BTreeMap<_, _>| -> Vec<AddressView> {
+            let all = eni.v4.iter().chain(eni.v6.iter());
+            all.map(|(address, slot)| AddressView {
+                address,
+                eni: eni.id.clone(),
+                prefix: eni.slots(Family::of(address)).prefix_of(address),
+                state: match slot.state {
+                    SlotState::Bound if slot.missing || eni.missing.is_some() => AddressState::Fenced,
+                    SlotState::Bound => AddressState::Bound,
+                    SlotState::Idle => AddressState::Idle,
+                    SlotState::Cooling { .. } => AddressState::Cooling,
+                    SlotState::Releasing => AddressState::Releasing,
+                },
+                owner: owners.remove(&(eni.id.clone(), address)),
+            })
+            .collect()
+        };
+        self.enis.values().flat_map(|eni| of_eni(eni, &mut owners)).collect()
+    }
+
+    /// Every vSwitch that is configured, or was and has something to tell.
+    #[must_use]
+    pub fn vswitches(&self) -> Vec<VSwitchView> {
+        let view = |v: &super::vswitch::VSwitchState| {
+            let blocked = v.blocked.as_ref().filter(|(until, _)| *until > self.now);
+            let fragmented = v.tight_prefixes.filter(|(cap, until)| *cap == 0 && *until > self.now);
+            VSwitchView {
+                id: v.id.clone(),
+                configured: v.configured,
+                available: v.available,
+                resting_until: blocked.map(|(until, _)| *until),
+                fragmented_until: fragmented.map(|(_, until)| until),
+                error: blocked.map(|(_, error)| explain(error)),
+            }
+        };
+        self.vswitches.iter().map(view).collect()
+    }
+
+    /// ENIs of this instance that the pool leaves alone: somebody else's by their tags, of another kind, or not attached.
     #[must_use]
     pub fn foreign(&self) -> &[Eni] {
         &self.foreign
@@ -199,18 +373,17 @@ impl Pool {
         } else if stats.idle + stats.pending + stats.cooling == 0 && stats.bound >= stats.capacity {
             problems.push(Error::new(errors::NO_ADDRESS, format!("All {} addresses are bound.", stats.capacity)));
         }
-        if let Some(error) = &self.inventory.error {
-            problems.push(explain(error));
+        if !self.may_ask() {
+            problems.push(degraded());
         }
+        problems.extend(self.inventory.error.as_ref().map(explain));
+        problems.extend(self.vswitches.error.as_ref().map(explain));
         for (vswitch, _, error) in self.vswitches.blocked(self.now) {
             let Error { code, detail } = explain(error);
             problems.push(Error::new(code, format!("{vswitch}: {detail}")));
         }
-        if let Some((until, error)) = &self.creation_blocked
-            && *until > self.now
-        {
-            problems.push(explain(error));
-        }
+        let refused = [&self.creation_blocked, &self.assign_blocked].into_iter().flatten();
+        problems.extend(refused.filter(|(until, _)| *until > self.now).map(|(_, error)| error.clone()));
         problems.extend(self.creations.values().filter_map(|creation| creation.error.as_ref().map(explain)));
         for eni in self.enis.values() {
             let named = |Error { code, detail }: Error| Error::new(code, format!("{}: {detail}", eni.id));
@@ -218,7 +391,7 @@ impl Pool {
                 let detail = format!("{}: The cloud does not list this ENI as attached to the instance.", eni.id);
                 problems.push(Error::new(errors::CLOUD_FAILED, detail));
             }
-            problems.extend(eni.error.clone().map(named));
+            problems.extend(eni.error.clone().or_else(|| eni.reason.clone()).map(named));
             for slots in [&eni.v4, &eni.v6] {
                 let failing = slots.call.as_ref().and_then(|call| call.error.as_ref());
                 let blocked = slots.blocked.as_ref().filter(|(until, _)| *until > self.now).map(|(_, error)| error);
@@ -230,37 +403,70 @@ impl Pool {
                 problems.push(Error::new(error.code, format!("{key}: {}", error.detail)));
             }
         }
-        if self.enis.values().any(|eni| eni.v4.missing() + eni.v6.missing() > 0) {
+        if self.enis.values().any(|eni| eni.missing.is_some() || eni.v4.missing() + eni.v6.missing() > 0) {
             for view in self.list().into_iter().filter(|view| !view.missing.is_empty()) {
-                let detail = format!("{}: The cloud does not list {:?} on {}.", view.key, view.missing, view.grant.eni);
-                problems.push(Error::new(errors::CLOUD_FAILED, detail));
+                problems.push(fenced_error(&view.pod.to_string(), &view.grant.eni, &view.missing));
             }
         }
         problems
     }
 }
 
-fn eni_view(eni: &EniState) -> EniView {
+/// A view of an ENI of which nothing else is known.
+const fn blank(mac: Option<Mac>, vswitch: VSwitchId, phase: EniPhase) -> EniView {
+    EniView {
+        id: None,
+        mac,
+        vswitch,
+        phase,
+        ifindex: None,
+        addresses: Vec::new(),
+        prefixes: Vec::new(),
+        bound: 0,
+        idle: 0,
+        cooling: 0,
+        releasing: 0,
+        reason: None,
+        resting_until: None,
+        error: None,
+    }
+}
+
+fn eni_view(eni: &EniState, now: Moment) -> EniView {
     let phase = match eni.stage {
         Stage::Attaching => EniPhase::Attaching,
         Stage::Configuring | Stage::InUse if eni.missing.is_some() => EniPhase::Missing,
         Stage::Configuring | Stage::InUse if eni.draining => EniPhase::Draining,
+        Stage::Configuring | Stage::InUse if eni.mismatch.is_some() => EniPhase::Mismatched,
         Stage::Configuring => EniPhase::Configuring,
         Stage::InUse => EniPhase::InUse,
         Stage::Detaching => EniPhase::Detaching,
         Stage::Deleting => EniPhase::Deleting,
     };
-    let calls = [&eni.v4, &eni.v6].into_iter().filter_map(|slots| slots.call.as_ref());
+    let families = [&eni.v4, &eni.v6];
+    let calls = families.into_iter().filter_map(|slots| slots.call.as_ref());
     // A failing release hinders nobody; a failing assignment does.
-    let mut assigns = calls.filter(|call| matches!(call.kind, CallKind::Assign { .. }));
+    let mut assigns = calls.filter(|call| call.kind.token().is_some());
+    let blocks = families.into_iter().filter_map(|slots| slots.blocked.as_ref());
+    let prefixes = families.into_iter().flat_map(|slots| slots.prefixes()).map(|(prefix, state)| PrefixView {
+        prefix: *prefix,
+        in_use: state.in_use,
+        slots: state.slots,
+        releasing: state.releasing,
+    });
+    let sum = |of: fn(super::slot::Counts) -> u32| families.into_iter().map(|slots| of(slots.counts())).sum();
     EniView {
         id: Some(eni.id.clone()),
-        mac: Some(eni.mac),
-        vswitch: eni.vswitch.clone(),
-        phase,
         ifindex: eni.nic.as_ref().map(|nic| nic.ifindex),
         addresses: eni.v4.iter().chain(eni.v6.iter()).map(|(address, _)| address).collect(),
-        bound: eni.v4.counts().bound + eni.v6.counts().bound,
+        prefixes: prefixes.collect(),
+        bound: sum(|counts| counts.bound),
+        idle: sum(|counts| counts.idle),
+        cooling: sum(|counts| counts.cooling),
+        releasing: sum(|counts| counts.releasing),
+        reason: eni.reason.clone().or_else(|| eni.mismatch.as_ref().map(|(mismatch, _)| mismatch.explain(eni))),
+        resting_until: blocks.map(|(until, _)| *until).filter(|until| *until > now).max(),
         error: eni.error.clone().or_else(|| assigns.find_map(|call| call.error.as_ref().map(explain))),
+        ..blank(Some(eni.mac), eni.vswitch.clone(), phase)
     }
 }

@@ -1,80 +1,131 @@
 //! Where new addresses come from: the choice of a vSwitch, and the rest given to an exhausted one.
 
-use std::time::Duration;
-
 use super::config::VSwitchSelection;
+use super::effect::Effect;
+use super::event::OpId;
+use super::pool::Pool;
 use crate::clock::Moment;
-use crate::cloud::CloudError;
+use crate::cloud::{CloudError, VSwitch};
 use crate::ident::VSwitchId;
 
 #[derive(Debug)]
-struct VSwitchState {
-    id: VSwitchId,
+pub(super) struct VSwitchState {
+    pub(super) id: VSwitchId,
     /// New ENIs may be put there. An ENI of an earlier configuration may be in another one.
-    configured: bool,
+    pub(super) configured: bool,
     /// Left alone until then, and why.
-    blocked: Option<(Moment, CloudError)>,
+    pub(super) blocked: Option<(Moment, CloudError)>,
     /// Ask for at most so many at once until then: more were refused, fewer may be there.
     tight: Option<(u32, Moment)>,
+    /// The same for prefixes. None at all means that it is fragmented: single addresses may still be had.
+    pub(super) tight_prefixes: Option<(u32, Moment)>,
+    /// Free addresses by the cloud's last count, less what was asked for since.
+    pub(super) available: Option<u32>,
 }
 
-#[derive(Debug)]
+impl VSwitchState {
+    const fn new(id: VSwitchId, configured: bool) -> Self {
+        Self { id, configured, blocked: None, tight: None, tight_prefixes: None, available: None }
+    }
+}
+
+#[derive(Debug, Default)]
 pub(super) struct VSwitches {
     list: Vec<VSwitchState>,
-    selection: VSwitchSelection,
-    batch: u32,
-    rest: Duration,
+    /// The count that is under way.
+    op: Option<OpId>,
+    /// When the counts are to be asked for again; `None` if they never were.
+    due: Option<Moment>,
+    failures: u32,
+    pub(super) error: Option<CloudError>,
 }
 
 impl VSwitches {
-    pub(super) fn new(ids: &[VSwitchId], selection: VSwitchSelection, batch: u32, rest: Duration) -> Self {
-        let list = ids
-            .iter()
-            .map(|id| VSwitchState { id: id.clone(), configured: true, blocked: None, tight: None })
-            .collect();
-        Self { list, selection, batch: batch.max(1), rest }
+    /// Takes over a new list. What is known of a vSwitch stays known, except that none is left alone any longer: the change may be the cure.
+    pub(super) fn configure(&mut self, ids: &[VSwitchId]) {
+        let mut old = std::mem::take(&mut self.list);
+        (self.failures, self.error) = (0, None);
+        for id in ids {
+            let known = old.iter().position(|v| v.id == *id).map(|i| old.swap_remove(i));
+            let available = known.and_then(|v| v.available);
+            self.list.push(VSwitchState { available, ..VSwitchState::new(id.clone(), true) });
+        }
+        if self.list.iter().any(|v| v.available.is_none()) {
+            self.due = None;
+        }
     }
 
     pub(super) fn configured(&self, id: &VSwitchId) -> bool {
         self.list.iter().any(|v| v.configured && v.id == *id)
     }
 
-    /// The vSwitch for a new ENI.
-    pub(super) fn choose(&self, now: Moment) -> Option<&VSwitchId> {
-        let mut open = self.list.iter().filter(|v| v.configured && self.cap(&v.id, now) > 0);
-        match self.selection {
-            VSwitchSelection::Ordered => open.next().map(|v| &v.id),
-        }
+    /// All that is known of any.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &VSwitchState> {
+        self.list.iter()
     }
 
-    /// How many addresses one call may ask of this vSwitch now.
+    /// The vSwitch for a new ENI.
+    pub(super) fn choose(&self, selection: VSwitchSelection, now: Moment, salt: u64) -> Option<&VSwitchId> {
+        let mut open = self.list.iter().filter(|v| v.configured && self.cap(&v.id, now) > 0);
+        let chosen = match selection {
+            VSwitchSelection::Ordered => open.next(),
+            // Of equals the first: `max_by_key` would take the last.
+            VSwitchSelection::Most => open.min_by_key(|v| std::cmp::Reverse(v.available)),
+            VSwitchSelection::Random => {
+                let count = u64::try_from(open.clone().count()).unwrap_or(0).max(1);
+                open.nth(usize::try_from(salt % count).unwrap_or(0))
+            }
+        };
+        chosen.map(|v| &v.id)
+    }
+
+    /// How many addresses one call may ask of this vSwitch now, as far as the vSwitch goes.
     pub(super) fn cap(&self, id: &VSwitchId, now: Moment) -> u32 {
-        let Some(v) = self.list.iter().find(|v| v.id == *id) else { return self.batch };
+        let Some(v) = self.list.iter().find(|v| v.id == *id) else { return u32::MAX };
         if v.blocked.as_ref().is_some_and(|(until, _)| *until > now) {
             return 0;
         }
-        v.tight.filter(|(_, until)| *until > now).map_or(self.batch, |(cap, _)| cap)
+        v.tight.filter(|(_, until)| *until > now).map_or(u32::MAX, |(cap, _)| cap)
     }
 
-    /// The cloud refused `count` addresses for want of free ones: ask for half as many next time, for none if one was too much.
-    /// Returns when that ends.
-    pub(super) fn exhausted(&mut self, id: &VSwitchId, count: u32, error: CloudError, now: Moment) -> Moment {
-        let until = now.after(self.rest);
-        if !self.list.iter().any(|v| v.id == *id) {
-            self.list.push(VSwitchState { id: id.clone(), configured: false, blocked: None, tight: None });
+    /// How many prefixes one call may ask of this vSwitch now; 0 if it is too fragmented for any.
+    pub(super) fn prefix_cap(&self, id: &VSwitchId, now: Moment) -> u32 {
+        let known = self.list.iter().find(|v| v.id == *id).and_then(|v| v.tight_prefixes);
+        known.filter(|(_, until)| *until > now).map_or(u32::MAX, |(cap, _)| cap)
+    }
+
+    fn entry(&mut self, id: &VSwitchId) -> &mut VSwitchState {
+        let at = self.list.iter().position(|v| v.id == *id).unwrap_or_else(|| {
+            self.list.push(VSwitchState::new(id.clone(), false));
+            self.list.len() - 1
+        });
+        &mut self.list[at]
+    }
+
+    /// The cloud refused `count` addresses for want of free ones: ask for half as many until then, for none if one was too much.
+    pub(super) fn exhausted(&mut self, id: &VSwitchId, count: u32, error: CloudError, until: Moment) {
+        let v = self.entry(id);
+        if count > 1 {
+            v.tight = Some((count / 2, until));
+        } else {
+            v.available = v.available.map(|_| 0);
+            v.blocked = Some((until, error));
+            v.tight = None;
         }
+    }
+
+    /// The cloud refused `count` prefixes for want of whole ones.
+    pub(super) fn fragmented(&mut self, id: &VSwitchId, count: u32, until: Moment) {
+        self.entry(id).tight_prefixes = Some((count / 2, until));
+    }
+
+    /// So many addresses were asked for, or went back.
+    pub(super) fn used(&mut self, id: &VSwitchId, count: u32) {
         if let Some(v) = self.list.iter_mut().find(|v| v.id == *id) {
-            if count > 1 {
-                v.tight = Some((count / 2, until));
-            } else {
-                v.blocked = Some((until, error));
-                v.tight = None;
-            }
+            v.available = v.available.map(|n| n.saturating_sub(count));
         }
-        until
     }
 
-    /// The vSwitches that are left alone now, until when, and why.
     pub(super) fn blocked(&self, now: Moment) -> impl Iterator<Item = (&VSwitchId, Moment, &CloudError)> {
         self.list.iter().filter_map(move |v| {
             v.blocked.as_ref().filter(|(until, _)| *until > now).map(|(until, error)| (&v.id, *until, error))
@@ -82,8 +133,58 @@ impl VSwitches {
     }
 }
 
+impl Pool {
+    /// The vSwitch for a new ENI, if there is one now.
+    pub(super) fn choose_vswitch(&self, now: Moment) -> Option<&VSwitchId> {
+        // The number of the next token differs from creation to creation, and is the same after a replay.
+        self.vswitches.choose(self.config.selection, now, self.salt(self.next_token))
+    }
+
+    /// Asks for counts if the choice needs them and they are too old. Says whether it is better to wait for them: only for the first ones.
+    pub(super) fn count_vswitches(&mut self) -> bool {
+        let fresh = self.vswitches.due.is_some_and(|due| due > self.now);
+        if self.config.selection != VSwitchSelection::Most || fresh || !self.may_ask() {
+            return false;
+        }
+        if self.vswitches.op.is_none() {
+            let ids: Vec<_> = self.vswitches.iter().filter(|v| v.configured).map(|v| v.id.clone()).collect();
+            if ids.len() < 2 {
+                return false;
+            }
+            let op = self.op();
+            self.vswitches.op = Some(op);
+            self.out.effect(Effect::DescribeVSwitches { op, ids });
+        }
+        self.vswitches.due.is_none()
+    }
+
+    pub(super) fn vswitches_counted(&mut self, op: OpId, result: Result<Vec<VSwitch>, CloudError>) {
+        if self.vswitches.op != Some(op) {
+            return;
+        }
+        self.vswitches.op = None;
+        let due = match result {
+            Ok(counts) => {
+                for v in &mut self.vswitches.list {
+                    v.available = counts.iter().find(|count| count.id == v.id).map(|count| count.available);
+                }
+                (self.vswitches.failures, self.vswitches.error) = (0, None);
+                self.now.after(self.config.vswitch_ttl)
+            }
+            Err(error) => {
+                self.vswitches.failures += 1;
+                self.vswitches.error = Some(error);
+                self.retry_at(self.vswitches.failures)
+            }
+        };
+        self.vswitches.due = Some(due);
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::cloud::ErrorClass;
 
@@ -97,34 +198,70 @@ mod tests {
         }
     }
 
+    fn of(ids: &[&str]) -> VSwitches {
+        let mut vswitches = VSwitches::default();
+        vswitches.configure(&ids.iter().map(|id| VSwitchId::from(*id)).collect::<Vec<_>>());
+        vswitches
+    }
+
+    fn ordered(vswitches: &VSwitches, now: Moment) -> Option<&str> {
+        vswitches.choose(VSwitchSelection::Ordered, now, 0).map(VSwitchId::as_str)
+    }
+
     #[test]
     fn asks_for_less_then_rests_then_asks_for_all_again() {
-        let rest = Duration::from_secs(600);
-        let mut vswitches = VSwitches::new(&["a".into(), "b".into()], VSwitchSelection::Ordered, 10, rest);
+        let until = Moment::ZERO.after(Duration::from_secs(600));
+        let mut vswitches = of(&["a", "b"]);
         let a = VSwitchId::from("a");
         let mut asked = Vec::new();
         loop {
-            let cap = vswitches.cap(&a, Moment::ZERO);
+            let cap = vswitches.cap(&a, Moment::ZERO).min(10);
             if cap == 0 {
                 break;
             }
             asked.push(cap);
-            vswitches.exhausted(&a, cap, error(), Moment::ZERO);
+            vswitches.exhausted(&a, cap, error(), until);
         }
         assert_eq!(asked, [10, 5, 2, 1]);
-        assert_eq!(vswitches.choose(Moment::ZERO).map(VSwitchId::as_str), Some("b"));
+        assert_eq!(ordered(&vswitches, Moment::ZERO), Some("b"));
         assert_eq!(vswitches.blocked(Moment::ZERO).count(), 1);
-        let later = Moment::ZERO.after(rest);
-        assert_eq!((vswitches.cap(&a, later), vswitches.blocked(later).count()), (10, 0));
-        assert_eq!(vswitches.choose(later), Some(&a));
+        assert_eq!((vswitches.cap(&a, until), vswitches.blocked(until).count()), (u32::MAX, 0));
+        assert_eq!(ordered(&vswitches, until), Some("a"));
     }
 
     #[test]
     fn a_vswitch_of_an_earlier_configuration_gets_no_new_eni() {
-        let mut vswitches = VSwitches::new(&[], VSwitchSelection::Ordered, 10, Duration::from_secs(1));
+        let mut vswitches = of(&[]);
         let old = VSwitchId::from("old");
-        assert_eq!(vswitches.cap(&old, Moment::ZERO), 10);
-        vswitches.exhausted(&old, 10, error(), Moment::ZERO);
-        assert_eq!((vswitches.cap(&old, Moment::ZERO), vswitches.choose(Moment::ZERO)), (5, None));
+        assert_eq!(vswitches.cap(&old, Moment::ZERO), u32::MAX);
+        vswitches.exhausted(&old, 10, error(), Moment::from_nanos(1));
+        assert_eq!((vswitches.cap(&old, Moment::ZERO), ordered(&vswitches, Moment::ZERO)), (5, None));
+    }
+
+    #[test]
+    fn most_goes_by_the_count_less_what_was_used_and_random_reaches_all() {
+        let mut vswitches = of(&["a", "b", "c"]);
+        let most = |v: &VSwitches| v.choose(VSwitchSelection::Most, Moment::ZERO, 0).map(ToString::to_string);
+        assert_eq!(most(&vswitches).as_deref(), Some("a"), "in the order of the list while nothing is known");
+        for (v, n) in vswitches.list.iter_mut().zip([5, 9, 9]) {
+            v.available = Some(n);
+        }
+        assert_eq!(most(&vswitches).as_deref(), Some("b"));
+        vswitches.used(&"b".into(), 3);
+        assert_eq!(most(&vswitches).as_deref(), Some("c"));
+        let random: std::collections::BTreeSet<_> =
+            (0..9).filter_map(|salt| vswitches.choose(VSwitchSelection::Random, Moment::ZERO, salt).cloned()).collect();
+        assert_eq!(random.len(), 3);
+    }
+
+    #[test]
+    fn a_fragmented_vswitch_gives_fewer_prefixes_then_none_and_single_addresses_all_along() {
+        let mut vswitches = of(&["a"]);
+        let (a, until) = (VSwitchId::from("a"), Moment::from_nanos(9));
+        for (asked, left) in [(8, 4), (4, 2), (2, 1), (1, 0)] {
+            vswitches.fragmented(&a, asked, until);
+            assert_eq!(vswitches.prefix_cap(&a, Moment::ZERO), left);
+        }
+        assert_eq!((vswitches.cap(&a, Moment::ZERO), vswitches.prefix_cap(&a, until)), (u32::MAX, u32::MAX));
     }
 }

@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use terway_core::clock::Moment;
-use terway_core::cloud::{CloudError, Eni, EniKind, EniStatus, ErrorClass, Subnet};
+use terway_core::cloud::{CloudError, Eni, EniKind, EniStatus, ErrorClass, Subnet, VSwitch};
 use terway_core::ident::{EniId, Family, Mac, VSwitchId};
 use terway_core::ipam::{Effect, PoolConfig, Token};
 
@@ -32,6 +33,10 @@ pub(crate) struct Cloud {
     next_eni: u8,
     created: BTreeMap<Token, EniId>,
     assigned: BTreeMap<Token, Vec<IpAddr>>,
+    assigned_prefixes: BTreeMap<Token, Vec<IpNet>>,
+    next_v6_prefix: u16,
+    /// ENIs, and addresses of ENIs, that somebody took away behind the pool's back. The addresses are nobody's from then on.
+    pub(crate) taken: BTreeSet<(EniId, Option<IpAddr>)>,
     /// Lists by the moment they were true.
     history: Vec<(Moment, Vec<Eni>)>,
     /// How many calls of each kind were made.
@@ -94,18 +99,58 @@ impl Cloud {
             .collect()
     }
 
+    /// Whole blocks only, so a vSwitch can have addresses and no prefix.
+    fn take_prefixes(&mut self, vswitch: &VSwitchId, count: u32) -> Result<Vec<Ipv4Net>, CloudError> {
+        let free =
+            self.free.get_mut(vswitch).ok_or_else(|| error(ErrorClass::NotFound, "InvalidVSwitchId.NotFound"))?;
+        let whole = |a: &&Ipv4Addr| {
+            a.octets()[3] % 16 == 0 && (0..16).all(|n| free.contains(&Ipv4Addr::from_bits(a.to_bits() + n)))
+        };
+        let found: Vec<_> =
+            free.iter().filter(whole).take(count as usize).map(|a| Ipv4Net::new_assert(*a, 28)).collect();
+        if found.len() < count as usize {
+            return Err(error(ErrorClass::VSwitchExhausted, "InvalidVSwitchId.IpNotEnough"));
+        }
+        for address in found.iter().flat_map(of) {
+            free.remove(&address);
+        }
+        Ok(found)
+    }
+
+    fn take_v6_prefixes(&mut self, count: u32) -> Vec<Ipv6Net> {
+        (0..count)
+            .map(|_| {
+                self.next_v6_prefix += 1;
+                Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0, 0, 1, self.next_v6_prefix, 0, 0, 0), 80)
+            })
+            .collect()
+    }
+
     fn attached(&self) -> usize {
         self.enis.values().filter(|eni| eni.status == EniStatus::InUse).count()
     }
 
     pub(crate) fn create(&mut self, effect: &Effect) -> Result<Eni, CloudError> {
-        let Effect::CreateEni { token, vswitch, v4, v6, tags, security_groups, .. } = effect else { unreachable!() };
+        let Effect::CreateEni { token, vswitch, v4, v6, v4_prefixes, v6_prefixes, tags, security_groups, .. } = effect
+        else {
+            unreachable!()
+        };
+        assert!(*v4_prefixes == 0 || *v4 == 1, "the API takes addresses or prefixes, not both");
+        assert!((*v4 <= 50) && (*v6 <= 10) && (*v6_prefixes == 0 || *v6 == 0));
         *self.calls.entry("create").or_default() += 1;
         if let Some(id) = self.created.get(token) {
             return self.enis.get(id).cloned().ok_or_else(|| error(ErrorClass::NotFound, "InvalidEniId.NotFound"));
         }
-        let v4 = self.take(vswitch, *v4)?;
+        let v4_prefixes = self.take_prefixes(vswitch, *v4_prefixes)?;
+        let v4 = match self.take(vswitch, *v4) {
+            Ok(v4) => v4,
+            Err(error) => {
+                self.free.entry(vswitch.clone()).or_default().extend(v4_prefixes.iter().flat_map(of));
+                return Err(error);
+            }
+        };
         let v6 = self.take_v6(*v6);
+        let v6_prefixes = self.take_v6_prefixes(*v6_prefixes);
         self.next_eni += 1;
         let id = EniId::new(format!("eni-{:02}", self.next_eni));
         let eni = Eni {
@@ -118,8 +163,8 @@ impl Cloud {
             primary_v4: v4[0],
             v4,
             v6,
-            v4_prefixes: Vec::new(),
-            v6_prefixes: Vec::new(),
+            v4_prefixes,
+            v6_prefixes,
             security_groups: security_groups.clone(),
             tags: tags.clone(),
         };
@@ -162,7 +207,9 @@ impl Cloud {
             return Err(error(ErrorClass::InvalidState, "InvalidOperation.InvalidEniState"));
         }
         if let Some(eni) = self.enis.remove(id) {
-            self.free.entry(eni.vswitch).or_default().extend(eni.v4);
+            let free = self.free.entry(eni.vswitch).or_default();
+            free.extend(eni.v4_prefixes.iter().flat_map(of));
+            free.extend(eni.v4);
         }
         Ok(())
     }
@@ -191,8 +238,8 @@ impl Cloud {
             return Err(error(ErrorClass::InvalidState, "InvalidOperation.InvalidEniState"));
         }
         let (held, most) = match family {
-            Family::V4 => (eni.v4.len(), most_v4),
-            Family::V6 => (eni.v6.len(), most_v6),
+            Family::V4 => (eni.v4.len() + eni.v4_prefixes.len(), most_v4),
+            Family::V6 => (eni.v6.len() + eni.v6_prefixes.len(), most_v6),
         };
         if held + count as usize > most as usize {
             return Err(error(ErrorClass::Quota, "InvalidOperation.Ipv4CountExceeded"));
@@ -209,6 +256,92 @@ impl Cloud {
                 new.into_iter().map(IpAddr::V6).collect()
             }
         })
+    }
+
+    pub(crate) fn assign_prefixes(
+        &mut self,
+        token: &Token,
+        id: &EniId,
+        family: Family,
+        count: u32,
+    ) -> Result<Vec<IpNet>, CloudError> {
+        *self.calls.entry("assign").or_default() += 1;
+        if let Some(prefixes) = self.assigned_prefixes.get(token) {
+            return Ok(prefixes.clone());
+        }
+        let (_, most_v4, most_v6) = self.limits.unwrap_or_default();
+        let eni = self.eni(id)?.clone();
+        if eni.status != EniStatus::InUse {
+            return Err(error(ErrorClass::InvalidState, "InvalidOperation.InvalidEniState"));
+        }
+        let (held, most) = match family {
+            Family::V4 => (eni.v4.len() + eni.v4_prefixes.len(), most_v4),
+            Family::V6 => (eni.v6.len() + eni.v6_prefixes.len(), most_v6),
+        };
+        if held + count as usize > most as usize {
+            return Err(error(ErrorClass::Quota, "InvalidOperation.Ipv4CountExceeded"));
+        }
+        let new: Vec<IpNet> = match family {
+            Family::V4 => {
+                let new = self.take_prefixes(&eni.vswitch, count)?;
+                self.eni(id)?.v4_prefixes.extend(&new);
+                new.into_iter().map(IpNet::V4).collect()
+            }
+            Family::V6 => {
+                let new = self.take_v6_prefixes(count);
+                self.eni(id)?.v6_prefixes.extend(&new);
+                new.into_iter().map(IpNet::V6).collect()
+            }
+        };
+        self.assigned_prefixes.insert(token.clone(), new.clone());
+        Ok(new)
+    }
+
+    pub(crate) fn unassign_prefixes(&mut self, id: &EniId, prefixes: &[IpNet]) -> Result<(), CloudError> {
+        *self.calls.entry("unassign").or_default() += 1;
+        let eni = self.eni(id)?;
+        if !prefixes.iter().all(|prefix| prefixes_of(eni).contains(prefix)) {
+            return Err(error(ErrorClass::NotFound, "InvalidIp.IpUnassigned"));
+        }
+        eni.v4_prefixes.retain(|p| !prefixes.contains(&IpNet::V4(*p)));
+        eni.v6_prefixes.retain(|p| !prefixes.contains(&IpNet::V6(*p)));
+        let vswitch = eni.vswitch.clone();
+        let freed = prefixes.iter().filter_map(|p| if let IpNet::V4(p) = p { Some(*p) } else { None });
+        self.free.entry(vswitch).or_default().extend(freed.flat_map(|p| of(&p).collect::<Vec<_>>()));
+        Ok(())
+    }
+
+    pub(crate) fn count(&mut self, ids: &[VSwitchId]) -> Vec<VSwitch> {
+        *self.calls.entry("count").or_default() += 1;
+        let known = ids.iter().filter_map(|id| self.free.get(id).map(|free| (id, free.len())));
+        known
+            .map(|(id, available)| VSwitch {
+                id: id.clone(),
+                zone: "z".into(),
+                available: u32::try_from(available).unwrap(),
+                cidr_v4: "10.0.0.0/16".parse().unwrap(),
+                cidr_v6: None,
+            })
+            .collect()
+    }
+
+    /// IPv4 addresses of a vSwitch that are free or single ones of an ENI.
+    pub(crate) fn supply(&self, vswitch: &VSwitchId) -> usize {
+        let held = self.enis.values().filter(|eni| eni.vswitch == *vswitch).map(|eni| eni.v4.len());
+        self.free.get(vswitch).map_or(0, BTreeSet::len) + held.sum::<usize>()
+    }
+
+    /// An admin deletes an ENI in the console, or takes one address away. The primary ENI of the story is not in the model.
+    pub(crate) fn tamper(&mut self, id: &EniId, address: Option<IpAddr>) {
+        self.taken.insert((id.clone(), address));
+        match (address, self.enis.get_mut(id)) {
+            (None, _) => drop(self.enis.remove(id)),
+            (Some(address), Some(eni)) => {
+                eni.v4.retain(|a| IpAddr::V4(*a) != address);
+                eni.v6.retain(|a| IpAddr::V6(*a) != address);
+            }
+            _ => {}
+        }
     }
 
     pub(crate) fn unassign(&mut self, id: &EniId, addresses: &[IpAddr]) -> Result<(), CloudError> {
@@ -231,7 +364,20 @@ impl Cloud {
     }
 }
 
+fn of(prefix: &Ipv4Net) -> impl Iterator<Item = Ipv4Addr> + use<> {
+    let first = prefix.network().to_bits();
+    (0..16).map(move |n| Ipv4Addr::from_bits(first + n))
+}
+
+pub(crate) fn prefixes_of(eni: &Eni) -> Vec<IpNet> {
+    let v4 = eni.v4_prefixes.iter().map(|p| IpNet::V4(*p));
+    v4.chain(eni.v6_prefixes.iter().map(|p| IpNet::V6(*p))).collect()
+}
+
 fn holds(eni: &Eni, address: IpAddr) -> bool {
+    if prefixes_of(eni).iter().any(|prefix| prefix.contains(&address)) {
+        return true;
+    }
     match address {
         IpAddr::V4(a) => eni.v4.contains(&a),
         IpAddr::V6(a) => eni.v6.contains(&a),

@@ -5,11 +5,16 @@ use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use proptest::prelude::*;
 use terway_core::cloud::ErrorClass;
 use terway_core::ident::{Family, IpStack};
-use terway_core::ipam::{Answer, Event, Phase, Record};
+use terway_core::ipam::{
+    ALWAYS_BLOCKED, Answer, Degradation, EniSelection, Event, Phase, PoolConfig, PoolMode, Reclaim, Record,
+    V4_PREFIX_SLOTS, V6_PREFIX_SLOTS, VSwitchSelection,
+};
 
+use crate::cloud::prefixes_of;
 use crate::world::{Outcome, World, config, key};
 
 const KEYS: usize = 9;
@@ -29,6 +34,12 @@ enum Action {
     Advance(u64),
     /// Somebody else gives an ENI an address.
     Meddle(usize),
+    /// Somebody else deletes an ENI, or takes an address from one.
+    Tamper(usize, bool),
+    /// Somebody marks an ENI as not to be touched, or takes the mark off.
+    Mark(usize),
+    /// The configuration is edited.
+    Configure(Edit),
     /// A call of a dead process arrives.
     Land(usize),
     Crash {
@@ -40,6 +51,58 @@ enum Action {
     },
 }
 
+/// What an edit leaves different from the node's own configuration.
+#[derive(Clone, Debug)]
+struct Edit {
+    /// Bits of what is changed.
+    what: u16,
+    idle: u32,
+}
+
+impl Edit {
+    fn apply(&self, base: &PoolConfig) -> PoolConfig {
+        let mut config = base.clone();
+        let on = |bit: u16| self.what >> bit & 1 == 1;
+        if on(0) {
+            config.vswitches = vec!["vsw-b".into()];
+        }
+        if on(1) {
+            config.security_groups = vec!["sg-2".into()];
+        }
+        if on(2) {
+            (config.min_idle, config.max_idle) = (self.idle, self.idle + 1);
+        }
+        if on(3) {
+            config.degradation = if on(4) { Degradation::L0 } else { Degradation::L1 };
+        }
+        if on(5) {
+            config.selection = if on(4) { VSwitchSelection::Most } else { VSwitchSelection::Random };
+        }
+        if on(6) {
+            let (after, interval) = (Duration::from_secs(3), Duration::from_secs(2));
+            config.reclaim = Some(Reclaim { after, interval, batch: 1, jitter_permille: 100 });
+        }
+        if on(7) {
+            config.eni_selection = EniSelection::LeastIps;
+        }
+        if on(8) {
+            config.max_enis = Some(1);
+        }
+        if on(9) {
+            config.min_enis = 2;
+        }
+        if on(10) && on(11) {
+            config.prefixes = !config.prefixes;
+        }
+        config
+    }
+}
+
+fn edit() -> impl Strategy<Value = Edit> {
+    // Few bits at a time.
+    (any::<u16>(), any::<u16>(), 0..3u32).prop_map(|(a, b, idle)| Edit { what: a & b, idle })
+}
+
 fn outcome() -> impl Strategy<Value = Outcome> {
     prop_oneof![
         12 => Just(Outcome::Fine),
@@ -48,6 +111,8 @@ fn outcome() -> impl Strategy<Value = Outcome> {
         1 => Just(Outcome::Fails(ErrorClass::Unknown)),
         1 => Just(Outcome::Fails(ErrorClass::Forbidden)),
         1 => Just(Outcome::Fails(ErrorClass::InvalidState)),
+        1 => Just(Outcome::Fails(ErrorClass::Quota)),
+        1 => Just(Outcome::Fails(ErrorClass::VSwitchExhausted)),
     ]
 }
 
@@ -64,13 +129,16 @@ fn action() -> impl Strategy<Value = Action> {
         3 => any_index.clone().prop_map(Action::Repeat),
         8 => prop_oneof![0..50u64, 50..3_000u64, 3_000..40_000u64].prop_map(Action::Advance),
         1 => any_index.clone().prop_map(Action::Meddle),
+        1 => (any_index.clone(), any::<bool>()).prop_map(|(n, whole)| Action::Tamper(n, whole)),
+        1 => any_index.clone().prop_map(Action::Mark),
+        3 => edit().prop_map(Action::Configure),
         3 => any_index.clone().prop_map(Action::Land),
         3 => (0..4usize, any::<u64>(), outcome(), prop::bool::weighted(0.8), any_index)
             .prop_map(|(flushed, ran, outcome, cloud, choice)| Action::Crash { flushed, ran, outcome, cloud, choice }),
     ]
 }
 
-fn perform(world: &mut World, action: &Action) {
+fn perform(world: &mut World, base: &PoolConfig, action: &Action) {
     match action {
         Action::Add(n) => {
             world.add(&key(*n));
@@ -122,6 +190,31 @@ fn perform(world: &mut World, action: &Action) {
                 world.cloud.note(world.now);
             }
         }
+        Action::Tamper(n, whole) => {
+            let enis: Vec<_> = world.cloud.enis.values().cloned().collect();
+            if !enis.is_empty() {
+                let eni = &enis[n % enis.len()];
+                let secondary: Vec<_> =
+                    eni.v4.iter().filter(|a| **a != eni.primary_v4).map(|a| IpAddr::V4(*a)).collect();
+                if *whole {
+                    world.cloud.tamper(&eni.id, None);
+                } else if !secondary.is_empty() {
+                    world.cloud.tamper(&eni.id, Some(secondary[n % secondary.len()]));
+                }
+                world.cloud.note(world.now);
+            }
+        }
+        Action::Mark(n) => {
+            let count = world.cloud.enis.len();
+            if let Some(eni) = world.cloud.enis.values_mut().nth(n % count.max(1)) {
+                let (key, value) = ALWAYS_BLOCKED[n % 2];
+                if eni.tags.remove(key).is_none() {
+                    eni.tags.insert(key.into(), value.into());
+                }
+                world.cloud.note(world.now);
+            }
+        }
+        Action::Configure(edit) => world.configure(edit.apply(base)),
         Action::Land(n) => world.land(*n),
         Action::Crash { flushed, ran, outcome, cloud, choice } => {
             world.crash(*flushed, *ran, *outcome, *cloud, *choice);
@@ -152,42 +245,105 @@ fn check_at_rest(world: &World, scarce: bool) {
     let mut ours = BTreeSet::new();
     for eni in world.pool.enis() {
         let id = eni.id.expect("nothing is being created");
-        ours.extend(eni.addresses.iter().map(|address| (id.clone(), *address)));
+        let single = |a: &&IpAddr| eni.prefixes.iter().all(|p| !p.prefix.contains(*a));
+        ours.extend(eni.addresses.iter().filter(single).map(|address| (id.clone(), IpNet::from(*address))));
+        ours.extend(eni.prefixes.iter().map(|p| (id.clone(), p.prefix)));
         assert_eq!(eni.phase, terway_core::ipam::EniPhase::InUse, "{id}");
     }
     let mut theirs = BTreeSet::new();
     for eni in world.cloud.enis.values() {
-        theirs.extend(eni.v4.iter().map(|a| (eni.id.clone(), IpAddr::V4(*a))));
-        theirs.extend(eni.v6.iter().map(|a| (eni.id.clone(), IpAddr::V6(*a))));
+        theirs.extend(eni.v4.iter().map(|a| (eni.id.clone(), IpNet::from(IpAddr::V4(*a)))));
+        theirs.extend(eni.v6.iter().map(|a| (eni.id.clone(), IpNet::from(IpAddr::V6(*a)))));
+        theirs.extend(prefixes_of(eni).into_iter().map(|prefix| (eni.id.clone(), prefix)));
     }
     assert_eq!(ours, theirs, "the pool's addresses and the cloud's");
     if !scarce {
         let least = world.config.min_idle.min(world.config.capacity() - stats.bound);
         assert!(stats.idle >= least, "{stats:?}");
     }
-    // The primary address of an ENI stays as long as the ENI does.
-    let primaries = u32::try_from(world.pool.enis().len()).unwrap_or(0);
-    assert!(stats.idle <= world.config.ceiling() + primaries, "{stats:?}");
+    // The primary address of an ENI stays as long as the ENI does, and a prefix as long as one pod is on it.
+    let enis = world.pool.enis();
+    let primaries = u32::try_from(enis.len()).unwrap_or(0);
+    let partly = enis.iter().flat_map(|eni| &eni.prefixes).filter(|p| p.in_use > 0);
+    let partly: u32 = partly.map(|p| p.slots - p.in_use).sum();
+    let whole = match (enis.iter().any(|eni| !eni.prefixes.is_empty()), world.config.stack) {
+        (false, _) => 0,
+        (true, IpStack::Ipv6) => V6_PREFIX_SLOTS - 1,
+        (true, _) => V4_PREFIX_SLOTS - 1,
+    };
+    assert!(stats.idle <= world.config.ceiling() + primaries + partly + whole, "{stats:?}");
 }
 
 #[allow(clippy::disallowed_methods, reason = "whoever debugs a failure says where its trace goes")]
-fn history(stack: IpStack, min_idle: u32, scarce: bool, actions: &[Action]) {
-    let mut config = config(stack, 3, 4);
-    config.min_idle = min_idle;
-    config.max_idle = 1;
-    config.shrink_after = Duration::from_secs(2);
-    let mut world = World::new(config, if scarce { &[5, 40] } else { &[40, 40] });
+fn dump(world: &World) {
+    if let (Some(path), Some(trace)) = (crate::world::trace_file(), &world.trace) {
+        std::fs::write(path, trace.join("\n")).unwrap();
+    }
+}
+
+/// The node of a history.
+#[derive(Clone, Copy, Debug)]
+struct Node {
+    stack: IpStack,
+    min_idle: u32,
+    scarce: bool,
+    prefixes: bool,
+    exclusive: bool,
+}
+
+impl Node {
+    fn config(self) -> PoolConfig {
+        let mut config = config(self.stack, 3, 4);
+        config.min_idle = self.min_idle;
+        config.max_idle = 1;
+        config.shrink_after = Duration::from_secs(2);
+        config.prefixes = self.prefixes;
+        if self.exclusive {
+            (config.mode, config.limits.adapters) = (PoolMode::Exclusive, 6);
+        }
+        config
+    }
+}
+
+/// Faults have an end: calls succeed, the configuration is as it was, marks are off, and pods that lost their address are replaced.
+fn recover(world: &mut World, base: &PoolConfig) {
+    for eni in world.cloud.enis.values_mut() {
+        for (key, _) in ALWAYS_BLOCKED {
+            eni.tags.remove(key);
+        }
+    }
+    world.cloud.note(world.now);
+    if world.config != *base {
+        world.configure(base.clone());
+    }
+    world.settle(Duration::from_secs(1_500));
+    for view in world.pool.list() {
+        let lost = |a: IpAddr| !world.cloud.has(&view.grant.eni, a);
+        if view.phase != Phase::Releasing && view.grant.addresses.iter().any(lost) {
+            assert!(world.fenced.contains_key(&view.key), "{} lost its address and nobody is told", view.key);
+            assert!(!view.missing.is_empty());
+            world.del(&view.key);
+        } else {
+            assert!(view.missing.is_empty(), "{view:?}");
+        }
+    }
+    world.settle(Duration::from_secs(1_500));
+}
+
+fn history(node: Node, actions: &[Action]) {
+    let (base, scarce) = (node.config(), node.scarce);
+    let mut world = World::new(base.clone(), if scarce { &[5, 40] } else { &[100, 100] });
     let result = catch_unwind(AssertUnwindSafe(|| {
         for action in actions {
-            perform(&mut world, action);
+            perform(&mut world, &base, action);
         }
-        world.settle(Duration::from_secs(3_000));
+        recover(&mut world, &base);
         check_at_rest(&world, scarce);
         // Whatever has happened, a pod that comes now is served.
-        let room = if scarce { 5 } else { world.config.capacity() as usize };
+        let room = if scarce { world.cloud.supply(&"vsw-a".into()) } else { world.config.capacity() as usize };
         let mut tickets = Vec::new();
         for n in 100.. {
-            if world.pool.list().len() + tickets.len() >= room {
+            if world.pool.list().len() + tickets.len() >= room.min(20) {
                 break;
             }
             tickets.push(world.add(&key(n)));
@@ -208,11 +364,21 @@ fn history(stack: IpStack, min_idle: u32, scarce: bool, actions: &[Action]) {
         assert_eq!(world.pool.list().len(), 0);
     }));
     if let Err(panic) = result {
-        if let Ok(path) = std::env::var("TERWAY_TRACE") {
-            std::fs::write(path, world.trace.join("\n")).unwrap();
-        }
+        dump(&world);
         resume_unwind(panic);
     }
+}
+
+fn node() -> impl Strategy<Value = Node> {
+    let stack = prop_oneof![Just(IpStack::Ipv4), Just(IpStack::Ipv6), Just(IpStack::Dual)];
+    let kind = prop_oneof![3 => Just((false, false)), 2 => Just((true, false)), 1 => Just((false, true))];
+    (stack, 0..3u32, any::<bool>(), kind).prop_map(|(stack, min_idle, scarce, (prefixes, exclusive))| Node {
+        stack,
+        min_idle,
+        scarce,
+        prefixes,
+        exclusive,
+    })
 }
 
 proptest! {
@@ -223,12 +389,7 @@ proptest! {
     })]
 
     #[test]
-    fn no_history_breaks_a_promise(
-        stack in prop_oneof![Just(IpStack::Ipv4), Just(IpStack::Ipv6), Just(IpStack::Dual)],
-        min_idle in 0..3u32,
-        scarce in any::<bool>(),
-        actions in prop::collection::vec(action(), 1..150),
-    ) {
-        history(stack, min_idle, scarce, &actions);
+    fn no_history_breaks_a_promise(node in node(), actions in prop::collection::vec(action(), 1..150)) {
+        history(node, &actions);
     }
 }

@@ -3,14 +3,13 @@
 use std::time::Duration;
 
 use terway_core::clock::Moment;
-use terway_core::cloud::{EniKind, EniStatus, ErrorClass};
+use terway_core::cloud::{Eni, EniKind, ErrorClass};
 use terway_core::errors;
 use terway_core::ident::{IpStack, Mac};
 use terway_core::ipam::{
     Answer, BadRecord, Effect, EniPhase, Event, Hold, Phase, Pool, Record, RecordKey, RestoreError, Snapshot,
 };
 
-use crate::cloud::INSTANCE;
 use crate::world::{Outcome, World, config, key};
 
 fn warm(pods: usize) -> World {
@@ -167,31 +166,86 @@ fn a_call_whose_outcome_was_lost_in_the_crash_is_repeated_with_its_token() {
     assert_eq!(world.cloud.enis.values().map(|eni| eni.v4.len()).sum::<usize>(), 2);
 }
 
-#[test]
-fn enis_found_attached_are_used_and_others_left_alone() {
-    let mut world = warm(1);
-    let eni = world.cloud.enis.values().next().cloned().unwrap();
-    let variants = [
-        ("eni-ours", "vsw-b", EniKind::Secondary, Some(INSTANCE), EniStatus::InUse),
-        ("eni-other-vswitch", "vsw-x", EniKind::Secondary, Some(INSTANCE), EniStatus::InUse),
-        ("eni-trunk", "vsw-a", EniKind::Trunk, Some(INSTANCE), EniStatus::InUse),
-        ("eni-elsewhere", "vsw-a", EniKind::Secondary, Some("i-2"), EniStatus::InUse),
-        ("eni-primary", "vsw-a", EniKind::Primary, Some(INSTANCE), EniStatus::InUse),
-    ];
-    for (n, (id, vswitch, kind, instance, status)) in (0u8..).zip(variants) {
+/// ENIs that the node has from somebody else, by how they differ from ours.
+fn strangers(eni: &Eni, variants: &[(&str, fn(&mut Eni))]) -> Vec<Eni> {
+    let make = |(n, (id, change)): (u8, &(&str, fn(&mut Eni)))| {
         let mut other = eni.clone();
-        (other.id, other.vswitch, other.kind, other.status) = (id.into(), vswitch.into(), kind, status);
-        other.instance = instance.map(Into::into);
+        other.id = (*id).into();
         (other.mac, other.primary_v4, other.v4) =
             (Mac([4, 0, 0, 0, 0, n]), [10, 9, 9, n].into(), vec![[10, 9, 9, n].into()]);
+        other.tags.clear();
+        change(&mut other);
+        other
+    };
+    (0u8..).zip(variants).map(make).collect()
+}
+
+#[test]
+fn enis_found_attached_are_used_replaced_or_left_alone() {
+    let mut world = warm(1);
+    let eni = world.cloud.enis.values().next().cloned().unwrap();
+    let others = strangers(
+        &eni,
+        &[
+            ("eni-ours", |_| {}),
+            ("eni-other-vswitch", |eni| eni.vswitch = "vsw-x".into()),
+            ("eni-trunk", |eni| eni.kind = EniKind::Trunk),
+            ("eni-elsewhere", |eni| eni.instance = Some("i-2".into())),
+            ("eni-primary", |eni| eni.kind = EniKind::Primary),
+            ("eni-excluded", |eni| drop(eni.tags.insert("terway.alibabacloud.com/excluded".into(), "true".into()))),
+            ("eni-rdma", |eni| drop(eni.tags.insert("creator".into(), "alibabacloud-erdma-controller".into()))),
+        ],
+    );
+    world.config.limits.adapters = 9;
+    world.cloud.limits = Some((20, 10, 10));
+    for other in others {
         world.cloud.enis.insert(other.id.clone(), other);
     }
     restart(&mut world, true);
     world.settle(Duration::from_secs(1));
-    let used: Vec<_> = world.pool.enis().into_iter().filter_map(|eni| eni.id).collect();
-    assert_eq!(used, [eni.id, "eni-ours".into()]);
+    let used: Vec<_> = world.pool.enis().into_iter().map(|eni| (eni.id.unwrap(), eni.phase)).collect();
+    assert_eq!(
+        used,
+        [
+            (eni.id.clone(), EniPhase::InUse),
+            ("eni-other-vswitch".into(), EniPhase::Mismatched),
+            ("eni-ours".into(), EniPhase::InUse)
+        ]
+    );
     let foreign: Vec<_> = world.pool.foreign().iter().map(|eni| eni.id.as_str()).collect();
-    assert_eq!(foreign, ["eni-elsewhere", "eni-other-vswitch", "eni-trunk"]);
+    assert_eq!(foreign, ["eni-elsewhere", "eni-excluded", "eni-rdma", "eni-trunk"]);
+    assert!(world.pool.foreign_enis().iter().all(|eni| eni.reason.is_some()));
+    // Three of them take adapters of this instance: 8 in all for pods.
+    assert_eq!(world.pool.stats().capacity, 5 * 10);
+    for n in 0..20 {
+        assert_ne!(world.granted(50 + n).eni, "eni-other-vswitch".into());
+    }
+    world.settle(Duration::from_secs(200));
+    assert!(!world.cloud.enis.contains_key(&"eni-other-vswitch".into()), "given back after its grace");
+    for kept in ["eni-trunk", "eni-elsewhere", "eni-primary", "eni-excluded", "eni-rdma"] {
+        assert!(world.cloud.enis.contains_key(&kept.into()), "{kept}");
+    }
+}
+
+#[test]
+fn a_tag_filter_makes_all_others_foreign_and_marks_what_is_made() {
+    let mut world = warm(0);
+    world.config.tag_filter.insert("cluster".into(), "c1".into());
+    world.step(Event::Configure(Box::new(world.config.clone())));
+    world.granted(1);
+    let eni = world.cloud.enis.values().next().cloned().unwrap();
+    assert_eq!(eni.tags["cluster"], "c1");
+    let others = strangers(
+        &eni,
+        &[("eni-mine", |eni| drop(eni.tags.insert("cluster".into(), "c1".into()))), ("eni-not-mine", |_| {})],
+    );
+    world.cloud.enis.extend(others.into_iter().map(|eni| (eni.id.clone(), eni)));
+    restart(&mut world, true);
+    world.settle(Duration::from_secs(1000));
+    let known: Vec<_> = world.pool.enis().into_iter().filter_map(|eni| eni.id).collect();
+    assert!(known.contains(&"eni-mine".into()) || !world.cloud.enis.contains_key(&"eni-mine".into()));
+    assert!(!known.contains(&"eni-not-mine".into()));
+    assert!(world.cloud.enis.contains_key(&"eni-not-mine".into()), "never touched");
 }
 
 #[test]
@@ -315,7 +369,7 @@ fn every_record_round_trips_and_later_versions_are_refused() {
         assert_eq!(Record::decode(&record.encode().unwrap()).unwrap(), record);
         assert!(keys.insert(record.key().encode().unwrap()));
     }
-    assert!(matches!(Record::decode(br#"{"v":2,"kind":"?"}"#), Err(BadRecord::Version { found: 2 })));
+    assert!(matches!(Record::decode(br#"{"v":3,"kind":"?"}"#), Err(BadRecord::Version { found: 3 })));
     for bad in ["", "{}", "nonsense", r#"{"v":1}"#, r#"{"v":1,"kind":"?"}"#] {
         assert!(matches!(Record::decode(bad.as_bytes()), Err(BadRecord::Malformed(_))), "{bad}");
     }

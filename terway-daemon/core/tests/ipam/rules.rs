@@ -592,7 +592,7 @@ fn dual_stack_heals_a_lopsided_eni_before_it_asks_for_pairs() {
     world.granted(1);
     let eni = world.cloud.enis.keys().next().cloned().unwrap();
     world.cloud.add(&eni, Family::V4, 1).unwrap();
-    world.settle(world.config.resync);
+    world.settle(world.config.resync * 2);
     let add = world.add(&key(2));
     world.flush(usize::MAX);
     assert!(matches!(&world.find(assign)[..], [Effect::Assign { family: Family::V6, count: 1, .. }]));

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use terway_core::clock::Moment;
 use terway_core::cloud::{CloudError, EniStatus, ErrorClass, InstanceLimits};
 use terway_core::errors::{self, Error};
@@ -13,7 +14,7 @@ use terway_core::ipam::{
     Snapshot, Ticket,
 };
 
-use crate::cloud::{Cloud, INSTANCE, error, subnet};
+use crate::cloud::{Cloud, INSTANCE, error, prefixes_of, subnet};
 
 pub(crate) const LAG: Duration = Duration::from_secs(5);
 
@@ -23,6 +24,7 @@ pub(crate) fn config(stack: IpStack, adapters: u32, per_eni: u32) -> PoolConfig 
     config.stack = stack;
     config.vswitches = vec!["vsw-a".into(), "vsw-b".into()];
     config.max_idle = 3;
+    config.gather = Duration::ZERO;
     config.cooling = Duration::from_secs(5);
     config.settle = Duration::from_secs(10);
     config.shrink_after = Duration::from_secs(20);
@@ -64,7 +66,7 @@ pub(crate) enum Task {
 
 #[derive(Debug)]
 pub(crate) struct Pending {
-    seq: u64,
+    pub(crate) seq: u64,
     pub(crate) task: Task,
 }
 
@@ -82,6 +84,10 @@ pub(crate) struct World {
     pub(crate) now: Moment,
     pub(crate) kernel: BTreeMap<AttachmentKey, Wired>,
     pub(crate) store: BTreeMap<String, Vec<u8>>,
+    /// Whose attachment records are in the store.
+    on_disk: BTreeSet<AttachmentKey>,
+    /// Pods that the pool said are cut off.
+    pub(crate) fenced: BTreeMap<AttachmentKey, Vec<IpAddr>>,
     writes: Vec<(u64, bool, Vec<Change>)>,
     pub(crate) pending: Vec<Pending>,
     seq: u64,
@@ -100,10 +106,22 @@ pub(crate) struct World {
     ops: BTreeSet<OpId>,
     /// Cloud calls of dead processes that are still on their way.
     strays: Vec<Effect>,
-    pub(crate) trace: Vec<String>,
+    /// What happened; only kept if somebody wants to read it.
+    pub(crate) trace: Option<Vec<String>>,
+}
+
+#[allow(clippy::disallowed_methods, reason = "whoever debugs a failure says where its trace goes")]
+pub(crate) fn trace_file() -> Option<String> {
+    std::env::var("TERWAY_TRACE").ok()
 }
 
 impl World {
+    fn note(&mut self, line: impl FnOnce() -> String) {
+        if let Some(trace) = &mut self.trace {
+            trace.push(line());
+        }
+    }
+
     pub(crate) fn new(config: PoolConfig, vswitches: &[u16]) -> Self {
         let cloud = Cloud::new(&config, vswitches);
         let mut world = Self {
@@ -113,6 +131,8 @@ impl World {
             now: Moment::from_nanos(1),
             kernel: BTreeMap::new(),
             store: BTreeMap::new(),
+            on_disk: BTreeSet::new(),
+            fenced: BTreeMap::new(),
             writes: Vec::new(),
             pending: Vec::new(),
             seq: 0,
@@ -126,7 +146,7 @@ impl World {
             vanished: BTreeSet::new(),
             ops: BTreeSet::new(),
             strays: Vec::new(),
-            trace: Vec::new(),
+            trace: trace_file().map(|_| Vec::new()),
         };
         world.step(Event::Tick);
         world
@@ -166,8 +186,14 @@ impl World {
         ticket
     }
 
+    pub(crate) fn configure(&mut self, config: PoolConfig) {
+        self.config = config.clone();
+        self.step(Event::Configure(Box::new(config)));
+    }
+
     pub(crate) fn step(&mut self, event: Event) {
-        self.trace.push(format!("{:?} {event:?}", Duration::from_nanos(self.now.as_nanos())));
+        let now = Duration::from_nanos(self.now.as_nanos());
+        self.note(|| format!("{now:?} {event:?}"));
         let effects = self.pool.step(event, self.now);
         self.take(effects);
         self.check();
@@ -175,7 +201,7 @@ impl World {
 
     fn take(&mut self, effects: Vec<Effect>) {
         for (i, effect) in effects.into_iter().enumerate() {
-            self.trace.push(format!("    {effect:?}"));
+            self.note(|| format!("    {effect:?}"));
             self.seq += 1;
             let seq = self.seq;
             match effect {
@@ -185,6 +211,12 @@ impl World {
                 Effect::Persist(changes) => self.writes.push((seq, true, changes)),
                 Effect::PersistLazily(changes) => self.writes.push((seq, false, changes)),
                 Effect::WakeAt(at) => self.wake = Some(at),
+                Effect::Fence { key, addresses, .. } => {
+                    self.fenced.insert(key, addresses);
+                }
+                Effect::Unfence { key, .. } => {
+                    assert!(self.fenced.remove(&key).is_some(), "{key} was not fenced");
+                }
                 Effect::Answer { ticket, result: Ok(Answer::Attached(grant)) } => {
                     let key = self.open.get(&ticket).and_then(|(_, key)| key.clone()).expect("an Add");
                     let wired = self.kernel.get(&key).unwrap_or_else(|| panic!("{key} is said to be attached"));
@@ -208,9 +240,15 @@ impl World {
             for change in changes {
                 match change {
                     Change::Put(record) => {
+                        if let Record::Attachment(a) = &record {
+                            self.on_disk.insert(a.key.clone());
+                        }
                         self.store.insert(record.key().encode().unwrap(), record.encode().unwrap());
                     }
                     Change::Delete(key) => {
+                        if let RecordKey::Attachment(key) = &key {
+                            self.on_disk.remove(key);
+                        }
                         self.store.remove(&key.encode().unwrap());
                     }
                 }
@@ -240,7 +278,7 @@ impl World {
 
     /// Runs a task and returns what is to be reported.
     fn execute(&mut self, seq: u64, task: Task, outcome: Outcome, choice: usize) -> Vec<Event> {
-        self.trace.push(format!("  run {task:?} {outcome:?}"));
+        self.note(|| format!("  run {task:?} {outcome:?}"));
         let effect = match task {
             Task::Links { op, key } => {
                 if outcome != Outcome::Fine {
@@ -290,9 +328,24 @@ impl World {
                 vec![Event::Assigned { op: *op, eni: eni.clone(), family: *family, result }]
             }
             Effect::Unassign { op, eni, family, addresses } => {
-                self.check_unheld(eni, addresses);
+                let nets: Vec<_> = addresses.iter().map(|a| IpNet::from(*a)).collect();
+                self.check_unheld(eni, &nets);
                 let result = self.call(outcome, |cloud| cloud.unassign(eni, addresses));
                 vec![Event::Unassigned { op: *op, eni: eni.clone(), family: *family, result }]
+            }
+            Effect::AssignPrefixes { op, token, eni, family, count } => {
+                assert!(*count > 0 && *count <= self.config.batch);
+                let result = self.call(outcome, |cloud| cloud.assign_prefixes(token, eni, *family, *count));
+                vec![Event::PrefixesAssigned { op: *op, eni: eni.clone(), family: *family, result }]
+            }
+            Effect::UnassignPrefixes { op, eni, family, prefixes } => {
+                self.check_unheld(eni, prefixes);
+                let result = self.call(outcome, |cloud| cloud.unassign_prefixes(eni, prefixes));
+                vec![Event::PrefixesUnassigned { op: *op, eni: eni.clone(), family: *family, result }]
+            }
+            Effect::DescribeVSwitches { op, ids } => {
+                let result = self.call(outcome, |cloud| Ok(cloud.count(ids)));
+                vec![Event::VSwitches { op: *op, result }]
             }
             Effect::Detach { op, eni } => {
                 let held: Vec<_> = self
@@ -300,7 +353,10 @@ impl World {
                     .enis
                     .get(eni)
                     .into_iter()
-                    .flat_map(|e| e.v4.iter().map(|a| IpAddr::V4(*a)).chain(e.v6.iter().map(|a| IpAddr::V6(*a))))
+                    .flat_map(|e| {
+                        let v4 = e.v4.iter().map(|a| IpNet::from(IpAddr::V4(*a)));
+                        v4.chain(e.v6.iter().map(|a| IpNet::from(IpAddr::V6(*a)))).chain(prefixes_of(e))
+                    })
                     .collect();
                 self.check_unheld(eni, &held);
                 let result = self.call(outcome, |cloud| cloud.detach(eni));
@@ -318,7 +374,11 @@ impl World {
                 };
                 vec![Event::Inventory { op: *op, result }]
             }
-            Effect::Persist(_) | Effect::PersistLazily(_) | Effect::WakeAt(_) => unreachable!(),
+            Effect::Persist(_)
+            | Effect::PersistLazily(_)
+            | Effect::WakeAt(_)
+            | Effect::Fence { .. }
+            | Effect::Unfence { .. } => unreachable!(),
         };
         self.cloud.note(self.now);
         events
@@ -341,8 +401,9 @@ impl World {
 
     /// Nothing on the node holds these addresses of this ENI: no pod in the kernel, no binding in the pool or on disk. (An address that a
     /// call took from the ENI without our hearing of it may be on another one by now.)
-    fn check_unheld(&self, eni: &EniId, addresses: &[IpAddr]) {
-        let holds = |grant: &Grant| grant.eni == *eni && grant.addresses.iter().any(|a| addresses.contains(&a));
+    fn check_unheld(&self, eni: &EniId, nets: &[IpNet]) {
+        let within = |a: IpAddr| nets.iter().any(|net| net.contains(&a));
+        let holds = |grant: &Grant| grant.eni == *eni && grant.addresses.iter().any(within);
         for (key, wired) in &self.kernel {
             assert!(!holds(&wired.grant), "an address of {key} is given back");
         }
@@ -366,7 +427,9 @@ impl World {
             assert!(*other == key || !shared, "{key} and {other} share an address: {grant:?}");
         }
         for address in grant.addresses.iter() {
-            assert!(self.cloud.has(&grant.eni, address), "{address} is not on {}", grant.eni);
+            let taken = |what| self.cloud.taken.contains(&(grant.eni.clone(), what));
+            let excused = taken(None) || taken(Some(address));
+            assert!(excused || self.cloud.has(&grant.eni, address), "{address} is not on {}", grant.eni);
         }
         let error = Error::new(errors::NET_FAILED, "injected");
         match outcome {
@@ -421,16 +484,21 @@ impl World {
             }
         }
         for (key, wired) in &self.kernel {
-            let bound = self.pool.get(key).unwrap_or_else(|| panic!("{key} is in the kernel and unknown to the pool"));
+            let bound = views.binary_search_by(|view| view.key.cmp(key)).map(|i| &views[i]);
+            let bound = bound.unwrap_or_else(|_| panic!("{key} is in the kernel and unknown to the pool"));
             assert_eq!(bound.grant.addresses, wired.grant.addresses, "{key}");
-            let on_disk = RecordKey::Attachment(key.clone()).encode().unwrap();
-            assert!(self.store.contains_key(&on_disk), "{key} is in the kernel and not on disk");
+            assert!(self.on_disk.contains(key), "{key} is in the kernel and not on disk");
         }
         let stats = self.pool.stats();
         assert_eq!(stats.bound as usize, views.len());
         let mut calls = BTreeSet::new();
         for pending in &self.pending {
-            if let Task::Run(Effect::Assign { eni, family, .. } | Effect::Unassign { eni, family, .. }) = &pending.task
+            if let Task::Run(
+                Effect::Assign { eni, family, .. }
+                | Effect::Unassign { eni, family, .. }
+                | Effect::AssignPrefixes { eni, family, .. }
+                | Effect::UnassignPrefixes { eni, family, .. },
+            ) = &pending.task
             {
                 assert!(calls.insert((eni.clone(), *family)), "two calls at once about {family} of {eni}");
             }
@@ -447,7 +515,7 @@ impl World {
 
     /// The process dies: some writes make it, some effects happen, some calls are still on their way, nothing is reported. Then it starts again.
     pub(crate) fn crash(&mut self, flushed: usize, ran: u64, outcome: Outcome, cloud_answers: bool, choice: usize) {
-        self.trace.push(format!("CRASH {flushed} {ran:b} cloud {cloud_answers}"));
+        self.note(|| format!("CRASH {flushed} {ran:b} cloud {cloud_answers}"));
         self.flush(flushed);
         let runnable = self.runnable();
         let mut tasks: Vec<_> = std::mem::take(&mut self.pending).into_iter().enumerate().collect();
@@ -473,6 +541,7 @@ impl World {
         self.open.clear();
         self.reports.clear();
         self.ops.clear();
+        self.fenced.clear();
         self.wake = None;
         let records = self.records();
         let enis = cloud_answers.then(|| self.cloud.stale_list(self.now, LAG, choice));
@@ -569,6 +638,8 @@ const fn is_cloud_call(effect: &Effect) -> bool {
             | Effect::AttachEni { .. }
             | Effect::Assign { .. }
             | Effect::Unassign { .. }
+            | Effect::AssignPrefixes { .. }
+            | Effect::UnassignPrefixes { .. }
             | Effect::Detach { .. }
             | Effect::Delete { .. }
     )
@@ -583,9 +654,17 @@ pub(crate) fn op_of(effect: &Effect) -> Option<OpId> {
         | Effect::ConfigureNic { op, .. }
         | Effect::Assign { op, .. }
         | Effect::Unassign { op, .. }
+        | Effect::AssignPrefixes { op, .. }
+        | Effect::UnassignPrefixes { op, .. }
+        | Effect::DescribeVSwitches { op, .. }
         | Effect::Detach { op, .. }
         | Effect::Delete { op, .. }
         | Effect::TakeInventory { op } => Some(*op),
-        Effect::Persist(_) | Effect::PersistLazily(_) | Effect::Answer { .. } | Effect::WakeAt(_) => None,
+        Effect::Persist(_)
+        | Effect::PersistLazily(_)
+        | Effect::Answer { .. }
+        | Effect::Fence { .. }
+        | Effect::Unfence { .. }
+        | Effect::WakeAt(_) => None,
     }
 }

@@ -30,6 +30,8 @@ pub struct DaemonOptions {
     pub endpoint: String,
     /// How long a freed address rests, in seconds.
     pub cooling: u64,
+    /// Time between two audits, in seconds.
+    pub audit: u64,
     /// The log filter.
     pub log: String,
     /// Once true, waiting ends with an error.
@@ -120,6 +122,7 @@ impl Node {
             .args(["--ecs-endpoint", &self.options.endpoint])
             .args(["--vpc-endpoint", &self.options.endpoint])
             .args(["--cooling", &self.options.cooling.to_string()])
+            .args(["--audit-interval", &self.options.audit.to_string()])
             .args(["--log", &self.options.log])
             .current_dir(&self.work)
             .env("RUST_BACKTRACE", "1")

@@ -1,0 +1,359 @@
+//! Worlds that agree say nothing; each thing broken is found under its name; a source that is silent takes nothing away.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::ident::VSwitchId;
+use crate::route::{EniInputs, Link, PodInputs, Route, Rule, host_ifname};
+
+const HOST_MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
+const ENI_INDEX: u32 = 3;
+const POD_INDEX: u32 = 100;
+
+fn eni_id() -> EniId {
+    EniId::new("eni-1")
+}
+
+fn held(number: u8) -> Held {
+    let pod = PodRef { namespace: "default".into(), name: format!("p{number}"), uid: String::new() };
+    let key = AttachmentKey { network: "terway".into(), container_id: format!("c{number}"), ifname: "eth0".into() };
+    let plan = PodPlan::veth(PodInputs {
+        host_ifname: host_ifname(&pod, &key),
+        pod_ifname: "eth0".into(),
+        host_mac: HOST_MAC,
+        pod_mac: Mac([2, 0, 0, 0, 1, number]),
+        addresses: Addresses {
+            v4: Some(Ipv4Addr::new(10, 0, 1, number)),
+            v6: Some(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, u16::from(number))),
+        },
+        eni_ifindex: ENI_INDEX,
+        mtu: 1500,
+        default_route: true,
+        extra_routes: Vec::new(),
+        key,
+    });
+    Held { pod, phase: Phase::Ready, eni: eni_id(), plan, netns: Netns::Present }
+}
+
+fn eni_plan() -> EniPlan {
+    EniPlan::shared(EniInputs {
+        ifindex: ENI_INDEX,
+        ifname: "eth1".into(),
+        mtu: 1500,
+        node: Addresses::default(),
+        gateway_v4: Some(Ipv4Addr::new(10, 0, 1, 253)),
+        gateway_v6: None,
+    })
+}
+
+fn link(index: u32, mac: Option<Mac>, alias: Option<String>, kind: Option<&str>) -> Link {
+    let (kind, group) = (kind.map(str::to_owned), if alias.is_some() { crate::route::LINK_GROUP } else { 0 });
+    Link { index, mac, mtu: 1500, up: true, group, alias, kind, peer: None }
+}
+
+/// What the kernel holds after these steps on the node.
+fn apply(state: &mut KernelState, steps: &[Step], index: u32) {
+    for step in steps.iter().filter(|step| step.place == Place::Host) {
+        match step.op.clone() {
+            NetOp::AddVeth { host, owner, .. } => {
+                state.links.insert(host.name, link(index, Some(host.mac), Some(owner), Some("veth")));
+            }
+            NetOp::SetUp { dev } => state.links.get_mut(&dev).unwrap().up = true,
+            NetOp::SetMtu { dev, mtu } => state.links.get_mut(&dev).unwrap().mtu = mtu,
+            NetOp::Sysctl { path, value } => drop(state.sysctls.insert(path, value)),
+            NetOp::AddAddress { dev, address } => drop(state.addresses.insert((dev, address))),
+            NetOp::AddRoute(route) => drop(state.routes.insert(route)),
+            NetOp::AddNeighbour(neighbour) => drop(state.neighbours.insert(neighbour)),
+            NetOp::AddRule(rule) => {
+                state.rules.retain(|old| (old.priority, old.selector) != (rule.priority, rule.selector));
+                state.rules.insert(rule);
+            }
+            NetOp::NoAddrGen { .. } => {}
+            other => panic!("{other}"),
+        }
+    }
+}
+
+fn eni(kind: EniKind, id: &str, v4: Vec<Ipv4Addr>, v6: Vec<Ipv6Addr>) -> Eni {
+    Eni {
+        id: EniId::new(id),
+        mac: Mac([0; 6]),
+        vswitch: VSwitchId::new("vsw-1"),
+        status: EniStatus::InUse,
+        kind,
+        instance: Some(InstanceId::new("i-1")),
+        primary_v4: Ipv4Addr::new(10, 0, 1, 250),
+        v4,
+        v6,
+        security_groups: Vec::new(),
+        tags: BTreeMap::new(),
+    }
+}
+
+/// A node with this many pods on one ENI, all as it should be.
+fn agreeing(pods: u8) -> World {
+    let mut kernel = KernelState::default();
+    kernel.links.insert("lo".into(), link(1, None, None, None));
+    kernel.links.insert("eth1".into(), link(ENI_INDEX, None, None, None));
+    apply(&mut kernel, &eni_plan().steps, 0);
+    let attachments: Vec<Held> = (1..=pods).map(held).collect();
+    let mut endpoints = Vec::new();
+    for (held, index) in attachments.iter().zip(POD_INDEX..) {
+        apply(&mut kernel, &[held.plan.create.clone(), held.plan.enable.clone()].concat(), index);
+        let inputs = &held.plan.inputs;
+        endpoints.push(Endpoint {
+            ifindex: index,
+            host_mac: inputs.host_mac,
+            pod_mac: inputs.pod_mac,
+            addresses: inputs.addresses,
+            eni_ifindex: inputs.eni_ifindex,
+            attached: Some(true),
+        });
+    }
+    let addresses = || attachments.iter().map(|held| held.plan.inputs.addresses);
+    let pool = HeldEni {
+        id: eni_id(),
+        plan: Some(eni_plan()),
+        addresses: addresses().flat_map(|a| a.iter().collect::<Vec<_>>()).collect(),
+    };
+    let enis = vec![
+        eni(EniKind::Primary, "eni-0", Vec::new(), Vec::new()),
+        eni(
+            EniKind::Secondary,
+            "eni-1",
+            addresses().filter_map(|a| a.v4).collect(),
+            addresses().filter_map(|a| a.v6).collect(),
+        ),
+    ];
+    World {
+        enis: vec![pool],
+        nics: [ENI_INDEX].into(),
+        kernel: Some(kernel),
+        endpoints: Some(endpoints),
+        cloud: Some(Inventory { instance: InstanceId::new("i-1"), enis }),
+        attachments,
+    }
+}
+
+/// Something that goes wrong with one pod or the node.
+#[derive(Clone, Copy, Debug)]
+struct Break(Kind, u8);
+
+impl Break {
+    fn apply(self, world: &mut World) {
+        let Self(kind, number) = self;
+        let held = &mut world.attachments[usize::from(number)];
+        let inputs = held.plan.inputs.clone();
+        let (v4, name) = (inputs.addresses.v4.unwrap(), inputs.host_ifname);
+        let stranger = IpAddr::V4(Ipv4Addr::new(10, 9, 9, number));
+        let kernel = world.kernel.as_mut().unwrap();
+        let endpoints = world.endpoints.as_mut().unwrap();
+        let cloud = &mut world.cloud.as_mut().unwrap().enis;
+        let index = POD_INDEX + u32::from(number);
+        let unlink = |kernel: &mut KernelState| {
+            kernel.links.remove(&name);
+            kernel.routes.retain(|route| route.dev != name);
+            kernel.neighbours.retain(|neighbour| neighbour.dev != name);
+        };
+        match kind {
+            Kind::PodGone => {
+                held.netns = Netns::Absent;
+                unlink(kernel);
+            }
+            Kind::LinkMissing => unlink(kernel),
+            Kind::LinkDiffers => {
+                if let Some(link) = kernel.links.get_mut(&name) {
+                    link.up = false;
+                }
+            }
+            Kind::RouteMissing => kernel.routes.retain(|route| route.dst.addr() != IpAddr::V4(v4)),
+            Kind::RuleMissing => kernel.rules.retain(|rule| rule.selector.net().addr() != IpAddr::V4(v4)),
+            Kind::NeighbourMissing => kernel.neighbours.retain(|neighbour| neighbour.dev != name),
+            Kind::EndpointMissing => endpoints.retain(|endpoint| endpoint.ifindex != index),
+            Kind::EndpointDiffers => {
+                endpoints.iter_mut().filter(|e| e.ifindex == index).for_each(|e| e.eni_ifindex += 1);
+            }
+            Kind::ProgramsMissing => {
+                endpoints.iter_mut().filter(|e| e.ifindex == index).for_each(|e| e.attached = Some(false));
+            }
+            Kind::EniVanished => cloud.retain(|eni| eni.kind == EniKind::Primary),
+            Kind::AddressVanished => cloud.iter_mut().for_each(|eni| eni.v4.retain(|address| *address != v4)),
+            Kind::AddressTwice => {
+                let mut twin = held.clone();
+                twin.plan.inputs.key.container_id = "twin".into();
+                twin.phase = Phase::SettingUp;
+                world.attachments.push(twin);
+            }
+            Kind::NicMissing => drop(kernel.links.remove("eth1")),
+            Kind::EniDiffers => kernel.routes.retain(|route| route.dev != "eth1"),
+            Kind::LinkOrphan => {
+                let orphan = link(900, None, Some("terway:terway/other/eth0".into()), Some("veth"));
+                kernel.links.insert(format!("cali{number}"), orphan);
+            }
+            Kind::RouteOrphan => drop(kernel.routes.insert(Route::link(stranger.into(), &name))),
+            Kind::RuleOrphan => drop(kernel.rules.insert(Rule::from_pod(stranger, 1003))),
+            Kind::EndpointOrphan => endpoints.push(Endpoint {
+                ifindex: 901,
+                host_mac: HOST_MAC,
+                pod_mac: HOST_MAC,
+                addresses: Addresses { v4: Some(Ipv4Addr::new(10, 9, 9, number)), v6: None },
+                eni_ifindex: 3,
+                attached: None,
+            }),
+            Kind::AddressUnknown => {
+                if let Some(eni) = cloud.iter_mut().find(|eni| eni.kind == EniKind::Secondary) {
+                    eni.v4.push(Ipv4Addr::new(10, 9, 9, number));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_agreeing_world_says_nothing() {
+    for pods in [0, 1, 7] {
+        assert_eq!(findings(&agreeing(pods)), []);
+    }
+}
+
+#[test]
+fn each_kind_is_found_and_named() {
+    for kind in Kind::ALL {
+        let mut world = agreeing(3);
+        Break(kind, 1).apply(&mut world);
+        let found = findings(&world);
+        assert!(found.iter().any(|finding| finding.kind == kind), "{kind:?}: {found:?}");
+        let others = found.iter().filter(|finding| finding.kind != kind);
+        // What hangs on a link goes with it, and a missing ENI takes its pods' addresses along.
+        let follow = [Kind::RouteMissing, Kind::NeighbourMissing, Kind::EndpointMissing, Kind::EniDiffers];
+        for other in others {
+            assert!(follow.contains(&other.kind), "{kind:?} is also taken for {other:?}");
+        }
+        assert_eq!(serde_json::to_value(kind).unwrap(), kind.name());
+    }
+    assert_eq!(Kind::ALL.iter().collect::<BTreeSet<_>>().len(), Kind::ALL.len());
+}
+
+#[test]
+fn pods_being_changed_are_left_alone() {
+    for phase in [Phase::SettingUp, Phase::Releasing] {
+        let mut world = agreeing(2);
+        Break(Kind::PodGone, 0).apply(&mut world);
+        Break(Kind::EndpointMissing, 0).apply(&mut world);
+        Break(Kind::RuleMissing, 0).apply(&mut world);
+        world.attachments[0].phase = phase;
+        assert_eq!(findings(&world), []);
+    }
+}
+
+#[test]
+fn impossible_answers_are_no_evidence() {
+    let mut world = agreeing(2);
+    world.attachments.iter_mut().for_each(|held| held.netns = Netns::Absent);
+    world.kernel = Some(KernelState::default());
+    world.cloud.as_mut().unwrap().enis.clear();
+    assert_eq!(findings(&world), []);
+}
+
+#[test]
+fn a_namespace_alone_proves_nothing() {
+    let mut world = agreeing(1);
+    world.attachments[0].netns = Netns::Absent;
+    assert_eq!(findings(&world), []);
+}
+
+#[test]
+fn leftovers_must_be_seen_twice_in_a_row_and_the_same() {
+    let mut world = agreeing(1);
+    Break(Kind::LinkOrphan, 0).apply(&mut world);
+    Break(Kind::RuleMissing, 0).apply(&mut world);
+    let mut confirmation = Confirmation::default();
+    let mut due =
+        |world: &World| confirmation.due(findings(world)).into_iter().map(|f| f.kind).collect::<BTreeSet<_>>();
+    assert_eq!(due(&world), [Kind::RuleMissing].into(), "a repair waits for nothing");
+    assert_eq!(due(&world), [Kind::RuleMissing, Kind::LinkOrphan].into());
+    let mut blind = world.clone();
+    blind.kernel = None;
+    assert_eq!(due(&blind), BTreeSet::new());
+    assert_eq!(due(&world), [Kind::RuleMissing].into(), "the row is broken");
+    world.kernel.as_mut().unwrap().links.get_mut("cali0").unwrap().index += 1;
+    assert_eq!(due(&world), [Kind::RuleMissing].into(), "another link of the same name");
+}
+
+fn breaks() -> impl Strategy<Value = Vec<Break>> {
+    prop::collection::vec((prop::sample::select(&Kind::ALL[..]), 0..4u8).prop_map(|(kind, pod)| Break(kind, pod)), 0..6)
+}
+
+fn freeing(world: &World) -> BTreeSet<Action> {
+    findings(world).into_iter().map(|finding| finding.action).filter(Action::frees).collect()
+}
+
+proptest! {
+    /// Taking sources away takes actions away, and never adds one that frees.
+    #[test]
+    fn silence_frees_nothing(breaks in breaks(), kernel: bool, endpoints: bool, cloud: bool, netns: bool) {
+        let mut world = agreeing(4);
+        breaks.iter().for_each(|one| one.apply(&mut world));
+        let whole = freeing(&world);
+        if kernel { world.kernel = None; }
+        if endpoints { world.endpoints = None; }
+        if cloud { world.cloud = None; }
+        if netns { world.attachments.iter_mut().for_each(|held| held.netns = Netns::Unknown); }
+        let blind = freeing(&world);
+        prop_assert!(blind.is_subset(&whole), "{:?}", blind.difference(&whole).collect::<Vec<_>>());
+        prop_assert!(!(kernel || netns) || !blind.contains(&Action::Free));
+        prop_assert!(!kernel || blind.iter().all(|action| matches!(action, Action::Unplug(..))));
+        prop_assert!(!endpoints || !blind.iter().any(|action| matches!(action, Action::Unplug(..))));
+    }
+
+    /// Nothing that an attachment of the store accounts for is ever removed.
+    #[test]
+    fn what_is_held_stays(breaks in breaks()) {
+        let mut world = agreeing(4);
+        breaks.iter().for_each(|one| one.apply(&mut world));
+        let addresses: BTreeSet<IpAddr> =
+            world.attachments.iter().flat_map(|held| held.plan.inputs.addresses.iter().collect::<Vec<_>>()).collect();
+        let aliases: BTreeSet<String> = world.attachments.iter().map(|held| alias(&held.plan.inputs.key)).collect();
+        for action in freeing(&world) {
+            let held = match &action {
+                Action::Remove(Leftover::Link { alias, .. }) => alias.as_ref().is_some_and(|a| aliases.contains(a)),
+                Action::Remove(Leftover::Route(route)) => addresses.contains(&route.dst.addr()),
+                Action::Remove(Leftover::Rule(rule)) => addresses.contains(&rule.selector.net().addr()),
+                Action::Unplug(_, of) => !of.is_disjoint(&addresses),
+                _ => false,
+            };
+            prop_assert!(!held, "{action:?}");
+        }
+    }
+
+    /// Doing every repair once leaves nothing to repair.
+    #[test]
+    fn repairs_repair(breaks in breaks()) {
+        let mut world = agreeing(4);
+        breaks.iter().for_each(|one| one.apply(&mut world));
+        for finding in findings(&world) {
+            let held = world.attachments.iter().find(|held| Some(&held.plan.inputs.key) == finding.key.as_ref());
+            match finding.action {
+                Action::Repair(step) => apply(world.kernel.as_mut().unwrap(), &[step], 0),
+                Action::Replug(ifindex) => {
+                    let inputs = held.unwrap().plan.inputs.clone();
+                    let endpoints = world.endpoints.as_mut().unwrap();
+                    endpoints.retain(|endpoint| endpoint.ifindex != ifindex);
+                    endpoints.push(Endpoint {
+                        ifindex,
+                        host_mac: inputs.host_mac,
+                        pod_mac: inputs.pod_mac,
+                        addresses: inputs.addresses,
+                        eni_ifindex: inputs.eni_ifindex,
+                        attached: Some(true),
+                    });
+                }
+                _ => {}
+            }
+        }
+        let left: Vec<_> = findings(&world).into_iter().filter(|finding| finding.action.name() == "repair").collect();
+        prop_assert!(left.is_empty(), "{left:?}");
+    }
+}

@@ -1,0 +1,294 @@
+//! `terway-cli config`: what a configuration means, without a daemon.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::Subcommand;
+use serde_json::{Map, Value, json};
+use terway_core::config::{Changed, Config, Invalid, KEYS, Key, Place, REMOVED, Setting, Warning, by_name, nearest};
+
+use super::print;
+use super::table::{Style, pretty};
+use crate::config_source::Paths;
+
+/// What to do with a configuration.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Reads a configuration as the daemon would: every refused value, every warning. Exit code 1 if it would be refused.
+    Check {
+        /// `eni_conf`, or a folder with the data of the ConfigMap.
+        config: PathBuf,
+        /// The node's own configuration, merged over it; a document or a folder.
+        #[arg(long, value_name = "PATH")]
+        overlay: Option<PathBuf>,
+        /// A zone that nodes are in: also fails if it has no vSwitch.
+        #[arg(long, value_name = "ZONE")]
+        zone: Option<String>,
+    },
+    /// Explains a key: shape, default, unit, when a change takes effect. Without a key, lists all.
+    Explain {
+        /// The key.
+        key: Option<String>,
+    },
+    /// What changes from one configuration to another, and when each change takes effect. Exit code 1 if one would be refused.
+    Diff {
+        /// The present one, a document or a folder.
+        old: PathBuf,
+        /// The new one, a document or a folder.
+        new: PathBuf,
+    },
+}
+
+/// What the daemon would make of the files.
+type Checked = std::result::Result<(Config, Vec<Warning>), Vec<Invalid>>;
+
+pub(super) fn run(command: &Command, style: Style) -> Result<ExitCode> {
+    let (text, good) = match command {
+        Command::Check { config, overlay, zone } => check(&read(config, overlay.as_deref())?, zone.as_deref(), style),
+        Command::Explain { key: None } => (list(style), true),
+        Command::Explain { key: Some(name) } => (explain(name, style)?, true),
+        Command::Diff { old, new } => diff((old, read(old, None)?), (new, read(new, None)?), style),
+    };
+    print(&text);
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn read(config: &Path, overlay: Option<&Path>) -> Result<Checked> {
+    let paths = Paths { config: config.to_owned(), overlay: overlay.map(Path::to_owned), kept: None };
+    Ok(paths.read().map_err(anyhow::Error::msg)?.check())
+}
+
+fn check(checked: &Checked, zone: Option<&str>, style: Style) -> (String, bool) {
+    let (config, warnings, refused) = match checked {
+        Ok((config, warnings)) => (Some(config), warnings.as_slice(), [].as_slice()),
+        Err(refused) => (None, [].as_slice(), refused.as_slice()),
+    };
+    let vswitches = config.zip(zone).map(|(config, zone)| config.vswitches_of(zone));
+    let good = config.is_some() && vswitches.is_none_or(|list| !list.is_empty());
+    if style.is_json() {
+        let text = pretty(&json!({
+            "valid": good,
+            "refused": refused.iter().map(invalid_json).collect::<Vec<_>>(),
+            "warnings": warnings.iter().map(|w| json!({"key": w.key, "message": w.message})).collect::<Vec<_>>(),
+            "zone": zone.map(|zone| json!({
+                "name": zone, "vswitches": vswitches.map(|list| list.iter().map(ToString::to_string).collect::<Vec<_>>()),
+            })),
+            "settings": config.map(settings_json),
+        }));
+        return (text, good);
+    }
+    let mut lines: Vec<String> = refused.iter().map(|bad| format!("refused  {bad}")).collect();
+    lines.extend(warnings.iter().map(|warning| format!("warning  {warning}")));
+    if let Some((zone, list)) = zone.zip(vswitches) {
+        let names: Vec<String> = list.iter().map(ToString::to_string).collect();
+        lines.push(match names.as_slice() {
+            [] => format!("refused  vswitches: none in zone {zone}, so nodes there could make no ENI"),
+            names => format!("zone     {zone}: {}", names.join(", ")),
+        });
+    }
+    if let Some(config) = config.filter(|_| style.wide()) {
+        let rows = config.settings().into_iter().map(|(key, value)| vec![key.name.to_owned(), value.to_string()]);
+        lines.push(format!("\n{}", style.table(&["KEY", "VALUE"], rows)));
+    }
+    lines.push(match (good, warnings.len()) {
+        (false, _) => "refused: the daemon would keep its last good configuration".to_owned(),
+        (true, 0) => "good".to_owned(),
+        (true, 1) => "good, with one warning".to_owned(),
+        (true, count) => format!("good, with {count} warnings"),
+    });
+    (lines.join("\n") + "\n", good)
+}
+
+fn invalid_json(bad: &Invalid) -> Value {
+    json!({"key": bad.key, "value": bad.value, "reason": bad.reason})
+}
+
+fn setting_json(setting: &Setting) -> Value {
+    match setting {
+        Setting::None => Value::Null,
+        Setting::Value(value) => value.clone(),
+        Setting::Hidden(_) => setting.to_string().into(),
+    }
+}
+
+fn settings_json(config: &Config) -> Value {
+    config
+        .settings()
+        .iter()
+        .map(|(key, value)| (key.name.to_owned(), setting_json(value)))
+        .collect::<Map<_, _>>()
+        .into()
+}
+
+fn place(key: &Key) -> &'static str {
+    match key.place {
+        Place::EniConf => "eni_conf",
+        Place::ConfigMap => "beside eni_conf in the ConfigMap",
+    }
+}
+
+fn key_json(key: &Key) -> Value {
+    json!({
+        "key": key.name, "place": place(key), "value": key.kind.to_string(), "default": key.absent.to_string(),
+        "unit": key.unit, "effect": key.effect.as_str(), "about": key.about,
+    })
+}
+
+fn list(style: Style) -> String {
+    if style.is_json() {
+        return pretty(&KEYS.iter().map(key_json).collect());
+    }
+    let rows = KEYS.iter().map(|key| {
+        [key.name, &key.absent.to_string(), key.unit, &key.effect.to_string(), &key.kind.to_string()]
+            .map(str::to_owned)
+            .to_vec()
+    });
+    style.table(&["KEY", "DEFAULT", "UNIT", "TAKES EFFECT", "+VALUE"], rows)
+}
+
+fn explain(name: &str, style: Style) -> Result<String> {
+    if let Some((name, successor)) = REMOVED.iter().find(|(removed, _)| *removed == name) {
+        return Ok(match style.is_json() {
+            true => pretty(&json!({"key": name, "removed": true, "about": successor})),
+            false => format!("{name} was removed. {successor}\n"),
+        });
+    }
+    let Some(key) = by_name(name) else {
+        match nearest(name) {
+            Some(near) => bail!("{name} is not a known key; did you mean {near}?"),
+            None => bail!("{name} is not a known key; `terway-cli config explain` lists all"),
+        }
+    };
+    if style.is_json() {
+        return Ok(pretty(&key_json(key)));
+    }
+    let unit = if key.unit.is_empty() { String::new() } else { format!(" ({})", key.unit) };
+    Ok(format!(
+        "{}\n\n{}\n\nstands     {}\nvalue      {}{unit}\ndefault    {}\neffective  {}\n",
+        key.name,
+        key.about,
+        place(key),
+        key.kind,
+        key.absent,
+        key.effect
+    ))
+}
+
+/// What is wrong with which of two files.
+fn refused(sides: &[(&Path, Checked)], style: Style) -> String {
+    let sides = sides.iter().filter_map(|(path, checked)| Some((path.display(), checked.as_ref().err()?)));
+    if style.is_json() {
+        let files = sides.map(|(path, bad)| {
+            json!({"file": path.to_string(), "refused": bad.iter().map(invalid_json).collect::<Vec<_>>()})
+        });
+        return pretty(&json!({"valid": false, "files": files.collect::<Vec<_>>()}));
+    }
+    sides.flat_map(|(path, bad)| bad.iter().map(move |bad| format!("refused  {path}: {bad}\n"))).collect()
+}
+
+fn diff(old: (&Path, Checked), new: (&Path, Checked), style: Style) -> (String, bool) {
+    let (Ok((old_config, _)), Ok((new_config, _))) = (&old.1, &new.1) else {
+        return (refused(&[old, new], style), false);
+    };
+    let changed = old_config.diff(new_config);
+    let text = match style.is_json() {
+        true => {
+            let changes = changed.iter().map(|Changed { key, old, new, effect }| {
+                json!({"key": key, "old": setting_json(old), "new": setting_json(new), "effect": effect.as_str()})
+            });
+            pretty(&json!({"valid": true, "changes": changes.collect::<Vec<_>>()}))
+        }
+        _ if changed.is_empty() => "nothing changes\n".to_owned(),
+        _ => {
+            let rows = changed.iter().map(|change| {
+                vec![change.key.to_owned(), change.effect.to_string(), change.old.to_string(), change.new.to_string()]
+            });
+            style.table(&["KEY", "TAKES EFFECT", "OLD", "NEW"], rows)
+        }
+    };
+    (text, true)
+}
+
+#[cfg(test)]
+mod tests {
+    use terway_core::config::parse;
+
+    use super::super::Output;
+    use super::*;
+
+    const TEXT: Style = Style { output: Output::Table, headers: true };
+    const JSON: Style = Style { output: Output::Json, headers: true };
+    const WIDE: Style = Style { output: Output::Wide, headers: true };
+
+    const GOOD: &str =
+        r#"{"vswitches":{"z":["vsw-1"]},"security_group":"sg-1","access_key":"id","access_secret":"hush","colour":1}"#;
+
+    #[test]
+    fn a_good_configuration_passes_with_its_warnings_and_without_its_secrets() {
+        for output in [TEXT, WIDE, JSON] {
+            let (text, good) = check(&parse(GOOD), Some("z"), output);
+            assert!(good && text.contains("colour") && !text.contains("hush"), "{text}");
+        }
+        let (text, good) = check(&parse(GOOD), Some("y"), TEXT);
+        assert!(!good && text.contains("none in zone y"), "{text}");
+        let json: Value = serde_json::from_str(&check(&parse(GOOD), Some("y"), JSON).0).unwrap();
+        assert_eq!((&json["valid"], &json["zone"]["vswitches"]), (&json!(false), &json!([])));
+    }
+
+    #[test]
+    fn a_bad_configuration_fails_with_every_reason() {
+        let bad = parse(r#"{"ip_stack":"v4","max_eni":-1}"#);
+        let (text, good) = check(&bad, None, TEXT);
+        assert!(!good && text.lines().filter(|l| l.starts_with("refused  ")).count() == 3, "{text}");
+        let json: Value = serde_json::from_str(&check(&bad, None, JSON).0).unwrap();
+        assert_eq!(json["refused"].as_array().map(Vec::len), Some(3));
+    }
+
+    #[test]
+    fn every_key_is_explained_and_a_slip_is_answered_with_the_right_one() {
+        for key in KEYS {
+            let text = explain(key.name, TEXT).unwrap();
+            assert!(text.contains(key.about) && text.contains(key.effect.as_str()), "{text}");
+            assert!(list(TEXT).contains(key.name));
+        }
+        assert!(explain("enable_eip_pool", TEXT).unwrap().contains("ack-extend-network-controller"));
+        assert!(explain("max_pol_size", TEXT).unwrap_err().to_string().contains("max_pool_size"));
+        assert!(explain("colour", TEXT).is_err());
+    }
+
+    #[test]
+    fn a_difference_says_when_it_takes_effect() {
+        let path = Path::new("eni_conf");
+        let new =
+            GOOD.replace("hush", "rush").replace("vsw-1", "vsw-2").replace("\"colour\":1", "\"ip_stack\":\"dual\"");
+        let (text, good) = diff((path, parse(GOOD)), (path, parse(&new)), TEXT);
+        assert!(good && !text.contains("ush\""), "{text}");
+        for line in [
+            "ip_stack       restart          ipv4",
+            "vswitches      new allocations",
+            "access_secret  now              <secret>",
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+        assert_eq!(diff((path, parse(GOOD)), (path, parse(GOOD)), TEXT), ("nothing changes\n".to_owned(), true));
+        assert!(!diff((path, parse(GOOD)), (path, parse("{}")), TEXT).1);
+    }
+
+    #[test]
+    fn files_and_folders_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("eni_conf");
+        std::fs::write(&file, GOOD).unwrap();
+        for path in [dir.path(), &file] {
+            let command = Command::Check { config: path.to_owned(), overlay: None, zone: None };
+            assert_eq!(run(&command, TEXT).unwrap(), ExitCode::SUCCESS);
+        }
+        let overlay = dir.path().join("own");
+        std::fs::write(&overlay, r#"{"vswitches":null}"#).unwrap();
+        let command = Command::Check { config: file.clone(), overlay: Some(overlay), zone: None };
+        assert_eq!(run(&command, TEXT).unwrap(), ExitCode::FAILURE);
+        let missing = Command::Diff { old: file, new: dir.path().join("missing") };
+        assert!(run(&missing, TEXT).unwrap_err().to_string().contains("missing"));
+    }
+}

@@ -1,0 +1,166 @@
+//! Where the configuration comes from: a mounted ConfigMap or a file, watched. A good edit is published; a bad one is reported, and what was in
+//! force stays in force.
+
+mod files;
+mod status;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use terway_core::config::{Config, Documents, Live, Warning};
+use terway_core::errors::{self, Error};
+use tokio::sync::watch::{Receiver, Sender};
+use tracing::{error, info, warn};
+
+pub use self::files::Paths;
+pub use self::status::{ConfigMetrics, ConfigStatus, Edit, Failure};
+use self::watch::Watch;
+
+/// How often the files are read although nothing was seen: not every file system tells.
+const READ_EVERY: Duration = Duration::from_secs(60);
+
+/// What reading gave: the documents, or why not.
+type Outcome = Result<Documents, String>;
+
+/// The configuration of this node, now and as it changes.
+#[derive(Debug)]
+pub struct ConfigSource {
+    paths: Paths,
+    metrics: ConfigMetrics,
+    published: Sender<Arc<Config>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    live: Live,
+    /// What was read last, good or bad: the same again is no news.
+    read: Outcome,
+    status: ConfigStatus,
+}
+
+impl ConfigSource {
+    /// Reads the configuration for the first time. When it is bad, the last good one of an earlier run is taken, so that a bad edit does not
+    /// keep a node from starting.
+    ///
+    /// # Errors
+    /// [`errors::CONFIG_INVALID`] with every refused value, when there is no earlier one either.
+    pub fn open(paths: Paths, metrics: ConfigMetrics) -> Result<Self, Error> {
+        let read = paths.read();
+        let (config, warnings, failure) = match judge(&read) {
+            Ok((config, warnings)) => {
+                paths.keep(&read);
+                (config, warnings, None)
+            }
+            Err(failure) => {
+                let Some((config, warnings)) = paths.kept().and_then(|kept| kept.check().ok()) else {
+                    return Err(failure.error);
+                };
+                error!(
+                    code = failure.error.code.id,
+                    detail = failure.error.detail,
+                    "the configuration is bad; starting with the last good one"
+                );
+                (config, warnings, Some(*failure))
+            }
+        };
+        for warning in &warnings {
+            warn!(key = warning.key, "eni-config: {}", warning.message);
+        }
+        metrics.reloaded(failure.as_ref().map_or("applied", |failure| failure.result));
+        let live = Live::new(config);
+        let status = ConfigStatus::start(&live, warnings, failure);
+        let published = Sender::new(Arc::clone(live.in_force()));
+        Ok(Self { paths, metrics, published, state: Mutex::new(State { live, read, status }) })
+    }
+
+    /// What is in force now.
+    #[must_use]
+    pub fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.published.borrow())
+    }
+
+    /// What is in force, now and later. Keys that need a restart never change in it.
+    #[must_use]
+    pub fn subscribe(&self) -> Receiver<Arc<Config>> {
+        self.published.subscribe()
+    }
+
+    /// What the last edits did.
+    #[must_use]
+    pub fn status(&self) -> ConfigStatus {
+        self.state().status.clone()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows the files as long as the daemon runs.
+    pub async fn follow(self: Arc<Self>) {
+        loop {
+            // Watch first, read then: what happens in between is seen.
+            let watch = Watch::new(&self.paths.sources());
+            self.reload();
+            watch.news(READ_EVERY).await;
+        }
+    }
+
+    /// Reads the files once and takes what is new in them.
+    pub fn reload(&self) {
+        let read = self.paths.read();
+        let mut state = self.state();
+        if state.read == read {
+            return;
+        }
+        match judge(&read) {
+            Ok((config, warnings)) => {
+                let changed = state.live.offer(config);
+                self.paths.keep(&read);
+                for warning in warnings.iter().filter(|w| !state.status.warnings.contains(w)) {
+                    warn!(key = warning.key, "eni-config: {}", warning.message);
+                }
+                for change in &changed {
+                    info!(key = change.key, old = %change.old, new = %change.new, effect = %change.effect, "eni-config changed");
+                }
+                info!(generation = state.live.generation(), changes = changed.len(), "eni-config taken");
+                self.metrics.reloaded("applied");
+                let State { live, status, .. } = &mut *state;
+                status.took(live, changed, warnings, SystemTime::now());
+            }
+            Err(failure) => {
+                error!(
+                    code = failure.error.code.id,
+                    detail = failure.error.detail,
+                    remedy = failure.error.code.remedy,
+                    generation = state.live.generation(),
+                    "eni-config is bad; what was in force stays"
+                );
+                self.metrics.reloaded(failure.result);
+                state.status.failure = Some(*failure);
+            }
+        }
+        state.read = read;
+        // Under the lock, so that two reloads publish in the order they were taken.
+        let in_force = Arc::clone(state.live.in_force());
+        self.published.send_if_modified(|held| {
+            let new = !Arc::ptr_eq(held, &in_force);
+            *held = in_force;
+            new
+        });
+    }
+}
+
+fn judge(read: &Outcome) -> Result<(Config, Vec<Warning>), Box<Failure>> {
+    let failure = |result, detail| {
+        Box::new(Failure { at: SystemTime::now(), result, error: Error::new(errors::CONFIG_INVALID, detail) })
+    };
+    let documents = read.as_ref().map_err(|reason| failure("unreadable", reason.clone()))?;
+    documents.check().map_err(|bad| {
+        let all: Vec<String> = bad.iter().map(ToString::to_string).collect();
+        failure("refused", all.join("; "))
+    })
+}

@@ -1,0 +1,275 @@
+//! Once a minute: is the node as the store says? What is not and can be set right is, and what nobody owns is removed.
+//!
+//! What counts as evidence, and what it justifies, is decided by [`terway_core::reconcile`]. Here it is read and done. Corrections exclude the
+//! wiring and unwiring of pods ([`Engine::wiring`]) and look at the store again, so that they never act on what was true a moment ago.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use terway_core::errors::{self, Error};
+use terway_core::ident::{AttachmentKey, Mac};
+use terway_core::ipam::{AttachmentView, Event, Phase};
+use terway_core::reconcile::{
+    Action, Confirmation, Endpoint, Finding, Held, HeldEni, Inventory, Kind, Netns, World, findings, sysctls,
+};
+use terway_core::route::{EniPlan, Leftover, Step, alias};
+use tracing::{info, warn};
+
+use super::Engine;
+use super::pod::{PodOptions, net_error};
+use crate::cloud::EniFilter;
+use crate::net::NetError;
+
+/// What audits remember.
+#[derive(Default)]
+pub(super) struct Audit {
+    /// The set-up of each ENI, by its MAC.
+    plans: Mutex<BTreeMap<Mac, EniPlan>>,
+    confirmation: Mutex<Confirmation>,
+    /// What the last audit could not set right.
+    problems: Mutex<Vec<Error>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Audit {
+    pub(super) fn eni_is_set_up(&self, mac: Mac, plan: EniPlan) {
+        lock(&self.plans).insert(mac, plan);
+    }
+
+    pub(super) fn eni_is_released(&self, mac: Mac) {
+        lock(&self.plans).remove(&mac);
+    }
+
+    pub(super) fn problems(&self) -> Vec<Error> {
+        lock(&self.problems).clone()
+    }
+}
+
+/// What was read, and what could not be.
+pub(super) struct Observation {
+    pub(super) world: World,
+    pub(super) kernel: Result<(), Error>,
+    pub(super) datapath: Result<(), Error>,
+    pub(super) cloud: Option<Result<(), Error>>,
+}
+
+impl Engine {
+    /// Reads every source. The store comes first and last: only what it says both times is compared with what was read in between.
+    pub(super) async fn look(&self, ask_cloud: bool) -> Observation {
+        let before = self.core().pool.list();
+        let plans: BTreeMap<Mac, EniPlan> = lock(&self.audit.plans).clone();
+
+        let kernel = self.host.observe(sysctls(plans.values())).await.map_err(net_error);
+        let endpoints = self
+            .with_datapath(|datapath| {
+                let stored = datapath.stored_endpoints()?.into_iter();
+                stored.map(|e| datapath.pod_is_attached(e.host_ifindex).map(|attached| (e, attached))).collect()
+            })
+            .await
+            .map(|stored: Vec<_>| stored.into_iter().map(|(e, attached)| endpoint(&e, attached)).collect());
+        let cloud = match ask_cloud {
+            true => Some(self.cloud.enis(&EniFilter::of_instance(self.instance())).await),
+            false => None,
+        };
+
+        let (after, enis) = {
+            let core = self.core();
+            (core.pool.list(), core.pool.enis())
+        };
+        let mut attachments = Vec::new();
+        for view in &after {
+            let steady =
+                before.iter().any(|old| old.key == view.key && old.phase == view.phase && old.grant == view.grant);
+            attachments.push(self.held(view, if steady { view.phase } else { Phase::SettingUp }));
+        }
+        for view in before.iter().filter(|old| !after.iter().any(|view| view.key == old.key)) {
+            attachments.push(self.held(view, Phase::Releasing));
+        }
+        let enis = enis.into_iter().filter_map(|eni| {
+            let plan = eni.mac.and_then(|mac| plans.get(&mac).cloned());
+            Some(HeldEni { id: eni.id?, plan, addresses: eni.addresses.into_iter().collect() })
+        });
+        let cloud = cloud.map(|listed| listed.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string())));
+        Observation {
+            kernel: kernel.as_ref().map(drop).map_err(Error::clone),
+            datapath: endpoints.as_ref().map(drop).map_err(Error::clone),
+            cloud: cloud.as_ref().map(|listed| listed.as_ref().map(drop).map_err(Error::clone)),
+            world: World {
+                attachments,
+                enis: enis.collect(),
+                nics: self.links.nics().iter().map(|nic| nic.ifindex).collect(),
+                kernel: kernel.ok(),
+                endpoints: endpoints.ok(),
+                cloud: cloud.and_then(Result::ok).map(|enis| Inventory { instance: self.instance().clone(), enis }),
+            },
+        }
+    }
+
+    fn held(&self, view: &AttachmentView, phase: Phase) -> Held {
+        let plan = self.plan(&view.key, &view.pod, &view.grant, &PodOptions::decode(&view.options));
+        let netns = match phase {
+            Phase::Ready => match self.host.open_netns(&view.netns) {
+                Ok(_) => Netns::Present,
+                Err(NetError::Netns { .. }) => Netns::Absent,
+                Err(_) => Netns::Unknown,
+            },
+            Phase::SettingUp | Phase::Releasing => Netns::Unknown,
+        };
+        Held { pod: view.pod.clone(), phase, eni: view.grant.eni.clone(), plan, netns }
+    }
+
+    /// Compares, repairs, removes, and frees what pods left without a DEL (runtimes do forget some).
+    pub async fn audit(self: &Arc<Self>) {
+        let Observation { world, kernel, datapath, .. } = self.look(false).await;
+        for error in [kernel, datapath].into_iter().filter_map(Result::err) {
+            warn!(%error, "the audit could not read everything");
+        }
+        let found = findings(&world);
+        for kind in Kind::ALL {
+            self.metrics.findings(kind.name(), found.iter().filter(|finding| finding.kind == kind).count());
+        }
+        let mut problems: Vec<Error> = found
+            .iter()
+            .filter(|f| f.action == Action::None && f.kind.is_mismatch())
+            .map(|f| problem(&world, f))
+            .collect();
+        let due = lock(&self.audit.confirmation).due(found);
+        let due: Vec<Finding> = due.into_iter().filter(|finding| finding.action != Action::None).collect();
+        if !due.is_empty() {
+            let _alone = self.wiring.write().await;
+            for finding in due {
+                let outcome = self.correct(&world, &finding).await;
+                let Finding { kind, subject, evidence, action, .. } = &finding;
+                match outcome {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        self.metrics.corrected(action.name());
+                        let code = errors::NET_DRIFT.id;
+                        warn!(
+                            code,
+                            kind = kind.name(),
+                            subject,
+                            evidence,
+                            action = action.name(),
+                            "the node was not as planned"
+                        );
+                    }
+                    Err(error) => {
+                        warn!(kind = kind.name(), subject, evidence, action = action.name(), %error, "cannot be set right");
+                        problems.push(problem(&world, &finding));
+                    }
+                }
+            }
+        }
+        *lock(&self.audit.problems) = problems;
+    }
+
+    /// Carries out one action; `false` if the store has moved on and there is nothing to do any more.
+    async fn correct(self: &Arc<Self>, world: &World, finding: &Finding) -> Result<bool, Error> {
+        match &finding.action {
+            // Fencing is the pool's, which sees the same in its inventory.
+            Action::None | Action::Fence => Ok(false),
+            Action::Repair(step) => {
+                if !self.still_wanted(world, finding, step) {
+                    return Ok(false);
+                }
+                self.host.repair(vec![step.clone()], None).await.map_err(net_error)?;
+                Ok(true)
+            }
+            Action::Replug(ifindex) => {
+                let Some(view) = self.steady(world, finding.key.as_ref()) else { return Ok(false) };
+                let plan = self.plan(&view.key, &view.pod, &view.grant, &PodOptions::decode(&view.options));
+                self.with_datapath(crate::bpf::Datapath::reread).await?;
+                self.plug(Self::endpoint(&plan, &view.grant, *ifindex)).await?;
+                Ok(true)
+            }
+            Action::Remove(leftover) => {
+                if self.is_known(leftover) {
+                    return Ok(false);
+                }
+                self.host.remove(vec![leftover.clone()]).await.map_err(net_error)?;
+                Ok(true)
+            }
+            Action::Unplug(ifindex, addresses) => {
+                let (ifindex, known) = (*ifindex, self.known_addresses());
+                if !known.is_disjoint(addresses) {
+                    return Ok(false);
+                }
+                self.with_datapath(move |datapath| {
+                    datapath.reread()?;
+                    datapath.remove_endpoint(ifindex)
+                })
+                .await
+            }
+            Action::Free => {
+                let Some(key) = finding.key.clone() else { return Ok(false) };
+                info!(%key, "the pod is gone without a DEL; freeing its addresses");
+                self.feed(Event::Gone { key });
+                Ok(true)
+            }
+        }
+    }
+
+    /// The attachment, if it is ready and has the addresses it had when the world was looked at.
+    fn steady(&self, world: &World, key: Option<&AttachmentKey>) -> Option<AttachmentView> {
+        let view = self.core().pool.get(key?)?;
+        let held = world.attachments.iter().find(|held| held.plan.inputs.key == view.key)?;
+        let same = held.plan.inputs.addresses == view.grant.addresses && held.eni == view.grant.eni;
+        (same && view.phase == Phase::Ready).then_some(view)
+    }
+
+    fn still_wanted(&self, world: &World, finding: &Finding, step: &Step) -> bool {
+        match &finding.key {
+            Some(key) => self.steady(world, Some(key)).is_some(),
+            None => lock(&self.audit.plans).values().any(|plan| plan.steps.contains(step)),
+        }
+    }
+
+    fn known_addresses(&self) -> BTreeSet<IpAddr> {
+        self.core().pool.list().into_iter().flat_map(|view| view.grant.addresses.iter().collect::<Vec<_>>()).collect()
+    }
+
+    fn is_known(&self, leftover: &Leftover) -> bool {
+        match leftover {
+            Leftover::Link { alias: owner, .. } => {
+                let known = self.core().pool.list();
+                known.iter().any(|view| Some(alias(&view.key)) == *owner)
+            }
+            Leftover::Route(route) if route.dst.prefix_len() == 0 => {
+                self.links.nics().iter().any(|nic| nic.name == route.dev)
+            }
+            Leftover::Route(route) => self.known_addresses().contains(&route.dst.addr()),
+            Leftover::Rule(rule) => self.known_addresses().contains(&rule.selector.net().addr()),
+        }
+    }
+}
+
+fn endpoint(stored: &crate::bpf::Endpoint, attached: bool) -> Endpoint {
+    Endpoint {
+        ifindex: stored.host_ifindex,
+        host_mac: stored.host_mac,
+        pod_mac: stored.pod_mac,
+        addresses: stored.addresses,
+        eni_ifindex: stored.eni_ifindex,
+        attached: Some(attached),
+    }
+}
+
+/// What stays wrong, for `terway-cli status`.
+fn problem(world: &World, finding: &Finding) -> Error {
+    let code = match finding.kind {
+        Kind::NicMissing => errors::NIC_MISSING,
+        _ => errors::NET_DRIFT,
+    };
+    let held = world.attachments.iter().find(|held| Some(&held.plan.inputs.key) == finding.key.as_ref());
+    let whose = held.map(|held| format!("{} ({}): ", held.pod, held.plan.inputs.key)).unwrap_or_default();
+    let advice = match finding.kind {
+        Kind::LinkMissing => "; delete the pod, its replacement gets a new interface",
+        _ => "",
+    };
+    Error::new(code, format!("{whose}{}: {}{advice}.", finding.subject, finding.evidence))
+}

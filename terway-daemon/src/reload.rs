@@ -1,0 +1,144 @@
+//! From the configuration to everything that follows it: at the start, and while the daemon runs.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use terway_core::config::{Config, Degradation, EniSelection, POOL_OPERATIONS, VSwitchOrder};
+use terway_core::errors::{self, Error};
+use terway_core::ipam::{self, Backoff, PoolConfig, VSwitchSelection};
+use tokio::sync::watch::Receiver;
+use tracing::error;
+
+use crate::bpf::Datapath;
+use crate::cloud::{Aliyun, CredentialSource};
+use crate::engine::{Engine, PodOptions};
+use crate::identity::Node;
+use crate::options::Options;
+
+/// What the pool must know.
+pub(crate) fn pool(options: &Options, config: &Config, node: &Node) -> PoolConfig {
+    let zone = &node.identity.zone;
+    let vswitches = config.vswitches_of(zone).to_vec();
+    if vswitches.is_empty() {
+        error!(zone, "eni_conf has no vSwitch in this node's zone: no ENI can be made");
+    }
+    let base = PoolConfig::new(node.identity.instance.clone(), node.limits, node.token_seed.clone());
+    PoolConfig {
+        min_enis: config.min_eni,
+        max_enis: config.max_eni,
+        eni_cap_permille: config.eni_cap_ratio.permille(),
+        eni_cap_shift: config.eni_cap_shift,
+        stack: config.ip_stack,
+        prefixes: config.prefixes.enabled,
+        min_prefixes: config.prefixes.v4_count,
+        vswitches,
+        selection: match config.vswitch_order {
+            VSwitchOrder::Ordered => VSwitchSelection::Ordered,
+            VSwitchOrder::Most => VSwitchSelection::Most,
+            VSwitchOrder::Random => VSwitchSelection::Random,
+        },
+        eni_selection: match config.eni_selection {
+            EniSelection::MostIps => ipam::EniSelection::MostIps,
+            EniSelection::LeastIps => ipam::EniSelection::LeastIps,
+        },
+        security_groups: config.security_groups.clone(),
+        resource_group: config.resource_group.clone(),
+        tags: config.eni_tags.clone(),
+        tag_filter: config.eni_tag_filter.clone(),
+        tag_block_list: config.eni_tag_block_list.iter().map(|t| (t.key.clone(), t.value.clone())).collect(),
+        min_idle: config.min_idle,
+        max_idle: config.max_idle,
+        warm_up: config.warm_up,
+        reclaim: config.reclaim.after.map(|after| ipam::Reclaim {
+            after,
+            interval: config.reclaim.interval,
+            batch: config.reclaim.batch,
+            jitter_permille: config.reclaim.jitter.permille(),
+        }),
+        degradation: match config.degradation {
+            Degradation::None => ipam::Degradation::None,
+            Degradation::L0 => ipam::Degradation::L0,
+            Degradation::L1 => ipam::Degradation::L1,
+        },
+        cooling: Duration::from_secs(options.cooling),
+        resync: config.sync_period,
+        retry: backoff(config, base.retry),
+        ..base
+    }
+}
+
+fn backoff(config: &Config, default: Backoff) -> Backoff {
+    let Some(given) = POOL_OPERATIONS.iter().find_map(|operation| config.backoff.get(*operation)) else {
+        return default;
+    };
+    let first = given.duration.filter(|first| !first.is_zero()).unwrap_or(default.first);
+    Backoff { first, most: given.cap.unwrap_or(default.most).max(first) }
+}
+
+/// Where the keys of the cloud account come from.
+pub(crate) fn credentials(options: &Options, config: &Config) -> CredentialSource {
+    let key = config.access_key.as_ref().map(|key| (key.id.clone(), key.secret.clone()));
+    CredentialSource::chain(&options.credentials_dir, key, config.credential_path.as_deref().map(Path::new))
+}
+
+/// What pods get unless their own network configuration says otherwise.
+pub(crate) fn pod_defaults(options: &Options, config: &Config) -> PodOptions {
+    PodOptions { mtu: options.mtu.or(config.mtu), extra_routes: config.extra_routes.clone() }
+}
+
+/// Tells the datapath which destinations are the node's own.
+///
+/// # Errors
+/// When the map cannot be written.
+pub(crate) fn host_stack(config: &Config, addresses: &[IpNet], datapath: &Datapath) -> Result<(), Error> {
+    let hosts = addresses.iter().map(|net| IpNet::from(net.addr()));
+    let all: Vec<IpNet> = hosts.chain(config.host_stack_cidrs.iter().copied()).collect();
+    datapath
+        .set_host_addresses(&all)
+        .map_err(|error| Error::new(errors::BPF_FAILED, format!("host addresses: {error}")))
+}
+
+/// Everything that takes a new configuration while it runs.
+pub(crate) struct Followers {
+    pub(crate) options: Options,
+    pub(crate) node: Node,
+    pub(crate) cloud: Arc<Aliyun>,
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) datapath: Arc<Datapath>,
+}
+
+impl Followers {
+    /// Applies every change of the configuration and of the node's addresses. Runs as long as the daemon.
+    pub(crate) async fn follow(self, mut config: Receiver<Arc<Config>>, mut addresses: Receiver<Arc<Vec<IpNet>>>) {
+        let mut present = Arc::clone(&config.borrow_and_update());
+        loop {
+            let changed = tokio::select! {
+                changed = config.changed() => changed,
+                changed = addresses.changed() => changed,
+            };
+            if changed.is_err() {
+                return;
+            }
+            let next = Arc::clone(&config.borrow_and_update());
+            let addresses = Arc::clone(&addresses.borrow_and_update());
+            if let Err(error) = host_stack(&next, &addresses, &self.datapath) {
+                error!(%error, "a part of the configuration or of the node's addresses is not in effect");
+            }
+            if next != present {
+                self.apply(&present, &next);
+                present = next;
+            }
+        }
+    }
+
+    fn apply(&self, old: &Config, new: &Config) {
+        // A source of credentials that is set anew asks anew, which costs a call or a file.
+        if (&old.access_key, &old.credential_path) != (&new.access_key, &new.credential_path) {
+            self.cloud.set_credentials(credentials(&self.options, new));
+        }
+        self.cloud.set_rate_limits(&new.rate_limits);
+        self.engine.reconfigure(pool(&self.options, new, &self.node), pod_defaults(&self.options, new));
+    }
+}
