@@ -72,7 +72,7 @@ pub struct CreateEni {
 pub struct EniFilter {
     /// Attached to (or attaching to, or detaching from) this instance.
     pub instance: Option<InstanceId>,
-    /// One of these; any if empty. At most 100.
+    /// One of these; any if empty.
     pub ids: Vec<EniId>,
     /// In this state.
     pub status: Option<EniStatus>,

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use terway_core::cloud::ErrorClass;
-use terway_daemon::cloud::{Aliyun, Cloud, CredentialSource, EcsConfig, EniFilter, Secret};
+use terway_daemon::cloud::{Aliyun, Cloud, CredentialSource, EcsConfig, EniFilter, Secret, SignatureMethod};
 use terway_sim::cloud::{CloudConfig, Fault, FaultKind};
 
 use crate::{KEY, KEY_SECRET, Rig, eventually, is, world};
@@ -110,12 +110,16 @@ impl Write for Log {
 async fn no_secret_is_shown_anywhere() {
     let log = Log::default();
     let writer = log.clone();
-    let subscriber =
-        tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_max_level(tracing::Level::TRACE)
+        .with_writer(move || writer.clone())
+        .finish();
     tracing::subscriber::set_global_default(subscriber).unwrap();
     let rig = Rig::new(world()).await;
     let mut shown = String::new();
-    for config in [rig.config(), rig.by_role()] {
+    let hmac = |config| EcsConfig { signature: SignatureMethod::HmacSha1, ..config };
+    for config in [rig.config(), rig.by_role(), hmac(rig.config()), hmac(rig.by_role())] {
         shown += &format!("{config:?} {:#?}", config.credentials);
         let cloud = Aliyun::new(&config).unwrap();
         cloud.enis(&EniFilter::default()).await.unwrap();
@@ -135,7 +139,9 @@ async fn no_secret_is_shown_anywhere() {
         rig.sim.set_faults(Vec::new());
     }
     let logged = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-    for wanted in ["DescribeNetworkInterfaces", "cloud call failed", "NodeRole"] {
+    for wanted in
+        ["cloud_call{api=\"DescribeNetworkInterfaces\"", "latency_ms=", "request_id=", "cloud call failed", "NodeRole"]
+    {
         assert!(logged.contains(wanted), "the log is looked at at all: {wanted}");
     }
     for secret in [KEY_SECRET, KEY, "sts-secret", "sts-token", "STS.sim", "metadata-token-1", "Signature="] {

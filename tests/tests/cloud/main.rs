@@ -4,7 +4,10 @@
 
 mod access;
 mod calls;
+mod conditions;
 mod failing;
+mod keys;
+mod prefixes;
 mod server;
 
 use std::collections::BTreeMap;
@@ -84,6 +87,15 @@ impl Rig {
         let serving = sim.clone();
         let server = tokio::spawn(async move { serving.serve(listener).await });
         Self { sim, address, server }
+    }
+
+    /// The address of an admin endpoint.
+    async fn admin(&self) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let serving = self.sim.clone();
+        tokio::spawn(async move { serving.serve_admin(listener).await });
+        address
     }
 
     fn config(&self) -> EcsConfig {
