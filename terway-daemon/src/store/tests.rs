@@ -140,11 +140,13 @@ fn records_of_a_newer_daemon_are_refused_but_no_damage() {
     Store::open(&path).unwrap().commit(put(1)).wait().unwrap();
     let database = Database::open(&path).unwrap();
     let write = database.begin_write().unwrap();
-    write.open_table(RECORDS).unwrap().insert("x", br#"{"v":2,"kind":"of-the-future"}"#.as_slice()).unwrap();
+    let newer = terway_core::ipam::VERSION + 1;
+    let record = format!(r#"{{"v":{newer},"kind":"of-the-future"}}"#);
+    write.open_table(RECORDS).unwrap().insert("x", record.as_bytes()).unwrap();
     write.commit().unwrap();
     drop(database);
     let error = Store::open(&path).expect_err("a newer record");
-    assert!(!error.is_damage() && error.to_string().contains("version 2"), "{error}");
+    assert!(!error.is_damage() && error.to_string().contains(&format!("version {newer}")), "{error}");
 }
 
 const CHILD: &str = "TERWAY_STORE_TEST_FILE";
