@@ -87,6 +87,8 @@ fn eni(kind: EniKind, id: &str, v4: Vec<Ipv4Addr>, v6: Vec<Ipv6Addr>) -> Eni {
         primary_v4: Ipv4Addr::new(10, 0, 1, 250),
         v4,
         v6,
+        v4_prefixes: Vec::new(),
+        v6_prefixes: Vec::new(),
         security_groups: Vec::new(),
         tags: BTreeMap::new(),
     }
