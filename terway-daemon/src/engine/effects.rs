@@ -173,9 +173,7 @@ impl Engine {
                 let result = self.unassign_prefixes(&eni, &prefixes).await;
                 Event::PrefixesUnassigned { op, eni, family, result }
             }
-            Effect::DescribeVSwitches { op, ids } => {
-                Event::VSwitches { op, result: self.cloud.vswitches(&ids).await }
-            }
+            Effect::DescribeVSwitches { op, ids } => Event::VSwitches { op, result: self.cloud.vswitches(&ids).await },
             Effect::Fence { key, pod, reason, .. } => {
                 warn!(%key, %pod, code = reason.code.id, detail = reason.detail, "a pod's address is gone from its ENI");
                 return None;

@@ -62,8 +62,8 @@ mod view;
 mod vswitch;
 
 pub use config::{
-    ALWAYS_BLOCKED, Backoff, Degradation, EniSelection, PoolConfig, PoolMode, Reclaim, V4_PREFIX_SLOTS, V6_PREFIX_SLOTS,
-    VSwitchSelection,
+    ALWAYS_BLOCKED, Backoff, Degradation, EniSelection, PoolConfig, PoolMode, Reclaim, V4_PREFIX_SLOTS,
+    V6_PREFIX_SLOTS, VSwitchSelection,
 };
 pub use effect::{Answer, Effect, Grant, Nic};
 pub use event::{Add, Event, OpId, Ticket, Token};

@@ -33,7 +33,9 @@ impl Pool {
             self.retry_call(id, Family::V4);
             self.retry_call(id, Family::V6);
         }
-        let tokens: Vec<_> = self.creations.keys().cloned().collect();
+        // A doomed one asks again when a stray request must have arrived, no earlier.
+        let tokens = self.creations.iter().filter(|(_, creation)| !creation.doomed);
+        let tokens: Vec<_> = tokens.map(|(token, _)| token.clone()).collect();
         for token in tokens {
             self.retry_creation(&token);
         }
@@ -96,7 +98,8 @@ impl Pool {
             }
         }
         let now = self.now;
-        let graces = self.enis.values().filter_map(|state| state.mismatch.as_ref().map(|(_, since)| since.after(grace)));
+        let graces =
+            self.enis.values().filter_map(|state| state.mismatch.as_ref().map(|(_, since)| since.after(grace)));
         if let Some(next) = graces.filter(|at| *at > now).min() {
             self.wake(next, Timer::Plan);
         }

@@ -228,8 +228,11 @@ impl Pool {
         let ready = |eni: &EniState| eni.attached() && eni.slots(family).call.is_none();
         if self.enis.get(&eni).is_some_and(ready) {
             let each = prefix_slots(family);
-            let kind =
-                if prefixes { CallKind::AssignPrefixes { token, count, each } } else { CallKind::Assign { token, count } };
+            let kind = if prefixes {
+                CallKind::AssignPrefixes { token, count, each }
+            } else {
+                CallKind::Assign { token, count }
+            };
             self.call(&eni, family, kind);
             if let Some(call) = self.enis.get_mut(&eni).and_then(|eni| eni.slots_mut(family).call.as_mut()) {
                 call.uncertain = true;

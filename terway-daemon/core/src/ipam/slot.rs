@@ -45,11 +45,22 @@ pub(super) struct Call {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum CallKind {
-    Assign { token: Token, count: u32 },
-    Unassign { addresses: Vec<IpAddr> },
+    Assign {
+        token: Token,
+        count: u32,
+    },
+    Unassign {
+        addresses: Vec<IpAddr>,
+    },
     /// `each` is how many addresses one of them brings.
-    AssignPrefixes { token: Token, count: u32, each: u32 },
-    UnassignPrefixes { prefixes: Vec<IpNet> },
+    AssignPrefixes {
+        token: Token,
+        count: u32,
+        each: u32,
+    },
+    UnassignPrefixes {
+        prefixes: Vec<IpNet>,
+    },
 }
 
 impl CallKind {
@@ -437,7 +448,11 @@ mod tests {
             slots.set(address, SlotState::Bound, None);
             taken.push(address);
         }
-        assert_eq!(taken, [[10, 0, 9, 9].into(), ip(0), ip(1)], "singles first, then the prefix that is in use already");
+        assert_eq!(
+            taken,
+            [[10, 0, 9, 9].into(), ip(0), ip(1)],
+            "singles first, then the prefix that is in use already"
+        );
         assert!(!slots.release_prefix(prefixes[0]) && slots.release_prefix(prefixes[1]));
         assert_eq!((slots.counts().releasing, slots.releasing().len(), slots.to_give_back()), (16, 0, true));
         slots.remove_prefix(prefixes[1]);

@@ -242,7 +242,9 @@ impl Pool {
             releasing: releasing.sum(),
             enis: count(self.enis.len() + self.creations.len()),
             mismatched: count(self.enis.values().filter(|eni| eni.mismatch.is_some()).count()),
-            foreign: count(self.foreign.iter().filter(|eni| eni.instance.as_ref() == Some(&self.config.instance)).count()),
+            foreign: count(
+                self.foreign.iter().filter(|eni| eni.instance.as_ref() == Some(&self.config.instance)).count(),
+            ),
         }
     }
 
@@ -297,7 +299,10 @@ impl Pool {
             };
             EniView {
                 id: Some(eni.id.clone()),
-                addresses: super::lifecycle::addresses(eni).collect::<std::collections::BTreeSet<_>>().into_iter().collect(),
+                addresses: super::lifecycle::addresses(eni)
+                    .collect::<std::collections::BTreeSet<_>>()
+                    .into_iter()
+                    .collect(),
                 reason: Some(Error::new(errors::ENI_MISMATCH, reason)),
                 ..blank(Some(eni.mac), eni.vswitch.clone(), EniPhase::Foreign)
             }

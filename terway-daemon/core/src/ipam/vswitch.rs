@@ -249,9 +249,8 @@ mod tests {
         assert_eq!(most(&vswitches).as_deref(), Some("b"));
         vswitches.used(&"b".into(), 3);
         assert_eq!(most(&vswitches).as_deref(), Some("c"));
-        let random: std::collections::BTreeSet<_> = (0..9)
-            .filter_map(|salt| vswitches.choose(VSwitchSelection::Random, Moment::ZERO, salt).cloned())
-            .collect();
+        let random: std::collections::BTreeSet<_> =
+            (0..9).filter_map(|salt| vswitches.choose(VSwitchSelection::Random, Moment::ZERO, salt).cloned()).collect();
         assert_eq!(random.len(), 3);
     }
 

@@ -101,9 +101,13 @@ impl Cloud {
 
     /// Whole blocks only, so a vSwitch can have addresses and no prefix.
     fn take_prefixes(&mut self, vswitch: &VSwitchId, count: u32) -> Result<Vec<Ipv4Net>, CloudError> {
-        let free = self.free.get_mut(vswitch).ok_or_else(|| error(ErrorClass::NotFound, "InvalidVSwitchId.NotFound"))?;
-        let whole = |a: &&Ipv4Addr| a.octets()[3] % 16 == 0 && (0..16).all(|n| free.contains(&Ipv4Addr::from_bits(a.to_bits() + n)));
-        let found: Vec<_> = free.iter().filter(whole).take(count as usize).map(|a| Ipv4Net::new_assert(*a, 28)).collect();
+        let free =
+            self.free.get_mut(vswitch).ok_or_else(|| error(ErrorClass::NotFound, "InvalidVSwitchId.NotFound"))?;
+        let whole = |a: &&Ipv4Addr| {
+            a.octets()[3] % 16 == 0 && (0..16).all(|n| free.contains(&Ipv4Addr::from_bits(a.to_bits() + n)))
+        };
+        let found: Vec<_> =
+            free.iter().filter(whole).take(count as usize).map(|a| Ipv4Net::new_assert(*a, 28)).collect();
         if found.len() < count as usize {
             return Err(error(ErrorClass::VSwitchExhausted, "InvalidVSwitchId.IpNotEnough"));
         }
@@ -319,6 +323,16 @@ impl Cloud {
                 cidr_v6: None,
             })
             .collect()
+    }
+
+    /// Whether a call like this, by its token, was served before.
+    pub(crate) fn knows(&self, effect: &Effect) -> bool {
+        match effect {
+            Effect::CreateEni { token, .. } => self.created.contains_key(token),
+            Effect::Assign { token, .. } => self.assigned.contains_key(token),
+            Effect::AssignPrefixes { token, .. } => self.assigned_prefixes.contains_key(token),
+            _ => false,
+        }
     }
 
     /// IPv4 addresses of a vSwitch that are free or single ones of an ENI.

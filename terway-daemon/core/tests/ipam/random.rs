@@ -194,7 +194,8 @@ fn perform(world: &mut World, base: &PoolConfig, action: &Action) {
             let enis: Vec<_> = world.cloud.enis.values().cloned().collect();
             if !enis.is_empty() {
                 let eni = &enis[n % enis.len()];
-                let secondary: Vec<_> = eni.v4.iter().filter(|a| **a != eni.primary_v4).map(|a| IpAddr::V4(*a)).collect();
+                let secondary: Vec<_> =
+                    eni.v4.iter().filter(|a| **a != eni.primary_v4).map(|a| IpAddr::V4(*a)).collect();
                 if *whole {
                     world.cloud.tamper(&eni.id, None);
                 } else if !secondary.is_empty() {

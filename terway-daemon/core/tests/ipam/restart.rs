@@ -184,15 +184,18 @@ fn strangers(eni: &Eni, variants: &[(&str, fn(&mut Eni))]) -> Vec<Eni> {
 fn enis_found_attached_are_used_replaced_or_left_alone() {
     let mut world = warm(1);
     let eni = world.cloud.enis.values().next().cloned().unwrap();
-    let others = strangers(&eni, &[
-        ("eni-ours", |_| {}),
-        ("eni-other-vswitch", |eni| eni.vswitch = "vsw-x".into()),
-        ("eni-trunk", |eni| eni.kind = EniKind::Trunk),
-        ("eni-elsewhere", |eni| eni.instance = Some("i-2".into())),
-        ("eni-primary", |eni| eni.kind = EniKind::Primary),
-        ("eni-excluded", |eni| drop(eni.tags.insert("terway.alibabacloud.com/excluded".into(), "true".into()))),
-        ("eni-rdma", |eni| drop(eni.tags.insert("creator".into(), "alibabacloud-erdma-controller".into()))),
-    ]);
+    let others = strangers(
+        &eni,
+        &[
+            ("eni-ours", |_| {}),
+            ("eni-other-vswitch", |eni| eni.vswitch = "vsw-x".into()),
+            ("eni-trunk", |eni| eni.kind = EniKind::Trunk),
+            ("eni-elsewhere", |eni| eni.instance = Some("i-2".into())),
+            ("eni-primary", |eni| eni.kind = EniKind::Primary),
+            ("eni-excluded", |eni| drop(eni.tags.insert("terway.alibabacloud.com/excluded".into(), "true".into()))),
+            ("eni-rdma", |eni| drop(eni.tags.insert("creator".into(), "alibabacloud-erdma-controller".into()))),
+        ],
+    );
     world.config.limits.adapters = 9;
     world.cloud.limits = Some((20, 10, 10));
     for other in others {
@@ -232,10 +235,10 @@ fn a_tag_filter_makes_all_others_foreign_and_marks_what_is_made() {
     world.granted(1);
     let eni = world.cloud.enis.values().next().cloned().unwrap();
     assert_eq!(eni.tags["cluster"], "c1");
-    let others = strangers(&eni, &[
-        ("eni-mine", |eni| drop(eni.tags.insert("cluster".into(), "c1".into()))),
-        ("eni-not-mine", |_| {}),
-    ]);
+    let others = strangers(
+        &eni,
+        &[("eni-mine", |eni| drop(eni.tags.insert("cluster".into(), "c1".into()))), ("eni-not-mine", |_| {})],
+    );
     world.cloud.enis.extend(others.into_iter().map(|eni| (eni.id.clone(), eni)));
     restart(&mut world, true);
     world.settle(Duration::from_secs(1000));
