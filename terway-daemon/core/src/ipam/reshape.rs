@@ -34,7 +34,7 @@ impl Pool {
             self.retry_call(id, Family::V6);
         }
         // A doomed one asks again when a stray request must have arrived, no earlier.
-        let tokens = self.creations.iter().filter(|(_, creation)| !creation.doomed);
+        let tokens = self.creations.iter().filter(|(_, c)| c.doomed.is_none_or(|at| at <= self.now));
         let tokens: Vec<_> = tokens.map(|(token, _)| token.clone()).collect();
         for token in tokens {
             self.retry_creation(&token);

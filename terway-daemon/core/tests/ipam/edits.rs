@@ -132,7 +132,7 @@ fn an_unknown_address_is_taken_in_only_when_a_second_list_says_so() {
     world.cloud.add(&eni, terway_core::ident::Family::V4, 1).unwrap();
     world.settle(world.config.resync - secs(55));
     assert_eq!(world.pool.enis()[0].addresses.len(), 1, "seen once");
-    world.settle(world.config.settle);
+    world.settle(secs(6));
     assert_eq!((world.pool.enis()[0].addresses.len(), world.pool.stats().cooling), (2, 1));
 }
 
