@@ -82,6 +82,7 @@ fn a_hundred_pods_on_a_cold_node_wait_for_the_api_only() {
 fn pods_that_come_and_go_cost_no_calls_once_the_pool_is_warm() {
     let mut config = node(IpStack::Ipv4, 6, 10);
     (config.min_idle, config.max_idle, config.cooling) = (5, 20, Duration::from_secs(1));
+    config.gather = Duration::ZERO;
     let mut world = World::new(config, &[500]);
     for n in 0..20 {
         world.granted(n);
