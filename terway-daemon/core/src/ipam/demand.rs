@@ -101,7 +101,7 @@ impl Pool {
                 supply.cooling += units.cooling;
             }
         }
-        for creation in self.creations.values().filter(|creation| !creation.doomed) {
+        for creation in self.creations.values().filter(|creation| creation.doomed.is_none()) {
             let units = creation.units(&self.config);
             supply.pending += units;
             supply.sound += if creation.failures == 0 { units } else { 0 };

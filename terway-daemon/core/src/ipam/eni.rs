@@ -131,12 +131,12 @@ impl EniState {
     }
 
     /// Nothing keeps it from being detached, except perhaps the step of its life that is under way.
-    pub(super) const fn empty(&self) -> bool {
+    pub(super) fn empty(&self) -> bool {
         !self.in_use() && !self.calling()
     }
 
     /// Detached or on the way there, with nothing to wait for but the cloud.
-    pub(super) const fn leaving(&self) -> bool {
+    pub(super) fn leaving(&self) -> bool {
         matches!(self.stage, Stage::Detaching | Stage::Deleting) || (self.draining && self.empty())
     }
 
@@ -158,8 +158,10 @@ impl EniState {
         self.v4.in_use() || self.v6.in_use()
     }
 
-    pub(super) const fn calling(&self) -> bool {
-        self.v4.call.is_some() || self.v6.call.is_some()
+    /// A call about its addresses is under way. One that waits to be repeated counts too, unless it may never be.
+    pub(super) fn calling(&self) -> bool {
+        let runs = |slots: &Slots| slots.call.as_ref().is_some_and(|call| call.op.is_some() || !self.blocked());
+        runs(&self.v4) || runs(&self.v6)
     }
 
     pub(super) fn record(&self) -> EniRecord {

@@ -25,8 +25,8 @@ pub(super) struct Creation {
     pub(super) error: Option<CloudError>,
     /// An attempt ended without an outcome: only the cloud's word about this very token may end it.
     uncertain: bool,
-    /// Refused, and only kept because an attempt without an outcome may still arrive there.
-    pub(super) doomed: bool,
+    /// Refused, and only kept because an attempt without an outcome may still arrive there: asked again at that moment.
+    pub(super) doomed: Option<Moment>,
 }
 
 /// What an ENI is created with.
@@ -41,7 +41,7 @@ pub(super) struct Cargo {
 
 impl Creation {
     pub(super) const fn restored(record: CreationRecord) -> Self {
-        Self { record, op: None, failures: 0, error: None, uncertain: true, doomed: false }
+        Self { record, op: None, failures: 0, error: None, uncertain: true, doomed: None }
     }
 
     /// Units it brings.
@@ -84,7 +84,7 @@ impl Pool {
             tags,
         };
         self.out.put(Record::Creation(record.clone()));
-        let creation = Creation { record, op: None, failures: 0, error: None, uncertain: false, doomed: false };
+        let creation = Creation { record, op: None, failures: 0, error: None, uncertain: false, doomed: None };
         self.creations.insert(token.clone(), creation);
         self.retry_creation(&token);
     }
@@ -134,7 +134,7 @@ impl Pool {
         };
         if repeat {
             creation.op = None;
-            creation.doomed = false;
+            creation.doomed = None;
             creation.failures += 1;
             let failures = creation.failures;
             creation.error = Some(error.clone());
@@ -145,11 +145,11 @@ impl Pool {
             return self.wake(at, Timer::Creation(token));
         }
         let record = creation.record.clone();
-        if std::mem::take(&mut creation.uncertain) {
+        if creation.uncertain && creation.doomed.is_none() {
             // An earlier attempt may be on its way yet, and make an ENI that nobody knows. The same token asked again when it must have
             // arrived brings that ENI, or this refusal once more.
-            (creation.op, creation.doomed) = (None, true);
             let at = self.now.after(self.config.settle);
+            (creation.op, creation.doomed) = (None, Some(at));
             self.wake(at, Timer::Creation(token));
             return self.creation_refused(record, error);
         }

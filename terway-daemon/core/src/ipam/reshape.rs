@@ -33,7 +33,9 @@ impl Pool {
             self.retry_call(id, Family::V4);
             self.retry_call(id, Family::V6);
         }
-        let tokens: Vec<_> = self.creations.keys().cloned().collect();
+        // A doomed one asks again when a stray request must have arrived, no earlier.
+        let tokens = self.creations.iter().filter(|(_, c)| c.doomed.is_none_or(|at| at <= self.now));
+        let tokens: Vec<_> = tokens.map(|(token, _)| token.clone()).collect();
         for token in tokens {
             self.retry_creation(&token);
         }

@@ -325,6 +325,16 @@ impl Cloud {
             .collect()
     }
 
+    /// Whether a call like this, by its token, was served before.
+    pub(crate) fn knows(&self, effect: &Effect) -> bool {
+        match effect {
+            Effect::CreateEni { token, .. } => self.created.contains_key(token),
+            Effect::Assign { token, .. } => self.assigned.contains_key(token),
+            Effect::AssignPrefixes { token, .. } => self.assigned_prefixes.contains_key(token),
+            _ => false,
+        }
+    }
+
     /// IPv4 addresses of a vSwitch that are free or single ones of an ENI.
     pub(crate) fn supply(&self, vswitch: &VSwitchId) -> usize {
         let held = self.enis.values().filter(|eni| eni.vswitch == *vswitch).map(|eni| eni.v4.len());

@@ -4,7 +4,9 @@
 //! `PROPTEST_CASES=10000 cargo test -p terway-core --test ipam` looks longer; `TERWAY_TRACE=FILE` writes the last failing history there.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod burst;
 mod cloud;
+mod edits;
 mod random;
 mod restart;
 mod rules;
