@@ -2,5 +2,6 @@
 //! a machine whose speed drifts drifts for both.
 
 pub mod add;
+pub mod ipam;
 pub mod path;
 pub mod prog;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use terway_sim::cluster::{Cluster, Options};
-use terway_tests::bench::{add, path, prog};
+use terway_tests::bench::{add, ipam, path, prog};
 use terway_tests::figures::Figure;
 
 /// Measures; exit code 1 when a bar is missed.
@@ -23,6 +23,8 @@ struct Cli {
 enum Name {
     /// The plugin, from exec to exit.
     Add,
+    /// Addresses: a cold node, a decision, an ADD without the plugin.
+    Ipam,
     /// Pod to pod.
     Path,
     /// The programs alone.
@@ -77,6 +79,16 @@ fn run(cli: &Cli) -> Result<bool> {
         wait_for_idle(node, 60)?;
         show(add::measure_dual(node)?);
         show(add::footprint(node, 100)?);
+        cluster.finish()?;
+    }
+    if wanted(Name::Ipam) {
+        show(ipam::step()?);
+        let cluster = Cluster::start(&ipam::cold_node()?)?;
+        show(ipam::cold(&cluster)?);
+        cluster.finish()?;
+        let cluster = Cluster::start(&warm("ipv4")?)?;
+        wait_for_idle(cluster.node(1), 60)?;
+        show(ipam::warm(cluster.node(1))?);
         cluster.finish()?;
     }
     if wanted(Name::Path) {

@@ -77,6 +77,24 @@ impl Rpc {
         self.handle.block_on(call).map(tonic::Response::into_inner).map_err(|status| refused("Status", &status))
     }
 
+    /// `AddPod`.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub fn add_pod(&mut self, request: v1::AddPodRequest) -> Result<v1::AddPodResponse> {
+        let call = self.client.add_pod(request);
+        self.handle.block_on(call).map(tonic::Response::into_inner).map_err(|status| refused("AddPod", &status))
+    }
+
+    /// `DelPod`.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub fn del_pod(&mut self, attachment: v1::Attachment) -> Result<()> {
+        let call = self.client.del_pod(v1::DelPodRequest { attachment: Some(attachment), ..Default::default() });
+        self.handle.block_on(call).map(drop).map_err(|status| refused("DelPod", &status))
+    }
+
     /// `ListPods`.
     ///
     /// # Errors
