@@ -104,7 +104,7 @@ impl Cloud {
         let free =
             self.free.get_mut(vswitch).ok_or_else(|| error(ErrorClass::NotFound, "InvalidVSwitchId.NotFound"))?;
         let whole = |a: &&Ipv4Addr| {
-            a.octets()[3] % 16 == 0 && (0..16).all(|n| free.contains(&Ipv4Addr::from_bits(a.to_bits() + n)))
+            a.octets()[3].is_multiple_of(16) && (0..16).all(|n| free.contains(&Ipv4Addr::from_bits(a.to_bits() + n)))
         };
         let found: Vec<_> =
             free.iter().filter(whole).take(count as usize).map(|a| Ipv4Net::new_assert(*a, 28)).collect();

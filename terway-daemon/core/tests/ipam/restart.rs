@@ -166,9 +166,12 @@ fn a_call_whose_outcome_was_lost_in_the_crash_is_repeated_with_its_token() {
     assert_eq!(world.cloud.enis.values().map(|eni| eni.v4.len()).sum::<usize>(), 2);
 }
 
-/// ENIs that the node has from somebody else, by how they differ from ours.
-fn strangers(eni: &Eni, variants: &[(&str, fn(&mut Eni))]) -> Vec<Eni> {
-    let make = |(n, (id, change)): (u8, &(&str, fn(&mut Eni)))| {
+/// The id of an ENI, and how it differs from ours.
+type Variant = (&'static str, fn(&mut Eni));
+
+/// ENIs that the node has from somebody else.
+fn strangers(eni: &Eni, variants: &[Variant]) -> Vec<Eni> {
+    let make = |(n, (id, change)): (u8, &Variant)| {
         let mut other = eni.clone();
         other.id = (*id).into();
         (other.mac, other.primary_v4, other.v4) =
@@ -207,7 +210,7 @@ fn enis_found_attached_are_used_replaced_or_left_alone() {
     assert_eq!(
         used,
         [
-            (eni.id.clone(), EniPhase::InUse),
+            (eni.id, EniPhase::InUse),
             ("eni-other-vswitch".into(), EniPhase::Mismatched),
             ("eni-ours".into(), EniPhase::InUse)
         ]
