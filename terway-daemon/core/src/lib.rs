@@ -9,4 +9,5 @@ pub mod config;
 pub mod errors;
 pub mod ident;
 pub mod ipam;
+pub mod objects;
 pub mod route;
