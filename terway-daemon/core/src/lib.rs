@@ -11,3 +11,4 @@ pub mod ident;
 pub mod ipam;
 pub mod objects;
 pub mod route;
+pub mod service;

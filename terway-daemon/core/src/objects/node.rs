@@ -73,7 +73,7 @@ impl TryFrom<RawNode> for Node {
     fn try_from(raw: RawNode) -> Result<Self, String> {
         let numeric = raw.status.addresses.into_iter().filter(|a| a.kind != AddressKind::Name);
         let parse = |a: RawAddress| {
-            let address = a.address.parse().map_err(|_| format!("`{}` is not an IP address", a.address))?;
+            let address = a.address.parse().ok().ok_or_else(|| format!("`{}` is not an IP address", a.address))?;
             Ok((a.kind, address))
         };
         Ok(Self { meta: raw.metadata, addresses: numeric.map(parse).collect::<Result<_, String>>()? })

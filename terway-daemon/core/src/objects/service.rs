@@ -232,7 +232,7 @@ impl TryFrom<RawService> for Service {
             texts.push(spec.cluster_ip);
         }
         let headless = texts.iter().any(|text| text == "None");
-        let parse = |text: &String| text.parse().map_err(|_| format!("clusterIP `{text}` is not an IP address"));
+        let parse = |text: &String| text.parse().ok().ok_or_else(|| format!("clusterIP `{text}` is not an IP address"));
         let addresses = texts.iter().filter(|text| !text.is_empty() && *text != "None");
         let affinity_seconds = (spec.session_affinity == RawAffinity::ClientIP)
             .then(|| spec.session_affinity_config.client_ip.timeout_seconds.unwrap_or(AFFINITY_SECONDS));

@@ -187,7 +187,7 @@ struct RawSlice {
 }
 
 fn address(kind: AddressType, text: &str) -> Result<IpAddr, String> {
-    let parsed = text.parse().map_err(|_| format!("endpoint address `{text}` is not an IP address"))?;
+    let parsed = text.parse().ok().ok_or_else(|| format!("endpoint address `{text}` is not an IP address"))?;
     match (kind, parsed) {
         (AddressType::IPv4, IpAddr::V4(_)) | (AddressType::IPv6, IpAddr::V6(_)) => Ok(parsed),
         _ => Err(format!("endpoint address `{text}` is not of the slice's addressType")),
