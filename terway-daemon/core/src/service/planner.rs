@@ -102,7 +102,7 @@ pub struct Planner {
     table_ids: Ids,
     port_ids: Ids,
     /// Ids and ranges that were in the maps at the start, until the first sync has taken them over.
-    found_ports: HashMap<FrontendKey, PortId>,
+    found_ports: HashMap<(FrontendKey, FrontendKind), PortId>,
     taken_ports: BTreeSet<PortId>,
     /// What was in the maps twice: a daemon ended between two operations.
     leftovers: Vec<Op>,
@@ -138,7 +138,7 @@ impl Planner {
             backend_ids,
             table_ids,
             port_ids: Ids::new(ports.into_iter().chain(kernel.ranges.iter().map(|(port, _)| port.0))),
-            found_ports: kernel.frontends.iter().map(|(key, f)| (*key, f.port)).collect(),
+            found_ports: kernel.frontends.iter().map(|(key, f)| ((*key, f.kind), f.port)).collect(),
             taken_ports: BTreeSet::new(),
             leftovers: Vec::new(),
             found_ranges: kernel.ranges,
@@ -438,7 +438,7 @@ impl Planner {
     /// The id that the port's frontends had before the daemon started, or a new one.
     fn port_id(&mut self, wanted: &WantedPort) -> PortId {
         let found = wanted.frontends.iter().filter(|f| f.key.protocol.is_some());
-        let mut known = found.filter_map(|f| self.found_ports.get(&f.key).copied());
+        let mut known = found.filter_map(|f| self.found_ports.get(&(f.key, f.kind)).copied());
         if let Some(id) = known.find(|id| !self.taken_ports.contains(id)) {
             self.taken_ports.insert(id);
             return id;

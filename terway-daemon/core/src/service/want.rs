@@ -60,6 +60,24 @@ pub(super) struct WantedPort {
     pub(super) frontends: Vec<WantedFrontend>,
 }
 
+impl WantedPort {
+    /// Drops tables that no frontend leads to.
+    fn prune(&mut self) {
+        let mut place = vec![None; self.tables.len()];
+        let mut kept = Vec::new();
+        for selection in self.frontends.iter_mut().flat_map(|f| [&mut f.inside, &mut f.outside]) {
+            if let WantedSelection::Table(at) = selection {
+                let new = *place[*at].get_or_insert_with(|| {
+                    kept.push(self.tables[*at].clone());
+                    kept.len() - 1
+                });
+                *at = new;
+            }
+        }
+        self.tables = kept;
+    }
+}
+
 /// All that one owner needs.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Wanted {
@@ -112,7 +130,7 @@ pub(super) fn service(
             name: Arc::clone(&port.name),
             protocol: port.protocol,
             affinity_seconds: service.affinity_seconds.unwrap_or(0),
-            ranges: service.source_ranges.clone(),
+            ranges: Vec::new(),
             tables: Vec::new(),
             frontends: Vec::new(),
         };
@@ -120,13 +138,18 @@ pub(super) fn service(
             let found = candidates(slices, port, family, service.publish_not_ready, here);
             let choice = choose(&found, here);
             note_backends(&mut wanted.backends, &found, port.protocol, weights);
-            let exits = Exits::new(&mut out.tables, &choice, |indices| {
+            let locally = [service.internal_policy, service.external_policy].contains(&TrafficPolicy::Local);
+            let exits = Exits::new(&mut out.tables, &choice, locally, |indices| {
                 let picked: Vec<(BackendKey, u16)> =
                     indices.iter().map(|i| (key(&found[*i], port.protocol), weight_of(&found[*i], weights))).collect();
                 let slots = table::slots(algorithm, settings.maglev_size, &picked);
                 WantedTable { algorithm, slots: slots.iter().map(|i| picked[*i as usize].0).collect() }
             });
             frontends(&mut out.frontends, service, port, family, &exits, here, settings);
+        }
+        out.prune();
+        if out.frontends.iter().any(|f| f.check_source) {
+            out.ranges.clone_from(&service.source_ranges);
         }
         wanted.ports.push(out);
     }
@@ -147,7 +170,12 @@ struct Exits {
 }
 
 impl Exits {
-    fn new(tables: &mut Vec<WantedTable>, choice: &Choice, make: impl Fn(&[usize]) -> WantedTable) -> Self {
+    fn new(
+        tables: &mut Vec<WantedTable>,
+        choice: &Choice,
+        locally: bool,
+        make: impl Fn(&[usize]) -> WantedTable,
+    ) -> Self {
         use WantedSelection::{Drop, Reject, Table};
         let mut add = |indices: &[usize]| {
             let table = make(indices);
@@ -158,7 +186,7 @@ impl Exits {
             }))
         };
         let cluster = if choice.cluster.is_empty() { Reject } else { add(&choice.cluster) };
-        let local = if choice.local.is_empty() { None } else { Some(add(&choice.local)) };
+        let local = if choice.local.is_empty() || !locally { None } else { Some(add(&choice.local)) };
         Self {
             cluster,
             local_inside: local.unwrap_or(Reject),
@@ -321,6 +349,7 @@ pub(super) fn pod(pod: &Pod, here: &Here) -> Wanted {
                 });
             }
         }
+        out.prune();
         wanted.ports.push(out);
     }
     wanted
