@@ -2,13 +2,12 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-/// Hands out numbers from 1 on. A number that came back is handed out again in a later plan, the longest unused first: what still refers to
-/// it, in the kernel or on its way there, is as old as can be.
+/// Hands out numbers from 1 on. A number that came back is handed out again, the longest unused first: what may still refer to it in
+/// the kernel is as old as can be.
 #[derive(Debug)]
 pub(super) struct Ids {
     next: u32,
     free: VecDeque<u32>,
-    resting: Vec<u32>,
 }
 
 impl Ids {
@@ -16,7 +15,7 @@ impl Ids {
     pub(super) fn new(used: impl Iterator<Item = u32>) -> Self {
         let used: BTreeSet<u32> = used.collect();
         let next = used.last().map_or(1, |last| last.saturating_add(1));
-        Self { next, free: (1..next).filter(|id| !used.contains(id)).collect(), resting: Vec::new() }
+        Self { next, free: (1..next).filter(|id| !used.contains(id)).collect() }
     }
 
     pub(super) fn take(&mut self) -> u32 {
@@ -29,11 +28,6 @@ impl Ids {
     }
 
     pub(super) fn give_back(&mut self, id: u32) {
-        self.resting.push(id);
-    }
-
-    /// A new plan begins: what came back before may be handed out.
-    pub(super) fn settle(&mut self) {
-        self.free.extend(self.resting.drain(..));
+        self.free.push_back(id);
     }
 }

@@ -12,19 +12,21 @@ mod ids;
 mod maglev;
 mod model;
 mod planner;
+mod runs;
 mod settings;
 mod table;
 mod want;
 
 pub use maglev::{MAGLEV_SIZES, maglev};
 pub use model::{
-    Algorithm, Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Kernel, Op, Owner,
-    Plan, PortId, Problem, Selection, Table, TableId, UnknownAlgorithm,
+    Algorithm, Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op,
+    Owner, Plan, PortId, Problem, Selection, Table, TableId, UnknownAlgorithm,
 };
 pub use planner::{Planner, PortView};
+pub use runs::Runs;
 pub use settings::{NodeFacts, Settings};
 
-/// Annotation of a Service: how a backend is chosen. One of `random`, `round-robin`, `least-connections`, `maglev`.
+/// Annotation of a Service: how a backend is chosen. One of `random`, `least-connections`, `maglev`.
 pub const ALGORITHM: &str = "terway.alibabacloud.com/load-balancing";
 /// Annotation of a pod: its share of new connections, 0 to 100, by default 1. 0 takes it out of new choices.
 pub const WEIGHT: &str = "terway.alibabacloud.com/weight";

@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use crate::ident::Family;
 use crate::objects::{ObjectKey, ObjectName, Protocol};
 
 macro_rules! ids {
@@ -64,8 +65,6 @@ pub struct Backend {
     pub state: BackendState,
     /// Whether it is on this node.
     pub local: bool,
-    /// Its share for [`Algorithm::LeastConnections`]; other algorithms have the shares in their slots.
-    pub weight: u16,
     /// A flow to this backend lives only as long as the generation that it was made in.
     ///
     /// It changes when the id gets another owner, and when a UDP backend stops answering: datagrams have no reset that would tell the client.
@@ -78,9 +77,7 @@ pub enum Algorithm {
     /// Any slot, each time another.
     #[default]
     Random,
-    /// The next slot.
-    RoundRobin,
-    /// The backend with the fewest connections of this node for its weight.
+    /// Of two slots the backend with fewer connections of this node.
     LeastConnections,
     /// The slot that the client's addresses and ports hash to; the same on every node.
     Maglev,
@@ -92,7 +89,6 @@ impl Algorithm {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Random => "random",
-            Self::RoundRobin => "round-robin",
             Self::LeastConnections => "least-connections",
             Self::Maglev => "maglev",
         }
@@ -101,14 +97,14 @@ impl Algorithm {
 
 /// Not the name of an algorithm.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is none of random, round-robin, least-connections and maglev")]
+#[error("`{0}` is none of random, least-connections and maglev")]
 pub struct UnknownAlgorithm(String);
 
 impl FromStr for Algorithm {
     type Err = UnknownAlgorithm;
 
     fn from_str(text: &str) -> Result<Self, UnknownAlgorithm> {
-        [Self::Random, Self::RoundRobin, Self::LeastConnections, Self::Maglev]
+        [Self::Random, Self::LeastConnections, Self::Maglev]
             .into_iter()
             .find(|algorithm| algorithm.name() == text)
             .ok_or_else(|| UnknownAlgorithm(text.to_owned()))
@@ -120,14 +116,23 @@ impl FromStr for Algorithm {
 pub struct Table {
     /// How a slot is chosen.
     pub algorithm: Algorithm,
-    /// The slots. Weights are in how often a backend stands here; with [`Algorithm::LeastConnections`] each stands once.
-    pub slots: Vec<BackendId>,
+    /// The slots. Weights are in how often a backend stands here.
+    pub slots: Vec<Member>,
+}
+
+/// A backend in one of its lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Member {
+    /// Which.
+    pub backend: BackendId,
+    /// [`Backend::generation`].
+    pub generation: u32,
 }
 
 /// What clients talk to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontendKey {
-    /// Address.
+    /// Address; the unspecified one stands for all addresses that the node has.
     pub address: IpAddr,
     /// Port; 0 for the entry that stands for all ports of an address that have no entry of their own.
     pub port: u16,
@@ -140,6 +145,22 @@ impl FrontendKey {
     #[must_use]
     pub const fn new(address: IpAddr, port: u16, protocol: Protocol) -> Self {
         Self { address, port, protocol: Some(protocol) }
+    }
+
+    /// A port of whatever address of a family the node has, the loopback address included.
+    #[must_use]
+    pub const fn node(family: Family, port: u16, protocol: Protocol) -> Self {
+        let address = match family {
+            Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        Self::new(address, port, protocol)
+    }
+
+    /// Whether it is a port of all of the node's addresses.
+    #[must_use]
+    pub const fn is_node(&self) -> bool {
+        self.address.is_unspecified()
     }
 
     /// All ports of an address that have no entry of their own.
@@ -224,6 +245,8 @@ pub enum Op {
     PutFrontend(FrontendKey, Frontend),
     /// Takes a frontend away.
     RemoveFrontend(FrontendKey),
+    /// The port is gone, and its id will be another's: nothing in the maps, but a chance to forget what is kept by it.
+    ReleasePort(PortId),
 }
 
 /// Something that whoever wrote an object should know.
@@ -241,7 +264,7 @@ pub struct Plan {
     /// Operations, to be run in this order.
     pub ops: Vec<Op>,
     /// Operations for when no program that started before the last of `ops` runs any more: it may have read a frontend that leads there.
-    /// They are to be run before the next plan's.
+    /// When they have been run, [`super::Planner::retired`] is to be told: only then do ids get new owners.
     pub retire: Vec<Op>,
     /// What is wrong with objects.
     pub problems: Vec<Problem>,
@@ -277,13 +300,18 @@ pub struct Kernel {
     pub ranges: BTreeSet<(PortId, IpNet)>,
     /// Frontends.
     pub frontends: BTreeMap<FrontendKey, Frontend>,
+    /// The highest generation that any backend has or had.
+    pub generation: u32,
 }
 
 impl Kernel {
     /// Does what the operation says.
     pub fn apply(&mut self, op: &Op) {
         match op {
-            Op::PutBackend(id, backend) => drop(self.backends.insert(*id, *backend)),
+            Op::PutBackend(id, backend) => {
+                self.generation = self.generation.max(backend.generation);
+                self.backends.insert(*id, *backend);
+            }
             Op::RemoveBackend(id, _) => drop(self.backends.remove(id)),
             Op::PutTable(id, table) => drop(self.tables.insert(*id, Arc::clone(table))),
             Op::RemoveTable(id) => drop(self.tables.remove(id)),
@@ -291,6 +319,7 @@ impl Kernel {
             Op::RemoveRange(port, net) => drop(self.ranges.remove(&(*port, *net))),
             Op::PutFrontend(key, frontend) => drop(self.frontends.insert(*key, *frontend)),
             Op::RemoveFrontend(key) => drop(self.frontends.remove(key)),
+            Op::ReleasePort(_) => {}
         }
     }
 }

@@ -7,8 +7,8 @@ use ipnet::IpNet;
 
 use super::ids::Ids;
 use super::model::{
-    Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Kernel, Op, Owner, Plan, PortId,
-    Problem, Selection, Table, TableId,
+    Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op, Owner, Plan,
+    PortId, Problem, Selection, Table, TableId,
 };
 use super::settings::{Here, NodeFacts, Settings};
 use super::want::{self, BackendFacts, Wanted, WantedPort, WantedSelection, Weights};
@@ -81,6 +81,7 @@ struct Touched {
     frontends: Vec<FrontendKey>,
     ranges_added: Vec<(PortId, IpNet)>,
     ranges_gone: Vec<(PortId, IpNet)>,
+    ports_gone: Vec<PortId>,
 }
 
 /// Knows what the maps hold and what follows from the objects, and plans the difference.
@@ -120,12 +121,13 @@ impl Planner {
     /// A planner for maps that hold something already. Ids and generations of what stays are kept, so that running flows are.
     #[must_use]
     pub fn restore(facts: NodeFacts, settings: Settings, kernel: Kernel) -> Self {
-        let generation = kernel.backends.values().map(|b| b.generation).max().unwrap_or(0);
+        let known = kernel.backends.values().map(|b| b.generation).max().unwrap_or(0);
+        let generation = known.max(kernel.generation);
         let ports: BTreeSet<u32> = kernel.frontends.values().map(|f| f.port.0).collect();
         let backend_ids = Ids::new(kernel.backends.keys().map(|id| id.0));
         let table_ids = Ids::new(kernel.tables.keys().map(|id| id.0));
         let mut planner = Self {
-            here: Here::new(&facts, None, &settings),
+            here: Here::new(&facts, None),
             settings,
             facts,
             weights: Weights::new(),
@@ -164,7 +166,7 @@ impl Planner {
     /// Plans from all objects: the first time, when the view of the cluster is complete, and whenever the daemon's own facts have changed.
     pub fn sync(&mut self, objects: &Objects) -> Plan {
         let node = objects.nodes().get(&ObjectName::new("", &self.facts.name));
-        self.here = Here::new(&self.facts, node.map(|n| &**n), &self.settings);
+        self.here = Here::new(&self.facts, node.map(|n| &**n));
         self.weights =
             objects.pods().iter().filter_map(|(name, pod)| Some((name.clone(), want::weight(pod)?))).collect();
         self.slices_of.clear();
@@ -193,7 +195,7 @@ impl Planner {
                 Applied::EndpointSlice(delta) => self.slice_changed(delta, &mut dirty),
                 Applied::Pod(delta) => self.pod_changed(objects, delta, &mut dirty),
                 Applied::Node(delta) if delta.name.name == self.facts.name => {
-                    if Here::new(&self.facts, delta.new.as_deref(), &self.settings) != self.here {
+                    if Here::new(&self.facts, delta.new.as_deref()) != self.here {
                         return self.sync(objects);
                     }
                 }
@@ -223,6 +225,19 @@ impl Planner {
             tables: self.tables.iter().filter(|(_, e)| e.written).map(|(t, e)| (e.id, Arc::clone(t))).collect(),
             ranges: self.ports().flat_map(|(_, p)| p.ranges.iter().map(|net| (p.id, *net))).collect(),
             frontends: self.frontends.iter().filter_map(|(key, e)| Some((*key, e.written?))).collect(),
+            generation: self.generation,
+        }
+    }
+
+    /// Operations for later have been run: the ids in them may get new owners.
+    pub fn retired(&mut self, retire: &[Op]) {
+        for op in retire {
+            match op {
+                Op::RemoveBackend(id, _) => self.backend_ids.give_back(id.0),
+                Op::RemoveTable(id) => self.table_ids.give_back(id.0),
+                Op::ReleasePort(id) => self.port_ids.give_back(id.0),
+                _ => {}
+            }
         }
     }
 
@@ -305,11 +320,19 @@ impl Planner {
 
     fn plan(&mut self, objects: &Objects, dirty: &BTreeSet<Owner>, touched: &mut Touched) -> Plan {
         let mut plan = Plan::default();
-        self.backend_ids.settle();
-        self.table_ids.settle();
-        self.port_ids.settle();
-        for owner in dirty {
-            let wanted = self.want(objects, owner).unwrap_or_default();
+        let wants: Vec<(&Owner, Wanted)> =
+            dirty.iter().map(|owner| (owner, self.want(objects, owner).unwrap_or_default())).collect();
+        for (owner, wanted) in &wants {
+            self.claim_backends(owner, &wanted.backends, touched);
+        }
+        touched.backends.sort_unstable();
+        touched.backends.dedup();
+        // Tables name a backend's generation, so all backends are settled before the first table.
+        let mut worse = Vec::new();
+        for key in &touched.backends {
+            self.write_backend(*key, &mut plan, &mut worse);
+        }
+        for (owner, wanted) in wants {
             plan.problems.extend(
                 wanted.problems.iter().map(|message| Problem { object: object_of(owner), message: message.clone() }),
             );
@@ -318,22 +341,13 @@ impl Planner {
         if !self.found_ranges.is_empty() || !self.found_ports.is_empty() {
             self.finish_restore(touched);
         }
-        self.write(touched, &mut plan);
-        for op in std::mem::take(&mut self.leftovers) {
-            match &op {
-                Op::RemoveTable(id) => self.table_ids.give_back(id.0),
-                Op::RemoveBackend(id, _) => self.backend_ids.give_back(id.0),
-                _ => {}
-            }
-            plan.retire.push(op);
-        }
+        self.write(touched, &mut plan, worse);
+        plan.retire.append(&mut self.leftovers);
         plan
     }
 
-    /// Replaces what an owner holds by what it wants. What both have in common is claimed before the old is let go, so it survives.
-    fn take_over(&mut self, owner: &Owner, wanted: Wanted, touched: &mut Touched, plan: &mut Plan) {
-        let old = self.holdings.remove(owner).unwrap_or_default();
-        for (key, facts) in &wanted.backends {
+    fn claim_backends(&mut self, owner: &Owner, wanted: &BTreeMap<BackendKey, BackendFacts>, touched: &mut Touched) {
+        for (key, facts) in wanted {
             let id = &mut self.backend_ids;
             let entry = self.backends.entry(*key).or_insert_with(|| BackendEntry {
                 id: BackendId(id.take()),
@@ -352,12 +366,18 @@ impl Planner {
                 }
             }
         }
-        for key in old.backends.iter().filter(|key| !wanted.backends.contains_key(key)) {
+        let old = self.holdings.get(owner).into_iter().flat_map(|holding| &holding.backends);
+        for key in old.filter(|key| !wanted.contains_key(key)) {
             if let Some(entry) = self.backends.get_mut(key) {
                 entry.claims.retain(|(who, _)| who != owner);
                 touched.backends.push(*key);
             }
         }
+    }
+
+    /// Replaces what an owner holds by what it wants. What both have in common is claimed before the old is let go, so it survives.
+    fn take_over(&mut self, owner: &Owner, wanted: Wanted, touched: &mut Touched, plan: &mut Plan) {
+        let old = self.holdings.remove(owner).unwrap_or_default();
         let health = wanted.health;
         self.note_health(owner, old.health, health, plan);
         let backends: Vec<BackendKey> = wanted.backends.into_keys().collect();
@@ -371,7 +391,7 @@ impl Planner {
         for held in before {
             self.release_port(owner, &held, &[], touched);
             touched.ranges_gone.extend(held.ranges.iter().map(|net| (held.id, *net)));
-            self.port_ids.give_back(held.id.0);
+            touched.ports_gone.push(held.id);
         }
         if !ports.is_empty() || !backends.is_empty() || health.is_some() {
             self.holdings.insert(owner.clone(), Holding { ports, backends, health: health.map(|(port, _)| port) });
@@ -392,8 +412,11 @@ impl Planner {
         };
         let mut tables = Vec::with_capacity(wanted.tables.len());
         for table in &wanted.tables {
-            let id_of = |key: &BackendKey| self.backends.get(key).map_or(BackendId(0), |entry| entry.id);
-            let content = Table { algorithm: table.algorithm, slots: table.slots.iter().map(id_of).collect() };
+            let slots = table.slots.iter().filter_map(|key| {
+                let entry = self.backends.get(key)?;
+                Some(Member { backend: entry.id, generation: entry.written?.generation })
+            });
+            let content = Table { algorithm: table.algorithm, slots: slots.collect() };
             tables.push(self.use_table(content, touched));
         }
         let resolve = |selection: WantedSelection| match selection {
@@ -516,7 +539,7 @@ impl Planner {
         let found = std::mem::take(&mut self.found_ranges);
         let ids = self.found_ports.drain().map(|(_, id)| id).chain(found.iter().map(|(id, _)| *id));
         let free: BTreeSet<PortId> = ids.filter(|id| !self.taken_ports.contains(id)).collect();
-        free.into_iter().for_each(|id| self.port_ids.give_back(id.0));
+        touched.ports_gone.extend(free);
         self.taken_ports.clear();
         touched.ranges_added.retain(|range| !found.contains(range));
         let held: BTreeSet<(PortId, IpNet)> =
@@ -525,15 +548,9 @@ impl Planner {
     }
 
     /// Turns what was touched into operations, in their order.
-    fn write(&mut self, touched: &mut Touched, plan: &mut Plan) {
-        touched.backends.sort_unstable();
-        touched.backends.dedup();
+    fn write(&mut self, touched: &mut Touched, plan: &mut Plan, mut worse: Vec<Op>) {
         touched.frontends.sort_unstable();
         touched.frontends.dedup();
-        let mut worse = Vec::new();
-        for key in &touched.backends {
-            self.write_backend(*key, plan, &mut worse);
-        }
         let mut gone = Vec::new();
         for table in touched.tables.drain(..) {
             let Some(entry) = self.tables.get_mut(&table) else { continue };
@@ -543,8 +560,9 @@ impl Planner {
             } else if entry.users == 0 {
                 if entry.written {
                     gone.push(entry.id);
+                } else {
+                    self.table_ids.give_back(entry.id.0);
                 }
-                self.table_ids.give_back(entry.id.0);
                 self.tables.remove(&table);
             }
         }
@@ -566,17 +584,18 @@ impl Planner {
         }
         plan.ops.append(&mut removed);
         plan.ops.append(&mut worse);
-        plan.retire.extend(touched.ranges_gone.drain(..).map(|(port, net)| Op::RemoveRange(port, net)));
+        plan.ops.extend(touched.ranges_gone.drain(..).map(|(port, net)| Op::RemoveRange(port, net)));
         plan.retire.extend(gone.into_iter().map(Op::RemoveTable));
         for key in &touched.backends {
             self.retire_backend(*key, plan);
         }
+        plan.retire.extend(touched.ports_gone.drain(..).map(Op::ReleasePort));
     }
 
     fn write_backend(&mut self, key: BackendKey, plan: &mut Plan, worse: &mut Vec<Op>) {
         let Some(entry) = self.backends.get_mut(&key) else { return };
         let facts = entry.claims.iter().map(|(_, facts)| *facts).reduce(want::merged);
-        let Some(BackendFacts { state, local, weight }) = facts else { return };
+        let Some(BackendFacts { state, local }) = facts else { return };
         let fell_silent = |old: &Backend| {
             key.protocol == Protocol::Udp && state == BackendState::Unready && old.state != BackendState::Unready
         };
@@ -587,7 +606,7 @@ impl Planner {
                 self.generation
             }
         };
-        let backend = Backend { key, state, local, weight, generation };
+        let backend = Backend { key, state, local, generation };
         if entry.written == Some(backend) {
             return;
         }
@@ -604,10 +623,10 @@ impl Planner {
 
     fn retire_backend(&mut self, key: BackendKey, plan: &mut Plan) {
         let Some(entry) = self.backends.get(&key).filter(|entry| entry.claims.is_empty()) else { return };
-        if let Some(written) = entry.written {
-            plan.retire.push(Op::RemoveBackend(entry.id, written));
+        match entry.written {
+            Some(written) => plan.retire.push(Op::RemoveBackend(entry.id, written)),
+            None => self.backend_ids.give_back(entry.id.0),
         }
-        self.backend_ids.give_back(entry.id.0);
         self.backends.remove(&key);
     }
 }

@@ -18,16 +18,9 @@ pub(super) fn slots(algorithm: Algorithm, maglev_size: u32, backends: &[(Backend
             let weighted: Vec<_> = backends.iter().map(|(key, w)| (*key, weight(*w))).collect();
             maglev(size(maglev_size, weighted.len()), &weighted)
         }
-        Algorithm::LeastConnections => {
-            (0..).zip(backends).filter(|(_, (_, w))| weight(*w) > 0).map(|(i, _)| i).collect()
-        }
-        Algorithm::Random | Algorithm::RoundRobin => {
+        Algorithm::Random | Algorithm::LeastConnections => {
             let shares = shares(backends.iter().map(|(_, w)| u64::from(weight(*w))).collect());
-            if algorithm == Algorithm::Random {
-                (0..).zip(shares).flat_map(|(i, share)| std::iter::repeat_n(i, share as usize)).collect()
-            } else {
-                interleaved(&shares)
-            }
+            (0..).zip(shares).flat_map(|(i, share)| std::iter::repeat_n(i, share as usize)).collect()
         }
     }
 }
@@ -48,26 +41,6 @@ const fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Each index as often as its share, as far apart as can be: in each step all gain their share, and who has most pays the sum and is next
-/// (the "smooth" weighted round-robin of nginx).
-fn interleaved(shares: &[u64]) -> Vec<u32> {
-    let sum: u64 = shares.iter().sum();
-    if shares.iter().all(|share| *share <= 1) {
-        return (0..).zip(shares).filter(|(_, share)| **share > 0).map(|(i, _)| i).collect();
-    }
-    let mut credit = vec![0i64; shares.len()];
-    let mut order = Vec::with_capacity(sum as usize);
-    for _ in 0..sum {
-        for (gained, share) in credit.iter_mut().zip(shares) {
-            *gained += *share as i64;
-        }
-        let richest = (0..credit.len()).max_by_key(|i| (credit[*i], std::cmp::Reverse(*i))).unwrap_or(0);
-        credit[richest] -= sum as i64;
-        order.push(richest as u32);
-    }
-    order
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,13 +56,7 @@ mod tests {
         assert_eq!(slots(Algorithm::Random, 251, &backends(&[10, 20, 0])), [0, 1, 1]);
         assert_eq!(slots(Algorithm::Random, 251, &backends(&[0, 0])), [0, 1], "all zero is all equal");
         assert_eq!(slots(Algorithm::Random, 251, &backends(&[])), [0u32; 0]);
-        assert_eq!(slots(Algorithm::LeastConnections, 251, &backends(&[5, 0, 9])), [0, 2]);
-    }
-
-    #[test]
-    fn round_robin_spreads_the_heavy_one() {
-        assert_eq!(slots(Algorithm::RoundRobin, 251, &backends(&[5, 1, 1])), [0, 0, 1, 0, 2, 0, 0]);
-        assert_eq!(slots(Algorithm::RoundRobin, 251, &backends(&[1, 1, 1])), [0, 1, 2]);
+        assert_eq!(slots(Algorithm::LeastConnections, 251, &backends(&[2, 0, 1])), [0, 0, 2]);
     }
 
     #[test]

@@ -20,7 +20,6 @@ use crate::objects::{
 pub(super) struct BackendFacts {
     pub(super) state: BackendState,
     pub(super) local: bool,
-    pub(super) weight: u16,
 }
 
 /// A table whose slots are places in the owner's list of backends.
@@ -137,7 +136,7 @@ pub(super) fn service(
         for family in [Family::V4, Family::V6] {
             let found = candidates(slices, port, family, service.publish_not_ready, here);
             let choice = choose(&found, here);
-            note_backends(&mut wanted.backends, &found, port.protocol, weights);
+            note_backends(&mut wanted.backends, &found, port.protocol);
             let locally = [service.internal_policy, service.external_policy].contains(&TrafficPolicy::Local);
             let exits = Exits::new(&mut out.tables, &choice, locally, |indices| {
                 let picked: Vec<(BackendKey, u16)> =
@@ -145,7 +144,7 @@ pub(super) fn service(
                 let slots = table::slots(algorithm, settings.maglev_size, &picked);
                 WantedTable { algorithm, slots: slots.iter().map(|i| picked[*i as usize].0).collect() }
             });
-            frontends(&mut out.frontends, service, port, family, &exits, here, settings);
+            frontends(&mut out.frontends, service, port, family, &exits, settings);
         }
         out.prune();
         if out.frontends.iter().any(|f| f.check_source) {
@@ -201,10 +200,9 @@ fn frontends(
     port: &ServicePort,
     family: Family,
     exits: &Exits,
-    here: &Here,
     settings: &Settings,
 ) {
-    use WantedSelection::{Drop, Pass, Reject};
+    use WantedSelection::{Pass, Reject};
     let ours = |address: &&IpAddr| Family::of(**address) == family;
     let at = |address: IpAddr, number: u16| FrontendKey::new(address, number, port.protocol);
     let inside = match service.internal_policy {
@@ -220,7 +218,7 @@ fn frontends(
         key,
         kind: FrontendKind::ClusterIp,
         inside,
-        outside: Drop,
+        outside: Pass,
         masquerade: false,
         check_source: false,
     };
@@ -238,11 +236,10 @@ fn frontends(
         masquerade,
         check_source: kind == FrontendKind::LoadBalancer && !service.source_ranges.is_empty(),
     };
-    if port.node_port != 0 && matches!(service.kind, ServiceType::NodePort | ServiceType::LoadBalancer) {
-        for address in here.addresses.iter().filter(ours) {
-            let outside = if address.is_loopback() { Pass } else { outside };
-            out.push(external(at(*address, port.node_port), FrontendKind::NodePort, exits.cluster, outside));
-        }
+    let of_family = service.cluster_ips.iter().any(|address| Family::of(*address) == family);
+    if of_family && port.node_port != 0 && matches!(service.kind, ServiceType::NodePort | ServiceType::LoadBalancer) {
+        let key = FrontendKey::node(family, port.node_port, port.protocol);
+        out.push(external(key, FrontendKind::NodePort, exits.cluster, outside));
     }
     // Whoever is inside the cluster gets any endpoint also under the external policy `Local`: nobody's address is to be kept from anyone.
     let short_cut = if settings.in_cluster_loadbalance { exits.cluster } else { Pass };
@@ -272,15 +269,9 @@ fn weight_of(candidate: &Candidate<'_>, weights: &Weights) -> u16 {
     name.and_then(|name| weights.get(&name).copied()).unwrap_or(1)
 }
 
-fn note_backends(
-    backends: &mut BTreeMap<BackendKey, BackendFacts>,
-    found: &[Candidate<'_>],
-    protocol: Protocol,
-    weights: &Weights,
-) {
+fn note_backends(backends: &mut BTreeMap<BackendKey, BackendFacts>, found: &[Candidate<'_>], protocol: Protocol) {
     for candidate in found {
-        let weight = weight_of(candidate, weights);
-        let facts = BackendFacts { state: candidate.state, local: candidate.local, weight };
+        let facts = BackendFacts { state: candidate.state, local: candidate.local };
         let merge = |known: &mut BackendFacts| *known = merged(*known, facts);
         backends.entry(key(candidate, protocol)).and_modify(merge).or_insert(facts);
     }
@@ -288,7 +279,7 @@ fn note_backends(
 
 /// What holds of a backend of which two say something: the better of each.
 pub(super) fn merged(a: BackendFacts, b: BackendFacts) -> BackendFacts {
-    BackendFacts { state: a.state.max(b.state), local: a.local || b.local, weight: a.weight.max(b.weight) }
+    BackendFacts { state: a.state.max(b.state), local: a.local || b.local }
 }
 
 /// Addresses on this node with a ready endpoint: what a load balancer's health check asks for.
@@ -329,25 +320,23 @@ pub(super) fn pod(pod: &Pod, here: &Here) -> Wanted {
         };
         for address in &pod.ips {
             let backend = BackendKey { address: *address, port: port.port, protocol: port.protocol };
-            wanted.backends.insert(backend, BackendFacts { state: BackendState::Ready, local: true, weight: 1 });
+            wanted.backends.insert(backend, BackendFacts { state: BackendState::Ready, local: true });
             out.tables.push(WantedTable { algorithm: Algorithm::Random, slots: vec![backend] });
             let table = WantedSelection::Table(out.tables.len() - 1);
             let family = Family::of(*address);
-            let specific = port.host_ip.filter(|ip| !ip.is_unspecified());
-            let on = match &specific {
-                Some(one) => std::slice::from_ref(one),
-                None => &here.addresses[..],
+            let key = match port.host_ip {
+                None => FrontendKey::node(family, port.host_port, port.protocol),
+                Some(host) if Family::of(host) == family => FrontendKey::new(host, port.host_port, port.protocol),
+                Some(_) => continue,
             };
-            for host in on.iter().filter(|host| Family::of(**host) == family) {
-                out.frontends.push(WantedFrontend {
-                    key: FrontendKey::new(*host, port.host_port, port.protocol),
-                    kind: FrontendKind::HostPort,
-                    inside: table,
-                    outside: if host.is_loopback() { WantedSelection::Pass } else { table },
-                    masquerade: false,
-                    check_source: false,
-                });
-            }
+            out.frontends.push(WantedFrontend {
+                key,
+                kind: FrontendKind::HostPort,
+                inside: table,
+                outside: table,
+                masquerade: false,
+                check_source: false,
+            });
         }
         out.prune();
         wanted.ports.push(out);

@@ -6,9 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use terway_core::objects::{
-    AddressKind, IpMode, Objects, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
-};
+use terway_core::objects::{IpMode, Objects, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy};
 use terway_core::service::{
     ALGORITHM, Algorithm, BACKEND_TYPE, BackendKey, BackendState, FrontendKey, FrontendKind, HEADLESS, Kernel,
     NodeFacts, PROXY_NAME, Selection, Settings, WEIGHT,
@@ -69,8 +67,8 @@ fn answer(algorithm: Algorithm, eps: &[&Ep], otherwise: Answer) -> Answer {
     let mut shares: BTreeMap<BackendKey, u64> =
         eps.iter().filter(|e| weight(e) > 0).map(|e| (e.key, weight(e))).collect();
     match algorithm {
-        Algorithm::Random | Algorithm::RoundRobin => lowest_terms(&mut shares),
-        Algorithm::Maglev | Algorithm::LeastConnections => shares.values_mut().for_each(|v| *v = 1),
+        Algorithm::Random | Algorithm::LeastConnections => lowest_terms(&mut shares),
+        Algorithm::Maglev => shares.values_mut().for_each(|v| *v = 1),
     }
     Answer::Backends(algorithm, shares)
 }
@@ -151,18 +149,6 @@ pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings
     let me = &*facts.name;
     let node = objects.nodes().values().find(|n| n.meta.object.name == facts.name);
     let zone = node.and_then(|n| n.zone()).map(str::to_owned).or_else(|| facts.zone.as_deref().map(str::to_owned));
-    let mut node_addresses: Vec<IpAddr> = facts.addresses.clone();
-    for (kind, address) in node.iter().flat_map(|n| &n.addresses) {
-        if *kind != AddressKind::Name {
-            node_addresses.push(*address);
-        }
-    }
-    for loopback in ["127.0.0.1", "::1"] {
-        let loopback: IpAddr = loopback.parse().unwrap();
-        if settings.loopback && node_addresses.iter().any(|a| a.is_ipv4() == loopback.is_ipv4()) {
-            node_addresses.push(loopback);
-        }
-    }
     let mut out = Everything::default();
     // Who comes first by kind, then by name, owns a frontend.
     let mut claims: Vec<(FrontendKind, u8, String, usize, FrontendKey, Expected)> = Vec::new();
@@ -176,7 +162,6 @@ pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings
         let wish = service.meta.annotations.get(ALGORITHM);
         let algorithm = match wish {
             Some("random") => Algorithm::Random,
-            Some("round-robin") => Algorithm::RoundRobin,
             Some("least-connections") => Algorithm::LeastConnections,
             Some("maglev") => Algorithm::Maglev,
             _ => settings.algorithm,
@@ -228,13 +213,13 @@ pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings
                     claims.push((kind, 0, name.to_string(), place, key, expected));
                 };
                 for vip in &service.cluster_ips {
-                    add(FrontendKind::ClusterIp, *vip, port.port, &inside_vip, &Answer::Drop);
-                    add(FrontendKind::ClusterIp, *vip, 0, &Answer::Reject, &Answer::Drop);
+                    add(FrontendKind::ClusterIp, *vip, port.port, &inside_vip, &Answer::Pass);
+                    add(FrontendKind::ClusterIp, *vip, 0, &Answer::Reject, &Answer::Pass);
                 }
                 let has_node_port = port.node_port != 0 && service.kind != ServiceType::ClusterIP;
-                for address in node_addresses.iter().filter(|_| has_node_port) {
-                    let outside = if address.is_loopback() { &Answer::Pass } else { &from_outside };
-                    add(FrontendKind::NodePort, *address, port.node_port, &cluster, outside);
+                let any: IpAddr = if v6 { "::" } else { "0.0.0.0" }.parse().unwrap();
+                if has_node_port && service.cluster_ips.iter().any(|vip| vip.is_ipv6() == v6) {
+                    add(FrontendKind::NodePort, any, port.node_port, &cluster, &from_outside);
                 }
                 let shortcut = if settings.in_cluster_loadbalance { cluster.clone() } else { Answer::Pass };
                 if service.kind == ServiceType::LoadBalancer {
@@ -258,7 +243,7 @@ pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings
     }
     for (name, pod) in objects.pods() {
         if pod.node.as_deref() == Some(me) && !pod.host_network && pod.holds_addresses() {
-            host_ports(pod, &name.to_string(), &node_addresses, &mut out, &mut claims);
+            host_ports(pod, &name.to_string(), &mut out, &mut claims);
         }
     }
     claims.sort_by(|a, b| (a.0, a.1, &a.2, a.3).cmp(&(b.0, b.1, &b.2, b.3)));
@@ -271,7 +256,6 @@ pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings
 fn host_ports(
     pod: &Pod,
     name: &str,
-    node_addresses: &[IpAddr],
     out: &mut Everything,
     claims: &mut Vec<(FrontendKind, u8, String, usize, FrontendKey, Expected)>,
 ) {
@@ -280,17 +264,14 @@ fn host_ports(
             let backend = BackendKey { address: *ip, port: port.port, protocol: port.protocol };
             let known = out.backends.entry(backend).or_insert((BackendState::Ready, true));
             *known = (BackendState::Ready, true);
-            let mut on: Vec<IpAddr> = node_addresses.to_vec();
-            if let Some(host) = port.host_ip.filter(|ip| !ip.is_unspecified()) {
-                on = vec![host];
-            }
-            for host in on.into_iter().filter(|h| h.is_ipv4() == ip.is_ipv4()) {
+            let any: IpAddr = if ip.is_ipv6() { "::" } else { "0.0.0.0" }.parse().unwrap();
+            let host = port.host_ip.unwrap_or(any);
+            if host.is_ipv4() == ip.is_ipv4() {
                 let to_pod = Answer::Backends(Algorithm::Random, [(backend, 1)].into());
-                let outside = if host.is_loopback() { Answer::Pass } else { to_pod.clone() };
                 let expected = Expected {
                     kind: FrontendKind::HostPort,
-                    inside: to_pod,
-                    outside,
+                    inside: to_pod.clone(),
+                    outside: to_pod,
                     masquerade: false,
                     ranges: None,
                     affinity: 0,
@@ -317,12 +298,13 @@ pub(crate) fn resolve(kernel: &Kernel, selection: Selection) -> Answer {
     assert!(!table.slots.is_empty(), "a table without slots");
     let mut shares: BTreeMap<BackendKey, u64> = BTreeMap::new();
     for slot in &table.slots {
-        let backend = kernel.backends.get(slot).unwrap_or_else(|| panic!("{slot:?} of {id:?} is not there"));
+        let backend = kernel.backends.get(&slot.backend).unwrap_or_else(|| panic!("{slot:?} of {id:?} is not there"));
+        assert_eq!(backend.generation, slot.generation, "a slot names a life of {} that is over", backend.key);
         *shares.entry(backend.key).or_default() += 1;
     }
     match table.algorithm {
-        Algorithm::Random | Algorithm::RoundRobin => lowest_terms(&mut shares),
-        Algorithm::Maglev | Algorithm::LeastConnections => shares.values_mut().for_each(|v| *v = 1),
+        Algorithm::Random | Algorithm::LeastConnections => lowest_terms(&mut shares),
+        Algorithm::Maglev => shares.values_mut().for_each(|v| *v = 1),
     }
     Answer::Backends(table.algorithm, shares)
 }

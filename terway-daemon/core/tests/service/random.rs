@@ -36,7 +36,7 @@ fn any_service() -> impl Strategy<Value = Service> {
         prop::sample::subsequence(vec!["10.0.0.0/8", "192.0.2.0/24", "2001:db8::/32"], 0..3),
     );
     let notes = (
-        rarely(3, prop_oneof![Just("maglev"), Just("round-robin"), Just("least-connections"), Just("nonsense")]),
+        rarely(3, prop_oneof![Just("maglev"), Just("least-connections"), Just("nonsense")]),
         rarely(1, Just("eni")),
         rarely(1, prop_oneof![Just(PROXY_NAME), Just(HEADLESS)]),
         any::<bool>(),
@@ -163,9 +163,8 @@ fn any_change() -> impl Strategy<Value = Change> {
 }
 
 fn any_settings() -> impl Strategy<Value = Settings> {
-    (any::<bool>(), any::<bool>()).prop_map(|(in_cluster_loadbalance, loopback)| Settings {
+    any::<bool>().prop_map(|in_cluster_loadbalance| Settings {
         in_cluster_loadbalance,
-        loopback,
         maglev_size: 251,
         ..Settings::default()
     })
@@ -175,19 +174,26 @@ proptest! {
     #[test]
     fn after_every_batch_the_maps_say_what_kubernetes_says(
         settings in any_settings(),
-        batches in prop::collection::vec(prop::collection::vec(any_change(), 1..4), 1..14),
+        batches in prop::collection::vec((prop::collection::vec(any_change(), 1..4), any::<bool>()), 1..14),
     ) {
         let mut world = World::with(settings);
-        for batch in batches {
-            world.change(batch);
-            world.check();
+        for (batch, later) in batches {
+            world.begin(batch);
+            world.check_frontends();
+            if !later {
+                world.settle();
+                world.check();
+            }
         }
+        world.settle();
+        world.check();
         // A restart over unchanged objects writes nothing.
         let mut again = Planner::restore(facts(), world.settings.clone(), world.kernel.clone());
         let plan = again.sync(&world.objects);
         if world.has_conflicts() {
             world.planner = again;
             world.run(&plan);
+            world.settle();
             world.check();
         } else {
             prop_assert!(plan.is_empty(), "{:?}", plan);
@@ -218,6 +224,7 @@ proptest! {
         let plan = world.planner.sync(&world.objects);
         world.health.clear();
         world.run(&plan);
+        world.settle();
         world.check();
         for op in &plan.ops {
             if let Op::PutBackend(id, backend) = op {

@@ -1,6 +1,6 @@
 //! Figures: `cargo test --release -p terway-core --test service -- --ignored --nocapture scale`.
 
-use std::time::Instant;
+use std::time::Duration;
 
 use terway_core::objects::{Change, Object, Objects, Protocol};
 use terway_core::service::{Planner, Settings};
@@ -16,9 +16,15 @@ fn change(i: usize, endpoints: usize) -> Change {
     Change::Upsert(Box::new(Object::EndpointSlice(slice)))
 }
 
+/// Time that this thread has had a CPU: the machine may have others to serve (`/proc/[pid]/schedstat`, the first number, in nanoseconds).
+#[expect(clippy::disallowed_methods, reason = "a measurement needs a clock")]
+fn clock() -> Duration {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    Duration::from_nanos(stat.split_whitespace().next().unwrap().parse().unwrap())
+}
+
 #[test]
 #[ignore = "a measurement, for release builds"]
-#[expect(clippy::disallowed_methods, reason = "a measurement needs a clock")]
 fn scale() {
     let mut objects = Objects::default();
     for i in 0..SERVICES {
@@ -28,29 +34,29 @@ fn scale() {
         objects.apply(change(i, 4));
     }
     let mut planner = Planner::new(facts(), Settings::default());
-    let start = Instant::now();
+    let start = clock();
     let plan = planner.sync(&objects);
-    let full = start.elapsed();
+    let full = clock() - start;
     assert_eq!(plan.ops.len(), SERVICES * (4 + 1 + 2));
     let kernel = planner.kernel();
-    let start = Instant::now();
+    let start = clock();
     let mut again = Planner::restore(facts(), Settings::default(), kernel);
     assert!(again.sync(&objects).is_empty());
-    let restart = start.elapsed();
+    let restart = clock() - start;
     let mut times: Vec<_> = (0..2000)
         .map(|n| {
             let change = change(n * 13 % SERVICES, 3 + n % 3);
-            let start = Instant::now();
+            let start = clock();
             let applied: Vec<_> = objects.apply(change).into_iter().collect();
             let plan = planner.update(&objects, &applied);
-            let took = start.elapsed();
+            let took = clock() - start;
             assert!(plan.ops.len() <= 5);
             took
         })
         .collect();
     times.sort();
     println!(
-        "{SERVICES} Services x 4 endpoints: full plan {full:.1?}, restart without changes {restart:.1?}; one endpoint: median {:.1?}, p99 {:.1?}",
+        "CPU time, {SERVICES} Services x 4 endpoints: full plan {full:.1?}, restart without changes {restart:.1?}; one endpoint: median {:.1?}, p99 {:.1?}",
         times[1000], times[1980]
     );
 }

@@ -20,7 +20,7 @@ pub(crate) fn ip(text: &str) -> IpAddr {
 }
 
 pub(crate) fn facts() -> NodeFacts {
-    NodeFacts { name: ME.into(), zone: Some("z1".into()), addresses: vec![ip("192.168.0.1"), ip("2001:db8::1")] }
+    NodeFacts { name: ME.into(), zone: Some("z1".into()) }
 }
 
 pub(crate) fn meta(name: &str) -> ObjectMeta {
@@ -91,6 +91,8 @@ pub(crate) struct World {
     pub(crate) planner: Planner,
     pub(crate) kernel: Kernel,
     pub(crate) health: BTreeMap<u16, u32>,
+    /// What plans left for later.
+    pub(crate) pending: Vec<Op>,
 }
 
 impl World {
@@ -108,11 +110,19 @@ impl World {
             planner,
             kernel: Kernel::default(),
             health: BTreeMap::new(),
+            pending: Vec::new(),
         }
     }
 
-    /// Changes objects, plans, runs the plan with all checks.
+    /// Changes objects, plans, runs the plan and what was left for later, with all checks.
     pub(crate) fn change(&mut self, changes: impl IntoIterator<Item = Change>) -> Plan {
+        let plan = self.begin(changes);
+        self.settle();
+        plan
+    }
+
+    /// As [`Self::change`], but what is for later stays for later.
+    pub(crate) fn begin(&mut self, changes: impl IntoIterator<Item = Change>) -> Plan {
         let applied: Vec<Applied> = changes.into_iter().filter_map(|c| self.objects.apply(c)).collect();
         let plan = self.planner.update(&self.objects, &applied);
         self.run(&plan);
@@ -128,22 +138,14 @@ impl World {
         let before = oracle::seen(&self.kernel);
         let after = oracle::seen(&{
             let mut end = self.kernel.clone();
-            plan.ops.iter().chain(&plan.retire).for_each(|op| end.apply(op));
+            plan.ops.iter().for_each(|op| end.apply(op));
             end
         });
         for op in &plan.ops {
             self.kernel.apply(op);
             check_step(op, &before, &oracle::seen(&self.kernel), &after);
         }
-        // Readers that started before the last operation still follow what they read: only now may it go.
-        for op in &plan.retire {
-            self.kernel.apply(op);
-            assert!(
-                matches!(op, Op::RemoveBackend(..) | Op::RemoveTable(_) | Op::RemoveRange(..)),
-                "{op:?} is not for later"
-            );
-            same_clients(op, &oracle::seen(&self.kernel), &after);
-        }
+        self.pending.extend(plan.retire.iter().cloned());
         for (port, state) in &plan.health {
             match state {
                 Some((_, count)) => drop(self.health.insert(*port, *count)),
@@ -152,12 +154,25 @@ impl World {
         }
     }
 
+    /// A second has passed: readers that started before the last operation are through, and what they could have followed may go.
+    pub(crate) fn settle(&mut self) {
+        let before = oracle::seen(&self.kernel);
+        let pending = std::mem::take(&mut self.pending);
+        for op in &pending {
+            self.kernel.apply(op);
+            let fits = matches!(op, Op::RemoveBackend(..) | Op::RemoveTable(_) | Op::ReleasePort(_));
+            assert!(fits, "{op:?} is not for later");
+            assert_eq!(oracle::seen(&self.kernel), before, "{op:?} changed what clients get");
+        }
+        self.planner.retired(&pending);
+    }
+
     pub(crate) fn expected(&self) -> Everything {
         oracle::expected(&self.objects, &self.facts, &self.settings)
     }
 
-    /// The maps say what the oracle says, and the planner knows what they hold.
-    pub(crate) fn check(&self) {
+    /// Clients get what the oracle says.
+    pub(crate) fn check_frontends(&self) {
         let expected = self.expected();
         let mut seen = oracle::seen(&self.kernel);
         let mut wanted = expected.frontends.clone();
@@ -168,6 +183,12 @@ impl World {
             }
         }
         assert_eq!(seen, wanted);
+    }
+
+    /// The maps say what the oracle says, and the planner knows what they hold. Nothing may be left for later.
+    pub(crate) fn check(&self) {
+        self.check_frontends();
+        let expected = self.expected();
         let backends: BTreeMap<_, _> = self.kernel.backends.values().map(|b| (b.key, (b.state, b.local))).collect();
         assert_eq!(backends, expected.backends);
         assert_eq!(backends.len(), self.kernel.backends.len(), "a backend stands there twice");
@@ -209,11 +230,6 @@ fn check_step(
         let ok = similar(current, old) || similar(current, new);
         assert!(ok, "after {op:?}: {key} leads to {current:?}, which is neither {old:?} nor {new:?}");
     }
-}
-
-fn same_clients(op: &Op, now: &BTreeMap<FrontendKeyOf, Expected>, after: &BTreeMap<FrontendKeyOf, Expected>) {
-    assert_eq!(now.len(), after.len());
-    assert!(now.iter().all(|(key, seen)| similar(Some(seen), after.get(key))), "{op:?} changed what clients get");
 }
 
 type FrontendKeyOf = terway_core::service::FrontendKey;
