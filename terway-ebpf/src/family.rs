@@ -3,7 +3,7 @@
 use terway_abi::{Drop, Endpoint, Nexthop, bucket_v4, bucket_v6};
 
 use crate::csum;
-use crate::flow::copy;
+use crate::flow::{self, copy};
 use crate::frame::{ETH_LEN, Frame};
 use crate::parse::{self, Packet};
 
@@ -36,6 +36,15 @@ pub trait Family: Sized + 'static {
     /// Not `==`: for four words LLVM makes that one 16-byte comparison, aligns the variable to 16 bytes for it, and then dies of a
     /// copy with that alignment (`BPFInstrInfo::expandMEMCPY`, LLVM 22).
     fn same(a: &Self::Addr, b: &Self::Addr) -> bool;
+
+    /// Writes an address, word by word; see [`copy`].
+    fn assign(to: &mut Self::Addr, from: &Self::Addr);
+
+    /// The borrow of `a - b - borrow`, of addresses as numbers in the order of [`terway_abi::FlowKey`]: 0 or 1.
+    fn borrow(a: &Self::Addr, b: &Self::Addr, borrow: u32) -> u32;
+
+    /// The two as they are if `mask` is 0, exchanged if it has all bits.
+    fn exchange(a: &Self::Addr, b: &Self::Addr, mask: u32) -> (Self::Addr, Self::Addr);
 
     /// Takes one from the TTL or hop limit; `None` if it does not allow another hop.
     fn hop<P: Frame>(frame: &mut P) -> Option<()>;
@@ -106,6 +115,22 @@ impl Family for V4 {
     #[inline(always)]
     fn same(a: &u32, b: &u32) -> bool {
         a == b
+    }
+
+    #[inline(always)]
+    fn assign(to: &mut u32, from: &u32) {
+        *to = *from;
+    }
+
+    #[inline(always)]
+    fn borrow(a: &u32, b: &u32, borrow: u32) -> u32 {
+        flow::borrow(*a, *b, borrow)
+    }
+
+    #[inline(always)]
+    fn exchange(a: &u32, b: &u32, mask: u32) -> (u32, u32) {
+        let changed = (a ^ b) & mask;
+        (a ^ changed, b ^ changed)
     }
 
     #[inline(always)]
@@ -190,6 +215,25 @@ impl Family for V6 {
     fn same(a: &[u32; 4], b: &[u32; 4]) -> bool {
         let ([a, b, c, d], [e, f, g, h]) = (*a, *b);
         (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
+    }
+
+    #[inline(always)]
+    fn assign(to: &mut [u32; 4], from: &[u32; 4]) {
+        copy(to, from);
+    }
+
+    #[inline(always)]
+    fn borrow(a: &[u32; 4], b: &[u32; 4], borrow: u32) -> u32 {
+        let ([a, b, c, d], [e, f, g, h]) = (*a, *b);
+        let borrow = flow::borrow(b, f, flow::borrow(a, e, borrow));
+        flow::borrow(d, h, flow::borrow(c, g, borrow))
+    }
+
+    #[inline(always)]
+    fn exchange(a: &[u32; 4], b: &[u32; 4], mask: u32) -> ([u32; 4], [u32; 4]) {
+        let ([a, b, c, d], [e, f, g, h]) = (*a, *b);
+        let [p, q, r, s] = [(a ^ e) & mask, (b ^ f) & mask, (c ^ g) & mask, (d ^ h) & mask];
+        ([a ^ p, b ^ q, c ^ r, d ^ s], [e ^ p, f ^ q, g ^ r, h ^ s])
     }
 
     #[inline(always)]

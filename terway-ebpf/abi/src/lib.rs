@@ -23,7 +23,7 @@ pub use endpoint::{Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, 
 pub use event::{Budget, DropEvent, Program};
 pub use flow::{
     Action, Flow, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4, FragmentKeyV6,
-    FragmentValue, HOOK_IN, HOOK_TO_POD, Nexthop, flow_flags,
+    FragmentValue, HOOK_IN, HOOK_TO_POD, Nexthop, Side, flow_flags,
 };
 
 /// The version of everything in this crate. Pins of different versions never meet: they live in different folders.

@@ -7,12 +7,13 @@ use aya_ebpf::{
 };
 use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
-    Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4,
+    Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, Flow, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4,
     FragmentKeyV6, FragmentValue, MAX_ENDPOINTS, SLOTS,
 };
 
 use crate::decide::Tables;
 use crate::family::{Family, V4, V6};
+use crate::parse::Packet;
 
 /// Pods by host interface. Not preallocated: most nodes have tens of pods.
 #[map]
@@ -45,6 +46,28 @@ pub static FLOWS_V4: LruHashMap<FlowKeyV4, FlowV4> = LruHashMap::with_max_entrie
 /// As [`FLOWS_V4`], about 250 bytes an entry.
 #[map]
 pub static FLOWS_V6: LruHashMap<FlowKeyV6, FlowV6> = LruHashMap::with_max_entries(65_536, 0);
+
+/// What the slow path works on. Not pinned and nobody else's: one CPU's memory for one packet.
+///
+/// Not on the stack: that is too small, and the verifier remembers what stands there and follows each way with each different
+/// memory, while of a map's value it knows nothing.
+#[repr(C)]
+pub struct Desk<F: Family> {
+    /// The packet.
+    pub packet: Packet<F>,
+    /// The packet that an ICMP error quotes.
+    pub quoted: Packet<F>,
+    /// The flow that is about to be inserted.
+    pub flow: Flow<F::Addr>,
+}
+
+/// The desk of IPv4.
+#[map]
+pub static DESK_V4: PerCpuArray<Desk<V4>> = PerCpuArray::with_max_entries(1, 0);
+
+/// The desk of IPv6.
+#[map]
+pub static DESK_V6: PerCpuArray<Desk<V6>> = PerCpuArray::with_max_entries(1, 0);
 
 /// Fragmented packets on their way: they live for milliseconds.
 #[map]
@@ -85,6 +108,8 @@ pub struct Maps;
 pub trait Kernel: Family {
     /// Its flow table.
     fn flows() -> &'static LruHashMap<terway_abi::FlowKey<Self::Addr>, terway_abi::Flow<Self::Addr>>;
+    /// This CPU's desk.
+    fn desk() -> &'static PerCpuArray<Desk<Self>>;
     /// Its fragments.
     fn fragments() -> &'static LruHashMap<terway_abi::FragmentKey<Self::Addr>, FragmentValue>;
 }
@@ -93,6 +118,11 @@ impl Kernel for V4 {
     #[inline(always)]
     fn flows() -> &'static LruHashMap<FlowKeyV4, FlowV4> {
         &FLOWS_V4
+    }
+
+    #[inline(always)]
+    fn desk() -> &'static PerCpuArray<Desk<V4>> {
+        &DESK_V4
     }
 
     #[inline(always)]
@@ -105,6 +135,11 @@ impl Kernel for V6 {
     #[inline(always)]
     fn flows() -> &'static LruHashMap<FlowKeyV6, FlowV6> {
         &FLOWS_V6
+    }
+
+    #[inline(always)]
+    fn desk() -> &'static PerCpuArray<Desk<V6>> {
+        &DESK_V6
     }
 
     #[inline(always)]
