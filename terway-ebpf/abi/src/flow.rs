@@ -115,14 +115,22 @@ pub struct Flow<A> {
     pub created: u32,
     /// Which end made the entry: 0 for the low one, 1 for the high one.
     pub maker: u32,
-    /// Zero; room for the ports that a Service rewrites to, as in the packet.
-    pub rewrite_ports: u32,
-    /// Zero; room for the source address that a Service rewrites to.
-    pub rewrite_src: A,
-    /// Zero; room for the destination address that a Service rewrites to.
-    pub rewrite_dst: A,
-    /// Zero.
-    pub pad: u32,
+    /// The backend of a Service that it goes to or comes from; [`crate::NO_BACKEND`] if it has none.
+    pub backend: u32,
+    /// What [`crate::Backend::generation`] was: the entry is void as soon as it is something else.
+    pub generation: u32,
+    /// [`crate::Frontend::service`]; without meaning if there is no backend.
+    pub service: u32,
+    /// With [`flow_flags::TRANSLATE`]: the ports that the packet gets.
+    pub ports: u32,
+    /// The source address that it gets.
+    pub src: A,
+    /// The destination address that it gets.
+    pub dst: A,
+    /// What that adds to the ones' complement sum of the addresses.
+    pub sum_addresses: u32,
+    /// And to that of the ports.
+    pub sum_ports: u32,
 }
 
 /// A flow of IPv4.
@@ -130,7 +138,7 @@ pub type FlowV4 = Flow<u32>;
 /// A flow of IPv6.
 pub type FlowV6 = Flow<[u32; 4]>;
 
-pod!(FlowKeyV4: 16, FlowKeyV6: 40, Nexthop: 20, Side: 72, FlowV4: 184, FlowV6: 208);
+pod!(FlowKeyV4: 16, FlowKeyV6: 40, Nexthop: 20, Side: 72, FlowV4: 200, FlowV6: 224);
 const _: () = assert!(offset_of!(Side, way) == 52 && offset_of!(FlowV4, slots) == 144);
 
 /// Bits of [`Side::flags`].
@@ -145,6 +153,8 @@ pub mod flow_flags {
     pub const RST: u32 = 1 << 3;
     /// A packet was seen in this direction, so the entry is not only the other one's shadow.
     pub const SEEN: u32 = 1 << 4;
+    /// Packets of this direction get other addresses and ports. Their answers have an entry of their own.
+    pub const TRANSLATE: u32 = 1 << 5;
 }
 
 /// What fragments of one packet have in common (RFC 791 section 3.2, RFC 8200 section 4.5), and where they came in.

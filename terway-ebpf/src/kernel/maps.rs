@@ -7,8 +7,9 @@ use aya_ebpf::{
 };
 use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
-    Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, Flow, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4,
-    FragmentKeyV6, FragmentValue, MAX_ENDPOINTS, SLOTS,
+    Affinity, AffinityKey, Backend, Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FILTER, Flow, FlowKeyV4,
+    FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKeyV4, FrontendKeyV6,
+    MAX_ENDPOINTS, Member, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6,
 };
 
 use crate::decide::Tables;
@@ -76,6 +77,46 @@ pub static FRAGMENTS_V4: LruHashMap<FragmentKeyV4, FragmentValue> = LruHashMap::
 /// As [`FRAGMENTS_V4`].
 #[map]
 pub static FRAGMENTS_V6: LruHashMap<FragmentKeyV6, FragmentValue> = LruHashMap::with_max_entries(4096, 0);
+
+/// Ports of Services, 30 000 of which are in order. Not preallocated: most clusters have hundreds.
+#[map]
+pub static FRONTENDS_V4: HashMap<FrontendKeyV4, Frontend> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+
+/// As [`FRONTENDS_V4`].
+#[map]
+pub static FRONTENDS_V6: HashMap<FrontendKeyV6, Frontend> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+
+/// Whether an address may be a Service's.
+#[map]
+pub static FILTERS: Array<u32> = Array::with_max_entries(FILTER, 0);
+
+/// Runs of backends: 8 MiB, which is 30 000 Services of four backends and fifty Maglev tables of 16 381. The daemon sets the size.
+#[map]
+pub static MEMBERS: Array<Member> = Array::with_max_entries(1_048_576, 0);
+
+/// Backends: 4 MiB. The daemon sets the size.
+#[map]
+pub static BACKENDS: Array<Backend> = Array::with_max_entries(131_072, 0);
+
+/// Their open connections, for the choice of the least loaded.
+#[map]
+pub static LOADS: Array<u64> = Array::with_max_entries(131_072, 0);
+
+/// Clients that are held to a backend.
+#[map]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_entries(65_536, 0);
+
+/// Source ranges of Services.
+#[map]
+pub static RANGES_V4: lpm_trie::LpmTrie<SourceRangeV4, u32> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
+
+/// As [`RANGES_V4`].
+#[map]
+pub static RANGES_V6: lpm_trie::LpmTrie<SourceRangeV6, u32> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
+
+/// Sockets whose peer was translated.
+#[map]
+pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::with_max_entries(65_536, 0);
 
 /// Packets and bytes by way and by drop reason.
 #[map]
