@@ -5,6 +5,7 @@ use terway_abi::{Drop, Endpoint, Nexthop, bucket_v4, bucket_v6};
 use crate::csum;
 use crate::flow::{self, copy};
 use crate::frame::{ETH_LEN, Frame};
+use crate::nat;
 use crate::parse::{self, Packet};
 
 /// An address family.
@@ -45,6 +46,15 @@ pub trait Family: Sized + 'static {
 
     /// The two as they are if `mask` is 0, exchanged if it has all bits.
     fn exchange(a: &Self::Addr, b: &Self::Addr, mask: u32) -> (Self::Addr, Self::Addr);
+
+    /// What changing an address adds to a ones' complement sum; see [`nat::difference`].
+    fn difference(old: &Self::Addr, new: &Self::Addr, sum: u32) -> u32;
+
+    /// Writes both addresses into the header, and into its checksum what that adds.
+    fn readdress<P: Frame>(frame: &mut P, src: &Self::Addr, dst: &Self::Addr, sum: u32) -> Option<()>;
+
+    /// The address that an event holds so.
+    fn narrow(address: &[u32; 4]) -> Self::Addr;
 
     /// Takes one from the TTL or hop limit; `None` if it does not allow another hop.
     fn hop<P: Frame>(frame: &mut P) -> Option<()>;
@@ -125,6 +135,25 @@ impl Family for V4 {
     #[inline(always)]
     fn borrow(a: &u32, b: &u32, borrow: u32) -> u32 {
         flow::borrow(*a, *b, borrow)
+    }
+
+    #[inline(always)]
+    fn difference(old: &u32, new: &u32, sum: u32) -> u32 {
+        nat::difference(*old, *new, sum)
+    }
+
+    #[inline(always)]
+    fn readdress<P: Frame>(frame: &mut P, src: &u32, dst: &u32, sum: u32) -> Option<()> {
+        let check = frame.read::<u16>(ETH_LEN + 10)?;
+        frame.write(ETH_LEN + 10, nat::adjust(check, sum))?;
+        frame.write(ETH_LEN + 12, *src)?;
+        frame.write(ETH_LEN + 16, *dst)
+    }
+
+    #[inline(always)]
+    fn narrow(address: &[u32; 4]) -> u32 {
+        let [first, ..] = *address;
+        first
     }
 
     #[inline(always)]
@@ -227,6 +256,28 @@ impl Family for V6 {
         let ([a, b, c, d], [e, f, g, h]) = (*a, *b);
         let borrow = flow::borrow(b, f, flow::borrow(a, e, borrow));
         flow::borrow(d, h, flow::borrow(c, g, borrow))
+    }
+
+    #[inline(always)]
+    fn difference(old: &[u32; 4], new: &[u32; 4], sum: u32) -> u32 {
+        let ([a, b, c, d], [e, f, g, h]) = (*old, *new);
+        nat::difference(d, h, nat::difference(c, g, nat::difference(b, f, nat::difference(a, e, sum))))
+    }
+
+    #[inline(always)]
+    fn readdress<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], _sum: u32) -> Option<()> {
+        let ([a, b, c, d], [e, f, g, h]) = (*src, *dst);
+        // The last word first: if it fits, all do.
+        frame.write(ETH_LEN + 36, h)?;
+        for (word, value) in [a, b, c, d, e, f, g].into_iter().enumerate() {
+            frame.write(ETH_LEN + 8 + 4 * word, value)?;
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn narrow(address: &[u32; 4]) -> [u32; 4] {
+        *address
     }
 
     #[inline(always)]
