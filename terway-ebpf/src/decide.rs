@@ -58,20 +58,20 @@ pub fn from_pod<'a, F: Family, T: Tables<F>>(
     if macs.source() != pod.sent.source() {
         return Err(Drop::SpoofedMac);
     }
-    if let Some(drop) = F::unroutable(&packet.key.src, &packet.key.dst) {
+    if let Some(drop) = F::unroutable(&packet.src, &packet.dst) {
         return Err(drop);
     }
-    if F::same(&packet.key.src, &F::NONE) || !F::same(&packet.key.src, &F::address(pod)) {
+    if F::same(&packet.src, &F::NONE) || !F::same(&packet.src, &F::address(pod)) {
         return Err(Drop::SpoofedSource);
     }
     if macs != pod.sent {
         return Err(Drop::NotForGateway);
     }
     // Services: the destination becomes the backend's here, before it is looked up.
-    let unowned = nobody(tables, &packet.key.dst);
-    let (target, destination) = match tables.by_address(&packet.key.dst) {
+    let unowned = nobody(tables, &packet.dst);
+    let (target, destination) = match tables.by_address(&packet.dst) {
         Some(peer) => (Place::Pod(peer), pods(peer)),
-        None if tables.is_host(&packet.key.dst) => (Place::Host(pod), unowned),
+        None if tables.is_host(&packet.dst) => (Place::Host(pod), unowned),
         None if F::has_gateway(pod) => (Place::Vpc(pod), unowned),
         None => return Err(Drop::NoGateway),
     };
@@ -89,13 +89,13 @@ pub fn from_vpc<'a, F: Family, T: Tables<F>>(
     packet: &Packet<F>,
     ifindex: u32,
 ) -> Result<Decision<'a>, Drop> {
-    let source = nobody(tables, &packet.key.src);
-    let Some(pod) = tables.by_address(&packet.key.dst) else { return Ok(Decision::NotOurs) };
+    let source = nobody(tables, &packet.src);
+    let Some(pod) = tables.by_address(&packet.dst) else { return Ok(Decision::NotOurs) };
     if pod.eni_ifindex != ifindex {
         return Err(Drop::WrongEni);
     }
     // A pod of this node reaches another one without the VPC, so from there such a source is a lie.
-    if tables.by_address(&packet.key.src).is_some() {
+    if tables.by_address(&packet.src).is_some() {
         return Err(Drop::SpoofedSource);
     }
     // Policy: ingress of `pod` is decided here.
@@ -112,14 +112,14 @@ pub fn to_pod<'a, F: Family, T: Tables<F>>(
     packet: &Packet<F>,
     ifindex: u32,
 ) -> Result<Decision<'a>, Drop> {
-    let source = nobody(tables, &packet.key.src);
+    let source = nobody(tables, &packet.src);
     let pod = tables.by_ifindex(ifindex).ok_or(Drop::UnknownEndpoint)?;
     // Neighbour discovery and the like: it is not sent to the pod's address, and no flow comes of it.
-    if F::same(&packet.key.dst, &F::NONE) || !F::same(&packet.key.dst, &F::address(pod)) {
+    if F::same(&packet.dst, &F::NONE) || !F::same(&packet.dst, &F::address(pod)) {
         return Ok(Decision::NotOurs);
     }
     // A pod's packet that the host stack forwarded (to the backend of a Service, say) depends on that pod too.
-    let source = tables.by_address(&packet.key.src).map_or(source, pods);
+    let source = tables.by_address(&packet.src).map_or(source, pods);
     // Policy: ingress of `pod` is decided here; what the node itself sends is always allowed.
     Ok(Decision::Way(Route { origin: Place::Host(pod), target: Place::Pod(pod), source, destination: pods(pod) }))
 }
@@ -212,7 +212,7 @@ mod tests {
 
     fn packet<F: Family>(src: F::Addr, dst: F::Addr) -> Packet<F> {
         let mut packet = Packet::new();
-        (packet.key.src, packet.key.dst) = (src, dst);
+        (packet.src, packet.dst) = (src, dst);
         packet
     }
 

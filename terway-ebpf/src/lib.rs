@@ -15,8 +15,10 @@ pub mod family;
 pub mod flow;
 pub mod frame;
 pub mod icmp;
+pub mod nat;
 pub mod neighbour;
 pub mod parse;
+pub mod service;
 
 #[cfg(target_arch = "bpf")]
 pub mod kernel;

@@ -52,7 +52,7 @@ pub use self::stats::Counters;
 pub struct Config {
     /// A folder on a bpffs, made if missing. Maps go to `v<ABI>` and links to `links` in it.
     pub pin_root: PathBuf,
-    /// Entries of the IPv4 flow table. A connection takes two.
+    /// Entries of the IPv4 flow table. A connection takes one.
     pub flows_v4: u32,
     /// Entries of the IPv6 flow table.
     pub flows_v6: u32,
@@ -267,7 +267,7 @@ impl Datapath {
         self.flows.count()
     }
 
-    /// Up to `limit` flows of each family.
+    /// Both directions of up to `limit` flows of each family.
     ///
     /// # Errors
     /// [`BpfError::Map`].

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::bpf_redir_neigh;
 use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
-use terway_abi::{Action, Drop, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, Kind, MARK_CHECKED, Nexthop, Program};
+use terway_abi::{Action, Drop, FlowKey, HOOK_IN, HOOK_TO_POD, Kind, MARK_CHECKED, Nexthop, Program, Side};
 
 use super::exit::{Verdict, count, now};
 use super::first::{Checks, Neighbourly, first, unusual};
@@ -38,27 +38,28 @@ where
     Checks: Neighbourly<F>,
 {
     let Some(glance) = F::glance(&window) else { return unusual::<F, PROGRAM>(skb) };
-    let place = (skb.ifindex(), hook::<PROGRAM>());
-    let key = flow::key(glance.src, glance.dst, glance.ports, glance.protocol, place);
-    if let Some(entry) = lookup::<F, PROGRAM>(skb, &window, &key) {
+    let (key, from_high) = flow::key::<F>(&glance.src, &glance.dst, glance.ports, glance.protocol);
+    if let Some(side) = lookup::<F, PROGRAM>(skb, &window, &key, from_high) {
         if glance.tcp_flags & flow::NOTABLE == 0 {
-            return use_entry::<F, PROGRAM>(skb, window, entry);
+            return use_side::<F, PROGRAM>(skb, window, side);
         }
-        if flow::continues(entry.flags, glance.tcp_flags) {
-            entry.flags |= flow::remembered(glance.tcp_flags);
-            return use_entry::<F, PROGRAM>(skb, window, entry);
+        if flow::continues(side.flags, glance.tcp_flags) {
+            side.flags |= flow::remembered(glance.tcp_flags);
+            return use_side::<F, PROGRAM>(skb, window, side);
         }
     }
-    first::<F, PROGRAM>(skb, &key, glance.tcp_flags)
+    first::<F, PROGRAM>(skb, &glance)
 }
 
-/// The entry of this key, if it still holds and the frame is from whom it was made for.
+/// The sender's side of the entry of this key, if the entry still holds, and the packet is met where it was made for and comes
+/// from whom it was made for.
 #[inline(always)]
 pub(super) fn lookup<F: Way, const PROGRAM: u8>(
     skb: Skb,
     window: &Window,
     key: &FlowKey<F::Addr>,
-) -> Option<&'static mut Flow<F::Addr>>
+    from_high: u32,
+) -> Option<&'static mut Side>
 where
     Maps: Tables<F>,
 {
@@ -66,34 +67,35 @@ where
     // SAFETY: the value stays mapped for the program's run. Other CPUs may count in it at the same time, which `Flow` allows for; an
     // entry that is evicted and reused meanwhile is a race that every preallocated map has.
     let entry = unsafe { &mut *entry };
-    if PROGRAM == FROM_POD && window.macs()? != entry.expect {
+    let holds = decide::holds::<F, _>(&Maps, entry.slots, entry.epochs);
+    let side = flow::side(entry, from_high);
+    if side.ifindex != skb.ifindex() || side.hook != u32::from(hook::<PROGRAM>()) {
         return None;
     }
-    if !decide::holds::<F, _>(&Maps, entry.slots, entry.epochs) {
+    if PROGRAM == FROM_POD && window.macs()? != side.expect {
+        return None;
+    }
+    if !holds {
         count(Kind::FlowStale as u32, skb.len());
         return None;
     }
-    Some(entry)
+    Some(side)
 }
 
 #[inline(always)]
-pub(super) fn use_entry<F: Way, const PROGRAM: u8>(
-    skb: Skb,
-    window: Window,
-    entry: &'static mut Flow<F::Addr>,
-) -> Verdict {
-    entry.packets += 1;
-    entry.bytes += u64::from(skb.len());
+pub(super) fn use_side<F: Way, const PROGRAM: u8>(skb: Skb, window: Window, side: &'static mut Side) -> Verdict {
+    side.packets += 1;
+    side.bytes += u64::from(skb.len());
     // In the same cache line as the counters, so writing it each time costs nothing.
-    entry.last_seen = now();
-    send::<F, PROGRAM>(skb, window, entry)
+    side.last_seen = now();
+    send::<F, PROGRAM>(skb, window, side)
 }
 
-/// Does with a packet what its flow says.
+/// Does with a packet what its side of the flow says.
 #[inline(always)]
-pub(super) fn send<F: Way, const PROGRAM: u8>(skb: Skb, mut window: Window, flow: &Flow<F::Addr>) -> Verdict {
+pub(super) fn send<F: Way, const PROGRAM: u8>(skb: Skb, mut window: Window, side: &Side) -> Verdict {
     let kinds = const { kinds::<PROGRAM>() };
-    if PROGRAM == TO_POD || flow.action == Action::Stack as u32 {
+    if PROGRAM == TO_POD || side.action == Action::Stack as u32 {
         return Verdict::next(kinds.stack);
     }
     if F::hop(&mut window).is_none() {
@@ -103,19 +105,19 @@ pub(super) fn send<F: Way, const PROGRAM: u8>(skb: Skb, mut window: Window, flow
     if PROGRAM == FROM_VPC && F::VERSION == 6 {
         skb.hop_limit_fell();
     }
-    if PROGRAM == FROM_POD && flow.action == Action::Vpc as u32 {
+    if PROGRAM == FROM_POD && side.action == Action::Vpc as u32 {
         skb.set_mark(MARK_CHECKED);
-        let nexthop: *const Nexthop = &flow.nexthop;
+        let nexthop: *const Nexthop = &side.way;
         // SAFETY: `Nexthop` has the layout of `bpf_redir_neigh` (asserted below), and the helper only reads it.
-        let action = unsafe { bpf_redirect_neigh(flow.oif, nexthop.cast_mut().cast(), size_of::<Nexthop>() as i32, 0) };
+        let action = unsafe { bpf_redirect_neigh(side.oif, nexthop.cast_mut().cast(), size_of::<Nexthop>() as i32, 0) };
         return Verdict::with_action(action as i32, kinds.vpc);
     }
     // The pod's kernel does not look at the addresses any more, but a bridge or a packet capture in the pod does.
-    if window.write(0, flow.write).is_none() {
+    if window.write(0, flow::written(side)).is_none() {
         return Verdict::drop(Drop::Truncated);
     }
     // SAFETY: the helper has no preconditions; an interface that is gone makes it a drop.
-    let action = unsafe { bpf_redirect_peer(flow.oif, 0) };
+    let action = unsafe { bpf_redirect_peer(side.oif, 0) };
     Verdict::with_action(action as i32, kinds.local)
 }
 
