@@ -82,6 +82,8 @@ pub mod frontend_flags {
     pub const LOCAL: u32 = 1 << 4;
     /// Refused packets are dropped in silence (externalTrafficPolicy Local without a local backend), not answered.
     pub const SILENT: u32 = 1 << 5;
+    /// Not served to clients in the cluster (`in_cluster_loadbalance` is off): their packets go on to the load balancer.
+    pub const EXTERNAL: u32 = 1 << 6;
 }
 
 /// A place in a run: which backend, and in which of its lives. 0 and 0 is nobody.

@@ -175,7 +175,7 @@ impl World {
     pub(crate) fn check_frontends(&self) {
         let expected = self.expected();
         let mut seen = oracle::seen(&self.kernel);
-        let mut wanted = expected.frontends.clone();
+        let mut wanted = expected.frontends;
         for e in seen.values_mut().chain(wanted.values_mut()) {
             if let Some(ranges) = &mut e.ranges {
                 ranges.sort();
