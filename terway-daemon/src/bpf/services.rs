@@ -32,6 +32,9 @@ use super::object::take;
 /// How long after the last operation of a plan its operations for later are run. A program runs for microseconds; a second leaves no doubt.
 pub const RETIRE_AFTER: Duration = Duration::from_secs(1);
 
+/// After so many entries without a generation no backend follows: numbers are given from 1 up, and those that were used keep a generation.
+const NEVER_USED: u32 = 4096;
+
 /// The maps, and what is in them.
 pub(super) struct Tables {
     maps: Maps,
@@ -90,9 +93,15 @@ impl Tables {
     pub(super) fn recover(&mut self) -> Result<Kernel, BpfError> {
         self.read_frontends()?;
         self.read_ranges()?;
+        self.known_backends.clear();
         let mut kernel = Kernel { ranges: self.known_ranges.clone(), ..Kernel::default() };
+        let mut unused = 0;
         for index in 1..self.maps.backends.len() {
             let found = self.maps.backends.get(&index, 0).map_err(BpfError::map(names::BACKENDS))?;
+            unused = if found.generation == 0 { unused + 1 } else { 0 };
+            if unused > NEVER_USED {
+                break;
+            }
             kernel.generation = kernel.generation.max(found.generation);
             if let Some(backend) = backend_from(&found) {
                 self.known_backends.insert(BackendId(index), found);
@@ -181,7 +190,8 @@ impl Tables {
         for bucket in self.known_frontends.keys().filter_map(bucket) {
             self.filter[bucket as usize] += 1;
         }
-        for (bucket, count) in (0..).zip(&self.filter) {
+        // A bucket that counts too many costs its packets a lookup, and is set right by the next write to it.
+        for (bucket, count) in (0..).zip(&self.filter).filter(|(_, count)| **count > 0) {
             let found = self.maps.filters.get(&bucket, 0).map_err(BpfError::map(names::FILTERS))?;
             if found != *count {
                 self.maps.filters.set(bucket, *count, 0).map_err(BpfError::map(names::FILTERS))?;

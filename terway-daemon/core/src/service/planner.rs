@@ -9,8 +9,8 @@ use ipnet::IpNet;
 
 use super::ids::Ids;
 use super::model::{
-    Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op, Owner, Plan,
-    PortId, Problem, Selection, Table, TableId,
+    Backend, BackendId, BackendKey, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op, Owner, Plan, PortId,
+    Problem, Selection, Table, TableId,
 };
 use super::settings::{Here, NodeFacts, Settings};
 use super::want::{self, BackendFacts, Wanted, WantedPort, WantedSelection, Weights};

@@ -1,6 +1,6 @@
 //! The second half of planning: from what was touched to operations in their order.
 
-use super::{FrontendEntry, Planner, Rank, Touched, object_of};
+use super::{Planner, Rank, Touched, object_of};
 use crate::objects::Protocol;
 use crate::service::model::{Backend, BackendKey, BackendState, Frontend, FrontendKey, Op, Plan, Problem};
 use crate::service::want::{self, BackendFacts};
