@@ -227,3 +227,52 @@ fn a_full_map_is_told_by_name() {
     let error = tables.run(&[Op::PutTable(TableId(1), table)]).unwrap_err();
     assert_eq!(error.to_string(), "the datapath holds at most 1048576 slots of backend tables");
 }
+
+/// Figures: `cargo test --release -p terway-daemon --lib -- --ignored --nocapture bpf::services`.
+#[test]
+#[ignore = "a measurement, for release builds"]
+fn scale() {
+    const SERVICES: usize = 30_000;
+    let Some(mut tables) = maps() else { return };
+    let mut objects = Objects::default();
+    let plain = |i: usize| {
+        let json = format!(
+            r#"{{"metadata":{{"name":"s{i}","namespace":"ns"}},"spec":{{"clusterIP":"10.96.{}.{}","ports":[{{"name":"web","port":80}}]}}}}"#,
+            i / 250,
+            i % 250 + 1
+        );
+        object(Kind::Service, &json)
+    };
+    for i in 0..SERVICES {
+        objects.apply(plain(i));
+        objects.apply(slice(i, &[1, 2, 3, 4], "me"));
+    }
+    let start = std::time::Instant::now();
+    let mut planner_ = planner(tables.recover().unwrap());
+    let plan = planner_.sync(&objects);
+    let planned = start.elapsed();
+    tables.run(&plan.ops).unwrap();
+    println!(
+        "{SERVICES} Services x 4 endpoints: planned in {planned:.2?}, in the maps after {:.2?} and {} writes",
+        start.elapsed(),
+        tables.writes
+    );
+    let start = std::time::Instant::now();
+    let mut again = planner(tables.recover().unwrap());
+    let read = start.elapsed();
+    let plan = again.sync(&objects);
+    tables.run(&plan.ops).unwrap();
+    println!("restart without changes: read in {read:.2?}, done after {:.2?}", start.elapsed());
+    let mut times: Vec<_> = (0..1000)
+        .map(|n| {
+            let change = slice(n * 29 % SERVICES, &[1, 2, 3, 5], "me");
+            let start = std::time::Instant::now();
+            let applied: Vec<_> = objects.apply(change).into_iter().collect();
+            let plan = again.update(&objects, &applied);
+            tables.run(&plan.ops).unwrap();
+            start.elapsed()
+        })
+        .collect();
+    times.sort();
+    println!("one endpoint, from object to maps: median {:.1?}, p99 {:.1?}", times[500], times[990]);
+}
