@@ -27,7 +27,7 @@ mod host;
 mod object;
 mod pin;
 mod run;
-mod services;
+mod planned;
 mod stats;
 
 use std::fmt;
@@ -47,7 +47,7 @@ pub use self::error::BpfError;
 pub use self::events::DropEvents;
 pub use self::flows::{FlowRow, FlowSide, Swept};
 pub use self::run::{Ran, RunContext};
-pub use self::services::RETIRE_AFTER;
+pub use self::planned::RETIRE_AFTER;
 pub use self::stats::Counters;
 
 /// What the datapath is made with.
@@ -100,7 +100,7 @@ pub struct Datapath {
     netlink: Mutex<clsact::Socket>,
     endpoints: Mutex<endpoints::Table>,
     host: Mutex<host::Prefixes>,
-    services: Mutex<services::Tables>,
+    planned: Mutex<planned::Tables>,
     flows: flows::Tables,
     counters: PerCpuArray<MapData, Counter>,
 }
@@ -133,7 +133,7 @@ impl Datapath {
             netlink: Mutex::new(clsact::Socket::open()?),
             endpoints: Mutex::new(endpoints),
             host: Mutex::new(host::Prefixes::new(&mut loaded)?),
-            services: Mutex::new(services::Tables::new(&mut loaded)?),
+            planned: Mutex::new(planned::Tables::new(&mut loaded)?),
             flows: flows::Tables::new(&mut loaded)?,
             counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
             programs: Mutex::new(object::Programs::load(loaded)?),
@@ -147,7 +147,7 @@ impl Datapath {
     /// # Errors
     /// When a map cannot be read.
     pub fn services(&self) -> Result<Kernel, BpfError> {
-        error::lock(&self.services).recover()
+        error::lock(&self.planned).recover()
     }
 
     /// Runs operations on the maps of Services, in their order. Those that a plan leaves for later are due after [`RETIRE_AFTER`].
@@ -155,7 +155,7 @@ impl Datapath {
     /// # Errors
     /// When a map is full or the kernel refuses. What came before stands; read [`Self::services`] again and make a new planner.
     pub fn apply_services(&self, ops: &[Op]) -> Result<(), BpfError> {
-        error::lock(&self.services).run(ops)
+        error::lock(&self.planned).run(ops)
     }
 
     /// What the kernel can do.
