@@ -10,7 +10,7 @@ use crate::parse::{SCTP, TCP, UDP};
 
 /// What the daemon has told the kernel of Services, and what was chosen before.
 pub trait Services<F: Family> {
-    /// Whether the address may be a Service's; `false` is certain.
+    /// Whether the address may be a Service's or one of the node's with a NodePort; `false` is certain.
     fn may_serve(&self, address: &F::Addr) -> bool;
     /// The frontend of this key.
     fn frontend(&self, key: &FrontendKey<F::Addr>) -> Option<&Frontend>;
@@ -78,15 +78,16 @@ pub fn find<'a, F: Family, S: Services<F>>(
 ) -> Option<&'a Frontend> {
     let [_, _, high, low] = ports.to_ne_bytes();
     let port = u16::from_ne_bytes([high, low]);
-    if services.may_serve(address) {
-        let exact = FrontendKey { address: *address, class: frontend_class(port, protocol, SCOPE_ADDRESS) };
-        if let Some(frontend) = services.frontend(&exact) {
-            return Some(frontend);
-        }
-        let any = FrontendKey { address: *address, class: 0 };
-        if let Some(frontend) = services.frontend(&any) {
-            return Some(frontend);
-        }
+    if !services.may_serve(address) {
+        return None;
+    }
+    let exact = FrontendKey { address: *address, class: frontend_class(port, protocol, SCOPE_ADDRESS) };
+    if let Some(frontend) = services.frontend(&exact) {
+        return Some(frontend);
+    }
+    let any = FrontendKey { address: *address, class: 0 };
+    if let Some(frontend) = services.frontend(&any) {
+        return Some(frontend);
     }
     if !node() {
         return None;
@@ -146,6 +147,25 @@ pub fn lives<F: Family, S: Services<F>>(services: &S, member: Member) -> bool {
         })
 }
 
+/// A hash of a packet's ends, the same on every node. Clients that are held to a backend are told apart by their address alone.
+#[inline(always)]
+pub fn hash<F: Family>(src: &F::Addr, dst: &F::Addr, ports: u32, held: bool) -> u32 {
+    let mut state = 0x3c6e_f372;
+    for word in F::widen(src).into_iter().chain(F::widen(dst)) {
+        state = mix(state, word);
+    }
+    // The destination port stays: two ports of one Service are two Services here.
+    mix(state, if held { ports & u32::from_ne_bytes([0, 0, 0xff, 0xff]) } else { ports })
+}
+
+/// A round of MurmurHash3 with its last step, which spreads every bit.
+#[inline(always)]
+const fn mix(state: u32, word: u32) -> u32 {
+    let word = word.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593);
+    let state = (state ^ word).rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64);
+    (state ^ (state >> 16)).wrapping_mul(0x85eb_ca6b)
+}
+
 #[cfg(test)]
 mod tests {
     use core::cell::RefCell;
@@ -165,7 +185,7 @@ mod tests {
 
     impl Services<V4> for Cluster {
         fn may_serve(&self, address: &u32) -> bool {
-            self.frontends.keys().any(|key| key.address == *address)
+            *address == 5 || self.frontends.keys().any(|key| key.address == *address)
         }
         fn frontend(&self, key: &FrontendKey<u32>) -> Option<&Frontend> {
             self.frontends.get(key)
