@@ -256,9 +256,16 @@ mod tests {
             (3, 9, Err(Drop::NoGateway)),
         ] {
             let sent = packet::<V4>(v4(n), v4(dst));
-            assert_eq!(said(from_pod(&node, pod(n.into()), &sent, &sent.dst, pod(n.into()).sent)), want, "{n} to {dst}");
+            assert_eq!(
+                said(from_pod(&node, pod(n.into()), &sent, &sent.dst, pod(n.into()).sent)),
+                want,
+                "{n} to {dst}"
+            );
         }
-        assert_eq!(said(from_pod(&node, pod(1), &packet::<V6>(v6(1), v6(3)), &v6(3), pod(1).sent)), Ok(Some(("vpc", 1))));
+        assert_eq!(
+            said(from_pod(&node, pod(1), &packet::<V6>(v6(1), v6(3)), &v6(3), pod(1).sent)),
+            Ok(Some(("vpc", 1)))
+        );
         // Having no address of a family is not having the unspecified one.
         let none = packet::<V6>([0; 4], v6(2));
         assert_eq!(said(from_pod(&node, pod(3), &none, &none.dst, pod(3).sent)), Err(Drop::SpoofedSource));
@@ -282,7 +289,9 @@ mod tests {
         assert!(!holds::<V4, _>(&node, [0, 0], [0, 0]), "an entry that was never filled");
         // An endpoint that is being changed: its new epoch is in its value, and not yet in the map.
         let changing = Endpoint { epoch: 2, ..pod };
-        let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, &sent.dst, pod.sent) else { panic!("not sent") };
+        let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, &sent.dst, pod.sent) else {
+            panic!("not sent")
+        };
         assert!(!holds::<V4, _>(
             &node,
             [route.source.slot, route.destination.slot],

@@ -230,7 +230,13 @@ mod tests {
     const SYN: [u8; 24] = [0x9c, 0x40, 0, 80, 0, 0, 1, 0, 0, 0, 0, 0, 0x60, 2, 1, 1, 0, 0, 0, 0, 2, 4, 5, 0xb4];
 
     fn frame(header: &[u8], rest: &[u8]) -> Vec<u8> {
-        [&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2][..], if header[0] == 0x45 { &[8, 0] } else { &[0x86, 0xdd] }, header, rest].concat()
+        [
+            &[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2][..],
+            if header[0] == 0x45 { &[8, 0] } else { &[0x86, 0xdd] },
+            header,
+            rest,
+        ]
+        .concat()
     }
 
     fn v4(protocol: u8, rest: &[u8]) -> Vec<u8> {

@@ -1,8 +1,8 @@
 //! Services: whether a packet is for one, and which backend it gets.
 
 use terway_abi::{
-    Affinity, AffinityKey, Backend, Frontend, FrontendKey, Member, NO_BACKEND, Run, SCOPE_ADDRESS, SCOPE_NODE, backend_flags,
-    frontend_class, frontend_flags,
+    Affinity, AffinityKey, Backend, Frontend, FrontendKey, Member, NO_BACKEND, Run, SCOPE_ADDRESS, SCOPE_NODE,
+    backend_flags, frontend_class, frontend_flags,
 };
 
 use crate::family::Family;
@@ -97,7 +97,13 @@ pub fn find<'a, F: Family, S: Services<F>>(
 
 /// The backend for a new connection of a client in the cluster (`inside`) or outside of it.
 #[inline(always)]
-pub fn choose<F: Family, S: Services<F>>(services: &S, frontend: &Frontend, inside: bool, hash: u32, asker: &Asker) -> Outcome {
+pub fn choose<F: Family, S: Services<F>>(
+    services: &S,
+    frontend: &Frontend,
+    inside: bool,
+    hash: u32,
+    asker: &Asker,
+) -> Outcome {
     let run = if inside { frontend.internal } else { frontend.external };
     if run.count == 0 {
         return Outcome::Refused { silent: !inside && frontend.flags & frontend_flags::SILENT != 0 };
@@ -224,7 +230,11 @@ mod tests {
         let class = frontend_class(80_u16.to_be(), 6, SCOPE_ADDRESS);
         let frontend = Frontend { internal: run, external: run, service: 7, ..frontend };
         Cluster {
-            frontends: [(FrontendKey { address: VIP, class }, frontend), (FrontendKey { address: VIP, class: 0 }, Frontend::default())].into(),
+            frontends: [
+                (FrontendKey { address: VIP, class }, frontend),
+                (FrontendKey { address: VIP, class: 0 }, Frontend::default()),
+            ]
+            .into(),
             members,
             backends: (0..=n).map(|i| backend(u32::from(i > 0))).collect(),
             loads: vec![0; n as usize + 1],
@@ -298,7 +308,11 @@ mod tests {
         let first = chosen(&cluster, &ask(0, 0));
         cluster.backends[first as usize].generation = 2;
         for random in randoms().take(100) {
-            cluster.held.borrow_mut().values_mut().for_each(|held| held.member = Member { backend: first, generation: 1 });
+            cluster
+                .held
+                .borrow_mut()
+                .values_mut()
+                .for_each(|held| held.member = Member { backend: first, generation: 1 });
             let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, || false).unwrap();
             match choose::<V4, _>(&cluster, frontend, true, 0, &ask(random, 1)) {
                 Outcome::Chosen(member) => assert_ne!(member.backend, first),

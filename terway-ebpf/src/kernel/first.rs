@@ -10,6 +10,7 @@ use terway_abi::{Drop, Endpoint, Flow, FlowKey, FragmentKey, FragmentValue, Kind
 use super::exit::{Verdict, count, now};
 use super::maps::{DEBUG, Desk, Maps};
 use super::path::{FROM_POD, FROM_VPC, Layout, TO_POD, Way, hook, kinds, lookup, send, use_known};
+use super::refuse::refuse;
 use super::serve::{remember_both, serve};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Decision, Tables};
@@ -53,12 +54,15 @@ fn decide_on<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Verdict
 where
     Maps: Tables<F> + Services<F>,
 {
-    desk.choice.member.backend = NO_BACKEND;
+    (desk.choice.member.backend, desk.choice.refused) = (NO_BACKEND, 0);
     F::assign(&mut desk.choice.address, &desk.packet.dst);
     if PROGRAM == FROM_POD && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst) {
         let early = serve::<F, PROGRAM>(skb.0, desk);
         if !early.is_open() {
             return early;
+        }
+        if desk.choice.refused != 0 {
+            return refuse::<F>(skb.0, &desk.packet);
         }
     }
     settle::<F, PROGRAM>(skb.0, desk)
@@ -216,11 +220,12 @@ where
     flow.epochs = [route.source.epoch, route.destination.epoch];
     let now = now();
     (flow.created, flow.maker) = (now, from_high);
+    let whole: *const _ = flow;
     let [side, other] = &mut flow.sides;
     route.fill::<F>(side);
     // An ICMP error that belongs to no flow is not the beginning of one.
     if packet.payload == Payload::IcmpError {
-        return send::<F, PROGRAM>(skb, window, side, core::ptr::null(), layout(packet));
+        return send::<F, PROGRAM>(skb, window, side, whole, layout(packet));
     }
     route.back().fill::<F>(other);
     let answers = answers::<F>(&key, from_high, packet.tcp_flags);
@@ -237,7 +242,7 @@ where
         // SAFETY: the macro counts its arguments.
         unsafe { bpf_printk!(c"terway: flow on %d class %x action %d", side.ifindex, key.class, side.action) };
     }
-    send::<F, PROGRAM>(skb, window, side, core::ptr::null(), layout(packet))
+    send::<F, PROGRAM>(skb, window, side, whole, layout(packet))
 }
 
 /// Whether the sender of this packet is the one who answers: the packet itself says so, or the entry that it is about to replace,

@@ -8,8 +8,9 @@ use aya_ebpf::{
 use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
     Affinity, AffinityKey, Backend, Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FILTER, Flow, FlowKeyV4,
-    FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6,
-    MAX_ENDPOINTS, Member, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, filter_v4, filter_v6,
+    FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKey, FrontendKeyV4,
+    FrontendKeyV6, MAX_ENDPOINTS, Member, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, filter_v4,
+    filter_v6,
 };
 
 use crate::decide::Tables;
@@ -78,6 +79,8 @@ pub struct Choice<A> {
     pub member: Member,
     /// The Service.
     pub service: u32,
+    /// Not 0 if the Service refuses the packet.
+    pub refused: u32,
 }
 
 /// The desk of IPv4.

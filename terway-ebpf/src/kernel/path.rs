@@ -112,8 +112,7 @@ where
     Maps: Tables<F>,
 {
     let member = Member { backend: flow.backend, generation: flow.generation };
-    decide::holds::<F, _>(&Maps, flow.slots, flow.epochs)
-        && (member.backend == NO_BACKEND || is_current(member))
+    decide::holds::<F, _>(&Maps, flow.slots, flow.epochs) && (member.backend == NO_BACKEND || is_current(member))
 }
 
 #[inline(always)]
@@ -122,7 +121,12 @@ fn is_current(member: Member) -> bool {
 }
 
 #[inline(always)]
-pub(super) fn use_known<F: Way, const PROGRAM: u8>(skb: Skb, window: Window, known: Known<F>, layout: Layout) -> Verdict {
+pub(super) fn use_known<F: Way, const PROGRAM: u8>(
+    skb: Skb,
+    window: Window,
+    known: Known<F>,
+    layout: Layout,
+) -> Verdict {
     let Known { side, flow } = known;
     side.packets += 1;
     side.bytes += u64::from(skb.len());

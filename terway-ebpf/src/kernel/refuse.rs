@@ -9,19 +9,11 @@ use super::skb::Skb;
 use crate::parse::{Fragment, Packet, TCP, tcp_flags};
 use crate::refuse::{Refusal, turn_back};
 
-/// Makes the packet of a pod into its answer and sends that back to the pod.
-///
-/// # Errors
-/// [`Drop::NoBackend`] for what is not to be answered, or is of a shape that would take too long to answer.
-#[inline(always)]
-pub(super) fn refuse<F: Refusal>(skb: Skb, packet: &Packet<F>) -> Result<Verdict, Drop> {
-    let verdict = answer::<F>(skb.0, packet);
-    if verdict.is_open() { Err(Drop::NoBackend) } else { Ok(verdict) }
-}
-
+/// Makes the packet of a pod into its answer and sends that back to the pod. What is not to be answered, or is of a shape that
+/// would take too long to answer, is dropped ([`Drop::NoBackend`]).
 #[inline(never)]
-fn answer<F: Refusal>(ctx: *mut __sk_buff, packet: &Packet<F>) -> Verdict {
-    answered::<F>(Skb(ctx), packet).unwrap_or(Verdict::OPEN)
+pub(super) fn refuse<F: Refusal>(ctx: *mut __sk_buff, packet: &Packet<F>) -> Verdict {
+    answered::<F>(Skb(ctx), packet).unwrap_or(Verdict::drop(Drop::NoBackend))
 }
 
 #[inline(always)]

@@ -8,7 +8,6 @@ use super::exit::{Verdict, count, now};
 use super::first::{endpoint, layout};
 use super::maps::{Choice, Desk, HZ, Maps, burden};
 use super::path::{FROM_POD, Way, holds, send};
-use super::refuse::refuse;
 use super::skb::{Skb, Window};
 use crate::decide::{self, Tables};
 use crate::flow::{self, Place, Route};
@@ -20,7 +19,7 @@ use crate::service::{self, Asker, Outcome, Services};
 /// How many source ports are tried.
 const PORTS: u32 = 6;
 
-/// Chooses a backend, if the packet is for a Service: then it stands in the desk's choice. Ends early for what is refused.
+/// Chooses a backend, if the packet is for a Service: it stands in the desk's choice then, or that the packet is refused.
 #[inline(never)]
 pub(super) fn serve<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
 where
@@ -45,16 +44,18 @@ where
     };
     // SAFETY: the helper has no preconditions.
     let random = unsafe { bpf_get_prandom_u32() };
-    let asker =
-        Asker { client: F::widen(&packet.src), kind: F::VERSION.into(), random, now: now(), hz: HZ.load() };
+    let asker = Asker { client: F::widen(&packet.src), kind: F::VERSION.into(), random, now: now(), hz: HZ.load() };
     let hash = service::hash::<F>(&packet.src, &packet.dst, packet.ports, frontend.affinity != 0);
     match service::choose::<F, _>(&Maps, frontend, PROGRAM == FROM_POD, hash, &asker) {
         Outcome::Other => Ok(Verdict::OPEN),
         Outcome::Refused { silent: true } => Err(Drop::NoBackend),
-        Outcome::Refused { silent: false } => refuse::<F>(skb, packet),
+        Outcome::Refused { silent: false } => {
+            choice.refused = 1;
+            Ok(Verdict::OPEN)
+        }
         Outcome::Chosen(member) => {
             let backend = Services::<F>::backend(&Maps, member.backend).ok_or(Drop::NoBackend)?;
-            let Choice { address, port, member: chosen, service } = choice;
+            let Choice { address, port, member: chosen, service, .. } = choice;
             F::assign(address, &F::narrow(&backend.address));
             *port = u32::from(backend.port);
             *chosen = member;
@@ -110,10 +111,11 @@ where
         (Place::Pod(pod), Place::Pod(peer)) => pod.host_ifindex == peer.host_ifindex,
         _ => false,
     };
-    let sent = Tuple { src: packet.src, dst: packet.dst, ports: packet.ports };
-    let src = if itself { packet.dst } else { packet.src };
-    let ports = settle_port::<F>(reply, &sent, &Tuple { src, dst: choice.address, ports: 0 }, choice.port, packet.protocol)?;
-    nat::translate::<F>(flow, &sent, &Tuple { src, dst: choice.address, ports });
+    let sent = Tuple { src: &packet.src, dst: &packet.dst, ports: packet.ports };
+    let src = if itself { &packet.dst } else { &packet.src };
+    let to = Tuple { src, dst: &choice.address, ports: choice.port << 16 };
+    let ports = settle_port::<F>(reply, sent, to, packet.protocol)?;
+    nat::translate::<F>(flow, sent, Tuple { ports, ..to });
     let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     flow.maker = from_high;
     let full = F::flows().insert(&key, &*flow, 0).is_err();
@@ -128,9 +130,8 @@ where
 #[inline(always)]
 fn settle_port<F: Way>(
     reply: &mut Flow<F::Addr>,
-    sent: &Tuple<F::Addr>,
-    to: &Tuple<F::Addr>,
-    backend_port: u32,
+    sent: Tuple<'_, F::Addr>,
+    to: Tuple<'_, F::Addr>,
     protocol: u8,
 ) -> Result<u32, Drop>
 where
@@ -139,15 +140,15 @@ where
     let mut source = sent.ports & 0xffff;
     let back = Tuple { src: sent.dst, dst: sent.src, ports: sent.ports.rotate_left(16) };
     for _ in 0..PORTS {
-        let ports = source | backend_port << 16;
+        let ports = source | to.ports;
         let come = Tuple { src: to.dst, dst: to.src, ports: ports.rotate_left(16) };
-        let (key, from_high) = flow::key::<F>(&come.src, &come.dst, come.ports, protocol);
+        let (key, from_high) = flow::key::<F>(come.src, come.dst, come.ports, protocol);
         reply.maker = from_high;
-        nat::translate::<F>(reply, &come, &back);
+        nat::translate::<F>(reply, come, back);
         if F::flows().insert(&key, &*reply, u64::from(BPF_NOEXIST)).is_ok() {
             return Ok(ports);
         }
-        if is_free::<F>(&key, &back) {
+        if is_free::<F>(&key, back) {
             // Full, or its last connection is over: the packet goes its way in either case.
             let _full = F::flows().insert(&key, &*reply, 0);
             return Ok(ports);
@@ -164,7 +165,7 @@ where
 
 /// Whether the entry of this key may be overwritten by that of answers which become `back`.
 #[inline(always)]
-fn is_free<F: Way>(key: &FlowKey<F::Addr>, back: &Tuple<F::Addr>) -> bool
+fn is_free<F: Way>(key: &FlowKey<F::Addr>, back: Tuple<'_, F::Addr>) -> bool
 where
     Maps: Tables<F>,
 {
@@ -174,7 +175,7 @@ where
     let over = (side.flags | other.flags) & (flow_flags::FIN | flow_flags::RST) != 0;
     let own = side.flags & flow_flags::TRANSLATE != 0
         && taken.ports == back.ports
-        && F::same(&taken.src, &back.src)
-        && F::same(&taken.dst, &back.dst);
+        && F::same(&taken.src, back.src)
+        && F::same(&taken.dst, back.dst);
     own || over || !holds::<F>(taken)
 }
