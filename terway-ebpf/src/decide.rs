@@ -44,17 +44,12 @@ fn pods(pod: &Endpoint) -> Basis {
     Basis { slot: pod.slot, epoch: pod.epoch }
 }
 
-/// A packet that a pod sent.
+/// Whether a pod may send this packet at all.
 ///
 /// # Errors
 /// The reason to drop it.
 #[inline(always)]
-pub fn from_pod<'a, F: Family, T: Tables<F>>(
-    tables: &'a T,
-    pod: &'a Endpoint,
-    packet: &Packet<F>,
-    macs: MacPair,
-) -> Result<Decision<'a>, Drop> {
+pub fn sender<F: Family>(pod: &Endpoint, packet: &Packet<F>, macs: MacPair) -> Result<(), Drop> {
     if macs.source() != pod.sent.source() {
         return Err(Drop::SpoofedMac);
     }
@@ -67,11 +62,26 @@ pub fn from_pod<'a, F: Family, T: Tables<F>>(
     if macs != pod.sent {
         return Err(Drop::NotForGateway);
     }
-    // Services: the destination becomes the backend's here, before it is looked up.
-    let unowned = nobody(tables, &packet.dst);
-    let (target, destination) = match tables.by_address(&packet.dst) {
+    Ok(())
+}
+
+/// A packet that a pod sent, and that goes to `to`: its destination, or the backend that a Service chose.
+///
+/// # Errors
+/// The reason to drop it.
+#[inline(always)]
+pub fn from_pod<'a, F: Family, T: Tables<F>>(
+    tables: &'a T,
+    pod: &'a Endpoint,
+    packet: &Packet<F>,
+    to: &F::Addr,
+    macs: MacPair,
+) -> Result<Decision<'a>, Drop> {
+    sender(pod, packet, macs)?;
+    let unowned = nobody(tables, to);
+    let (target, destination) = match tables.by_address(to) {
         Some(peer) => (Place::Pod(peer), pods(peer)),
-        None if tables.is_host(&packet.dst) => (Place::Host(pod), unowned),
+        None if tables.is_host(to) => (Place::Host(pod), unowned),
         None if F::has_gateway(pod) => (Place::Vpc(pod), unowned),
         None => return Err(Drop::NoGateway),
     };
@@ -246,12 +256,19 @@ mod tests {
             (3, 9, Err(Drop::NoGateway)),
         ] {
             let sent = packet::<V4>(v4(n), v4(dst));
-            assert_eq!(said(from_pod(&node, pod(n.into()), &sent, pod(n.into()).sent)), want, "{n} to {dst}");
+            assert_eq!(
+                said(from_pod(&node, pod(n.into()), &sent, &sent.dst, pod(n.into()).sent)),
+                want,
+                "{n} to {dst}"
+            );
         }
-        assert_eq!(said(from_pod(&node, pod(1), &packet::<V6>(v6(1), v6(3)), pod(1).sent)), Ok(Some(("vpc", 1))));
+        assert_eq!(
+            said(from_pod(&node, pod(1), &packet::<V6>(v6(1), v6(3)), &v6(3), pod(1).sent)),
+            Ok(Some(("vpc", 1)))
+        );
         // Having no address of a family is not having the unspecified one.
         let none = packet::<V6>([0; 4], v6(2));
-        assert_eq!(said(from_pod(&node, pod(3), &none, pod(3).sent)), Err(Drop::SpoofedSource));
+        assert_eq!(said(from_pod(&node, pod(3), &none, &none.dst, pod(3).sent)), Err(Drop::SpoofedSource));
     }
 
     #[test]
@@ -259,7 +276,7 @@ mod tests {
         let mut node = node();
         let pod = *node.pods.get(&1).unwrap();
         let sent = packet::<V4>(v4(1), v4(9));
-        let Ok(Decision::Way(route)) = from_pod(&node, &pod, &sent, pod.sent) else { panic!("not sent") };
+        let Ok(Decision::Way(route)) = from_pod(&node, &pod, &sent, &sent.dst, pod.sent) else { panic!("not sent") };
         let (slots, epochs) =
             ([route.source.slot, route.destination.slot], [route.source.epoch, route.destination.epoch]);
         assert!(holds::<V4, _>(&node, slots, epochs));
@@ -272,7 +289,9 @@ mod tests {
         assert!(!holds::<V4, _>(&node, [0, 0], [0, 0]), "an entry that was never filled");
         // An endpoint that is being changed: its new epoch is in its value, and not yet in the map.
         let changing = Endpoint { epoch: 2, ..pod };
-        let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, pod.sent) else { panic!("not sent") };
+        let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, &sent.dst, pod.sent) else {
+            panic!("not sent")
+        };
         assert!(!holds::<V4, _>(
             &node,
             [route.source.slot, route.destination.slot],
@@ -287,7 +306,7 @@ mod tests {
             let node = node();
             let pod = node.pods.get(&n).unwrap();
             let sent = packet::<V4>(v4(src), v4(dst));
-            if let Ok(Decision::Way(route)) = from_pod(&node, pod, &sent, MacPair::new([0xaa; 6], [mac; 6])) {
+            if let Ok(Decision::Way(route)) = from_pod(&node, pod, &sent, &sent.dst, MacPair::new([0xaa; 6], [mac; 6])) {
                 prop_assert_eq!(u32::from(src), n);
                 prop_assert_eq!(u32::from(mac), n);
                 prop_assert_eq!(place(route.origin), ("pod", n));

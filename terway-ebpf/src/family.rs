@@ -18,6 +18,8 @@ pub trait Family: Sized + 'static {
     const NONE: Self::Addr;
     /// ICMP's number in this family.
     const ICMP: u8;
+    /// Where the transport header of a packet of common shape begins.
+    const TRANSPORT: u32;
 
     /// Addresses and ports of a packet of the most common shape (no options, no fragment, TCP or UDP); `None` if it needs
     /// [`Family::parse`].
@@ -106,6 +108,7 @@ impl Family for V4 {
     const VERSION: u8 = 4;
     const NONE: u32 = 0;
     const ICMP: u8 = parse::ICMP;
+    const TRANSPORT: u32 = ETH_LEN as u32 + 20;
 
     #[inline(always)]
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
@@ -224,6 +227,7 @@ impl Family for V6 {
     const VERSION: u8 = 6;
     const NONE: [u32; 4] = [0; 4];
     const ICMP: u8 = parse::ICMPV6;
+    const TRANSPORT: u32 = ETH_LEN as u32 + 40;
 
     #[inline(always)]
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {

@@ -23,24 +23,24 @@ pub fn adjust(check: u16, sum: u32) -> u16 {
     !(((total & 0xffff) + (total >> 16)) as u16)
 }
 
-/// Addresses and ports of a packet, as in the packet.
+/// Addresses and ports of a packet, as in the packet. By reference: the kernel's stack is small.
 #[derive(Clone, Copy)]
-pub struct Tuple<A> {
+pub struct Tuple<'a, A> {
     /// Source address.
-    pub src: A,
+    pub src: &'a A,
     /// Destination address.
-    pub dst: A,
+    pub dst: &'a A,
     /// Source port, then destination port.
     pub ports: u32,
 }
 
 /// Writes into a flow that the packets of its maker, which look like `old`, become `new`.
 #[inline(always)]
-pub fn translate<F: Family>(flow: &mut Flow<F::Addr>, old: &Tuple<F::Addr>, new: &Tuple<F::Addr>) {
-    F::assign(&mut flow.src, &new.src);
-    F::assign(&mut flow.dst, &new.dst);
+pub fn translate<F: Family>(flow: &mut Flow<F::Addr>, old: Tuple<'_, F::Addr>, new: Tuple<'_, F::Addr>) {
+    F::assign(&mut flow.src, new.src);
+    F::assign(&mut flow.dst, new.dst);
     flow.ports = new.ports;
-    flow.sum_addresses = F::difference(&old.dst, &new.dst, F::difference(&old.src, &new.src, 0));
+    flow.sum_addresses = F::difference(old.dst, new.dst, F::difference(old.src, new.src, 0));
     flow.sum_ports = difference(old.ports, new.ports, 0);
     let [side, _] = &mut flow.sides;
     side.flags |= flow_flags::TRANSLATE;

@@ -1,8 +1,8 @@
 //! Services: whether a packet is for one, and which backend it gets.
 
 use terway_abi::{
-    Affinity, AffinityKey, Backend, Frontend, FrontendKey, Member, NO_BACKEND, Run, SCOPE_ADDRESS, SCOPE_NODE, backend_flags,
-    frontend_class, frontend_flags,
+    Affinity, AffinityKey, Backend, Frontend, FrontendKey, Member, NO_BACKEND, Run, SCOPE_ADDRESS, SCOPE_NODE,
+    backend_flags, frontend_class, frontend_flags,
 };
 
 use crate::family::Family;
@@ -10,7 +10,7 @@ use crate::parse::{SCTP, TCP, UDP};
 
 /// What the daemon has told the kernel of Services, and what was chosen before.
 pub trait Services<F: Family> {
-    /// Whether the address may be a Service's; `false` is certain.
+    /// Whether the address may be a Service's or one of the node's with a NodePort; `false` is certain.
     fn may_serve(&self, address: &F::Addr) -> bool;
     /// The frontend of this key.
     fn frontend(&self, key: &FrontendKey<F::Addr>) -> Option<&Frontend>;
@@ -78,15 +78,16 @@ pub fn find<'a, F: Family, S: Services<F>>(
 ) -> Option<&'a Frontend> {
     let [_, _, high, low] = ports.to_ne_bytes();
     let port = u16::from_ne_bytes([high, low]);
-    if services.may_serve(address) {
-        let exact = FrontendKey { address: *address, class: frontend_class(port, protocol, SCOPE_ADDRESS) };
-        if let Some(frontend) = services.frontend(&exact) {
-            return Some(frontend);
-        }
-        let any = FrontendKey { address: *address, class: 0 };
-        if let Some(frontend) = services.frontend(&any) {
-            return Some(frontend);
-        }
+    if !services.may_serve(address) {
+        return None;
+    }
+    let exact = FrontendKey { address: *address, class: frontend_class(port, protocol, SCOPE_ADDRESS) };
+    if let Some(frontend) = services.frontend(&exact) {
+        return Some(frontend);
+    }
+    let any = FrontendKey { address: *address, class: 0 };
+    if let Some(frontend) = services.frontend(&any) {
+        return Some(frontend);
     }
     if !node() {
         return None;
@@ -96,7 +97,13 @@ pub fn find<'a, F: Family, S: Services<F>>(
 
 /// The backend for a new connection of a client in the cluster (`inside`) or outside of it.
 #[inline(always)]
-pub fn choose<F: Family, S: Services<F>>(services: &S, frontend: &Frontend, inside: bool, hash: u32, asker: &Asker) -> Outcome {
+pub fn choose<F: Family, S: Services<F>>(
+    services: &S,
+    frontend: &Frontend,
+    inside: bool,
+    hash: u32,
+    asker: &Asker,
+) -> Outcome {
     let run = if inside { frontend.internal } else { frontend.external };
     if run.count == 0 {
         return Outcome::Refused { silent: !inside && frontend.flags & frontend_flags::SILENT != 0 };
@@ -146,6 +153,25 @@ pub fn lives<F: Family, S: Services<F>>(services: &S, member: Member) -> bool {
         })
 }
 
+/// A hash of a packet's ends, the same on every node. Clients that are held to a backend are told apart by their address alone.
+#[inline(always)]
+pub fn hash<F: Family>(src: &F::Addr, dst: &F::Addr, ports: u32, held: bool) -> u32 {
+    let mut state = 0x3c6e_f372;
+    for word in F::widen(src).into_iter().chain(F::widen(dst)) {
+        state = mix(state, word);
+    }
+    // The destination port stays: two ports of one Service are two Services here.
+    mix(state, if held { ports & u32::from_ne_bytes([0, 0, 0xff, 0xff]) } else { ports })
+}
+
+/// A round of MurmurHash3 with its last step, which spreads every bit.
+#[inline(always)]
+const fn mix(state: u32, word: u32) -> u32 {
+    let word = word.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593);
+    let state = (state ^ word).rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64);
+    (state ^ (state >> 16)).wrapping_mul(0x85eb_ca6b)
+}
+
 #[cfg(test)]
 mod tests {
     use core::cell::RefCell;
@@ -165,7 +191,7 @@ mod tests {
 
     impl Services<V4> for Cluster {
         fn may_serve(&self, address: &u32) -> bool {
-            self.frontends.keys().any(|key| key.address == *address)
+            *address == 5 || self.frontends.keys().any(|key| key.address == *address)
         }
         fn frontend(&self, key: &FrontendKey<u32>) -> Option<&Frontend> {
             self.frontends.get(key)
@@ -204,7 +230,11 @@ mod tests {
         let class = frontend_class(80_u16.to_be(), 6, SCOPE_ADDRESS);
         let frontend = Frontend { internal: run, external: run, service: 7, ..frontend };
         Cluster {
-            frontends: [(FrontendKey { address: VIP, class }, frontend), (FrontendKey { address: VIP, class: 0 }, Frontend::default())].into(),
+            frontends: [
+                (FrontendKey { address: VIP, class }, frontend),
+                (FrontendKey { address: VIP, class: 0 }, Frontend::default()),
+            ]
+            .into(),
             members,
             backends: (0..=n).map(|i| backend(u32::from(i > 0))).collect(),
             loads: vec![0; n as usize + 1],
@@ -278,7 +308,11 @@ mod tests {
         let first = chosen(&cluster, &ask(0, 0));
         cluster.backends[first as usize].generation = 2;
         for random in randoms().take(100) {
-            cluster.held.borrow_mut().values_mut().for_each(|held| held.member = Member { backend: first, generation: 1 });
+            cluster
+                .held
+                .borrow_mut()
+                .values_mut()
+                .for_each(|held| held.member = Member { backend: first, generation: 1 });
             let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, || false).unwrap();
             match choose::<V4, _>(&cluster, frontend, true, 0, &ask(random, 1)) {
                 Outcome::Chosen(member) => assert_ne!(member.backend, first),

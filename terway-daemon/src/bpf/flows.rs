@@ -178,7 +178,11 @@ where
             Err(source) => return Err(BpfError::Map { name, source }),
         };
         let [low, high] = flow.sides;
-        let closed = (low.flags | high.flags) & flow_flags::RST != 0 || low.flags & high.flags & flow_flags::FIN != 0;
+        // The two directions of a translated connection have an entry each, of which one side is used.
+        let translated = (low.flags | high.flags) & flow_flags::TRANSLATE != 0;
+        let closed = translated && (low.flags | high.flags) & flow_flags::FIN != 0
+            || (low.flags | high.flags) & flow_flags::RST != 0
+            || low.flags & high.flags & flow_flags::FIN != 0;
         let idle = idle(low.last_seen, now, hz).min(idle(high.last_seen, now, hz));
         let limit = if closed { CLOSED.min(after) } else { after };
         // Locked for each entry, not for the sweep: a pod may be added meanwhile.

@@ -26,11 +26,13 @@ mod flows;
 mod host;
 mod object;
 mod pin;
-mod run;
 mod planned;
+mod run;
+mod services;
 mod stats;
 
 use std::fmt;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -46,8 +48,10 @@ pub use self::endpoints::Endpoint;
 pub use self::error::BpfError;
 pub use self::events::DropEvents;
 pub use self::flows::{FlowRow, FlowSide, Swept};
-pub use self::run::{Ran, RunContext};
+
 pub use self::planned::RETIRE_AFTER;
+pub use self::run::{Ran, RunContext};
+pub use self::services::FrontendAt;
 pub use self::stats::Counters;
 
 /// What the datapath is made with.
@@ -101,6 +105,7 @@ pub struct Datapath {
     endpoints: Mutex<endpoints::Table>,
     host: Mutex<host::Prefixes>,
     planned: Mutex<planned::Tables>,
+    services: Mutex<services::Services>,
     flows: flows::Tables,
     counters: PerCpuArray<MapData, Counter>,
 }
@@ -133,7 +138,8 @@ impl Datapath {
             netlink: Mutex::new(clsact::Socket::open()?),
             endpoints: Mutex::new(endpoints),
             host: Mutex::new(host::Prefixes::new(&mut loaded)?),
-            planned: Mutex::new(planned::Tables::new(&mut loaded)?),
+            planned: Mutex::new(planned::Tables::open(&pins)?),
+            services: Mutex::new(services::Services::new(&mut loaded)?),
             flows: flows::Tables::new(&mut loaded)?,
             counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
             programs: Mutex::new(object::Programs::load(loaded)?),
@@ -155,7 +161,10 @@ impl Datapath {
     /// # Errors
     /// When a map is full or the kernel refuses. What came before stands; read [`Self::services`] again and make a new planner.
     pub fn apply_services(&self, ops: &[Op]) -> Result<(), BpfError> {
-        error::lock(&self.planned).run(ops)
+        error::lock(&self.planned).run(ops, &mut |at, value| match value {
+            Some(value) => self.set_frontend(at, value),
+            None => self.remove_frontend(at).map(drop),
+        })
     }
 
     /// What the kernel can do.
@@ -270,6 +279,58 @@ impl Datapath {
     pub fn set_host_addresses(&self, prefixes: &[IpNet]) -> Result<(), BpfError> {
         let changed = error::lock(&self.host).set(prefixes)?;
         if changed { error::lock(&self.endpoints).void_unowned() } else { Ok(()) }
+    }
+
+    /// Sets which addresses of the node have NodePorts. To be called once after each start, too: it makes the filter right.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`]; calling again completes it.
+    pub fn set_node_addresses(&self, addresses: &[IpAddr]) -> Result<(), BpfError> {
+        let changed = error::lock(&self.services).set_node_addresses(addresses)?;
+        changed.into_iter().try_for_each(|address| error::lock(&self.endpoints).void_address(address))
+    }
+
+    /// Writes a backend. One that goes gets another generation: everything that names it is void at once.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn set_backend(&self, number: u32, backend: &terway_abi::Backend) -> Result<(), BpfError> {
+        error::lock(&self.services).set_backend(number, backend)
+    }
+
+    /// Writes members from index `first` on, where no frontend's run may have been for a second.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn set_members(&self, first: u32, members: &[terway_abi::Member]) -> Result<(), BpfError> {
+        error::lock(&self.services).set_members(first, members)
+    }
+
+    /// Writes a frontend: packets see the old value or this one. Flows to the address that were made when it was no Service's are
+    /// decided anew.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`]; calling again completes it.
+    pub fn set_frontend(&self, at: &FrontendAt, value: &terway_abi::Frontend) -> Result<(), BpfError> {
+        let new = error::lock(&self.services).set_frontend(at, value)?;
+        match at.address() {
+            Some(address) if new => error::lock(&self.endpoints).void_address(address),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes a frontend; `false` if there is none.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`]; calling again completes it.
+    pub fn remove_frontend(&self, at: &FrontendAt) -> Result<bool, BpfError> {
+        error::lock(&self.services).remove_frontend(at)
+    }
+
+    /// All frontends.
+    #[must_use]
+    pub fn frontends(&self) -> Vec<FrontendAt> {
+        error::lock(&self.services).frontends()
     }
 
     /// Packets and bytes by way and by drop reason, summed over CPUs.

@@ -8,16 +8,16 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, MapData};
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use terway_abi::{
-    FILTER, Frontend as AbiFrontend, FrontendKeyV4, FrontendKeyV6, Member as AbiMember, Run, SCOPE_ADDRESS, SCOPE_NODE,
-    SourceRangeV4, SourceRangeV6, backend_flags, filter_v4, filter_v6, frontend_class, frontend_flags, names,
+    Frontend as AbiFrontend, FrontendKeyV4, FrontendKeyV6, Member as AbiMember, Run, SourceRangeV4, SourceRangeV6,
+    backend_flags, frontend_flags, names,
 };
 use terway_core::objects::Protocol;
 use terway_core::service::{
@@ -27,7 +27,7 @@ use terway_core::service::{
 
 use super::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
 use super::error::BpfError;
-use super::object::take;
+use super::services::FrontendAt;
 
 /// How long after the last operation of a plan its operations for later are run. A program runs for microseconds; a second leaves no doubt.
 pub const RETIRE_AFTER: Duration = Duration::from_secs(1);
@@ -42,7 +42,6 @@ pub(super) struct Tables {
     known_frontends: BTreeMap<FrontendKey, AbiFrontend>,
     known_backends: BTreeMap<BackendId, terway_abi::Backend>,
     known_ranges: BTreeSet<(PortId, IpNet)>,
-    filter: Vec<u32>,
     runs: Runs,
     placed: BTreeMap<TableId, (Run, Algorithm)>,
     /// Writes to maps so far.
@@ -53,7 +52,6 @@ pub(super) struct Tables {
 struct Maps {
     frontends_v4: HashMap<MapData, FrontendKeyV4, AbiFrontend>,
     frontends_v6: HashMap<MapData, FrontendKeyV6, AbiFrontend>,
-    filters: Array<MapData, u32>,
     members: Array<MapData, AbiMember>,
     backends: Array<MapData, terway_abi::Backend>,
     loads: Array<MapData, u64>,
@@ -62,17 +60,17 @@ struct Maps {
 }
 
 impl Tables {
-    /// Takes the maps out of the loaded object.
-    pub(super) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+    /// Opens the maps under their pins, beside those that write frontends and run programs.
+    pub(super) fn open(pins: &Path) -> Result<Self, BpfError> {
+        let open = |name| MapData::from_pin(pins.join(name)).map_err(BpfError::map(name));
         Ok(Self::over(Maps {
-            frontends_v4: take(loaded, names::FRONTENDS_V4)?,
-            frontends_v6: take(loaded, names::FRONTENDS_V6)?,
-            filters: take(loaded, names::FILTERS)?,
-            members: take(loaded, names::MEMBERS)?,
-            backends: take(loaded, names::BACKENDS)?,
-            loads: take(loaded, names::LOADS)?,
-            ranges_v4: take(loaded, names::RANGES_V4)?,
-            ranges_v6: take(loaded, names::RANGES_V6)?,
+            frontends_v4: typed(names::FRONTENDS_V4, Map::HashMap(open(names::FRONTENDS_V4)?))?,
+            frontends_v6: typed(names::FRONTENDS_V6, Map::HashMap(open(names::FRONTENDS_V6)?))?,
+            members: typed(names::MEMBERS, Map::Array(open(names::MEMBERS)?))?,
+            backends: typed(names::BACKENDS, Map::Array(open(names::BACKENDS)?))?,
+            loads: typed(names::LOADS, Map::Array(open(names::LOADS)?))?,
+            ranges_v4: typed(names::RANGES_V4, Map::LpmTrie(open(names::RANGES_V4)?))?,
+            ranges_v6: typed(names::RANGES_V6, Map::LpmTrie(open(names::RANGES_V6)?))?,
         }))
     }
 
@@ -83,13 +81,12 @@ impl Tables {
             known_frontends: BTreeMap::new(),
             known_backends: BTreeMap::new(),
             known_ranges: BTreeSet::new(),
-            filter: vec![0; FILTER as usize],
             placed: BTreeMap::new(),
             writes: 0,
         }
     }
 
-    /// Reads what an earlier daemon wrote, and mends the filter if that daemon ended within a write.
+    /// Reads what an earlier daemon wrote.
     pub(super) fn recover(&mut self) -> Result<Kernel, BpfError> {
         self.read_frontends()?;
         self.read_ranges()?;
@@ -133,7 +130,6 @@ impl Tables {
             let outside = side(found.external, frontend_flags::INTERNAL, silent)?;
             kernel.frontends.insert(key, frontend_from(key, &found, inside, outside));
         }
-        self.write_filter()?;
         Ok(kernel)
     }
 
@@ -185,27 +181,14 @@ impl Tables {
         Ok(())
     }
 
-    fn write_filter(&mut self) -> Result<(), BpfError> {
-        self.filter = vec![0; FILTER as usize];
-        for bucket in self.known_frontends.keys().filter_map(bucket) {
-            self.filter[bucket as usize] += 1;
-        }
-        // A bucket that counts too many costs its packets a lookup, and is set right by the next write to it.
-        for (bucket, count) in (0..).zip(&self.filter).filter(|(_, count)| **count > 0) {
-            let found = self.maps.filters.get(&bucket, 0).map_err(BpfError::map(names::FILTERS))?;
-            if found != *count {
-                self.maps.filters.set(bucket, *count, 0).map_err(BpfError::map(names::FILTERS))?;
-            }
-        }
-        Ok(())
-    }
-
     /// Runs operations in their order, up to the first that fails. Then the maps are to be recovered and the planner to be made anew.
-    pub(super) fn run(&mut self, ops: &[Op]) -> Result<(), BpfError> {
-        ops.iter().try_for_each(|op| self.step(op))
+    ///
+    /// Frontends are written by `write`, or removed if there is no value: the filter and the flows of their addresses go with them.
+    pub(super) fn run(&mut self, ops: &[Op], write: &mut WriteFrontend<'_>) -> Result<(), BpfError> {
+        ops.iter().try_for_each(|op| self.step(op, write))
     }
 
-    fn step(&mut self, op: &Op) -> Result<(), BpfError> {
+    fn step(&mut self, op: &Op, write: &mut WriteFrontend<'_>) -> Result<(), BpfError> {
         match op {
             Op::PutBackend(id, backend) => self.put_backend(*id, backend),
             Op::RemoveBackend(id, backend) => {
@@ -224,8 +207,8 @@ impl Tables {
             }
             Op::PutRange(port, net) => self.put_range(*port, *net),
             Op::RemoveRange(port, net) => self.remove_range(*port, *net),
-            Op::PutFrontend(key, frontend) => self.put_frontend(*key, frontend),
-            Op::RemoveFrontend(key) => self.remove_frontend(*key),
+            Op::PutFrontend(key, frontend) => self.put_frontend(*key, frontend, write),
+            Op::RemoveFrontend(key) => self.remove_frontend(*key, write),
             Op::ReleasePort(_) => Ok(()),
         }
     }
@@ -287,68 +270,43 @@ impl Tables {
         Ok(())
     }
 
-    fn put_frontend(&mut self, key: FrontendKey, frontend: &Frontend) -> Result<(), BpfError> {
+    fn put_frontend(
+        &mut self,
+        key: FrontendKey,
+        frontend: &Frontend,
+        write: &mut WriteFrontend<'_>,
+    ) -> Result<(), BpfError> {
         let entry = frontend_to(frontend, |id| self.placed.get(&id).copied());
-        let old = self.known_frontends.get(&key);
-        if old == Some(&entry) {
+        if self.known_frontends.get(&key) == Some(&entry) {
             return Ok(());
         }
         self.writes += 1;
-        // The filter may count a frontend too many, never one too few.
-        if old.is_none() {
-            self.count(&key, 1)?;
-        }
-        match key.address {
-            IpAddr::V4(address) => {
-                let at = FrontendKeyV4 { address: word(address), class: class(&key) };
-                self.maps.frontends_v4.insert(at, entry, 0).map_err(BpfError::map(names::FRONTENDS_V4))?;
-            }
-            IpAddr::V6(address) => {
-                let at = FrontendKeyV6 { address: words(address), class: class(&key) };
-                self.maps.frontends_v6.insert(at, entry, 0).map_err(BpfError::map(names::FRONTENDS_V6))?;
-            }
-        }
+        write(&place_of(&key), Some(&entry))?;
         self.known_frontends.insert(key, entry);
         Ok(())
     }
 
-    fn remove_frontend(&mut self, key: FrontendKey) -> Result<(), BpfError> {
-        match key.address {
-            IpAddr::V4(address) => {
-                let at = FrontendKeyV4 { address: word(address), class: class(&key) };
-                absent_is_fine(self.maps.frontends_v4.remove(&at)).map_err(BpfError::map(names::FRONTENDS_V4))?;
-            }
-            IpAddr::V6(address) => {
-                let at = FrontendKeyV6 { address: words(address), class: class(&key) };
-                absent_is_fine(self.maps.frontends_v6.remove(&at)).map_err(BpfError::map(names::FRONTENDS_V6))?;
-            }
-        }
-        if self.known_frontends.remove(&key).is_some() {
-            self.count(&key, -1)?;
-        }
+    fn remove_frontend(&mut self, key: FrontendKey, write: &mut WriteFrontend<'_>) -> Result<(), BpfError> {
+        write(&place_of(&key), None)?;
+        self.known_frontends.remove(&key);
         Ok(())
     }
-
-    fn count(&mut self, key: &FrontendKey, by: i32) -> Result<(), BpfError> {
-        let Some(bucket) = bucket(key) else { return Ok(()) };
-        let count = &mut self.filter[bucket as usize];
-        *count = count.saturating_add_signed(by);
-        self.maps.filters.set(bucket, *count, 0).map_err(BpfError::map(names::FILTERS))
-    }
 }
 
-/// The bucket of the filter that counts this frontend; ports of the node are looked up without it.
-fn bucket(key: &FrontendKey) -> Option<u32> {
-    match key.address {
-        _ if key.is_node() => None,
-        IpAddr::V4(address) => Some(filter_v4(word(address))),
-        IpAddr::V6(address) => Some(filter_v6(words(address))),
-    }
+/// Writes or removes one frontend.
+pub(super) type WriteFrontend<'a> = dyn FnMut(&FrontendAt, Option<&AbiFrontend>) -> Result<(), BpfError> + 'a;
+
+fn typed<M: TryFrom<Map, Error = MapError>>(name: &'static str, map: Map) -> Result<M, BpfError> {
+    M::try_from(map).map_err(BpfError::map(name))
 }
 
-fn class(key: &FrontendKey) -> u32 {
-    let scope = if key.is_node() { SCOPE_NODE } else { SCOPE_ADDRESS };
-    frontend_class(key.port.to_be(), key.protocol.map_or(0, Protocol::number), scope)
+fn place_of(key: &FrontendKey) -> FrontendAt {
+    let Some(protocol) = key.protocol.map(Protocol::number) else { return FrontendAt::Rest(key.address) };
+    if key.is_node() {
+        FrontendAt::Node { v6: key.address.is_ipv6(), port: key.port, protocol }
+    } else {
+        FrontendAt::Address { address: key.address, port: key.port, protocol }
+    }
 }
 
 fn protocol_of(number: u8) -> Option<Protocol> {

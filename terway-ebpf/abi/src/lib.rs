@@ -27,9 +27,9 @@ pub use flow::{
     FragmentValue, HOOK_IN, HOOK_TO_POD, Nexthop, Side, flow_flags,
 };
 pub use service::{
-    Affinity, AffinityKey, Backend, FILTER, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, NO_BACKEND, Run,
-    SCOPE_ADDRESS, SCOPE_NODE, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, backend_flags, filter_v4, filter_v6,
-    frontend_class, frontend_flags,
+    Affinity, AffinityKey, Backend, FILTER, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, NO_BACKEND,
+    Run, SCOPE_ADDRESS, SCOPE_NODE, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, backend_flags, filter_v4,
+    filter_v6, frontend_class, frontend_flags,
 };
 
 /// The version of everything in this crate. Pins of different versions never meet: they live in different folders.

@@ -5,11 +5,13 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_printk;
-use terway_abi::{Drop, Endpoint, Flow, FlowKey, FragmentKey, FragmentValue, Kind, flow_flags};
+use terway_abi::{Drop, Endpoint, Flow, FlowKey, FragmentKey, FragmentValue, Kind, NO_BACKEND, flow_flags};
 
 use super::exit::{Verdict, count, now};
 use super::maps::{DEBUG, Desk, Maps};
-use super::path::{FROM_POD, FROM_VPC, TO_POD, Way, hook, kinds, lookup, send, use_side};
+use super::path::{FROM_POD, FROM_VPC, Layout, TO_POD, Way, hook, kinds, lookup, send, use_known};
+use super::refuse::refuse;
+use super::serve::{remember_both, serve};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Decision, Tables};
 use crate::family::{Family, Glance, V4, V6};
@@ -18,6 +20,7 @@ use crate::frame::{Frame as _, zero};
 use crate::icmp;
 use crate::neighbour;
 use crate::parse::{Fragment, Packet, Payload, ethertype, tcp_flags};
+use crate::service::{self, Services};
 
 /// This CPU's desk; what an earlier packet left on it is still there.
 #[inline(always)]
@@ -32,7 +35,7 @@ fn desk<F: Way>() -> Option<&'static mut Desk<F>> {
 #[inline(always)]
 pub(super) fn first<F: Way, const PROGRAM: u8>(skb: Skb, glance: &Glance<F>) -> Verdict
 where
-    Maps: Tables<F>,
+    Maps: Tables<F> + Services<F>,
 {
     // An array of one entry always has it.
     let Some(desk) = desk::<F>() else { return Verdict::drop(Drop::Truncated) };
@@ -41,6 +44,27 @@ where
     F::assign(&mut desk.packet.dst, &glance.dst);
     desk.packet.ports = glance.ports;
     (desk.packet.protocol, desk.packet.tcp_flags) = (glance.protocol, glance.tcp_flags);
+    desk.packet.transport = F::TRANSPORT;
+    decide_on::<F, PROGRAM>(skb, desk)
+}
+
+/// The stages of a packet that is understood.
+#[inline(always)]
+fn decide_on<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Verdict
+where
+    Maps: Tables<F> + Services<F>,
+{
+    (desk.choice.member.backend, desk.choice.refused) = (NO_BACKEND, 0);
+    F::assign(&mut desk.choice.address, &desk.packet.dst);
+    if PROGRAM == FROM_POD && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst) {
+        let early = serve::<F, PROGRAM>(skb.0, desk);
+        if !early.is_open() {
+            return early;
+        }
+        if desk.choice.refused != 0 {
+            return refuse::<F>(skb.0, &desk.packet);
+        }
+    }
     settle::<F, PROGRAM>(skb.0, desk)
 }
 
@@ -50,13 +74,13 @@ where
 #[inline(always)]
 pub(super) fn unusual<F: Way, const PROGRAM: u8>(skb: Skb) -> Verdict
 where
-    Maps: Tables<F>,
+    Maps: Tables<F> + Services<F>,
     Checks: Neighbourly<F>,
 {
     let Some(desk) = desk::<F>() else { return Verdict::drop(Drop::Truncated) };
     desk.packet.clear();
     let early = understand::<F, PROGRAM>(skb.0, desk);
-    if early.is_open() { settle::<F, PROGRAM>(skb.0, desk) } else { early }
+    if early.is_open() { decide_on::<F, PROGRAM>(skb, desk) } else { early }
 }
 
 /// Parses the packet and looks up its flow. Ends early for what needs no decision.
@@ -103,9 +127,9 @@ where
     // The fast path could not look it up.
     let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     Ok(match lookup::<F, PROGRAM>(skb, &window, &key, from_high) {
-        Some(side) if flow::continues(side.flags, packet.tcp_flags) => {
-            side.flags |= flow::remembered(packet.tcp_flags);
-            use_side::<F, PROGRAM>(skb, window, side)
+        Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => {
+            known.side.flags |= flow::remembered(packet.tcp_flags);
+            use_known::<F, PROGRAM>(skb, window, known, layout(packet))
         }
         _ => Verdict::OPEN,
     })
@@ -132,7 +156,7 @@ where
     // The flow is the quoted packet's, and the error goes the other way.
     let (key, quoted_from_high) = flow::key::<F>(&quoted.src, &quoted.dst, quoted.ports, quoted.protocol);
     match lookup::<F, PROGRAM>(skb, &window, &key, quoted_from_high ^ 1) {
-        Some(side) if goes && comes => use_side::<F, PROGRAM>(skb, window, side),
+        Some(known) if goes && comes => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
         _ => Verdict::OPEN,
     }
 }
@@ -143,25 +167,38 @@ fn settle<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) ->
 where
     Maps: Tables<F>,
 {
-    let Desk { packet, flow, .. } = desk;
-    settled::<F, PROGRAM>(Skb(ctx), packet, flow).into()
+    settled::<F, PROGRAM>(Skb(ctx), desk).into()
 }
 
 #[inline(always)]
-fn settled<F: Way, const PROGRAM: u8>(skb: Skb, packet: &Packet<F>, flow: &mut Flow<F::Addr>) -> Result<Verdict, Drop>
+fn settled<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Result<Verdict, Drop>
 where
     Maps: Tables<F>,
 {
     let window = skb.window();
+    let packet = &desk.packet;
     let decision = match PROGRAM {
-        FROM_POD => decide::from_pod(&Maps, endpoint::<F>(skb)?, packet, window.macs().ok_or(Drop::Truncated)?)?,
+        FROM_POD => {
+            let macs = window.macs().ok_or(Drop::Truncated)?;
+            decide::from_pod(&Maps, endpoint::<F>(skb)?, packet, &desk.choice.address, macs)?
+        }
         TO_POD => decide::to_pod(&Maps, packet, skb.ifindex())?,
         _ => decide::from_vpc(&Maps, packet, skb.ifindex())?,
     };
     match decision {
         Decision::NotOurs => Ok(Verdict::next(const { kinds::<PROGRAM>() }.stack)),
-        Decision::Way(route) => Ok(remember::<F, PROGRAM>(skb, window, packet, &route, flow)),
+        Decision::Way(route) if PROGRAM == FROM_POD && desk.choice.member.backend != NO_BACKEND => {
+            remember_both::<F, PROGRAM>(skb, window, &route, desk)
+        }
+        Decision::Way(route) => Ok(remember::<F, PROGRAM>(skb, window, packet, &route, &mut desk.flow)),
     }
+}
+
+/// Where a packet's transport header is.
+#[inline(always)]
+pub(super) fn layout<F: Family>(packet: &Packet<F>) -> Layout {
+    let transport = if packet.fragment == Fragment::Later { 0 } else { packet.transport };
+    Layout { protocol: packet.protocol, transport }
 }
 
 /// Writes the entry of both directions and sends the packet by it.
@@ -183,11 +220,12 @@ where
     flow.epochs = [route.source.epoch, route.destination.epoch];
     let now = now();
     (flow.created, flow.maker) = (now, from_high);
+    let whole: *const _ = flow;
     let [side, other] = &mut flow.sides;
     route.fill::<F>(side);
     // An ICMP error that belongs to no flow is not the beginning of one.
     if packet.payload == Payload::IcmpError {
-        return send::<F, PROGRAM>(skb, window, side);
+        return send::<F, PROGRAM>(skb, window, side, whole, layout(packet));
     }
     route.back().fill::<F>(other);
     let answers = answers::<F>(&key, from_high, packet.tcp_flags);
@@ -204,7 +242,7 @@ where
         // SAFETY: the macro counts its arguments.
         unsafe { bpf_printk!(c"terway: flow on %d class %x action %d", side.ifindex, key.class, side.action) };
     }
-    send::<F, PROGRAM>(skb, window, side)
+    send::<F, PROGRAM>(skb, window, side, whole, layout(packet))
 }
 
 /// Whether the sender of this packet is the one who answers: the packet itself says so, or the entry that it is about to replace,
@@ -222,7 +260,7 @@ fn answers<F: Way>(key: &FlowKey<F::Addr>, from_high: u32, tcp: u8) -> bool {
 }
 
 #[inline(always)]
-fn endpoint<F: Family>(skb: Skb) -> Result<&'static Endpoint, Drop>
+pub(super) fn endpoint<F: Family>(skb: Skb) -> Result<&'static Endpoint, Drop>
 where
     Maps: Tables<F>,
 {

@@ -8,13 +8,15 @@ use aya_ebpf::{
 use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
     Affinity, AffinityKey, Backend, Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FILTER, Flow, FlowKeyV4,
-    FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKeyV4, FrontendKeyV6,
-    MAX_ENDPOINTS, Member, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6,
+    FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKey, FrontendKeyV4,
+    FrontendKeyV6, MAX_ENDPOINTS, Member, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, filter_v4,
+    filter_v6,
 };
 
 use crate::decide::Tables;
 use crate::family::{Family, V4, V6};
 use crate::parse::Packet;
+use crate::service::Services;
 
 /// Pods by host interface. Not preallocated: most nodes have tens of pods.
 #[map]
@@ -60,6 +62,25 @@ pub struct Desk<F: Family> {
     pub quoted: Packet<F>,
     /// The flow that is about to be inserted.
     pub flow: Flow<F::Addr>,
+    /// That of the answers, if they have one of their own.
+    pub reply: Flow<F::Addr>,
+    /// Where the packet goes.
+    pub choice: Choice<F::Addr>,
+}
+
+/// Where a packet goes: its destination, or the backend that a Service chose for it.
+#[repr(C, align(8))]
+pub struct Choice<A> {
+    /// The address.
+    pub address: A,
+    /// The port as in the packet, in the first two bytes.
+    pub port: u32,
+    /// The backend; nobody if it is not for a Service.
+    pub member: Member,
+    /// The Service.
+    pub service: u32,
+    /// Not 0 if the Service refuses the packet.
+    pub refused: u32,
 }
 
 /// The desk of IPv4.
@@ -246,5 +267,62 @@ impl Tables<V6> for Maps {
     #[inline(always)]
     fn epoch(&self, slot: u32) -> u32 {
         epoch(slot)
+    }
+}
+
+macro_rules! services {
+    ($family:ty, $frontends:ident, $filter:path) => {
+        impl Services<$family> for Maps {
+            #[inline(always)]
+            fn may_serve(&self, address: &<$family as Family>::Addr) -> bool {
+                FILTERS.get($filter(*address)).is_some_and(|count| *count != 0)
+            }
+
+            #[inline(always)]
+            fn frontend(&self, key: &FrontendKey<<$family as Family>::Addr>) -> Option<&Frontend> {
+                // SAFETY: the daemon replaces values whole. One that is deleted while it is read may be reused for another Service:
+                // it was valid when the packet came, and what it names stays for a second.
+                unsafe { $frontends.get(key) }
+            }
+
+            #[inline(always)]
+            fn member(&self, index: u32) -> Member {
+                MEMBERS.get(index).copied().unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn backend(&self, number: u32) -> Option<&Backend> {
+                BACKENDS.get(number)
+            }
+
+            #[inline(always)]
+            fn load(&self, number: u32) -> u64 {
+                LOADS.get(number).copied().unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn held(&self, key: &AffinityKey) -> Option<Affinity> {
+                // SAFETY: copied at once; of a value that is reused meanwhile, the backend's life decides whether it counts.
+                unsafe { AFFINITY.get(key) }.copied()
+            }
+
+            #[inline(always)]
+            fn hold(&self, key: &AffinityKey, value: &Affinity) {
+                // If the table does not take it, the next connection may go elsewhere.
+                let _full = AFFINITY.insert(key, value, 0);
+            }
+        }
+    };
+}
+
+services!(V4, FRONTENDS_V4, filter_v4);
+services!(V6, FRONTENDS_V6, filter_v6);
+
+/// Counts a connection of a backend. Without a lock: the daemon sets the counts right when it sweeps.
+#[inline(always)]
+pub fn burden(backend: u32) {
+    if let Some(load) = LOADS.get_ptr_mut(backend) {
+        // SAFETY: the value stays mapped; a lost addition is allowed for.
+        unsafe { *load = (*load).wrapping_add(1) };
     }
 }
