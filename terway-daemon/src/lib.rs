@@ -11,6 +11,7 @@ pub mod http;
 pub mod identity;
 pub mod metrics;
 pub mod net;
+pub mod objects;
 pub mod options;
 pub mod queue;
 mod reload;

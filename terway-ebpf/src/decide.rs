@@ -44,7 +44,28 @@ fn pods(pod: &Endpoint) -> Basis {
     Basis { slot: pod.slot, epoch: pod.epoch }
 }
 
-/// A packet that a pod sent.
+/// Whether a pod may send this packet at all.
+///
+/// # Errors
+/// The reason to drop it.
+#[inline(always)]
+pub fn sender<F: Family>(pod: &Endpoint, packet: &Packet<F>, macs: MacPair) -> Result<(), Drop> {
+    if macs.source() != pod.sent.source() {
+        return Err(Drop::SpoofedMac);
+    }
+    if let Some(drop) = F::unroutable(&packet.src, &packet.dst) {
+        return Err(drop);
+    }
+    if F::same(&packet.src, &F::NONE) || !F::same(&packet.src, &F::address(pod)) {
+        return Err(Drop::SpoofedSource);
+    }
+    if macs != pod.sent {
+        return Err(Drop::NotForGateway);
+    }
+    Ok(())
+}
+
+/// A packet that a pod sent, and that goes to `to`: its destination, or the backend that a Service chose.
 ///
 /// # Errors
 /// The reason to drop it.
@@ -53,25 +74,14 @@ pub fn from_pod<'a, F: Family, T: Tables<F>>(
     tables: &'a T,
     pod: &'a Endpoint,
     packet: &Packet<F>,
+    to: &F::Addr,
     macs: MacPair,
 ) -> Result<Decision<'a>, Drop> {
-    if macs.source() != pod.sent.source() {
-        return Err(Drop::SpoofedMac);
-    }
-    if let Some(drop) = F::unroutable(&packet.key.src, &packet.key.dst) {
-        return Err(drop);
-    }
-    if F::same(&packet.key.src, &F::NONE) || !F::same(&packet.key.src, &F::address(pod)) {
-        return Err(Drop::SpoofedSource);
-    }
-    if macs != pod.sent {
-        return Err(Drop::NotForGateway);
-    }
-    // Services: the destination becomes the backend's here, before it is looked up.
-    let unowned = nobody(tables, &packet.key.dst);
-    let (target, destination) = match tables.by_address(&packet.key.dst) {
+    sender(pod, packet, macs)?;
+    let unowned = nobody(tables, to);
+    let (target, destination) = match tables.by_address(to) {
         Some(peer) => (Place::Pod(peer), pods(peer)),
-        None if tables.is_host(&packet.key.dst) => (Place::Host(pod), unowned),
+        None if tables.is_host(to) => (Place::Host(pod), unowned),
         None if F::has_gateway(pod) => (Place::Vpc(pod), unowned),
         None => return Err(Drop::NoGateway),
     };
@@ -89,13 +99,13 @@ pub fn from_vpc<'a, F: Family, T: Tables<F>>(
     packet: &Packet<F>,
     ifindex: u32,
 ) -> Result<Decision<'a>, Drop> {
-    let source = nobody(tables, &packet.key.src);
-    let Some(pod) = tables.by_address(&packet.key.dst) else { return Ok(Decision::NotOurs) };
+    let source = nobody(tables, &packet.src);
+    let Some(pod) = tables.by_address(&packet.dst) else { return Ok(Decision::NotOurs) };
     if pod.eni_ifindex != ifindex {
         return Err(Drop::WrongEni);
     }
     // A pod of this node reaches another one without the VPC, so from there such a source is a lie.
-    if tables.by_address(&packet.key.src).is_some() {
+    if tables.by_address(&packet.src).is_some() {
         return Err(Drop::SpoofedSource);
     }
     // Policy: ingress of `pod` is decided here.
@@ -112,14 +122,14 @@ pub fn to_pod<'a, F: Family, T: Tables<F>>(
     packet: &Packet<F>,
     ifindex: u32,
 ) -> Result<Decision<'a>, Drop> {
-    let source = nobody(tables, &packet.key.src);
+    let source = nobody(tables, &packet.src);
     let pod = tables.by_ifindex(ifindex).ok_or(Drop::UnknownEndpoint)?;
     // Neighbour discovery and the like: it is not sent to the pod's address, and no flow comes of it.
-    if F::same(&packet.key.dst, &F::NONE) || !F::same(&packet.key.dst, &F::address(pod)) {
+    if F::same(&packet.dst, &F::NONE) || !F::same(&packet.dst, &F::address(pod)) {
         return Ok(Decision::NotOurs);
     }
     // A pod's packet that the host stack forwarded (to the backend of a Service, say) depends on that pod too.
-    let source = tables.by_address(&packet.key.src).map_or(source, pods);
+    let source = tables.by_address(&packet.src).map_or(source, pods);
     // Policy: ingress of `pod` is decided here; what the node itself sends is always allowed.
     Ok(Decision::Way(Route { origin: Place::Host(pod), target: Place::Pod(pod), source, destination: pods(pod) }))
 }
@@ -212,7 +222,7 @@ mod tests {
 
     fn packet<F: Family>(src: F::Addr, dst: F::Addr) -> Packet<F> {
         let mut packet = Packet::new();
-        (packet.key.src, packet.key.dst) = (src, dst);
+        (packet.src, packet.dst) = (src, dst);
         packet
     }
 
@@ -246,12 +256,19 @@ mod tests {
             (3, 9, Err(Drop::NoGateway)),
         ] {
             let sent = packet::<V4>(v4(n), v4(dst));
-            assert_eq!(said(from_pod(&node, pod(n.into()), &sent, pod(n.into()).sent)), want, "{n} to {dst}");
+            assert_eq!(
+                said(from_pod(&node, pod(n.into()), &sent, &sent.dst, pod(n.into()).sent)),
+                want,
+                "{n} to {dst}"
+            );
         }
-        assert_eq!(said(from_pod(&node, pod(1), &packet::<V6>(v6(1), v6(3)), pod(1).sent)), Ok(Some(("vpc", 1))));
+        assert_eq!(
+            said(from_pod(&node, pod(1), &packet::<V6>(v6(1), v6(3)), &v6(3), pod(1).sent)),
+            Ok(Some(("vpc", 1)))
+        );
         // Having no address of a family is not having the unspecified one.
         let none = packet::<V6>([0; 4], v6(2));
-        assert_eq!(said(from_pod(&node, pod(3), &none, pod(3).sent)), Err(Drop::SpoofedSource));
+        assert_eq!(said(from_pod(&node, pod(3), &none, &none.dst, pod(3).sent)), Err(Drop::SpoofedSource));
     }
 
     #[test]
@@ -259,7 +276,7 @@ mod tests {
         let mut node = node();
         let pod = *node.pods.get(&1).unwrap();
         let sent = packet::<V4>(v4(1), v4(9));
-        let Ok(Decision::Way(route)) = from_pod(&node, &pod, &sent, pod.sent) else { panic!("not sent") };
+        let Ok(Decision::Way(route)) = from_pod(&node, &pod, &sent, &sent.dst, pod.sent) else { panic!("not sent") };
         let (slots, epochs) =
             ([route.source.slot, route.destination.slot], [route.source.epoch, route.destination.epoch]);
         assert!(holds::<V4, _>(&node, slots, epochs));
@@ -272,7 +289,9 @@ mod tests {
         assert!(!holds::<V4, _>(&node, [0, 0], [0, 0]), "an entry that was never filled");
         // An endpoint that is being changed: its new epoch is in its value, and not yet in the map.
         let changing = Endpoint { epoch: 2, ..pod };
-        let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, pod.sent) else { panic!("not sent") };
+        let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, &sent.dst, pod.sent) else {
+            panic!("not sent")
+        };
         assert!(!holds::<V4, _>(
             &node,
             [route.source.slot, route.destination.slot],
@@ -287,7 +306,7 @@ mod tests {
             let node = node();
             let pod = node.pods.get(&n).unwrap();
             let sent = packet::<V4>(v4(src), v4(dst));
-            if let Ok(Decision::Way(route)) = from_pod(&node, pod, &sent, MacPair::new([0xaa; 6], [mac; 6])) {
+            if let Ok(Decision::Way(route)) = from_pod(&node, pod, &sent, &sent.dst, MacPair::new([0xaa; 6], [mac; 6])) {
                 prop_assert_eq!(u32::from(src), n);
                 prop_assert_eq!(u32::from(mac), n);
                 prop_assert_eq!(place(route.origin), ("pod", n));

@@ -3,8 +3,9 @@
 use terway_abi::{Drop, Endpoint, Nexthop, bucket_v4, bucket_v6};
 
 use crate::csum;
-use crate::flow::copy;
+use crate::flow::{self, copy};
 use crate::frame::{ETH_LEN, Frame};
+use crate::nat;
 use crate::parse::{self, Packet};
 
 /// An address family.
@@ -17,6 +18,8 @@ pub trait Family: Sized + 'static {
     const NONE: Self::Addr;
     /// ICMP's number in this family.
     const ICMP: u8;
+    /// Where the transport header of a packet of common shape begins.
+    const TRANSPORT: u32;
 
     /// Addresses and ports of a packet of the most common shape (no options, no fragment, TCP or UDP); `None` if it needs
     /// [`Family::parse`].
@@ -36,6 +39,24 @@ pub trait Family: Sized + 'static {
     /// Not `==`: for four words LLVM makes that one 16-byte comparison, aligns the variable to 16 bytes for it, and then dies of a
     /// copy with that alignment (`BPFInstrInfo::expandMEMCPY`, LLVM 22).
     fn same(a: &Self::Addr, b: &Self::Addr) -> bool;
+
+    /// Writes an address, word by word; see [`copy`].
+    fn assign(to: &mut Self::Addr, from: &Self::Addr);
+
+    /// The borrow of `a - b - borrow`, of addresses as numbers in the order of [`terway_abi::FlowKey`]: 0 or 1.
+    fn borrow(a: &Self::Addr, b: &Self::Addr, borrow: u32) -> u32;
+
+    /// The two as they are if `mask` is 0, exchanged if it has all bits.
+    fn exchange(a: &Self::Addr, b: &Self::Addr, mask: u32) -> (Self::Addr, Self::Addr);
+
+    /// What changing an address adds to a ones' complement sum; see [`nat::difference`].
+    fn difference(old: &Self::Addr, new: &Self::Addr, sum: u32) -> u32;
+
+    /// Writes both addresses into the header, and into its checksum what that adds.
+    fn readdress<P: Frame>(frame: &mut P, src: &Self::Addr, dst: &Self::Addr, sum: u32) -> Option<()>;
+
+    /// The address that an event holds so.
+    fn narrow(address: &[u32; 4]) -> Self::Addr;
 
     /// Takes one from the TTL or hop limit; `None` if it does not allow another hop.
     fn hop<P: Frame>(frame: &mut P) -> Option<()>;
@@ -87,6 +108,7 @@ impl Family for V4 {
     const VERSION: u8 = 4;
     const NONE: u32 = 0;
     const ICMP: u8 = parse::ICMP;
+    const TRANSPORT: u32 = ETH_LEN as u32 + 20;
 
     #[inline(always)]
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
@@ -106,6 +128,41 @@ impl Family for V4 {
     #[inline(always)]
     fn same(a: &u32, b: &u32) -> bool {
         a == b
+    }
+
+    #[inline(always)]
+    fn assign(to: &mut u32, from: &u32) {
+        *to = *from;
+    }
+
+    #[inline(always)]
+    fn borrow(a: &u32, b: &u32, borrow: u32) -> u32 {
+        flow::borrow(*a, *b, borrow)
+    }
+
+    #[inline(always)]
+    fn difference(old: &u32, new: &u32, sum: u32) -> u32 {
+        nat::difference(*old, *new, sum)
+    }
+
+    #[inline(always)]
+    fn readdress<P: Frame>(frame: &mut P, src: &u32, dst: &u32, sum: u32) -> Option<()> {
+        let check = frame.read::<u16>(ETH_LEN + 10)?;
+        frame.write(ETH_LEN + 10, nat::adjust(check, sum))?;
+        frame.write(ETH_LEN + 12, *src)?;
+        frame.write(ETH_LEN + 16, *dst)
+    }
+
+    #[inline(always)]
+    fn narrow(address: &[u32; 4]) -> u32 {
+        let [first, ..] = *address;
+        first
+    }
+
+    #[inline(always)]
+    fn exchange(a: &u32, b: &u32, mask: u32) -> (u32, u32) {
+        let changed = (a ^ b) & mask;
+        (a ^ changed, b ^ changed)
     }
 
     #[inline(always)]
@@ -170,6 +227,7 @@ impl Family for V6 {
     const VERSION: u8 = 6;
     const NONE: [u32; 4] = [0; 4];
     const ICMP: u8 = parse::ICMPV6;
+    const TRANSPORT: u32 = ETH_LEN as u32 + 40;
 
     #[inline(always)]
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
@@ -190,6 +248,47 @@ impl Family for V6 {
     fn same(a: &[u32; 4], b: &[u32; 4]) -> bool {
         let ([a, b, c, d], [e, f, g, h]) = (*a, *b);
         (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
+    }
+
+    #[inline(always)]
+    fn assign(to: &mut [u32; 4], from: &[u32; 4]) {
+        copy(to, from);
+    }
+
+    #[inline(always)]
+    fn borrow(a: &[u32; 4], b: &[u32; 4], borrow: u32) -> u32 {
+        let ([a, b, c, d], [e, f, g, h]) = (*a, *b);
+        let borrow = flow::borrow(b, f, flow::borrow(a, e, borrow));
+        flow::borrow(d, h, flow::borrow(c, g, borrow))
+    }
+
+    #[inline(always)]
+    fn difference(old: &[u32; 4], new: &[u32; 4], sum: u32) -> u32 {
+        let ([a, b, c, d], [e, f, g, h]) = (*old, *new);
+        nat::difference(d, h, nat::difference(c, g, nat::difference(b, f, nat::difference(a, e, sum))))
+    }
+
+    #[inline(always)]
+    fn readdress<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], _sum: u32) -> Option<()> {
+        let ([a, b, c, d], [e, f, g, h]) = (*src, *dst);
+        // The last word first: if it fits, all do.
+        frame.write(ETH_LEN + 36, h)?;
+        for (word, value) in [a, b, c, d, e, f, g].into_iter().enumerate() {
+            frame.write(ETH_LEN + 8 + 4 * word, value)?;
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn narrow(address: &[u32; 4]) -> [u32; 4] {
+        *address
+    }
+
+    #[inline(always)]
+    fn exchange(a: &[u32; 4], b: &[u32; 4], mask: u32) -> ([u32; 4], [u32; 4]) {
+        let ([a, b, c, d], [e, f, g, h]) = (*a, *b);
+        let [p, q, r, s] = [(a ^ e) & mask, (b ^ f) & mask, (c ^ g) & mask, (d ^ h) & mask];
+        ([a ^ p, b ^ q, c ^ r, d ^ s], [e ^ p, f ^ q, g ^ r, h ^ s])
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
-//! Flow entries: how they are made, in pairs, and what an established packet asks of them.
+//! Flow entries: how they are made, for both directions at once, and what an established packet asks of them.
 
-use terway_abi::{Action, Endpoint, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, flow_flags};
+use terway_abi::{Action, Endpoint, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, MacPair, Nexthop, Side, flow_flags};
 
 use crate::family::Family;
 use crate::parse::tcp_flags;
@@ -57,27 +57,37 @@ impl<'a> Route<'a> {
         }
     }
 
-    /// Fills a flow entry for this way: what its action needs, and nothing else of it.
+    /// Fills one side of a flow entry for this way: what its action needs, and nothing else of it.
     #[inline(always)]
-    pub fn fill<F: Family>(&self, flow: &mut Flow<F::Addr>) {
+    pub fn fill<F: Family>(&self, side: &mut Side) {
         if let Place::Pod(pod) = self.origin {
-            copy(&mut flow.expect.0, &pod.sent.0);
+            copy(&mut side.expect.0, &pod.sent.0);
         }
-        flow.slots = [self.source.slot, self.destination.slot];
-        flow.epochs = [self.source.epoch, self.destination.epoch];
+        let (ifindex, hook) = self.hook();
+        (side.ifindex, side.hook) = (ifindex, u32::from(hook));
         match (self.origin, self.target) {
             // The host stack routed it here; all that is left is to let it pass.
-            (Place::Host(_), _) | (_, Place::Host(_)) => flow.action = Action::Stack as u32,
+            (Place::Host(_), _) | (_, Place::Host(_)) => side.action = Action::Stack as u32,
             (_, Place::Pod(pod)) => {
-                copy(&mut flow.write.0, &pod.received.0);
-                (flow.action, flow.oif) = (Action::Local as u32, pod.host_ifindex);
+                let MacPair([a, b, c]) = &pod.received;
+                let Nexthop { family, address: [d, e, ..] } = &mut side.way;
+                (*family, *d, *e) = (*a, *b, *c);
+                (side.action, side.oif) = (Action::Local as u32, pod.host_ifindex);
             }
             (_, Place::Vpc(pod)) => {
-                F::gateway(pod, &mut flow.nexthop);
-                (flow.action, flow.oif) = (Action::Vpc as u32, pod.eni_ifindex);
+                F::gateway(pod, &mut side.way);
+                (side.action, side.oif) = (Action::Vpc as u32, pod.eni_ifindex);
             }
         }
     }
+}
+
+/// What a side with [`Action::Local`] writes into the frame.
+#[inline(always)]
+#[must_use]
+pub const fn written(side: &Side) -> MacPair {
+    let Nexthop { family, address: [d, e, ..] } = side.way;
+    MacPair([family, d, e])
 }
 
 /// Copies words one by one. An assignment becomes `memmove`, which on the BPF target is a loop over bytes.
@@ -89,27 +99,46 @@ pub(crate) fn copy<const N: usize>(to: &mut [u32; N], from: &[u32; N]) {
     }
 }
 
-/// The key of a flow at a hook.
+/// The key of a packet's flow, and which end sends it: 0 for the low one, 1 for the high one.
+///
+/// Without a branch: the verifier would follow what comes after once for each way through here.
 #[inline(always)]
 #[must_use]
-pub const fn key<A: Copy>(src: A, dst: A, ports: u32, protocol: u8, (ifindex, hook): (u32, u8)) -> FlowKey<A> {
-    FlowKey { src, dst, ports, ifindex, class: protocol as u32 | (hook as u32) << 8, spare: 0 }
+pub fn key<F: Family>(src: &F::Addr, dst: &F::Addr, ports: u32, protocol: u8) -> (FlowKey<F::Addr>, u32) {
+    let [source, destination] = [ports & 0xffff, ports >> 16];
+    let from_high = F::borrow(dst, src, borrow(destination, source, 0));
+    let mask = 0_u32.wrapping_sub(from_high);
+    let (low, high) = F::exchange(src, dst, mask);
+    let ports = ports ^ ((ports ^ ports.rotate_left(16)) & mask);
+    (FlowKey { low, high, ports, class: u32::from(protocol) }, from_high)
 }
 
-/// Adds protocol, interface and hook to a key that has addresses and ports.
+/// The borrow of `a - b - borrow`, 0 or 1.
 #[inline(always)]
-pub fn complete<A>(key: &mut FlowKey<A>, protocol: u8, (ifindex, hook): (u32, u8)) {
-    key.ifindex = ifindex;
-    key.class = u32::from(protocol) | u32::from(hook) << 8;
+pub(crate) fn borrow(a: u32, b: u32, borrow: u32) -> u32 {
+    let difference = u64::from(a).wrapping_sub(u64::from(b)).wrapping_sub(u64::from(borrow));
+    (opaque(difference) >> 63) as u32
 }
 
-/// Turns a key into that of the answers, at a hook.
+/// The same value, of which the compiler knows nothing: it would make branches of arithmetic that avoids them.
 #[inline(always)]
-pub fn turn<A: Copy>(key: &mut FlowKey<A>, (ifindex, hook): (u32, u8)) {
-    (key.src, key.dst) = (key.dst, key.src);
-    key.ports = key.ports.rotate_left(16);
-    key.ifindex = ifindex;
-    key.class = u32::from(key.protocol()) | u32::from(hook) << 8;
+#[cfg_attr(not(target_arch = "bpf"), expect(unused_mut, reason = "the kernel's half changes it"))]
+fn opaque(mut value: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: a move of a register to itself.
+    unsafe {
+        core::arch::asm!("{0} = {0}", inout(reg) value, options(nostack, preserves_flags, nomem, pure));
+    }
+    value
+}
+
+/// The side of a flow that an end uses.
+#[inline(always)]
+#[must_use]
+pub fn side<A>(flow: &mut Flow<A>, from_high: u32) -> &mut Side {
+    let index = opaque(u64::from(from_high ^ flow.maker)) & 1;
+    // SAFETY: the index is 0 or 1. Without `get`, whose branch would be one more thing to verify.
+    unsafe { flow.sides.get_unchecked_mut(index as usize) }
 }
 
 /// Whether a packet with these TCP flags may use an entry with these flags.
@@ -135,10 +164,11 @@ pub const NOTABLE: u8 = tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST;
 
 #[cfg(test)]
 mod tests {
-    use terway_abi::{FlowV4, MacPair};
+    use proptest::prelude::*;
+    use terway_abi::FlowV4;
 
     use super::*;
-    use crate::family::V4;
+    use crate::family::{V4, V6};
 
     fn pod(number: u32) -> Endpoint {
         Endpoint {
@@ -153,44 +183,68 @@ mod tests {
         }
     }
 
-    fn filled(route: &Route<'_>) -> FlowV4 {
-        let mut flow = FlowV4::default();
-        route.fill::<V4>(&mut flow);
-        flow
+    fn filled(route: &Route<'_>) -> Side {
+        let mut side = Side::default();
+        route.fill::<V4>(&mut side);
+        side
     }
 
     #[test]
-    fn the_entries_of_both_directions_are_each_others_mirror() {
+    fn the_sides_of_both_directions_are_each_others_mirror() {
         let (a, b) = (pod(1), pod(2));
         let (source, destination) = (Basis { slot: 1, epoch: 7 }, Basis { slot: 2, epoch: 7 });
         let local = Route { origin: Place::Pod(&a), target: Place::Pod(&b), source, destination };
         assert_eq!((local.hook(), local.back().hook()), ((1, HOOK_IN), (2, HOOK_IN)));
         let (there, back) = (filled(&local), filled(&local.back()));
         assert_eq!((there.action, there.oif, back.oif), (Action::Local as u32, 2, 1));
-        assert_eq!((there.expect, there.write), (a.sent, b.received));
-        assert_eq!((back.expect, back.write), (b.sent, a.received));
-        assert_eq!((there.slots, back.slots), ([1, 2], [2, 1]));
+        assert_eq!((there.ifindex, back.ifindex), (1, 2));
+        assert_eq!((there.expect, written(&there)), (a.sent, b.received));
+        assert_eq!((back.expect, written(&back)), (b.sent, a.received));
 
         let out = Route { target: Place::Vpc(&a), ..local };
         assert_eq!((out.hook(), out.back().hook()), ((1, HOOK_IN), (101, HOOK_IN)));
         let (there, back) = (filled(&out), filled(&out.back()));
-        assert_eq!((there.action, there.oif, there.nexthop.address[0]), (Action::Vpc as u32, 101, 0xfd));
-        assert_eq!((back.action, back.oif, back.write), (Action::Local as u32, 1, a.received));
+        assert_eq!((there.action, there.oif, there.way.address[0]), (Action::Vpc as u32, 101, 0xfd));
+        assert_eq!((back.action, back.oif, written(&back)), (Action::Local as u32, 1, a.received));
 
         let host = Route { target: Place::Host(&a), ..local };
         assert_eq!(host.back().hook(), (1, HOOK_TO_POD));
         let (there, back) = (filled(&host), filled(&host.back()));
         assert_eq!((there.action, there.expect, back.action), (Action::Stack as u32, a.sent, Action::Stack as u32));
+        assert_eq!((there.hook, back.hook), (HOOK_IN.into(), HOOK_TO_POD.into()));
     }
 
-    #[test]
-    fn turning_a_key_twice_gives_it_back() {
-        let mut turned = key(1_u32, 2, 0x1234_5678, 6, (9, HOOK_IN));
-        let original = turned;
-        turn(&mut turned, (5, HOOK_TO_POD));
-        assert_eq!(turned, key(2, 1, 0x5678_1234, 6, (5, HOOK_TO_POD)));
-        turn(&mut turned, (9, HOOK_IN));
-        assert_eq!(turned, original);
+    /// Both directions find one entry, and different sides of it; and the key keeps what the packet said.
+    fn meets<F: Family>(src: F::Addr, dst: F::Addr, ports: u32)
+    where
+        F::Addr: PartialEq + core::fmt::Debug,
+    {
+        let (there, high) = key::<F>(&src, &dst, ports, 6);
+        let (back, answers) = key::<F>(&dst, &src, ports.rotate_left(16), 6);
+        assert_eq!(there, back);
+        let to_itself = src == dst && ports.rotate_left(16) == ports;
+        assert_eq!(high == answers, to_itself);
+        let said = match high {
+            0 => (there.low, there.high, there.ports),
+            _ => (there.high, there.low, there.ports.rotate_left(16)),
+        };
+        assert_eq!(said, (src, dst, ports));
+        let mut flow = FlowV4 { maker: high, ..FlowV4::default() };
+        side(&mut flow, high).packets = 1;
+        side(&mut flow, answers).bytes = 2;
+        let [made, other] = flow.sides;
+        assert_eq!((made.packets, if to_itself { made } else { other }.bytes), (1, 2));
+    }
+
+    proptest! {
+        #[test]
+        fn both_directions_meet_in_one_entry(src in 0_u32..4, dst in 0_u32..4, ports in any::<u32>(), at in 0_usize..4, same in any::<bool>()) {
+            let ports = if same { ports & 0xffff | ports << 16 } else { ports };
+            meets::<V4>(src, dst, ports);
+            let (mut from, mut to) = ([7; 4], [7; 4]);
+            (from[at], to[3 - at]) = (src, dst);
+            meets::<V6>(from, to, ports);
+        }
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! Access to the bytes of a frame, the same in the kernel and in tests.
 
-use core::mem::MaybeUninit;
-
 use terway_abi::MacPair;
 
 /// Types that may be read from and written to a packet as they are.
@@ -24,14 +22,12 @@ unsafe impl Plain for MacPair {}
 /// # Safety
 /// All zeros must be a value of `T`.
 #[inline(always)]
-pub unsafe fn zero<T>(place: &mut MaybeUninit<T>) -> &mut T {
+pub unsafe fn zero<T>(place: &mut T) {
     const { assert!(align_of::<T>() == 8 && size_of::<T>().is_multiple_of(8)) };
     for word in 0..size_of::<T>() / 8 {
         // SAFETY: within the value, and aligned as asserted.
-        unsafe { core::ptr::write_volatile(place.as_mut_ptr().cast::<u64>().add(word), 0) };
+        unsafe { core::ptr::write_volatile(core::ptr::from_mut(place).cast::<u64>().add(word), 0) };
     }
-    // SAFETY: every byte was written; that the zeros are a value is the caller's promise.
-    unsafe { place.assume_init_mut() }
 }
 
 /// Length of an Ethernet header without tags.

@@ -26,8 +26,8 @@ impl Inner for V6 {
     fn inner<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize> {
         // Quoted packets with extension headers belong to no flow: their error is a packet like any other.
         let header = frame.read_far::<parse::Ipv6Header>(at)?;
-        copy(&mut packet.key.src, &header.src);
-        copy(&mut packet.key.dst, &header.dst);
+        copy(&mut packet.src, &header.src);
+        copy(&mut packet.dst, &header.dst);
         packet.protocol = header.next;
         Some(at + size_of::<parse::Ipv6Header>())
     }
@@ -49,6 +49,6 @@ pub fn answer<P: Frame, F: Inner>(frame: &P, at: usize, quoted: &mut Packet<F>) 
         }
         _ => 0,
     };
-    quoted.key.ports = frame.blur(ports as usize) as u32;
+    quoted.ports = frame.blur(ports as usize) as u32;
     Some(())
 }

@@ -15,8 +15,11 @@ pub mod family;
 pub mod flow;
 pub mod frame;
 pub mod icmp;
+pub mod nat;
 pub mod neighbour;
 pub mod parse;
+pub mod refuse;
+pub mod service;
 
 #[cfg(target_arch = "bpf")]
 pub mod kernel;

@@ -74,17 +74,18 @@ const OPTIONS: usize = 4;
 /// [`Drop::SpoofedNeighbour`] if not; router advertisements and redirects, which no pod has business sending, count as that too.
 #[inline(always)]
 pub fn check_neighbour<P: Frame>(frame: &P, packet: &Packet<V6>, pod: &Endpoint) -> Result<(), Drop> {
-    let at = packet.transport as usize;
+    let at = frame.blur(packet.transport as usize);
     let own =
         |address: &[u32; 4]| is_link_local(address) || (!V6::same(&pod.v6, &V6::NONE) && V6::same(address, &pod.v6));
     let options = match frame.read_far::<u8>(at).ok_or(Drop::Truncated)? {
-        ROUTER_SOLICITATION if own(&packet.key.src) || V6::same(&packet.key.src, &V6::NONE) => at + 8,
-        NEIGHBOUR_SOLICITATION if own(&packet.key.src) || V6::same(&packet.key.src, &V6::NONE) => at + 24,
-        NEIGHBOUR_ADVERTISEMENT if own(&packet.key.src) && own(&target(frame, at)?) => at + 24,
+        ROUTER_SOLICITATION if own(&packet.src) || V6::same(&packet.src, &V6::NONE) => at + 8,
+        NEIGHBOUR_SOLICITATION if own(&packet.src) || V6::same(&packet.src, &V6::NONE) => at + 24,
+        NEIGHBOUR_ADVERTISEMENT if own(&packet.src) && own(&target(frame, at)?) => at + 24,
         _ => return Err(Drop::SpoofedNeighbour),
     };
     let mut at = options;
     for _ in 0..OPTIONS {
+        at = frame.blur(at);
         let Some(option) = frame.read_far::<LinkOption>(at) else { break };
         let link = option.kind == SOURCE_LINK || option.kind == TARGET_LINK;
         if option.units == 0 || (link && option.mac != halves(pod.sent.source())) {

@@ -3,11 +3,11 @@
 //! Two depths. The *glance* knows the shape that nearly all packets have and costs a handful of instructions. The *parse* walks
 //! options and extension headers within fixed bounds and says why it refuses what it refuses.
 
-use terway_abi::{Drop, FlowKey};
+use terway_abi::Drop;
 
 use crate::family::{Family, Glance, V4, V6};
 use crate::flow::copy;
-use crate::frame::{ETH_LEN, Frame, Plain};
+use crate::frame::{ETH_LEN, Frame, Plain, zero};
 
 /// Protocol numbers (IANA "Assigned Internet Protocol Numbers").
 pub const ICMP: u8 = 1;
@@ -73,9 +73,12 @@ pub enum Fragment {
 /// A parsed packet.
 #[repr(C, align(8))]
 pub struct Packet<F: Family> {
-    /// Addresses and ports; the parser leaves the rest of the key alone. It is here, and not a copy of what is here, because the
-    /// stack is small.
-    pub key: FlowKey<F::Addr>,
+    /// Source address.
+    pub src: F::Addr,
+    /// Destination address.
+    pub dst: F::Addr,
+    /// Source port, then destination port, as in the packet; see [`terway_abi::FlowKey::ports`].
+    pub ports: u32,
     /// Protocol number of the transport header.
     pub protocol: u8,
     /// TCP's flags.
@@ -98,7 +101,9 @@ impl<F: Family> Packet<F> {
     #[must_use]
     pub fn new() -> Self {
         Self {
-            key: FlowKey { src: F::NONE, dst: F::NONE, ports: 0, ifindex: 0, class: 0, spare: 0 },
+            src: F::NONE,
+            dst: F::NONE,
+            ports: 0,
             protocol: 0,
             tcp_flags: 0,
             payload: Payload::Plain,
@@ -107,6 +112,13 @@ impl<F: Family> Packet<F> {
             transport: 0,
             inner: 0,
         }
+    }
+
+    /// Makes it [`Packet::new`] again.
+    #[inline(always)]
+    pub fn clear(&mut self) {
+        // SAFETY: it consists of integers, and of enums that have a variant 0.
+        unsafe { zero(self) };
     }
 }
 
@@ -277,7 +289,7 @@ pub(crate) fn header_v4<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V4>)
     if header.version_ihl >> 4 != 4 || header_len < IPV4_LEN || (length != 0 && length < header_len) {
         return Err(Drop::BadHeader);
     }
-    (packet.key.src, packet.key.dst) = (header.src, header.dst);
+    (packet.src, packet.dst) = (header.src, header.dst);
     packet.protocol = header.protocol;
     packet.fragment_id = u32::from(header.id);
     packet.fragment = if header.fragment & OFFSET_MASK != 0 {
@@ -340,8 +352,8 @@ pub(crate) fn header_v6<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V6>)
     if header.version_class_flow.to_ne_bytes()[0] >> 4 != 6 {
         return Err(Drop::BadHeader);
     }
-    copy(&mut packet.key.src, &header.src);
-    copy(&mut packet.key.dst, &header.dst);
+    copy(&mut packet.src, &header.src);
+    copy(&mut packet.dst, &header.dst);
     let (mut next, mut at) = (header.next, at + IPV6_LEN);
     for _ in 0..CHAIN {
         (next, at) = (frame.blur(usize::from(next)) as u8, frame.blur(at));
@@ -393,10 +405,10 @@ fn transport_header<P: Frame, F: Family>(frame: &P, packet: &mut Packet<F>) -> R
     let at = packet.transport as usize;
     match packet.protocol {
         TCP => {
-            packet.key.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?;
+            packet.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?;
             packet.tcp_flags = frame.read_far::<u8>(at + TCP_FLAGS_AT).ok_or(Drop::Truncated)?;
         }
-        UDP | UDPLITE | SCTP => packet.key.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?,
+        UDP | UDPLITE | SCTP => packet.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?,
         protocol if protocol == F::ICMP => {
             let kind = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
             let identifier = frame.read_far::<u16>(at + 4).ok_or(Drop::Truncated)?;
@@ -408,11 +420,11 @@ fn transport_header<P: Frame, F: Family>(frame: &P, packet: &mut Packet<F>) -> R
                 Payload::Plain
             };
             packet.inner = (at + 8) as u32;
-            packet.key.ports = icmp_ports::<F>(kind, identifier);
+            packet.ports = icmp_ports::<F>(kind, identifier);
         }
         _ => {}
     }
-    packet.key.ports = frame.blur(packet.key.ports as usize) as u32;
+    packet.ports = frame.blur(packet.ports as usize) as u32;
     packet.protocol = frame.blur(usize::from(packet.protocol)) as u8;
     packet.tcp_flags = frame.blur(usize::from(packet.tcp_flags)) as u8;
     Ok(())
@@ -502,8 +514,8 @@ mod tests {
     fn queries_keep_their_identifier_on_the_side_that_asks() {
         let ask = parse::<V4>(&v4(ICMP, 0, &[], &[8, 0, 0, 0, 0xab, 0xcd, 0, 1])).ok().unwrap();
         let answer = parse::<V4>(&v4(ICMP, 0, &[], &[0, 0, 0, 0, 0xab, 0xcd, 0, 1])).ok().unwrap();
-        assert_eq!(ask.key.ports.to_ne_bytes(), [0xab, 0xcd, 0, 0]);
-        assert_eq!(ask.key.ports, answer.key.ports.rotate_left(16));
+        assert_eq!(ask.ports.to_ne_bytes(), [0xab, 0xcd, 0, 0]);
+        assert_eq!(ask.ports, answer.ports.rotate_left(16));
         let error = parse::<V6>(&v6(ICMPV6, &[1, 4, 0, 0, 0, 0, 0, 0])).ok().unwrap();
         assert_eq!((error.payload, error.inner), (Payload::IcmpError, 14 + 40 + 8));
         let asked = parse::<V6>(&v6(ICMPV6, &[135, 0, 0, 0, 0, 0, 0, 0])).ok().unwrap();
@@ -522,7 +534,7 @@ mod tests {
         };
         assert_eq!((of(0).fragment, of(1).fragment), (Fragment::Whole, Fragment::First));
         assert_eq!((of(8).fragment, of(9).fragment), (Fragment::Later, Fragment::Later));
-        assert_eq!((of(1).key.ports.to_ne_bytes(), of(8).key.ports), ([0, 1, 0, 2], 0));
+        assert_eq!((of(1).ports.to_ne_bytes(), of(8).ports), ([0, 1, 0, 2], 0));
         assert_eq!((of(8).protocol, of(8).fragment_id.to_ne_bytes()), (UDP, [9, 9, 9, 9]));
     }
 
@@ -533,7 +545,7 @@ mod tests {
     {
         let Some(glance) = F::glance(bytes) else { return };
         let Ok(packet) = parse::<F>(bytes) else { panic!("a glance took what the parse refuses") };
-        assert_eq!((glance.src, glance.dst, glance.ports), (packet.key.src, packet.key.dst, packet.key.ports));
+        assert_eq!((glance.src, glance.dst, glance.ports), (packet.src, packet.dst, packet.ports));
         assert_eq!((glance.protocol, glance.tcp_flags), (packet.protocol, packet.tcp_flags));
         assert_eq!((packet.fragment, packet.payload), (Fragment::Whole, Payload::Plain));
     }
@@ -569,7 +581,7 @@ mod tests {
             let parsed = parse::<V4>(&v4(TCP, 0, &options, &TCP_SYN));
             if let Ok(packet) = parsed {
                 prop_assert_eq!(packet.transport as usize, 14 + 20 + options.len());
-                prop_assert_eq!(packet.key.ports.to_ne_bytes(), [0x9c, 0x40, 0, 80]);
+                prop_assert_eq!(packet.ports.to_ne_bytes(), [0x9c, 0x40, 0, 80]);
             }
         }
     }

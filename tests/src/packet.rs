@@ -315,6 +315,23 @@ pub fn header_checksum_is_right(frame: &[u8]) -> bool {
     frame[12..14] != [0x08, 0x00] || fold(&frame[14..14 + usize::from(frame[14] & 0x0f) * 4]) == 0xffff
 }
 
+/// Whether all checksums of an unfragmented frame without options or extension headers are right.
+#[must_use]
+pub fn checksums_are_right(frame: &[u8]) -> bool {
+    let (addresses, protocol, at) = match frame[14] >> 4 {
+        4 => (&frame[26..34], frame[23], 34),
+        _ => (&frame[22..54], frame[20], 54),
+    };
+    let mut covered = Vec::new();
+    if protocol != ICMP {
+        covered.extend(addresses);
+        covered.extend([0, protocol]);
+        covered.extend(((frame.len() - at) as u16).to_be_bytes());
+    }
+    covered.extend(&frame[at..]);
+    header_checksum_is_right(frame) && fold(&covered) == 0xffff
+}
+
 /// What an ICMP error quotes of a frame: its IP packet.
 #[must_use]
 pub fn quoted(frame: &[u8]) -> &[u8] {

@@ -547,33 +547,50 @@ fn a_syn_on_a_closed_connection_begins_anew() {
 }
 
 #[test]
-fn half_a_connection_that_was_evicted_is_still_the_same_half() {
+fn who_began_outlives_what_voids_a_flow() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
-    let there = stage.by_gateway().ip(V4.remote, V4.a).tcp(50000, 80, flags::SYN);
-    from_vpc(&stage, &there, &[("vpc_to_pod", 1), ("flow_new", 1)]);
-    // The entry of the answers is gone: its next packet makes it again, as an answer.
-    evict(&stage, stage.a.host_ifindex);
-    let back = stage.sent_by(&stage.a).ip(V4.a, V4.remote).tcp(80, 50000, flags::ACK);
-    from_pod(&stage, &stage.a, &back, &[("pod_to_vpc", 1), ("flow_new", 1)]);
-    let answer = rows(&stage).into_iter().find(|row| row.ifindex == stage.a.host_ifindex).unwrap();
-    assert_eq!(answer.flags & flow_flags::REVERSE, flow_flags::REVERSE);
-    // But a new connection from the other side is its own.
-    evict(&stage, stage.a.host_ifindex);
-    let begin = stage.sent_by(&stage.a).ip(V4.a, V4.remote).tcp(80, 50000, flags::SYN);
-    from_pod(&stage, &stage.a, &begin, &[("pod_to_vpc", 1), ("flow_new", 1)]);
-    let began = rows(&stage).into_iter().find(|row| row.ifindex == stage.a.host_ifindex).unwrap();
-    assert_eq!(began.flags & flow_flags::REVERSE, 0);
+    let of_a = |stage: &Stage| rows(stage).into_iter().find(|row| row.ifindex == stage.a.host_ifindex).unwrap();
+    for (number, family) in BOTH.iter().enumerate() {
+        let there = stage.by_gateway().ip(family.remote, family.a).tcp(50000, 80, flags::SYN);
+        from_vpc(&stage, &there, &[("vpc_to_pod", 1), ("flow_new", 1)]);
+        // The pod changes: the flow is decided anew, and the pod's next packet is still an answer.
+        let changed = Endpoint { gateway_v4: Some("10.0.0.252".parse().unwrap()), ..stage.a };
+        stage.datapath.upsert_endpoint(if number % 2 == 0 { &changed } else { &stage.a }).unwrap();
+        let back = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::ACK);
+        from_pod(&stage, &stage.a, &back, &[("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)]);
+        assert_eq!(of_a(&stage).flags & flow_flags::REVERSE, flow_flags::REVERSE);
+        evict(&stage);
+        // Nothing is known any more, but a SYN with an ACK is an answer.
+        let back = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::SYN | flags::ACK);
+        from_pod(&stage, &stage.a, &back, &[("pod_to_vpc", 1), ("flow_new", 1)]);
+        assert_eq!(of_a(&stage).flags & flow_flags::REVERSE, flow_flags::REVERSE);
+        // A new connection from the other side is its own.
+        from_pod(
+            &stage,
+            &stage.a,
+            &stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::RST),
+            &[("pod_to_vpc", 1)],
+        );
+        let begin = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::SYN);
+        from_pod(&stage, &stage.a, &begin, &[("pod_to_vpc", 1), ("flow_new", 1)]);
+        assert_eq!(of_a(&stage).flags & flow_flags::REVERSE, 0);
+        evict(&stage);
+    }
 }
 
-/// Deletes the IPv4 flows of an interface's hook, as the kernel does when the table is full.
-fn evict(stage: &Stage, ifindex: u32) {
+/// Deletes all flows, as the kernel does when the table is full.
+fn evict(stage: &Stage) {
     use aya::maps::{HashMap, Map, MapData};
-    let pinned = MapData::from_pin(stage.datapath.pins().join(terway_abi::names::FLOWS_V4)).unwrap();
-    let mut map: HashMap<_, terway_abi::FlowKeyV4, terway_abi::FlowV4> = Map::LruHashMap(pinned).try_into().unwrap();
-    let keys: Vec<_> = map.keys().map(Result::unwrap).filter(|key| key.ifindex == ifindex).collect();
-    assert!(!keys.is_empty());
-    keys.iter().for_each(|key| map.remove(key).unwrap());
+    let pinned = |name| Map::LruHashMap(MapData::from_pin(stage.datapath.pins().join(name)).unwrap());
+    let mut v4: HashMap<_, terway_abi::FlowKeyV4, terway_abi::FlowV4> =
+        pinned(terway_abi::names::FLOWS_V4).try_into().unwrap();
+    let mut v6: HashMap<_, terway_abi::FlowKeyV6, terway_abi::FlowV6> =
+        pinned(terway_abi::names::FLOWS_V6).try_into().unwrap();
+    let keys: Vec<_> = v4.keys().map(Result::unwrap).collect();
+    keys.iter().for_each(|key| v4.remove(key).unwrap());
+    let keys: Vec<_> = v6.keys().map(Result::unwrap).collect();
+    keys.iter().for_each(|key| v6.remove(key).unwrap());
 }
 
 #[test]
@@ -602,7 +619,7 @@ fn a_pod_that_goes_takes_its_flows_along() {
     assert_eq!(stage.datapath.endpoints().len(), 2);
     let swept = stage.datapath.sweep_flows(std::time::Duration::from_secs(60)).unwrap();
     assert!(swept.deleted > 0);
-    assert!(rows(&stage).iter().all(|row| row.valid) && rows(&stage).len() == swept.kept);
+    assert!(rows(&stage).iter().all(|row| row.valid) && rows(&stage).len() == 2 * swept.kept);
     assert_eq!(stage.datapath.sweep_flows(std::time::Duration::from_secs(60)).unwrap().deleted, 0);
 }
 
@@ -688,7 +705,7 @@ fn pinned_maps_are_checked_before_they_are_used() {
 
     // The same again finds everything.
     let again = Datapath::open(&config).unwrap();
-    assert_eq!((again.endpoints().len(), again.flow_count().unwrap()), (2, (2, 0)));
+    assert_eq!((again.endpoints().len(), again.flow_count().unwrap()), (2, (1, 0)));
     drop(again);
     // The folders of other versions go when told to; this one stays.
     std::fs::create_dir(config.pin_root.join("v0")).unwrap();

@@ -9,5 +9,7 @@ pub mod config;
 pub mod errors;
 pub mod ident;
 pub mod ipam;
+pub mod objects;
 pub mod reconcile;
 pub mod route;
+pub mod service;

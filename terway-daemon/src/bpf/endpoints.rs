@@ -10,7 +10,7 @@
 //! * Flows decided while an address was nobody's die by the address's bucket, which is raised last in both cases.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, MapData, MapError};
@@ -259,6 +259,14 @@ impl Table {
     /// Voids every flow that was decided while its address was nobody's.
     pub(super) fn void_unowned(&mut self) -> Result<(), BpfError> {
         (MAX_ENDPOINTS..SLOTS).try_for_each(|slot| self.void(slot))
+    }
+
+    /// Voids every flow that was decided while this address was nobody's.
+    pub(super) fn void_address(&mut self, address: IpAddr) -> Result<(), BpfError> {
+        self.void(match address {
+            IpAddr::V4(v4) => bucket_v4(word(v4)),
+            IpAddr::V6(v6) => bucket_v6(words(v6)),
+        })
     }
 
     /// Voids every flow that depends on the slot.

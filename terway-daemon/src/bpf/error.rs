@@ -71,6 +71,14 @@ pub enum BpfError {
     /// More endpoints than the datapath holds.
     #[error("the datapath holds at most {0} endpoints")]
     Full(u32),
+    /// A map of Services is full.
+    #[error("the datapath holds at most {limit} {what}")]
+    NoRoom {
+        /// Of what.
+        what: &'static str,
+        /// How many it holds.
+        limit: u32,
+    },
     /// The events are being read already.
     #[error("the drop events are being read already")]
     EventsTaken,

@@ -79,9 +79,9 @@ fn now(hz: u32) -> u32 {
     jiffies_at(now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned(), hz)
 }
 
-fn idle<A>(flow: &Flow<A>, now: u32, hz: u32) -> Duration {
+fn idle(last_seen: u32, now: u32, hz: u32) -> Duration {
     // A packet may have come after `now` was read: that difference is negative, and means zero.
-    let ticks = now.wrapping_sub(flow.last_seen).cast_signed().max(0);
+    let ticks = now.wrapping_sub(last_seen).cast_signed().max(0);
     Duration::from_millis(u64::from(ticks.cast_unsigned()) * 1000 / u64::from(hz.max(1)))
 }
 
@@ -129,27 +129,32 @@ where
     Flow<A>: Pod,
 {
     let now = now(hz);
-    map.iter()
-        .take(limit)
-        .map(|entry| {
-            let (key, flow) = entry.map_err(BpfError::map(name))?;
-            let (source, destination) = key.port_numbers();
-            Ok(FlowRow {
-                source: FlowSide { address: address(key.src), port: source },
-                destination: FlowSide { address: address(key.dst), port: destination },
+    let mut rows = Vec::new();
+    for entry in map.iter().take(limit) {
+        let (key, flow) = entry.map_err(BpfError::map(name))?;
+        let valid = valid(&flow, endpoints)?;
+        let (low, high) = key.port_numbers();
+        let low = FlowSide { address: address(key.low), port: low };
+        let high = FlowSide { address: address(key.high), port: high };
+        let (maker, other) = if flow.maker == 0 { (low, high) } else { (high, low) };
+        for (side, source, destination) in [(&flow.sides[0], maker, other), (&flow.sides[1], other, maker)] {
+            rows.push(FlowRow {
+                source,
+                destination,
                 protocol: key.protocol(),
-                ifindex: key.ifindex,
-                hook: key.hook(),
-                action: flow.action,
-                oif: flow.oif,
-                flags: flow.flags,
-                packets: flow.packets,
-                bytes: flow.bytes,
-                idle: idle(&flow, now, hz),
-                valid: valid(&flow, endpoints)?,
-            })
-        })
-        .collect()
+                ifindex: side.ifindex,
+                hook: side.hook as u8,
+                action: side.action,
+                oif: side.oif,
+                flags: side.flags,
+                packets: side.packets,
+                bytes: side.bytes,
+                idle: idle(side.last_seen, now, hz),
+                valid,
+            });
+        }
+    }
+    Ok(rows)
 }
 
 fn sweep<A>(
@@ -172,10 +177,16 @@ where
             Err(MapError::KeyNotFound) => continue,
             Err(source) => return Err(BpfError::Map { name, source }),
         };
-        let closed = flow.flags & (flow_flags::FIN | flow_flags::RST) != 0;
+        let [low, high] = flow.sides;
+        // The two directions of a translated connection have an entry each, of which one side is used.
+        let translated = (low.flags | high.flags) & flow_flags::TRANSLATE != 0;
+        let closed = translated && (low.flags | high.flags) & flow_flags::FIN != 0
+            || (low.flags | high.flags) & flow_flags::RST != 0
+            || low.flags & high.flags & flow_flags::FIN != 0;
+        let idle = idle(low.last_seen, now, hz).min(idle(high.last_seen, now, hz));
         let limit = if closed { CLOSED.min(after) } else { after };
         // Locked for each entry, not for the sweep: a pod may be added meanwhile.
-        if idle(&flow, now, hz) > limit || !valid(&flow, &lock(endpoints))? {
+        if idle > limit || !valid(&flow, &lock(endpoints))? {
             absent_is_fine(map.remove(&key)).map_err(BpfError::map(name))?;
             swept.deleted += 1;
         } else {

@@ -26,10 +26,13 @@ mod flows;
 mod host;
 mod object;
 mod pin;
+mod planned;
 mod run;
+mod services;
 mod stats;
 
 use std::fmt;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -38,13 +41,17 @@ use aya::maps::{MapData, PerCpuArray};
 use ipnet::IpNet;
 pub use object::OBJECT;
 use terway_abi::{Counter, Program};
+use terway_core::service::{Kernel, Op};
 
 pub use self::attach::EniHook;
 pub use self::endpoints::Endpoint;
 pub use self::error::BpfError;
 pub use self::events::DropEvents;
 pub use self::flows::{FlowRow, FlowSide, Swept};
+
+pub use self::planned::RETIRE_AFTER;
 pub use self::run::{Ran, RunContext};
+pub use self::services::FrontendAt;
 pub use self::stats::Counters;
 
 /// What the datapath is made with.
@@ -52,7 +59,7 @@ pub use self::stats::Counters;
 pub struct Config {
     /// A folder on a bpffs, made if missing. Maps go to `v<ABI>` and links to `links` in it.
     pub pin_root: PathBuf,
-    /// Entries of the IPv4 flow table. A connection takes two.
+    /// Entries of the IPv4 flow table. A connection takes one.
     pub flows_v4: u32,
     /// Entries of the IPv6 flow table.
     pub flows_v6: u32,
@@ -97,6 +104,8 @@ pub struct Datapath {
     netlink: Mutex<clsact::Socket>,
     endpoints: Mutex<endpoints::Table>,
     host: Mutex<host::Prefixes>,
+    planned: Mutex<planned::Tables>,
+    services: Mutex<services::Services>,
     flows: flows::Tables,
     counters: PerCpuArray<MapData, Counter>,
 }
@@ -129,11 +138,32 @@ impl Datapath {
             netlink: Mutex::new(clsact::Socket::open()?),
             endpoints: Mutex::new(endpoints),
             host: Mutex::new(host::Prefixes::new(&mut loaded)?),
+            planned: Mutex::new(planned::Tables::open(&pins)?),
+            services: Mutex::new(services::Services::new(&mut loaded)?),
             flows: flows::Tables::new(&mut loaded)?,
             counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
             programs: Mutex::new(object::Programs::load(loaded)?),
             pins,
             links,
+        })
+    }
+
+    /// What the maps of Services hold: where a planner starts from ([`terway_core::service::Planner::restore`]).
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    pub fn services(&self) -> Result<Kernel, BpfError> {
+        error::lock(&self.planned).recover()
+    }
+
+    /// Runs operations on the maps of Services, in their order. Those that a plan leaves for later are due after [`RETIRE_AFTER`].
+    ///
+    /// # Errors
+    /// When a map is full or the kernel refuses. What came before stands; read [`Self::services`] again and make a new planner.
+    pub fn apply_services(&self, ops: &[Op]) -> Result<(), BpfError> {
+        error::lock(&self.planned).run(ops, &mut |at, value| match value {
+            Some(value) => self.set_frontend(at, value),
+            None => self.remove_frontend(at).map(drop),
         })
     }
 
@@ -269,6 +299,58 @@ impl Datapath {
         if changed { error::lock(&self.endpoints).void_unowned() } else { Ok(()) }
     }
 
+    /// Sets which addresses of the node have NodePorts. To be called once after each start, too: it makes the filter right.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`]; calling again completes it.
+    pub fn set_node_addresses(&self, addresses: &[IpAddr]) -> Result<(), BpfError> {
+        let changed = error::lock(&self.services).set_node_addresses(addresses)?;
+        changed.into_iter().try_for_each(|address| error::lock(&self.endpoints).void_address(address))
+    }
+
+    /// Writes a backend. One that goes gets another generation: everything that names it is void at once.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn set_backend(&self, number: u32, backend: &terway_abi::Backend) -> Result<(), BpfError> {
+        error::lock(&self.services).set_backend(number, backend)
+    }
+
+    /// Writes members from index `first` on, where no frontend's run may have been for a second.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn set_members(&self, first: u32, members: &[terway_abi::Member]) -> Result<(), BpfError> {
+        error::lock(&self.services).set_members(first, members)
+    }
+
+    /// Writes a frontend: packets see the old value or this one. Flows to the address that were made when it was no Service's are
+    /// decided anew.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`]; calling again completes it.
+    pub fn set_frontend(&self, at: &FrontendAt, value: &terway_abi::Frontend) -> Result<(), BpfError> {
+        let new = error::lock(&self.services).set_frontend(at, value)?;
+        match at.address() {
+            Some(address) if new => error::lock(&self.endpoints).void_address(address),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes a frontend; `false` if there is none.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`]; calling again completes it.
+    pub fn remove_frontend(&self, at: &FrontendAt) -> Result<bool, BpfError> {
+        error::lock(&self.services).remove_frontend(at)
+    }
+
+    /// All frontends.
+    #[must_use]
+    pub fn frontends(&self) -> Vec<FrontendAt> {
+        error::lock(&self.services).frontends()
+    }
+
     /// Packets and bytes by way and by drop reason, summed over CPUs.
     ///
     /// # Errors
@@ -285,7 +367,7 @@ impl Datapath {
         self.flows.count()
     }
 
-    /// Up to `limit` flows of each family.
+    /// Both directions of up to `limit` flows of each family.
     ///
     /// # Errors
     /// [`BpfError::Map`].

@@ -7,8 +7,9 @@ use std::path::Path;
 
 use aya::maps::{MapInfo, MapType};
 use terway_abi::{
-    Budget, COUNTERS, Counter, Endpoint, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6,
-    FragmentValue, MAX_ENDPOINTS, SLOTS, names,
+    Affinity, AffinityKey, Backend, Budget, COUNTERS, Counter, Endpoint, FILTER, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6,
+    FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, Member, SLOTS,
+    SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, names,
 };
 
 use super::Config;
@@ -28,7 +29,7 @@ const fn layout<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -
     Layout { name, kind, key: size_of::<K>(), value: size_of::<V>(), entries, cache: false }
 }
 
-fn layouts(config: &Config) -> [Layout; 13] {
+fn layouts(config: &Config) -> [Layout; 23] {
     [
         layout::<u32, Endpoint>(names::ENDPOINTS, MapType::Hash, Some(MAX_ENDPOINTS)),
         layout::<u32, Endpoint>(names::OWNERS_V4, MapType::Hash, Some(MAX_ENDPOINTS)),
@@ -40,6 +41,16 @@ fn layouts(config: &Config) -> [Layout; 13] {
         Layout { cache: true, ..layout::<FlowKeyV6, FlowV6>(names::FLOWS_V6, MapType::LruHash, Some(config.flows_v6)) },
         layout::<FragmentKeyV4, FragmentValue>(names::FRAGMENTS_V4, MapType::LruHash, None),
         layout::<FragmentKeyV6, FragmentValue>(names::FRAGMENTS_V6, MapType::LruHash, None),
+        layout::<FrontendKeyV4, Frontend>(names::FRONTENDS_V4, MapType::Hash, None),
+        layout::<FrontendKeyV6, Frontend>(names::FRONTENDS_V6, MapType::Hash, None),
+        layout::<u32, u32>(names::FILTERS, MapType::Array, Some(FILTER)),
+        layout::<u32, Member>(names::MEMBERS, MapType::Array, None),
+        layout::<u32, Backend>(names::BACKENDS, MapType::Array, None),
+        layout::<u32, u64>(names::LOADS, MapType::Array, None),
+        layout::<AffinityKey, Affinity>(names::AFFINITY, MapType::LruHash, None),
+        layout::<(u32, SourceRangeV4), u32>(names::RANGES_V4, MapType::LpmTrie, None),
+        layout::<(u32, SourceRangeV6), u32>(names::RANGES_V6, MapType::LpmTrie, None),
+        layout::<SocketKey, SocketValue>(names::SOCKETS, MapType::LruHash, None),
         layout::<u32, Counter>(names::COUNTERS, MapType::PerCpuArray, Some(COUNTERS)),
         layout::<u32, Budget>(names::BUDGET, MapType::PerCpuArray, Some(1)),
         layout::<(), ()>(names::EVENTS, MapType::RingBuf, None),

@@ -55,6 +55,8 @@ kinds! {
     Neighbour = 7, "neighbour";
     /// Handed to the host stack because its time to live ends here; the stack makes the ICMP error.
     TtlExpired = 8, "ttl_expired";
+    /// Answered with a reset or an ICMP error: the address is a Service's, and nobody serves the port.
+    Refused = 9, "refused";
     /// Not counted as packets on their way: first packets that made a flow entry.
     FlowNew = 16, "flow_new";
     /// Flow entries that were met with an old epoch and decided anew.
@@ -63,6 +65,8 @@ kinds! {
     FlowFull = 18, "flow_full";
     /// Drop events that were not reported: over the budget, or the ring buffer was full.
     EventLost = 19, "event_lost";
+    /// Connections to a Service that got another source port, because the answers would have been taken for another's.
+    PortChanged = 20, "port_changed";
 }
 
 /// The counter of a [`crate::Drop`] has the index `DROP_BASE` plus its number.

@@ -61,6 +61,9 @@ drops! {
     SpoofedNeighbour = 16, "spoofed_neighbour", "The neighbour discovery message names an address that is not the pod's own.";
     WrongEni = 17, "wrong_eni", "The packet crosses an ENI that does not own the pod's address.";
     NoGateway = 18, "no_gateway", "The pod's ENI has no gateway of the packet's address family.";
+    NoBackend = 19, "no_backend", "The Service has no backend for this client, and the packet cannot be answered.";
+    NoPort = 20, "no_port", "No source port is left by which the Service's backend could tell this connection from others.";
+    Unserved = 21, "unserved", "The packet is for a Service, and of a shape or protocol that cannot be translated.";
 }
 
 #[cfg(test)]

@@ -1,35 +1,33 @@
 //! The flow table: what an established packet needs, found with one lookup.
+//!
+//! A connection is one entry, which serves both directions: half the insertions, evictions and memory of an entry for each.
 
 use core::mem::offset_of;
 
 use crate::{MacPair, pod};
 
-/// Hook of a flow key: the packet came in through the interface (from the pod, or from the VPC).
+/// Hook of a flow's side: the packet came in through the interface (from the pod, or from the VPC).
 pub const HOOK_IN: u8 = 0;
-/// Hook of a flow key: the packet goes out through the host end of a pod's veth.
+/// Hook of a flow's side: the packet goes out through the host end of a pod's veth.
 pub const HOOK_TO_POD: u8 = 1;
 
-/// What identifies a flow, at one hook of one interface.
+/// What identifies a connection: its two ends, in an order that does not depend on which of them sends.
 ///
-/// The interface is part of the key, so an entry that was made after the source check vouches for the source of every packet
-/// that finds it. 24 and 48 bytes: the kernel hashes words and compares eight bytes at a time (`htab_map_hash`,
-/// `lookup_nulls_elem_raw`, kernel/bpf/hashtab.c).
+/// The low end is the lesser one as a number whose digits are the native words of its address, the last word counting most, and
+/// then its port as a native number. 16 and 40 bytes: the kernel hashes words and compares eight bytes at a time
+/// (`htab_map_hash`, `lookup_nulls_elem_raw`, kernel/bpf/hashtab.c).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowKey<A> {
-    /// Source address.
-    pub src: A,
-    /// Destination address.
-    pub dst: A,
-    /// Source port, then destination port, as in the packet. Echo requests have their identifier in place of the source port,
-    /// echo replies in place of the destination port. 0 where there are no ports.
+    /// Address of the low end.
+    pub low: A,
+    /// Address of the high end.
+    pub high: A,
+    /// Port of the low end, then port of the high end, as in the packet. Echo requests and replies have their identifier in place
+    /// of the port of the end that asks. 0 where there are no ports.
     pub ports: u32,
-    /// The interface of the hook.
-    pub ifindex: u32,
-    /// The IP protocol number, and the hook ([`HOOK_IN`] …) in the second byte.
+    /// The IP protocol number; the other bytes are zero, and room for a network id.
     pub class: u32,
-    /// Zero; room for a network id.
-    pub spare: u32,
 }
 
 /// A flow key of IPv4.
@@ -43,12 +41,7 @@ impl<A> FlowKey<A> {
         self.class as u8
     }
 
-    /// The hook.
-    pub const fn hook(&self) -> u8 {
-        (self.class >> 8) as u8
-    }
-
-    /// Source and destination port as numbers.
+    /// The ports of the low and the high end as numbers.
     pub const fn port_numbers(&self) -> (u16, u16) {
         let [a, b, c, d] = self.ports.to_ne_bytes();
         (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]))
@@ -77,45 +70,67 @@ pub struct Nexthop {
     pub address: [u32; 4],
 }
 
-/// What is known of a flow, in one direction.
+/// One direction of a flow: the packets that one end sends.
 ///
-/// Entries of the two directions of a connection are made together. Counters are plain additions: two CPUs that handle one
-/// flow at once may lose some, which saves a locked instruction for each packet.
+/// Counters are plain additions: two CPUs that handle one direction at once may lose some, which saves a locked instruction for
+/// each packet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Flow<A> {
+pub struct Side {
     /// Packets seen.
     pub packets: u64,
     /// Bytes seen, Ethernet headers included.
     pub bytes: u64,
+    /// Jiffies of the last packet.
+    pub last_seen: u32,
+    /// Bits of [`flow_flags`].
+    pub flags: u32,
+    /// The interface at which such packets are met. It is compared, so an entry that was made after the source check vouches for
+    /// the source of every packet that uses it.
+    pub ifindex: u32,
+    /// The hook there ([`HOOK_IN`] …). Compared too.
+    pub hook: u32,
     /// What must stand in the frame's Ethernet header. Compared for packets from pods only.
     pub expect: MacPair,
-    /// What is written into the frame's Ethernet header before [`Action::Local`]; without meaning for the others.
-    pub write: MacPair,
     /// An [`Action`].
     pub action: u32,
     /// The interface of [`Action::Local`] and [`Action::Vpc`]; without meaning for the other.
     pub oif: u32,
-    /// Slots of what decided the source and the destination.
+    /// Where [`Action::Vpc`] sends it. For [`Action::Local`] the first three words are the [`MacPair`] that is written into the
+    /// frame's Ethernet header. Without meaning for the other.
+    pub way: Nexthop,
+}
+
+/// What is known of a flow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow<A> {
+    /// What the end sends whose packet made the entry, and what the other end sends.
+    pub sides: [Side; 2],
+    /// Slots of what decided its two ends, in any order.
     pub slots: [u32; 2],
     /// What the epoch map held at those slots: the entry is void as soon as it holds something else.
     pub epochs: [u32; 2],
-    /// Bits of [`flow_flags`].
-    pub flags: u32,
-    /// Jiffies of the last packet, at most a second old while packets flow.
-    pub last_seen: u32,
     /// Jiffies of the first packet.
     pub created: u32,
-    /// Zero; room for the backend of a Service.
-    pub spare: u32,
-    /// Where [`Action::Vpc`] sends it; without meaning for the others.
-    pub nexthop: Nexthop,
-    /// Zero; room for the ports that a Service rewrites to, as in the packet.
-    pub rewrite_ports: u32,
-    /// Zero; room for the source address that a Service rewrites to.
-    pub rewrite_src: A,
-    /// Zero; room for the destination address that a Service rewrites to.
-    pub rewrite_dst: A,
+    /// Which end made the entry: 0 for the low one, 1 for the high one.
+    pub maker: u32,
+    /// The backend of a Service that it goes to or comes from; [`crate::NO_BACKEND`] if it has none.
+    pub backend: u32,
+    /// What [`crate::Backend::generation`] was: the entry is void as soon as it is something else.
+    pub generation: u32,
+    /// [`crate::Frontend::service`]; without meaning if there is no backend.
+    pub service: u32,
+    /// With [`flow_flags::TRANSLATE`]: the ports that the packet gets.
+    pub ports: u32,
+    /// The source address that it gets.
+    pub src: A,
+    /// The destination address that it gets.
+    pub dst: A,
+    /// What that adds to the ones' complement sum of the addresses.
+    pub sum_addresses: u32,
+    /// And to that of the ports.
+    pub sum_ports: u32,
 }
 
 /// A flow of IPv4.
@@ -123,10 +138,10 @@ pub type FlowV4 = Flow<u32>;
 /// A flow of IPv6.
 pub type FlowV6 = Flow<[u32; 4]>;
 
-pod!(FlowKeyV4: 24, FlowKeyV6: 48, Nexthop: 20, FlowV4: 112, FlowV6: 136);
-const _: () = assert!(offset_of!(FlowV4, nexthop) == 80 && offset_of!(FlowV6, nexthop) == 80);
+pod!(FlowKeyV4: 16, FlowKeyV6: 40, Nexthop: 20, Side: 72, FlowV4: 200, FlowV6: 224);
+const _: () = assert!(offset_of!(Side, way) == 52 && offset_of!(FlowV4, slots) == 144);
 
-/// Bits of [`Flow::flags`].
+/// Bits of [`Side::flags`].
 pub mod flow_flags {
     /// This direction answers: the first packet went the other way.
     pub const REVERSE: u32 = 1;
@@ -138,6 +153,8 @@ pub mod flow_flags {
     pub const RST: u32 = 1 << 3;
     /// A packet was seen in this direction, so the entry is not only the other one's shadow.
     pub const SEEN: u32 = 1 << 4;
+    /// Packets of this direction get other addresses and ports. Their answers have an entry of their own.
+    pub const TRANSLATE: u32 = 1 << 5;
 }
 
 /// What fragments of one packet have in common (RFC 791 section 3.2, RFC 8200 section 4.5), and where they came in.
@@ -181,14 +198,7 @@ mod tests {
 
     #[test]
     fn ports_and_class_unpack() {
-        let key = FlowKeyV4 {
-            src: 0,
-            dst: 0,
-            ports: u32::from_ne_bytes([0x01, 0xbb, 0x80, 0x00]),
-            ifindex: 3,
-            class: 6 | (HOOK_TO_POD as u32) << 8,
-            spare: 0,
-        };
-        assert_eq!((key.port_numbers(), key.protocol(), key.hook()), ((443, 32768), 6, HOOK_TO_POD));
+        let key = FlowKeyV4 { low: 0, high: 0, ports: u32::from_ne_bytes([0x01, 0xbb, 0x80, 0x00]), class: 6 };
+        assert_eq!((key.port_numbers(), key.protocol()), ((443, 32768), 6));
     }
 }

@@ -16,6 +16,7 @@ mod drop;
 mod endpoint;
 mod event;
 mod flow;
+mod service;
 
 pub use counter::{COUNTERS, Counter, DROP_BASE, Kind};
 pub use drop::Drop;
@@ -23,7 +24,12 @@ pub use endpoint::{Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, 
 pub use event::{Budget, DropEvent, Program};
 pub use flow::{
     Action, Flow, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4, FragmentKeyV6,
-    FragmentValue, HOOK_IN, HOOK_TO_POD, Nexthop, flow_flags,
+    FragmentValue, HOOK_IN, HOOK_TO_POD, Nexthop, Side, flow_flags,
+};
+pub use service::{
+    Affinity, AffinityKey, Backend, FILTER, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, NO_BACKEND,
+    Run, SCOPE_ADDRESS, SCOPE_NODE, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, backend_flags, filter_v4,
+    filter_v6, frontend_class, frontend_flags,
 };
 
 /// The version of everything in this crate. Pins of different versions never meet: they live in different folders.
@@ -60,6 +66,26 @@ pub mod names {
     pub const FRAGMENTS_V4: &str = "FRAGMENTS_V4";
     /// `LRU_HASH`: [`crate::FragmentKeyV6`] → [`crate::FragmentValue`]. Written by the programs.
     pub const FRAGMENTS_V6: &str = "FRAGMENTS_V6";
+    /// `HASH`: [`crate::FrontendKeyV4`] → [`crate::Frontend`]. Written by the daemon.
+    pub const FRONTENDS_V4: &str = "FRONTENDS_V4";
+    /// `HASH`: [`crate::FrontendKeyV6`] → [`crate::Frontend`]. Written by the daemon.
+    pub const FRONTENDS_V6: &str = "FRONTENDS_V6";
+    /// `ARRAY` of [`crate::FILTER`]: bucket → how many frontend entries have an address in it (`u32`). Written by the daemon.
+    pub const FILTERS: &str = "FILTERS";
+    /// `ARRAY`: index → [`crate::Member`]. Written by the daemon.
+    pub const MEMBERS: &str = "MEMBERS";
+    /// `ARRAY`: index → [`crate::Backend`]. Written by the daemon.
+    pub const BACKENDS: &str = "BACKENDS";
+    /// `ARRAY`: index of a backend → its open connections (`u64`). Written by the programs, and set right by the daemon.
+    pub const LOADS: &str = "LOADS";
+    /// `LRU_HASH`: [`crate::AffinityKey`] → [`crate::Affinity`]. Written by the programs.
+    pub const AFFINITY: &str = "AFFINITY";
+    /// `LPM_TRIE`: [`crate::SourceRangeV4`] → `u32`, which is 1. Written by the daemon.
+    pub const RANGES_V4: &str = "RANGES_V4";
+    /// `LPM_TRIE`: [`crate::SourceRangeV6`] → `u32`, which is 1. Written by the daemon.
+    pub const RANGES_V6: &str = "RANGES_V6";
+    /// `LRU_HASH`: [`crate::SocketKey`] → [`crate::SocketValue`]. Written by the programs.
+    pub const SOCKETS: &str = "SOCKETS";
     /// `PERCPU_ARRAY`: [`crate::Kind`] and [`crate::Drop`] → [`crate::Counter`]. Written by the programs.
     pub const COUNTERS: &str = "COUNTERS";
     /// `PERCPU_ARRAY` of one [`crate::Budget`]: how many events this CPU may still report. Written by the programs.
@@ -68,7 +94,7 @@ pub mod names {
     pub const EVENTS: &str = "EVENTS";
 
     /// Every map, in the order above.
-    pub const MAPS: [&str; 13] = [
+    pub const MAPS: [&str; 23] = [
         ENDPOINTS,
         OWNERS_V4,
         OWNERS_V6,
@@ -79,6 +105,16 @@ pub mod names {
         FLOWS_V6,
         FRAGMENTS_V4,
         FRAGMENTS_V6,
+        FRONTENDS_V4,
+        FRONTENDS_V6,
+        FILTERS,
+        MEMBERS,
+        BACKENDS,
+        LOADS,
+        AFFINITY,
+        RANGES_V4,
+        RANGES_V6,
+        SOCKETS,
         COUNTERS,
         BUDGET,
         EVENTS,

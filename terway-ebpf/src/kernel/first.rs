@@ -1,37 +1,71 @@
-//! The slow path: understand the packet, decide, write the flow in both directions, and send it.
+//! The slow path: understand the packet, decide, write the flow for both directions, and send it.
 //!
 //! The stack has 512 bytes for a whole chain of calls, so each stage is a function of its own, whose frame is gone when the next
-//! one runs, and what they share is the [`Packet`].
-
-use core::mem::MaybeUninit;
+//! one runs, and what they share lies on the [`Desk`].
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_printk;
-use terway_abi::{Drop, Endpoint, Flow, FlowKey, FragmentKey, FragmentValue, Kind, flow_flags};
+use terway_abi::{Drop, Endpoint, Flow, FlowKey, FragmentKey, FragmentValue, Kind, NO_BACKEND, flow_flags};
 
 use super::exit::{Verdict, count, now};
-use super::maps::{DEBUG, Maps};
-use super::path::{FROM_POD, FROM_VPC, TO_POD, Way, hook, kinds, lookup, send, use_entry};
+use super::maps::{DEBUG, Desk, Maps};
+use super::path::{FROM_POD, FROM_VPC, Layout, TO_POD, Way, hook, kinds, lookup, send, use_known};
+use super::refuse::refuse;
+use super::serve::{remember_both, serve};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Decision, Tables};
-use crate::family::{Family, V4, V6};
+use crate::family::{Family, Glance, V4, V6};
 use crate::flow::{self, Route};
 use crate::frame::{Frame as _, zero};
 use crate::icmp;
 use crate::neighbour;
 use crate::parse::{Fragment, Packet, Payload, ethertype, tcp_flags};
+use crate::service::{self, Services};
+
+/// This CPU's desk; what an earlier packet left on it is still there.
+#[inline(always)]
+fn desk<F: Way>() -> Option<&'static mut Desk<F>> {
+    let desk = F::desk().get_ptr_mut(0)?;
+    // SAFETY: the value is this CPU's own, and programs at these hooks do not preempt each other on a CPU. It began as zeros, which
+    // are a value: integers, and enums that have a variant 0; and one is taken at a time.
+    Some(unsafe { &mut *desk })
+}
 
 /// The first packet of a flow, of common shape: the fast path has read all there is to know.
 #[inline(always)]
-pub(super) fn first<F: Way, const PROGRAM: u8>(skb: Skb, key: &FlowKey<F::Addr>, tcp_flags: u8) -> Verdict
+pub(super) fn first<F: Way, const PROGRAM: u8>(skb: Skb, glance: &Glance<F>) -> Verdict
 where
-    Maps: Tables<F>,
+    Maps: Tables<F> + Services<F>,
 {
-    let mut packet = MaybeUninit::<Packet<F>>::uninit();
-    // SAFETY: `Packet` consists of integers, and of enums that have a variant 0.
-    let packet = unsafe { zero(&mut packet) };
-    (packet.key, packet.protocol, packet.tcp_flags) = (*key, key.protocol(), tcp_flags);
-    settle::<F, PROGRAM>(skb.0, packet)
+    // An array of one entry always has it.
+    let Some(desk) = desk::<F>() else { return Verdict::drop(Drop::Truncated) };
+    desk.packet.clear();
+    F::assign(&mut desk.packet.src, &glance.src);
+    F::assign(&mut desk.packet.dst, &glance.dst);
+    desk.packet.ports = glance.ports;
+    (desk.packet.protocol, desk.packet.tcp_flags) = (glance.protocol, glance.tcp_flags);
+    desk.packet.transport = F::TRANSPORT;
+    decide_on::<F, PROGRAM>(skb, desk)
+}
+
+/// The stages of a packet that is understood.
+#[inline(always)]
+fn decide_on<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Verdict
+where
+    Maps: Tables<F> + Services<F>,
+{
+    (desk.choice.member.backend, desk.choice.refused) = (NO_BACKEND, 0);
+    F::assign(&mut desk.choice.address, &desk.packet.dst);
+    if PROGRAM == FROM_POD && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst) {
+        let early = serve::<F, PROGRAM>(skb.0, desk);
+        if !early.is_open() {
+            return early;
+        }
+        if desk.choice.refused != 0 {
+            return refuse::<F>(skb.0, &desk.packet);
+        }
+    }
+    settle::<F, PROGRAM>(skb.0, desk)
 }
 
 /// A packet of another shape.
@@ -40,33 +74,37 @@ where
 #[inline(always)]
 pub(super) fn unusual<F: Way, const PROGRAM: u8>(skb: Skb) -> Verdict
 where
-    Maps: Tables<F>,
+    Maps: Tables<F> + Services<F>,
     Checks: Neighbourly<F>,
 {
-    let mut packet = MaybeUninit::<Packet<F>>::uninit();
-    // SAFETY: as in `first`.
-    let packet = unsafe { zero(&mut packet) };
-    let early = understand::<F, PROGRAM>(skb.0, packet);
-    if early.is_open() { settle::<F, PROGRAM>(skb.0, packet) } else { early }
+    let Some(desk) = desk::<F>() else { return Verdict::drop(Drop::Truncated) };
+    desk.packet.clear();
+    let early = understand::<F, PROGRAM>(skb.0, desk);
+    if early.is_open() { decide_on::<F, PROGRAM>(skb, desk) } else { early }
 }
 
 /// Parses the packet and looks up its flow. Ends early for what needs no decision.
 #[inline(never)]
-fn understand<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, packet: &mut Packet<F>) -> Verdict
+fn understand<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
 where
     Maps: Tables<F>,
     Checks: Neighbourly<F>,
 {
-    let understood = understood::<F, PROGRAM>(Skb(ctx), packet);
+    let Desk { packet, quoted, .. } = desk;
+    let understood = understood::<F, PROGRAM>(Skb(ctx), packet, quoted);
     // What comes from the VPC for the host is the host's to judge: fragments out of order, options, and all.
-    if PROGRAM == FROM_VPC && understood.is_err() && Maps.by_address(&packet.key.dst).is_none() {
+    if PROGRAM == FROM_VPC && understood.is_err() && Maps.by_address(&packet.dst).is_none() {
         return Verdict::next(Kind::VpcToHost);
     }
     understood.into()
 }
 
 #[inline(always)]
-fn understood<F: Way, const PROGRAM: u8>(skb: Skb, packet: &mut Packet<F>) -> Result<Verdict, Drop>
+fn understood<F: Way, const PROGRAM: u8>(
+    skb: Skb,
+    packet: &mut Packet<F>,
+    quoted: &mut Packet<F>,
+) -> Result<Verdict, Drop>
 where
     Maps: Tables<F>,
     Checks: Neighbourly<F>,
@@ -83,15 +121,15 @@ where
     if packet.fragment != Fragment::Whole {
         reassociate::<F>(packet, place)?;
     }
-    flow::complete(&mut packet.key, packet.protocol, place);
     if packet.payload == Payload::IcmpError {
-        return Ok(quoting::<F, PROGRAM>(skb, window, packet));
+        return Ok(quoting::<F, PROGRAM>(skb, window, packet, quoted));
     }
     // The fast path could not look it up.
-    Ok(match lookup::<F, PROGRAM>(skb, &window, &packet.key) {
-        Some(entry) if flow::continues(entry.flags, packet.tcp_flags) => {
-            entry.flags |= flow::remembered(packet.tcp_flags);
-            use_entry::<F, PROGRAM>(skb, window, entry)
+    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    Ok(match lookup::<F, PROGRAM>(skb, &window, &key, from_high) {
+        Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => {
+            known.side.flags |= flow::remembered(packet.tcp_flags);
+            use_known::<F, PROGRAM>(skb, window, known, layout(packet))
         }
         _ => Verdict::OPEN,
     })
@@ -99,117 +137,130 @@ where
 
 /// An ICMP error goes the way of the flow it belongs to, if that is known.
 #[inline(always)]
-fn quoting<F: Way, const PROGRAM: u8>(skb: Skb, window: Window, packet: &Packet<F>) -> Verdict
+fn quoting<F: Way, const PROGRAM: u8>(skb: Skb, window: Window, packet: &Packet<F>, quoted: &mut Packet<F>) -> Verdict
 where
     Maps: Tables<F>,
 {
-    let mut quoted = MaybeUninit::<Packet<F>>::uninit();
-    // SAFETY: as in `first`.
-    let quoted = unsafe { zero(&mut quoted) };
+    quoted.clear();
     if icmp::answer::<_, F>(&window, packet.inner as usize, quoted).is_none() {
         return Verdict::OPEN;
     }
-    flow::complete(&mut quoted.key, quoted.protocol, (0, 0));
-    flow::turn(&mut quoted.key, (skb.ifindex(), hook::<PROGRAM>()));
     // It must go where that flow goes. From a pod it must also come from there; elsewhere it comes from any router, but a pod of
     // this node is none, and would not come in by an ENI.
-    let goes = F::same(&quoted.key.dst, &packet.key.dst);
+    let goes = F::same(&quoted.src, &packet.dst);
     let comes = match PROGRAM {
-        FROM_POD => F::same(&quoted.key.src, &packet.key.src),
-        FROM_VPC => Maps.by_address(&packet.key.src).is_none(),
+        FROM_POD => F::same(&quoted.dst, &packet.src),
+        FROM_VPC => Maps.by_address(&packet.src).is_none(),
         _ => true,
     };
-    match lookup::<F, PROGRAM>(skb, &window, &quoted.key) {
-        Some(entry) if goes && comes => use_entry::<F, PROGRAM>(skb, window, entry),
+    // The flow is the quoted packet's, and the error goes the other way.
+    let (key, quoted_from_high) = flow::key::<F>(&quoted.src, &quoted.dst, quoted.ports, quoted.protocol);
+    match lookup::<F, PROGRAM>(skb, &window, &key, quoted_from_high ^ 1) {
+        Some(known) if goes && comes => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
         _ => Verdict::OPEN,
     }
 }
 
 /// Decides.
 #[inline(never)]
-fn settle<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, packet: &mut Packet<F>) -> Verdict
+fn settle<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
 where
     Maps: Tables<F>,
 {
-    settled::<F, PROGRAM>(Skb(ctx), packet).into()
+    settled::<F, PROGRAM>(Skb(ctx), desk).into()
 }
 
 #[inline(always)]
-fn settled<F: Way, const PROGRAM: u8>(skb: Skb, packet: &mut Packet<F>) -> Result<Verdict, Drop>
+fn settled<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Result<Verdict, Drop>
 where
     Maps: Tables<F>,
 {
     let window = skb.window();
+    let packet = &desk.packet;
     let decision = match PROGRAM {
-        FROM_POD => decide::from_pod(&Maps, endpoint::<F>(skb)?, packet, window.macs().ok_or(Drop::Truncated)?)?,
+        FROM_POD => {
+            let macs = window.macs().ok_or(Drop::Truncated)?;
+            decide::from_pod(&Maps, endpoint::<F>(skb)?, packet, &desk.choice.address, macs)?
+        }
         TO_POD => decide::to_pod(&Maps, packet, skb.ifindex())?,
         _ => decide::from_vpc(&Maps, packet, skb.ifindex())?,
     };
     match decision {
         Decision::NotOurs => Ok(Verdict::next(const { kinds::<PROGRAM>() }.stack)),
-        Decision::Way(route) => Ok(remember::<F, PROGRAM>(skb, window, packet, &route)),
+        Decision::Way(route) if PROGRAM == FROM_POD && desk.choice.member.backend != NO_BACKEND => {
+            remember_both::<F, PROGRAM>(skb, window, &route, desk)
+        }
+        Decision::Way(route) => Ok(remember::<F, PROGRAM>(skb, window, packet, &route, &mut desk.flow)),
     }
 }
 
-/// Writes the entries of both directions and sends the packet by the new one.
+/// Where a packet's transport header is.
 #[inline(always)]
-fn remember<F: Way, const PROGRAM: u8>(skb: Skb, window: Window, packet: &mut Packet<F>, route: &Route<'_>) -> Verdict
+pub(super) fn layout<F: Family>(packet: &Packet<F>) -> Layout {
+    let transport = if packet.fragment == Fragment::Later { 0 } else { packet.transport };
+    Layout { protocol: packet.protocol, transport }
+}
+
+/// Writes the entry of both directions and sends the packet by it.
+#[inline(always)]
+fn remember<F: Way, const PROGRAM: u8>(
+    skb: Skb,
+    window: Window,
+    packet: &Packet<F>,
+    route: &Route<'_>,
+    flow: &mut Flow<F::Addr>,
+) -> Verdict
 where
     Maps: Tables<F>,
 {
-    let mut flow = MaybeUninit::<Flow<F::Addr>>::uninit();
     // SAFETY: a flow entry consists of integers.
-    let flow = unsafe { zero(&mut flow) };
+    unsafe { zero(flow) };
+    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    flow.slots = [route.source.slot, route.destination.slot];
+    flow.epochs = [route.source.epoch, route.destination.epoch];
     let now = now();
-    (flow.created, flow.last_seen) = (now, now);
+    (flow.created, flow.maker) = (now, from_high);
+    let whole: *const _ = flow;
+    let [side, other] = &mut flow.sides;
+    route.fill::<F>(side);
     // An ICMP error that belongs to no flow is not the beginning of one.
     if packet.payload == Payload::IcmpError {
-        route.fill::<F>(flow);
-        return send::<F, PROGRAM>(skb, window, flow);
+        return send::<F, PROGRAM>(skb, window, side, whole, layout(packet));
     }
-    let back = route.back();
-    flow::turn(&mut packet.key, back.hook());
-    let began = opens(packet.tcp_flags) || !answers::<F>(&packet.key);
-    back.fill::<F>(flow);
-    flow.flags = if began { flow_flags::REVERSE } else { 0 };
-    let full = F::flows().insert(&packet.key, &*flow, 0).is_err();
-
-    flow::turn(&mut packet.key, (skb.ifindex(), hook::<PROGRAM>()));
-    route.fill::<F>(flow);
-    let reverse = if began { 0 } else { flow_flags::REVERSE };
-    flow.flags = flow_flags::SEEN | reverse | flow::remembered(packet.tcp_flags);
-    (flow.packets, flow.bytes) = (1, u64::from(skb.len()));
-    let full = F::flows().insert(&packet.key, &*flow, 0).is_err() || full;
+    route.back().fill::<F>(other);
+    let answers = answers::<F>(&key, from_high, packet.tcp_flags);
+    let reverse = |it: bool| if it { flow_flags::REVERSE } else { 0 };
+    side.flags = flow_flags::SEEN | reverse(answers) | flow::remembered(packet.tcp_flags);
+    other.flags = reverse(!answers);
+    (side.last_seen, other.last_seen) = (now, now);
+    (side.packets, side.bytes) = (1, u64::from(skb.len()));
+    let full = F::flows().insert(&key, &*flow, 0).is_err();
     count(if full { Kind::FlowFull } else { Kind::FlowNew } as u32, skb.len());
+    let [side, _] = &flow.sides;
     if DEBUG.load() != 0 {
         // The branch is gone from the verified program when the global is 0.
         // SAFETY: the macro counts its arguments.
-        unsafe {
-            bpf_printk!(c"terway: flow on %d class %x action %d", packet.key.ifindex, packet.key.class, flow.action)
-        };
+        unsafe { bpf_printk!(c"terway: flow on %d class %x action %d", side.ifindex, key.class, side.action) };
     }
-    send::<F, PROGRAM>(skb, window, flow)
+    send::<F, PROGRAM>(skb, window, side, whole, layout(packet))
 }
 
-/// Whether these TCP flags begin a connection, whatever was before.
+/// Whether the sender of this packet is the one who answers: the packet itself says so, or the entry that it is about to replace,
+/// whatever that entry's epochs are. What a pod's change voids is where packets go, and not who began.
 #[inline(always)]
-const fn opens(tcp: u8) -> bool {
-    tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN
-}
-
-/// Whether the other direction, of this key, survived in the table and says that it was the first: then this one answers.
-#[inline(always)]
-fn answers<F: Way>(other: &FlowKey<F::Addr>) -> bool
-where
-    Maps: Tables<F>,
-{
-    // SAFETY: read at once; of an entry that is reused meanwhile, the epochs decide whether it counts.
-    let Some(other) = (unsafe { F::flows().get(other) }) else { return false };
-    other.flags & flow_flags::REVERSE == 0 && decide::holds::<F, _>(&Maps, other.slots, other.epochs)
+fn answers<F: Way>(key: &FlowKey<F::Addr>, from_high: u32, tcp: u8) -> bool {
+    const BOTH: u8 = tcp_flags::SYN | tcp_flags::ACK;
+    if tcp & tcp_flags::SYN != 0 {
+        return tcp & BOTH == BOTH;
+    }
+    let Some(old) = F::flows().get_ptr_mut(key) else { return false };
+    // SAFETY: the value stays mapped for the program's run; an entry that is reused meanwhile is a race that every preallocated map
+    // has.
+    flow::side(unsafe { &mut *old }, from_high).flags & flow_flags::REVERSE != 0
 }
 
 #[inline(always)]
-fn endpoint<F: Family>(skb: Skb) -> Result<&'static Endpoint, Drop>
+pub(super) fn endpoint<F: Family>(skb: Skb) -> Result<&'static Endpoint, Drop>
 where
     Maps: Tables<F>,
 {
@@ -221,22 +272,22 @@ where
 #[inline(always)]
 fn reassociate<F: Way>(packet: &mut Packet<F>, (ifindex, hook): (u32, u8)) -> Result<(), Drop> {
     let key = FragmentKey {
-        src: packet.key.src,
-        dst: packet.key.dst,
+        src: packet.src,
+        dst: packet.dst,
         id: packet.fragment_id,
         ifindex,
         class: u32::from(packet.protocol) | u32::from(hook) << 8,
         spare: 0,
     };
     if packet.fragment == Fragment::First {
-        let value = FragmentValue { ports: packet.key.ports, seen: now() };
+        let value = FragmentValue { ports: packet.ports, seen: now() };
         // If the table does not take it, the later fragments are dropped with their own reason.
         let _full = F::fragments().insert(&key, &value, 0);
         return Ok(());
     }
     // SAFETY: copied at once; a value that is reused meanwhile gives other ports, and the flow decides for those.
     let value = unsafe { F::fragments().get(&key) }.ok_or(Drop::UnknownFragment)?;
-    packet.key.ports = value.ports;
+    packet.ports = value.ports;
     Ok(())
 }
 

@@ -7,12 +7,16 @@ use aya_ebpf::{
 };
 use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
-    Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4,
-    FragmentKeyV6, FragmentValue, MAX_ENDPOINTS, SLOTS,
+    Affinity, AffinityKey, Backend, Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FILTER, Flow, FlowKeyV4,
+    FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKey, FrontendKeyV4,
+    FrontendKeyV6, MAX_ENDPOINTS, Member, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, filter_v4,
+    filter_v6,
 };
 
 use crate::decide::Tables;
 use crate::family::{Family, V4, V6};
+use crate::parse::Packet;
+use crate::service::Services;
 
 /// Pods by host interface. Not preallocated: most nodes have tens of pods.
 #[map]
@@ -46,6 +50,47 @@ pub static FLOWS_V4: LruHashMap<FlowKeyV4, FlowV4> = LruHashMap::with_max_entrie
 #[map]
 pub static FLOWS_V6: LruHashMap<FlowKeyV6, FlowV6> = LruHashMap::with_max_entries(65_536, 0);
 
+/// What the slow path works on. Not pinned and nobody else's: one CPU's memory for one packet.
+///
+/// Not on the stack: that is too small, and the verifier remembers what stands there and follows each way with each different
+/// memory, while of a map's value it knows nothing.
+#[repr(C)]
+pub struct Desk<F: Family> {
+    /// The packet.
+    pub packet: Packet<F>,
+    /// The packet that an ICMP error quotes.
+    pub quoted: Packet<F>,
+    /// The flow that is about to be inserted.
+    pub flow: Flow<F::Addr>,
+    /// That of the answers, if they have one of their own.
+    pub reply: Flow<F::Addr>,
+    /// Where the packet goes.
+    pub choice: Choice<F::Addr>,
+}
+
+/// Where a packet goes: its destination, or the backend that a Service chose for it.
+#[repr(C, align(8))]
+pub struct Choice<A> {
+    /// The address.
+    pub address: A,
+    /// The port as in the packet, in the first two bytes.
+    pub port: u32,
+    /// The backend; nobody if it is not for a Service.
+    pub member: Member,
+    /// The Service.
+    pub service: u32,
+    /// Not 0 if the Service refuses the packet.
+    pub refused: u32,
+}
+
+/// The desk of IPv4.
+#[map]
+pub static DESK_V4: PerCpuArray<Desk<V4>> = PerCpuArray::with_max_entries(1, 0);
+
+/// The desk of IPv6.
+#[map]
+pub static DESK_V6: PerCpuArray<Desk<V6>> = PerCpuArray::with_max_entries(1, 0);
+
 /// Fragmented packets on their way: they live for milliseconds.
 #[map]
 pub static FRAGMENTS_V4: LruHashMap<FragmentKeyV4, FragmentValue> = LruHashMap::with_max_entries(4096, 0);
@@ -53,6 +98,46 @@ pub static FRAGMENTS_V4: LruHashMap<FragmentKeyV4, FragmentValue> = LruHashMap::
 /// As [`FRAGMENTS_V4`].
 #[map]
 pub static FRAGMENTS_V6: LruHashMap<FragmentKeyV6, FragmentValue> = LruHashMap::with_max_entries(4096, 0);
+
+/// Ports of Services, 30 000 of which are in order. Not preallocated: most clusters have hundreds.
+#[map]
+pub static FRONTENDS_V4: HashMap<FrontendKeyV4, Frontend> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+
+/// As [`FRONTENDS_V4`].
+#[map]
+pub static FRONTENDS_V6: HashMap<FrontendKeyV6, Frontend> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+
+/// Whether an address may be a Service's.
+#[map]
+pub static FILTERS: Array<u32> = Array::with_max_entries(FILTER, 0);
+
+/// Runs of backends: 8 MiB, which is 30 000 Services of four backends and fifty Maglev tables of 16 381. The daemon sets the size.
+#[map]
+pub static MEMBERS: Array<Member> = Array::with_max_entries(1_048_576, 0);
+
+/// Backends: 4 MiB. The daemon sets the size.
+#[map]
+pub static BACKENDS: Array<Backend> = Array::with_max_entries(131_072, 0);
+
+/// Their open connections, for the choice of the least loaded.
+#[map]
+pub static LOADS: Array<u64> = Array::with_max_entries(131_072, 0);
+
+/// Clients that are held to a backend.
+#[map]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_entries(65_536, 0);
+
+/// Source ranges of Services.
+#[map]
+pub static RANGES_V4: lpm_trie::LpmTrie<SourceRangeV4, u32> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
+
+/// As [`RANGES_V4`].
+#[map]
+pub static RANGES_V6: lpm_trie::LpmTrie<SourceRangeV6, u32> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
+
+/// Sockets whose peer was translated.
+#[map]
+pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::with_max_entries(65_536, 0);
 
 /// Packets and bytes by way and by drop reason.
 #[map]
@@ -85,6 +170,8 @@ pub struct Maps;
 pub trait Kernel: Family {
     /// Its flow table.
     fn flows() -> &'static LruHashMap<terway_abi::FlowKey<Self::Addr>, terway_abi::Flow<Self::Addr>>;
+    /// This CPU's desk.
+    fn desk() -> &'static PerCpuArray<Desk<Self>>;
     /// Its fragments.
     fn fragments() -> &'static LruHashMap<terway_abi::FragmentKey<Self::Addr>, FragmentValue>;
 }
@@ -93,6 +180,11 @@ impl Kernel for V4 {
     #[inline(always)]
     fn flows() -> &'static LruHashMap<FlowKeyV4, FlowV4> {
         &FLOWS_V4
+    }
+
+    #[inline(always)]
+    fn desk() -> &'static PerCpuArray<Desk<V4>> {
+        &DESK_V4
     }
 
     #[inline(always)]
@@ -105,6 +197,11 @@ impl Kernel for V6 {
     #[inline(always)]
     fn flows() -> &'static LruHashMap<FlowKeyV6, FlowV6> {
         &FLOWS_V6
+    }
+
+    #[inline(always)]
+    fn desk() -> &'static PerCpuArray<Desk<V6>> {
+        &DESK_V6
     }
 
     #[inline(always)]
@@ -170,5 +267,62 @@ impl Tables<V6> for Maps {
     #[inline(always)]
     fn epoch(&self, slot: u32) -> u32 {
         epoch(slot)
+    }
+}
+
+macro_rules! services {
+    ($family:ty, $frontends:ident, $filter:path) => {
+        impl Services<$family> for Maps {
+            #[inline(always)]
+            fn may_serve(&self, address: &<$family as Family>::Addr) -> bool {
+                FILTERS.get($filter(*address)).is_some_and(|count| *count != 0)
+            }
+
+            #[inline(always)]
+            fn frontend(&self, key: &FrontendKey<<$family as Family>::Addr>) -> Option<&Frontend> {
+                // SAFETY: the daemon replaces values whole. One that is deleted while it is read may be reused for another Service:
+                // it was valid when the packet came, and what it names stays for a second.
+                unsafe { $frontends.get(key) }
+            }
+
+            #[inline(always)]
+            fn member(&self, index: u32) -> Member {
+                MEMBERS.get(index).copied().unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn backend(&self, number: u32) -> Option<&Backend> {
+                BACKENDS.get(number)
+            }
+
+            #[inline(always)]
+            fn load(&self, number: u32) -> u64 {
+                LOADS.get(number).copied().unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn held(&self, key: &AffinityKey) -> Option<Affinity> {
+                // SAFETY: copied at once; of a value that is reused meanwhile, the backend's life decides whether it counts.
+                unsafe { AFFINITY.get(key) }.copied()
+            }
+
+            #[inline(always)]
+            fn hold(&self, key: &AffinityKey, value: &Affinity) {
+                // If the table does not take it, the next connection may go elsewhere.
+                let _full = AFFINITY.insert(key, value, 0);
+            }
+        }
+    };
+}
+
+services!(V4, FRONTENDS_V4, filter_v4);
+services!(V6, FRONTENDS_V6, filter_v6);
+
+/// Counts a connection of a backend. Without a lock: the daemon sets the counts right when it sweeps.
+#[inline(always)]
+pub fn burden(backend: u32) {
+    if let Some(load) = LOADS.get_ptr_mut(backend) {
+        // SAFETY: the value stays mapped; a lost addition is allowed for.
+        unsafe { *load = (*load).wrapping_add(1) };
     }
 }

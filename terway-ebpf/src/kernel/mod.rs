@@ -3,7 +3,10 @@
 pub mod exit;
 pub mod first;
 pub mod maps;
+pub mod nat;
 pub mod path;
+pub mod refuse;
+pub mod serve;
 pub mod skb;
 
 #[panic_handler]

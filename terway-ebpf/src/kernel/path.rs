@@ -2,20 +2,27 @@
 
 use aya_ebpf::bindings::bpf_redir_neigh;
 use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
-use terway_abi::{Action, Drop, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, Kind, MARK_CHECKED, Nexthop, Program};
+use terway_abi::{
+    Action, Drop, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, Kind, MARK_CHECKED, Member, NO_BACKEND, Nexthop, Program, Side,
+    flow_flags,
+};
 
 use super::exit::{Verdict, count, now};
 use super::first::{Checks, Neighbourly, first, unusual};
-use super::maps::{Kernel, Maps};
+use super::maps::{BACKENDS, Kernel, Maps};
+use super::nat;
 use super::skb::{Skb, Window};
 use crate::decide::{self, Tables};
+use crate::family::Family;
 use crate::flow;
 use crate::frame::Frame;
 use crate::icmp;
+use crate::refuse::Refusal;
+use crate::service::Services;
 
 /// What a family needs to go this way.
-pub trait Way: Kernel + icmp::Inner {}
-impl<F: Kernel + icmp::Inner> Way for F {}
+pub trait Way: Kernel + icmp::Inner + Refusal {}
+impl<F: Kernel + icmp::Inner + Refusal> Way for F {}
 
 /// Programs as constants, so that each is compiled for what it is.
 pub const FROM_POD: u8 = Program::FromPod as u8;
@@ -34,31 +41,47 @@ pub(super) const fn hook<const PROGRAM: u8>() -> u8 {
 #[inline(always)]
 pub fn forward<F: Way, const PROGRAM: u8>(skb: Skb, window: Window) -> Verdict
 where
-    Maps: Tables<F>,
+    Maps: Tables<F> + Services<F>,
     Checks: Neighbourly<F>,
 {
     let Some(glance) = F::glance(&window) else { return unusual::<F, PROGRAM>(skb) };
-    let place = (skb.ifindex(), hook::<PROGRAM>());
-    let key = flow::key(glance.src, glance.dst, glance.ports, glance.protocol, place);
-    if let Some(entry) = lookup::<F, PROGRAM>(skb, &window, &key) {
+    let (key, from_high) = flow::key::<F>(&glance.src, &glance.dst, glance.ports, glance.protocol);
+    if let Some(known) = lookup::<F, PROGRAM>(skb, &window, &key, from_high) {
+        let layout = Layout { protocol: glance.protocol, transport: F::TRANSPORT };
         if glance.tcp_flags & flow::NOTABLE == 0 {
-            return use_entry::<F, PROGRAM>(skb, window, entry);
+            return use_known::<F, PROGRAM>(skb, window, known, layout);
         }
-        if flow::continues(entry.flags, glance.tcp_flags) {
-            entry.flags |= flow::remembered(glance.tcp_flags);
-            return use_entry::<F, PROGRAM>(skb, window, entry);
+        if flow::continues(known.side.flags, glance.tcp_flags) {
+            known.side.flags |= flow::remembered(glance.tcp_flags);
+            return use_known::<F, PROGRAM>(skb, window, known, layout);
         }
     }
-    first::<F, PROGRAM>(skb, &key, glance.tcp_flags)
+    first::<F, PROGRAM>(skb, &glance)
 }
 
-/// The entry of this key, if it still holds and the frame is from whom it was made for.
+/// A flow, and the sender's side of it.
+pub(super) struct Known<F: Family> {
+    pub(super) side: &'static mut Side,
+    flow: *const Flow<F::Addr>,
+}
+
+/// Where the transport header is.
+#[derive(Clone, Copy)]
+pub(super) struct Layout {
+    pub(super) protocol: u8,
+    /// Its offset; 0 if there is none, in later fragments.
+    pub(super) transport: u32,
+}
+
+/// The sender's side of the entry of this key, if the entry still holds, and the packet is met where it was made for and comes
+/// from whom it was made for.
 #[inline(always)]
 pub(super) fn lookup<F: Way, const PROGRAM: u8>(
     skb: Skb,
     window: &Window,
     key: &FlowKey<F::Addr>,
-) -> Option<&'static mut Flow<F::Addr>>
+    from_high: u32,
+) -> Option<Known<F>>
 where
     Maps: Tables<F>,
 {
@@ -66,34 +89,67 @@ where
     // SAFETY: the value stays mapped for the program's run. Other CPUs may count in it at the same time, which `Flow` allows for; an
     // entry that is evicted and reused meanwhile is a race that every preallocated map has.
     let entry = unsafe { &mut *entry };
-    if PROGRAM == FROM_POD && window.macs()? != entry.expect {
+    let holds = holds::<F>(entry);
+    let flow: *const _ = entry;
+    let side = flow::side(entry, from_high);
+    if side.ifindex != skb.ifindex() || side.hook != u32::from(hook::<PROGRAM>()) {
         return None;
     }
-    if !decide::holds::<F, _>(&Maps, entry.slots, entry.epochs) {
+    if PROGRAM == FROM_POD && window.macs()? != side.expect {
+        return None;
+    }
+    if !holds {
         count(Kind::FlowStale as u32, skb.len());
         return None;
     }
-    Some(entry)
+    Some(Known { side, flow })
+}
+
+/// Whether both ends of an entry, and the backend, are as they were when it was made.
+#[inline(always)]
+pub(super) fn holds<F: Way>(flow: &Flow<F::Addr>) -> bool
+where
+    Maps: Tables<F>,
+{
+    let member = Member { backend: flow.backend, generation: flow.generation };
+    decide::holds::<F, _>(&Maps, flow.slots, flow.epochs) && (member.backend == NO_BACKEND || is_current(member))
 }
 
 #[inline(always)]
-pub(super) fn use_entry<F: Way, const PROGRAM: u8>(
+fn is_current(member: Member) -> bool {
+    BACKENDS.get(member.backend).is_some_and(|backend| backend.generation == member.generation)
+}
+
+#[inline(always)]
+pub(super) fn use_known<F: Way, const PROGRAM: u8>(
     skb: Skb,
     window: Window,
-    entry: &'static mut Flow<F::Addr>,
+    known: Known<F>,
+    layout: Layout,
 ) -> Verdict {
-    entry.packets += 1;
-    entry.bytes += u64::from(skb.len());
+    let Known { side, flow } = known;
+    side.packets += 1;
+    side.bytes += u64::from(skb.len());
     // In the same cache line as the counters, so writing it each time costs nothing.
-    entry.last_seen = now();
-    send::<F, PROGRAM>(skb, window, entry)
+    side.last_seen = now();
+    send::<F, PROGRAM>(skb, window, side, flow, layout)
 }
 
-/// Does with a packet what its flow says.
+/// Does with a packet what its side of the flow says. `flow` is the entry that `side` is of, and is read only to translate.
 #[inline(always)]
-pub(super) fn send<F: Way, const PROGRAM: u8>(skb: Skb, mut window: Window, flow: &Flow<F::Addr>) -> Verdict {
+pub(super) fn send<F: Way, const PROGRAM: u8>(
+    skb: Skb,
+    mut window: Window,
+    side: &Side,
+    flow: *const Flow<F::Addr>,
+    layout: Layout,
+) -> Verdict {
     let kinds = const { kinds::<PROGRAM>() };
-    if PROGRAM == TO_POD || flow.action == Action::Stack as u32 {
+    let translate = side.flags & flow_flags::TRANSLATE != 0;
+    if PROGRAM == TO_POD || side.action == Action::Stack as u32 {
+        if translate && !nat::rewrite::<F>(skb, window, flow, layout) {
+            return Verdict::drop(Drop::Unserved);
+        }
         return Verdict::next(kinds.stack);
     }
     if F::hop(&mut window).is_none() {
@@ -103,19 +159,23 @@ pub(super) fn send<F: Way, const PROGRAM: u8>(skb: Skb, mut window: Window, flow
     if PROGRAM == FROM_VPC && F::VERSION == 6 {
         skb.hop_limit_fell();
     }
-    if PROGRAM == FROM_POD && flow.action == Action::Vpc as u32 {
-        skb.set_mark(MARK_CHECKED);
-        let nexthop: *const Nexthop = &flow.nexthop;
-        // SAFETY: `Nexthop` has the layout of `bpf_redir_neigh` (asserted below), and the helper only reads it.
-        let action = unsafe { bpf_redirect_neigh(flow.oif, nexthop.cast_mut().cast(), size_of::<Nexthop>() as i32, 0) };
-        return Verdict::with_action(action as i32, kinds.vpc);
-    }
+    let (action, oif) = (side.action, side.oif);
     // The pod's kernel does not look at the addresses any more, but a bridge or a packet capture in the pod does.
-    if window.write(0, flow.write).is_none() {
+    if action == Action::Local as u32 && window.write(0, flow::written(side)).is_none() {
         return Verdict::drop(Drop::Truncated);
     }
+    if translate && !nat::rewrite::<F>(skb, window, flow, layout) {
+        return Verdict::drop(Drop::Unserved);
+    }
+    if PROGRAM == FROM_POD && action == Action::Vpc as u32 {
+        skb.set_mark(MARK_CHECKED);
+        let nexthop: *const Nexthop = &side.way;
+        // SAFETY: `Nexthop` has the layout of `bpf_redir_neigh` (asserted below), and the helper only reads it.
+        let action = unsafe { bpf_redirect_neigh(oif, nexthop.cast_mut().cast(), size_of::<Nexthop>() as i32, 0) };
+        return Verdict::with_action(action as i32, kinds.vpc);
+    }
     // SAFETY: the helper has no preconditions; an interface that is gone makes it a drop.
-    let action = unsafe { bpf_redirect_peer(flow.oif, 0) };
+    let action = unsafe { bpf_redirect_peer(oif, 0) };
     Verdict::with_action(action as i32, kinds.local)
 }
 

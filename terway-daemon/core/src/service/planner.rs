@@ -1,0 +1,558 @@
+//! The incremental planner: changes of objects in, operations on the maps out.
+
+mod write;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::ids::Ids;
+use super::model::{
+    Backend, BackendId, BackendKey, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op, Owner, Plan, PortId,
+    Problem, Selection, Table, TableId,
+};
+use super::settings::{Here, NodeFacts, Settings};
+use super::want::{self, BackendFacts, Wanted, WantedPort, WantedSelection, Weights};
+use crate::objects::{
+    Applied, Delta, EndpointSlice, Kind, Node, ObjectKey, ObjectName, Objects, Pod, Protocol, Service,
+};
+
+/// A port as the command line shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortView {
+    /// Whose it is.
+    pub owner: Owner,
+    /// Its name; may be empty.
+    pub name: Arc<str>,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Its id.
+    pub id: PortId,
+    /// Its frontends.
+    pub frontends: Vec<FrontendKey>,
+}
+
+/// What an owner holds at the moment.
+#[derive(Debug, Default)]
+struct Holding {
+    ports: Vec<HeldPort>,
+    backends: Vec<BackendKey>,
+    health: Option<u16>,
+}
+
+#[derive(Debug)]
+struct HeldPort {
+    name: Arc<str>,
+    protocol: Protocol,
+    id: PortId,
+    ranges: BTreeSet<IpNet>,
+    tables: Vec<Arc<Table>>,
+    frontends: Vec<FrontendKey>,
+}
+
+#[derive(Debug)]
+struct BackendEntry {
+    id: BackendId,
+    written: Option<Backend>,
+    claims: Vec<(Owner, BackendFacts)>,
+}
+
+#[derive(Debug)]
+struct TableEntry {
+    id: TableId,
+    written: bool,
+    users: u32,
+}
+
+/// What orders claims of one frontend: its kind, its owner, the port's place in the owner.
+type Rank = (FrontendKind, Owner, u32);
+
+#[derive(Debug, Default)]
+struct FrontendEntry {
+    written: Option<Frontend>,
+    /// In the order of their ranks; the first one holds.
+    claims: Vec<(Rank, Frontend)>,
+}
+
+/// What one update has touched.
+#[derive(Default)]
+struct Touched {
+    backends: Vec<BackendKey>,
+    tables: Vec<Arc<Table>>,
+    frontends: Vec<FrontendKey>,
+    ranges_added: Vec<(PortId, IpNet)>,
+    ranges_gone: Vec<(PortId, IpNet)>,
+    ports_gone: Vec<PortId>,
+}
+
+/// Knows what the maps hold and what follows from the objects, and plans the difference.
+///
+/// If running a plan fails half-way, the maps are to be read again and the planner to be made anew with [`Planner::restore`].
+#[derive(Debug)]
+pub struct Planner {
+    settings: Settings,
+    facts: NodeFacts,
+    here: Here,
+    weights: Weights,
+    holdings: BTreeMap<Owner, Holding>,
+    slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
+    backends: HashMap<BackendKey, BackendEntry>,
+    tables: HashMap<Arc<Table>, TableEntry>,
+    frontends: HashMap<FrontendKey, FrontendEntry>,
+    health: BTreeMap<u16, BTreeMap<ObjectName, u32>>,
+    backend_ids: Ids,
+    table_ids: Ids,
+    port_ids: Ids,
+    /// Ids and ranges that were in the maps at the start, until the first sync has taken them over.
+    found_ports: HashMap<FrontendKey, PortId>,
+    taken_ports: BTreeSet<PortId>,
+    /// What was in the maps twice: a daemon ended between two operations.
+    leftovers: Vec<Op>,
+    found_ranges: BTreeSet<(PortId, IpNet)>,
+    generation: u32,
+}
+
+impl Planner {
+    /// A planner for maps that are empty.
+    #[must_use]
+    pub fn new(facts: NodeFacts, settings: Settings) -> Self {
+        Self::restore(facts, settings, Kernel::default())
+    }
+
+    /// A planner for maps that hold something already. Ids and generations of what stays are kept, so that running flows are.
+    #[must_use]
+    pub fn restore(facts: NodeFacts, settings: Settings, kernel: Kernel) -> Self {
+        let known = kernel.backends.values().map(|b| b.generation).max().unwrap_or(0);
+        let generation = known.max(kernel.generation);
+        let ports: BTreeSet<u32> = kernel.frontends.values().map(|f| f.port.0).collect();
+        let backend_ids = Ids::new(kernel.backends.keys().map(|id| id.0));
+        let table_ids = Ids::new(kernel.tables.keys().map(|id| id.0));
+        let mut planner = Self {
+            here: Here::new(&facts, None),
+            settings,
+            facts,
+            weights: Weights::new(),
+            holdings: BTreeMap::new(),
+            slices_of: HashMap::new(),
+            backends: HashMap::new(),
+            tables: HashMap::new(),
+            frontends: HashMap::new(),
+            health: BTreeMap::new(),
+            backend_ids,
+            table_ids,
+            port_ids: Ids::new(ports.into_iter().chain(kernel.ranges.iter().map(|(port, _)| port.0))),
+            found_ports: kernel.frontends.iter().map(|(key, f)| (*key, f.port)).collect(),
+            taken_ports: BTreeSet::new(),
+            leftovers: Vec::new(),
+            found_ranges: kernel.ranges,
+            generation,
+        };
+        for (id, backend) in kernel.backends {
+            let entry = BackendEntry { id, written: Some(backend), claims: Vec::new() };
+            if let Some(twin) = planner.backends.insert(backend.key, entry) {
+                planner.leftovers.extend(twin.written.map(|written| Op::RemoveBackend(twin.id, written)));
+            }
+        }
+        for (id, table) in kernel.tables {
+            if let Some(twin) = planner.tables.insert(table, TableEntry { id, written: true, users: 0 }) {
+                planner.leftovers.push(Op::RemoveTable(twin.id));
+            }
+        }
+        for (key, frontend) in kernel.frontends {
+            planner.frontends.insert(key, FrontendEntry { written: Some(frontend), claims: Vec::new() });
+        }
+        planner
+    }
+
+    /// Plans from all objects: the first time, when the view of the cluster is complete, and whenever the daemon's own facts have changed.
+    pub fn sync(&mut self, objects: &Objects) -> Plan {
+        let node = objects.nodes().get(&ObjectName::new("", &self.facts.name));
+        self.here = Here::new(&self.facts, node.map(|n| &**n));
+        self.weights =
+            objects.pods().iter().filter_map(|(name, pod)| Some((name.clone(), want::weight(pod)?))).collect();
+        self.slices_of.clear();
+        for slice in objects.slices().values() {
+            self.index(slice, true);
+        }
+        let mut dirty: BTreeSet<Owner> = self.holdings.keys().cloned().collect();
+        dirty.extend(objects.services().keys().cloned().map(Owner::Service));
+        let host_ports = objects.pods().iter().filter(|(_, pod)| want::has_host_ports(pod, &self.here));
+        dirty.extend(host_ports.map(|(name, _)| Owner::Pod(name.clone())));
+        let mut touched = Touched {
+            backends: self.backends.keys().copied().collect(),
+            tables: self.tables.keys().cloned().collect(),
+            frontends: self.frontends.keys().copied().collect(),
+            ..Touched::default()
+        };
+        self.plan(objects, &dirty, &mut touched)
+    }
+
+    /// Plans what follows from changes that `objects` have taken in already.
+    pub fn update(&mut self, objects: &Objects, changes: &[Applied]) -> Plan {
+        let mut dirty = BTreeSet::new();
+        for change in changes {
+            match change {
+                Applied::Service(delta) => drop(dirty.insert(Owner::Service(delta.name.clone()))),
+                Applied::EndpointSlice(delta) => self.slice_changed(delta, &mut dirty),
+                Applied::Pod(delta) => self.pod_changed(objects, delta, &mut dirty),
+                Applied::Node(delta) if delta.name.name == self.facts.name => {
+                    if Here::new(&self.facts, delta.new.as_deref()) != self.here {
+                        return self.sync(objects);
+                    }
+                }
+                Applied::Node(Delta::<Node> { .. })
+                | Applied::Namespace(_)
+                | Applied::NetworkPolicy(_)
+                | Applied::ClusterNetworkPolicy(_) => {}
+            }
+        }
+        if dirty.is_empty() {
+            return Plan::default();
+        }
+        self.plan(objects, &dirty, &mut Touched::default())
+    }
+
+    /// Takes new facts of the node or new settings; [`Self::sync`] then plans what follows from them.
+    pub fn configure(&mut self, facts: NodeFacts, settings: Settings) {
+        self.facts = facts;
+        self.settings = settings;
+    }
+
+    /// What the maps hold once all plans so far have been run.
+    #[must_use]
+    pub fn kernel(&self) -> Kernel {
+        Kernel {
+            backends: self.backends.values().filter_map(|e| Some((e.id, e.written?))).collect(),
+            tables: self.tables.iter().filter(|(_, e)| e.written).map(|(t, e)| (e.id, Arc::clone(t))).collect(),
+            ranges: self.ports().flat_map(|(_, p)| p.ranges.iter().map(|net| (p.id, *net))).collect(),
+            frontends: self.frontends.iter().filter_map(|(key, e)| Some((*key, e.written?))).collect(),
+            generation: self.generation,
+        }
+    }
+
+    /// Operations for later have been run: the ids in them may get new owners.
+    pub fn retired(&mut self, retire: &[Op]) {
+        for op in retire {
+            match op {
+                Op::RemoveBackend(id, _) => self.backend_ids.give_back(id.0),
+                Op::RemoveTable(id) => self.table_ids.give_back(id.0),
+                Op::ReleasePort(id) => self.port_ids.give_back(id.0),
+                _ => {}
+            }
+        }
+    }
+
+    /// All ports with what they serve, by owner.
+    pub fn views(&self) -> impl Iterator<Item = PortView> {
+        self.ports().map(|(owner, port)| PortView {
+            owner: owner.clone(),
+            name: Arc::clone(&port.name),
+            protocol: port.protocol,
+            id: port.id,
+            frontends: port.frontends.clone(),
+        })
+    }
+
+    fn ports(&self) -> impl Iterator<Item = (&Owner, &HeldPort)> {
+        self.holdings.iter().flat_map(|(owner, holding)| holding.ports.iter().map(move |port| (owner, port)))
+    }
+
+    fn index(&mut self, slice: &EndpointSlice, present: bool) -> Option<ObjectName> {
+        let name = &slice.meta.object;
+        let service = ObjectName { namespace: Arc::clone(&name.namespace), name: Arc::from(slice.service()?) };
+        if present {
+            self.slices_of.entry(service.clone()).or_default().insert(name.clone());
+        } else if let Some(slices) = self.slices_of.get_mut(&service) {
+            slices.remove(name);
+            if slices.is_empty() {
+                self.slices_of.remove(&service);
+            }
+        }
+        Some(service)
+    }
+
+    fn slice_changed(&mut self, delta: &Delta<EndpointSlice>, dirty: &mut BTreeSet<Owner>) {
+        for (slice, present) in [(&delta.old, false), (&delta.new, true)] {
+            let service = slice.as_deref().and_then(|slice| self.index(slice, present));
+            dirty.extend(service.map(Owner::Service));
+        }
+    }
+
+    fn pod_changed(&mut self, objects: &Objects, delta: &Delta<Pod>, dirty: &mut BTreeSet<Owner>) {
+        let sides = [delta.old.as_deref(), delta.new.as_deref()];
+        if sides.into_iter().flatten().any(|pod| want::has_host_ports(pod, &self.here)) {
+            dirty.insert(Owner::Pod(delta.name.clone()));
+        }
+        let weight = delta.new.as_deref().and_then(want::weight);
+        let before = match weight {
+            Some(weight) => self.weights.insert(delta.name.clone(), weight),
+            None => self.weights.remove(&delta.name),
+        };
+        if before == weight {
+            return;
+        }
+        // Weights change by hand, so a walk over the namespace's slices is cheap enough.
+        let namespace = &delta.name.namespace;
+        let from = ObjectName { namespace: Arc::clone(namespace), name: Arc::from("") };
+        for (_, slice) in objects.slices().range(from..).take_while(|(name, _)| name.namespace == *namespace) {
+            let targets = slice.endpoints.iter().filter_map(|e| e.target.as_ref());
+            if targets.into_iter().any(|t| *t.name == *delta.name.name) {
+                let service = slice.service().map(|name| ObjectName::new(namespace, name));
+                dirty.extend(service.map(Owner::Service));
+            }
+        }
+    }
+
+    fn want(&self, objects: &Objects, owner: &Owner) -> Option<Wanted> {
+        match owner {
+            Owner::Pod(name) => objects.pods().get(name).map(|pod| want::pod(pod, &self.here)),
+            Owner::Service(name) => {
+                let service: &Service = objects.services().get(name)?;
+                let names = self.slices_of.get(name).into_iter().flatten();
+                let slices: Vec<Arc<EndpointSlice>> = names
+                    .filter_map(|name| objects.slices().get(name))
+                    .filter(|slice| !super::endpoints::ignored(&slice.meta))
+                    .cloned()
+                    .collect();
+                Some(want::service(service, &slices, &self.weights, &self.here, &self.settings))
+            }
+        }
+    }
+
+    fn plan(&mut self, objects: &Objects, dirty: &BTreeSet<Owner>, touched: &mut Touched) -> Plan {
+        let mut plan = Plan::default();
+        let wants: Vec<(&Owner, Wanted)> =
+            dirty.iter().map(|owner| (owner, self.want(objects, owner).unwrap_or_default())).collect();
+        for (owner, wanted) in &wants {
+            self.claim_backends(owner, &wanted.backends, touched);
+        }
+        touched.backends.sort_unstable();
+        touched.backends.dedup();
+        // Tables name a backend's generation, so all backends are settled before the first table.
+        let mut worse = Vec::new();
+        for key in &touched.backends {
+            self.write_backend(*key, &mut plan, &mut worse);
+        }
+        for (owner, wanted) in wants {
+            plan.problems.extend(
+                wanted.problems.iter().map(|message| Problem { object: object_of(owner), message: message.clone() }),
+            );
+            self.take_over(owner, wanted, touched, &mut plan);
+        }
+        if !self.found_ranges.is_empty() || !self.found_ports.is_empty() {
+            self.finish_restore(touched);
+        }
+        self.write(touched, &mut plan, worse);
+        plan.retire.append(&mut self.leftovers);
+        plan
+    }
+
+    fn claim_backends(&mut self, owner: &Owner, wanted: &BTreeMap<BackendKey, BackendFacts>, touched: &mut Touched) {
+        for (key, facts) in wanted {
+            let id = &mut self.backend_ids;
+            let entry = self.backends.entry(*key).or_insert_with(|| BackendEntry {
+                id: BackendId(id.take()),
+                written: None,
+                claims: Vec::new(),
+            });
+            match entry.claims.iter_mut().find(|(who, _)| who == owner) {
+                Some((_, known)) if known == facts => {}
+                Some((_, known)) => {
+                    *known = *facts;
+                    touched.backends.push(*key);
+                }
+                None => {
+                    entry.claims.push((owner.clone(), *facts));
+                    touched.backends.push(*key);
+                }
+            }
+        }
+        let old = self.holdings.get(owner).into_iter().flat_map(|holding| &holding.backends);
+        for key in old.filter(|key| !wanted.contains_key(key)) {
+            if let Some(entry) = self.backends.get_mut(key) {
+                entry.claims.retain(|(who, _)| who != owner);
+                touched.backends.push(*key);
+            }
+        }
+    }
+
+    /// Replaces what an owner holds by what it wants. What both have in common is claimed before the old is let go, so it survives.
+    fn take_over(&mut self, owner: &Owner, wanted: Wanted, touched: &mut Touched, plan: &mut Plan) {
+        let old = self.holdings.remove(owner).unwrap_or_default();
+        let health = wanted.health;
+        self.note_health(owner, old.health, health, plan);
+        let backends: Vec<BackendKey> = wanted.backends.into_keys().collect();
+        let mut before = old.ports;
+        let mut ports = Vec::with_capacity(wanted.ports.len());
+        for (place, port) in (0..).zip(wanted.ports) {
+            let same = |held: &HeldPort| held.name == port.name && held.protocol == port.protocol;
+            let held = before.iter().position(same).map(|at| before.swap_remove(at));
+            ports.push(self.take_over_port(owner, place, port, held, touched));
+        }
+        for held in before {
+            self.release_port(owner, &held, &[], touched);
+            touched.ranges_gone.extend(held.ranges.iter().map(|net| (held.id, *net)));
+            touched.ports_gone.push(held.id);
+        }
+        if !ports.is_empty() || !backends.is_empty() || health.is_some() {
+            self.holdings.insert(owner.clone(), Holding { ports, backends, health: health.map(|(port, _)| port) });
+        }
+    }
+
+    fn take_over_port(
+        &mut self,
+        owner: &Owner,
+        place: u32,
+        wanted: WantedPort,
+        held: Option<HeldPort>,
+        touched: &mut Touched,
+    ) -> HeldPort {
+        let id = match &held {
+            Some(held) => held.id,
+            None => self.port_id(&wanted),
+        };
+        let mut tables = Vec::with_capacity(wanted.tables.len());
+        for table in &wanted.tables {
+            let slots = table.slots.iter().filter_map(|key| {
+                let entry = self.backends.get(key)?;
+                Some(Member { backend: entry.id, generation: entry.written?.generation })
+            });
+            let content = Table { algorithm: table.algorithm, slots: slots.collect() };
+            tables.push(self.use_table(content, touched));
+        }
+        let resolve = |selection: WantedSelection| match selection {
+            WantedSelection::Table(at) => tables
+                .get(at)
+                .and_then(|table| self.tables.get(table))
+                .map_or(Selection::Reject, |entry| Selection::Table(entry.id)),
+            WantedSelection::Reject => Selection::Reject,
+            WantedSelection::Drop => Selection::Drop,
+            WantedSelection::Pass => Selection::Pass,
+        };
+        let frontends: Vec<(FrontendKey, Frontend)> = wanted
+            .frontends
+            .iter()
+            .map(|f| {
+                let frontend = Frontend {
+                    port: id,
+                    kind: f.kind,
+                    inside: resolve(f.inside),
+                    outside: resolve(f.outside),
+                    masquerade: f.masquerade,
+                    check_source: f.check_source,
+                    affinity_seconds: wanted.affinity_seconds,
+                };
+                (f.key, frontend)
+            })
+            .collect();
+        let keys: Vec<FrontendKey> = frontends.iter().map(|(key, _)| *key).collect();
+        if let Some(held) = &held {
+            self.release_port(owner, held, &keys, touched);
+        }
+        for (key, frontend) in frontends {
+            self.claim(key, (frontend.kind, owner.clone(), place), frontend, touched);
+        }
+        let ranges: BTreeSet<IpNet> = wanted.ranges.into_iter().collect();
+        let before = held.map(|held| held.ranges).unwrap_or_default();
+        touched.ranges_added.extend(ranges.difference(&before).map(|net| (id, *net)));
+        touched.ranges_gone.extend(before.difference(&ranges).map(|net| (id, *net)));
+        HeldPort { name: wanted.name, protocol: wanted.protocol, id, ranges, tables, frontends: keys }
+    }
+
+    /// The id that the port's frontends had before the daemon started, or a new one.
+    fn port_id(&mut self, wanted: &WantedPort) -> PortId {
+        let found = wanted.frontends.iter().filter(|f| f.key.protocol.is_some());
+        let mut known = found.filter_map(|f| self.found_ports.get(&f.key).copied());
+        if let Some(id) = known.find(|id| !self.taken_ports.contains(id)) {
+            self.taken_ports.insert(id);
+            return id;
+        }
+        PortId(self.port_ids.take())
+    }
+
+    fn use_table(&mut self, content: Table, touched: &mut Touched) -> Arc<Table> {
+        if let Some((shared, _)) = self.tables.get_key_value(&content) {
+            let shared = Arc::clone(shared);
+            if let Some(entry) = self.tables.get_mut(&shared) {
+                entry.users += 1;
+            }
+            return shared;
+        }
+        let shared = Arc::new(content);
+        let entry = TableEntry { id: TableId(self.table_ids.take()), written: false, users: 1 };
+        self.tables.insert(Arc::clone(&shared), entry);
+        touched.tables.push(Arc::clone(&shared));
+        shared
+    }
+
+    /// Lets go of a port's tables, and of its claims on all frontends but `kept`.
+    fn release_port(&mut self, owner: &Owner, held: &HeldPort, kept: &[FrontendKey], touched: &mut Touched) {
+        for table in &held.tables {
+            if let Some(entry) = self.tables.get_mut(table) {
+                entry.users -= 1;
+                if entry.users == 0 {
+                    touched.tables.push(Arc::clone(table));
+                }
+            }
+        }
+        for key in &held.frontends {
+            let Some(entry) = self.frontends.get_mut(key) else { continue };
+            let ours = |(rank, frontend): &(Rank, Frontend)| rank.1 == *owner && frontend.port == held.id;
+            entry.claims.retain(|claim| !ours(claim));
+            if !kept.contains(key) {
+                touched.frontends.push(*key);
+            }
+        }
+    }
+
+    fn claim(&mut self, key: FrontendKey, rank: Rank, frontend: Frontend, touched: &mut Touched) {
+        let entry = self.frontends.entry(key).or_default();
+        let at = entry.claims.partition_point(|(other, _)| *other < rank);
+        entry.claims.insert(at, (rank, frontend));
+        if entry.claims.first().map(|(_, first)| first) != entry.written.as_ref() {
+            touched.frontends.push(key);
+        }
+    }
+
+    fn note_health(&mut self, owner: &Owner, old: Option<u16>, new: Option<(u16, u32)>, plan: &mut Plan) {
+        let Owner::Service(name) = owner else { return };
+        if let Some(port) = old.filter(|port| new.is_none_or(|(new, _)| new != *port))
+            && let Some(services) = self.health.get_mut(&port)
+        {
+            services.remove(name);
+            let next = services.first_key_value().map(|(name, count)| (name.clone(), *count));
+            if next.is_none() {
+                self.health.remove(&port);
+            }
+            plan.health.insert(port, next);
+        }
+        if let Some((port, count)) = new {
+            let services = self.health.entry(port).or_default();
+            let before = services.insert(name.clone(), count);
+            if before != Some(count) && services.keys().next() == Some(name) {
+                plan.health.insert(port, Some((name.clone(), count)));
+            }
+        }
+    }
+
+    /// Ids and ranges that nobody took over belong to Services that are gone.
+    fn finish_restore(&mut self, touched: &mut Touched) {
+        let found = std::mem::take(&mut self.found_ranges);
+        let ids = self.found_ports.drain().map(|(_, id)| id).chain(found.iter().map(|(id, _)| *id));
+        let free: BTreeSet<PortId> = ids.filter(|id| !self.taken_ports.contains(id)).collect();
+        touched.ports_gone.extend(free);
+        self.taken_ports.clear();
+        touched.ranges_added.retain(|range| !found.contains(range));
+        let held: BTreeSet<(PortId, IpNet)> =
+            self.ports().flat_map(|(_, p)| p.ranges.iter().map(|net| (p.id, *net))).collect();
+        touched.ranges_gone.extend(found.difference(&held).copied());
+    }
+}
+
+fn object_of(owner: &Owner) -> ObjectKey {
+    match owner {
+        Owner::Service(name) => ObjectKey { kind: Kind::Service, name: name.clone() },
+        Owner::Pod(name) => ObjectKey { kind: Kind::Pod, name: name.clone() },
+    }
+}

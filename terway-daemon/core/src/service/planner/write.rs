@@ -1,0 +1,103 @@
+//! The second half of planning: from what was touched to operations in their order.
+
+use super::{Planner, Rank, Touched, object_of};
+use crate::objects::Protocol;
+use crate::service::model::{Backend, BackendKey, BackendState, Frontend, FrontendKey, Op, Plan, Problem};
+use crate::service::want::{self, BackendFacts};
+
+impl Planner {
+    /// Turns what was touched into operations, in their order.
+    pub(super) fn write(&mut self, touched: &mut Touched, plan: &mut Plan, mut worse: Vec<Op>) {
+        touched.frontends.sort_unstable();
+        touched.frontends.dedup();
+        let mut gone = Vec::new();
+        for table in touched.tables.drain(..) {
+            let Some(entry) = self.tables.get_mut(&table) else { continue };
+            if entry.users > 0 && !entry.written {
+                entry.written = true;
+                plan.ops.push(Op::PutTable(entry.id, table));
+            } else if entry.users == 0 {
+                if entry.written {
+                    gone.push(entry.id);
+                } else {
+                    self.table_ids.give_back(entry.id.0);
+                }
+                self.tables.remove(&table);
+            }
+        }
+        plan.ops.extend(touched.ranges_added.drain(..).map(|(port, net)| Op::PutRange(port, net)));
+        let mut removed = Vec::new();
+        for key in &touched.frontends {
+            let Some(entry) = self.frontends.get_mut(key) else { continue };
+            let wanted = entry.claims.first().map(|(_, frontend)| *frontend);
+            match wanted {
+                Some(frontend) if entry.written != Some(frontend) => plan.ops.push(Op::PutFrontend(*key, frontend)),
+                None if entry.written.is_some() => removed.push(Op::RemoveFrontend(*key)),
+                _ => {}
+            }
+            report_conflict(*key, &entry.claims, plan);
+            entry.written = wanted;
+            if wanted.is_none() {
+                self.frontends.remove(key);
+            }
+        }
+        plan.ops.append(&mut removed);
+        plan.ops.append(&mut worse);
+        plan.ops.extend(touched.ranges_gone.drain(..).map(|(port, net)| Op::RemoveRange(port, net)));
+        plan.retire.extend(gone.into_iter().map(Op::RemoveTable));
+        for key in &touched.backends {
+            self.retire_backend(*key, plan);
+        }
+        plan.retire.extend(touched.ports_gone.drain(..).map(Op::ReleasePort));
+    }
+
+    pub(super) fn write_backend(&mut self, key: BackendKey, plan: &mut Plan, worse: &mut Vec<Op>) {
+        let Some(entry) = self.backends.get_mut(&key) else { return };
+        let facts = entry.claims.iter().map(|(_, facts)| *facts).reduce(want::merged);
+        let Some(BackendFacts { state, local }) = facts else { return };
+        let fell_silent = |old: &Backend| {
+            key.protocol == Protocol::Udp && state == BackendState::Unready && old.state != BackendState::Unready
+        };
+        let generation = match &entry.written {
+            Some(old) if !fell_silent(old) => old.generation,
+            _ => {
+                self.generation = self.generation.wrapping_add(1);
+                self.generation
+            }
+        };
+        let backend = Backend { key, state, local, generation };
+        if entry.written == Some(backend) {
+            return;
+        }
+        // A backend that gets worse is written once no frontend leads new clients to it any more.
+        let degraded = entry.written.is_some_and(|old| state < old.state);
+        let op = Op::PutBackend(entry.id, backend);
+        if degraded {
+            worse.push(op);
+        } else {
+            plan.ops.push(op);
+        }
+        entry.written = Some(backend);
+    }
+
+    fn retire_backend(&mut self, key: BackendKey, plan: &mut Plan) {
+        let Some(entry) = self.backends.get(&key).filter(|entry| entry.claims.is_empty()) else { return };
+        match entry.written {
+            Some(written) => plan.retire.push(Op::RemoveBackend(entry.id, written)),
+            None => self.backend_ids.give_back(entry.id.0),
+        }
+        self.backends.remove(&key);
+    }
+}
+
+/// Tells owners whose claim lost. The entry for all other ports of an address is shared by all ports of its Service, and no conflict.
+fn report_conflict(key: FrontendKey, claims: &[(Rank, Frontend)], plan: &mut Plan) {
+    let Some(((_, winner, _), _)) = claims.first() else { return };
+    if key.protocol.is_none() {
+        return;
+    }
+    for ((_, loser, _), _) in claims.iter().skip(1).filter(|((_, who, _), _)| who != winner) {
+        let message = format!("{key} belongs to {} already", object_of(winner));
+        plan.problems.push(Problem { object: object_of(loser), message });
+    }
+}

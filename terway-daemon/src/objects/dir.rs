@@ -1,0 +1,332 @@
+//! Objects from the manifests in a folder: for one machine without an API server, for demonstrations, tests and benchmarks.
+//!
+//! Every `*.yaml`, `*.yml` and `*.json` of the folder is read, subfolders are not. A file counts as written when its writer closes it or moves it
+//! into place. A document that cannot be used is told and skipped; objects that its file held before stay until the file is right again or is
+//! removed. Where two files hold the same object, the one whose name sorts first counts.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use terway_core::objects::{Change, Kind, Object, ObjectKey};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::document::{self, Content};
+use super::{Batch, ObjectSource, Problem, SourceError, Update};
+
+/// How often a folder that was removed is looked for.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// The source.
+#[derive(Debug)]
+pub struct DirSource {
+    path: PathBuf,
+    inotify: AsyncFd<Kernel>,
+    view: View,
+}
+
+/// The kernel's side, in a shape that tokio can wait on.
+#[derive(Debug)]
+struct Kernel(Inotify);
+
+impl AsRawFd for Kernel {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+/// What the files hold. Objects themselves are not kept: the listener has them.
+#[derive(Debug, Default)]
+pub(super) struct View {
+    files: BTreeMap<PathBuf, FileState>,
+    /// The files that hold an object; the first one counts.
+    holders: BTreeMap<ObjectKey, BTreeSet<PathBuf>>,
+}
+
+#[derive(Debug, Default)]
+struct FileState {
+    /// Line and hash of each object.
+    objects: BTreeMap<ObjectKey, (usize, u64)>,
+    problems: Vec<(usize, String)>,
+}
+
+/// What the kernel said.
+enum News {
+    Files(BTreeSet<PathBuf>),
+    /// It lost events, or a link to a whole folder of files was exchanged.
+    LookAtAll,
+    FolderGone,
+}
+
+impl DirSource {
+    /// Begins to watch a folder.
+    ///
+    /// # Errors
+    /// When the folder does not exist or inotify is not to be had.
+    pub fn new(path: impl Into<PathBuf>) -> Result<Self, SourceError> {
+        let path = path.into();
+        let inotify = Self::watch(&path).map_err(|source| SourceError::Watch { path: path.clone(), source })?;
+        Ok(Self { path, inotify, view: View::default() })
+    }
+
+    fn watch(path: &Path) -> io::Result<AsyncFd<Kernel>> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        let flags = AddWatchFlags::IN_CLOSE_WRITE
+            | AddWatchFlags::IN_MOVED_TO
+            | AddWatchFlags::IN_MOVED_FROM
+            | AddWatchFlags::IN_DELETE
+            // A link needs no writing.
+            | AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_DELETE_SELF
+            | AddWatchFlags::IN_MOVE_SELF
+            | AddWatchFlags::IN_ONLYDIR;
+        inotify.add_watch(path, flags)?;
+        // SAFETY: `Kernel` owns its descriptor, names the same one each time, and closes it when it is dropped, which is in the `AsyncFd`.
+        unsafe { AsyncFd::register_with_interest(Kernel(inotify), Interest::READABLE) }.map_err(Into::into)
+    }
+
+    /// Waits for events and takes all there are.
+    async fn news(&self) -> io::Result<News> {
+        let events = self.inotify.async_io(Interest::READABLE, |inotify| Ok(inotify.0.read_events()?)).await?;
+        let mut files = BTreeSet::new();
+        let mut more = Some(events);
+        let gone = AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_MOVE_SELF | AddWatchFlags::IN_IGNORED;
+        let mut all = false;
+        while let Some(events) = more.take() {
+            for event in &events {
+                if event.mask.intersects(gone | AddWatchFlags::IN_UNMOUNT) {
+                    return Ok(News::FolderGone);
+                }
+                let path = event.name.as_ref().map(|name| self.path.join(name));
+                // kubelet mounts a ConfigMap as links into `..data`, and changes all of them by exchanging that.
+                let whole = event.name.as_ref().is_some_and(|name| name == "..data");
+                all |= whole || event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
+                let created = event.mask.contains(AddWatchFlags::IN_CREATE);
+                files.extend(path.filter(|p| document::is_manifest(p) && (!created || p.is_symlink())));
+            }
+            more = match self.inotify.get_ref().0.read_events() {
+                Ok(events) => Some(events),
+                Err(Errno::EAGAIN) => None,
+                Err(error) => return Err(error.into()),
+            };
+        }
+        Ok(if all { News::LookAtAll } else { News::Files(files) })
+    }
+
+    /// Waits until the folder is there again. Nothing is taken back meanwhile: a missing folder says nothing about the cluster.
+    async fn look_again(&mut self) {
+        warn!(path = %self.path.display(), "the folder of objects is gone; what it held stays in force until it is back");
+        loop {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            if let Ok(inotify) = Self::watch(&self.path) {
+                self.inotify = inotify;
+                info!(path = %self.path.display(), "the folder of objects is back");
+                return;
+            }
+        }
+    }
+
+    fn list(&self) -> Result<BTreeSet<PathBuf>, SourceError> {
+        let list = || -> io::Result<_> {
+            let paths = std::fs::read_dir(&self.path)?.map(|entry| entry.map(|e| e.path()));
+            paths.filter(|path| path.as_ref().map_or(true, |p| document::is_manifest(p))).collect()
+        };
+        list().map_err(|source| SourceError::Watch { path: self.path.clone(), source })
+    }
+
+    /// Everything, as lists of each kind.
+    fn first(&mut self) -> Result<Batch, SourceError> {
+        let mut by_kind: BTreeMap<Kind, Vec<Object>> = Kind::ALL.into_iter().map(|kind| (kind, Vec::new())).collect();
+        for path in self.list()? {
+            for update in self.view.load(&path) {
+                if let Update::Change(Change::Upsert(object)) = update {
+                    by_kind.entry(object.kind()).or_default().push(*object);
+                }
+            }
+        }
+        let mut updates: Vec<Update> = by_kind.into_iter().map(|(kind, all)| Update::Replace(kind, all)).collect();
+        updates.push(Update::Synced);
+        Ok(Batch { updates, problems: Some(self.view.problems()) })
+    }
+
+    fn later(&mut self, paths: &BTreeSet<PathBuf>) -> Batch {
+        let before = self.view.problems();
+        let updates = paths.iter().flat_map(|path| self.view.load(path)).collect();
+        let problems = self.view.problems();
+        Batch { updates, problems: (problems != before).then_some(problems) }
+    }
+}
+
+#[async_trait]
+impl ObjectSource for DirSource {
+    async fn run(mut self: Box<Self>, news: mpsc::Sender<Batch>) -> Result<(), SourceError> {
+        let first = self.first()?;
+        tell(&first);
+        if news.send(first).await.is_err() {
+            return Ok(());
+        }
+        loop {
+            let told = tokio::select! {
+                told = self.news() => told,
+                () = news.closed() => return Ok(()),
+            };
+            let paths = match told.map_err(|source| SourceError::Watch { path: self.path.clone(), source })? {
+                News::Files(paths) => paths,
+                News::LookAtAll => self.everything()?,
+                News::FolderGone => {
+                    self.look_again().await;
+                    self.everything()?
+                }
+            };
+            let batch = self.later(&paths);
+            tell(&batch);
+            if batch != Batch::default() && news.send(batch).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl DirSource {
+    /// The files that are there and those that were.
+    fn everything(&self) -> Result<BTreeSet<PathBuf>, SourceError> {
+        let mut paths = self.list()?;
+        paths.extend(self.view.files.keys().cloned());
+        Ok(paths)
+    }
+}
+
+fn tell(batch: &Batch) {
+    for problem in batch.problems.iter().flatten() {
+        warn!("{problem}");
+    }
+}
+
+impl View {
+    /// Reads one file again, and tells what follows.
+    pub(super) fn load(&mut self, path: &Path) -> Vec<Update> {
+        let (content, whole) = match std::fs::read_to_string(path) {
+            Ok(text) => (Some(document::read(path, &text)), true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (None, true),
+            Err(error) => {
+                let problems = vec![(1, format!("cannot be read: {error}"))];
+                (Some(Content { objects: Vec::new(), problems }), false)
+            }
+        };
+        let mut old = self.files.remove(path).unwrap_or_default();
+        let Some(Content { objects, mut problems }) = content else {
+            return self.settle(path, old.objects.into_keys().collect(), BTreeMap::new());
+        };
+        let broken = !whole || !problems.is_empty();
+        let mut fresh: BTreeMap<ObjectKey, Object> = BTreeMap::new();
+        let mut state = BTreeMap::new();
+        let mut touched = BTreeSet::new();
+        for (line, object) in objects {
+            let key = object.key();
+            if state.contains_key(&key) {
+                problems.push((line, format!("{key} stands in this file twice; the first one counts")));
+                continue;
+            }
+            let hash = fingerprint(&object);
+            let before = old.objects.remove(&key);
+            state.insert(key.clone(), (line, hash));
+            if before.is_none_or(|(_, known)| known != hash) {
+                touched.insert(key.clone());
+                fresh.insert(key, object);
+            }
+        }
+        for (key, before) in old.objects {
+            // The document that cannot be used may well be this one's.
+            if broken {
+                state.insert(key, before);
+            } else {
+                touched.insert(key);
+            }
+        }
+        problems.sort();
+        self.files.insert(path.to_owned(), FileState { objects: state, problems });
+        self.settle(path, touched, fresh)
+    }
+
+    /// Finds out, for objects whose state in one file changed, which file counts now.
+    fn settle(
+        &mut self,
+        path: &Path,
+        touched: BTreeSet<ObjectKey>,
+        mut fresh: BTreeMap<ObjectKey, Object>,
+    ) -> Vec<Update> {
+        let mut updates = Vec::new();
+        for key in touched {
+            let holds = self.files.get(path).is_some_and(|file| file.objects.contains_key(&key));
+            let holders = self.holders.entry(key.clone()).or_default();
+            let counted = holders.first().cloned();
+            if holds {
+                holders.insert(path.to_owned())
+            } else {
+                holders.remove(path)
+            };
+            let counts = holders.first().cloned();
+            match counts {
+                None => {
+                    self.holders.remove(&key);
+                    updates.push(Update::Change(Change::Delete(key)));
+                }
+                Some(file) if file == path => {
+                    let object = fresh.remove(&key);
+                    updates.extend(object.map(|object| Update::Change(Change::Upsert(Box::new(object)))));
+                }
+                // Another file held it all the while and counts from now on.
+                Some(file) if counted.as_deref() != Some(&*file) => {
+                    let object = std::fs::read_to_string(&file).ok().and_then(|text| {
+                        document::read(&file, &text).objects.into_iter().find(|(_, o)| o.key() == key)
+                    });
+                    updates.extend(object.map(|(_, object)| Update::Change(Change::Upsert(Box::new(object)))));
+                }
+                Some(_) => {}
+            }
+        }
+        updates
+    }
+
+    /// All that is wrong at the moment.
+    pub(super) fn problems(&self) -> Vec<Problem> {
+        let own = self.files.iter().flat_map(|(file, state)| {
+            state.problems.iter().map(|(line, reason)| Problem {
+                file: file.clone(),
+                line: *line,
+                reason: reason.clone(),
+            })
+        });
+        let twice = self.holders.iter().filter(|(_, files)| files.len() > 1).flat_map(|(key, files)| {
+            let winner = files.first();
+            files.iter().skip(1).map(move |file| {
+                let line = self.files.get(file).and_then(|s| s.objects.get(key)).map_or(1, |(line, _)| *line);
+                let first = winner.map(|w| w.display().to_string()).unwrap_or_default();
+                Problem {
+                    file: file.clone(),
+                    line,
+                    reason: format!("{key} stands in {first} too, and that one counts"),
+                }
+            })
+        });
+        let mut all: Vec<Problem> = own.chain(twice).collect();
+        all.sort();
+        all
+    }
+}
+
+/// Two states of an object with the same number are taken as the same; it lives in this process only.
+fn fingerprint(object: &Object) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    format!("{object:?}").hash(&mut hasher);
+    hasher.finish()
+}

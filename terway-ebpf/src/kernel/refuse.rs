@@ -1,0 +1,53 @@
+//! Answers to what nobody serves, on the spot.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::{bpf_redirect_peer, bpf_skb_change_tail};
+use terway_abi::{Drop, Kind};
+
+use super::exit::Verdict;
+use super::skb::Skb;
+use crate::parse::{Fragment, Packet, TCP, tcp_flags};
+use crate::refuse::{Refusal, turn_back};
+
+/// Makes the packet of a pod into its answer and sends that back to the pod. What is not to be answered, or is of a shape that
+/// would take too long to answer, is dropped ([`Drop::NoBackend`]).
+#[inline(never)]
+pub(super) fn refuse<F: Refusal>(ctx: *mut __sk_buff, packet: &Packet<F>) -> Verdict {
+    answered::<F>(Skb(ctx), packet).unwrap_or(Verdict::drop(Drop::NoBackend))
+}
+
+#[inline(always)]
+fn answered<F: Refusal>(skb: Skb, packet: &Packet<F>) -> Option<Verdict> {
+    if packet.transport != F::TRANSPORT || packet.fragment != Fragment::Whole {
+        return None;
+    }
+    let window = skb.pull();
+    if packet.protocol == TCP {
+        // RFC 9293: a reset is never answered with one.
+        if packet.tcp_flags & tcp_flags::RST != 0 {
+            return None;
+        }
+        let segment = F::segment(&window)?;
+        cut(skb, F::RESET)?;
+        let mut window = skb.pull();
+        F::reset(&mut window, &packet.dst, &packet.src, &segment)?;
+    } else {
+        let quote = F::quote(&window)?;
+        cut(skb, F::ERROR)?;
+        let mut window = skb.pull();
+        F::error(&mut window, &packet.dst, &packet.src, &quote)?;
+    }
+    let mut window = skb.window();
+    turn_back(&mut window)?;
+    // Into the pod's end of the veth: out of the host's end the packet would meet `to_pod`.
+    // SAFETY: the helper has no preconditions.
+    let action = unsafe { bpf_redirect_peer(skb.ifindex(), 0) };
+    Some(Verdict::with_action(action as i32, Kind::Refused))
+}
+
+/// Gives the packet another length.
+#[inline(always)]
+fn cut(skb: Skb, length: u32) -> Option<()> {
+    // SAFETY: valid context; the windows taken so far are not used any more.
+    (unsafe { bpf_skb_change_tail(skb.0, length, 0) } == 0).then_some(())
+}

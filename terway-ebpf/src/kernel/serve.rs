@@ -1,0 +1,181 @@
+//! Services in the packet path: choose a backend, and remember the translation in both directions.
+
+use aya_ebpf::bindings::{__sk_buff, BPF_NOEXIST};
+use aya_ebpf::helpers::bpf_get_prandom_u32;
+use terway_abi::{Drop, Flow, FlowKey, Kind, flow_flags};
+
+use super::exit::{Verdict, count, now};
+use super::first::{endpoint, layout};
+use super::maps::{Choice, Desk, HZ, Maps, burden};
+use super::path::{FROM_POD, Way, holds, send};
+use super::skb::{Skb, Window};
+use crate::decide::{self, Tables};
+use crate::flow::{self, Place, Route};
+use crate::frame::{Frame as _, zero};
+use crate::nat::{self, Tuple};
+use crate::parse::{Fragment, Payload, SCTP};
+use crate::service::{self, Asker, Outcome, Services};
+
+/// How many source ports are tried.
+const PORTS: u32 = 6;
+
+/// Chooses a backend, if the packet is for a Service: it stands in the desk's choice then, or that the packet is refused.
+#[inline(never)]
+pub(super) fn serve<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
+where
+    Maps: Tables<F> + Services<F>,
+{
+    served::<F, PROGRAM>(Skb(ctx), desk).into()
+}
+
+#[inline(always)]
+fn served<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Result<Verdict, Drop>
+where
+    Maps: Tables<F> + Services<F>,
+{
+    let Desk { packet, choice, .. } = desk;
+    if PROGRAM == FROM_POD {
+        // What follows may be remembered, and answered.
+        decide::sender(endpoint::<F>(skb)?, packet, skb.window().macs().ok_or(Drop::Truncated)?)?;
+    }
+    let node = || Maps.is_host(&packet.dst);
+    let Some(frontend) = service::find::<F, _>(&Maps, &packet.dst, packet.ports, packet.protocol, node) else {
+        return Ok(Verdict::OPEN);
+    };
+    // SAFETY: the helper has no preconditions.
+    let random = unsafe { bpf_get_prandom_u32() };
+    let asker = Asker { client: F::widen(&packet.src), kind: F::VERSION.into(), random, now: now(), hz: HZ.load() };
+    let hash = service::hash::<F>(&packet.src, &packet.dst, packet.ports, frontend.affinity != 0);
+    match service::choose::<F, _>(&Maps, frontend, PROGRAM == FROM_POD, hash, &asker) {
+        Outcome::Other => Ok(Verdict::OPEN),
+        Outcome::Refused { silent: true } => Err(Drop::NoBackend),
+        Outcome::Refused { silent: false } => {
+            choice.refused = 1;
+            Ok(Verdict::OPEN)
+        }
+        Outcome::Chosen(member) => {
+            let backend = Services::<F>::backend(&Maps, member.backend).ok_or(Drop::NoBackend)?;
+            let Choice { address, port, member: chosen, service, .. } = choice;
+            F::assign(address, &F::narrow(&backend.address));
+            *port = u32::from(backend.port);
+            *chosen = member;
+            *service = frontend.service;
+            Ok(Verdict::OPEN)
+        }
+    }
+}
+
+/// Writes the entries of a connection to a Service, one for each direction because their packets look different, and sends the packet.
+#[inline(always)]
+pub(super) fn remember_both<F: Way, const PROGRAM: u8>(
+    skb: Skb,
+    window: Window,
+    route: &Route<'_>,
+    desk: &mut Desk<F>,
+) -> Result<Verdict, Drop>
+where
+    Maps: Tables<F>,
+{
+    let Desk { packet, flow, reply, choice, .. } = desk;
+    // Of a later fragment or an ICMP error there is nothing to learn.
+    if packet.fragment == Fragment::Later || packet.payload != Payload::Plain {
+        return Err(Drop::Unserved);
+    }
+    if packet.protocol == SCTP && choice.port != packet.ports >> 16 {
+        return Err(Drop::Unserved);
+    }
+    // SAFETY: flow entries consist of integers.
+    unsafe {
+        zero(flow);
+        zero(reply);
+    }
+    let now = now();
+    for entry in [&mut *flow, &mut *reply] {
+        entry.slots = [route.source.slot, route.destination.slot];
+        entry.epochs = [route.source.epoch, route.destination.epoch];
+        entry.created = now;
+        (entry.backend, entry.generation, entry.service) =
+            (choice.member.backend, choice.member.generation, choice.service);
+        let [side, _] = &mut entry.sides;
+        side.last_seen = now;
+    }
+    let ([side, _], [other, _]) = (&mut flow.sides, &mut reply.sides);
+    route.fill::<F>(side);
+    route.back().fill::<F>(other);
+    side.flags = flow_flags::SEEN | flow::remembered(packet.tcp_flags);
+    other.flags = flow_flags::REVERSE;
+    (side.packets, side.bytes) = (1, u64::from(skb.len()));
+
+    // A pod that is its own backend would not take a packet that comes from its own address: there it comes from the Service.
+    let itself = match (route.origin, route.target) {
+        (Place::Pod(pod), Place::Pod(peer)) => pod.host_ifindex == peer.host_ifindex,
+        _ => false,
+    };
+    let sent = Tuple { src: &packet.src, dst: &packet.dst, ports: packet.ports };
+    let src = if itself { &packet.dst } else { &packet.src };
+    let to = Tuple { src, dst: &choice.address, ports: choice.port << 16 };
+    let ports = settle_port::<F>(reply, sent, to, packet.protocol)?;
+    nat::translate::<F>(flow, sent, Tuple { ports, ..to });
+    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    flow.maker = from_high;
+    let full = F::flows().insert(&key, &*flow, 0).is_err();
+    count(if full { Kind::FlowFull } else { Kind::FlowNew } as u32, skb.len());
+    burden(choice.member.backend);
+    let [side, _] = &flow.sides;
+    Ok(send::<F, PROGRAM>(skb, window, side, &raw const *flow, layout(packet)))
+}
+
+/// Inserts the entry of the answers under the source port that the connection has, or, if the answers of another connection look
+/// the same, under another; returns the ports that packets to the backend get.
+#[inline(always)]
+fn settle_port<F: Way>(
+    reply: &mut Flow<F::Addr>,
+    sent: Tuple<'_, F::Addr>,
+    to: Tuple<'_, F::Addr>,
+    protocol: u8,
+) -> Result<u32, Drop>
+where
+    Maps: Tables<F>,
+{
+    let mut source = sent.ports & 0xffff;
+    let back = Tuple { src: sent.dst, dst: sent.src, ports: sent.ports.rotate_left(16) };
+    for _ in 0..PORTS {
+        let ports = source | to.ports;
+        let come = Tuple { src: to.dst, dst: to.src, ports: ports.rotate_left(16) };
+        let (key, from_high) = flow::key::<F>(come.src, come.dst, come.ports, protocol);
+        reply.maker = from_high;
+        nat::translate::<F>(reply, come, back);
+        if F::flows().insert(&key, &*reply, u64::from(BPF_NOEXIST)).is_ok() {
+            return Ok(ports);
+        }
+        if is_free::<F>(&key, back) {
+            // Full, or its last connection is over: the packet goes its way in either case.
+            let _full = F::flows().insert(&key, &*reply, 0);
+            return Ok(ports);
+        }
+        if protocol == SCTP {
+            break;
+        }
+        count(Kind::PortChanged as u32, 0);
+        // SAFETY: the helper has no preconditions.
+        source = u32::from(nat::another_port(unsafe { bpf_get_prandom_u32() }));
+    }
+    Err(Drop::NoPort)
+}
+
+/// Whether the entry of this key may be overwritten by that of answers which become `back`.
+#[inline(always)]
+fn is_free<F: Way>(key: &FlowKey<F::Addr>, back: Tuple<'_, F::Addr>) -> bool
+where
+    Maps: Tables<F>,
+{
+    // SAFETY: read at once; an entry that is reused meanwhile is a race that every preallocated map has.
+    let Some(taken) = (unsafe { F::flows().get(key) }) else { return true };
+    let [side, other] = &taken.sides;
+    let over = (side.flags | other.flags) & (flow_flags::FIN | flow_flags::RST) != 0;
+    let own = side.flags & flow_flags::TRANSLATE != 0
+        && taken.ports == back.ports
+        && F::same(&taken.src, back.src)
+        && F::same(&taken.dst, back.dst);
+    own || over || !holds::<F>(taken)
+}

@@ -1,0 +1,88 @@
+//! Translation: what a flow of a Service writes into its packets, and what that does to their checksums.
+
+use terway_abi::{Flow, flow_flags};
+
+use crate::family::Family;
+
+/// The ones' complement sum that is added when `old` becomes `new` (RFC 1624): of words as they stand in the packet.
+#[inline(always)]
+#[must_use]
+pub fn difference(old: u32, new: u32, sum: u32) -> u32 {
+    let total = u64::from(!old) + u64::from(new) + u64::from(sum);
+    // Twice at most: the first fold leaves a carry of one.
+    let total = (total & 0xffff_ffff) + (total >> 32);
+    ((total & 0xffff_ffff) + (total >> 32)) as u32
+}
+
+/// A checksum field after its data grew by this sum.
+#[inline(always)]
+#[must_use]
+pub fn adjust(check: u16, sum: u32) -> u16 {
+    let total = u32::from(!check) + (sum & 0xffff) + (sum >> 16);
+    let total = (total & 0xffff) + (total >> 16);
+    !(((total & 0xffff) + (total >> 16)) as u16)
+}
+
+/// Addresses and ports of a packet, as in the packet. By reference: the kernel's stack is small.
+#[derive(Clone, Copy)]
+pub struct Tuple<'a, A> {
+    /// Source address.
+    pub src: &'a A,
+    /// Destination address.
+    pub dst: &'a A,
+    /// Source port, then destination port.
+    pub ports: u32,
+}
+
+/// Writes into a flow that the packets of its maker, which look like `old`, become `new`.
+#[inline(always)]
+pub fn translate<F: Family>(flow: &mut Flow<F::Addr>, old: Tuple<'_, F::Addr>, new: Tuple<'_, F::Addr>) {
+    F::assign(&mut flow.src, new.src);
+    F::assign(&mut flow.dst, new.dst);
+    flow.ports = new.ports;
+    flow.sum_addresses = F::difference(old.dst, new.dst, F::difference(old.src, new.src, 0));
+    flow.sum_ports = difference(old.ports, new.ports, 0);
+    let [side, _] = &mut flow.sides;
+    side.flags |= flow_flags::TRANSLATE;
+}
+
+/// A source port to try instead of one that is taken: of the range that Linux gives to clients (`ip_local_port_range`), and so of
+/// no NodePort.
+#[inline(always)]
+#[must_use]
+pub const fn another_port(chance: u32) -> u16 {
+    (32_768 + (chance % 28_232) as u16).to_be()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sum(words: &[u32]) -> u16 {
+        let mut total: u64 = words.iter().flat_map(|w| [u64::from(w & 0xffff), u64::from(w >> 16)]).sum();
+        while total > 0xffff {
+            total = (total & 0xffff) + (total >> 16);
+        }
+        total as u16
+    }
+
+    proptest! {
+        /// Changing any words by their difference leaves a right checksum right.
+        #[test]
+        fn checksums_stay_right(rest in any::<u32>(), old in any::<[u32; 3]>(), new in any::<[u32; 3]>()) {
+            let check = !sum(&[rest, old[0], old[1], old[2]]);
+            let grown = (0..3).fold(0, |sum, i| difference(old[i], new[i], sum));
+            let adjusted = adjust(check, grown);
+            // Both zeros of ones' complement are right.
+            let total = sum(&[rest, new[0], new[1], new[2], u32::from(adjusted)]);
+            prop_assert!(total == 0xffff || total == 0, "{total:x}");
+        }
+
+        #[test]
+        fn ports_are_clients(chance in any::<u32>()) {
+            prop_assert!((32_768..61_000).contains(&u16::from_be(another_port(chance))));
+        }
+    }
+}

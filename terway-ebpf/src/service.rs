@@ -1,0 +1,345 @@
+//! Services: whether a packet is for one, and which backend it gets.
+
+use terway_abi::{
+    Affinity, AffinityKey, Backend, Frontend, FrontendKey, Member, NO_BACKEND, Run, SCOPE_ADDRESS, SCOPE_NODE,
+    backend_flags, frontend_class, frontend_flags,
+};
+
+use crate::family::Family;
+use crate::parse::{SCTP, TCP, UDP};
+
+/// What the daemon has told the kernel of Services, and what was chosen before.
+pub trait Services<F: Family> {
+    /// Whether the address may be a Service's or one of the node's with a NodePort; `false` is certain.
+    fn may_serve(&self, address: &F::Addr) -> bool;
+    /// The frontend of this key.
+    fn frontend(&self, key: &FrontendKey<F::Addr>) -> Option<&Frontend>;
+    /// The member at this place; nobody if there is no such place.
+    fn member(&self, index: u32) -> Member;
+    /// The backend of this number.
+    fn backend(&self, number: u32) -> Option<&Backend>;
+    /// Its open connections.
+    fn load(&self, number: u32) -> u64;
+    /// To whom a client is held.
+    fn held(&self, key: &AffinityKey) -> Option<Affinity>;
+    /// Holds a client.
+    fn hold(&self, key: &AffinityKey, value: &Affinity);
+}
+
+/// Who asks, and how chance falls.
+#[derive(Clone, Copy, Debug)]
+pub struct Asker {
+    /// Address or cookie, as in [`AffinityKey::client`].
+    pub client: [u32; 4],
+    /// As [`AffinityKey::kind`].
+    pub kind: u32,
+    /// A random number.
+    pub random: u32,
+    /// Jiffies.
+    pub now: u32,
+    /// Jiffies per second.
+    pub hz: u32,
+}
+
+/// What a packet's destination comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is no Service's.
+    Other,
+    /// It is a Service's that nobody serves; to be answered, or with `silent` dropped.
+    Refused {
+        /// No answer.
+        silent: bool,
+    },
+    /// It goes there.
+    Chosen(Member),
+}
+
+/// How often another member is tried when the one that was found has just gone.
+const TRIES: u32 = 3;
+
+/// Whether Services exist for this protocol.
+#[inline(always)]
+#[must_use]
+pub const fn is_served(protocol: u8) -> bool {
+    matches!(protocol, TCP | UDP | SCTP)
+}
+
+/// The frontend that a packet is for, or that its address is a Service's without this port.
+///
+/// `node` tells whether the address is the node's own; it is asked only when no Service has the address itself.
+#[inline(always)]
+pub fn find<'a, F: Family, S: Services<F>>(
+    services: &'a S,
+    address: &F::Addr,
+    ports: u32,
+    protocol: u8,
+    node: impl FnOnce() -> bool,
+) -> Option<&'a Frontend> {
+    let [_, _, high, low] = ports.to_ne_bytes();
+    let port = u16::from_ne_bytes([high, low]);
+    if !services.may_serve(address) {
+        return None;
+    }
+    let exact = FrontendKey { address: *address, class: frontend_class(port, protocol, SCOPE_ADDRESS) };
+    if let Some(frontend) = services.frontend(&exact) {
+        return Some(frontend);
+    }
+    let any = FrontendKey { address: *address, class: 0 };
+    if let Some(frontend) = services.frontend(&any) {
+        return Some(frontend);
+    }
+    if !node() {
+        return None;
+    }
+    services.frontend(&FrontendKey { address: F::NONE, class: frontend_class(port, protocol, SCOPE_NODE) })
+}
+
+/// The backend for a new connection of a client in the cluster (`inside`) or outside of it.
+#[inline(always)]
+pub fn choose<F: Family, S: Services<F>>(
+    services: &S,
+    frontend: &Frontend,
+    inside: bool,
+    hash: u32,
+    asker: &Asker,
+) -> Outcome {
+    let run = if inside { frontend.internal } else { frontend.external };
+    if run.count == 0 {
+        return Outcome::Refused { silent: !inside && frontend.flags & frontend_flags::SILENT != 0 };
+    }
+    let key = AffinityKey { client: asker.client, service: frontend.service, kind: asker.kind };
+    if frontend.affinity != 0
+        && let Some(held) = services.held(&key)
+        && asker.now.wrapping_sub(held.last_used) / asker.hz.max(1) < frontend.affinity
+        && lives(services, held.member)
+    {
+        services.hold(&key, &Affinity { last_used: asker.now, ..held });
+        return Outcome::Chosen(held.member);
+    }
+    let mut chance = if frontend.flags & frontend_flags::MAGLEV != 0 { hash } else { asker.random };
+    for _ in 0..TRIES {
+        let mut member = pick(services, run, chance);
+        chance = chance.wrapping_mul(0x915f_77f5).wrapping_add(0x9e37_79b9);
+        if frontend.flags & frontend_flags::LEAST != 0 {
+            let other = pick(services, run, chance);
+            if services.load(other.backend) < services.load(member.backend) {
+                member = other;
+            }
+        }
+        if lives(services, member) {
+            if frontend.affinity != 0 {
+                services.hold(&key, &Affinity { member, last_used: asker.now, spare: 0 });
+            }
+            return Outcome::Chosen(member);
+        }
+    }
+    Outcome::Refused { silent: false }
+}
+
+#[inline(always)]
+fn pick<F: Family, S: Services<F>>(services: &S, run: Run, chance: u32) -> Member {
+    // The top bits of a product fall evenly over the run, without the division that a remainder takes.
+    let place = (u64::from(chance) * u64::from(run.count)) >> 32;
+    services.member(run.first.wrapping_add(place as u32))
+}
+
+/// Whether a member is still the backend that it was put there for.
+#[inline(always)]
+pub fn lives<F: Family, S: Services<F>>(services: &S, member: Member) -> bool {
+    member.backend != NO_BACKEND
+        && services.backend(member.backend).is_some_and(|backend| {
+            backend.generation == member.generation && (backend.flags & backend_flags::V6 != 0) == (F::VERSION == 6)
+        })
+}
+
+/// A hash of a packet's ends, the same on every node. Clients that are held to a backend are told apart by their address alone.
+#[inline(always)]
+pub fn hash<F: Family>(src: &F::Addr, dst: &F::Addr, ports: u32, held: bool) -> u32 {
+    let mut state = 0x3c6e_f372;
+    for word in F::widen(src).into_iter().chain(F::widen(dst)) {
+        state = mix(state, word);
+    }
+    // The destination port stays: two ports of one Service are two Services here.
+    mix(state, if held { ports & u32::from_ne_bytes([0, 0, 0xff, 0xff]) } else { ports })
+}
+
+/// A round of MurmurHash3 with its last step, which spreads every bit.
+#[inline(always)]
+const fn mix(state: u32, word: u32) -> u32 {
+    let word = word.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593);
+    let state = (state ^ word).rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64);
+    (state ^ (state >> 16)).wrapping_mul(0x85eb_ca6b)
+}
+
+#[cfg(test)]
+mod tests {
+    use core::cell::RefCell;
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::family::V4;
+
+    #[derive(Default)]
+    struct Cluster {
+        frontends: HashMap<FrontendKey<u32>, Frontend>,
+        members: Vec<Member>,
+        backends: Vec<Backend>,
+        loads: Vec<u64>,
+        held: RefCell<HashMap<AffinityKey, Affinity>>,
+    }
+
+    impl Services<V4> for Cluster {
+        fn may_serve(&self, address: &u32) -> bool {
+            *address == 5 || self.frontends.keys().any(|key| key.address == *address)
+        }
+        fn frontend(&self, key: &FrontendKey<u32>) -> Option<&Frontend> {
+            self.frontends.get(key)
+        }
+        fn member(&self, index: u32) -> Member {
+            self.members.get(index as usize).copied().unwrap_or_default()
+        }
+        fn backend(&self, number: u32) -> Option<&Backend> {
+            self.backends.get(number as usize)
+        }
+        fn load(&self, number: u32) -> u64 {
+            self.loads.get(number as usize).copied().unwrap_or_default()
+        }
+        fn held(&self, key: &AffinityKey) -> Option<Affinity> {
+            self.held.borrow().get(key).copied()
+        }
+        fn hold(&self, key: &AffinityKey, value: &Affinity) {
+            self.held.borrow_mut().insert(*key, *value);
+        }
+    }
+
+    const VIP: u32 = 0x0100_600a;
+    const HZ: u32 = 100;
+
+    fn ports(destination: u16) -> u32 {
+        let [a, b] = destination.to_be_bytes();
+        u32::from_ne_bytes([0x9c, 0x40, a, b])
+    }
+
+    /// Backends 1 to `n` of generation 1, and a frontend at port 80 with all of them.
+    fn cluster(n: u32, frontend: Frontend) -> Cluster {
+        let backend = |generation| Backend { generation, protocol: 6, ..Backend::default() };
+        let run = Run { first: 10, count: n };
+        let mut members = vec![Member::default(); 10];
+        members.extend((1..=n).map(|backend| Member { backend, generation: 1 }));
+        let class = frontend_class(80_u16.to_be(), 6, SCOPE_ADDRESS);
+        let frontend = Frontend { internal: run, external: run, service: 7, ..frontend };
+        Cluster {
+            frontends: [
+                (FrontendKey { address: VIP, class }, frontend),
+                (FrontendKey { address: VIP, class: 0 }, Frontend::default()),
+            ]
+            .into(),
+            members,
+            backends: (0..=n).map(|i| backend(u32::from(i > 0))).collect(),
+            loads: vec![0; n as usize + 1],
+            held: RefCell::default(),
+        }
+    }
+
+    fn ask(random: u32, now: u32) -> Asker {
+        Asker { client: [9, 0, 0, 0], kind: 4, random, now, hz: HZ }
+    }
+
+    fn chosen(cluster: &Cluster, asker: &Asker) -> u32 {
+        let frontend = find::<V4, _>(cluster, &VIP, ports(80), 6, || false).unwrap();
+        match choose::<V4, _>(cluster, frontend, true, 0, asker) {
+            Outcome::Chosen(member) => member.backend,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A sequence that is as even as chance and always the same.
+    fn randoms() -> impl Iterator<Item = u32> {
+        (0..40_000_u32).map(|i| i.wrapping_mul(0x9e37_79b9) ^ 0x5bd1)
+    }
+
+    #[test]
+    fn every_member_gets_its_share() {
+        let cluster = cluster(5, Frontend::default());
+        let mut shares = [0; 6];
+        randoms().for_each(|random| shares[chosen(&cluster, &ask(random, 0)) as usize] += 1);
+        assert_eq!(shares[0], 0);
+        assert!(shares[1..].iter().all(|share| (7_900..8_100).contains(share)), "{shares:?}");
+    }
+
+    #[test]
+    fn what_is_a_services_and_what_is_not() {
+        let mut cluster = cluster(1, Frontend::default());
+        let find = |cluster: &Cluster, address, port, protocol, node| {
+            find::<V4, _>(cluster, &address, ports(port), protocol, || node).copied()
+        };
+        assert_eq!(find(&cluster, VIP, 80, 6, false).unwrap().service, 7);
+        // Another port, another protocol: the address is the Service's all the same, and refuses.
+        for (port, protocol) in [(81, 6), (80, 17)] {
+            let refused = find(&cluster, VIP, port, protocol, false).unwrap();
+            assert_eq!(choose::<V4, _>(&cluster, &refused, true, 0, &ask(0, 0)), Outcome::Refused { silent: false });
+        }
+        assert_eq!(find(&cluster, 5, 80, 6, true), None);
+        let nodeport = FrontendKey { address: 0, class: frontend_class(30_080_u16.to_be(), 6, SCOPE_NODE) };
+        cluster.frontends.insert(nodeport, Frontend { service: 8, ..Frontend::default() });
+        assert_eq!(find(&cluster, 5, 30_080, 6, true).unwrap().service, 8);
+        assert_eq!(find(&cluster, 5, 30_080, 6, false), None);
+    }
+
+    #[test]
+    fn clients_stay_as_long_as_told() {
+        let cluster = cluster(5, Frontend { affinity: 10, ..Frontend::default() });
+        let first = chosen(&cluster, &ask(0, 0));
+        // Each connection holds it anew; the clock of jiffies wraps.
+        let mut now = u32::MAX - 5 * HZ;
+        cluster.held.borrow_mut().values_mut().for_each(|held| held.last_used = now);
+        for random in randoms().take(100) {
+            now = now.wrapping_add(9 * HZ);
+            assert_eq!(chosen(&cluster, &ask(random, now)), first);
+        }
+        let later = now.wrapping_add(10 * HZ);
+        assert!(randoms().take(1).any(|_| chosen(&cluster, &ask(u32::MAX, later)) != first));
+    }
+
+    #[test]
+    fn who_is_gone_is_not_chosen() {
+        let mut cluster = cluster(2, Frontend { affinity: 10, ..Frontend::default() });
+        let first = chosen(&cluster, &ask(0, 0));
+        cluster.backends[first as usize].generation = 2;
+        for random in randoms().take(100) {
+            cluster
+                .held
+                .borrow_mut()
+                .values_mut()
+                .for_each(|held| held.member = Member { backend: first, generation: 1 });
+            let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, || false).unwrap();
+            match choose::<V4, _>(&cluster, frontend, true, 0, &ask(random, 1)) {
+                Outcome::Chosen(member) => assert_ne!(member.backend, first),
+                // Chance may fall on the same one each time.
+                other => assert_eq!(other, Outcome::Refused { silent: false }),
+            }
+        }
+    }
+
+    #[test]
+    fn of_two_the_idler_is_taken() {
+        let mut cluster = cluster(4, Frontend { flags: frontend_flags::LEAST, ..Frontend::default() });
+        for random in randoms().take(4_000) {
+            let backend = chosen(&cluster, &ask(random, 0));
+            cluster.loads[backend as usize] += 1;
+        }
+        let (least, most) = (cluster.loads[1..].iter().min().unwrap(), cluster.loads[1..].iter().max().unwrap());
+        assert!(most - least < 20, "{:?}", cluster.loads);
+    }
+
+    #[test]
+    fn the_hash_decides_where_told_to() {
+        let cluster = cluster(4, Frontend { flags: frontend_flags::MAGLEV, ..Frontend::default() });
+        let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, || false).unwrap();
+        for hash in randoms().take(100) {
+            let of = |random| choose::<V4, _>(&cluster, frontend, false, hash, &ask(random, 0));
+            assert!(randoms().take(10).all(|random| of(random) == of(0)));
+        }
+    }
+}

@@ -1,0 +1,350 @@
+//! The prog rung of Services: what the programs make of packets for a frontend, and of the answers.
+
+#![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use terway_abi::{Backend, Frontend, Member, Program, Run, backend_flags, frontend_flags};
+use terway_daemon::bpf::{Config, Counters, Endpoint, FrontendAt, Ran, RunContext};
+use terway_tests::packet::{Frame, checksums_are_right, flags, macs, quoted};
+use terway_tests::prog_bench::Stage;
+use terway_tests::sandbox_or_skip;
+
+/// `TC_ACT_UNSPEC`, `TC_ACT_SHOT` and `TC_ACT_REDIRECT` (include/uapi/linux/pkt_cls.h).
+const NEXT: i32 = -1;
+const SHOT: i32 = 2;
+const REDIRECT: i32 = 7;
+
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// The addresses of the stage in one family, and two of Services.
+struct Family {
+    a: &'static str,
+    b: &'static str,
+    remote: &'static str,
+    host: &'static str,
+    vip: &'static str,
+    other: &'static str,
+}
+
+const V4: Family = Family {
+    a: "10.0.0.1",
+    b: "10.0.0.2",
+    remote: "10.9.0.9",
+    host: "10.0.0.100",
+    vip: "10.96.0.1",
+    other: "10.96.0.2",
+};
+const V6: Family =
+    Family { a: "fd00::1", b: "fd00::2", remote: "fd09::9", host: "fd00::100", vip: "fd96::1", other: "fd96::2" };
+const BOTH: [Family; 2] = [V4, V6];
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn words(address: IpAddr) -> [u32; 4] {
+    let mut bytes = [0; 16];
+    match address {
+        IpAddr::V4(v4) => bytes[..4].copy_from_slice(&v4.octets()),
+        IpAddr::V6(v6) => bytes.copy_from_slice(&v6.octets()),
+    }
+    std::array::from_fn(|i| u32::from_ne_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap()))
+}
+
+fn backend(address: &str, port: u16, protocol: u8) -> Backend {
+    let address = ip(address);
+    Backend {
+        address: words(address),
+        port: port.to_be(),
+        protocol,
+        flags: if address.is_ipv6() { backend_flags::V6 } else { 0 },
+        generation: 1,
+        spare: [0; 2],
+    }
+}
+
+fn at(address: &str, port: u16, protocol: u8) -> FrontendAt {
+    FrontendAt::Address { address: ip(address), port, protocol }
+}
+
+/// A Service of number `service` at `vip`:80 with these backends, which get numbers and places from 10 times `service` on.
+fn serve(stage: &Stage, service: u32, place: &FrontendAt, backends: &[Backend], template: Frontend) {
+    let first = 10 * service;
+    for (number, backend) in (first..).zip(backends) {
+        stage.datapath.set_backend(number, backend).unwrap();
+        stage.datapath.set_members(number, &[Member { backend: number, generation: backend.generation }]).unwrap();
+    }
+    let run = Run { first, count: backends.len() as u32 };
+    stage.datapath.set_frontend(place, &Frontend { service, internal: run, external: run, ..template }).unwrap();
+}
+
+fn nonzero(counters: &Counters) -> BTreeMap<&'static str, u64> {
+    counters.iter().map(|(name, counter)| (name, counter.packets)).filter(|(_, packets)| *packets > 0).collect()
+}
+
+/// Runs a program once and compares every counter.
+#[track_caller]
+fn run(stage: &Stage, program: Program, ifindex: u32, packet: &[u8], expected: &[(&str, u64)]) -> Ran {
+    let before = stage.datapath.counters().unwrap();
+    let ran = stage.datapath.run(program, packet, RunContext::on(ifindex)).unwrap();
+    let after = stage.datapath.counters().unwrap();
+    let (before, mut change) = (nonzero(&before), nonzero(&after));
+    change.iter_mut().for_each(|(name, packets)| *packets -= before.get(name).unwrap_or(&0));
+    change.retain(|_, packets| *packets > 0);
+    assert_eq!(change, expected.iter().copied().collect(), "counters");
+    ran
+}
+
+#[track_caller]
+fn from_pod(stage: &Stage, pod: &Endpoint, frame: &Frame, expected: &[(&str, u64)]) -> Ran {
+    run(stage, Program::FromPod, pod.host_ifindex, &frame.build(), expected)
+}
+
+/// The packet came out as this frame, one hop older, with checksums that are right, and was redirected.
+#[track_caller]
+fn came_out(ran: &Ran, action: i32, expected: &Frame) {
+    assert_eq!(ran.action, action);
+    assert!(checksums_are_right(&ran.packet), "{:02x?}", ran.packet);
+    assert_eq!(ran.packet, expected.build());
+}
+
+const NEW: [(&str, u64); 2] = [("pod_to_pod", 1), ("flow_new", 1)];
+
+#[test]
+fn a_pod_reaches_a_service_and_the_answers_come_from_it() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        for (protocol, service) in [(TCP, 10 * number), (UDP, 10 * number + 1)] {
+            serve(
+                &stage,
+                service,
+                &at(family.vip, 80, protocol),
+                &[backend(family.b, 8080, protocol)],
+                Frontend::default(),
+            );
+            let with = |frame: Frame, source, destination| match protocol {
+                TCP => frame.tcp(source, destination, flags::SYN).payload(b"some data"),
+                _ => frame.udp(source, destination).payload(b"some data"),
+            };
+            let there = with(stage.sent_by(&stage.a).ip(family.a, family.vip), 40000, 80);
+            let arrives =
+                with(Frame::new(stage.b.pod_mac.0, stage.b.host_mac.0).ip(family.a, family.b).ttl(63), 40000, 8080);
+            for expected in [&NEW[..], &NEW[..1]] {
+                came_out(&from_pod(&stage, &stage.a, &there, expected), REDIRECT, &arrives);
+            }
+            let back = with(stage.sent_by(&stage.b).ip(family.b, family.a), 8080, 40000);
+            let returns =
+                with(Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ip(family.vip, family.a).ttl(63), 80, 40000);
+            came_out(&from_pod(&stage, &stage.b, &back, &NEW[..1]), REDIRECT, &returns);
+        }
+    }
+}
+
+#[test]
+fn a_backend_elsewhere_or_of_the_node() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        serve(&stage, 10 * number, &at(family.vip, 80, TCP), &[backend(family.remote, 8080, TCP)], Frontend::default());
+        let there = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40000, 80, flags::SYN);
+        let ran = from_pod(&stage, &stage.a, &there, &[("pod_to_vpc", 1), ("flow_new", 1)]);
+        came_out(
+            &ran,
+            REDIRECT,
+            &stage.sent_by(&stage.a).ip(family.a, family.remote).ttl(63).tcp(40000, 8080, flags::SYN),
+        );
+        let back = stage.by_gateway().ip(family.remote, family.a).tcp(8080, 40000, flags::ACK);
+        let ran = run(&stage, Program::FromVpc, stage.eni, &back.build(), &[("vpc_to_pod", 1)]);
+        let returns = Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ip(family.vip, family.a).ttl(63);
+        came_out(&ran, REDIRECT, &returns.tcp(80, 40000, flags::ACK));
+
+        // The API server, say: the node itself is the backend, and the host stack gets the translated packet.
+        serve(
+            &stage,
+            10 * number + 1,
+            &at(family.vip, 443, TCP),
+            &[backend(family.host, 6443, TCP)],
+            Frontend::default(),
+        );
+        let there = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40000, 443, flags::SYN);
+        let ran = from_pod(&stage, &stage.a, &there, &[("pod_to_host", 1), ("flow_new", 1)]);
+        came_out(&ran, NEXT, &stage.sent_by(&stage.a).ip(family.a, family.host).tcp(40000, 6443, flags::SYN));
+        let back =
+            Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ip(family.host, family.a).tcp(6443, 40000, flags::ACK);
+        let ran = run(&stage, Program::ToPod, stage.a.host_ifindex, &back.build(), &[("host_to_pod", 1)]);
+        let returns = Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ip(family.vip, family.a);
+        came_out(&ran, NEXT, &returns.tcp(443, 40000, flags::ACK));
+    }
+}
+
+#[test]
+fn a_pod_reaches_itself_through_its_service() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        serve(&stage, number, &at(family.vip, 80, TCP), &[backend(family.a, 8080, TCP)], Frontend::default());
+        let to_a = || Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ttl(63);
+        let there = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40000, 80, flags::SYN);
+        let arrives = to_a().ip(family.vip, family.a).tcp(40000, 8080, flags::SYN);
+        came_out(&from_pod(&stage, &stage.a, &there, &NEW), REDIRECT, &arrives);
+        let back = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(8080, 40000, flags::SYN | flags::ACK);
+        let returns = to_a().ip(family.vip, family.a).tcp(80, 40000, flags::SYN | flags::ACK);
+        came_out(&from_pod(&stage, &stage.a, &back, &NEW[..1]), REDIRECT, &returns);
+    }
+}
+
+#[test]
+fn two_services_with_one_backend_do_not_collide() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        for (service, vip) in [(10 * number, family.vip), (10 * number + 1, family.other)] {
+            serve(&stage, service, &at(vip, 80, TCP), &[backend(family.b, 8080, TCP)], Frontend::default());
+        }
+        let to = |vip: &str| stage.sent_by(&stage.a).ip(family.a, vip).tcp(40000, 80, flags::SYN);
+        let arrives = Frame::new(stage.b.pod_mac.0, stage.b.host_mac.0).ip(family.a, family.b).ttl(63);
+        came_out(
+            &from_pod(&stage, &stage.a, &to(family.vip), &NEW),
+            REDIRECT,
+            &arrives.clone().tcp(40000, 8080, flags::SYN),
+        );
+        // The same source port: the backend sees another one, and the answers find back all the same.
+        let expected = [("pod_to_pod", 1), ("flow_new", 1)];
+        let ran = stage
+            .datapath
+            .run(Program::FromPod, &to(family.other).build(), RunContext::on(stage.a.host_ifindex))
+            .unwrap();
+        let transport = if family.a == V4.a { 34 } else { 54 };
+        let port = u16::from_be_bytes([ran.packet[transport], ran.packet[transport + 1]]);
+        assert_ne!(port, 40000);
+        came_out(&ran, REDIRECT, &arrives.tcp(port, 8080, flags::SYN));
+        came_out(
+            &from_pod(&stage, &stage.a, &to(family.other), &expected[..1]),
+            REDIRECT,
+            &Frame::new(stage.b.pod_mac.0, stage.b.host_mac.0).ip(family.a, family.b).ttl(63).tcp(
+                port,
+                8080,
+                flags::SYN,
+            ),
+        );
+        for (port, vip) in [(40000, family.vip), (port, family.other)] {
+            let back = stage.sent_by(&stage.b).ip(family.b, family.a).tcp(8080, port, flags::ACK);
+            let returns = Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ip(vip, family.a).ttl(63);
+            came_out(&from_pod(&stage, &stage.b, &back, &NEW[..1]), REDIRECT, &returns.tcp(80, 40000, flags::ACK));
+        }
+    }
+}
+
+#[test]
+fn what_nobody_serves_is_refused_at_once() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        let v6 = family.a == V6.a;
+        // One Service without backends, and all other ports of its address.
+        serve(&stage, number, &at(family.vip, 80, TCP), &[], Frontend::default());
+        stage.datapath.set_frontend(&FrontendAt::Rest(ip(family.vip)), &Frontend::default()).unwrap();
+        let back = || Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ip(family.vip, family.a).ttl(64);
+        for port in [80, 81] {
+            let syn = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40000, port, flags::SYN).payload(&[7; 100]);
+            let ran = from_pod(&stage, &stage.a, &syn, &[("refused", 1)]);
+            assert_eq!((ran.action, macs(&ran.packet)), (REDIRECT, (stage.a.pod_mac.0, stage.a.host_mac.0)));
+            assert!(checksums_are_right(&ran.packet));
+            let transport = if v6 { 54 } else { 34 };
+            let [high, low] = port.to_be_bytes();
+            // Reset, which acknowledges the SYN and the hundred bytes behind it.
+            assert_eq!(ran.packet[transport..transport + 4], [high, low, 0x9c, 0x40]);
+            assert_eq!(ran.packet[transport + 8..transport + 14], [0, 0, 0, 1 + 1 + 100, 0x50, 0x14]);
+            assert_eq!(ran.packet.len(), transport + 20);
+        }
+        let datagram = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40000, 53).payload(b"a question").build();
+        let ran = run(&stage, Program::FromPod, stage.a.host_ifindex, &datagram, &[("refused", 1)]);
+        let (kind, code, header) = if v6 { (1, 4, 48) } else { (3, 3, 28) };
+        let quote = &quoted(&datagram)[..header];
+        let mut expected = back().icmp(kind, code, [0; 4]).payload(quote).build();
+        // The errors of IPv4 say neither type of service nor identification here.
+        if !v6 {
+            expected[18..20].copy_from_slice(&ran.packet[18..20]);
+            expected[24..26].copy_from_slice(&ran.packet[24..26]);
+        }
+        assert!(checksums_are_right(&ran.packet), "{:02x?}", ran.packet);
+        assert_eq!((ran.action, ran.packet), (REDIRECT, expected));
+        // A reset is not answered with a reset, and a liar not at all.
+        let reset = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40000, 80, flags::RST);
+        assert_eq!(from_pod(&stage, &stage.a, &reset, &[("no_backend", 1)]).action, SHOT);
+        let lie = stage.sent_by(&stage.a).ip(family.b, family.vip).tcp(40000, 80, flags::SYN);
+        assert_eq!(from_pod(&stage, &stage.a, &lie, &[("spoofed_source", 1)]).action, SHOT);
+    }
+    assert_eq!(stage.datapath.flow_count().unwrap(), (0, 0));
+}
+
+#[test]
+fn a_backend_that_goes_takes_its_flows_along() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        serve(&stage, number, &at(family.vip, 53, UDP), &[backend(family.b, 53, UDP)], Frontend::default());
+        let there = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40000, 53);
+        from_pod(&stage, &stage.a, &there, &NEW);
+        // Another backend takes its place, in the order of the plan.
+        stage.datapath.set_backend(10 * number + 1, &backend(family.remote, 53, UDP)).unwrap();
+        stage.datapath.set_members(10 * number + 5, &[Member { backend: 10 * number + 1, generation: 1 }]).unwrap();
+        let run = Run { first: 10 * number + 5, count: 1 };
+        let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
+        stage.datapath.set_frontend(&at(family.vip, 53, UDP), &frontend).unwrap();
+        // The flow goes on as long as the old one is there (it is ending, and may finish what it began) …
+        from_pod(&stage, &stage.a, &there, &NEW[..1]);
+        // … and not a packet longer.
+        stage.datapath.set_backend(10 * number, &Backend { generation: 2, ..Backend::default() }).unwrap();
+        let ran = from_pod(&stage, &stage.a, &there, &[("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)]);
+        came_out(&ran, REDIRECT, &stage.sent_by(&stage.a).ip(family.a, family.remote).ttl(63).udp(40000, 53));
+    }
+}
+
+#[test]
+fn fragments_are_translated_like_their_first() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        serve(&stage, number, &at(family.vip, 53, UDP), &[backend(family.b, 53, UDP)], Frontend::default());
+        let of = |frame: Frame, offset, more| frame.fragment(7, offset, more);
+        let first = |frame: Frame| of(frame, 0, true).udp(40000, 53).payload(&[1; 8]);
+        let rest = |frame: Frame| of(frame.protocol(UDP), 16, false).payload(&[2; 8]);
+        let sent = || stage.sent_by(&stage.a).ip(family.a, family.vip);
+        let arrives = || Frame::new(stage.b.pod_mac.0, stage.b.host_mac.0).ip(family.a, family.b).ttl(63);
+        let ran = from_pod(&stage, &stage.a, &first(sent()), &NEW);
+        assert_eq!(ran.action, REDIRECT);
+        // Frames of this suite have no checksum in their first fragments, so there is none to change.
+        assert_eq!(ran.packet, first(arrives()).build());
+        let ran = from_pod(&stage, &stage.a, &rest(sent()), &NEW[..1]);
+        assert_eq!((ran.action, ran.packet), (REDIRECT, rest(arrives()).build()));
+    }
+}
+
+#[test]
+fn a_client_stays_with_its_backend() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::with(&Config::new(sandbox.pin_root())).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        let backends: Vec<Backend> = (1..9).map(|port| backend(family.b, port, UDP)).collect();
+        let transport = if family.a == V4.a { 34 } else { 54 };
+        for (affinity, flags, one) in [(600, 0, true), (0, 0, false), (0, frontend_flags::MAGLEV, false)] {
+            let template = Frontend { affinity, flags, ..Frontend::default() };
+            serve(&stage, number, &at(family.vip, 53, UDP), &backends, template);
+            let mut seen = BTreeMap::new();
+            for port in 0..200_u16 {
+                let port = 41_000 + port + affinity as u16 + flags as u16 * 1000;
+                let there = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(port, 53);
+                let ran =
+                    stage.datapath.run(Program::FromPod, &there.build(), RunContext::on(stage.a.host_ifindex)).unwrap();
+                *seen.entry(ran.packet[transport + 3]).or_insert(0) += 1;
+            }
+            // Of 200 connections over eight backends, none gets fewer than five but for once in a hundred million runs.
+            assert!(if one { seen.len() == 1 } else { seen.len() == 8 && seen.values().all(|n| *n >= 5) }, "{seen:?}");
+        }
+    }
+}
