@@ -10,4 +10,5 @@ pub mod errors;
 pub mod ident;
 pub mod ipam;
 pub mod objects;
+pub mod policy;
 pub mod route;
