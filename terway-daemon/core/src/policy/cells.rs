@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
+use super::hash::NumberMap;
 use super::number::{Counter, Identity};
 use super::rule::{host, within};
 use crate::ident::Family;
@@ -37,7 +38,7 @@ pub(super) struct Cells {
     blocks: HashMap<IpNet, Block>,
     /// How many blocks have a prefix of each length, by family.
     lengths: [BTreeMap<u8, usize>; 2],
-    cells: HashMap<CellId, Cell>,
+    cells: NumberMap<CellId, Cell>,
     counter: Counter,
 }
 
@@ -59,8 +60,12 @@ pub(super) const fn family(net: &IpNet) -> Family {
 impl Cells {
     /// The two families, each one cell, with the identities of their addresses.
     pub(super) fn new(mut world: impl FnMut(Family, CellId) -> Identity) -> Self {
-        let mut cells =
-            Self { blocks: HashMap::new(), lengths: Default::default(), cells: HashMap::new(), counter: Counter::new(0, u32::MAX) };
+        let mut cells = Self {
+            blocks: HashMap::new(),
+            lengths: Default::default(),
+            cells: NumberMap::default(),
+            counter: Counter::new(0, u32::MAX),
+        };
         for family in [Family::V4, Family::V6] {
             let cell = cells.fresh(whole(family));
             cells.get_mut(cell).world = world(family, cell);
@@ -101,7 +106,11 @@ impl Cells {
 
     /// The cell with most members: what holds there holds for most pods.
     pub(super) fn home(&self, of: Family) -> CellId {
-        let most = self.cells.iter().filter(|(_, c)| family(&c.net) == of).max_by_key(|(id, c)| (c.members, std::cmp::Reverse(**id)));
+        let most = self
+            .cells
+            .iter()
+            .filter(|(_, c)| family(&c.net) == of)
+            .max_by_key(|(id, c)| (c.members, std::cmp::Reverse(**id)));
         most.map_or(CellId(0), |(id, _)| *id)
     }
 

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::cells::{CellId, family};
+use super::hash::{NumberMap, NumberSet};
 use super::number::{Counter, Identity, Nature};
 use crate::ident::Family;
 use crate::objects::{Labels, Pod, Protocol};
@@ -60,9 +61,9 @@ struct ProfileState {
 #[derive(Debug)]
 pub(super) struct Class {
     pub(super) key: ClassKey,
-    profiles: HashSet<ProfileId>,
+    profiles: NumberSet<ProfileId>,
     /// Those of its addresses, one for each cell they are in.
-    pub(super) identities: Vec<Identity>,
+    pub(super) identities: Vec<(Identity, CellId)>,
 }
 
 /// What an identity stands for.
@@ -78,13 +79,13 @@ pub(super) struct Meaning {
 pub(super) struct Classes {
     keys: HashSet<Arc<str>>,
     names: HashSet<Arc<str>>,
-    profiles: HashMap<ProfileId, ProfileState>,
+    profiles: NumberMap<ProfileId, ProfileState>,
     by_profile: HashMap<Profile, ProfileId>,
-    classes: HashMap<ClassId, Class>,
+    classes: NumberMap<ClassId, Class>,
     by_key: HashMap<ClassKey, ClassId>,
-    namespaces: HashMap<Arc<str>, HashSet<ClassId>>,
-    meanings: HashMap<Identity, Meaning>,
-    identities: HashMap<(Nature, Option<ClassId>, CellId), Identity>,
+    namespaces: HashMap<Arc<str>, NumberSet<ClassId>>,
+    meanings: NumberMap<Identity, Meaning>,
+    identities: NumberMap<(Nature, Option<ClassId>, CellId), Identity>,
     profile_counter: Counter,
     class_counter: Counter,
     identity_counter: Counter,
@@ -95,13 +96,13 @@ impl Classes {
         Self {
             keys: HashSet::new(),
             names: HashSet::new(),
-            profiles: HashMap::new(),
+            profiles: NumberMap::default(),
             by_profile: HashMap::new(),
-            classes: HashMap::new(),
+            classes: NumberMap::default(),
             by_key: HashMap::new(),
             namespaces: HashMap::new(),
-            meanings: HashMap::new(),
-            identities: HashMap::new(),
+            meanings: NumberMap::default(),
+            identities: NumberMap::default(),
             profile_counter: Counter::new(0, u32::MAX),
             class_counter: Counter::new(0, u32::MAX),
             identity_counter: Counter::new(identity, Identity::NUMBERS),
@@ -146,7 +147,7 @@ impl Classes {
         let id = ClassId(self.class_counter.next(|n| self.classes.contains_key(&ClassId(n))));
         self.by_key.insert(key.clone(), id);
         self.namespaces.entry(Arc::clone(&key.namespace)).or_default().insert(id);
-        self.classes.insert(id, Class { key, profiles: HashSet::new(), identities: Vec::new() });
+        self.classes.insert(id, Class { key, profiles: NumberSet::default(), identities: Vec::new() });
         id
     }
 
@@ -194,14 +195,17 @@ impl Classes {
         self.classes.get(&id)
     }
 
-    pub(super) fn namespaces(&self) -> impl Iterator<Item = (&Arc<str>, &HashSet<ClassId>)> {
+    pub(super) fn namespaces(&self) -> impl Iterator<Item = (&Arc<str>, &NumberSet<ClassId>)> {
         self.namespaces.iter()
     }
 
     /// All identities of the pods of a namespace.
     pub(super) fn identities_in(&self, namespace: &str) -> Vec<Identity> {
         let classes = self.namespaces.get(namespace).into_iter().flatten();
-        classes.filter_map(|id| self.classes.get(id)).flat_map(|class| class.identities.iter().copied()).collect()
+        classes
+            .filter_map(|id| self.classes.get(id))
+            .flat_map(|class| class.identities.iter().map(|(id, _)| *id))
+            .collect()
     }
 
     /// Looks at more keys and names from now on. Returns the profiles that are of another class than before: of a class that falls apart, the
@@ -210,8 +214,8 @@ impl Classes {
         &mut self,
         keys: impl Iterator<Item = &'a Arc<str>>,
         names: impl Iterator<Item = &'a Arc<str>>,
-    ) -> HashSet<ProfileId> {
-        let mut moved = HashSet::new();
+    ) -> NumberSet<ProfileId> {
+        let mut moved = NumberSet::default();
         let new_keys: HashSet<Arc<str>> = keys.filter(|key| !self.keys.contains(*key)).cloned().collect();
         let new_names: HashSet<Arc<str>> = names.filter(|name| !self.names.contains(*name)).cloned().collect();
         if new_keys.is_empty() && new_names.is_empty() {
@@ -238,7 +242,9 @@ impl Classes {
                     part.1.push(*member);
                 }
             }
-            let Some(stays) = parts.iter().max_by_key(|(_, (pods, _))| *pods).map(|(key, _)| key.clone()) else { continue };
+            let Some(stays) = parts.iter().max_by_key(|(_, (pods, _))| *pods).map(|(key, _)| key.clone()) else {
+                continue;
+            };
             if let Some(class) = self.classes.get_mut(&id) {
                 self.by_key.remove(&class.key);
                 class.key = stays.clone();
@@ -268,7 +274,13 @@ impl Classes {
     }
 
     /// The identity of a class in a cell, counted once more, and whether it is new.
-    pub(super) fn identity(&mut self, nature: Nature, class: Option<ClassId>, cell: CellId, net: &IpNet) -> (Identity, bool) {
+    pub(super) fn identity(
+        &mut self,
+        nature: Nature,
+        class: Option<ClassId>,
+        cell: CellId,
+        net: &IpNet,
+    ) -> (Identity, bool) {
         let of: Family = family(net);
         if let Some(id) = self.identities.get(&(nature, class, cell))
             && let Some(meaning) = self.meanings.get_mut(id)
@@ -281,7 +293,7 @@ impl Classes {
         self.identities.insert((nature, class, cell), id);
         self.meanings.insert(id, Meaning { class, cell, addresses: 1 });
         if let Some(class) = class.and_then(|class| self.classes.get_mut(&class)) {
-            class.identities.push(id);
+            class.identities.push((id, cell));
         }
         (id, true)
     }
@@ -297,7 +309,7 @@ impl Classes {
             self.identities.remove(&(id.nature(), meaning.class, meaning.cell));
             if let Some(class) = meaning.class {
                 if let Some(state) = self.classes.get_mut(&class) {
-                    state.identities.retain(|other| *other != id);
+                    state.identities.retain(|(other, _)| *other != id);
                 }
                 self.prune(class);
             }

@@ -1,11 +1,12 @@
 //! The compiler's state, and what it does with policies, namespaces and the switch. Pods are in `pods`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::cells::Cells;
 use super::class::Classes;
+use super::hash::{NumberMap, NumberSet};
 use super::identify::with_name;
 use super::maps::Maps;
 use super::number::{Counter, Identity, Nature, PolicyVersion, ReasonId, RowId, SetId};
@@ -101,11 +102,11 @@ pub struct Compiler {
     pub(super) reasons: Reasons,
     pub(super) sets: BTreeMap<SetId, Set>,
     pub(super) set_keys: HashMap<SetKey, SetId>,
-    pub(super) rows: HashSet<RowId>,
+    pub(super) rows: NumberSet<RowId>,
     pub(super) set_counter: Counter,
     pub(super) row_counter: Counter,
 
-    pub(super) pods: HashMap<PodId, PodState>,
+    pub(super) pods: NumberMap<PodId, PodState>,
     pub(super) names: HashMap<ObjectName, PodId>,
     pub(super) pod_counter: Counter,
     pub(super) claims: BTreeMap<IpAddr, Claim>,
@@ -133,9 +134,8 @@ impl Compiler {
         let used = maps.addresses.values().chain(maps.blocks.values()).flatten();
         let used = used.chain(maps.peers.keys().map(|(_, identity)| identity));
         let mut classes = Classes::new(used.map(number).max().unwrap_or(0));
-        let cells = Cells::new(|family, cell| {
-            classes.identity(Nature::World, None, cell, &super::cells::whole(family)).0
-        });
+        let cells =
+            Cells::new(|family, cell| classes.identity(Nature::World, None, cell, &super::cells::whole(family)).0);
         let sets = maps.endpoints.values().flatten().flat_map(|e| [e.ingress.set, e.egress.set]);
         let sets = sets.chain(maps.peers.keys().map(|(set, _)| *set));
         let reasons = maps.rows.values().flatten().map(|entry| entry.decision.reason());
@@ -152,8 +152,8 @@ impl Compiler {
             row_counter: Counter::new(maps.rows.keys().map(|row| row.0).max().unwrap_or(0), 1 << 31),
             sets: BTreeMap::new(),
             set_keys: HashMap::new(),
-            rows: HashSet::new(),
-            pods: HashMap::new(),
+            rows: NumberSet::default(),
+            pods: NumberMap::default(),
             names: HashMap::new(),
             pod_counter: Counter::new(0, u32::MAX),
             claims: BTreeMap::new(),

@@ -116,7 +116,15 @@ impl Compiler {
         self.claims.get(&address).filter(|c| c.identity.nature() == Nature::Pod)?.pods.last().copied().map(Subject::Pod)
     }
 
-    fn judge(&self, who: Subject, same: bool, peer: IpAddr, direction: Direction, protocol: u8, port: u16) -> Judgement {
+    fn judge(
+        &self,
+        who: Subject,
+        same: bool,
+        peer: IpAddr,
+        direction: Direction,
+        protocol: u8,
+        port: u16,
+    ) -> Judgement {
         let identity = self.seen(peer);
         let (policies, live, answer) = match who {
             Subject::Endpoint(slot) => {

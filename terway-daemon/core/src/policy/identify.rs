@@ -1,14 +1,14 @@
 //! Which identity an address has, and how blocks and label keys that come into use split identities without changing any decision.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::cells::{CellId, Cells, inside, whole};
+use super::cells::{CellId, Cells, family, inside, whole};
 use super::class::{ClassId, Classes, ProfileId};
 use super::compiler::Compiler;
+use super::hash::{NumberMap, NumberSet};
 use super::number::{Identity, Nature, RowId, SetId, Target};
 use super::op::{Op, Stale};
 use super::plan::Item;
@@ -29,7 +29,12 @@ pub(super) fn with_name(namespace: &Arc<str>, labels: &Labels) -> Labels {
     own.chain([(Arc::from(NAMESPACE_NAME), Arc::clone(namespace))]).collect()
 }
 
-pub(super) fn view<'a>(classes: &'a Classes, cells: &'a Cells, identity: Identity, none: &'a Labels) -> Option<PeerView<'a>> {
+pub(super) fn view<'a>(
+    classes: &'a Classes,
+    cells: &'a Cells,
+    identity: Identity,
+    none: &'a Labels,
+) -> Option<PeerView<'a>> {
     let meaning = classes.meaning(identity)?;
     let class = meaning.class.and_then(|class| classes.get(class));
     Some(PeerView {
@@ -188,23 +193,29 @@ impl Compiler {
                 set.set_default(Identity::new(nature, of, 0).default_index(), target);
             }
         }
-        let mut plain: HashMap<CellId, Target> = HashMap::new();
+        // Where no peer selects anything of a namespace, only the cell matters; and where the cell says what the default says, nothing does.
+        let mut plain: NumberMap<CellId, Target> = NumberMap::default();
+        let mut plain_is_default = true;
+        for (id, cell) in self.cells.iter().filter(|(_, cell)| cell.members > 0) {
+            let peer = PeerView { nature: Nature::Pod, labels: &none, ports: &[], net: cell.net };
+            let target = set.target(&peer, &[], &mut rows);
+            let index = Identity::new(Nature::Pod, family(&cell.net), 0).default_index();
+            plain_is_default &= target == set.default(index);
+            plain.insert(id, target);
+        }
         for (namespace, classes) in self.classes.namespaces() {
             let labels = self.namespaces.get(namespace).cloned().unwrap_or_else(|| with_name(namespace, &none));
             let answers = set.namespace_answers(namespace, &labels);
-            // Where no peer selects anything of a namespace, only the cell matters.
             let quiet = !set.by_port_name && !answers.contains(&true);
-            for identity in classes.iter().filter_map(|c| self.classes.get(*c)).flat_map(|class| &class.identities) {
-                let Some(meaning) = self.classes.meaning(*identity) else { continue };
-                let target = match plain.get(&meaning.cell) {
+            if quiet && plain_is_default {
+                continue;
+            }
+            for (identity, cell) in classes.iter().filter_map(|c| self.classes.get(*c)).flat_map(|c| &c.identities) {
+                let target = match plain.get(cell) {
                     Some(target) if quiet => *target,
                     _ => {
                         let Some(peer) = view(&self.classes, &self.cells, *identity, &none) else { continue };
-                        let target = set.target(&peer, &answers, &mut rows);
-                        if quiet {
-                            plain.insert(meaning.cell, target);
-                        }
-                        target
+                        set.target(&peer, &answers, &mut rows)
                     }
                 };
                 if set.put(*identity, target).1 != Target::NONE {
@@ -236,7 +247,8 @@ impl Compiler {
             self.change.garbage.push(Op::DropPeer { set: id, identity: *identity });
         }
         // Entries that this event removed have not been written yet, and need not be.
-        let gone: Vec<_> = self.change.peers.range((id, Identity(0))..=(id, Identity(u32::MAX))).map(|(k, v)| (*k, *v)).collect();
+        let gone: Vec<_> =
+            self.change.peers.range((id, Identity(0))..=(id, Identity(u32::MAX))).map(|(k, v)| (*k, *v)).collect();
         for (key, (old, _)) in gone {
             self.change.peers.remove(&key);
             if old != Target::NONE && !set.entries().contains_key(&key.1) {
@@ -368,7 +380,7 @@ impl Compiler {
     }
 }
 
-pub(super) fn number_row(counter: &mut super::number::Counter, live: &mut std::collections::HashSet<RowId>) -> RowId {
+pub(super) fn number_row(counter: &mut super::number::Counter, live: &mut NumberSet<RowId>) -> RowId {
     let row = RowId(counter.next(|n| live.contains(&RowId(n))));
     live.insert(row);
     row

@@ -127,7 +127,12 @@ impl Maps {
     ///
     /// `phase` is read once, and before it the epochs that go into the flow entry.
     #[must_use]
-    pub fn verdict(&self, packet: &Packet, local: &dyn Fn(IpAddr) -> Option<u32>, phase: usize) -> [Option<Decision>; 2] {
+    pub fn verdict(
+        &self,
+        packet: &Packet,
+        local: &dyn Fn(IpAddr) -> Option<u32>,
+        phase: usize,
+    ) -> [Option<Decision>; 2] {
         let (source, destination) = (local(packet.source), local(packet.destination));
         let here = |slot: u32| self.endpoints.get(&slot).map(|pair| pair[phase]).unwrap_or_default();
         let seen = |address: IpAddr, slot: Option<u32>| match slot {

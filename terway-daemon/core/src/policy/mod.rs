@@ -21,6 +21,7 @@ mod cells;
 mod class;
 mod compiler;
 mod explain;
+mod hash;
 mod identify;
 mod maps;
 mod number;

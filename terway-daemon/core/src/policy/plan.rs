@@ -96,11 +96,15 @@ fn pair<T: Copy>(now: T, next: T, phase: usize) -> Pair<T> {
 /// Writes an entry: `now` in the phase that counts, `next` in the other one. An entry that says nothing in either is removed.
 fn write(item: Item, now: Value, next: Value, phase: usize) -> Op {
     match (item, now, next) {
-        (Item::Address(address), Value::Address(Identity::NONE), Value::Address(Identity::NONE)) => Op::DropAddress(address),
+        (Item::Address(address), Value::Address(Identity::NONE), Value::Address(Identity::NONE)) => {
+            Op::DropAddress(address)
+        }
         (Item::Address(address), Value::Address(now), Value::Address(next)) => {
             Op::Address { address, identities: pair(now, next, phase) }
         }
-        (Item::Peer(set, identity), Value::Peer(Target::NONE), Value::Peer(Target::NONE)) => Op::DropPeer { set, identity },
+        (Item::Peer(set, identity), Value::Peer(Target::NONE), Value::Peer(Target::NONE)) => {
+            Op::DropPeer { set, identity }
+        }
         (Item::Peer(set, identity), Value::Peer(now), Value::Peer(next)) => {
             Op::Peer { set, identity, targets: pair(now, next, phase) }
         }

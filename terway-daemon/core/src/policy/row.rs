@@ -133,7 +133,8 @@ mod tests {
         for (n, first) in edges.iter().enumerate() {
             for last in &edges[n..] {
                 let ranges = [(6u8, *first, *last)];
-                let rule = Matched { stage: Stage::Network, action: Action::Accept, ports: Some(&ranges), decision: yes };
+                let rule =
+                    Matched { stage: Stage::Network, action: Action::Accept, ports: Some(&ranges), decision: yes };
                 let row = flatten(&[rule], no);
                 assert!(row.len() <= 32, "{first}-{last}: {}", row.len());
                 for port in 0..=u16::MAX {

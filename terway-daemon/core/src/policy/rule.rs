@@ -206,7 +206,8 @@ impl Match {
 }
 
 fn network_rule(own: &Arc<str>, rule: &PolicyRule) -> Rule {
-    let peers = (!rule.peers.is_empty()).then(|| rule.peers.iter().filter_map(|peer| network_peer(own, peer)).collect());
+    let peers =
+        (!rule.peers.is_empty()).then(|| rule.peers.iter().filter_map(|peer| network_peer(own, peer)).collect());
     let ports = (!rule.ports.is_empty()).then(|| rule.ports.iter().filter_map(network_port).collect());
     Rule { name: Arc::from(""), action: Action::Accept, peers, ports }
 }
@@ -287,7 +288,9 @@ fn cluster_rule<P>(rule: &ClusterRule<P>, peer: fn(&P) -> Option<Vec<Match>>) ->
             peers: Some(peers.into_iter().flatten().collect()),
             ports: (!ports.is_empty()).then_some(ports),
         },
-        _ if rule.action == Action::Accept => Rule { name, action: Action::Accept, peers: Some(Vec::new()), ports: None },
+        _ if rule.action == Action::Accept => {
+            Rule { name, action: Action::Accept, peers: Some(Vec::new()), ports: None }
+        }
         _ => Rule { name, action: Action::Deny, peers: None, ports: None },
     }
 }

@@ -4,11 +4,13 @@
 //! identity it says one target, which is the whole answer: nothing is merged at the time of a packet.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
 use super::class::NamedPort;
+use super::hash::{Mix, NumberMap};
 use super::number::{Decision, Identity, Nature, PolicyVersion, RowId, SetId, Target};
 use super::op::Side;
 use super::reason::{NO_POLICY, Reason, Reasons, UNKNOWN_POD};
@@ -63,8 +65,10 @@ pub(super) struct Set {
     rules: Vec<SetRule>,
     otherwise: Decision,
     defaults: [Target; 4],
-    entries: HashMap<Identity, Target>,
-    rows: HashMap<Vec<Hit>, Target>,
+    entries: NumberMap<Identity, Target>,
+    rows: HashMap<Vec<Hit>, Target, BuildHasherDefault<Mix>>,
+    /// Room for the question that is being asked.
+    scratch: Vec<Hit>,
     tables: BTreeMap<RowId, Vec<RowEntry>>,
     reasons: Vec<super::ReasonId>,
     /// Has peers selected by the labels of their namespaces.
@@ -136,7 +140,11 @@ impl Set {
                 rules.push(SetRule {
                     stage: policy.rank.stage,
                     action: rule.action,
-                    decision: if rule.action == Action::Accept { Decision::allow(reason) } else { Decision::deny(reason) },
+                    decision: if rule.action == Action::Accept {
+                        Decision::allow(reason)
+                    } else {
+                        Decision::deny(reason)
+                    },
                     policy: Arc::clone(policy),
                     index,
                     ports,
@@ -145,11 +153,9 @@ impl Set {
             }
         }
         let by_port_name = rules.iter().any(|rule| rule.names);
-        let by_namespace = rules.iter().any(|rule| {
-            rule.peers(direction).iter().flat_map(|peers| peers.iter()).any(
-                |peer| matches!(peer, Match::Pods(pods) if matches!(pods.namespaces, Namespaces::Selected(_))),
-            )
-        });
+        let all = || rules.iter().filter_map(|rule| rule.peers(direction)).flatten();
+        let by_namespace =
+            all().any(|peer| matches!(peer, Match::Pods(p) if matches!(p.namespaces, Namespaces::Selected(_))));
         Self {
             key,
             id,
@@ -157,8 +163,9 @@ impl Set {
             rules,
             otherwise,
             defaults: [Target::decision(otherwise); 4],
-            entries: HashMap::new(),
-            rows: HashMap::new(),
+            entries: NumberMap::default(),
+            rows: HashMap::default(),
+            scratch: Vec::new(),
             tables: BTreeMap::new(),
             reasons: used,
             by_namespace,
@@ -178,7 +185,7 @@ impl Set {
         &self.tables
     }
 
-    pub(super) fn entries(&self) -> &HashMap<Identity, Target> {
+    pub(super) fn entries(&self) -> &NumberMap<Identity, Target> {
         &self.entries
     }
 
@@ -192,6 +199,11 @@ impl Set {
         let special = target != self.defaults[identity.default_index()];
         let old = if special { self.entries.insert(identity, target) } else { self.entries.remove(&identity) };
         (old.unwrap_or_default(), if special { target } else { Target::NONE })
+    }
+
+    /// What it says about identities without an entry, by [`Identity::default_index`].
+    pub(super) const fn default(&self, index: usize) -> Target {
+        self.defaults[index]
     }
 
     /// Forgets an identity; whether there was an entry.
@@ -215,8 +227,11 @@ impl Set {
 
     /// Where the lookup of a peer leads. `in_namespace` are [`Set::namespace_answers`].
     pub(super) fn target(&mut self, peer: &PeerView<'_>, in_namespace: &[bool], rows: &mut NewRows<'_>) -> Target {
-        let hits = self.hits(peer, in_namespace);
-        if let Some(target) = self.rows.get(&hits) {
+        let mut hits = std::mem::take(&mut self.scratch);
+        hits.clear();
+        self.hits(peer, in_namespace, &mut hits);
+        if let Some(target) = self.rows.get(&hits[..]) {
+            self.scratch = hits;
             return *target;
         }
         let entries = self.flatten(&hits);
@@ -233,8 +248,7 @@ impl Set {
         target
     }
 
-    fn hits(&self, peer: &PeerView<'_>, in_namespace: &[bool]) -> Vec<Hit> {
-        let mut hits = Vec::new();
+    fn hits(&self, peer: &PeerView<'_>, in_namespace: &[bool], hits: &mut Vec<Hit>) {
         let mut asked = 0;
         for (n, rule) in self.rules.iter().enumerate() {
             let peers = rule.peers(self.key.direction);
@@ -265,7 +279,6 @@ impl Set {
             }
             hits.push((n, named));
         }
-        hits
     }
 
     fn flatten(&self, hits: &[Hit]) -> Vec<RowEntry> {
@@ -281,7 +294,12 @@ impl Set {
             .zip(&ports)
             .filter_map(|((n, _), ports)| {
                 let rule = self.rules.get(*n)?;
-                Some(Matched { stage: rule.stage, action: rule.action, ports: ports.as_deref(), decision: rule.decision })
+                Some(Matched {
+                    stage: rule.stage,
+                    action: rule.action,
+                    ports: ports.as_deref(),
+                    decision: rule.decision,
+                })
             })
             .collect();
         flatten(&matched, self.otherwise)

@@ -140,7 +140,9 @@ fn tier(world: &World, pod: &Pod, tier: Tier, direction: Direction, packet: &Pac
             continue;
         }
         let decided = match direction {
-            Direction::Ingress => policy.ingress.iter().find_map(|r| act(world, r, is_cluster_ingress, direction, packet)),
+            Direction::Ingress => {
+                policy.ingress.iter().find_map(|r| act(world, r, is_cluster_ingress, direction, packet))
+            }
             Direction::Egress => policy.egress.iter().find_map(|r| act(world, r, is_cluster_egress, direction, packet)),
         };
         match decided {

@@ -80,9 +80,7 @@ fn ports_by_protocol_number_range_and_default() {
 #[test]
 fn a_named_port_is_the_receivers_and_of_its_protocol() {
     let mut node = four();
-    let serving = |number: u16, protocol: &str| {
-        json!({"containers": [{"ports": [{"name": "web", "containerPort": number, "protocol": protocol}]}]})
-    };
+    let serving = |number: u16, protocol: &str| json!({"containers": [{"ports": [{"name": "web", "containerPort": number, "protocol": protocol}]}]});
     let running = json!({"phase": "Running"});
     node.pod_with("x/a1", json!({"app": "a"}), serving(80, "TCP"), running.clone());
     node.pod_with("y/a3", json!({"app": "a"}), serving(81, "TCP"), running.clone());
@@ -107,7 +105,10 @@ fn a_hole_takes_nothing_from_other_rules() {
     assert!(node.tcp("y/a3", "x/a1", 80), "a block speaks of pods, too");
     assert!(!node.tcp("x/b2", "x/a1", 80) && !node.tcp("10.0.1.1", "x/a1", 80));
     assert!(!node.tcp6("y/a3", "x/a1", 80), "and of one family only");
-    node.policy("x/q", json!({"podSelector": {}, "ingress": [{"from": [{"podSelector": {}}], "ports": [{"port": 80}]}]}));
+    node.policy(
+        "x/q",
+        json!({"podSelector": {}, "ingress": [{"from": [{"podSelector": {}}], "ports": [{"port": 80}]}]}),
+    );
     assert!(node.tcp("x/b2", "x/a1", 80) && !node.tcp("x/b2", "x/a1", 81));
     node.policy("x/r", json!({"podSelector": {}, "ingress": [{"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}}], "ports": [{"port": 81}]}]}));
     assert!(node.tcp("x/b2", "x/a1", 81) && node.tcp("10.9.9.9", "x/a1", 81) && !node.tcp("10.9.9.9", "x/a1", 80));
@@ -116,7 +117,10 @@ fn a_hole_takes_nothing_from_other_rules() {
 #[test]
 fn both_sides_must_allow_on_one_node() {
     let mut node = four();
-    node.policy("x/p", json!({"podSelector": {}, "policyTypes": ["Egress"], "egress": [{"to": [{"namespaceSelector": {}}]}]}));
+    node.policy(
+        "x/p",
+        json!({"podSelector": {}, "policyTypes": ["Egress"], "egress": [{"to": [{"namespaceSelector": {}}]}]}),
+    );
     node.policy("y/p", json!({"podSelector": {}}));
     assert!(!node.tcp("x/a1", "y/a3", 80) && node.tcp("x/a1", "x/b2", 80));
     node.policy("y/q", json!({"podSelector": {}, "ingress": [{}]}));
@@ -176,14 +180,18 @@ fn a_pod_is_isolated_before_anything_is_known_of_it() {
     // A namesake's labels are not its own.
     node.pod("x/new7", json!({"app": "y"}));
     assert!(!node.tcp("x/new7", "y/a3", 80));
-    node.object(Kind::Pod, &json!({"metadata": {"namespace": "x", "name": "new7", "uid": "second", "labels": {"app": "y"}}}));
+    node.object(
+        Kind::Pod,
+        &json!({"metadata": {"namespace": "x", "name": "new7", "uid": "second", "labels": {"app": "y"}}}),
+    );
     assert!(node.tcp("x/new7", "y/a3", 80), "known, and not selected");
 }
 
 #[test]
 fn labels_count_as_they_are_now() {
     let mut node = four();
-    let from = json!([{"namespaceSelector": {"matchLabels": {"team": "two"}}, "podSelector": {"matchLabels": {"app": "b"}}}]);
+    let from =
+        json!([{"namespaceSelector": {"matchLabels": {"team": "two"}}, "podSelector": {"matchLabels": {"app": "b"}}}]);
     node.policy("x/p", json!({"podSelector": {"matchLabels": {"app": "a"}}, "ingress": [{"from": from}]}));
     let seen = |node: &Node| node.tcp("y/a3", "x/a1", 80);
     assert!(!seen(&node));
@@ -234,7 +242,11 @@ fn the_switch_works_at_once_and_both_ways() {
     let ops = node.step(Event::Enforce(false));
     assert!(node.tcp("y/a3", "x/a1", 80));
     assert_eq!(ops.iter().filter(|op| matches!(op, Op::Gate { .. })).count(), 1);
-    assert_eq!(ops.len(), 2 + usize::from(ops.contains(&Op::Fence)) * (ops.len() - 2), "one write and a word about flows: {ops:?}");
+    assert_eq!(
+        ops.len(),
+        2 + usize::from(ops.contains(&Op::Fence)) * (ops.len() - 2),
+        "one write and a word about flows: {ops:?}"
+    );
     node.step(Event::Enforce(true));
     assert!(!node.tcp("y/a3", "x/a1", 80));
 }
@@ -244,7 +256,10 @@ fn an_explanation_names_policy_rule_and_direction() {
     let mut node = four();
     node.pod("y/far8", json!({"app": "b"}));
     node.policy("x/deny", json!({"podSelector": {}}));
-    node.policy("x/web", json!({"podSelector": {}, "ingress": [{"ports": [{"port": 443}]}, {"ports": [{"port": 80}]}]}));
+    node.policy(
+        "x/web",
+        json!({"podSelector": {}, "ingress": [{"ports": [{"port": 443}]}, {"ports": [{"port": 80}]}]}),
+    );
     node.policy("y/out", json!({"podSelector": {"matchLabels": {"app": "b"}}, "policyTypes": ["Egress"]}));
     let explain = |node: &Node, from: &str, to: &str, port| {
         let party = |text: &str| text.parse().map_or_else(|_| Party::Pod(name(text)), Party::Address);
@@ -288,7 +303,8 @@ fn small_changes_write_little() {
     assert!(ops.iter().filter(|op| matches!(op, Op::Address { .. })).count() == 2 && ops.len() <= 5, "{ops:?}");
     // A block around all pods takes over their identities instead of giving them new ones.
     let block = json!({"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}});
-    let ops = writes(&node.policy("y/q", json!({"podSelector": {"matchLabels": {"app": "z"}}, "egress": [{"to": [block]}]})));
+    let ops =
+        writes(&node.policy("y/q", json!({"podSelector": {"matchLabels": {"app": "z"}}, "egress": [{"to": [block]}]})));
     let addresses = ops.iter().filter(|op| matches!(op, Op::Address { .. })).count();
     assert!(addresses <= 1, "the node's own at most: {ops:?}");
     assert!(node.tcp("y/far20", "x/a1", 80) && !node.tcp("y/a3", "x/a1", 80));

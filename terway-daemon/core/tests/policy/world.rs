@@ -46,7 +46,9 @@ pub(crate) fn home(n: usize) -> [IpAddr; 2] {
 
 /// Addresses that are nobody's, those of this node first.
 pub(crate) fn elsewhere() -> Vec<IpAddr> {
-    ["10.0.0.100", "fd00::100", "10.0.0.101", "10.9.9.9", "192.0.2.1", "2001:db8::1"].map(|a| a.parse().unwrap()).to_vec()
+    ["10.0.0.100", "fd00::100", "10.0.0.101", "10.9.9.9", "192.0.2.1", "2001:db8::1"]
+        .map(|a| a.parse().unwrap())
+        .to_vec()
 }
 
 impl World {
@@ -65,7 +67,9 @@ impl World {
     /// All that a compiler must be told, in one of the orders it may come in.
     pub(crate) fn events(&self) -> Vec<Event> {
         let mut all = vec![Event::NodeAddresses(self.node.iter().copied().collect()), Event::Enforce(self.enforce)];
-        all.extend(self.namespaces.iter().map(|(name, n)| Event::Namespace(Arc::clone(name), Some(Arc::new(n.clone())))));
+        all.extend(
+            self.namespaces.iter().map(|(name, n)| Event::Namespace(Arc::clone(name), Some(Arc::new(n.clone())))),
+        );
         all.extend(self.policies.iter().map(|(name, p)| Event::NetworkPolicy(name.clone(), Some(Arc::new(p.clone())))));
         all.extend(
             self.cluster.iter().map(|(name, p)| Event::ClusterNetworkPolicy(name.clone(), Some(Arc::new(p.clone())))),
@@ -105,11 +109,8 @@ pub(crate) fn attach(slot: u32, local: &Local) -> Event {
             IpAddr::V6(v6) => addresses.v6 = Some(*v6),
         }
     }
-    let pod = PodRef {
-        namespace: local.pod.namespace.to_string(),
-        name: local.pod.name.to_string(),
-        uid: local.uid.clone(),
-    };
+    let pod =
+        PodRef { namespace: local.pod.namespace.to_string(), name: local.pod.name.to_string(), uid: local.uid.clone() };
     Event::Attach { slot, pod, addresses }
 }
 
@@ -137,11 +138,8 @@ pub(crate) fn protocol(dice: &mut Dice) -> Protocol {
 
 pub(crate) fn pod(dice: &mut Dice, name: &ObjectName, uid: usize, homes: &[usize]) -> Pod {
     let host_network = dice.chance(8);
-    let ips: Vec<IpAddr> = if host_network {
-        elsewhere()[..2].to_vec()
-    } else {
-        homes.iter().flat_map(|n| home(*n)).collect()
-    };
+    let ips: Vec<IpAddr> =
+        if host_network { elsewhere()[..2].to_vec() } else { homes.iter().flat_map(|n| home(*n)).collect() };
     let ports = dice.some(0, 3, |dice| PodPort {
         name: Arc::from(*dice.pick(&["", "web", "web", "api"])),
         protocol: protocol(dice),
@@ -153,7 +151,14 @@ pub(crate) fn pod(dice: &mut Dice, name: &ObjectName, uid: usize, homes: &[usize
         meta: meta(&name.namespace, &name.name, labels(dice), uid.to_string()),
         node: None,
         host_network,
-        phase: *dice.pick(&[Phase::Running, Phase::Running, Phase::Running, Phase::Pending, Phase::Succeeded, Phase::Failed]),
+        phase: *dice.pick(&[
+            Phase::Running,
+            Phase::Running,
+            Phase::Running,
+            Phase::Pending,
+            Phase::Succeeded,
+            Phase::Failed,
+        ]),
         ips: ips.into(),
         ports: ports.into(),
     }
@@ -168,7 +173,9 @@ fn selector(dice: &mut Dice) -> LabelSelector {
     let mut selector = LabelSelector::default();
     match dice.below(10) {
         0..=2 => {}
-        3..=6 => selector.match_labels = [(*dice.pick(&["app", "role"]), *dice.pick(&["1", "2"]))].into_iter().collect(),
+        3..=6 => {
+            selector.match_labels = [(*dice.pick(&["app", "role"]), *dice.pick(&["1", "2"]))].into_iter().collect()
+        }
         _ => {
             let operator = *dice.pick(&[Operator::In, Operator::NotIn, Operator::Exists, Operator::DoesNotExist]);
             let values = match operator {
@@ -194,7 +201,8 @@ fn namespace_selector(dice: &mut Dice) -> LabelSelector {
 }
 
 fn net(dice: &mut Dice) -> IpNet {
-    let fixed = ["0.0.0.0/0", "::/0", "10.0.0.0/8", "10.0.0.0/28", "10.0.0.4/30", "fd00::/64", "fd00::4/126", "192.0.2.0/24"];
+    let fixed =
+        ["0.0.0.0/0", "::/0", "10.0.0.0/8", "10.0.0.0/28", "10.0.0.4/30", "fd00::/64", "fd00::4/126", "192.0.2.0/24"];
     if dice.chance(25) {
         let address = home(dice.below(HOMES))[dice.below(2)];
         return IpNet::from(address);
@@ -266,7 +274,11 @@ pub(crate) fn cluster_policy(dice: &mut Dice, name: &ObjectName) -> ClusterNetwo
         meta: meta("", &name.name, Labels::default(), String::new()),
         tier: *dice.pick(&[Tier::Admin, Tier::Baseline]),
         priority: dice.below(3) as u16,
-        subject: if dice.chance(50) { Subject::Namespaces(namespace_selector(dice)) } else { Subject::Pods(pods(dice)) },
+        subject: if dice.chance(50) {
+            Subject::Namespaces(namespace_selector(dice))
+        } else {
+            Subject::Pods(pods(dice))
+        },
         ingress: dice.some(0, 2, |dice| {
             cluster_rule(dice, |dice| match dice.below(20) {
                 0..=9 => ClusterIngressPeer::Namespaces(namespace_selector(dice)),
