@@ -30,6 +30,11 @@ impl Dice {
         &from[self.below(from.len())]
     }
 
+    /// One of these words.
+    pub(crate) const fn word(&mut self, from: &[&'static str]) -> &'static str {
+        from[self.below(from.len())]
+    }
+
     /// Up to `most` things, made one after the other.
     pub(crate) fn some<T>(&mut self, least: usize, most: usize, mut make: impl FnMut(&mut Self) -> T) -> Vec<T> {
         let count = least + self.below(most - least + 1);

@@ -58,7 +58,7 @@ fn change(world: &mut World, dice: &mut Dice, uid: &mut usize) -> Option<Event> 
             tell(world, name)
         }
         40..=46 => {
-            let name: Arc<str> = Arc::from(*dice.pick(&NAMESPACES));
+            let name: Arc<str> = Arc::from(dice.word(&NAMESPACES));
             if dice.chance(15) {
                 world.namespaces.remove(&name);
             } else {
@@ -68,8 +68,8 @@ fn change(world: &mut World, dice: &mut Dice, uid: &mut usize) -> Option<Event> 
             Event::Namespace(name, object)
         }
         47..=63 => {
-            let namespace = *dice.pick(&NAMESPACES);
-            let name = ObjectName::new(namespace, *dice.pick(&["p0", "p1", "p2"]));
+            let namespace = dice.word(&NAMESPACES);
+            let name = ObjectName::new(namespace, dice.word(&["p0", "p1", "p2"]));
             if dice.chance(35) {
                 world.policies.remove(&name)?;
             } else {
@@ -79,7 +79,7 @@ fn change(world: &mut World, dice: &mut Dice, uid: &mut usize) -> Option<Event> 
             Event::NetworkPolicy(name, object)
         }
         64..=73 => {
-            let name = ObjectName::new("", *dice.pick(&["c0", "c1", "c2"]));
+            let name = ObjectName::new("", dice.word(&["c0", "c1", "c2"]));
             if dice.chance(50) {
                 world.cluster.remove(&name)?;
             } else {

@@ -29,8 +29,11 @@ pub(crate) fn said(verdict: [Option<Decision>; 2]) -> [Option<bool>; 2] {
     verdict.map(|side| side.map(Decision::allowed))
 }
 
+/// A packet, what the maps say of its two sides, and what the oracle says.
+type Difference = (Packet, [Option<bool>; 2], [Option<bool>; 2]);
+
 /// The first packet on which maps and oracle differ, with the two answers.
-fn difference(world: &World) -> Option<(Packet, [Option<bool>; 2], [Option<bool>; 2])> {
+fn difference(world: &World) -> Option<Difference> {
     let (compiler, maps) = compile(world);
     let local = finder(world);
     for packet in world.packets() {

@@ -222,7 +222,7 @@ fn tiers_are_asked_in_order() {
     assert_eq!(seen(&node), [false, true], "NetworkPolicies come before it, and decide");
     node.cluster("late", spec("Admin", 9, "Deny", json!([])));
     assert_eq!(seen(&node), [false, false], "an admin's word");
-    node.cluster("early", spec("Admin", 1, "Accept", web.clone()));
+    node.cluster("early", spec("Admin", 1, "Accept", web));
     assert_eq!(seen(&node), [true, false], "the lower number first");
     node.cluster("early", spec("Admin", 1, "Pass", json!([])));
     assert_eq!(seen(&node), [false, true], "leaves the tier");

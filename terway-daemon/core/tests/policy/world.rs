@@ -122,7 +122,7 @@ pub(crate) fn labels(dice: &mut Dice) -> Labels {
     let mut pairs: Vec<(&str, &str)> = Vec::new();
     for key in ["app", "role"] {
         if dice.chance(65) {
-            pairs.push((key, *dice.pick(&["1", "2"])));
+            pairs.push((key, dice.word(&["1", "2"])));
         }
     }
     pairs.into_iter().collect()
@@ -141,7 +141,7 @@ pub(crate) fn pod(dice: &mut Dice, name: &ObjectName, uid: usize, homes: &[usize
     let ips: Vec<IpAddr> =
         if host_network { elsewhere()[..2].to_vec() } else { homes.iter().flat_map(|n| home(*n)).collect() };
     let ports = dice.some(0, 3, |dice| PodPort {
-        name: Arc::from(*dice.pick(&["", "web", "web", "api"])),
+        name: Arc::from(dice.word(&["", "web", "web", "api"])),
         protocol: protocol(dice),
         port: *dice.pick(&[80, 80, 81]),
         host_port: 0,
@@ -165,7 +165,7 @@ pub(crate) fn pod(dice: &mut Dice, name: &ObjectName, uid: usize, homes: &[usize
 }
 
 pub(crate) fn pod_name(dice: &mut Dice) -> ObjectName {
-    let (namespace, name) = (*dice.pick(&NAMESPACES), *dice.pick(&NAMES));
+    let (namespace, name) = (dice.word(&NAMESPACES), dice.word(&NAMES));
     ObjectName::new(namespace, name)
 }
 
@@ -174,15 +174,15 @@ fn selector(dice: &mut Dice) -> LabelSelector {
     match dice.below(10) {
         0..=2 => {}
         3..=6 => {
-            selector.match_labels = [(*dice.pick(&["app", "role"]), *dice.pick(&["1", "2"]))].into_iter().collect()
+            selector.match_labels = [(dice.word(&["app", "role"]), dice.word(&["1", "2"]))].into_iter().collect();
         }
         _ => {
             let operator = *dice.pick(&[Operator::In, Operator::NotIn, Operator::Exists, Operator::DoesNotExist]);
             let values = match operator {
-                Operator::In | Operator::NotIn => dice.some(1, 2, |dice| Arc::from(*dice.pick(&["1", "2"]))),
+                Operator::In | Operator::NotIn => dice.some(1, 2, |dice| Arc::from(dice.word(&["1", "2"]))),
                 Operator::Exists | Operator::DoesNotExist => Vec::new(),
             };
-            let key = Arc::from(*dice.pick(&["app", "role", "tier"]));
+            let key = Arc::from(dice.word(&["app", "role", "tier"]));
             selector.match_expressions.push(Requirement { key, operator, values });
         }
     }
@@ -191,7 +191,7 @@ fn selector(dice: &mut Dice) -> LabelSelector {
 
 fn namespace_selector(dice: &mut Dice) -> LabelSelector {
     if dice.chance(20) {
-        let name = *dice.pick(&NAMESPACES);
+        let name = dice.word(&NAMESPACES);
         return LabelSelector {
             match_labels: [("kubernetes.io/metadata.name", name)].into_iter().collect(),
             ..LabelSelector::default()
@@ -230,7 +230,7 @@ fn port(dice: &mut Dice) -> PolicyPort {
         0 => (None, None),
         1..=4 => (Some(IntOrString::Number(*dice.pick(&[80, 81, 90]))), None),
         5 | 6 => (Some(IntOrString::Number(*dice.pick(&[1, 80, 81]))), Some(*dice.pick(&[81, 90, 65535]))),
-        _ => (Some(IntOrString::Name(Arc::from(*dice.pick(&["web", "web", "api", "none"])))), None),
+        _ => (Some(IntOrString::Name(Arc::from(dice.word(&["web", "web", "api", "none"])))), None),
     };
     PolicyPort { protocol, port, end_port }
 }
@@ -250,7 +250,7 @@ pub(crate) fn policy(dice: &mut Dice, name: &ObjectName) -> NetworkPolicy {
 
 fn cluster_rule<P>(dice: &mut Dice, peer: impl Fn(&mut Dice) -> P) -> ClusterRule<P> {
     let protocols = dice.some(0, 2, |dice| match dice.below(20) {
-        0..=4 => ClusterProtocol::NamedPort(Arc::from(*dice.pick(&["web", "api", "none"]))),
+        0..=4 => ClusterProtocol::NamedPort(Arc::from(dice.word(&["web", "api", "none"]))),
         5 => ClusterProtocol::Unknown,
         _ => ClusterProtocol::Port(ClusterPort {
             protocol: protocol(dice),
@@ -333,7 +333,7 @@ pub(crate) fn random(dice: &mut Dice) -> World {
         world.pods.insert(name, object);
     }
     for n in 0..dice.below(4) {
-        let namespace: &str = *dice.pick(&NAMESPACES);
+        let namespace = dice.word(&NAMESPACES);
         let name = ObjectName::new(namespace, &format!("p{n}"));
         world.policies.insert(name.clone(), policy(dice, &name));
     }
