@@ -69,6 +69,8 @@ pub(super) struct Set {
     rows: HashMap<Vec<Hit>, Target, BuildHasherDefault<Mix>>,
     /// Room for the question that is being asked.
     scratch: Vec<Hit>,
+    /// Which peers are blocks that hold the cell last asked about: questions come by the cell.
+    block_answers: (Option<IpNet>, Vec<bool>),
     tables: BTreeMap<RowId, Vec<RowEntry>>,
     reasons: Vec<super::ReasonId>,
     /// Has peers selected by the labels of their namespaces.
@@ -166,6 +168,7 @@ impl Set {
             entries: NumberMap::default(),
             rows: HashMap::default(),
             scratch: Vec::new(),
+            block_answers: (None, Vec::new()),
             tables: BTreeMap::new(),
             reasons: used,
             by_namespace,
@@ -227,6 +230,9 @@ impl Set {
 
     /// Where the lookup of a peer leads. `in_namespace` are [`Set::namespace_answers`].
     pub(super) fn target(&mut self, peer: &PeerView<'_>, in_namespace: &[bool], rows: &mut NewRows<'_>) -> Target {
+        if self.block_answers.0 != Some(peer.net) {
+            self.ask_blocks(peer.net);
+        }
         let mut hits = std::mem::take(&mut self.scratch);
         hits.clear();
         self.hits(peer, in_namespace, &mut hits);
@@ -261,7 +267,7 @@ impl Set {
                             && in_namespace.get(at).copied().unwrap_or(false)
                             && pods.pods.matches(peer.labels)
                     }
-                    Match::Block(block) => Match::holds(block, peer.net),
+                    Match::Block(_) => self.block_answers.1.get(at).copied().unwrap_or(false),
                 })
             });
             if !matches {
@@ -279,6 +285,17 @@ impl Set {
             }
             hits.push((n, named));
         }
+    }
+
+    fn ask_blocks(&mut self, net: IpNet) {
+        let mut answers = std::mem::take(&mut self.block_answers.1);
+        answers.clear();
+        let peers = self.rules.iter().flat_map(|rule| rule.peers(self.key.direction).into_iter().flatten());
+        answers.extend(peers.map(|peer| match peer {
+            Match::Block(block) => Match::holds(block, net),
+            Match::Pods(_) => false,
+        }));
+        self.block_answers = (Some(net), answers);
     }
 
     fn flatten(&self, hits: &[Hit]) -> Vec<RowEntry> {
