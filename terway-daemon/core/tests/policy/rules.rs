@@ -1,7 +1,9 @@
 //! The rules that implementations get wrong, one by one.
 
+use std::sync::Arc;
+
 use serde_json::json;
-use terway_core::objects::Kind;
+use terway_core::objects::{Kind, Namespace, ObjectMeta, ObjectName};
 use terway_core::policy::{Event, Op, Party, Reason};
 
 use crate::fixture::{ICMP, Node, SCTP, TCP, UDP, ip, name};
@@ -280,6 +282,42 @@ fn an_explanation_names_policy_rule_and_direction() {
     assert!(!side.allowed && !side.live);
     assert_eq!(side.reason.to_string(), "isolated in egress by NetworkPolicy y/out, none of whose rules allows it");
     assert!(node.compiler.explain(&Party::Pod(name("x/nobody")), &Party::Address(ip("x/a1")), TCP, 80).is_err());
+}
+
+/// One label of a namespace turns both sides of two connections round, in opposite senses: whichever side were written first, one of them would be open
+/// for a moment that is closed before and after.
+#[test]
+fn a_change_of_both_sides_opens_nothing_on_the_way() {
+    let mut node = Node::new();
+    node.namespace("x", json!({"m": "1"}));
+    for (pod, app) in [("x/a1", "a"), ("x/b2", "b"), ("x/c3", "c"), ("x/d4", "d")] {
+        node.local(pod, json!({"app": app}));
+    }
+    for (app, operator, key, list) in [
+        ("a", "In", "egress", "to"),
+        ("b", "NotIn", "ingress", "from"),
+        ("c", "NotIn", "egress", "to"),
+        ("d", "In", "ingress", "from"),
+    ] {
+        let selector = json!({"matchExpressions": [{"key": "m", "operator": operator, "values": ["1"]}]});
+        let types = if key == "egress" { "Egress" } else { "Ingress" };
+        let spec = json!({"podSelector": {"matchLabels": {"app": app}}, "policyTypes": [types],
+            key: [{ list: [{"namespaceSelector": selector}] }]});
+        node.policy(&format!("x/{app}"), spec);
+    }
+    let closed = |node: &Node| !node.tcp("x/a1", "x/b2", 80) && !node.tcp("x/c3", "x/d4", 80);
+    assert!(closed(&node));
+    assert!(node.tcp("x/a1", "x/d4", 80) && !node.tcp("x/c3", "x/b2", 80));
+    let meta = ObjectMeta {
+        object: ObjectName::new("", "x"),
+        labels: [("m", "2")].into_iter().collect(),
+        ..ObjectMeta::default()
+    };
+    for op in node.compiler.step(Event::Namespace("x".into(), Some(Arc::new(Namespace { meta })))) {
+        node.maps.apply(&op);
+        assert!(closed(&node), "open after {op:?}");
+    }
+    assert!(!node.tcp("x/a1", "x/d4", 80) && node.tcp("x/c3", "x/b2", 80), "both were turned");
 }
 
 /// What a change costs in writes.
