@@ -180,12 +180,12 @@ fn scale() {
     measure(
         &mut compiler,
         "a block outside the cluster",
-        (0..50).map(|n| block(n, format!("198.51.100.{n}/32"))).collect(),
+        (0..50).map(|n| block(0, format!("198.51.100.{n}/32"))).collect(),
     );
     measure(
         &mut compiler,
         "a block of 128 pods",
-        (0..20).map(|n| block(100 + n, format!("{}/25", address(n, 0)))).collect(),
+        (0..20).map(|n| block(0, format!("{}/25", address(n, 0)))).collect(),
     );
     let admin = |n: usize| {
         let spec = json!({"tier": "Admin", "priority": n, "subject": {"namespaces": {"matchLabels": {"stage": "prod"}}},
