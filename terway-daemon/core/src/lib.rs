@@ -10,6 +10,7 @@ pub mod errors;
 pub mod ident;
 pub mod ipam;
 pub mod objects;
+pub mod policy;
 pub mod reconcile;
 pub mod route;
 pub mod service;

@@ -1,0 +1,198 @@
+//! The address space cut by every block and hole in use. A cell is what belongs to one block and to none of the blocks inside it, so the
+//! cell of an address says which blocks hold it. Blocks nest or are disjoint; the longest one wins, as in the kernel's LPM trie.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+use super::hash::NumberMap;
+use super::number::{Counter, Identity};
+use super::rule::{host, within};
+use crate::ident::Family;
+
+/// A cell. It keeps its number while blocks come and go, if most of its addresses stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct CellId(pub(super) u32);
+
+#[derive(Debug)]
+struct Block {
+    cell: CellId,
+    /// Policies that name it, once for each time; the two whole families have one for ever.
+    users: u32,
+}
+
+/// What is known of a cell.
+#[derive(Debug)]
+pub(super) struct Cell {
+    /// The block it belongs to.
+    pub(super) net: IpNet,
+    /// The identity of its addresses that are nobody's.
+    pub(super) world: Identity,
+    /// Addresses in it that have an identity of their own.
+    pub(super) members: usize,
+}
+
+#[derive(Debug)]
+pub(super) struct Cells {
+    blocks: HashMap<IpNet, Block>,
+    /// How many blocks have a prefix of each length, by family.
+    lengths: [BTreeMap<u8, usize>; 2],
+    cells: NumberMap<CellId, Cell>,
+    counter: Counter,
+}
+
+/// The whole of a family.
+pub(super) fn whole(family: Family) -> IpNet {
+    match family {
+        Family::V4 => IpNet::new_assert(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
+        Family::V6 => IpNet::new_assert(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0),
+    }
+}
+
+pub(super) const fn family(net: &IpNet) -> Family {
+    match net {
+        IpNet::V4(_) => Family::V4,
+        IpNet::V6(_) => Family::V6,
+    }
+}
+
+impl Cells {
+    /// The two families, each one cell, with the identities of their addresses.
+    pub(super) fn new(mut world: impl FnMut(Family, CellId) -> Identity) -> Self {
+        let mut cells = Self {
+            blocks: HashMap::new(),
+            lengths: Default::default(),
+            cells: NumberMap::default(),
+            counter: Counter::new(0, u32::MAX),
+        };
+        for family in [Family::V4, Family::V6] {
+            let cell = cells.fresh(whole(family));
+            cells.get_mut(cell).world = world(family, cell);
+            cells.insert(whole(family), cell);
+        }
+        cells
+    }
+
+    /// A new cell without a block; its world identity is to be set.
+    pub(super) fn fresh(&mut self, net: IpNet) -> CellId {
+        let number = CellId(self.counter.next(|n| self.cells.contains_key(&CellId(n))));
+        self.cells.insert(number, Cell { net, world: Identity::NONE, members: 0 });
+        number
+    }
+
+    #[expect(clippy::expect_used, reason = "cells are named by those who hold them; a dead one is a defect here")]
+    pub(super) fn get(&self, cell: CellId) -> &Cell {
+        self.cells.get(&cell).expect("the cell exists")
+    }
+
+    #[expect(clippy::expect_used, reason = "as for `get`")]
+    pub(super) fn get_mut(&mut self, cell: CellId) -> &mut Cell {
+        self.cells.get_mut(&cell).expect("the cell exists")
+    }
+
+    pub(super) fn drop_cell(&mut self, cell: CellId) {
+        self.cells.remove(&cell);
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (CellId, &Cell)> {
+        self.cells.iter().map(|(id, cell)| (*id, cell))
+    }
+
+    /// Blocks with the identity of their addresses that are nobody's.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = (IpNet, Identity)> {
+        self.blocks.iter().map(|(net, block)| (*net, self.get(block.cell).world))
+    }
+
+    /// The cell with most members: what holds there holds for most pods.
+    pub(super) fn home(&self, of: Family) -> CellId {
+        let most = self
+            .cells
+            .iter()
+            .filter(|(_, c)| family(&c.net) == of)
+            .max_by_key(|(id, c)| (c.members, std::cmp::Reverse(**id)));
+        most.map_or(CellId(0), |(id, _)| *id)
+    }
+
+    /// The longest block that holds `net` and, if `strictly`, is not `net` itself.
+    pub(super) fn longest(&self, net: IpNet, strictly: bool) -> IpNet {
+        let family = family(&net);
+        for (length, _) in self.lengths[family as usize].range(..=net.prefix_len()).rev() {
+            if strictly && *length == net.prefix_len() {
+                continue;
+            }
+            if let Ok(block) = IpNet::new(net.network(), *length)
+                && let block = block.trunc()
+                && self.blocks.contains_key(&block)
+            {
+                return block;
+            }
+        }
+        whole(family)
+    }
+
+    #[expect(clippy::expect_used, reason = "`longest` returns blocks that are there; the whole families never go")]
+    pub(super) fn cell_of_block(&self, net: IpNet) -> CellId {
+        self.blocks.get(&net).expect("the block exists").cell
+    }
+
+    pub(super) fn set_cell(&mut self, net: IpNet, cell: CellId) {
+        if let Some(block) = self.blocks.get_mut(&net) {
+            block.cell = cell;
+        }
+        self.get_mut(cell).net = net;
+    }
+
+    /// The cell of an address.
+    pub(super) fn of(&self, address: IpAddr) -> CellId {
+        self.cell_of_block(self.longest(host(address), false))
+    }
+
+    /// One user more; whether the block is new and must be [`Cells::insert`]ed.
+    pub(super) fn enlist(&mut self, net: IpNet) -> bool {
+        match self.blocks.get_mut(&net) {
+            Some(block) => {
+                block.users += 1;
+                false
+            }
+            None => true,
+        }
+    }
+
+    /// One user less; whether that was the last.
+    pub(super) fn release(&mut self, net: IpNet) -> bool {
+        self.blocks.get_mut(&net).is_some_and(|block| {
+            block.users = block.users.saturating_sub(1);
+            block.users == 0
+        })
+    }
+
+    /// Whether nobody uses the block.
+    pub(super) fn unused(&self, net: IpNet) -> bool {
+        self.blocks.get(&net).is_some_and(|block| block.users == 0)
+    }
+
+    /// A new block with one user.
+    pub(super) fn insert(&mut self, net: IpNet, cell: CellId) {
+        *self.lengths[family(&net) as usize].entry(net.prefix_len()).or_default() += 1;
+        self.blocks.insert(net, Block { cell, users: 1 });
+        self.get_mut(cell).net = net;
+    }
+
+    pub(super) fn remove(&mut self, net: IpNet) {
+        if self.blocks.remove(&net).is_some() {
+            let lengths = &mut self.lengths[family(&net) as usize];
+            if let Some(count) = lengths.get_mut(&net.prefix_len()) {
+                *count -= 1;
+                if *count == 0 {
+                    lengths.remove(&net.prefix_len());
+                }
+            }
+        }
+    }
+}
+
+/// Whether an address is in a block.
+pub(super) fn inside(address: IpAddr, net: IpNet) -> bool {
+    within(host(address), net)
+}

@@ -1,0 +1,324 @@
+//! Classes of pods, and the identities made of a class and a cell.
+//!
+//! Pods of one namespace are of one class if they agree in every label key that some peer selector names, and in the numbers of every port
+//! name that some egress rule names. Keys and names once looked at stay so: to forget one would only merge classes, for which
+//! thousands of addresses would be written anew.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use super::cells::{CellId, family};
+use super::hash::{NumberMap, NumberSet};
+use super::number::{Counter, Identity, Nature};
+use crate::ident::Family;
+use crate::objects::{Labels, Pod, Protocol};
+use ipnet::IpNet;
+
+/// A port that a container names.
+pub(super) type NamedPort = (Arc<str>, Protocol, u16);
+
+/// All that rules can see of a pod. Pods of one ReplicaSet share it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Profile {
+    pub(super) namespace: Arc<str>,
+    pub(super) labels: Labels,
+    pub(super) ports: Box<[NamedPort]>,
+}
+
+impl Profile {
+    pub(super) fn of(pod: &Pod) -> Self {
+        let mut ports: Vec<NamedPort> = pod
+            .ports
+            .iter()
+            .filter(|port| !port.name.is_empty())
+            .map(|port| (Arc::clone(&port.name), port.protocol, port.port))
+            .collect();
+        ports.sort();
+        ports.dedup();
+        Self {
+            namespace: Arc::clone(&pod.meta.object.namespace),
+            labels: pod.meta.labels.clone(),
+            ports: ports.into_boxed_slice(),
+        }
+    }
+}
+
+/// What of a profile is looked at.
+pub(super) type ClassKey = Profile;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct ProfileId(pub(super) u32);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct ClassId(pub(super) u32);
+
+#[derive(Debug)]
+struct ProfileState {
+    profile: Profile,
+    class: ClassId,
+    pods: usize,
+}
+
+#[derive(Debug)]
+pub(super) struct Class {
+    pub(super) key: ClassKey,
+    profiles: NumberSet<ProfileId>,
+    /// Those of its addresses, one for each cell they are in.
+    pub(super) identities: Vec<(Identity, CellId)>,
+}
+
+/// What an identity stands for.
+#[derive(Clone, Debug)]
+pub(super) struct Meaning {
+    pub(super) class: Option<ClassId>,
+    pub(super) cell: CellId,
+    /// Addresses that have it; a cell's world counts as one.
+    addresses: usize,
+}
+
+#[derive(Debug)]
+pub(super) struct Classes {
+    keys: HashSet<Arc<str>>,
+    names: HashSet<Arc<str>>,
+    profiles: NumberMap<ProfileId, ProfileState>,
+    by_profile: HashMap<Profile, ProfileId>,
+    classes: NumberMap<ClassId, Class>,
+    by_key: HashMap<ClassKey, ClassId>,
+    namespaces: HashMap<Arc<str>, NumberSet<ClassId>>,
+    meanings: NumberMap<Identity, Meaning>,
+    identities: NumberMap<(Nature, Option<ClassId>, CellId), Identity>,
+    profile_counter: Counter,
+    class_counter: Counter,
+    identity_counter: Counter,
+}
+
+impl Classes {
+    pub(super) fn new(identity: u32) -> Self {
+        Self {
+            keys: HashSet::new(),
+            names: HashSet::new(),
+            profiles: NumberMap::default(),
+            by_profile: HashMap::new(),
+            classes: NumberMap::default(),
+            by_key: HashMap::new(),
+            namespaces: HashMap::new(),
+            meanings: NumberMap::default(),
+            identities: NumberMap::default(),
+            profile_counter: Counter::new(0, u32::MAX),
+            class_counter: Counter::new(0, u32::MAX),
+            identity_counter: Counter::new(identity, Identity::NUMBERS),
+        }
+    }
+
+    fn key_of(&self, profile: &Profile) -> ClassKey {
+        ClassKey {
+            namespace: Arc::clone(&profile.namespace),
+            labels: profile
+                .labels
+                .iter()
+                .filter(|(key, _)| self.keys.contains(&**key))
+                .map(|(key, value)| (Arc::clone(key), Arc::clone(value)))
+                .collect(),
+            ports: profile.ports.iter().filter(|(name, ..)| self.names.contains(&**name)).cloned().collect(),
+        }
+    }
+
+    /// The profile's number, counted once more.
+    pub(super) fn enlist(&mut self, profile: Profile) -> ProfileId {
+        if let Some(id) = self.by_profile.get(&profile)
+            && let Some(state) = self.profiles.get_mut(id)
+        {
+            state.pods += 1;
+            return *id;
+        }
+        let id = ProfileId(self.profile_counter.next(|n| self.profiles.contains_key(&ProfileId(n))));
+        let class = self.class(self.key_of(&profile));
+        if let Some(class) = self.classes.get_mut(&class) {
+            class.profiles.insert(id);
+        }
+        self.by_profile.insert(profile.clone(), id);
+        self.profiles.insert(id, ProfileState { profile, class, pods: 1 });
+        id
+    }
+
+    fn class(&mut self, key: ClassKey) -> ClassId {
+        if let Some(id) = self.by_key.get(&key) {
+            return *id;
+        }
+        let id = ClassId(self.class_counter.next(|n| self.classes.contains_key(&ClassId(n))));
+        self.by_key.insert(key.clone(), id);
+        self.namespaces.entry(Arc::clone(&key.namespace)).or_default().insert(id);
+        self.classes.insert(id, Class { key, profiles: NumberSet::default(), identities: Vec::new() });
+        id
+    }
+
+    /// The profile is counted once less, and goes with its last pod.
+    pub(super) fn release(&mut self, id: ProfileId) {
+        let Some(state) = self.profiles.get_mut(&id) else { return };
+        state.pods -= 1;
+        if state.pods == 0
+            && let Some(state) = self.profiles.remove(&id)
+        {
+            self.by_profile.remove(&state.profile);
+            if let Some(class) = self.classes.get_mut(&state.class) {
+                class.profiles.remove(&id);
+            }
+            self.prune(state.class);
+        }
+    }
+
+    /// A class goes with the last of its profiles and identities.
+    fn prune(&mut self, id: ClassId) {
+        let Some(class) = self.classes.get(&id) else { return };
+        if class.profiles.is_empty()
+            && class.identities.is_empty()
+            && let Some(class) = self.classes.remove(&id)
+        {
+            self.by_key.remove(&class.key);
+            if let Some(all) = self.namespaces.get_mut(&class.key.namespace) {
+                all.remove(&id);
+                if all.is_empty() {
+                    self.namespaces.remove(&class.key.namespace);
+                }
+            }
+        }
+    }
+
+    pub(super) fn profile(&self, id: ProfileId) -> Option<&Profile> {
+        self.profiles.get(&id).map(|state| &state.profile)
+    }
+
+    pub(super) fn class_of(&self, id: ProfileId) -> Option<ClassId> {
+        self.profiles.get(&id).map(|state| state.class)
+    }
+
+    pub(super) fn get(&self, id: ClassId) -> Option<&Class> {
+        self.classes.get(&id)
+    }
+
+    pub(super) fn namespaces(&self) -> impl Iterator<Item = (&Arc<str>, &NumberSet<ClassId>)> {
+        self.namespaces.iter()
+    }
+
+    /// All identities of the pods of a namespace.
+    pub(super) fn identities_in(&self, namespace: &str) -> Vec<Identity> {
+        let classes = self.namespaces.get(namespace).into_iter().flatten();
+        classes
+            .filter_map(|id| self.classes.get(id))
+            .flat_map(|class| class.identities.iter().map(|(id, _)| *id))
+            .collect()
+    }
+
+    /// Looks at more keys and names from now on. Returns the profiles that are of another class than before: of a class that falls apart, the
+    /// largest part stays what it was.
+    pub(super) fn look_at<'a>(
+        &mut self,
+        keys: impl Iterator<Item = &'a Arc<str>>,
+        names: impl Iterator<Item = &'a Arc<str>>,
+    ) -> NumberSet<ProfileId> {
+        let mut moved = NumberSet::default();
+        let new_keys: HashSet<Arc<str>> = keys.filter(|key| !self.keys.contains(*key)).cloned().collect();
+        let new_names: HashSet<Arc<str>> = names.filter(|name| !self.names.contains(*name)).cloned().collect();
+        if new_keys.is_empty() && new_names.is_empty() {
+            return moved;
+        }
+        let touched: HashSet<ClassId> = self
+            .profiles
+            .values()
+            .filter(|state| {
+                new_keys.iter().any(|key| state.profile.labels.get(key).is_some())
+                    || state.profile.ports.iter().any(|(name, ..)| new_names.contains(name))
+            })
+            .map(|state| state.class)
+            .collect();
+        self.keys.extend(new_keys);
+        self.names.extend(new_names);
+        for id in touched {
+            let Some(class) = self.classes.get(&id) else { continue };
+            let mut parts: HashMap<ClassKey, (usize, Vec<ProfileId>)> = HashMap::new();
+            for member in &class.profiles {
+                if let Some(state) = self.profiles.get(member) {
+                    let part = parts.entry(self.key_of(&state.profile)).or_default();
+                    part.0 += state.pods;
+                    part.1.push(*member);
+                }
+            }
+            let Some(stays) = parts.iter().max_by_key(|(_, (pods, _))| *pods).map(|(key, _)| key.clone()) else {
+                continue;
+            };
+            if let Some(class) = self.classes.get_mut(&id) {
+                self.by_key.remove(&class.key);
+                class.key = stays.clone();
+                self.by_key.insert(stays.clone(), id);
+            }
+            for (key, (_, members)) in parts.into_iter().filter(|(key, _)| *key != stays) {
+                let new = self.class(key);
+                for member in members {
+                    if let Some(state) = self.profiles.get_mut(&member) {
+                        state.class = new;
+                    }
+                    if let Some(class) = self.classes.get_mut(&id) {
+                        class.profiles.remove(&member);
+                    }
+                    if let Some(class) = self.classes.get_mut(&new) {
+                        class.profiles.insert(member);
+                    }
+                    moved.insert(member);
+                }
+            }
+        }
+        moved
+    }
+
+    pub(super) fn meaning(&self, identity: Identity) -> Option<&Meaning> {
+        self.meanings.get(&identity)
+    }
+
+    /// The identity of a class in a cell, counted once more, and whether it is new.
+    pub(super) fn identity(
+        &mut self,
+        nature: Nature,
+        class: Option<ClassId>,
+        cell: CellId,
+        net: &IpNet,
+    ) -> (Identity, bool) {
+        let of: Family = family(net);
+        if let Some(id) = self.identities.get(&(nature, class, cell))
+            && let Some(meaning) = self.meanings.get_mut(id)
+        {
+            meaning.addresses += 1;
+            return (*id, false);
+        }
+        let taken = |n: u32| self.meanings.contains_key(&Identity::new(nature, of, n));
+        let id = Identity::new(nature, of, self.identity_counter.next(taken));
+        self.identities.insert((nature, class, cell), id);
+        self.meanings.insert(id, Meaning { class, cell, addresses: 1 });
+        if let Some(class) = class.and_then(|class| self.classes.get_mut(&class)) {
+            class.identities.push((id, cell));
+        }
+        (id, true)
+    }
+
+    /// One address less; whether that was the last, and the identity is gone.
+    pub(super) fn forget(&mut self, id: Identity) -> bool {
+        let Some(meaning) = self.meanings.get_mut(&id) else { return false };
+        meaning.addresses -= 1;
+        if meaning.addresses > 0 {
+            return false;
+        }
+        if let Some(meaning) = self.meanings.remove(&id) {
+            self.identities.remove(&(id.nature(), meaning.class, meaning.cell));
+            if let Some(class) = meaning.class {
+                if let Some(state) = self.classes.get_mut(&class) {
+                    state.identities.retain(|(other, _)| *other != id);
+                }
+                self.prune(class);
+            }
+        }
+        true
+    }
+
+    /// Pod classes, identities.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.classes.len(), self.meanings.len())
+    }
+}

@@ -1,0 +1,340 @@
+//! The compiler's state, and what it does with policies, namespaces and the switch. Pods are in `pods`.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::cells::Cells;
+use super::class::Classes;
+use super::hash::{NumberMap, NumberSet};
+use super::identify::with_name;
+use super::maps::Maps;
+use super::number::{Counter, Identity, Nature, PolicyVersion, ReasonId, RowId, SetId};
+use super::op::{Op, Stale};
+use super::plan::{Change, Later};
+use super::pods::{Claim, Endpoint, PodId, PodState};
+use super::reason::{Reason, Reasons};
+use super::rule::{Namespaces, Pods, Policy};
+use super::set::{Set, SetKey};
+use crate::ident::{Addresses, PodRef};
+use crate::objects::{
+    Applied, ClusterNetworkPolicy, Direction, Labels, Namespace, NetworkPolicy, ObjectKey, ObjectName, Pod,
+};
+
+/// Something the compiler has to know. Objects come as their source tells them; `None` means gone.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A namespace, by name.
+    Namespace(Arc<str>, Option<Arc<Namespace>>),
+    /// A pod of the cluster.
+    Pod(ObjectName, Option<Arc<Pod>>),
+    /// A NetworkPolicy.
+    NetworkPolicy(ObjectName, Option<Arc<NetworkPolicy>>),
+    /// A ClusterNetworkPolicy.
+    ClusterNetworkPolicy(ObjectName, Option<Arc<ClusterNetworkPolicy>>),
+    /// A pod of this node gets an interface. Its operations are run before the interface carries packets.
+    Attach {
+        /// Where its policies stand: free, or the same pod's.
+        slot: u32,
+        /// Whose interface it is; without a namespace no policy applies to it.
+        pod: PodRef,
+        /// The interface's addresses.
+        addresses: Addresses,
+    },
+    /// The interface carries packets no more.
+    Detach {
+        /// Its slot.
+        slot: u32,
+    },
+    /// The resident node's own addresses, all of them.
+    NodeAddresses(Vec<IpAddr>),
+    /// Whether policies are enforced (the opposite of `disable_network_policy`).
+    Enforce(bool),
+}
+
+impl Event {
+    /// The event of a changed object, if it is of a kind that policies look at.
+    #[must_use]
+    pub fn of(applied: Applied) -> Option<Self> {
+        match applied {
+            Applied::Namespace(delta) => Some(Self::Namespace(delta.name.name, delta.new)),
+            Applied::Pod(delta) => Some(Self::Pod(delta.name, delta.new)),
+            Applied::NetworkPolicy(delta) => Some(Self::NetworkPolicy(delta.name, delta.new)),
+            Applied::ClusterNetworkPolicy(delta) => Some(Self::ClusterNetworkPolicy(delta.name, delta.new)),
+            Applied::Node(_) | Applied::Service(_) | Applied::EndpointSlice(_) => None,
+        }
+    }
+}
+
+/// How much there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Policies of both kinds.
+    pub policies: usize,
+    /// Pods of the cluster.
+    pub pods: usize,
+    /// Classes of pods.
+    pub classes: usize,
+    /// Identities in use.
+    pub identities: usize,
+    /// Blocks, the two whole families among them.
+    pub blocks: usize,
+    /// Sets in use.
+    pub sets: usize,
+    /// Entries of all sets.
+    pub entries: usize,
+    /// Port tables of all sets.
+    pub rows: usize,
+    /// Local endpoints.
+    pub endpoints: usize,
+}
+
+/// Compiles policies to the contents of maps, one change at a time.
+#[derive(Debug)]
+pub struct Compiler {
+    pub(super) namespaces: HashMap<Arc<str>, Labels>,
+    network: HashMap<Arc<str>, BTreeMap<Arc<str>, Arc<Policy>>>,
+    cluster: BTreeMap<Arc<str>, Arc<Policy>>,
+    versions: u64,
+
+    pub(super) classes: Classes,
+    pub(super) cells: Cells,
+    pub(super) reasons: Reasons,
+    pub(super) sets: BTreeMap<SetId, Set>,
+    pub(super) set_keys: HashMap<SetKey, SetId>,
+    pub(super) rows: NumberSet<RowId>,
+    pub(super) set_counter: Counter,
+    pub(super) row_counter: Counter,
+
+    pub(super) pods: NumberMap<PodId, PodState>,
+    pub(super) names: HashMap<ObjectName, PodId>,
+    pub(super) pod_counter: Counter,
+    pub(super) claims: BTreeMap<IpAddr, Claim>,
+    pub(super) node: BTreeSet<IpAddr>,
+    pub(super) endpoints: BTreeMap<u32, Endpoint>,
+    pub(super) slots: HashMap<ObjectName, BTreeSet<u32>>,
+    pub(super) addresses: HashMap<IpAddr, u32>,
+
+    pub(super) phase: usize,
+    pub(super) enforce: bool,
+    pub(super) change: Change,
+    pub(super) later: Later,
+}
+
+impl Compiler {
+    /// A compiler that knows nothing, and the operations that fill empty maps with that.
+    #[must_use]
+    pub fn new() -> (Self, Vec<Op>) {
+        Self::after(&Maps { enforce: true, ..Maps::default() })
+    }
+
+    /// A compiler that continues after maps which another has filled: it gives out none of their numbers.
+    pub(super) fn after(maps: &Maps) -> (Self, Vec<Op>) {
+        let number = |identity: &Identity| identity.0 & (Identity::NUMBERS - 1);
+        let used = maps.addresses.values().chain(maps.blocks.values()).flatten();
+        let used = used.chain(maps.peers.keys().map(|(_, identity)| identity));
+        let mut classes = Classes::new(used.map(number).max().unwrap_or(0));
+        let cells =
+            Cells::new(|family, cell| classes.identity(Nature::World, None, cell, &super::cells::whole(family)).0);
+        let sets = maps.endpoints.values().flatten().flat_map(|e| [e.ingress.set, e.egress.set]);
+        let sets = sets.chain(maps.peers.keys().map(|(set, _)| *set));
+        let reasons = maps.rows.values().flatten().map(|entry| entry.decision.reason());
+        let inline = maps.peers.values().flatten().filter_map(|target| target.resolve().ok()).map(|d| d.reason());
+        let mut compiler = Self {
+            namespaces: HashMap::new(),
+            network: HashMap::new(),
+            cluster: BTreeMap::new(),
+            versions: 0,
+            classes,
+            cells,
+            reasons: Reasons::new(reasons.chain(inline).map(|reason| reason.0).max().unwrap_or(0)),
+            set_counter: Counter::new(sets.map(|set| set.0).max().unwrap_or(0), u32::MAX),
+            row_counter: Counter::new(maps.rows.keys().map(|row| row.0).max().unwrap_or(0), 1 << 31),
+            sets: BTreeMap::new(),
+            set_keys: HashMap::new(),
+            rows: NumberSet::default(),
+            pods: NumberMap::default(),
+            names: HashMap::new(),
+            pod_counter: Counter::new(0, u32::MAX),
+            claims: BTreeMap::new(),
+            node: BTreeSet::new(),
+            endpoints: BTreeMap::new(),
+            slots: HashMap::new(),
+            addresses: HashMap::new(),
+            phase: maps.phase,
+            enforce: maps.enforce,
+            change: Change::default(),
+            later: Later::default(),
+        };
+        let blocks: Vec<_> = compiler.blocks().collect();
+        let writes = blocks.into_iter().map(|(net, identity)| Op::Block { net, identities: [identity; 2] });
+        compiler.change.fresh.extend(writes);
+        let mut ops = std::mem::take(&mut compiler.change).fresh;
+        ops.push(Op::Gate { phase: compiler.phase, enforce: compiler.enforce });
+        (compiler, ops)
+    }
+
+    /// Takes an event in. The operations are to be run in order; when they have run, the event is in force for every packet.
+    pub fn step(&mut self, event: Event) -> Vec<Op> {
+        match event {
+            Event::Namespace(name, namespace) => self.namespace(name, namespace.as_deref()),
+            Event::Pod(name, pod) => self.pod(name, pod.as_deref()),
+            Event::NetworkPolicy(name, policy) => {
+                let new = policy.map(|policy| Arc::new(Policy::network(self.version(), &policy)));
+                let all = self.network.entry(Arc::clone(&name.namespace)).or_default();
+                let old = all.get(&name.name).cloned();
+                self.prepare(new.as_deref());
+                let all = self.network.entry(Arc::clone(&name.namespace)).or_default();
+                match &new {
+                    Some(policy) => all.insert(Arc::clone(&name.name), Arc::clone(policy)),
+                    None => all.remove(&name.name),
+                };
+                if all.is_empty() {
+                    self.network.remove(&name.namespace);
+                }
+                self.select_again(Some(&name.namespace));
+                self.retire(old.as_deref());
+            }
+            Event::ClusterNetworkPolicy(name, policy) => {
+                let new = policy.map(|policy| Arc::new(Policy::cluster(self.version(), &policy)));
+                self.prepare(new.as_deref());
+                let old = match &new {
+                    Some(policy) => self.cluster.insert(name.name, Arc::clone(policy)),
+                    None => self.cluster.remove(&name.name),
+                };
+                self.select_again(None);
+                self.retire(old.as_deref());
+            }
+            Event::Attach { slot, pod, addresses } => self.attach(slot, pod, addresses),
+            Event::Detach { slot } => self.detach(slot),
+            Event::NodeAddresses(addresses) => self.node_addresses(addresses),
+            Event::Enforce(enforce) => {
+                if enforce != self.enforce {
+                    self.change.enforce = Some(enforce);
+                    self.change.stale.insert(Stale::All);
+                }
+            }
+        }
+        self.commit()
+    }
+
+    fn version(&mut self) -> PolicyVersion {
+        self.versions += 1;
+        PolicyVersion(self.versions)
+    }
+
+    /// Makes identities fine enough for a policy before anything is compiled with it.
+    fn prepare(&mut self, new: Option<&Policy>) {
+        let Some(policy) = new else { return };
+        self.look_at(policy);
+        for net in policy.nets() {
+            if self.cells.enlist(net) {
+                self.insert_block(net);
+            }
+            self.later.blocks.remove(&net);
+        }
+        self.refresh_identities();
+    }
+
+    /// Lets go of the blocks of a policy that is gone.
+    fn retire(&mut self, old: Option<&Policy>) {
+        for net in old.into_iter().flat_map(Policy::nets) {
+            if self.cells.release(net) {
+                self.later.blocks.insert(net);
+            }
+        }
+    }
+
+    /// Finds again which policies select which endpoints: all of them, or those of one namespace.
+    fn select_again(&mut self, namespace: Option<&Arc<str>>) {
+        let concerned = |e: &Endpoint| namespace.is_none_or(|name| *e.pod.namespace == **name);
+        let slots: Vec<u32> = self.endpoints.iter().filter(|(_, e)| concerned(e)).map(|(slot, _)| *slot).collect();
+        for slot in slots {
+            self.select(slot);
+        }
+    }
+
+    fn namespace(&mut self, name: Arc<str>, namespace: Option<&Namespace>) {
+        let old = self.namespace_labels(&name);
+        let new = with_name(&name, &namespace.map(|n| n.meta.labels.clone()).unwrap_or_default());
+        match namespace {
+            Some(_) => self.namespaces.insert(Arc::clone(&name), new.clone()),
+            None => self.namespaces.remove(&name),
+        };
+        if old != new {
+            self.ask_again(&name);
+            self.select_again(Some(&name));
+        }
+    }
+
+    fn node_addresses(&mut self, addresses: Vec<IpAddr>) {
+        let new: BTreeSet<IpAddr> = addresses.into_iter().collect();
+        let changed: Vec<IpAddr> = self.node.symmetric_difference(&new).copied().collect();
+        self.node = new;
+        for address in changed {
+            self.claims.entry(address).or_default();
+            self.resolve(address, false);
+        }
+    }
+
+    /// Policies that select a pod, in the order in which they are asked.
+    pub(super) fn selecting(&self, namespace: &Arc<str>, labels: &Labels) -> Vec<Arc<Policy>> {
+        let of_namespace = self.namespace_labels(namespace);
+        let selects = |subject: &Pods| {
+            let there = match &subject.namespaces {
+                Namespaces::Own(own) => own == namespace,
+                Namespaces::Selected(selector) => selector.matches(&of_namespace),
+            };
+            there && subject.pods.matches(labels)
+        };
+        let own = self.network.get(namespace).into_iter().flat_map(BTreeMap::values);
+        let mut all: Vec<_> = own.chain(self.cluster.values()).filter(|p| selects(&p.subject)).cloned().collect();
+        all.sort_by(|a, b| a.rank.cmp(&b.rank));
+        all
+    }
+
+    /// Whether a pod of a namespace, whatever its labels, might be restricted in a direction.
+    pub(super) fn may_restrict(&self, namespace: &Arc<str>, direction: Direction) -> bool {
+        let own = self.network.get(namespace).into_iter().flat_map(BTreeMap::values);
+        own.chain(self.cluster.values()).any(|policy| policy.concerns(direction))
+    }
+
+    /// What the number of a decision means. Numbers of what is no longer in force are known until [`Compiler::settle`].
+    #[must_use]
+    pub fn reason(&self, id: ReasonId) -> Option<&Reason> {
+        self.reasons.get(id)
+    }
+
+    /// The policies in force, and the local endpoints that each selects.
+    #[must_use]
+    pub fn policies(&self) -> Vec<(ObjectKey, Vec<u32>)> {
+        let mut users: HashMap<&ObjectKey, Vec<u32>> = HashMap::new();
+        for (slot, endpoint) in &self.endpoints {
+            for policy in &endpoint.policies {
+                users.entry(policy).or_default().push(*slot);
+            }
+        }
+        let all = self.network.values().flat_map(BTreeMap::values).chain(self.cluster.values());
+        let mut list: Vec<_> =
+            all.map(|policy| (policy.key.clone(), users.get(&policy.key).cloned().unwrap_or_default())).collect();
+        list.sort();
+        list
+    }
+
+    /// How much there is.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let (classes, identities) = self.classes.counts();
+        Stats {
+            policies: self.network.values().map(BTreeMap::len).sum::<usize>() + self.cluster.len(),
+            pods: self.pods.len(),
+            classes,
+            identities,
+            blocks: self.blocks().count(),
+            sets: self.sets.len(),
+            entries: self.sets.values().map(|set| set.entries().len()).sum(),
+            rows: self.rows.len(),
+            endpoints: self.endpoints.len(),
+        }
+    }
+}

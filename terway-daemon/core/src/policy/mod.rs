@@ -1,0 +1,43 @@
+//! Network policies: from Kubernetes objects to the contents of the datapath's maps, one change at a time.
+//!
+//! ```text
+//! address ──► identity ──► target ──► decision        the datapath's way: ADR 0008
+//!   exact, or   (set, identity),  port table:
+//!   longest     or the set's      longest prefix
+//!   block       default
+//! ```
+//!
+//! An *identity* is a class of addresses that no rule can tell apart: pods of one namespace with the same values of every label key and
+//! port name that rules look at, in the same *cell* of the address space as cut by all ipBlocks. A *set* is what some policies say in one
+//! direction about every identity: all tiers, priorities and the isolation flattened into one *target*, a decision or a port table. Endpoints that
+//! the same policies select share a set. Every decision carries the number of its [`Reason`].
+//!
+//! [`Compiler::step`] takes one event and returns operations; run in order, no packet ever meets a state other than the one before the
+//! event or the one after it. [`Maps`] does with them what the kernel's maps do.
+//!
+//! What a policy means is in docs/networkpolicy.md.
+
+mod cells;
+mod class;
+mod compiler;
+mod explain;
+mod hash;
+mod identify;
+mod maps;
+mod number;
+mod op;
+mod plan;
+mod pods;
+mod reason;
+mod row;
+mod rule;
+mod set;
+mod takeover;
+
+pub use compiler::{Compiler, Event, Stats};
+pub use explain::{Explanation, Judgement, Party, Unexplained};
+pub use maps::{Maps, Packet};
+pub use number::{Decision, Identity, Nature, ReasonId, RowId, SetId, Target};
+pub use op::{EndpointPolicy, Op, Pair, Side, Stale};
+pub use reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, UNKNOWN_POD};
+pub use row::RowEntry;

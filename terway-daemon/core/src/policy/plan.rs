@@ -1,0 +1,189 @@
+//! From what one event changed to operations in an order in which every packet meets the state before the event or the state after it.
+//!
+//! Three kinds of writes. *Fresh*: things with numbers that nothing refers to yet. *Neutral*: addresses that change their identity but not what
+//! any set says about them. *Visible*: all else. Visible changes that one packet could meet two of are written for the phase that does not count,
+//! and one write makes that phase count. The phase that counted is brought up to date later, after a fence: before the next such change, or by
+//! [`Compiler::settle`]. What nothing refers to any more is removed after a fence, too, because a running program may still refer to it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::compiler::Compiler;
+use super::number::{Identity, ReasonId, SetId, Target};
+use super::op::{EndpointPolicy, Op, Pair, Stale};
+
+/// What one event has changed so far.
+#[derive(Debug, Default)]
+pub(super) struct Change {
+    pub(super) fresh: Vec<Op>,
+    pub(super) neutral: Vec<Op>,
+    pub(super) addresses: BTreeMap<IpAddr, (Identity, Identity)>,
+    pub(super) peers: BTreeMap<(SetId, Identity), (Target, Target)>,
+    pub(super) endpoints: BTreeMap<u32, EndpointPolicy>,
+    pub(super) enforce: Option<bool>,
+    pub(super) stale: BTreeSet<Stale>,
+    /// Removals of what nothing refers to any more.
+    pub(super) garbage: Vec<Op>,
+}
+
+impl Change {
+    /// An address has another identity, and with it perhaps another answer.
+    pub(super) fn address(&mut self, address: IpAddr, old: Identity, new: Identity) {
+        let first = self.addresses.get(&address).map_or(old, |(first, _)| *first);
+        if first == new {
+            self.addresses.remove(&address);
+        } else {
+            self.addresses.insert(address, (first, new));
+        }
+        self.stale.insert(Stale::Address(address));
+    }
+}
+
+/// A map entry with a value for each phase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Item {
+    Address(IpAddr),
+    Peer(SetId, Identity),
+    Endpoint(u32),
+}
+
+/// What an entry holds in the phase that counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Value {
+    Address(Identity),
+    Peer(Target),
+    Endpoint(EndpointPolicy),
+}
+
+/// What waits for a fence.
+#[derive(Debug, Default)]
+pub(super) struct Later {
+    /// Entries whose other phase is out of date.
+    unsettled: BTreeMap<Item, Value>,
+    /// Entries that nothing refers to any more.
+    garbage: Vec<Op>,
+    /// Reasons of sets that are gone: events that name them may still be on their way.
+    pub(super) reasons: Vec<ReasonId>,
+    /// Blocks that no policy names any more.
+    pub(super) blocks: BTreeSet<IpNet>,
+}
+
+impl Later {
+    /// The entry is gone or was written for both phases.
+    pub(super) fn settled(&mut self, item: Item) {
+        self.unsettled.remove(&item);
+    }
+
+    /// Brings the other phase up to date and removes what is not needed, all behind a fence.
+    fn flush(&mut self, phase: usize, ops: &mut Vec<Op>) {
+        if self.unsettled.is_empty() && self.garbage.is_empty() {
+            return;
+        }
+        ops.push(Op::Fence);
+        for (item, value) in std::mem::take(&mut self.unsettled) {
+            ops.push(write(item, value, value, phase));
+        }
+        ops.append(&mut self.garbage);
+    }
+}
+
+fn pair<T: Copy>(now: T, next: T, phase: usize) -> Pair<T> {
+    if phase == 0 { [now, next] } else { [next, now] }
+}
+
+/// Writes an entry: `now` in the phase that counts, `next` in the other one. An entry that says nothing in either is removed.
+fn write(item: Item, now: Value, next: Value, phase: usize) -> Op {
+    match (item, now, next) {
+        (Item::Address(address), Value::Address(Identity::NONE), Value::Address(Identity::NONE)) => {
+            Op::DropAddress(address)
+        }
+        (Item::Address(address), Value::Address(now), Value::Address(next)) => {
+            Op::Address { address, identities: pair(now, next, phase) }
+        }
+        (Item::Peer(set, identity), Value::Peer(Target::NONE), Value::Peer(Target::NONE)) => {
+            Op::DropPeer { set, identity }
+        }
+        (Item::Peer(set, identity), Value::Peer(now), Value::Peer(next)) => {
+            Op::Peer { set, identity, targets: pair(now, next, phase) }
+        }
+        // Endpoints have an entry for each phase: only the one that does not count is ever written.
+        (Item::Endpoint(slot), _, Value::Endpoint(value)) => Op::Endpoint { slot, phase: 1 - phase, value },
+        _ => Op::Fence,
+    }
+}
+
+impl Compiler {
+    /// The operations for what has changed.
+    pub(super) fn commit(&mut self) -> Vec<Op> {
+        let change = std::mem::take(&mut self.change);
+        let mut ops = Vec::new();
+        let mut visible: Vec<(Item, Value, Value)> = Vec::new();
+        for (address, (old, new)) in &change.addresses {
+            visible.push((Item::Address(*address), Value::Address(*old), Value::Address(*new)));
+        }
+        for ((set, identity), (old, new)) in &change.peers {
+            visible.push((Item::Peer(*set, *identity), Value::Peer(*old), Value::Peer(*new)));
+        }
+        for (slot, new) in &change.endpoints {
+            visible.push((Item::Endpoint(*slot), Value::Endpoint(*new), Value::Endpoint(*new)));
+        }
+        // A packet meets at most one remote address, and the addresses of one event are one pod's or one node's.
+        let single = change.endpoints.is_empty()
+            && change.enforce.is_none()
+            && (change.peers.is_empty() || change.peers.len() == 1 && change.addresses.is_empty());
+        let again = visible.iter().any(|(item, ..)| self.later.unsettled.contains_key(item));
+        if !single || !change.neutral.is_empty() || again {
+            self.later.flush(self.phase, &mut ops);
+        }
+        ops.extend(change.fresh);
+        ops.extend(change.neutral);
+        if single {
+            ops.extend(visible.into_iter().map(|(item, _, new)| write(item, new, new, self.phase)));
+        } else {
+            for (item, old, new) in visible {
+                ops.push(write(item, old, new, self.phase));
+                self.later.unsettled.insert(item, new);
+            }
+            self.phase = 1 - self.phase;
+            self.enforce = change.enforce.unwrap_or(self.enforce);
+            ops.push(Op::Gate { phase: self.phase, enforce: self.enforce });
+        }
+        ops.extend(change.stale.into_iter().map(Op::Stale));
+        self.later.garbage.extend(change.garbage);
+        ops
+    }
+
+    /// Does what was left for later: brings the other phase up to date, removes what nothing refers to any more. Decides nothing anew; to be
+    /// called when there is time, and not at all is no harm but memory.
+    pub fn settle(&mut self) -> Vec<Op> {
+        let mut ops = Vec::new();
+        self.later.flush(self.phase, &mut ops);
+        for reason in std::mem::take(&mut self.later.reasons) {
+            self.reasons.release(reason);
+        }
+        let blocks = std::mem::take(&mut self.later.blocks);
+        if !blocks.is_empty() && ops.is_empty() {
+            ops.push(Op::Fence);
+        }
+        for net in blocks {
+            self.remove_block(net);
+        }
+        self.refresh_identities();
+        let change = std::mem::take(&mut self.change);
+        ops.extend(change.fresh);
+        ops.extend(change.neutral);
+        self.later.garbage.extend(change.garbage);
+        ops
+    }
+
+    /// Whether [`Compiler::settle`] has anything to do.
+    #[must_use]
+    pub fn unsettled(&self) -> bool {
+        !(self.later.unsettled.is_empty()
+            && self.later.garbage.is_empty()
+            && self.later.blocks.is_empty()
+            && self.later.reasons.is_empty())
+    }
+}

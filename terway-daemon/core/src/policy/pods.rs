@@ -1,0 +1,287 @@
+//! Pods of the cluster with their addresses, and the endpoints of this node with their sets.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::class::{NamedPort, Profile, ProfileId};
+use super::compiler::Compiler;
+use super::number::{Identity, SetId};
+use super::op::{EndpointPolicy, Op, Side, Stale};
+use super::plan::Item;
+use super::rule::{Policy, Ports};
+use super::set::SetKey;
+use crate::ident::{Addresses, Family, PodRef};
+use crate::objects::{Direction, ObjectKey, ObjectName, Phase, Pod};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct PodId(u32);
+
+/// A pod, as little of it as a hundred thousand of them allow.
+#[derive(Debug)]
+pub(super) struct PodState {
+    pub(super) name: ObjectName,
+    uid: Box<str>,
+    pub(super) profile: ProfileId,
+    /// Lives in the network of its node: no policy selects it, no peer matches it.
+    pub(super) host_network: bool,
+    finished: bool,
+    /// As its status says.
+    pub(super) ips: Box<[IpAddr]>,
+    /// What it claims: those and its endpoints' addresses.
+    claims: Box<[IpAddr]>,
+}
+
+/// An address that somebody has.
+#[derive(Debug, Default)]
+pub(super) struct Claim {
+    /// Pods that say it is theirs; the last one counts.
+    pub(super) pods: Vec<PodId>,
+    pub(super) identity: Identity,
+}
+
+/// An interface of a pod of this node.
+#[derive(Debug)]
+pub(super) struct Endpoint {
+    pub(super) pod: ObjectName,
+    uid: String,
+    pub(super) addresses: Addresses,
+    /// Ingress, egress.
+    pub(super) sets: [SetId; 2],
+    pub(super) value: EndpointPolicy,
+    /// Who selects it.
+    pub(super) policies: Vec<ObjectKey>,
+}
+
+impl Compiler {
+    /// The object of the very pod that an endpoint belongs to: a namesake from before or after is another pod.
+    pub(super) fn known_pod(&self, endpoint: &Endpoint) -> Option<PodId> {
+        let id = *self.names.get(&endpoint.pod)?;
+        let state = self.pods.get(&id)?;
+        let namesake = !endpoint.uid.is_empty() && !state.uid.is_empty() && *endpoint.uid != *state.uid;
+        (!namesake && !state.host_network).then_some(id)
+    }
+
+    pub(super) fn pod(&mut self, name: ObjectName, pod: Option<&Pod>) {
+        let known = self.names.get(&name).copied();
+        let Some(pod) = pod else {
+            if let Some(id) = known {
+                self.names.remove(&name);
+                self.claim(id, &[]);
+                if let Some(state) = self.pods.remove(&id) {
+                    self.classes.release(state.profile);
+                }
+                self.select_pod(&name);
+            }
+            return;
+        };
+        let profile = self.classes.enlist(Profile::of(pod));
+        let finished = matches!(pod.phase, Phase::Succeeded | Phase::Failed);
+        let (id, before) = match known {
+            Some(id) => (id, self.pods.get(&id).map(|state| state.profile)),
+            None => (PodId(self.pod_counter.next(|n| self.pods.contains_key(&PodId(n)))), None),
+        };
+        let claims = self.pods.remove(&id).map(|state| state.claims).unwrap_or_default();
+        let state = PodState {
+            name: name.clone(),
+            uid: pod.meta.uid.clone(),
+            profile,
+            host_network: pod.host_network,
+            finished,
+            ips: pod.ips.clone(),
+            claims,
+        };
+        self.pods.insert(id, state);
+        self.names.insert(name.clone(), id);
+        self.claim_again(id);
+        if let Some(before) = before {
+            self.classes.release(before);
+        }
+        self.select_pod(&name);
+    }
+
+    /// Works out which addresses a pod has, and what they are.
+    fn claim_again(&mut self, id: PodId) {
+        let Some(state) = self.pods.get(&id) else { return };
+        let mut addresses: Vec<IpAddr> = Vec::new();
+        if !state.host_network && !state.finished {
+            addresses.extend(&state.ips);
+            let slots = self.slots.get(&state.name).into_iter().flatten();
+            let endpoints = slots.filter_map(|slot| self.endpoints.get(slot));
+            let own = endpoints.filter(|endpoint| self.known_pod(endpoint) == Some(id));
+            addresses.extend(own.flat_map(|endpoint| endpoint.addresses.iter()));
+            addresses.sort_unstable();
+            addresses.dedup();
+        }
+        self.claim(id, &addresses);
+    }
+
+    fn claim(&mut self, id: PodId, addresses: &[IpAddr]) {
+        let Some(state) = self.pods.get_mut(&id) else { return };
+        let old = std::mem::replace(&mut state.claims, addresses.into());
+        for address in old.iter().filter(|address| !addresses.contains(address)) {
+            if let Some(claim) = self.claims.get_mut(address) {
+                claim.pods.retain(|pod| *pod != id);
+            }
+            self.resolve(*address, false);
+        }
+        for address in addresses {
+            let claim = self.claims.entry(*address).or_default();
+            if !claim.pods.contains(&id) {
+                claim.pods.push(id);
+            }
+            self.resolve(*address, false);
+        }
+    }
+
+    pub(super) fn attach(&mut self, slot: u32, pod: PodRef, addresses: Addresses) {
+        if self.endpoints.contains_key(&slot) {
+            self.detach(slot);
+        }
+        let name = ObjectName::new(&pod.namespace, &pod.name);
+        let endpoint = Endpoint {
+            pod: name.clone(),
+            uid: pod.uid,
+            addresses,
+            sets: [SetId(0); 2],
+            value: EndpointPolicy::default(),
+            policies: Vec::new(),
+        };
+        self.endpoints.insert(slot, endpoint);
+        self.slots.entry(name.clone()).or_default().insert(slot);
+        self.addresses.extend(addresses.iter().map(|address| (address, slot)));
+        self.later.settled(Item::Endpoint(slot));
+        self.endpoint_addresses(&name, addresses);
+        self.select(slot);
+        // Nothing finds the endpoint yet, so both of its entries may be written.
+        self.change.endpoints.remove(&slot);
+        if let Some(endpoint) = self.endpoints.get(&slot) {
+            let value = endpoint.value;
+            self.change.fresh.extend([0, 1].map(|phase| Op::Endpoint { slot, phase, value }));
+        }
+    }
+
+    pub(super) fn detach(&mut self, slot: u32) {
+        let Some(endpoint) = self.endpoints.remove(&slot) else { return };
+        if let Some(slots) = self.slots.get_mut(&endpoint.pod) {
+            slots.remove(&slot);
+            if slots.is_empty() {
+                self.slots.remove(&endpoint.pod);
+            }
+        }
+        for address in endpoint.addresses.iter() {
+            if self.addresses.get(&address) == Some(&slot) {
+                self.addresses.remove(&address);
+            }
+        }
+        self.later.settled(Item::Endpoint(slot));
+        self.change.endpoints.remove(&slot);
+        for set in endpoint.sets {
+            self.leave(set);
+        }
+        self.endpoint_addresses(&endpoint.pod, endpoint.addresses);
+    }
+
+    /// Addresses of an endpoint that came or went: they may change hands.
+    fn endpoint_addresses(&mut self, pod: &ObjectName, addresses: Addresses) {
+        if let Some(id) = self.names.get(pod) {
+            self.claim_again(*id);
+        }
+        for address in addresses.iter() {
+            if self.claims.contains_key(&address) {
+                self.resolve(address, false);
+            }
+        }
+    }
+
+    /// Selects the policies of a pod's endpoints again, and what others see of it.
+    fn select_pod(&mut self, name: &ObjectName) {
+        let slots: Vec<u32> = self.slots.get(name).into_iter().flatten().copied().collect();
+        for slot in slots {
+            self.select(slot);
+        }
+    }
+
+    /// Works out which sets hold for an endpoint, and what its map entry says.
+    pub(super) fn select(&mut self, slot: u32) {
+        let Some(endpoint) = self.endpoints.get(&slot) else { return };
+        let (old, before, addresses) = (endpoint.sets, endpoint.value, endpoint.addresses);
+        let namespace = Arc::clone(&endpoint.pod.namespace);
+        let profile = self.known_pod(endpoint).and_then(|pod| self.pods.get(&pod)).map(|state| state.profile);
+        let profile = profile.and_then(|id| self.classes.profile(id)).cloned();
+        let policies = profile.as_ref().map_or_else(Vec::new, |p| self.selecting(&namespace, &p.labels));
+        let mut value = EndpointPolicy::default();
+        let mut sets = [SetId(0); 2];
+        for (n, direction) in [Direction::Ingress, Direction::Egress].into_iter().enumerate() {
+            let key = match &profile {
+                Some(profile) => key_of(direction, &policies, &profile.ports),
+                None => self.key_of_unknown(&namespace, direction),
+            };
+            if let Some(key) = key {
+                sets[n] = self.join(key, &policies);
+            }
+        }
+        for set in old {
+            self.leave(set);
+        }
+        let side = |set: SetId| self.sets.get(&set).map_or_else(Side::default, super::set::Set::side);
+        (value.ingress, value.egress) = (side(sets[0]), side(sets[1]));
+        for address in addresses.iter() {
+            value.identities[Family::of(address) as usize] = self.seen(address);
+        }
+        if let Some(endpoint) = self.endpoints.get_mut(&slot) {
+            endpoint.sets = sets;
+            endpoint.value = value;
+            endpoint.policies = policies.iter().map(|policy| policy.key.clone()).collect();
+        }
+        if value != before {
+            self.change.endpoints.insert(slot, value);
+            self.change.stale.insert(Stale::Endpoint(slot));
+        }
+    }
+
+    /// A pod whose labels are not known is held back where a policy might select it.
+    fn key_of_unknown(&self, namespace: &Arc<str>, direction: Direction) -> Option<SetKey> {
+        let held = !namespace.is_empty() && self.may_restrict(namespace, direction);
+        held.then(|| SetKey { direction, policies: Vec::new(), ports: Vec::new(), unknown: true })
+    }
+
+    fn join(&mut self, key: SetKey, policies: &[Arc<Policy>]) -> SetId {
+        let id = match self.set_keys.get(&key) {
+            Some(id) => *id,
+            None => {
+                let concerned: Vec<_> =
+                    policies.iter().filter(|policy| key.policies.contains(&policy.version)).cloned().collect();
+                self.make_set(key, &concerned)
+            }
+        };
+        if let Some(set) = self.sets.get_mut(&id) {
+            set.endpoints += 1;
+        }
+        id
+    }
+
+    fn leave(&mut self, id: SetId) {
+        let Some(set) = self.sets.get_mut(&id) else { return };
+        set.endpoints -= 1;
+        if set.endpoints == 0 {
+            self.drop_set(id);
+        }
+    }
+}
+
+/// The set that holds for a pod with these ports, if any policy says anything about the direction.
+pub(super) fn key_of(direction: Direction, policies: &[Arc<Policy>], ports: &[NamedPort]) -> Option<SetKey> {
+    let concerned: Vec<_> = policies.iter().filter(|policy| policy.concerns(direction)).collect();
+    if concerned.is_empty() {
+        return None;
+    }
+    let named = |name: &Arc<str>| {
+        let rules = concerned.iter().flat_map(|policy| policy.rules(direction));
+        rules.flat_map(|rule| rule.ports.iter().flatten()).any(|p| matches!(p, Ports::Named(_, own) if own == name))
+    };
+    let ports = match direction {
+        Direction::Ingress => ports.iter().filter(|(name, ..)| named(name)).cloned().collect(),
+        Direction::Egress => Vec::new(),
+    };
+    Some(SetKey { direction, policies: concerned.iter().map(|policy| policy.version).collect(), ports, unknown: false })
+}

@@ -1,0 +1,138 @@
+//! Why a packet passes or not: each decision in the maps carries the number of its reason.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use super::number::{Counter, ReasonId};
+use crate::objects::{Action, Direction, ObjectKey};
+
+/// No policy says anything about the endpoint in this direction.
+pub const NO_POLICY: ReasonId = ReasonId(1);
+/// Policies are switched off.
+pub const DISABLED: ReasonId = ReasonId(2);
+/// A pod speaks with itself.
+pub const LOOPBACK: ReasonId = ReasonId(3);
+/// The resident node speaks with its pod.
+pub const RESIDENT_NODE: ReasonId = ReasonId(4);
+/// The pod's labels are not known yet, and a policy may select it.
+pub const UNKNOWN_POD: ReasonId = ReasonId(5);
+
+/// Numbers up to this one are fixed.
+const FIXED: u32 = 15;
+/// Decisions hold 30 bits of it.
+const LIMIT: u32 = 1 << 30;
+
+/// Why.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// No policy says anything about the pod in this direction, or those that do leave this traffic alone.
+    NoPolicy,
+    /// Policies are switched off (`disable_network_policy`).
+    Disabled,
+    /// A pod always reaches itself.
+    Loopback,
+    /// The resident node always reaches its pods.
+    ResidentNode,
+    /// The pod's labels are not known yet, and a policy may select it.
+    UnknownPod,
+    /// One rule decided.
+    Rule {
+        /// The policy it belongs to.
+        policy: ObjectKey,
+        /// The direction it is for.
+        direction: Direction,
+        /// Its place in the policy, counted from 0.
+        index: u32,
+        /// Its name, if it has one.
+        name: Arc<str>,
+        /// What it does.
+        action: Action,
+    },
+    /// These policies isolate the pod in this direction, and none of their rules allows the traffic.
+    Isolated {
+        /// The direction.
+        direction: Direction,
+        /// The policies, sorted.
+        policies: Vec<ObjectKey>,
+    },
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoPolicy => f.write_str("no policy decides about it"),
+            Self::Disabled => f.write_str("network policies are switched off"),
+            Self::Loopback => f.write_str("a pod always reaches itself"),
+            Self::ResidentNode => f.write_str("a node always reaches its own pods"),
+            Self::UnknownPod => f.write_str("the pod's labels are not known yet, and a policy may select it"),
+            Self::Rule { policy, direction, index, name, action } => {
+                let direction = if *direction == Direction::Ingress { "ingress" } else { "egress" };
+                write!(f, "{policy}, {direction} rule {index}")?;
+                if !name.is_empty() {
+                    write!(f, " (`{name}`)")?;
+                }
+                write!(f, ": {action:?}")
+            }
+            Self::Isolated { direction, policies } => {
+                let direction = if *direction == Direction::Ingress { "ingress" } else { "egress" };
+                write!(f, "isolated in {direction} by ")?;
+                for (n, policy) in policies.iter().enumerate() {
+                    write!(f, "{}{policy}", if n == 0 { "" } else { ", " })?;
+                }
+                f.write_str(", none of whose rules allows it")
+            }
+        }
+    }
+}
+
+/// Reasons in use, each with one number and how many sets use it.
+#[derive(Debug)]
+pub(super) struct Reasons {
+    numbers: HashMap<Reason, (ReasonId, usize)>,
+    reasons: HashMap<ReasonId, Reason>,
+    counter: Counter,
+}
+
+impl Reasons {
+    pub(super) fn new(after: u32) -> Self {
+        let fixed = [
+            (NO_POLICY, Reason::NoPolicy),
+            (DISABLED, Reason::Disabled),
+            (LOOPBACK, Reason::Loopback),
+            (RESIDENT_NODE, Reason::ResidentNode),
+            (UNKNOWN_POD, Reason::UnknownPod),
+        ];
+        Self {
+            numbers: HashMap::new(),
+            reasons: fixed.into_iter().collect(),
+            counter: Counter::new(after.max(FIXED), LIMIT),
+        }
+    }
+
+    pub(super) fn enlist(&mut self, reason: Reason) -> ReasonId {
+        if let Some((id, users)) = self.numbers.get_mut(&reason) {
+            *users += 1;
+            return *id;
+        }
+        let id = ReasonId(self.counter.next(|n| n <= FIXED || self.reasons.contains_key(&ReasonId(n))));
+        self.numbers.insert(reason.clone(), (id, 1));
+        self.reasons.insert(id, reason);
+        id
+    }
+
+    pub(super) fn release(&mut self, id: ReasonId) {
+        let Some(reason) = self.reasons.get(&id) else { return };
+        if let Some((_, users)) = self.numbers.get_mut(reason) {
+            *users -= 1;
+            if *users == 0 {
+                self.numbers.remove(reason);
+                self.reasons.remove(&id);
+            }
+        }
+    }
+
+    pub(super) fn get(&self, id: ReasonId) -> Option<&Reason> {
+        self.reasons.get(&id)
+    }
+}

@@ -1,0 +1,166 @@
+//! Port tables: an ordered list of rules becomes one decision for each protocol and port, as prefixes of which the longest counts.
+
+use super::number::Decision;
+use super::rule::Stage;
+use crate::objects::Action;
+
+/// One prefix of a port table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RowEntry {
+    /// The IP protocol number; none = all of them.
+    pub protocol: Option<u8>,
+    /// The first port.
+    pub port: u16,
+    /// Leading bits of the port that must agree, 0 to 16; 0 without a protocol.
+    pub bits: u8,
+    /// What holds there.
+    pub decision: Decision,
+}
+
+impl RowEntry {
+    /// Whether it covers a packet. ICMP and other protocols without ports ask with port 0.
+    #[must_use]
+    pub fn covers(&self, protocol: u8, port: u16) -> bool {
+        // A shift by 16, for no bits, would overflow a u16.
+        self.protocol.is_none_or(|own| own == protocol && u32::from(port ^ self.port) >> (16 - self.bits) == 0)
+    }
+
+    /// Bits of protocol and port that must agree: the longest prefix counts.
+    #[must_use]
+    pub const fn prefix_len(&self) -> u8 {
+        if self.protocol.is_none() { 0 } else { 8 + self.bits }
+    }
+}
+
+/// A rule that matches the peer, as far as ports and order go.
+#[derive(Clone, Debug)]
+pub(super) struct Matched<'a> {
+    pub(super) stage: Stage,
+    pub(super) action: Action,
+    /// Protocol, first and last port; none = all traffic.
+    pub(super) ports: Option<&'a [(u8, u16, u16)]>,
+    /// Of `Accept` and `Deny`.
+    pub(super) decision: Decision,
+}
+
+/// The decision for a packet: `at` is protocol and port, or none for a protocol that no rule names.
+fn decide(rules: &[Matched<'_>], otherwise: Decision, at: Option<(u8, u16)>) -> Decision {
+    let mut passed = None;
+    for rule in rules {
+        if passed == Some(rule.stage) {
+            continue;
+        }
+        let hit = match (rule.ports, at) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(ranges), Some((protocol, port))) => {
+                ranges.iter().any(|(own, first, last)| *own == protocol && (*first..=*last).contains(&port))
+            }
+        };
+        match (hit, rule.action) {
+            (false, _) => {}
+            (true, Action::Pass) => passed = Some(rule.stage),
+            (true, Action::Accept | Action::Deny) => return rule.decision,
+        }
+    }
+    otherwise
+}
+
+/// Flattens rules in their order; `otherwise` holds where none decides. The first entry is always the one for all protocols.
+pub(super) fn flatten(rules: &[Matched<'_>], otherwise: Decision) -> Vec<RowEntry> {
+    let rest = decide(rules, otherwise, None);
+    let mut entries = vec![RowEntry { protocol: None, port: 0, bits: 0, decision: rest }];
+    let mut ranges: Vec<(u8, u16, u16)> = rules.iter().filter_map(|r| r.ports).flatten().copied().collect();
+    ranges.sort_unstable();
+    for own in ranges.chunk_by(|a, b| a.0 == b.0) {
+        let protocol = own[0].0;
+        // Where the decision may change.
+        let mut starts = vec![0u32];
+        starts.extend(own.iter().flat_map(|(_, first, last)| [u32::from(*first), u32::from(*last) + 1]));
+        starts.sort_unstable();
+        starts.dedup();
+        starts.retain(|start| *start <= u32::from(u16::MAX));
+        let mut segments: Vec<(u32, u32, Decision)> = Vec::new();
+        for (n, start) in starts.iter().enumerate() {
+            let end = starts.get(n + 1).map_or(1 << 16, |next| *next);
+            let decision = decide(rules, otherwise, Some((protocol, *start as u16)));
+            match segments.last_mut() {
+                Some(last) if last.2 == decision => last.1 = end,
+                _ => segments.push((*start, end, decision)),
+            }
+        }
+        // What fills most of the ports is said once, the exceptions in prefixes below it.
+        let base = match segments.iter().find(|s| s.2 == rest) {
+            Some(_) => rest,
+            None => segments.iter().max_by_key(|s| s.1 - s.0).map_or(rest, |s| s.2),
+        };
+        if base != rest {
+            entries.push(RowEntry { protocol: Some(protocol), port: 0, bits: 0, decision: base });
+        }
+        for (start, end, decision) in segments.into_iter().filter(|s| s.2 != base) {
+            prefixes(start, end, |port, bits| {
+                entries.push(RowEntry { protocol: Some(protocol), port, bits, decision });
+            });
+        }
+    }
+    entries
+}
+
+/// Splits `start..end` (at most `0..65536`) into aligned prefixes.
+fn prefixes(mut start: u32, end: u32, mut each: impl FnMut(u16, u8)) {
+    while start < end {
+        let aligned = if start == 0 { 16 } else { start.trailing_zeros() };
+        let fits = (end - start).ilog2();
+        let size = aligned.min(fits);
+        each(start as u16, (16 - size) as u8);
+        start += 1 << size;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::number::ReasonId;
+    use super::*;
+
+    fn probe(row: &[RowEntry], protocol: u8, port: u16) -> Decision {
+        row.iter().filter(|e| e.covers(protocol, port)).max_by_key(|e| e.prefix_len()).unwrap().decision
+    }
+
+    #[test]
+    fn every_range_becomes_prefixes_that_cover_exactly_it() {
+        let (yes, no) = (Decision::allow(ReasonId(20)), Decision::deny(ReasonId(21)));
+        let edges = [0u16, 1, 2, 79, 80, 81, 1023, 1024, 32767, 32768, 65533, 65534, 65535];
+        for (n, first) in edges.iter().enumerate() {
+            for last in &edges[n..] {
+                let ranges = [(6u8, *first, *last)];
+                let rule =
+                    Matched { stage: Stage::Network, action: Action::Accept, ports: Some(&ranges), decision: yes };
+                let row = flatten(&[rule], no);
+                assert!(row.len() <= 32, "{first}-{last}: {}", row.len());
+                for port in 0..=u16::MAX {
+                    let expected = if (*first..=*last).contains(&port) { yes } else { no };
+                    // All near the edges, some elsewhere.
+                    if port.abs_diff(*first) < 3 || port.abs_diff(*last) < 3 || port % 997 == 0 {
+                        assert_eq!(probe(&row, 6, port), expected, "{first}-{last} at {port}");
+                    }
+                }
+                assert_eq!(probe(&row, 17, *first), no);
+                assert_eq!(probe(&row, 1, 0), no);
+            }
+        }
+    }
+
+    #[test]
+    fn pass_leaves_its_tier_and_the_first_match_wins() {
+        let (a, b, end) = (Decision::allow(ReasonId(20)), Decision::deny(ReasonId(21)), Decision::deny(ReasonId(22)));
+        let web = [(6, 80, 80)];
+        let rule = |stage, action, ports, decision| Matched { stage, action, ports, decision };
+        let rules = [
+            rule(Stage::Admin, Action::Pass, Some(&web[..]), end),
+            rule(Stage::Admin, Action::Deny, None, b),
+            rule(Stage::Network, Action::Accept, None, a),
+        ];
+        let row = flatten(&rules, end);
+        assert_eq!((probe(&row, 6, 80), probe(&row, 6, 81), probe(&row, 1, 0)), (a, b, b));
+    }
+}
