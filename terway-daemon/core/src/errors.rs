@@ -265,20 +265,8 @@ catalogue! {
         "Correct the keys that the message names; terway-cli config check FILE tells beforehand whether an edit will be taken.";
     /// The configuration file is missing or is no JSON.
     CONFIG_UNREADABLE = "TW0403", "config-unreadable", 7,
-        "The eni-config configuration cannot be read, or is not a JSON object.",
-        "Check that the ConfigMap eni-config is mounted and that its eni_conf is valid JSON; the message names the place.";
-    /// A key that nobody knows.
-    CONFIG_UNKNOWN_KEY = "TW0404", "config-unknown-key", 7,
-        "The eni-config configuration holds a key that this version does not know, and ignores it.",
-        "Correct the spelling (the message names the nearest known key), or remove the key; terway-cli config explain lists all keys.";
-    /// A key of earlier versions.
-    CONFIG_REMOVED_KEY = "TW0405", "config-removed-key", 7,
-        "The eni-config configuration holds a key whose function was removed, and ignores it.",
-        "Remove the key; the message names what took its place.";
-    /// An edit that a running daemon cannot take over.
-    CONFIG_RESTART = "TW0406", "config-restart", 7,
-        "An edit of eni-config takes effect only when the daemon of this node restarts.",
-        "Restart the terway pod of this node when convenient; running pods keep their network meanwhile.";
+        "The files of the eni-config configuration cannot be read.",
+        "Check that the ConfigMap eni-config is mounted where terwayd looks for it (--config); the message names the place.";
 }
 
 /// An error on its way to a user: a code and the particulars.

@@ -47,7 +47,7 @@ impl ConfigSource {
     /// keep a node from starting.
     ///
     /// # Errors
-    /// [`errors::CONFIG_INVALID`] with every refused value, when there is no earlier one either.
+    /// [`errors::CONFIG_REFUSED`] with every refused value, or [`errors::CONFIG_UNREADABLE`], when there is no earlier one either.
     pub fn open(paths: Paths, metrics: ConfigMetrics) -> Result<Self, Error> {
         let read = paths.read();
         let (config, warnings, failure) = match judge(&read) {
@@ -155,12 +155,11 @@ impl ConfigSource {
 }
 
 fn judge(read: &Outcome) -> Result<(Config, Vec<Warning>), Box<Failure>> {
-    let failure = |result, detail| {
-        Box::new(Failure { at: SystemTime::now(), result, error: Error::new(errors::CONFIG_INVALID, detail) })
-    };
-    let documents = read.as_ref().map_err(|reason| failure("unreadable", reason.clone()))?;
+    let failure =
+        |code, result, detail| Box::new(Failure { at: SystemTime::now(), result, error: Error::new(code, detail) });
+    let documents = read.as_ref().map_err(|reason| failure(errors::CONFIG_UNREADABLE, "unreadable", reason.clone()))?;
     documents.check().map_err(|bad| {
         let all: Vec<String> = bad.iter().map(ToString::to_string).collect();
-        failure("refused", all.join("; "))
+        failure(errors::CONFIG_REFUSED, "refused", all.join("; "))
     })
 }

@@ -222,7 +222,7 @@ async fn a_node_starts_with_the_last_good_configuration_when_the_present_one_is_
     let file = dir.path().join("eni_conf");
     let open = || ConfigSource::open(Bench::paths(dir.path(), "eni_conf"), ConfigMetrics::default());
     fs::write(&file, "{").unwrap();
-    assert_eq!(open().unwrap_err().code, errors::CONFIG_INVALID);
+    assert_eq!(open().unwrap_err().code, errors::CONFIG_REFUSED);
 
     fs::write(&file, eni_conf(7)).unwrap();
     assert_eq!(open().unwrap().config().max_idle, 7);
@@ -244,7 +244,7 @@ async fn a_node_starts_with_the_last_good_configuration_when_the_present_one_is_
 
     fs::write(dir.path().join("kept.json"), "junk").unwrap();
     fs::remove_file(&file).unwrap();
-    assert_eq!(open().unwrap_err().code, errors::CONFIG_INVALID);
+    assert_eq!(open().unwrap_err().code, errors::CONFIG_UNREADABLE);
 }
 
 #[test]

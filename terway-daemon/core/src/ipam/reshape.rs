@@ -12,7 +12,7 @@ use super::effect::Effect;
 use super::eni::{EniState, Mismatch, Stage};
 use super::pool::{Pool, Timer};
 use crate::clock::Moment;
-use crate::errors::{self, Error};
+use crate::errors::{self, Code, Error};
 use crate::ident::{EniId, Family};
 
 impl Pool {
@@ -191,7 +191,9 @@ impl Pool {
             }
         }
         for (key, pod, addresses) in fenced {
-            let reason = fenced_error(&pod.to_string(), id, &addresses);
+            let gone = self.enis.get(id).is_some_and(|eni| eni.missing.is_some());
+            let code = if gone { errors::ENI_VANISHED } else { errors::ADDRESS_VANISHED };
+            let reason = fenced_error(code, &pod.to_string(), id, &addresses);
             self.out.effect(Effect::Fence { key, pod, eni: id.clone(), addresses, reason });
         }
     }
@@ -229,7 +231,7 @@ impl Mismatch {
 }
 
 /// What is told of a pod whose addresses the cloud does not list.
-pub(super) fn fenced_error(pod: &str, eni: &EniId, addresses: &[IpAddr]) -> Error {
+pub(super) fn fenced_error(code: Code, pod: &str, eni: &EniId, addresses: &[IpAddr]) -> Error {
     let list: Vec<_> = addresses.iter().map(ToString::to_string).collect();
-    Error::new(errors::ADDRESS_VANISHED, format!("{pod} has {} of {eni}.", list.join(", ")))
+    Error::new(code, format!("{pod} has {} of {eni}.", list.join(", ")))
 }

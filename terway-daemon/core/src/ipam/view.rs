@@ -351,7 +351,9 @@ impl Pool {
                 available: v.available,
                 resting_until: blocked.map(|(until, _)| *until),
                 fragmented_until: fragmented.map(|(_, until)| until),
-                error: blocked.map(|(_, error)| explain(error)),
+                error: blocked
+                    .map(|(_, error)| explain(error))
+                    .or_else(|| fragmented.map(|_| Error::new(errors::PREFIX_FRAGMENTED, v.id.to_string()))),
             }
         };
         self.vswitches.iter().map(view).collect()
@@ -388,8 +390,12 @@ impl Pool {
         for eni in self.enis.values() {
             let named = |Error { code, detail }: Error| Error::new(code, format!("{}: {detail}", eni.id));
             if eni.missing.is_some() {
-                let detail = format!("{}: The cloud does not list this ENI as attached to the instance.", eni.id);
-                problems.push(Error::new(errors::CLOUD_FAILED, detail));
+                let pods = self.attachments.values().filter(|a| a.grant.eni == eni.id).map(|a| a.pod.to_string());
+                let pods: Vec<String> = pods.collect();
+                let whose = if pods.is_empty() { String::new() } else { format!(" It carries {}.", pods.join(", ")) };
+                let detail = format!("{}: The cloud does not list it as attached to the instance.{whose}", eni.id);
+                let code = if pods.is_empty() { errors::ENI_UNKNOWN } else { errors::ENI_VANISHED };
+                problems.push(Error::new(code, detail));
             }
             problems.extend(eni.error.clone().or_else(|| eni.reason.clone()).map(named));
             for slots in [&eni.v4, &eni.v6] {
@@ -405,7 +411,12 @@ impl Pool {
         }
         if self.enis.values().any(|eni| eni.missing.is_some() || eni.v4.missing() + eni.v6.missing() > 0) {
             for view in self.list().into_iter().filter(|view| !view.missing.is_empty()) {
-                problems.push(fenced_error(&view.pod.to_string(), &view.grant.eni, &view.missing));
+                problems.push(fenced_error(
+                    errors::ADDRESS_VANISHED,
+                    &view.pod.to_string(),
+                    &view.grant.eni,
+                    &view.missing,
+                ));
             }
         }
         problems
