@@ -114,7 +114,7 @@ const TTL: u32 = 64;
 
 #[inline(always)]
 fn write_v4<P: Frame>(frame: &mut P, src: u32, dst: u32, protocol: u8, length: u32) -> Option<()> {
-    let third = (TTL << 24 | u32::from(protocol) << 16).to_be();
+    let third = ((TTL << 24) | (u32::from(protocol) << 16)).to_be();
     let words = [(0x4500_0000 | length).to_be(), 0x4000_u32.to_be(), third, src, dst];
     let [a, b, _, d, e] = words;
     write_words(frame, ETH_LEN, &[a, b, with_check(third, sum(&words, 0)), d, e])
