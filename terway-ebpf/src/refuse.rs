@@ -83,7 +83,7 @@ fn sum<const N: usize>(words: &[u32; N], start: u32) -> u32 {
 #[inline(always)]
 fn write_tcp<P: Frame>(frame: &mut P, at: usize, segment: &Segment, pseudo: u32) -> Option<()> {
     let Segment { ports, seq, ack, flags } = *segment;
-    let words: [u32; TCP_WORDS] = [ports, seq.to_be(), ack.to_be(), (0x5000_0000 | u32::from(flags) << 16).to_be(), 0];
+    let words: [u32; TCP_WORDS] = [ports, seq.to_be(), ack.to_be(), (0x5000_0000 | (u32::from(flags) << 16)).to_be(), 0];
     // The checksum stands in the first half of the last word.
     let check = with_check(0, sum(&words, pseudo)).rotate_left(16);
     let [a, b, c, d, _] = words;
@@ -122,7 +122,7 @@ fn write_v4<P: Frame>(frame: &mut P, src: u32, dst: u32, protocol: u8, length: u
 
 #[inline(always)]
 fn write_v6<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], next: u8, length: u32) -> Option<()> {
-    let second = (length << 16 | u32::from(next) << 8 | TTL).to_be();
+    let second = ((length << 16) | (u32::from(next) << 8) | TTL).to_be();
     write_words(frame, ETH_LEN, &[0x6000_0000_u32.to_be(), second])?;
     write_words(frame, ETH_LEN + 8, src)?;
     write_words(frame, ETH_LEN + 24, dst)
@@ -143,7 +143,7 @@ impl Refusal for V4 {
     #[inline(always)]
     fn reset<P: Frame>(frame: &mut P, src: &u32, dst: &u32, segment: &Segment) -> Option<()> {
         write_v4(frame, *src, *dst, TCP, (V4_LEN + 4 * TCP_WORDS) as u32)?;
-        let pseudo = sum(&[*src, *dst, (u32::from(TCP) << 16 | 4 * TCP_WORDS as u32).to_be()], 0);
+        let pseudo = sum(&[*src, *dst, ((u32::from(TCP) << 16) | 4 * TCP_WORDS as u32).to_be()], 0);
         write_tcp(frame, ETH_LEN + V4_LEN, segment, pseudo)
     }
 
