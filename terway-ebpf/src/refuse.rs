@@ -83,7 +83,8 @@ fn sum<const N: usize>(words: &[u32; N], start: u32) -> u32 {
 #[inline(always)]
 fn write_tcp<P: Frame>(frame: &mut P, at: usize, segment: &Segment, pseudo: u32) -> Option<()> {
     let Segment { ports, seq, ack, flags } = *segment;
-    let words: [u32; TCP_WORDS] = [ports, seq.to_be(), ack.to_be(), (0x5000_0000 | (u32::from(flags) << 16)).to_be(), 0];
+    let words: [u32; TCP_WORDS] =
+        [ports, seq.to_be(), ack.to_be(), (0x5000_0000 | (u32::from(flags) << 16)).to_be(), 0];
     // The checksum stands in the first half of the last word.
     let check = with_check(0, sum(&words, pseudo)).rotate_left(16);
     let [a, b, c, d, _] = words;
