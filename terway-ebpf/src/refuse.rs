@@ -144,7 +144,7 @@ impl Refusal for V4 {
     #[inline(always)]
     fn reset<P: Frame>(frame: &mut P, src: &u32, dst: &u32, segment: &Segment) -> Option<()> {
         write_v4(frame, *src, *dst, TCP, (V4_LEN + 4 * TCP_WORDS) as u32)?;
-        let pseudo = sum(&[*src, *dst, ((u32::from(TCP) << 16) | 4 * TCP_WORDS as u32).to_be()], 0);
+        let pseudo = sum(&[*src, *dst, ((u32::from(TCP) << 16) | (4 * TCP_WORDS as u32)).to_be()], 0);
         write_tcp(frame, ETH_LEN + V4_LEN, segment, pseudo)
     }
 
