@@ -3,8 +3,6 @@
 
 mod files;
 mod status;
-#[cfg(test)]
-mod tests;
 mod watch;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -163,3 +161,6 @@ fn judge(read: &Outcome) -> Result<(Config, Vec<Warning>), Box<Failure>> {
         failure(errors::CONFIG_REFUSED, "refused", all.join("; "))
     })
 }
+
+#[cfg(test)]
+mod tests;
