@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use terway_core::ident::{Family, IpStack};
+use terway_core::ident::{EniId, Family, IpStack};
 use terway_core::ipam::{
     ALWAYS_BLOCKED, Answer, Degradation, EniPhase, EniSelection, Event, Phase, PoolConfig, PoolMode, Reclaim, Record,
     V4_PREFIX_SLOTS, V6_PREFIX_SLOTS, VSwitchSelection,
@@ -229,7 +229,7 @@ pub(crate) fn check_at_rest(world: &World, scarce: bool) {
     }
     assert_eq!(ours, theirs, "the pool's addresses and the cloud's");
     if !scarce {
-        let least = world.config.min_idle.min(world.config.capacity() - stats.bound);
+        let least = world.config.min_idle.min(world.config.capacity().saturating_sub(stats.bound));
         assert!(stats.idle >= least, "{stats:?}");
     }
     // The primary address of an ENI stays as long as the ENI does, and a prefix as long as one pod is on it.
@@ -329,7 +329,22 @@ fn come_to_rest(world: &mut World, node: Node, base: &PoolConfig) {
     check_at_rest(world, node.scarce);
     // Whatever has happened, a pod that comes now is served.
     let capacity = world.config.capacity() as usize;
-    let room = if node.scarce { world.cloud.supply(&"vsw-a".into()).min(capacity) } else { capacity };
+    // Where there is no whole prefix left, an ENI holds single addresses.
+    let places = world.config.eni_limit() * node.per_eni.min(world.config.per_eni(Family::V4));
+    let scarce = world.cloud.supply(&"vsw-a".into()).min(capacity).min(places as usize);
+    // A pod on a single address, from when no prefix was to be had, keeps the place of a whole one.
+    let stray = |eni: &EniId, a: IpAddr| {
+        let eni = &world.cloud.enis[eni];
+        a != eni.primary_v4 && !prefixes_of(eni).iter().any(|prefix| prefix.contains(&a))
+    };
+    let stuck = node.prefixes && world.bound.values().any(|g| g.addresses.iter().any(|a| stray(&g.eni, a)));
+    let room = if stuck {
+        0
+    } else if node.scarce {
+        scarce
+    } else {
+        capacity
+    };
     let mut tickets = Vec::new();
     for n in 100.. {
         if world.pool.list().len() + tickets.len() >= room.min(20) {

@@ -1,7 +1,5 @@
 //! What the pool promises, checked on what each step changes.
 
-use std::net::IpAddr;
-
 use ipnet::IpNet;
 use terway_core::errors::Error;
 use terway_core::ident::{AttachmentKey, EniId, Family};
@@ -13,18 +11,21 @@ impl World {
     /// Nothing on the node holds these addresses of this ENI: no pod in the kernel, no binding in the pool or on disk. (An address that a
     /// call took from the ENI without our hearing of it may be on another one by now.)
     pub(crate) fn check_unheld(&self, eni: &EniId, nets: &[IpNet]) {
-        let within = |a: IpAddr| nets.iter().any(|net| net.contains(&a));
-        let holds = |grant: &Grant| grant.eni == *eni && grant.addresses.iter().any(within);
-        for (key, wired) in &self.kernel {
-            assert!(!holds(&wired.grant), "an address of {key} is given back");
-        }
-        for (key, grant) in &self.bound {
-            assert!(!holds(grant), "an address of {key} is given back");
-        }
+        self.check_unbound(eni, nets);
         for record in self.store.values() {
             if let Record::Attachment(a) = record {
-                assert!(!holds(&a.grant), "an address of {} is given back, and bound on disk", a.key);
+                assert!(!within(&a.grant, eni, nets), "an address of {} is given back, and bound on disk", a.key);
             }
+        }
+    }
+
+    /// The same, but the end of a binding may still be on its way to the disk.
+    fn check_unbound(&self, eni: &EniId, nets: &[IpNet]) {
+        for (key, wired) in &self.kernel {
+            assert!(!within(&wired.grant, eni, nets), "an address of {key} is given back");
+        }
+        for (key, grant) in &self.bound {
+            assert!(!within(grant, eni, nets), "an address of {key} is given back");
         }
     }
 
@@ -101,10 +102,10 @@ impl World {
     /// an answer is for somebody who waits.
     pub(crate) fn check_order(&self, effect: &Effect) {
         if let Effect::Unassign { eni, addresses, .. } = effect {
-            self.check_unheld(eni, &addresses.iter().map(|a| IpNet::from(*a)).collect::<Vec<_>>());
+            self.check_unbound(eni, &addresses.iter().map(|a| IpNet::from(*a)).collect::<Vec<_>>());
         }
         if let Effect::UnassignPrefixes { eni, prefixes, .. } = effect {
-            self.check_unheld(eni, prefixes);
+            self.check_unbound(eni, prefixes);
         }
         if let Effect::Answer { ticket, .. } = effect {
             assert!(self.open.contains_key(ticket), "{ticket:?} is answered twice, or never asked");
@@ -137,6 +138,11 @@ impl World {
             assert!(on_disk, "{key} is in the kernel and not on disk");
         }
     }
+}
+
+/// Whether one of these addresses of this ENI is in the grant.
+fn within(grant: &Grant, eni: &EniId, nets: &[IpNet]) -> bool {
+    grant.eni == *eni && grant.addresses.iter().any(|address| nets.iter().any(|net| net.contains(&address)))
 }
 
 /// The table that a call is about.
