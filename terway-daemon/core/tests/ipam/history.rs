@@ -6,7 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use terway_core::ident::{EniId, Family, IpStack};
+use terway_core::cloud::Eni;
+use terway_core::ident::{Family, IpStack};
 use terway_core::ipam::{
     ALWAYS_BLOCKED, Answer, Degradation, EniPhase, EniSelection, Event, Phase, PoolConfig, PoolMode, Reclaim, Record,
     V4_PREFIX_SLOTS, V6_PREFIX_SLOTS, VSwitchSelection,
@@ -332,18 +333,13 @@ fn come_to_rest(world: &mut World, node: Node, base: &PoolConfig) {
     // Where there is no whole prefix left, an ENI holds single addresses.
     let places = world.config.eni_limit() * node.per_eni.min(world.config.per_eni(Family::V4));
     let scarce = world.cloud.supply(&"vsw-a".into()).min(capacity).min(places as usize);
-    // A pod on a single address, from when no prefix was to be had, keeps the place of a whole one.
-    let stray = |eni: &EniId, a: IpAddr| {
-        let eni = &world.cloud.enis[eni];
-        a != eni.primary_v4 && !prefixes_of(eni).iter().any(|prefix| prefix.contains(&a))
-    };
-    let stuck = node.prefixes && world.bound.values().any(|g| g.addresses.iter().any(|a| stray(&g.eni, a)));
-    let room = if stuck {
-        0
-    } else if node.scarce {
-        scarce
-    } else {
-        capacity
+    // A single address, from when no prefix was to be had or from somebody else, takes the place of a whole one.
+    let single = |eni: &Eni| eni.v4.len() > 1 || !eni.v6.is_empty();
+    let stuck = node.prefixes && world.cloud.enis.values().any(single);
+    let room = match (node.scarce, stuck) {
+        (true, _) => scarce,
+        (false, true) => 0,
+        (false, false) => capacity,
     };
     let mut tickets = Vec::new();
     for n in 100.. {
