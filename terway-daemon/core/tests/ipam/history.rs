@@ -194,6 +194,13 @@ fn perform(world: &mut World, base: &PoolConfig, action: &Action) {
     }
 }
 
+/// On a node with prefixes a single address, from when none was to be had or from somebody else, takes the place of a whole one: it may carry less
+/// than its configuration says.
+fn cramped(world: &World) -> bool {
+    let single = |eni: &Eni| eni.v4.len() > 1 || !eni.v6.is_empty();
+    world.config.prefixes && world.cloud.enis.values().any(single)
+}
+
 /// When all is well again and a while has passed, store, cloud, kernel and pool agree and nothing is left over.
 pub(crate) fn check_at_rest(world: &World, scarce: bool) {
     assert!(world.open.is_empty(), "never answered: {:?}", world.open);
@@ -229,7 +236,7 @@ pub(crate) fn check_at_rest(world: &World, scarce: bool) {
         theirs.extend(prefixes_of(eni).into_iter().map(|prefix| (eni.id.clone(), prefix)));
     }
     assert_eq!(ours, theirs, "the pool's addresses and the cloud's");
-    if !scarce {
+    if !scarce && !cramped(world) {
         let least = world.config.min_idle.min(world.config.capacity().saturating_sub(stats.bound));
         assert!(stats.idle >= least, "{stats:?}");
     }
@@ -333,10 +340,7 @@ fn come_to_rest(world: &mut World, node: Node, base: &PoolConfig) {
     // Where there is no whole prefix left, an ENI holds single addresses.
     let places = world.config.eni_limit() * node.per_eni.min(world.config.per_eni(Family::V4));
     let scarce = world.cloud.supply(&"vsw-a".into()).min(capacity).min(places as usize);
-    // A single address, from when no prefix was to be had or from somebody else, takes the place of a whole one.
-    let single = |eni: &Eni| eni.v4.len() > 1 || !eni.v6.is_empty();
-    let stuck = node.prefixes && world.cloud.enis.values().any(single);
-    let room = match (node.scarce, stuck) {
+    let room = match (node.scarce, cramped(world)) {
         (true, _) => scarce,
         (false, true) => 0,
         (false, false) => capacity,
