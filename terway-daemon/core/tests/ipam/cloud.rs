@@ -65,20 +65,17 @@ impl Cloud {
 
     /// Remembers the list as of `now`, for those who ask for a stale one.
     pub(crate) fn note(&mut self, now: Moment) {
-        let list = self.list();
-        if self.history.last().is_none_or(|(_, last)| *last != list) {
-            self.history.push((now, list));
+        if self.history.last().is_none_or(|(_, last)| !last.iter().eq(self.enis.values())) {
+            self.history.push((now, self.list()));
         }
     }
 
     /// A list that was true at some moment at most `lag` ago.
     pub(crate) fn stale_list(&self, now: Moment, lag: Duration, choice: usize) -> Vec<Eni> {
-        let mut lists: Vec<_> = (0..self.history.len())
-            .filter(|i| self.history.get(i + 1).is_none_or(|(ended, _)| ended.after(lag) > now))
-            .map(|i| self.history[i].1.clone())
-            .collect();
-        lists.push(self.list());
-        lists.swap_remove(choice % lists.len())
+        // Each list ends when the next begins.
+        let first = self.history.iter().skip(1).take_while(|(ended, _)| ended.after(lag) <= now).count();
+        let told = self.history.get(first..).unwrap_or_default();
+        told.get(choice % (told.len() + 1)).map_or_else(|| self.list(), |(_, list)| list.clone())
     }
 
     fn take(&mut self, vswitch: &VSwitchId, count: u32) -> Result<Vec<Ipv4Addr>, CloudError> {

@@ -1,20 +1,20 @@
-//! The engine, the kernel and the store around a pool, and the checks that hold after every step.
+//! The world around a pool: its requests, its store, its clock, and its death.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use ipnet::IpNet;
 use terway_core::clock::Moment;
-use terway_core::cloud::{CloudError, EniStatus, ErrorClass, InstanceLimits};
-use terway_core::errors::{self, Error};
-use terway_core::ident::{AttachmentKey, EniId, IpStack, PodRef};
+use terway_core::cloud::{ErrorClass, InstanceLimits};
+use terway_core::errors::Error;
+use terway_core::ident::{AttachmentKey, IpStack, PodRef};
 use terway_core::ipam::{
-    Add, Answer, Backoff, Change, Effect, Event, Grant, NodeFacts, OpId, Phase, Pool, PoolConfig, Record, RecordKey,
-    Snapshot, Ticket,
+    Add, Answer, Backoff, Change, Effect, Event, Grant, NodeFacts, OpId, Pool, PoolConfig, Record, RecordKey, Snapshot,
+    Ticket,
 };
 
-use crate::cloud::{Cloud, INSTANCE, error, prefixes_of, subnet};
+use crate::cloud::{Cloud, INSTANCE};
+use crate::engine::{is_cloud_call, op_of};
 
 pub(crate) const LAG: Duration = Duration::from_secs(5);
 
@@ -83,29 +83,32 @@ pub(crate) struct World {
     pub(crate) cloud: Cloud,
     pub(crate) now: Moment,
     pub(crate) kernel: BTreeMap<AttachmentKey, Wired>,
-    pub(crate) store: BTreeMap<String, Vec<u8>>,
-    /// Whose attachment records are in the store.
-    on_disk: BTreeSet<AttachmentKey>,
+    pub(crate) store: BTreeMap<RecordKey, Record>,
+    /// The bindings by what the pool wrote, durable or not, and whose each address is.
+    pub(crate) bound: BTreeMap<AttachmentKey, Grant>,
+    pub(crate) owners: BTreeMap<IpAddr, AttachmentKey>,
+    /// Compare all there is after every step, and take what is stored through its bytes; else only what a step changed is checked.
+    pub(crate) thorough: bool,
     /// Pods that the pool said are cut off.
     pub(crate) fenced: BTreeMap<AttachmentKey, Vec<IpAddr>>,
-    writes: Vec<(u64, bool, Vec<Change>)>,
+    pub(crate) writes: Vec<(u64, bool, Vec<Change>)>,
     pub(crate) pending: Vec<Pending>,
     seq: u64,
-    wake: Option<Moment>,
+    pub(crate) wake: Option<Moment>,
     /// Open requests.
     pub(crate) open: BTreeMap<Ticket, (Asked, Option<AttachmentKey>)>,
     pub(crate) answers: BTreeMap<Ticket, Result<Answer, Error>>,
     next_ticket: u64,
     /// The last Add and the last successful Del of each key.
-    last_add: BTreeMap<AttachmentKey, Ticket>,
-    dead: BTreeMap<AttachmentKey, Ticket>,
+    pub(crate) last_add: BTreeMap<AttachmentKey, Ticket>,
+    pub(crate) dead: BTreeMap<AttachmentKey, Ticket>,
     /// Reports of this run, to be repeated.
     pub(crate) reports: Vec<Event>,
     /// Attachments whose netns is gone.
     pub(crate) vanished: BTreeSet<AttachmentKey>,
     ops: BTreeSet<OpId>,
     /// Cloud calls of dead processes that are still on their way.
-    strays: Vec<Effect>,
+    pub(crate) strays: Vec<Effect>,
     /// What happened; only kept if somebody wants to read it.
     pub(crate) trace: Option<Vec<String>>,
 }
@@ -116,7 +119,7 @@ pub(crate) fn trace_file() -> Option<String> {
 }
 
 impl World {
-    fn note(&mut self, line: impl FnOnce() -> String) {
+    pub(crate) fn note(&mut self, line: impl FnOnce() -> String) {
         if let Some(trace) = &mut self.trace {
             trace.push(line());
         }
@@ -131,7 +134,9 @@ impl World {
             now: Moment::from_nanos(1),
             kernel: BTreeMap::new(),
             store: BTreeMap::new(),
-            on_disk: BTreeSet::new(),
+            bound: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            thorough: true,
             fenced: BTreeMap::new(),
             writes: Vec::new(),
             pending: Vec::new(),
@@ -196,10 +201,12 @@ impl World {
         self.note(|| format!("{now:?} {event:?}"));
         let effects = self.pool.step(event, self.now);
         self.take(effects);
-        self.check();
+        if self.thorough {
+            self.check();
+        }
     }
 
-    fn take(&mut self, effects: Vec<Effect>) {
+    pub(crate) fn take(&mut self, effects: Vec<Effect>) {
         for (i, effect) in effects.into_iter().enumerate() {
             self.note(|| format!("    {effect:?}"));
             self.seq += 1;
@@ -208,8 +215,14 @@ impl World {
                 Effect::Persist(changes) | Effect::PersistLazily(changes) if i > 0 => {
                     panic!("a write that is not the first of its batch: {changes:?}")
                 }
-                Effect::Persist(changes) => self.writes.push((seq, true, changes)),
-                Effect::PersistLazily(changes) => self.writes.push((seq, false, changes)),
+                Effect::Persist(changes) => {
+                    self.track(&changes);
+                    self.writes.push((seq, true, changes));
+                }
+                Effect::PersistLazily(changes) => {
+                    self.track(&changes);
+                    self.writes.push((seq, false, changes));
+                }
                 Effect::WakeAt(at) => self.wake = Some(at),
                 Effect::Fence { key, addresses, .. } => {
                     self.fenced.insert(key, addresses);
@@ -225,6 +238,7 @@ impl World {
                     self.pending.push(Pending { seq, task });
                 }
                 effect => {
+                    self.check_order(&effect);
                     if let Some(op) = op_of(&effect) {
                         assert!(self.ops.insert(op), "{op:?} was used before");
                     }
@@ -240,16 +254,10 @@ impl World {
             for change in changes {
                 match change {
                     Change::Put(record) => {
-                        if let Record::Attachment(a) = &record {
-                            self.on_disk.insert(a.key.clone());
-                        }
-                        self.store.insert(record.key().encode().unwrap(), record.encode().unwrap());
+                        self.store.insert(record.key(), record);
                     }
                     Change::Delete(key) => {
-                        if let RecordKey::Attachment(key) = &key {
-                            self.on_disk.remove(key);
-                        }
-                        self.store.remove(&key.encode().unwrap());
+                        self.store.remove(&key);
                     }
                 }
             }
@@ -257,7 +265,12 @@ impl World {
     }
 
     pub(crate) fn records(&self) -> Vec<Record> {
-        self.store.values().map(|bytes| Record::decode(bytes).unwrap()).collect()
+        if !self.thorough {
+            return self.store.values().cloned().collect();
+        }
+        let bytes: BTreeMap<_, _> =
+            self.store.iter().map(|(key, record)| (key.encode().unwrap(), record.encode().unwrap())).collect();
+        bytes.values().map(|bytes| Record::decode(bytes).unwrap()).collect()
     }
 
     /// The indices of the tasks that may run: every durable write before them is done.
@@ -273,242 +286,6 @@ impl World {
                 self.reports.push(event.clone());
             }
             self.step(event);
-        }
-    }
-
-    /// Runs a task and returns what is to be reported.
-    fn execute(&mut self, seq: u64, task: Task, outcome: Outcome, choice: usize) -> Vec<Event> {
-        self.note(|| format!("  run {task:?} {outcome:?}"));
-        let effect = match task {
-            Task::Links { op, key } => {
-                if outcome != Outcome::Fine {
-                    return vec![Event::DisconnectFailed { op, key, error: Error::new(errors::NET_FAILED, "") }];
-                }
-                self.kernel.remove(&key);
-                return vec![Event::Disconnected { op, key }];
-            }
-            Task::Run(effect) => effect,
-        };
-        // A request that was served is not refused when it comes again: its token is known.
-        let outcome = match outcome {
-            Outcome::Fails(ErrorClass::Quota | ErrorClass::VSwitchExhausted) if self.cloud.knows(&effect) => {
-                Outcome::Fine
-            }
-            outcome => outcome,
-        };
-        let events = match &effect {
-            Effect::Connect { op, key, grant, .. } => vec![self.connect(*op, key, grant, outcome)],
-            Effect::Disconnect { op, key, .. } => {
-                if let Outcome::Fails(_) = outcome {
-                    let error = Error::new(errors::BPF_FAILED, "");
-                    return vec![Event::DisconnectFailed { op: *op, key: key.clone(), error }];
-                }
-                if let Some(wired) = self.kernel.get_mut(key) {
-                    wired.datapath = false;
-                }
-                self.pending.push(Pending { seq, task: Task::Links { op: *op, key: key.clone() } });
-                vec![Event::Unplugged { op: *op, key: key.clone() }]
-            }
-            Effect::Answer { ticket, result } => {
-                self.answered(*ticket, result.clone());
-                vec![]
-            }
-            Effect::CreateEni { op, .. } => {
-                vec![Event::EniCreated { op: *op, result: self.call(outcome, |cloud| cloud.create(&effect)) }]
-            }
-            Effect::AttachEni { op, eni } => {
-                let result = self.call(outcome, |cloud| cloud.attach(eni));
-                vec![Event::EniAttached { op: *op, eni: eni.clone(), result }]
-            }
-            Effect::ConfigureNic { op, eni, .. } => {
-                let there = self.cloud.enis.get(eni).is_some_and(|eni| eni.status == EniStatus::InUse);
-                let (op, eni) = (*op, eni.clone());
-                vec![if there && outcome == Outcome::Fine {
-                    Event::NicReady { op, eni, ifindex: 7, subnet: subnet() }
-                } else {
-                    Event::NicFailed { op, eni, error: Error::new(errors::NIC_MISSING, "") }
-                }]
-            }
-            Effect::Assign { op, token, eni, family, count } => {
-                assert!(*count > 0 && *count <= self.config.batch);
-                let result = self.call(outcome, |cloud| cloud.assign(token, eni, *family, *count));
-                vec![Event::Assigned { op: *op, eni: eni.clone(), family: *family, result }]
-            }
-            Effect::Unassign { op, eni, family, addresses } => {
-                let nets: Vec<_> = addresses.iter().map(|a| IpNet::from(*a)).collect();
-                self.check_unheld(eni, &nets);
-                let result = self.call(outcome, |cloud| cloud.unassign(eni, addresses));
-                vec![Event::Unassigned { op: *op, eni: eni.clone(), family: *family, result }]
-            }
-            Effect::AssignPrefixes { op, token, eni, family, count } => {
-                assert!(*count > 0 && *count <= self.config.batch);
-                let result = self.call(outcome, |cloud| cloud.assign_prefixes(token, eni, *family, *count));
-                vec![Event::PrefixesAssigned { op: *op, eni: eni.clone(), family: *family, result }]
-            }
-            Effect::UnassignPrefixes { op, eni, family, prefixes } => {
-                self.check_unheld(eni, prefixes);
-                let result = self.call(outcome, |cloud| cloud.unassign_prefixes(eni, prefixes));
-                vec![Event::PrefixesUnassigned { op: *op, eni: eni.clone(), family: *family, result }]
-            }
-            Effect::DescribeVSwitches { op, ids } => {
-                let result = self.call(outcome, |cloud| Ok(cloud.count(ids)));
-                vec![Event::VSwitches { op: *op, result }]
-            }
-            Effect::Detach { op, eni } => {
-                let held: Vec<_> = self
-                    .cloud
-                    .enis
-                    .get(eni)
-                    .into_iter()
-                    .flat_map(|e| {
-                        let v4 = e.v4.iter().map(|a| IpNet::from(IpAddr::V4(*a)));
-                        v4.chain(e.v6.iter().map(|a| IpNet::from(IpAddr::V6(*a)))).chain(prefixes_of(e))
-                    })
-                    .collect();
-                self.check_unheld(eni, &held);
-                let result = self.call(outcome, |cloud| cloud.detach(eni));
-                vec![Event::Detached { op: *op, eni: eni.clone(), result }]
-            }
-            Effect::Delete { op, eni } => {
-                let result = self.call(outcome, |cloud| cloud.delete(eni));
-                vec![Event::Deleted { op: *op, eni: eni.clone(), result }]
-            }
-            Effect::TakeInventory { op } => {
-                let lists = self.cloud.stale_list(self.now, LAG, choice);
-                let result = match outcome {
-                    Outcome::Fine => Ok(lists),
-                    _ => Err(error(ErrorClass::Unknown, "")),
-                };
-                vec![Event::Inventory { op: *op, result }]
-            }
-            Effect::Persist(_)
-            | Effect::PersistLazily(_)
-            | Effect::WakeAt(_)
-            | Effect::Fence { .. }
-            | Effect::Unfence { .. } => unreachable!(),
-        };
-        self.cloud.note(self.now);
-        events
-    }
-
-    fn call<T>(
-        &mut self,
-        outcome: Outcome,
-        call: impl FnOnce(&mut Cloud) -> Result<T, CloudError>,
-    ) -> Result<T, CloudError> {
-        match outcome {
-            Outcome::Fine => call(&mut self.cloud),
-            Outcome::Lost => {
-                let _lost = call(&mut self.cloud);
-                Err(error(ErrorClass::Unknown, ""))
-            }
-            Outcome::Fails(class) => Err(error(class, "Injected")),
-        }
-    }
-
-    /// Nothing on the node holds these addresses of this ENI: no pod in the kernel, no binding in the pool or on disk. (An address that a
-    /// call took from the ENI without our hearing of it may be on another one by now.)
-    fn check_unheld(&self, eni: &EniId, nets: &[IpNet]) {
-        let within = |a: IpAddr| nets.iter().any(|net| net.contains(&a));
-        let holds = |grant: &Grant| grant.eni == *eni && grant.addresses.iter().any(within);
-        for (key, wired) in &self.kernel {
-            assert!(!holds(&wired.grant), "an address of {key} is given back");
-        }
-        for view in self.pool.list() {
-            assert!(!holds(&view.grant), "an address of {} is given back", view.key);
-        }
-        for record in self.records() {
-            if let Record::Attachment(a) = record {
-                assert!(!holds(&a.grant), "an address of {} is given back, and bound on disk", a.key);
-            }
-        }
-    }
-
-    fn connect(&mut self, op: OpId, key: &AttachmentKey, grant: &Grant, outcome: Outcome) -> Event {
-        let key = key.clone();
-        if let Some(del) = self.dead.get(&key) {
-            assert!(self.last_add.get(&key) > Some(del), "{key} is wired after its DEL was answered");
-        }
-        for (other, wired) in &self.kernel {
-            let shared = wired.grant.addresses.iter().any(|a| grant.addresses.iter().any(|b| a == b));
-            assert!(*other == key || !shared, "{key} and {other} share an address: {grant:?}");
-        }
-        for address in grant.addresses.iter() {
-            let taken = |what| self.cloud.taken.contains(&(grant.eni.clone(), what));
-            let excused = taken(None) || taken(Some(address));
-            assert!(excused || self.cloud.has(&grant.eni, address), "{address} is not on {}", grant.eni);
-        }
-        let error = Error::new(errors::NET_FAILED, "injected");
-        match outcome {
-            Outcome::Fine => {
-                self.kernel.insert(key.clone(), Wired { grant: grant.clone(), datapath: true, links: true });
-                Event::Connected { op, key }
-            }
-            Outcome::Lost => {
-                self.kernel.insert(key.clone(), Wired { grant: grant.clone(), datapath: false, links: true });
-                Event::ConnectFailed { op, key, error, undone: false }
-            }
-            Outcome::Fails(_) => {
-                self.kernel.remove(&key);
-                Event::ConnectFailed { op, key, error, undone: true }
-            }
-        }
-    }
-
-    fn answered(&mut self, ticket: Ticket, result: Result<Answer, Error>) {
-        let (asked, key) =
-            self.open.remove(&ticket).unwrap_or_else(|| panic!("{ticket:?} is answered twice, or never asked"));
-        match (&result, asked, key) {
-            // Checked when it was decided: it may have been deleted since.
-            (Ok(Answer::Attached(_)), Asked::Add, Some(_)) => {}
-            (Ok(Answer::Detached), Asked::Del, Some(key)) => {
-                if self.last_add.get(&key).is_none_or(|add| *add < ticket) {
-                    let wired = self.kernel.get(&key).is_some_and(|wired| wired.datapath);
-                    assert!(!wired, "DEL of {key} is answered while the datapath knows it");
-                    let on_disk = self.store.get(&RecordKey::Attachment(key.clone()).encode().unwrap());
-                    if let Some(Record::Attachment(record)) = on_disk.map(|bytes| Record::decode(bytes).unwrap()) {
-                        assert_eq!(record.phase, Phase::Releasing, "DEL of {key} is answered and not on disk");
-                    }
-                }
-                self.dead.insert(key, ticket);
-            }
-            (Ok(Answer::Collected(_)), Asked::Gc, None) | (Err(_), ..) => {}
-            (result, asked, key) => panic!("{asked:?} of {key:?} is answered with {result:?}"),
-        }
-        self.answers.insert(ticket, result);
-    }
-
-    /// What holds after every step.
-    pub(crate) fn check(&self) {
-        let mut owners: BTreeMap<IpAddr, AttachmentKey> = BTreeMap::new();
-        let views = self.pool.list();
-        for view in &views {
-            assert!(!view.grant.addresses.is_empty());
-            for address in view.grant.addresses.iter() {
-                if let Some(other) = owners.insert(address, view.key.clone()) {
-                    panic!("{address} is bound to {other} and {}", view.key);
-                }
-            }
-        }
-        for (key, wired) in &self.kernel {
-            let bound = views.binary_search_by(|view| view.key.cmp(key)).map(|i| &views[i]);
-            let bound = bound.unwrap_or_else(|_| panic!("{key} is in the kernel and unknown to the pool"));
-            assert_eq!(bound.grant.addresses, wired.grant.addresses, "{key}");
-            assert!(self.on_disk.contains(key), "{key} is in the kernel and not on disk");
-        }
-        let stats = self.pool.stats();
-        assert_eq!(stats.bound as usize, views.len());
-        let mut calls = BTreeSet::new();
-        for pending in &self.pending {
-            if let Task::Run(
-                Effect::Assign { eni, family, .. }
-                | Effect::Unassign { eni, family, .. }
-                | Effect::AssignPrefixes { eni, family, .. }
-                | Effect::UnassignPrefixes { eni, family, .. },
-            ) = &pending.task
-            {
-                assert!(calls.insert((eni.clone(), *family)), "two calls at once about {family} of {eni}");
-            }
         }
     }
 
@@ -556,6 +333,7 @@ impl World {
         let snapshot = Snapshot { records, enis, facts };
         let (pool, effects) = Pool::restore(self.config.clone(), snapshot, self.now).expect("the store is consistent");
         self.pool = pool;
+        self.bind_anew();
         self.take(effects);
         self.check();
     }
@@ -572,131 +350,5 @@ impl World {
             self.wake = None;
             self.step(Event::Tick);
         }
-    }
-
-    /// The tasks of one kind that may run, with their effects.
-    pub(crate) fn find(&self, wanted: impl Fn(&Effect) -> bool) -> Vec<Effect> {
-        let tasks = self.runnable().into_iter().map(|i| &self.pending[i].task);
-        tasks
-            .filter_map(|task| if let Task::Run(effect) = task { Some(effect.clone()) } else { None })
-            .filter(wanted)
-            .collect()
-    }
-
-    /// Runs the first task of one kind; everything before it is on disk.
-    pub(crate) fn run_one(&mut self, outcome: Outcome, wanted: impl Fn(&Effect) -> bool) {
-        self.flush(usize::MAX);
-        let index = self.runnable().into_iter().find(|i| matches!(&self.pending[*i].task, Task::Run(e) if wanted(e)));
-        self.run(index.expect("no such effect is pending"), outcome, usize::MAX);
-    }
-
-    /// Runs answers only, and says what one ticket got.
-    pub(crate) fn answer(&mut self, ticket: Ticket) -> Option<Result<Answer, Error>> {
-        self.flush(usize::MAX);
-        while let Some(i) =
-            self.runnable().into_iter().find(|i| matches!(self.pending[*i].task, Task::Run(Effect::Answer { .. })))
-        {
-            self.run(i, Outcome::Fine, 0);
-        }
-        self.answers.get(&ticket).cloned()
-    }
-
-    /// A pod that is there, and what it got.
-    pub(crate) fn granted(&mut self, n: usize) -> Grant {
-        let ticket = self.add(&key(n));
-        self.drive();
-        match self.answer(ticket) {
-            Some(Ok(Answer::Attached(grant))) => grant,
-            other => panic!("pod {n}: {other:?}"),
-        }
-    }
-
-    /// Everything works from now on: runs all there is to run, and lets `time` pass.
-    pub(crate) fn settle(&mut self, time: Duration) {
-        let end = self.now.after(time);
-        while !self.strays.is_empty() {
-            self.land(0);
-        }
-        for _ in 0..5_000 {
-            self.flush(usize::MAX);
-            if let Some(index) = self.runnable().first() {
-                self.run(*index, Outcome::Fine, usize::MAX);
-                continue;
-            }
-            let Some(next) = self.wake.filter(|next| *next <= end) else {
-                self.advance(end.since(self.now));
-                return;
-            };
-            self.advance(next.since(self.now));
-        }
-        panic!("the pool never comes to rest");
-    }
-
-    /// As [`World::settle`], but effects take time. Returns how long it took until nothing but the clock was left.
-    pub(crate) fn settle_timed(&mut self, time: Duration, takes: impl Fn(&Effect) -> Duration) -> Duration {
-        let (begun, end) = (self.now, self.now.after(time));
-        let (mut due, mut last): (BTreeMap<u64, Moment>, _) = (BTreeMap::new(), self.now);
-        loop {
-            self.flush(usize::MAX);
-            for pending in &self.pending {
-                let long = if let Task::Run(effect) = &pending.task { takes(effect) } else { Duration::ZERO };
-                due.entry(pending.seq).or_insert(self.now.after(long));
-            }
-            let next = self.pending.iter().map(|pending| (due[&pending.seq], pending.seq)).min();
-            let wake = self.wake.filter(|at| next.is_none_or(|(when, _)| *at < when) && *at <= end);
-            if let Some(at) = wake {
-                self.advance(at.since(self.now));
-            } else if let Some((when, seq)) = next {
-                self.now = self.now.max(when);
-                last = self.now;
-                let index = self.pending.iter().position(|pending| pending.seq == seq).expect("it is pending");
-                self.run(index, Outcome::Fine, usize::MAX);
-            } else {
-                return last.since(begun);
-            }
-        }
-    }
-
-    /// Runs effects as they come, without letting time pass.
-    pub(crate) fn drive(&mut self) {
-        self.settle(Duration::ZERO);
-    }
-}
-
-const fn is_cloud_call(effect: &Effect) -> bool {
-    matches!(
-        effect,
-        Effect::CreateEni { .. }
-            | Effect::AttachEni { .. }
-            | Effect::Assign { .. }
-            | Effect::Unassign { .. }
-            | Effect::AssignPrefixes { .. }
-            | Effect::UnassignPrefixes { .. }
-            | Effect::Detach { .. }
-            | Effect::Delete { .. }
-    )
-}
-
-pub(crate) fn op_of(effect: &Effect) -> Option<OpId> {
-    match effect {
-        Effect::Connect { op, .. }
-        | Effect::Disconnect { op, .. }
-        | Effect::CreateEni { op, .. }
-        | Effect::AttachEni { op, .. }
-        | Effect::ConfigureNic { op, .. }
-        | Effect::Assign { op, .. }
-        | Effect::Unassign { op, .. }
-        | Effect::AssignPrefixes { op, .. }
-        | Effect::UnassignPrefixes { op, .. }
-        | Effect::DescribeVSwitches { op, .. }
-        | Effect::Detach { op, .. }
-        | Effect::Delete { op, .. }
-        | Effect::TakeInventory { op } => Some(*op),
-        Effect::Persist(_)
-        | Effect::PersistLazily(_)
-        | Effect::Answer { .. }
-        | Effect::Fence { .. }
-        | Effect::Unfence { .. }
-        | Effect::WakeAt(_) => None,
     }
 }
