@@ -1,7 +1,5 @@
 //! The node's side of an ENI: finding its NIC, giving it its table, attaching the datapath; and the way back.
 
-use std::time::Duration;
-
 use terway_core::cloud::Subnet;
 use terway_core::errors::{self, Error};
 use terway_core::ident::Mac;
@@ -13,16 +11,15 @@ use super::Engine;
 use super::pod::net_error;
 use crate::net::Nic;
 
-/// How long a NIC may stay away after the cloud said "attached". Hot-plugging takes up to some ten seconds; the pool asks again later.
-const NIC_WITHIN: Duration = Duration::from_secs(20);
-
 impl Engine {
     /// Waits for the NIC with this MAC and sets it up. Idempotent.
     pub(super) async fn configure_nic(&self, mac: Mac) -> Result<(u32, Subnet), Error> {
-        let nic =
-            self.links.wait_for_mac(mac, Instant::now() + NIC_WITHIN).await.ok_or_else(|| {
-                Error::new(errors::NIC_MISSING, format!("MAC {mac}, waited {}s", NIC_WITHIN.as_secs()))
-            })?;
+        let within = self.facts.nic_within;
+        let nic = self
+            .links
+            .wait_for_mac(mac, Instant::now() + within)
+            .await
+            .ok_or_else(|| Error::new(errors::NIC_MISSING, format!("MAC {mac}, waited {within:?}")))?;
         // Asked after the NIC is there: the metadata service knows an ENI no earlier.
         let subnet =
             self.cloud.subnet(mac).await.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string()))?;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use terway_core::cloud::NodeIdentity;
 use terway_core::errors::Error;
@@ -36,6 +36,8 @@ pub struct Facts {
     pub addresses: Addresses,
     /// MTU of the node's primary interface in bytes.
     pub nic_mtu: u32,
+    /// How long a NIC may stay away after the cloud said "attached"; then the pool is told, which asks again later.
+    pub nic_within: Duration,
 }
 
 /// What an engine is made of.
