@@ -274,6 +274,7 @@ async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Ho
         stack: config.ip_stack,
         addresses,
         nic_mtu,
+        subnets: options.subnets_path(),
         nic_within: NIC_WITHIN / options.hurry,
     })
 }

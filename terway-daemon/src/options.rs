@@ -121,6 +121,12 @@ impl Options {
         self.state_dir.join("node.json")
     }
 
+    /// The kept subnets of the node's ENIs.
+    #[must_use]
+    pub fn subnets_path(&self) -> PathBuf {
+        self.state_dir.join("subnets.json")
+    }
+
     /// Where the configuration lies, and where the last good one is kept.
     #[must_use]
     pub fn config_paths(&self) -> Paths {
