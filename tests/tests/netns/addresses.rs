@@ -10,13 +10,13 @@ use anyhow::{Context, Result, ensure};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 use terway_core::cloud::EniKind;
-use terway_sim::cloud::{CloudConfig, EniRecord, Order, VSwitchConfig};
+use terway_sim::cloud::{CloudConfig, EniRecord, Fault, FaultKind, Order, VSwitchConfig};
 use terway_sim::cluster::{Cluster, Options};
 use terway_sim::node::Node;
 use terway_sim::node::cni::Pod;
-use terway_sim::probe;
+use terway_sim::probe::{self, Echo};
 
-use super::audit::json;
+use super::audit::{cli, json};
 use super::{SETTLE, pod, with_cluster};
 
 /// Time for what heals by itself.
@@ -103,7 +103,10 @@ fn fill(node: &Node, prefix: &str, most: usize) -> Result<Vec<Pod>> {
 fn alive<'a>(cluster: &Cluster, pods: impl IntoIterator<Item = &'a Pod>) -> Result<()> {
     for pod in pods {
         for ip in [pod.v4()?, pod.v6()?] {
-            probe::ping(cluster.external(), ip, &[]).with_context(|| format!("{} is unreachable", pod.name))?;
+            // Twice: a fresh NIC gets its link-local address up to a second after its carrier, and asks for no IPv6 gateway before.
+            probe::ping(cluster.external(), ip, &[])
+                .or_else(|_| probe::ping(cluster.external(), ip, &[]))
+                .with_context(|| format!("{} is unreachable", pod.name))?;
         }
     }
     Ok(())
@@ -284,6 +287,107 @@ fn a_bad_edit_changes_nothing_and_is_shown() -> Result<()> {
 }
 
 #[test]
+fn without_metadata_a_known_node_starts_and_keys_are_renewed() -> Result<()> {
+    with_node(
+        |options| {
+            small(options, 2);
+            options.pool = (3, 5);
+            options.conf = json!({"access_key": null, "access_secret": null});
+            options.cloud = |cloud| {
+                for instance in &mut cloud.instances {
+                    instance.role = Some("terway".to_owned());
+                }
+            };
+        },
+        |cluster, node| {
+            let mut running = pods(node, "a")?;
+            cluster.cloud().set_faults(vec![Fault {
+                action: "metadata".to_owned(),
+                nth: None,
+                probability: None,
+                times: None,
+                kind: FaultKind::Error { code: String::new(), status: 503 },
+            }]);
+            node.stop_daemon()?;
+            node.start_daemon()?;
+            node.wait(SETTLE, "it starts by what it knows", |node| Ok(node.status()?.ready))?;
+            running.push(pod(node, "b")?);
+            alive(cluster, &running)?;
+            cluster.cloud().set_faults(Vec::new());
+            node.wait(SETTLE, "its pool is filled", |node| Ok(node.status()?.pool.unwrap_or_default().idle >= 3))?;
+            cluster.cloud().expire_role_keys();
+            cluster.cloud().forget_metadata_tokens();
+            for name in ["c", "d", "e", "f"] {
+                running.push(pod_at_last(node, name)?);
+            }
+            let refused: u64 =
+                cluster.cloud().calls().values().filter_map(|c| c.refused.get("InvalidSecurityToken.Expired")).sum();
+            println!("calls refused for the expired keys: {refused}");
+            alive(cluster, &running)
+        },
+    )
+}
+
+#[test]
+fn what_is_taken_away_in_the_console_is_reported_with_its_pod() -> Result<()> {
+    with_node(
+        |options| {
+            small(options, 2);
+            options.addresses_per_adapter = 8;
+            options.pool = (1, 8);
+            options.conf = json!({"ip_pool_sync_period": "1s"});
+        },
+        |cluster, node| {
+            let running = pods(node, "a b")?;
+            let eni = eni_of(cluster, running[0].v4()?)?;
+            // A leaked address is taken in.
+            let known = node.status()?.pool.unwrap_or_default();
+            cluster.cloud().order(Order::Assign { eni: eni.id.to_string() })?;
+            node.wait(HEALS, "the leaked address is the pool's", |node| {
+                let pool = node.status()?.pool.unwrap_or_default();
+                ensure!(pool.idle > known.idle, "{pool:?} after {known:?}");
+                Ok(true)
+            })?;
+            // One of the two that is not the ENI's primary address, which cannot be unassigned.
+            let primary = eni.v4.first().copied().map(IpAddr::V4);
+            let (victim, other) =
+                if Some(running[0].v4()?) == primary { (&running[1], &running[0]) } else { (&running[0], &running[1]) };
+            let gone = victim.v4()?;
+            let reported = |code: &str, name: &str| {
+                node.wait(HEALS, "the pod is reported", |node| {
+                    let problems = problems(node)?;
+                    let named = format!("default/{name}");
+                    ensure!(problems.iter().any(|p| p.starts_with(code) && p.contains(&named)), "{problems:?}");
+                    let (exit, text) = cli(node, &["mapping"])?;
+                    ensure!(exit == 1 && text.contains(&named), "{exit}: {text}");
+                    Ok(true)
+                })
+            };
+            cluster.cloud().order(Order::Unassign { eni: eni.id.to_string(), address: gone.to_string() })?;
+            reported("TW0234", &victim.name)?;
+            alive(cluster, [other])?;
+            node.del(victim)?;
+            let next = fill(node, "next", 20)?;
+            ensure!(next.iter().all(|pod| pod.ips.iter().all(|ip| *ip != gone)), "{gone} was given out again");
+            ensure!(next.len() >= 8, "{} pods found room", next.len());
+            alive(cluster, next.iter().chain([other]))?;
+
+            cluster.cloud().order(Order::DetachEni { eni: eni.id.to_string() })?;
+            reported("TW0233", &other.name)?;
+            let (kept, lost): (Vec<_>, Vec<_>) = next
+                .iter()
+                .partition(|pod| pod.v4().is_ok_and(|ip| eni_of(cluster, ip).is_ok_and(|on| on.id != eni.id)));
+            alive(cluster, kept)?;
+            for pod in lost.into_iter().chain([other]) {
+                node.del(pod)?;
+            }
+            let fresh = pod_at_last(node, "fresh")?;
+            alive(cluster, [&fresh])
+        },
+    )
+}
+
+#[test]
 fn addresses_of_pods_that_are_gone_come_back_and_no_others() -> Result<()> {
     with_node(
         |options| {
@@ -308,6 +412,50 @@ fn addresses_of_pods_that_are_gone_come_back_and_no_others() -> Result<()> {
             node.wait(SETTLE, "it is up", |node| Ok(node.status()?.ready && node.list_pods()?.len() == 4))?;
             refused(node, "later", "TW0", &[])?;
             alive(cluster, running.iter().chain(&again))
+        },
+    )
+}
+
+#[test]
+fn pods_on_prefixes_reach_each_other_with_both_families() -> Result<()> {
+    with_cluster(
+        |options| {
+            small(options, 2);
+            options.nodes = 2;
+            options.pool = (0, 16);
+            options.conf = json!({"enable_ip_prefix": true});
+        },
+        |cluster| {
+            let (n1, n2) = (cluster.node(1), cluster.node(2));
+            let all = [pod(n1, "a")?, pod(n1, "b")?, pod(n2, "c")?];
+            ensure!(
+                secondary(cluster).iter().any(|eni| !eni.v4_prefixes.is_empty() && !eni.v6_prefixes.is_empty()),
+                "{:?}",
+                secondary(cluster)
+            );
+            let _servers = all.iter().map(|pod| Echo::start(&pod.ns)).collect::<Result<Vec<_>>>()?;
+            for from in &all {
+                for to in all.iter().filter(|to| to.name != from.name) {
+                    for ip in [to.v4()?, to.v6()?] {
+                        probe::ping(&from.ns, ip, &[]).with_context(|| format!("{} to {}", from.name, to.name))?;
+                        probe::tcp(&from.ns, ip, 50_000)?;
+                    }
+                }
+            }
+            alive(cluster, &all)?;
+            // From now on there is no free block of sixteen: single addresses serve as well.
+            cluster.cloud().order(Order::Fragment { vswitch: "vsw-pods".to_owned() })?;
+            let (mut more, mut singles) = (Vec::new(), 0);
+            for number in 0..24 {
+                more.push(pod_at_last(n1, &format!("s{number}"))?);
+                let ip = more[number].v4()?;
+                singles += usize::from(eni_of(cluster, ip).is_ok());
+                if singles == 2 {
+                    break;
+                }
+            }
+            ensure!(singles == 2, "{} pods, {singles} of them on single addresses", more.len());
+            alive(cluster, &more[more.len() - 2..])
         },
     )
 }
