@@ -144,6 +144,16 @@ fn problems(node: &Node) -> Result<Vec<String>> {
     Ok(problems.iter().map(|p| format!("{} {} {}", p.code, p.cause, p.detail)).collect())
 }
 
+fn throttled(cluster: &Cluster, on: bool) -> Result<()> {
+    let limits = on.then(|| (String::new(), 0)).into_iter().collect();
+    cluster.cloud().order(Order::RateLimits(limits))
+}
+
+fn outage(cluster: &Cluster, on: bool) {
+    let error = FaultKind::Error { code: "ServiceUnavailable".to_owned(), status: 503 };
+    let fault = Fault { action: "*".to_owned(), nth: None, probability: None, times: None, kind: error };
+    cluster.cloud().set_faults(on.then_some(fault).into_iter().collect());
+}
 
 #[test]
 fn an_empty_vswitch_is_named_and_a_second_one_cures_it() -> Result<()> {
@@ -163,6 +173,38 @@ fn an_empty_vswitch_is_named_and_a_second_one_cures_it() -> Result<()> {
             ensure!(is_in(&cured, "10.0.8.0/24")?, "{:?}", cured.ips);
             ensure!(node.daemon_pid() == pid, "the daemon was restarted");
             alive(cluster, running.iter().chain([&cured]))
+        },
+    )
+}
+
+#[test]
+fn enis_of_a_removed_vswitch_give_way() -> Result<()> {
+    with_node(
+        |options| {
+            small(options, 2);
+            options.pool = (8, 8);
+        },
+        |cluster, node| {
+            node.wait(SETTLE, "both slots are full", |node| Ok(node.status()?.pool.unwrap_or_default().idle == 8))?;
+            let stays = pod(node, "stays")?;
+            let old = eni_of(cluster, stays.v4()?)?.id;
+            node.edit_conf(vswitches(&["vsw-more"]))?;
+            node.wait(SETTLE, "the edit is in effect", |node| {
+                Ok(row(node, old.as_str())?["reason"].as_str().is_some_and(|reason| !reason.is_empty()))
+            })?;
+            println!("{}", row(node, old.as_str())?["reason"]);
+            // The empty one goes at once, because somebody wants its slot.
+            let new = pod_at_last(node, "new")?;
+            ensure!(is_in(&new, "10.0.8.0/24")?, "{:?}", new.ips);
+            alive(cluster, [&stays, &new])?;
+            ensure!(eni_of(cluster, stays.v4()?)?.id == old, "the pod's ENI was replaced");
+            node.del(&stays)?;
+            node.wait(HEALS, "the other one goes with its pod", |_| {
+                let left: Vec<_> = secondary(cluster).into_iter().map(|eni| (eni.id, eni.vswitch)).collect();
+                ensure!(left.iter().all(|(_, vswitch)| vswitch == "vsw-more"), "{left:?}");
+                Ok(true)
+            })?;
+            alive(cluster, [&new])
         },
     )
 }
@@ -229,6 +271,43 @@ fn a_full_quota_is_named_and_heals() -> Result<()> {
 }
 
 #[test]
+fn a_nic_that_never_arrives_delays_nobody_and_is_replaced() -> Result<()> {
+    with_node(
+        |options| small(options, 3),
+        |cluster, node| {
+            let mut running = pods(node, "a b c")?;
+            let known: Vec<_> = secondary(cluster).into_iter().map(|eni| eni.id).collect();
+            ensure!(known.len() == 1, "{known:?}");
+            cluster.cloud().set_faults(vec![Fault::next("AttachNetworkInterface", 1, FaultKind::NoNic)]);
+            // One is idle; two more need another ENI.
+            node.edit_conf(json!({"min_pool_size": 3}))?;
+            node.wait(SETTLE, "an ENI without NIC", |_| Ok(secondary(cluster).len() == 2))?;
+            let dead = secondary(cluster).into_iter().find(|eni| !known.contains(&eni.id)).context("an ENI")?.id;
+            let (mut slowest, mut rounds) = (Duration::ZERO, 0);
+            let start = Instant::now();
+            while secondary(cluster).iter().any(|eni| eni.id == dead) {
+                ensure!(start.elapsed() < HEALS, "the dead ENI is not given up: {:?}", node.status()?.enis);
+                // What a DEL gave back is idle a moment later.
+                node.wait(SETTLE, "one is idle", |node| Ok(node.status()?.pool.unwrap_or_default().idle > 0))?;
+                let mut pod = node.new_pod(&format!("r{rounds}"))?;
+                slowest = slowest.max(node.add(&mut pod)?.elapsed);
+                node.del(&pod)?;
+                rounds += 1;
+            }
+            println!(
+                "the dead one was deleted after {:?}; the slowest of {rounds} ADDs took {slowest:?}",
+                start.elapsed()
+            );
+            ensure!(rounds > 3 && slowest < Duration::from_secs(1), "{rounds} ADDs, the slowest {slowest:?}");
+            for name in ["d", "e", "f"] {
+                running.push(pod_at_last(node, name)?);
+            }
+            alive(cluster, &running)
+        },
+    )
+}
+
+#[test]
 fn a_bad_edit_changes_nothing_and_is_shown() -> Result<()> {
     with_node(
         |options| {
@@ -282,6 +361,53 @@ fn a_bad_edit_changes_nothing_and_is_shown() -> Result<()> {
             running.push(pod_at_last(node, "e")?);
             ensure!(is_in(&running[4], "10.0.8.0/24")?, "{:?}", running[4].ips);
             alive(cluster, &running)
+        },
+    )
+}
+
+#[test]
+fn throttling_and_outages_harm_no_running_pod() -> Result<()> {
+    with_node(
+        |options| {
+            small(options, 3);
+            options.pool = (4, 12);
+            options.conf =
+                json!({"ip_pool_sync_period": "1s", "backoff_override": {"": {"Duration": "200ms", "Cap": "1s"}}});
+        },
+        |cluster, node| {
+            let mut running = pods(node, "a b")?;
+            let mut number = 0;
+            let mut trouble = |codes: &[&str],
+                               on: &dyn Fn() -> Result<()>,
+                               off: &dyn Fn() -> Result<()>|
+             -> Result<()> {
+                node.wait(SETTLE, "four are idle", |node| Ok(node.status()?.pool.unwrap_or_default().idle >= 4))?;
+                on()?;
+                let before: Vec<_> = secondary(cluster).into_iter().map(|e| (e.id, e.v4, e.v6)).collect();
+                // What is idle is given out, and pods may go.
+                number += 1;
+                let mut fresh = node.new_pod(&format!("idle{number}"))?;
+                let elapsed = node.add(&mut fresh)?.elapsed;
+                ensure!(elapsed < Duration::from_secs(1), "an idle address took {elapsed:?}");
+                node.del(&running.remove(0))?;
+                running.push(fresh);
+                // Several comparisons with the cloud fail meanwhile.
+                std::thread::sleep(Duration::from_millis(1500));
+                let calls = cluster.cloud().calls();
+                ensure!(calls.values().any(|c| codes.iter().any(|code| c.refused.contains_key(*code))), "{calls:?}");
+                let after: Vec<_> = secondary(cluster).into_iter().map(|e| (e.id, e.v4, e.v6)).collect();
+                ensure!(before == after, "something was freed or made: {before:?} {after:?}");
+                alive(cluster, &running)?;
+                off()?;
+                running.push(pod_at_last(node, &format!("healed{number}"))?);
+                alive(cluster, &running)
+            };
+            trouble(&["Throttling.User"], &|| throttled(cluster, true), &|| throttled(cluster, false))?;
+            let switch = |on| {
+                outage(cluster, on);
+                Ok(())
+            };
+            trouble(&["ServiceUnavailable"], &|| switch(true), &|| switch(false))
         },
     )
 }
@@ -412,6 +538,30 @@ fn addresses_of_pods_that_are_gone_come_back_and_no_others() -> Result<()> {
             node.wait(SETTLE, "it is up", |node| Ok(node.status()?.ready && node.list_pods()?.len() == 4))?;
             refused(node, "later", "TW0", &[])?;
             alive(cluster, running.iter().chain(&again))
+        },
+    )
+}
+
+#[test]
+fn a_node_of_its_own_vswitch_follows_its_label() -> Result<()> {
+    with_node(
+        |options| small(options, 3),
+        |cluster, node| {
+            let mut running = pods(node, "a")?;
+            node.set_overlay(&vswitches(&["vsw-more"]))?;
+            node.wait(SETTLE, "the overlay is taken", |node| {
+                Ok(json(node, &["status"])?.1["configuration"]["generation"].as_u64() > Some(1))
+            })?;
+            running.push(pod(node, "b")?);
+            ensure!(is_in(&running[1], "10.0.8.0/24")?, "{:?}", running[1].ips);
+            // And back: the label is taken off.
+            node.set_overlay(&json!({}))?;
+            node.wait(SETTLE, "the overlay is taken", |node| {
+                Ok(json(node, &["status"])?.1["configuration"]["generation"].as_u64() > Some(2))
+            })?;
+            running.push(pod(node, "c")?);
+            ensure!(is_in(&running[2], "10.0.4.0/22")?, "{:?}", running[2].ips);
+            alive(cluster, &running)
         },
     )
 }
