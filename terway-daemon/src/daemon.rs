@@ -32,6 +32,9 @@ use crate::server::Service;
 use crate::socket::{self, InstanceLock};
 use crate::store::Store;
 
+/// How long a NIC may stay away once its ENI is attached: hot-plugging takes up to some ten seconds.
+const NIC_WITHIN: Duration = Duration::from_secs(20);
+
 /// How long the start waits for the cloud's list of ENIs before it goes on with what the store says.
 const INVENTORY_WITHIN: Duration = Duration::from_secs(10);
 
@@ -265,7 +268,15 @@ async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Ho
         }
         None => warn!(mac = %node.identity.primary_mac, "no interface has the primary ENI's MAC address"),
     }
-    Ok(Facts { node: options.node_name(), identity: node.identity.clone(), stack: config.ip_stack, addresses, nic_mtu })
+    Ok(Facts {
+        node: options.node_name(),
+        identity: node.identity.clone(),
+        stack: config.ip_stack,
+        addresses,
+        nic_mtu,
+        subnets: options.subnets_path(),
+        nic_within: NIC_WITHIN / options.hurry,
+    })
 }
 
 async fn inventory(cloud: &dyn Cloud, node: &Node) -> Option<Vec<terway_core::cloud::Eni>> {

@@ -69,6 +69,10 @@ pub struct Options {
     /// Seconds between two audits of the node's links, rules, routes and datapath entries.
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     pub audit_interval: u64,
+    /// Divides the waiting times that have no key of their own (rests after refusals, the NIC's arrival, how long lists may lag) by this:
+    /// for tests, whose cloud is as fast as they want.
+    #[arg(long, hide = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub hurry: u32,
     /// Log filter, such as info or terway_daemon=debug.
     #[arg(long, env = "TERWAY_LOG", default_value = "info", value_name = "FILTER")]
     pub log: String,
@@ -115,6 +119,12 @@ impl Options {
     #[must_use]
     pub fn node_path(&self) -> PathBuf {
         self.state_dir.join("node.json")
+    }
+
+    /// The kept subnets of the node's ENIs.
+    #[must_use]
+    pub fn subnets_path(&self) -> PathBuf {
+        self.state_dir.join("subnets.json")
     }
 
     /// Where the configuration lies, and where the last good one is kept.

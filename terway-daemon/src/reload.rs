@@ -65,6 +65,10 @@ pub(crate) fn pool(options: &Options, config: &Config, node: &Node) -> PoolConfi
         cooling: Duration::from_secs(options.cooling),
         resync: config.sync_period,
         retry: backoff(config, base.retry),
+        shrink_after: base.shrink_after / options.hurry,
+        settle: base.settle / options.hurry,
+        vswitch_rest: base.vswitch_rest / options.hurry,
+        refusal_rest: base.refusal_rest / options.hurry,
         ..base
     }
 }

@@ -6,26 +6,38 @@ use terway_core::cloud::Subnet;
 use terway_core::errors::{self, Error};
 use terway_core::ident::Mac;
 use terway_core::route::{EniInputs, EniPlan};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
 use super::Engine;
 use super::pod::net_error;
 use crate::net::Nic;
 
-/// How long a NIC may stay away after the cloud said "attached". Hot-plugging takes up to some ten seconds; the pool asks again later.
-const NIC_WITHIN: Duration = Duration::from_secs(20);
+/// How long the metadata service is waited for if its answer is known from before.
+const METADATA_WITHIN: Duration = Duration::from_secs(1);
 
 impl Engine {
     /// Waits for the NIC with this MAC and sets it up. Idempotent.
     pub(super) async fn configure_nic(&self, mac: Mac) -> Result<(u32, Subnet), Error> {
-        let nic =
-            self.links.wait_for_mac(mac, Instant::now() + NIC_WITHIN).await.ok_or_else(|| {
-                Error::new(errors::NIC_MISSING, format!("MAC {mac}, waited {}s", NIC_WITHIN.as_secs()))
-            })?;
+        let within = self.facts.nic_within;
+        let nic = self
+            .links
+            .wait_for_mac(mac, Instant::now() + within)
+            .await
+            .ok_or_else(|| Error::new(errors::NIC_MISSING, format!("MAC {mac}, waited {within:?}")))?;
         // Asked after the NIC is there: the metadata service knows an ENI no earlier.
-        let subnet =
-            self.cloud.subnet(mac).await.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string()))?;
+        let asked = self.cloud.subnet(mac);
+        let subnet = match self.subnets.get(mac) {
+            None => asked.await.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string()))?,
+            Some(kept) => match timeout(METADATA_WITHIN, asked).await {
+                Ok(Ok(subnet)) => subnet,
+                _ => {
+                    warn!(%mac, "the metadata service does not tell the ENI's subnet; going on with what it said before");
+                    kept
+                }
+            },
+        };
+        self.subnets.keep(mac, &subnet);
         let plan = self.eni_plan(&nic, &subnet);
         let _wiring = self.wiring.read().await;
         self.host.ensure_eni(&plan).await.map_err(net_error)?;
@@ -39,6 +51,7 @@ impl Engine {
     /// Takes back what [`configure_nic`](Self::configure_nic) did, as far as the NIC is still there. Best effort: detaching unplugs it anyway.
     pub(super) async fn release_nic(&self, mac: Mac) {
         let _wiring = self.wiring.read().await;
+        self.subnets.forget(mac);
         self.audit.eni_is_released(mac);
         let Some(nic) = self.links.nics().into_iter().find(|nic| nic.mac == mac) else { return };
         let ifindex = nic.ifindex;

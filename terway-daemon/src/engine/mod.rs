@@ -11,6 +11,7 @@ mod mapping;
 mod pod;
 mod reaper;
 mod start;
+mod subnets;
 mod view;
 
 use std::collections::{BTreeSet, HashMap};
@@ -70,6 +71,7 @@ pub struct Engine {
     drops: drops::DropLog,
     facts: Facts,
     /// What pods get unless their network configuration says otherwise.
+    subnets: subnets::Subnets,
     defaults: Mutex<PodOptions>,
     metrics: Metrics,
 }

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use terway_core::cloud::NodeIdentity;
 use terway_core::errors::Error;
@@ -16,6 +17,7 @@ use tracing::{info, warn};
 
 use super::pod::{PodOptions, net_error};
 use super::reaper::Reaper;
+use super::subnets::Subnets;
 use super::{Core, Engine};
 use crate::bpf::Datapath;
 use crate::cloud::Cloud;
@@ -36,6 +38,10 @@ pub struct Facts {
     pub addresses: Addresses,
     /// MTU of the node's primary interface in bytes.
     pub nic_mtu: u32,
+    /// The file that keeps the subnets of ENIs.
+    pub subnets: PathBuf,
+    /// How long a NIC may stay away after the cloud said "attached"; then the pool is told, which asks again later.
+    pub nic_within: Duration,
 }
 
 /// What an engine is made of.
@@ -81,6 +87,7 @@ impl Engine {
             host,
             links,
             reaper,
+            subnets: Subnets::load(facts.subnets.clone()),
             audit: super::audit::Audit::default(),
             wiring: RwLock::new(()),
             drops: super::drops::DropLog::default(),

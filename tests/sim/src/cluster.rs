@@ -13,8 +13,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use ipnet::{Ipv4Net, Ipv6Net};
 use nix::fcntl::Flock;
+use serde_json::Value;
 use tokio::runtime::Runtime;
 
+use crate::cloud::CloudConfig;
 use crate::fabric::vpc::Vpc;
 use crate::image;
 use crate::leftovers::{self, Snapshot};
@@ -55,6 +57,12 @@ pub struct Options {
     pub audit: u64,
     /// How long the cloud takes to attach an ENI, and then for its NIC to arrive.
     pub attach: (Duration, Duration),
+    /// Merged over the document `eni_conf` of every node (RFC 7396).
+    pub conf: Value,
+    /// Changes the cloud before anything is switched on.
+    pub cloud: fn(&mut CloudConfig),
+    /// By what the daemon's own waiting times are divided.
+    pub hurry: u32,
     /// The binaries of the containerd that every node gets, if any.
     pub containerd: Option<PathBuf>,
     /// The daemon's log filter.
@@ -81,6 +89,9 @@ impl Options {
             cooling: 1,
             audit: 60,
             attach: (Duration::from_millis(100), Duration::from_millis(50)),
+            conf: Value::Null,
+            cloud: |_| {},
+            hurry: 1,
             containerd: None,
             log: "info".to_owned(),
             bin_dir: node::bin_dir()?,
@@ -179,6 +190,7 @@ impl Cluster {
             endpoint: setup::ENDPOINT_URL.to_owned(),
             cooling: options.cooling,
             audit: options.audit,
+            hurry: options.hurry,
             log: options.log.clone(),
             interrupted: Arc::clone(&options.interrupted),
         };

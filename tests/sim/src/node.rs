@@ -5,6 +5,7 @@
 //! unix socket's path has at most 107 bytes.
 
 pub mod cni;
+mod configuration;
 mod daemon;
 
 use std::fs;
@@ -50,6 +51,7 @@ pub struct Node {
     daemon: daemon::Slot,
     containerd: Option<Containerd>,
     options: DaemonOptions,
+    configuration: configuration::Mounted,
     /// Numbers the pods that tests make by hand.
     pods: AtomicU32,
 }
@@ -81,7 +83,9 @@ impl Node {
             std::os::unix::fs::symlink("/usr/lib/cni/loopback", work.join("cni/loopback"))?;
         }
         vpc.add_node(name, Arc::clone(&ns));
+        let configuration = configuration::Mounted::create(work, options.eni_conf.clone())?;
         Ok(Self {
+            configuration,
             name: name.to_owned(),
             ns,
             work: work.to_owned(),

@@ -14,7 +14,7 @@ use terway_sim::probe;
 use super::{SETTLE, agreement, baseline, fixed_pool, pod, with_cluster};
 
 /// Exit code and stdout of `terway-cli`.
-fn cli(node: &Node, arguments: &[&str]) -> Result<(i32, String)> {
+pub(super) fn cli(node: &Node, arguments: &[&str]) -> Result<(i32, String)> {
     let mut command = node.netns().command(node::bin_dir()?.join("terway-cli"));
     command.arg("--socket").arg(node.socket()).args(arguments).stdin(Stdio::null());
     let output = command.output().context("run terway-cli")?;
@@ -22,7 +22,7 @@ fn cli(node: &Node, arguments: &[&str]) -> Result<(i32, String)> {
     Ok((output.status.code().unwrap_or(-1), text))
 }
 
-fn json(node: &Node, arguments: &[&str]) -> Result<(i32, Value)> {
+pub(super) fn json(node: &Node, arguments: &[&str]) -> Result<(i32, Value)> {
     let (code, text) = cli(node, &[arguments, &["-o", "json"]].concat())?;
     Ok((code, serde_json::from_str(&text).with_context(|| format!("{arguments:?}: {code}: {text}"))?))
 }

@@ -12,10 +12,10 @@ use terway_sim::probe;
 use super::{SETTLE, agreement, baseline, fixed_pool, with_cluster};
 
 /// Numbers that look random and come again with the same seed (Knuth, TAOCP 2, 3.3.4, table 1).
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, end: u64) -> u64 {
+    pub(super) fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % end
     }
@@ -108,14 +108,19 @@ fn begin(node: &Node, name: String) -> Result<Fate> {
     }
 }
 
-#[test]
-fn two_hundred_kills_leave_nothing() -> Result<()> {
+/// `$TERWAY_SEED`, or one that changes by the second; shown, so that a failure can be had again.
+pub(super) fn seed() -> u64 {
     let seed = std::env::var("TERWAY_SEED")
         .ok()
         .and_then(|seed| seed.parse().ok())
         .unwrap_or_else(|| std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_secs()));
     println!("TERWAY_SEED={seed}");
-    let mut random = Random(seed);
+    seed
+}
+
+#[test]
+fn two_hundred_kills_leave_nothing() -> Result<()> {
+    let mut random = Random(seed());
     with_cluster(
         |options| {
             options.nodes = 1;

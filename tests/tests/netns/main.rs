@@ -3,9 +3,11 @@
 //! Every test ends by taking its cluster down, which fails if anything is left on the machine, and where pods were deleted, by comparing
 //! the nodes with how they were before.
 
+mod addresses;
 mod audit;
 mod churn;
 mod connectivity;
+mod soak;
 mod survival;
 
 use std::time::Duration;

@@ -12,7 +12,7 @@ use super::effect::Effect;
 use super::eni::{EniState, Mismatch, Stage};
 use super::pool::{Pool, Timer};
 use crate::clock::Moment;
-use crate::errors::{self, Code, Error};
+use crate::errors::{self, Error};
 use crate::ident::{EniId, Family};
 
 impl Pool {
@@ -182,6 +182,7 @@ impl Pool {
 
     /// Tells of the pods that have these addresses of an ENI, or any if none is named, that the cloud does not list them any more.
     pub(super) fn fence(&mut self, id: &EniId, addresses: Option<&[IpAddr]>) {
+        let addresses_of_all = addresses.is_none();
         let mut fenced = Vec::new();
         for (key, attachment) in self.attachments.iter().filter(|(_, a)| a.grant.eni == *id) {
             let hit = |address: &IpAddr| addresses.is_none_or(|all| all.contains(address));
@@ -191,9 +192,7 @@ impl Pool {
             }
         }
         for (key, pod, addresses) in fenced {
-            let gone = self.enis.get(id).is_some_and(|eni| eni.missing.is_some());
-            let code = if gone { errors::ENI_VANISHED } else { errors::ADDRESS_VANISHED };
-            let reason = fenced_error(code, &pod.to_string(), id, &addresses);
+            let reason = fenced_error(&pod.to_string(), id, &addresses, addresses_of_all);
             self.out.effect(Effect::Fence { key, pod, eni: id.clone(), addresses, reason });
         }
     }
@@ -230,8 +229,9 @@ impl Mismatch {
     }
 }
 
-/// What is told of a pod whose addresses the cloud does not list.
-pub(super) fn fenced_error(code: Code, pod: &str, eni: &EniId, addresses: &[IpAddr]) -> Error {
+/// What is told of a pod whose addresses the cloud does not list, or whose whole ENI.
+pub(super) fn fenced_error(pod: &str, eni: &EniId, addresses: &[IpAddr], whole: bool) -> Error {
     let list: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+    let code = if whole { errors::ENI_VANISHED } else { errors::ADDRESS_VANISHED };
     Error::new(code, format!("{pod} has {} of {eni}.", list.join(", ")))
 }

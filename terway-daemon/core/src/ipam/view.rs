@@ -411,12 +411,8 @@ impl Pool {
         }
         if self.enis.values().any(|eni| eni.missing.is_some() || eni.v4.missing() + eni.v6.missing() > 0) {
             for view in self.list().into_iter().filter(|view| !view.missing.is_empty()) {
-                problems.push(fenced_error(
-                    errors::ADDRESS_VANISHED,
-                    &view.pod.to_string(),
-                    &view.grant.eni,
-                    &view.missing,
-                ));
+                let whole = self.enis.get(&view.grant.eni).is_none_or(|eni| eni.missing.is_some());
+                problems.push(fenced_error(&view.pod.to_string(), &view.grant.eni, &view.missing, whole));
             }
         }
         problems

@@ -12,7 +12,9 @@ use terway_core::cloud::{EniKind, EniStatus};
 use terway_core::ident::EniId;
 
 use super::faults::{Buckets, Fault};
+use super::reply::Refusal;
 use super::vpc::Vpc;
+use super::wire::Command;
 use super::{Inner, timeline};
 
 /// One change. An ENI is named by its id, or as `secondary:N`: the Nth one by id, from 1, without the primary ones.
@@ -29,6 +31,25 @@ pub enum Order {
         /// Which.
         eni: String,
     },
+    /// Attaches an ENI that somebody else made, with three addresses of each family, as a recycled instance carries them.
+    Plant {
+        /// The node.
+        node: String,
+        /// The ENI's vSwitch.
+        vswitch: String,
+        /// Its security group.
+        security_group: String,
+        /// Its tags.
+        #[serde(default)]
+        tags: BTreeMap<String, String>,
+    },
+    /// Assigns one more address of each family to an ENI.
+    Assign {
+        /// To which.
+        eni: String,
+    },
+    /// Changes the account's quota of ENIs; without limit if not given.
+    MaxEnis(Option<u32>),
     /// Takes an address (not the primary one) or a prefix off an ENI.
     Unassign {
         /// From which.
@@ -119,6 +140,14 @@ impl Inner {
                 timeline::detach_now(vpc, &id);
                 Ok(())
             }),
+            Order::Plant { node, vswitch, security_group, tags } => {
+                self.alter(|vpc| plant(vpc, &node, &vswitch, security_group, tags))
+            }
+            Order::Assign { eni } => self.alter(|vpc| assign(vpc, &eni)),
+            Order::MaxEnis(most) => {
+                self.state.lock().config.max_enis = most;
+                Ok(())
+            }
             Order::Unassign { eni, address } => self.alter(|vpc| unassign(vpc, &eni, &address)),
             Order::Occupy { vswitch, leave } => self.alter(|vpc| {
                 let vswitch = vpc.vswitch(&vswitch).context("no such vSwitch")?.clone();
@@ -202,6 +231,50 @@ fn find(vpc: &Vpc, name: &str) -> anyhow::Result<EniId> {
     let mut secondary = vpc.enis.values().filter(|eni| eni.kind != EniKind::Primary);
     let eni = number.checked_sub(1).and_then(|n| secondary.nth(n)).with_context(|| format!("no ENI {name}"))?;
     Ok(eni.id.clone())
+}
+
+fn plant(
+    vpc: &mut Vpc,
+    node: &str,
+    vswitch: &str,
+    security_group: String,
+    tags: BTreeMap<String, String>,
+) -> anyhow::Result<()> {
+    let refused = |refusal: Refusal| anyhow::anyhow!(refusal.message);
+    let instance = vpc.config.instances.iter().find(|known| known.node == node).context("no such node")?.id.clone();
+    let of = vpc.vswitch(vswitch).context("no such vSwitch")?.clone();
+    let v4 = vpc.addresses.take_v4(&of, 3).map_err(refused)?;
+    let v6 = match of.cidr_v6 {
+        Some(_) => vpc.addresses.take_v6(&of, 3).map_err(refused)?,
+        None => Vec::new(),
+    };
+    let mut eni = vpc.new_eni(vswitch, EniKind::Secondary, v4, v6);
+    eni.status = EniStatus::InUse;
+    (eni.instance, eni.node, eni.plugged) = (Some(instance), Some(node.to_owned()), true);
+    (eni.security_groups, eni.tags) = (vec![security_group], tags);
+    if let Some(plug) = vpc.for_fabric(&eni) {
+        vpc.wire.send(Command::Plug { node: node.to_owned(), eni: plug });
+    }
+    vpc.enis.insert(eni.id.clone(), eni);
+    Ok(())
+}
+
+fn assign(vpc: &mut Vpc, eni: &str) -> anyhow::Result<()> {
+    let refused = |refusal: Refusal| anyhow::anyhow!(refusal.message);
+    let id = find(vpc, eni)?;
+    let vswitch = vpc.enis.get(&id).map(|eni| eni.vswitch.clone()).unwrap_or_default();
+    let of = vpc.vswitch(&vswitch).context("no such vSwitch")?.clone();
+    let v4 = vpc.addresses.take_v4(&of, 1).map_err(refused)?;
+    let v6 = match of.cidr_v6 {
+        Some(_) => vpc.addresses.take_v6(&of, 1).map_err(refused)?,
+        None => Vec::new(),
+    };
+    let eni = vpc.enis.get_mut(&id).with_context(|| format!("no ENI {id}"))?;
+    eni.v4.extend(v4);
+    eni.v6.extend(v6);
+    let eni = eni.clone();
+    vpc.announce(&eni);
+    Ok(())
 }
 
 fn unassign(vpc: &mut Vpc, eni: &str, what: &str) -> anyhow::Result<()> {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde_json::{Value, json};
+use terway_core::config::merge;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
@@ -73,7 +74,7 @@ impl Drop for CloudHandle {
 /// The document `eni_conf` of every node.
 pub(super) fn eni_conf(options: &Options) -> Value {
     let (min, max) = options.pool;
-    json!({
+    let mut document = json!({
         "version": "1",
         "ip_stack": options.ip_stack,
         "vswitches": {ZONE: ["vsw-pods"]},
@@ -83,7 +84,11 @@ pub(super) fn eni_conf(options: &Options) -> Value {
         "service_cidr": "172.16.0.0/16",
         "access_key": KEY,
         "access_secret": SECRET,
-    })
+    });
+    if !options.conf.is_null() {
+        merge(&mut document, options.conf.clone());
+    }
+    document
 }
 
 /// Starts the cloud's servers inside the VPC and powers the instances on.
@@ -95,7 +100,7 @@ pub(super) fn start_cloud(options: &Options, nodes: &[Node], vpc: &Arc<Vpc>, run
         cidr_v6: Some(cidr_v6),
     };
     let (attach, nic_delay) = options.attach;
-    let config = CloudConfig {
+    let mut config = CloudConfig {
         vpc_cidr: Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
         vswitches: vec![vswitch("vsw-nodes", NODES_V4, NODES_V6), vswitch("vsw-pods", PODS_V4, PODS_V6)],
         security_groups: vec!["sg-sim".to_owned()],
@@ -121,6 +126,7 @@ pub(super) fn start_cloud(options: &Options, nodes: &[Node], vpc: &Arc<Vpc>, run
         nic_delay_ms: u64::try_from(nic_delay.as_millis())?,
         ..CloudConfig::default()
     };
+    (options.cloud)(&mut config);
     let sim = CloudSim::new(config, Arc::clone(vpc) as Arc<dyn Fabric>)?;
     let mut servers = Vec::new();
     for address in [METADATA, ENDPOINT] {

@@ -255,10 +255,13 @@ impl Fabric for Vpc {
         let inside = if eni.primary { "eth0".to_owned() } else { next_name(&node_ns)? };
         state.made += 1;
         let veth = format!("v{}", state.made);
-        let (mtu, mac, peer) = (self.mtu, eni.mac, node_ns.name());
+        let (mtu, mac, peer, metric) = (self.mtu, eni.mac, node_ns.name(), 1000 + state.made);
+        // The kernel adds the link-local route itself, but up to a second after the carrier (net/core/link_watch.c), and answers
+        // no solicitation of the gateway's address until then.
         let mut ip = format!(
             "link add {veth} mtu {mtu} type veth peer name {inside} address {mac} mtu {mtu} netns {peer}\n\
-             link set {veth} up\n"
+             link set {veth} up\n\
+             route add fe80::/64 dev {veth} metric {metric}\n"
         );
         if state.gateways.insert(eni.gateway_v4) {
             writeln!(ip, "addr add {}/32 dev lo", eni.gateway_v4)?;

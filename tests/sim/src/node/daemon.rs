@@ -32,6 +32,8 @@ pub struct DaemonOptions {
     pub cooling: u64,
     /// Time between two audits, in seconds.
     pub audit: u64,
+    /// By what its own waiting times are divided.
+    pub hurry: u32,
     /// The log filter.
     pub log: String,
     /// Once true, waiting ends with an error.
@@ -119,14 +121,14 @@ impl Node {
         if slot.is_some() {
             bail!("terwayd of {} runs already", self.name);
         }
-        let config = self.work.join("eni_conf");
-        fs::write(&config, self.options.eni_conf.to_string())?;
         let log = fs::File::options().create(true).append(true).open(self.daemon_log())?;
         let mut command = self.ns.command(self.options.bin_dir.join("terwayd"));
         // The one place that knows the daemon's flags.
         command
             .arg("--config")
-            .arg(config)
+            .arg(self.configuration.folder())
+            .arg("--config-overlay")
+            .arg(self.configuration.overlay())
             .arg("--state-dir")
             .arg(self.work.join("state"))
             .arg("--socket")
@@ -141,6 +143,7 @@ impl Node {
             .args(["--vpc-endpoint", &self.options.endpoint])
             .args(["--cooling", &self.options.cooling.to_string()])
             .args(["--audit-interval", &self.options.audit.to_string()])
+            .args(["--hurry", &self.options.hurry.to_string()])
             .args(["--log", &self.options.log])
             .current_dir(&self.work)
             .env("RUST_BACKTRACE", "1")
