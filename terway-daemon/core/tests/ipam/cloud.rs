@@ -70,12 +70,13 @@ impl Cloud {
         }
     }
 
-    /// A list that was true at some moment at most `lag` ago.
+    /// A list that was true at some moment at most `lag` ago; `usize::MAX` chooses the present one.
     pub(crate) fn stale_list(&self, now: Moment, lag: Duration, choice: usize) -> Vec<Eni> {
         // Each list ends when the next begins.
         let first = self.history.iter().skip(1).take_while(|(ended, _)| ended.after(lag) <= now).count();
         let told = self.history.get(first..).unwrap_or_default();
-        told.get(choice % (told.len() + 1)).map_or_else(|| self.list(), |(_, list)| list.clone())
+        let index = if choice == usize::MAX { told.len() } else { choice % (told.len() + 1) };
+        told.get(index).map_or_else(|| self.list(), |(_, list)| list.clone())
     }
 
     fn take(&mut self, vswitch: &VSwitchId, count: u32) -> Result<Vec<Ipv4Addr>, CloudError> {

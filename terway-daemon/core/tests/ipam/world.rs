@@ -126,7 +126,8 @@ impl World {
     }
 
     pub(crate) fn new(config: PoolConfig, vswitches: &[u16]) -> Self {
-        let cloud = Cloud::new(&config, vswitches);
+        let mut cloud = Cloud::new(&config, vswitches);
+        cloud.note(Moment::ZERO);
         let mut world = Self {
             pool: Pool::new(config.clone()),
             config,
