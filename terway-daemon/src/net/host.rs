@@ -18,6 +18,9 @@ use super::{NetError, Watch, decode, encode, observe, pod};
 /// Threads: RTNL lets one change the kernel at a time, so a few are enough to prepare and to read.
 const THREADS: usize = 4;
 
+/// How long a link that was brought up may take to get its link-local address. Link events may be a second late (net/core/link_watch.c).
+const LINK_LOCAL: Duration = Duration::from_secs(2);
+
 /// Interface indices of a pod's veth pair, each in its own namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Links {
@@ -154,12 +157,13 @@ impl Host {
         self.delete_links(vec![plan.clone()]).await
     }
 
-    /// Sets up an ENI. Addresses that others (DHCP, cloud-init) put on it are removed: their subnet route would draw the node's own
+    /// Sets up an ENI, and returns when it can ask for its gateways. Addresses that others (DHCP, cloud-init) put on it are removed: their subnet route would draw the node's own
     /// traffic to it.
     ///
     /// # Errors
     /// [`NetError::Renamed`] if the plan's name and index do not belong together, or what the kernel refused.
     pub async fn ensure_eni(&self, plan: &EniPlan) -> Result<(), NetError> {
+        let inputs = plan.inputs.clone();
         let plan = plan.clone();
         self.pool
             .run(move |worker| {
@@ -168,7 +172,23 @@ impl Host {
                 strip(host, &plan)?;
                 apply::run(&plan.steps, &mut Sides::host(host, indices))
             })
-            .await
+            .await?;
+        if inputs.gateway_v6.is_some() { self.await_link_local(inputs.ifindex, &inputs.ifname).await } else { Ok(()) }
+    }
+
+    /// Waits for an interface's link-local address: the kernel makes it some time after the link came up, and asks for no IPv6 neighbour,
+    /// the gateway included, without one. No thread is held meanwhile.
+    async fn await_link_local(&self, index: u32, ifname: &str) -> Result<(), NetError> {
+        let deadline = Instant::now() + LINK_LOCAL;
+        while !self.pool.run(move |worker| observe::may_solicit(worker.host()?, index)).await? {
+            if Instant::now() >= deadline {
+                // The rest of the set-up is good, and somebody may have turned link-local addresses off on purpose.
+                tracing::warn!(ifname, "the ENI has no IPv6 link-local address yet");
+                break;
+            }
+            tokio::time::sleep(LINK_LOCAL / 200).await;
+        }
+        Ok(())
     }
 
     /// Takes an ENI's set-up back, as far as it is there.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::address::{AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
 use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::RouteMessage;
@@ -90,6 +90,19 @@ pub(super) fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNet)>, NetE
             _ => None,
         })
         .collect())
+}
+
+/// Whether an interface has a link-local address that it may ask for neighbours with (`ndisc_send_ns` takes no tentative one).
+pub(super) fn may_solicit(netlink: &mut Netlink, index: u32) -> Result<bool, NetError> {
+    let answers = netlink.dump("list addresses", Message::GetAddress(AddressMessage::default()))?;
+    Ok(answers.iter().any(|answer| match inner(answer) {
+        Some(Message::NewAddress(message)) if message.header.index == index => {
+            let settled = !message.header.flags.contains(AddressHeaderFlags::Tentative);
+            let local = |net: IpNet| matches!(net.addr(), IpAddr::V6(v6) if v6.is_unicast_link_local());
+            settled && decode::address(&message).is_some_and(|(_, net)| local(net))
+        }
+        _ => false,
+    }))
 }
 
 /// Whether others can reach the node under this address: neither loopback nor IPv6 link-local. (IPv4 link-local addresses count: node-local

@@ -103,10 +103,7 @@ fn fill(node: &Node, prefix: &str, most: usize) -> Result<Vec<Pod>> {
 fn alive<'a>(cluster: &Cluster, pods: impl IntoIterator<Item = &'a Pod>) -> Result<()> {
     for pod in pods {
         for ip in [pod.v4()?, pod.v6()?] {
-            // Twice: a fresh NIC gets its link-local address up to a second after its carrier, and asks for no IPv6 gateway before.
-            probe::ping(cluster.external(), ip, &[])
-                .or_else(|_| probe::ping(cluster.external(), ip, &[]))
-                .with_context(|| format!("{} is unreachable", pod.name))?;
+            probe::ping(cluster.external(), ip, &[]).with_context(|| format!("{} is unreachable", pod.name))?;
         }
     }
     Ok(())
