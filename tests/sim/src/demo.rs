@@ -1,6 +1,7 @@
 //! The demo: a cloud, two nodes with a real containerd each, and pods through our plugin; each capability is one named check.
 
 mod checks;
+mod edits;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -105,6 +106,7 @@ pub fn run(demo: &Demo) -> Result<bool> {
         bail!("{} is missing; run `cargo xtask setup`", containerd.join("containerd").display());
     }
     options.containerd = Some(containerd);
+    options.cloud = edits::spare_vswitch;
     if let Some(obstacle) = Cluster::obstacle(&options) {
         bail!("{obstacle}; run `cargo xtask setup` and build the workspace as root");
     }
@@ -120,6 +122,7 @@ pub fn run(demo: &Demo) -> Result<bool> {
     });
     if let Some(cluster) = cluster {
         checks::all(&mut report, &cluster);
+        edits::all(&mut report, &cluster);
         if demo.keep && !interrupted.load(Ordering::Acquire) {
             cluster.mark_kept()?;
             report.say(&how_to_look(&cluster));
