@@ -83,7 +83,8 @@ fn sum<const N: usize>(words: &[u32; N], start: u32) -> u32 {
 #[inline(always)]
 fn write_tcp<P: Frame>(frame: &mut P, at: usize, segment: &Segment, pseudo: u32) -> Option<()> {
     let Segment { ports, seq, ack, flags } = *segment;
-    let words: [u32; TCP_WORDS] = [ports, seq.to_be(), ack.to_be(), (0x5000_0000 | u32::from(flags) << 16).to_be(), 0];
+    let words: [u32; TCP_WORDS] =
+        [ports, seq.to_be(), ack.to_be(), (0x5000_0000 | (u32::from(flags) << 16)).to_be(), 0];
     // The checksum stands in the first half of the last word.
     let check = with_check(0, sum(&words, pseudo)).rotate_left(16);
     let [a, b, c, d, _] = words;
@@ -114,7 +115,7 @@ const TTL: u32 = 64;
 
 #[inline(always)]
 fn write_v4<P: Frame>(frame: &mut P, src: u32, dst: u32, protocol: u8, length: u32) -> Option<()> {
-    let third = (TTL << 24 | u32::from(protocol) << 16).to_be();
+    let third = ((TTL << 24) | (u32::from(protocol) << 16)).to_be();
     let words = [(0x4500_0000 | length).to_be(), 0x4000_u32.to_be(), third, src, dst];
     let [a, b, _, d, e] = words;
     write_words(frame, ETH_LEN, &[a, b, with_check(third, sum(&words, 0)), d, e])
@@ -122,7 +123,7 @@ fn write_v4<P: Frame>(frame: &mut P, src: u32, dst: u32, protocol: u8, length: u
 
 #[inline(always)]
 fn write_v6<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], next: u8, length: u32) -> Option<()> {
-    let second = (length << 16 | u32::from(next) << 8 | TTL).to_be();
+    let second = ((length << 16) | (u32::from(next) << 8) | TTL).to_be();
     write_words(frame, ETH_LEN, &[0x6000_0000_u32.to_be(), second])?;
     write_words(frame, ETH_LEN + 8, src)?;
     write_words(frame, ETH_LEN + 24, dst)

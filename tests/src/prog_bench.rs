@@ -2,8 +2,8 @@
 //! (the flow is made, in both directions).
 
 use aya::maps::{HashMap, Map, MapData};
-use terway_abi::{Program, names};
-use terway_daemon::bpf::{BpfError, Config, Datapath, Endpoint, RunContext};
+use terway_abi::{Backend, Frontend, Member, Program, Run, backend_flags, names};
+use terway_daemon::bpf::{BpfError, Config, Datapath, Endpoint, FrontendAt, RunContext};
 
 use crate::packet::{Frame, flags};
 use crate::sandbox::{Sandbox, ifindex, ip};
@@ -127,6 +127,7 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
         ("to_pod v4", Program::ToPod, a, Frame::new(stage.a.pod_mac.0, HOST_MAC).ip("10.0.0.100", "10.0.0.1")),
         ("to_vpc host v4", Program::ToVpc, eni, Frame::new(GATEWAY_MAC, stage.eni_mac).ip("10.0.0.100", "10.0.9.9")),
     ];
+    let services = services(&stage)?;
     let mut results = Vec::new();
 
     for (name, program, ifindex, frame) in &cases {
@@ -135,11 +136,53 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
             lowest(&stage.datapath, *program, *ifindex, frame, (80, flags::ACK))?,
         ));
     }
+    for (name, frame) in &services {
+        results.push((
+            format!("{name} established"),
+            lowest(&stage.datapath, Program::FromPod, a, frame, (80, flags::ACK))?,
+        ));
+    }
     unsettle(&stage.datapath)?;
+    for (name, frame) in &services {
+        results.push((format!("{name} first"), lowest(&stage.datapath, Program::FromPod, a, frame, (81, flags::SYN))?));
+    }
     for (name, program, ifindex, frame) in cases.iter().filter(|(_, program, ..)| *program != Program::ToVpc) {
         results.push((format!("{name} first"), lowest(&stage.datapath, *program, *ifindex, frame, (81, flags::SYN))?));
     }
     Ok(results)
+}
+
+/// A Service in each family, and what a pod sends to it.
+///
+/// The packet of a test run is not reset between runs, and a translated one is not for the Service any more. So the Service's
+/// backend is the Service itself: everything is done that a translation takes, and the packet stays what it was.
+fn services(stage: &Stage) -> anyhow::Result<Vec<(&'static str, Frame)>> {
+    let mut cases = Vec::new();
+    for (number, name, from, to) in
+        [(1, "from_pod service v4", "10.0.0.1", "10.0.9.96"), (2, "from_pod service v6", "fd00::1", "fd00:9::96")]
+    {
+        let address: std::net::IpAddr = to.parse()?;
+        let mut words = [0; 4];
+        let bytes = match address {
+            std::net::IpAddr::V4(v4) => v4.octets().to_vec(),
+            std::net::IpAddr::V6(v6) => v6.octets().to_vec(),
+        };
+        for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
+            *word = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        }
+        for (offset, port) in [(0, 80_u16), (1, 81)] {
+            let (number, flags) = (10 * number + offset, if address.is_ipv6() { backend_flags::V6 } else { 0 });
+            let backend =
+                Backend { address: words, port: port.to_be(), protocol: 6, flags, generation: 1, ..Backend::default() };
+            stage.datapath.set_backend(number, &backend)?;
+            stage.datapath.set_members(number, &[Member { backend: number, generation: 1 }])?;
+            let run = Run { first: number, count: 1 };
+            let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
+            stage.datapath.set_frontend(&FrontendAt::Address { address, port, protocol: 6 }, &frontend)?;
+        }
+        cases.push((name, stage.sent_by(&stage.a).ip(from, to)));
+    }
+    Ok(cases)
 }
 
 fn lowest(

@@ -2,7 +2,7 @@
 //! folds away is not verified, so each value is loaded.
 
 use aya::EbpfLoader;
-use aya::programs::SchedClassifier;
+use aya::programs::{CgroupSockAddr, SchedClassifier};
 use terway_abi::names;
 use terway_daemon::bpf::OBJECT;
 use terway_tests::sandbox_or_skip;
@@ -20,6 +20,13 @@ fn load(hz: u32, events_per_second: u32, debug: u32) -> Result<Vec<(&'static str
     let mut sizes = Vec::new();
     for name in names::PROGRAMS {
         let program: &mut SchedClassifier =
+            loaded.program_mut(name).ok_or("missing")?.try_into().map_err(|e| format!("{name}: {e}"))?;
+        program.load().map_err(|e| format!("{name}: {e}\n{e:?}"))?;
+        let info = program.info().map_err(|e| format!("{name}: {e}"))?;
+        sizes.push((name, info.verified_instruction_count().unwrap_or(0), info.size_translated().unwrap_or(0) / 8));
+    }
+    for name in names::SOCKET_PROGRAMS {
+        let program: &mut CgroupSockAddr =
             loaded.program_mut(name).ok_or("missing")?.try_into().map_err(|e| format!("{name}: {e}"))?;
         program.load().map_err(|e| format!("{name}: {e}\n{e:?}"))?;
         let info = program.info().map_err(|e| format!("{name}: {e}"))?;

@@ -29,6 +29,7 @@ mod pin;
 mod planned;
 mod run;
 mod services;
+mod sockets;
 mod stats;
 
 use std::fmt;
@@ -246,6 +247,23 @@ impl Datapath {
     /// [`BpfError::Pin`].
     pub fn remove_other_versions(&self) -> Result<(), BpfError> {
         pin::remove_others(&self.pins)
+    }
+
+    /// Attaches the programs that resolve Services at the socket to a cgroup (version 2) and all below it, in place of those that an
+    /// earlier daemon attached.
+    ///
+    /// # Errors
+    /// [`BpfError`], which says which step failed; calling again completes it.
+    pub fn attach_sockets(&self, cgroup: &Path) -> Result<(), BpfError> {
+        sockets::attach(&mut error::lock(&self.programs), &self.links, cgroup)
+    }
+
+    /// Takes them off again. Not attached is no error.
+    ///
+    /// # Errors
+    /// [`BpfError::Pin`].
+    pub fn detach_sockets(&self) -> Result<(), BpfError> {
+        sockets::detach(&self.links)
     }
 
     /// Adds a pod, or changes it. Packets see it whole or not at all; flows that a change touches are decided anew.

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use aya::maps::{Map, MapError};
-use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use terway_abi::{Program, names};
 
@@ -103,6 +103,19 @@ impl Programs {
     pub(super) fn take_events(&mut self) -> Result<DropEvents, BpfError> {
         DropEvents::new(self.events.take().ok_or(BpfError::EventsTaken)?)
     }
+}
+
+/// The programs on sockets, loaded when they are first wanted: a node whose Services are another's business does without.
+pub(super) fn socket_program<'a>(
+    programs: &'a mut Programs,
+    name: &'static str,
+) -> Result<&'a mut CgroupSockAddr, BpfError> {
+    let found = programs.loaded.program_mut(name).ok_or_else(|| BpfError::Missing(name.to_owned()))?;
+    let program: &mut CgroupSockAddr = found.try_into().map_err(BpfError::program(name))?;
+    if program.fd().is_err() {
+        program.load().map_err(BpfError::program(name))?;
+    }
+    Ok(program)
 }
 
 /// Has the kernel verify a program.

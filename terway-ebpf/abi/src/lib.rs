@@ -132,6 +132,10 @@ pub mod names {
     /// Every program, in the order above.
     pub const PROGRAMS: [&str; 4] = [FROM_POD, TO_POD, FROM_VPC, TO_VPC];
 
+    /// The programs on the sockets of a cgroup; each has the name of its attach type.
+    pub const SOCKET_PROGRAMS: [&str; 8] =
+        ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
+
     /// Global `u32`: jiffies per second of the running kernel.
     pub const HZ: &str = "HZ";
     /// Global `u32`: events that one CPU may report per second.

@@ -9,8 +9,8 @@ fn main() {
 
 #[cfg(target_arch = "bpf")]
 mod programs {
-    use aya_ebpf::macros::classifier;
-    use aya_ebpf::programs::TcContext;
+    use aya_ebpf::macros::{cgroup_sock_addr, classifier};
+    use aya_ebpf::programs::{SockAddrContext, TcContext};
     use terway_abi::{Drop, Kind, MARK_CHECKED, Program};
     use terway_ebpf::decide;
     use terway_ebpf::family::{V4, V6};
@@ -20,6 +20,7 @@ mod programs {
     use terway_ebpf::kernel::maps::Maps;
     use terway_ebpf::kernel::path::{FROM_POD, FROM_VPC, TO_POD, forward};
     use terway_ebpf::kernel::skb::Skb;
+    use terway_ebpf::kernel::socket::{Sock, back_v4, back_v6, there_v4, there_v6};
     use terway_ebpf::parse::{Ipv4Header, Ipv6Header, ethertype};
 
     /// Ingress of the host end of a pod's veth: what the pod sends.
@@ -86,5 +87,34 @@ mod programs {
             _ => Ok(()),
         };
         finish(skb, Program::ToVpc, checked.map(|()| Verdict::next(Kind::HostToVpc)).into())
+    }
+
+    macro_rules! socket_programs {
+        ($($(#[$doc:meta])* $name:ident = $run:ident;)*) => { $(
+            $(#[$doc])*
+            #[cgroup_sock_addr($name)]
+            pub(crate) fn $name(ctx: SockAddrContext) -> i32 {
+                $run(Sock(ctx.sock_addr))
+            }
+        )* };
+    }
+
+    socket_programs! {
+        /// `connect` to an IPv4 address.
+        connect4 = there_v4;
+        /// `connect` to an IPv6 address.
+        connect6 = there_v6;
+        /// `sendto` and `sendmsg` with an IPv4 address.
+        sendmsg4 = there_v4;
+        /// `sendto` and `sendmsg` with an IPv6 address.
+        sendmsg6 = there_v6;
+        /// `recvfrom` and `recvmsg` of IPv4.
+        recvmsg4 = back_v4;
+        /// `recvfrom` and `recvmsg` of IPv6.
+        recvmsg6 = back_v6;
+        /// `getpeername` of IPv4.
+        getpeername4 = back_v4;
+        /// `getpeername` of IPv6.
+        getpeername6 = back_v6;
     }
 }

@@ -169,7 +169,7 @@ pub struct Maps;
 /// The maps of a family.
 pub trait Kernel: Family {
     /// Its flow table.
-    fn flows() -> &'static LruHashMap<terway_abi::FlowKey<Self::Addr>, terway_abi::Flow<Self::Addr>>;
+    fn flows() -> &'static LruHashMap<terway_abi::FlowKey<Self::Addr>, Flow<Self::Addr>>;
     /// This CPU's desk.
     fn desk() -> &'static PerCpuArray<Desk<Self>>;
     /// Its fragments.

@@ -8,6 +8,7 @@ pub mod path;
 pub mod refuse;
 pub mod serve;
 pub mod skb;
+pub mod socket;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

@@ -7,6 +7,7 @@ use terway_abi::Flow;
 use super::path::Layout;
 use super::skb::{Skb, Window};
 use crate::family::Family;
+use crate::frame::Frame as _;
 use crate::parse::{SCTP, TCP, UDP};
 
 /// Writes the flow's addresses and ports into a packet; `false` if it is of a shape that cannot be.
@@ -30,6 +31,11 @@ pub(super) fn rewrite<F: Family>(skb: Skb, mut window: Window, flow: *const Flow
         SCTP => return flow.sum_ports == 0 || flow.sum_ports == u32::MAX,
         _ => return false,
     };
+    // Where it usually is, a plain store does, while the window is still good.
+    let usual = layout.transport == F::TRANSPORT;
+    if usual && window.write(F::TRANSPORT as usize, flow.ports).is_none() {
+        return false;
+    }
     let (addresses, ports) = (u64::from(flow.sum_addresses), u64::from(flow.sum_ports));
     // SAFETY: valid context; the helpers check the offsets, and the pointer is to four readable bytes.
     unsafe {
@@ -42,6 +48,6 @@ pub(super) fn rewrite<F: Family>(skb: Skb, mut window: Window, flow: *const Flow
             bpf_csum_update(skb.0, flow.sum_addresses);
         }
         bpf_l4_csum_replace(skb.0, check, 0, ports, u64::from(flags)) >= 0
-            && bpf_skb_store_bytes(skb.0, layout.transport, (&raw const flow.ports).cast(), 4, 0) >= 0
+            && (usual || bpf_skb_store_bytes(skb.0, layout.transport, (&raw const flow.ports).cast(), 4, 0) >= 0)
     }
 }
