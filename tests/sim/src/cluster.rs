@@ -57,6 +57,8 @@ pub struct Options {
     pub attach: (Duration, Duration),
     /// The binaries of the containerd that every node gets, if any.
     pub containerd: Option<PathBuf>,
+    /// Whether the daemons have Services, from each node's folder of manifests.
+    pub objects: bool,
     /// The daemon's log filter.
     pub log: String,
     /// The folder of our own programs.
@@ -82,6 +84,7 @@ impl Options {
             audit: 60,
             attach: (Duration::from_millis(100), Duration::from_millis(50)),
             containerd: None,
+            objects: true,
             log: "info".to_owned(),
             bin_dir: node::bin_dir()?,
             interrupted: Arc::default(),
@@ -179,6 +182,7 @@ impl Cluster {
             endpoint: setup::ENDPOINT_URL.to_owned(),
             cooling: options.cooling,
             audit: options.audit,
+            objects: options.objects,
             log: options.log.clone(),
             interrupted: Arc::clone(&options.interrupted),
         };

@@ -57,11 +57,14 @@ pub fn cold(cluster: &Cluster) -> Result<Vec<Figure>> {
         times: None,
         kind: FaultKind::Delay { ms: u64::try_from(time.as_millis()).unwrap_or(0) },
     };
-    cluster.cloud().set_faults(vec![delay("CreateNetworkInterface", CREATE), delay("AssignPrivateIpAddresses", ASSIGN)]);
+    cluster
+        .cloud()
+        .set_faults(vec![delay("CreateNetworkInterface", CREATE), delay("AssignPrivateIpAddresses", ASSIGN)]);
     cluster.cloud().forget_calls();
     let pods = (0..BURST).map(|n| node.new_pod(&format!("cold-{n}"))).collect::<Result<Vec<_>>>()?;
     // Straight to the daemon: on a small machine a hundred processes of the plugin would take longer to start than the API to answer.
-    let calls: Vec<_> = pods.iter().enumerate().map(|(n, pod)| Ok((node.rpc()?, request("cold", n, pod)))).collect::<Result<_>>()?;
+    let calls: Vec<_> =
+        pods.iter().enumerate().map(|(n, pod)| Ok((node.rpc()?, request("cold", n, pod)))).collect::<Result<_>>()?;
     let start = Instant::now();
     std::thread::scope(|scope| {
         let waiting: Vec<_> = calls.into_iter().map(|(mut rpc, r)| scope.spawn(move || rpc.add_pod(r))).collect();

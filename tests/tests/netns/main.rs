@@ -6,6 +6,7 @@
 mod audit;
 mod churn;
 mod connectivity;
+mod services;
 mod survival;
 
 use std::time::Duration;

@@ -182,11 +182,7 @@ fn scale() {
         "a block outside the cluster",
         (0..50).map(|n| block(0, format!("198.51.100.{n}/32"))).collect(),
     );
-    measure(
-        &mut compiler,
-        "a block of 128 pods",
-        (0..20).map(|n| block(0, format!("{}/25", address(n, 0)))).collect(),
-    );
+    measure(&mut compiler, "a block of 128 pods", (0..20).map(|n| block(0, format!("{}/25", address(n, 0)))).collect());
     let admin = |n: usize| {
         let spec = json!({"tier": "Admin", "priority": n, "subject": {"namespaces": {"matchLabels": {"stage": "prod"}}},
             "ingress": [{"action": "Deny", "from": [{"namespaces": {"matchLabels": {"stage": "test"}}}], "protocols": [{"tcp": {"destinationPort": {"number": 22}}}]}]});

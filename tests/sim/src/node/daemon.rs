@@ -32,6 +32,8 @@ pub struct DaemonOptions {
     pub cooling: u64,
     /// Time between two audits, in seconds.
     pub audit: u64,
+    /// Whether it watches the node's folder of manifests.
+    pub objects: bool,
     /// The log filter.
     pub log: String,
     /// Once true, waiting ends with an error.
@@ -149,6 +151,9 @@ impl Node {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
+        if self.options.objects {
+            command.arg("--objects").arg(format!("dir:{}", self.objects_dir().display()));
+        }
         *slot = Some(command.spawn().context("start terwayd")?);
         Ok(())
     }
