@@ -217,11 +217,12 @@ fn what_is_wrong_is_told() -> Result<()> {
             let client = pod(node, "c")?;
             let _server = Echo::start(&client.ns)?;
             put(cluster, &service("first", 7, &[(&client, 1)]))?;
-            node.put_service(&service("second", 7, &[]))?;
+            node.put_service(&service("before", 7, &[]))?;
             node.wait(SOON, "the loser is told", |_| Ok(codes()?.iter().any(|code| code == "TW0502")))?;
-            probe::tcp_at(&client.ns, at(7, 80)[0], 1)?;
-            node.remove_service("second")?;
+            probe::refused(&client.ns, at(7, 80)[0])?;
+            node.remove_service("before")?;
             node.wait(SOON, "nothing is wrong any more", |_| Ok(codes()?.is_empty()))?;
+            probe::tcp_at(&client.ns, at(7, 80)[0], 1)?;
             node.del(&client).map(drop)
         },
     )
