@@ -676,6 +676,209 @@ pub struct DroppedPacket {
     #[prost(message, optional, tag = "16")]
     pub pod: ::core::option::Option<Pod>,
 }
+/// Asks for Services.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListServicesRequest {
+    /// Only this namespace; empty for all.
+    #[prost(string, tag = "1")]
+    pub namespace: ::prost::alloc::string::String,
+    /// Only this name; empty for all.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+}
+/// Services.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListServicesResponse {
+    /// Ports, by owner.
+    #[prost(message, repeated, tag = "1")]
+    pub ports: ::prost::alloc::vec::Vec<ServicePort>,
+    /// Whether the object source has told everything; before that, what an earlier daemon wrote is in force and not listed here.
+    #[prost(bool, tag = "2")]
+    pub synced: bool,
+}
+/// A port of a Service, or of a pod with host ports.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ServicePort {
+    /// Service or Pod.
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    /// Its namespace and name.
+    #[prost(string, tag = "2")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub name: ::prost::alloc::string::String,
+    /// The port's name; may be empty.
+    #[prost(string, tag = "4")]
+    pub port_name: ::prost::alloc::string::String,
+    /// TCP, UDP or SCTP.
+    #[prost(string, tag = "5")]
+    pub protocol: ::prost::alloc::string::String,
+    /// The number that the datapath knows it by.
+    #[prost(uint32, tag = "6")]
+    pub id: u32,
+    /// Where it is served.
+    #[prost(message, repeated, tag = "7")]
+    pub frontends: ::prost::alloc::vec::Vec<ServiceFrontend>,
+}
+/// An address and port that clients talk to.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ServiceFrontend {
+    /// The address; the unspecified one stands for all addresses of the node.
+    #[prost(string, tag = "1")]
+    pub address: ::prost::alloc::string::String,
+    /// The port; 0 for all ports of the address that have no entry of their own.
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+    /// ClusterIP, NodePort, LoadBalancer, ExternalIP or HostPort.
+    #[prost(string, tag = "3")]
+    pub kind: ::prost::alloc::string::String,
+    /// What clients on the node get, and those from outside.
+    #[prost(message, optional, tag = "4")]
+    pub inside: ::core::option::Option<ServiceChoice>,
+    #[prost(message, optional, tag = "5")]
+    pub outside: ::core::option::Option<ServiceChoice>,
+    /// Session affinity in seconds; 0 is none.
+    #[prost(uint32, tag = "6")]
+    pub affinity_seconds: u32,
+}
+/// What a new client gets.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ServiceChoice {
+    /// backends, reject, drop or pass (not served).
+    #[prost(string, tag = "1")]
+    pub verdict: ::prost::alloc::string::String,
+    /// How a backend is chosen: random, least-connections or maglev; empty without backends.
+    #[prost(string, tag = "2")]
+    pub algorithm: ::prost::alloc::string::String,
+    /// The backends.
+    #[prost(message, repeated, tag = "3")]
+    pub backends: ::prost::alloc::vec::Vec<ServiceBackend>,
+}
+/// A backend.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceBackend {
+    /// Its address and port.
+    #[prost(string, tag = "1")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+    /// ready, draining or unready.
+    #[prost(string, tag = "3")]
+    pub state: ::prost::alloc::string::String,
+    /// Whether it is on this node.
+    #[prost(bool, tag = "4")]
+    pub local: bool,
+    /// Its share: how many slots of the table are its own.
+    #[prost(uint32, tag = "5")]
+    pub slots: u32,
+}
+/// Which flows are meant: those to which all that is set applies.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlowFilter {
+    /// A pod of this node, as an end of the flow.
+    #[prost(message, optional, tag = "1")]
+    pub pod: ::core::option::Option<Pod>,
+    /// An address, as an end of the flow.
+    #[prost(string, tag = "2")]
+    pub address: ::prost::alloc::string::String,
+    /// A port, of either end; 0 for any.
+    #[prost(uint32, tag = "3")]
+    pub port: u32,
+    /// IP protocol number; 0 for any.
+    #[prost(uint32, tag = "4")]
+    pub protocol: u32,
+}
+/// Asks for flows.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListFlowsRequest {
+    /// Which; unset for all.
+    #[prost(message, optional, tag = "1")]
+    pub filter: ::core::option::Option<FlowFilter>,
+    /// No more than so many directions of flows; 0 for the daemon's limit.
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+}
+/// Flows.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListFlowsResponse {
+    /// Directions of flows, in no order.
+    #[prost(message, repeated, tag = "1")]
+    pub flows: ::prost::alloc::vec::Vec<Flow>,
+    /// Whether there are more.
+    #[prost(bool, tag = "2")]
+    pub more: bool,
+}
+/// One direction of a flow.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Flow {
+    /// Where its packets come from and go to.
+    #[prost(string, tag = "1")]
+    pub source: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub source_port: u32,
+    #[prost(string, tag = "3")]
+    pub destination: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "4")]
+    pub destination_port: u32,
+    /// IP protocol number.
+    #[prost(uint32, tag = "5")]
+    pub protocol: u32,
+    /// stack, local or vpc: where its packets are sent.
+    #[prost(string, tag = "6")]
+    pub action: ::prost::alloc::string::String,
+    /// Whether its packets get other addresses (Services).
+    #[prost(bool, tag = "7")]
+    pub translated: bool,
+    /// reply, syn, fin, rst, seen: what is known of it.
+    #[prost(string, repeated, tag = "8")]
+    pub flags: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(uint64, tag = "9")]
+    pub packets: u64,
+    #[prost(uint64, tag = "10")]
+    pub bytes: u64,
+    /// Milliseconds since the last packet.
+    #[prost(uint64, tag = "11")]
+    pub idle_ms: u64,
+    /// Whether what it was decided by still holds; if not, its next packet is decided anew.
+    #[prost(bool, tag = "12")]
+    pub valid: bool,
+}
+/// Asks to delete flows.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlushFlowsRequest {
+    /// Which; unset for all.
+    #[prost(message, optional, tag = "1")]
+    pub filter: ::core::option::Option<FlowFilter>,
+}
+/// What was deleted.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlushFlowsResponse {
+    /// Entries deleted.
+    #[prost(uint64, tag = "1")]
+    pub deleted: u64,
+}
+/// Asks for numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlowStatsRequest {}
+/// The flow tables in numbers.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FlowStatsResponse {
+    /// Entries in use and possible, for each family.
+    #[prost(uint64, tag = "1")]
+    pub used_v4: u64,
+    #[prost(uint64, tag = "2")]
+    pub used_v6: u64,
+    #[prost(uint64, tag = "3")]
+    pub capacity: u64,
+    /// Entries that are void, and those that translate.
+    #[prost(uint64, tag = "4")]
+    pub void: u64,
+    #[prost(uint64, tag = "5")]
+    pub translated: u64,
+    /// Entries by IP protocol number.
+    #[prost(btree_map = "uint32, uint64", tag = "6")]
+    pub protocols: ::prost::alloc::collections::BTreeMap<u32, u64>,
+}
 /// Carried in the trailing metadata `terway-error-bin` of a failed call.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ErrorDetail {
@@ -1013,6 +1216,106 @@ pub mod node_network_client {
                 .insert(GrpcMethod::new("terway.v1.NodeNetwork", "WatchDrops"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// The ports of Services, and the host ports of pods, that this node serves.
+        pub async fn list_services(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListServicesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListServicesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/ListServices",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "ListServices"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Flows of the datapath, which are its connection tracking.
+        pub async fn list_flows(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListFlowsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListFlowsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/ListFlows",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "ListFlows"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Deletes flows: their next packet is decided anew.
+        pub async fn flush_flows(
+            &mut self,
+            request: impl tonic::IntoRequest<super::FlushFlowsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::FlushFlowsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/FlushFlows",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "FlushFlows"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// How full the flow tables are, and of what.
+        pub async fn flow_stats(
+            &mut self,
+            request: impl tonic::IntoRequest<super::FlowStatsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::FlowStatsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/FlowStats",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "FlowStats"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1097,6 +1400,38 @@ pub mod node_network_server {
             &self,
             request: tonic::Request<super::WatchDropsRequest>,
         ) -> std::result::Result<tonic::Response<Self::WatchDropsStream>, tonic::Status>;
+        /// The ports of Services, and the host ports of pods, that this node serves.
+        async fn list_services(
+            &self,
+            request: tonic::Request<super::ListServicesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListServicesResponse>,
+            tonic::Status,
+        >;
+        /// Flows of the datapath, which are its connection tracking.
+        async fn list_flows(
+            &self,
+            request: tonic::Request<super::ListFlowsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListFlowsResponse>,
+            tonic::Status,
+        >;
+        /// Deletes flows: their next packet is decided anew.
+        async fn flush_flows(
+            &self,
+            request: tonic::Request<super::FlushFlowsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::FlushFlowsResponse>,
+            tonic::Status,
+        >;
+        /// How full the flow tables are, and of what.
+        async fn flow_stats(
+            &self,
+            request: tonic::Request<super::FlowStatsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::FlowStatsResponse>,
+            tonic::Status,
+        >;
     }
     #[derive(Debug)]
     pub struct NodeNetworkServer<T> {
@@ -1621,6 +1956,186 @@ pub mod node_network_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/ListServices" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListServicesSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::UnaryService<super::ListServicesRequest>
+                    for ListServicesSvc<T> {
+                        type Response = super::ListServicesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListServicesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::list_services(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListServicesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/ListFlows" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListFlowsSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::UnaryService<super::ListFlowsRequest>
+                    for ListFlowsSvc<T> {
+                        type Response = super::ListFlowsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListFlowsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::list_flows(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListFlowsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/FlushFlows" => {
+                    #[allow(non_camel_case_types)]
+                    struct FlushFlowsSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::UnaryService<super::FlushFlowsRequest>
+                    for FlushFlowsSvc<T> {
+                        type Response = super::FlushFlowsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::FlushFlowsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::flush_flows(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = FlushFlowsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/FlowStats" => {
+                    #[allow(non_camel_case_types)]
+                    struct FlowStatsSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::UnaryService<super::FlowStatsRequest>
+                    for FlowStatsSvc<T> {
+                        type Response = super::FlowStatsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::FlowStatsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::flow_stats(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = FlowStatsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

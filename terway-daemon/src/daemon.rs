@@ -13,6 +13,7 @@ use terway_core::errors::{self, Error};
 use terway_core::ident::Addresses;
 use terway_core::ipam::{NodeFacts, Pool, Record, Snapshot};
 use terway_core::route::{NodeInputs, NodePlan};
+use terway_core::service;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
@@ -29,6 +30,7 @@ use crate::options::Options;
 use crate::queue;
 use crate::reload::{self, Followers};
 use crate::server::Service;
+use crate::services::{self, ServiceMetrics, Services};
 use crate::socket::{self, InstanceLock};
 use crate::store::Store;
 
@@ -83,6 +85,14 @@ pub async fn run(options: Options) -> Result<(), Error> {
     };
     let (pool, effects) = Pool::restore(reload::pool(&options, &config, &node), snapshot, Moment::ZERO)
         .map_err(|error| failed(errors::STORE_FAILED, "restore", &error))?;
+    let services = services::Setup {
+        origin: options.objects.clone(),
+        facts: service::NodeFacts { name: facts.node.as_str().into(), zone: Some(facts.identity.zone.as_str().into()) },
+        settings: service::Settings { in_cluster_loadbalance: config.in_cluster_loadbalance, ..Default::default() },
+        datapath: Arc::clone(&datapath),
+        addresses: links.addresses(),
+        metrics: ServiceMetrics::new(&mut registry),
+    };
     let parts = Parts {
         pool,
         origin: Instant::now(),
@@ -97,6 +107,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     };
     let engine = Engine::new(parts);
     engine.begin(&records, effects).await?;
+    let services = Services::start(services);
     tokio::spawn(Arc::clone(&engine).tick());
     tokio::spawn(Arc::clone(&engine).log_drops());
     let followers = Followers { options: options.clone(), node, cloud: aliyun, engine: Arc::clone(&engine), datapath };
@@ -131,7 +142,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     tokio::spawn(serve_http(options.listen, Arc::new(registry), ready));
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let service = Service::server(Arc::clone(&engine), Arc::clone(&source), metrics.clone());
+    let service = Service::server(Arc::clone(&engine), Arc::clone(&source), services, metrics.clone());
     let mut server =
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
             socket::trusted(listener),

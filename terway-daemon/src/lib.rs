@@ -16,5 +16,6 @@ pub mod options;
 pub mod queue;
 mod reload;
 pub mod server;
+pub mod services;
 pub mod socket;
 pub mod store;

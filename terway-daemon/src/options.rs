@@ -7,6 +7,7 @@ use clap::Parser;
 
 use crate::cloud::{EndpointNetwork, KEY_FOLDER, Scheme, SignatureMethod};
 use crate::config_source::Paths;
+use crate::services::Origin;
 
 /// The node daemon of the terway container network.
 #[derive(Clone, Debug, Parser)]
@@ -30,6 +31,9 @@ pub struct Options {
     /// Where the runtime looks for network configurations.
     #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
     pub cni_conf_dir: PathBuf,
+    /// Where Services and their endpoints come from: dir:PATH, a folder of manifests. Without it, the node serves no Services.
+    #[arg(long, env = "TERWAY_OBJECTS", value_name = "SOURCE")]
+    pub objects: Option<Origin>,
     /// Address of /metrics, /healthz and /readyz.
     #[arg(long, default_value = "127.0.0.1:9099", value_name = "ADDR")]
     pub listen: SocketAddr,

@@ -17,20 +17,27 @@ use tracing::{info, warn};
 use crate::config_source::{ConfigSource, ConfigStatus};
 use crate::engine::{AddRequest, Engine};
 use crate::metrics::{Metrics, Phase, Verb};
+use crate::services::Services;
 
 /// The service on top of an engine.
 #[derive(Clone)]
 pub struct Service {
     engine: Arc<Engine>,
     source: Arc<ConfigSource>,
+    services: Arc<Services>,
     metrics: Metrics,
 }
 
 impl Service {
     /// A tonic service that can be added to a server.
     #[must_use]
-    pub fn server(engine: Arc<Engine>, source: Arc<ConfigSource>, metrics: Metrics) -> NodeNetworkServer<Self> {
-        NodeNetworkServer::new(Self { engine, source, metrics })
+    pub fn server(
+        engine: Arc<Engine>,
+        source: Arc<ConfigSource>,
+        services: Arc<Services>,
+        metrics: Metrics,
+    ) -> NodeNetworkServer<Self> {
+        NodeNetworkServer::new(Self { engine, source, services, metrics })
     }
 
     fn done<T>(&self, api: &'static str, start: Instant, result: Result<T, Error>) -> Result<Response<T>, Status> {
@@ -201,7 +208,42 @@ impl NodeNetwork for Service {
         let configuration = configuration(&self.source.status());
         status.problems.extend(configuration.failure.clone());
         status.configuration = Some(configuration);
+        status.problems.extend(self.services.problems().iter().map(detail));
         self.done("Status", start, Ok(status))
+    }
+
+    async fn list_services(
+        &self,
+        request: Request<v1::ListServicesRequest>,
+    ) -> Result<Response<v1::ListServicesResponse>, Status> {
+        let start = Instant::now();
+        let v1::ListServicesRequest { namespace, name } = request.into_inner();
+        self.done("ListServices", start, self.services.list(namespace, name).await)
+    }
+
+    async fn list_flows(
+        &self,
+        request: Request<v1::ListFlowsRequest>,
+    ) -> Result<Response<v1::ListFlowsResponse>, Status> {
+        let start = Instant::now();
+        self.done("ListFlows", start, self.engine.flows(request.into_inner()).await)
+    }
+
+    async fn flush_flows(
+        &self,
+        request: Request<v1::FlushFlowsRequest>,
+    ) -> Result<Response<v1::FlushFlowsResponse>, Status> {
+        let start = Instant::now();
+        let result = self.engine.flush_flows(request.into_inner().filter).await;
+        if let Ok(reply) = &result {
+            info!(deleted = reply.deleted, "flows flushed");
+        }
+        self.done("FlushFlows", start, result)
+    }
+
+    async fn flow_stats(&self, _: Request<v1::FlowStatsRequest>) -> Result<Response<v1::FlowStatsResponse>, Status> {
+        let start = Instant::now();
+        self.done("FlowStats", start, self.engine.flow_stats().await)
     }
 
     type WatchDropsStream = Pin<Box<dyn Stream<Item = Result<v1::DroppedPacket, Status>> + Send>>;

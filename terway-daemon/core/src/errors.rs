@@ -267,6 +267,22 @@ catalogue! {
     CONFIG_UNREADABLE = "TW0403", "config-unreadable", 7,
         "The files of the eni-config configuration cannot be read.",
         "Check that the ConfigMap eni-config is mounted where terwayd looks for it (--config); the message names the place.";
+    /// A manifest that cannot be used.
+    OBJECT_INVALID = "TW0501", "object-invalid", 100,
+        "An object of the folder that --objects names cannot be used and is skipped; what it said before stays in force.",
+        "Correct the document at the file and line that the message names.";
+    /// A Service that is served otherwise than its author meant.
+    SERVICE_PROBLEM = "TW0502", "service-problem", 100,
+        "A Service, or a pod with host ports, asks for something that cannot be had as it stands.",
+        "Correct the object that the message names: an annotation's value, or an address and port that two objects claim.";
+    /// Services cannot be written into the kernel.
+    SERVICES_FAILED = "TW0503", "services-failed", 100,
+        "The kernel refuses a change of Services; those written before stay in force, and the daemon tries again.",
+        "The message names the map and the kernel's error; if a map is full, there are more Services or endpoints than it has room for.";
+    /// The source of objects does not answer.
+    OBJECTS_UNREADABLE = "TW0504", "objects-unreadable", 100,
+        "The folder that --objects names cannot be watched; Services stay as they are.",
+        "Create the folder, or correct the option; the daemon looks again every second.";
 }
 
 /// An error on its way to a user: a code and the particulars.

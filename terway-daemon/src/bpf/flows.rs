@@ -1,5 +1,6 @@
 //! The flow tables, read out and tidied up.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -59,6 +60,43 @@ pub struct FlowRow {
     pub valid: bool,
 }
 
+/// Which flows are meant: those to which all that is set applies.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlowFilter {
+    /// One of the ends has one of these addresses.
+    pub addresses: Option<Vec<IpAddr>>,
+    /// One of the ends has this port.
+    pub port: Option<u16>,
+    /// The IP protocol number.
+    pub protocol: Option<u8>,
+}
+
+impl FlowFilter {
+    /// Whether a flow between these two is meant.
+    #[must_use]
+    pub fn matches(&self, one: FlowSide, other: FlowSide, protocol: u8) -> bool {
+        let ends = [one, other];
+        self.addresses.as_ref().is_none_or(|all| ends.iter().any(|end| all.contains(&end.address)))
+            && self.port.is_none_or(|port| ends.iter().any(|end| end.port == port))
+            && self.protocol.is_none_or(|wanted| wanted == protocol)
+    }
+}
+
+/// The tables in numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlowStats {
+    /// Entries of IPv4 and IPv6.
+    pub used: [u64; 2],
+    /// Entries that each family may have.
+    pub capacity: u32,
+    /// Entries that are void.
+    pub void: u64,
+    /// Entries that translate.
+    pub translated: u64,
+    /// Entries by IP protocol number.
+    pub protocols: BTreeMap<u8, u64>,
+}
+
 /// What a sweep did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
@@ -110,6 +148,68 @@ impl Tables {
         let v6 = sweep(&mut lock(&self.v6), names::FLOWS_V6, after, hz, endpoints)?;
         Ok(Swept { kept: v4.kept + v6.kept, deleted: v4.deleted + v6.deleted })
     }
+}
+
+impl Tables {
+    /// Deletes what the filter means.
+    pub(super) fn flush(&self, filter: &FlowFilter) -> Result<u64, BpfError> {
+        let v4 = flush(&mut lock(&self.v4), names::FLOWS_V4, filter, |a| address_v4(a).into())?;
+        Ok(v4 + flush(&mut lock(&self.v6), names::FLOWS_V6, filter, |a| address_v6(a).into())?)
+    }
+
+    pub(super) fn stats(&self, endpoints: &Mutex<Table>) -> Result<FlowStats, BpfError> {
+        let mut stats = FlowStats::default();
+        stats.used[0] = tally(&lock(&self.v4), names::FLOWS_V4, endpoints, &mut stats)?;
+        stats.used[1] = tally(&lock(&self.v6), names::FLOWS_V6, endpoints, &mut stats)?;
+        Ok(stats)
+    }
+}
+
+fn flush<A: Copy>(
+    map: &mut FlowMap<A>,
+    name: &'static str,
+    filter: &FlowFilter,
+    address: impl Fn(A) -> IpAddr,
+) -> Result<u64, BpfError>
+where
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let keys: Vec<FlowKey<A>> = map.keys().collect::<Result<_, _>>().map_err(BpfError::map(name))?;
+    let mut deleted = 0;
+    for key in keys {
+        let (low, high) = key.port_numbers();
+        let low = FlowSide { address: address(key.low), port: low };
+        let high = FlowSide { address: address(key.high), port: high };
+        if filter.matches(low, high, key.protocol()) {
+            absent_is_fine(map.remove(&key)).map_err(BpfError::map(name))?;
+            deleted += 1;
+        }
+    }
+    Ok(deleted)
+}
+
+fn tally<A>(
+    map: &FlowMap<A>,
+    name: &'static str,
+    endpoints: &Mutex<Table>,
+    stats: &mut FlowStats,
+) -> Result<u64, BpfError>
+where
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let mut used = 0;
+    for entry in map.iter() {
+        let (key, flow) = entry.map_err(BpfError::map(name))?;
+        used += 1;
+        *stats.protocols.entry(key.protocol()).or_default() += 1;
+        let [one, other] = flow.sides;
+        stats.translated += u64::from((one.flags | other.flags) & flow_flags::TRANSLATE != 0);
+        // Locked for each entry: a pod may be added meanwhile.
+        stats.void += u64::from(!valid(&flow, &lock(endpoints))?);
+    }
+    Ok(used)
 }
 
 fn count<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>, name: &'static str) -> Result<usize, BpfError> {

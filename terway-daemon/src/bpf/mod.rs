@@ -48,7 +48,7 @@ pub use self::attach::EniHook;
 pub use self::endpoints::Endpoint;
 pub use self::error::BpfError;
 pub use self::events::DropEvents;
-pub use self::flows::{FlowRow, FlowSide, Swept};
+pub use self::flows::{FlowFilter, FlowRow, FlowSide, FlowStats, Swept};
 
 pub use self::planned::RETIRE_AFTER;
 pub use self::run::{Ran, RunContext};
@@ -109,6 +109,7 @@ pub struct Datapath {
     services: Mutex<services::Services>,
     flows: flows::Tables,
     counters: PerCpuArray<MapData, Counter>,
+    flow_entries: u32,
 }
 
 impl fmt::Debug for Datapath {
@@ -144,6 +145,7 @@ impl Datapath {
             flows: flows::Tables::new(&mut loaded)?,
             counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
             programs: Mutex::new(object::Programs::load(loaded)?),
+            flow_entries: config.flows_v4,
             pins,
             links,
         })
@@ -166,6 +168,12 @@ impl Datapath {
             Some(value) => self.set_frontend(at, value),
             None => self.remove_frontend(at).map(drop),
         })
+    }
+
+    /// How many frontends and backends the maps hold, as far as [`Self::services`] and [`Self::apply_services`] know.
+    #[must_use]
+    pub fn service_counts(&self) -> (usize, usize) {
+        error::lock(&self.planned).counts()
     }
 
     /// What the kernel can do.
@@ -399,6 +407,22 @@ impl Datapath {
     /// [`BpfError::Map`].
     pub fn sweep_flows(&self, idle: std::time::Duration) -> Result<Swept, BpfError> {
         self.flows.sweep(idle, self.features.hz, &self.endpoints)
+    }
+
+    /// Deletes the flows that a filter means, entries of translated ones included as far as they match by themselves; how many.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn flush_flows(&self, filter: &FlowFilter) -> Result<u64, BpfError> {
+        self.flows.flush(filter)
+    }
+
+    /// The flow tables in numbers.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn flow_stats(&self) -> Result<FlowStats, BpfError> {
+        Ok(FlowStats { capacity: self.flow_entries, ..self.flows.stats(&self.endpoints)? })
     }
 
     /// The stream of drop events. The kernel's buffer has one reader, so it can be taken once.

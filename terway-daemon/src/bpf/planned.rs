@@ -133,6 +133,11 @@ impl Tables {
         Ok(kernel)
     }
 
+    /// How many frontends and backends the maps hold.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.known_frontends.len(), self.known_backends.len())
+    }
+
     /// A run that a frontend names becomes a table. One that cannot be right is not adopted: its frontend gets a new one.
     fn adopt(&mut self, run: Run, algorithm: Algorithm, kernel: &mut Kernel) -> Result<Selection, BpfError> {
         if !self.runs.reserve(run.first, run.count) {

@@ -4,6 +4,7 @@
 //! answer. The JSON is a contract: keys are added, never renamed (docs/operating.md).
 
 mod config;
+mod ct;
 mod daemon;
 mod drops;
 mod eni;
@@ -14,6 +15,7 @@ mod pods;
 mod sample;
 mod show;
 mod status;
+mod svc;
 mod table;
 
 use std::path::PathBuf;
@@ -88,6 +90,16 @@ enum Command {
         #[arg(short, long)]
         follow: bool,
     },
+    /// Services, and pods' host ports, that this node serves.
+    Svc {
+        #[command(subcommand)]
+        verb: SvcVerb,
+    },
+    /// Flows of the datapath: its connection tracking.
+    Ct {
+        #[command(subcommand)]
+        verb: ct::Verb,
+    },
     /// Checks, explains and compares configurations (eni-config); needs no daemon.
     Config {
         #[command(subcommand)]
@@ -104,6 +116,23 @@ enum Command {
 enum EniVerb {
     /// All of them: role, vSwitch, state, addresses in use, and why one is not used.
     List,
+}
+
+#[derive(Debug, Subcommand)]
+enum SvcVerb {
+    /// All of them: a line for each address and port, with ready and all backends.
+    List,
+    /// One with its backends. Exit code 1 if this node serves nothing of that name.
+    Show {
+        /// Its namespace and name.
+        #[arg(value_name = "NS/NAME", value_parser = qualified)]
+        name: (String, String),
+    },
+}
+
+fn qualified(text: &str) -> Result<(String, String), String> {
+    let (namespace, name) = text.split_once('/').ok_or_else(|| "is not NAMESPACE/NAME".to_owned())?;
+    Ok((namespace.to_owned(), name.to_owned()))
 }
 
 /// Runs a command line and returns the exit code.
@@ -167,6 +196,8 @@ async fn run(cli: &Cli) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        Command::Svc { verb } => services(cli, verb, style).await,
+        Command::Ct { verb } => flows(cli, verb, style).await,
         Command::Config { command } => config::run(command, style),
         Command::Explain { code } => {
             let unknown = || Failure::Usage(format!("{code} is no error code of this version"));
@@ -175,6 +206,56 @@ async fn run(cli: &Cli) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+async fn services(cli: &Cli, verb: &SvcVerb, style: Style) -> Result<ExitCode> {
+    let (namespace, name) = match verb {
+        SvcVerb::List => (String::new(), String::new()),
+        SvcVerb::Show { name } => name.clone(),
+    };
+    let request = v1::ListServicesRequest { namespace, name };
+    let reply = daemon::call(cli, request, |mut c, r| async move { c.list_services(r).await }).await?;
+    match verb {
+        SvcVerb::List => {
+            print(&svc::list(&reply, style));
+            Ok(ExitCode::SUCCESS)
+        }
+        SvcVerb::Show { name: (namespace, name) } if reply.ports.is_empty() => {
+            Err(Failure::Refused(format!("this node serves no {namespace}/{name}")).into())
+        }
+        SvcVerb::Show { .. } => {
+            print(&svc::show(&reply, style));
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+async fn flows(cli: &Cli, verb: &ct::Verb, style: Style) -> Result<ExitCode> {
+    let text = match verb {
+        ct::Verb::List { filter, limit } => {
+            let request = v1::ListFlowsRequest { filter: filter.message(), limit: *limit };
+            let reply = daemon::call(cli, request, |mut c, r| async move { c.list_flows(r).await }).await?;
+            ct::list(&reply, style)
+        }
+        ct::Verb::Stats => {
+            let request = v1::FlowStatsRequest {};
+            ct::stats(&daemon::call(cli, request, |mut c, r| async move { c.flow_stats(r).await }).await?, style)
+        }
+        ct::Verb::Flush { filter, all } => {
+            if filter.is_empty() && !all {
+                return Err(Failure::Usage("ct flush needs a filter, or --all".to_owned()).into());
+            }
+            let request = v1::FlushFlowsRequest { filter: filter.message() };
+            let reply = daemon::call(cli, request, |mut c, r| async move { c.flush_flows(r).await }).await?;
+            if style.is_json() {
+                table::pretty(&serde_json::json!({"deleted": reply.deleted}))
+            } else {
+                format!("{} entries deleted\n", reply.deleted)
+            }
+        }
+    };
+    print(&text);
+    Ok(ExitCode::SUCCESS)
 }
 
 fn verdict(good: bool) -> ExitCode {

@@ -7,6 +7,7 @@ mod audit;
 mod drops;
 mod effects;
 mod eni;
+mod flows;
 mod mapping;
 mod pod;
 mod reaper;

@@ -65,6 +65,8 @@ pub struct Options {
     pub hurry: u32,
     /// The binaries of the containerd that every node gets, if any.
     pub containerd: Option<PathBuf>,
+    /// Whether the daemons have Services, from each node's folder of manifests.
+    pub objects: bool,
     /// The daemon's log filter.
     pub log: String,
     /// The folder of our own programs.
@@ -93,6 +95,7 @@ impl Options {
             cloud: |_| {},
             hurry: 1,
             containerd: None,
+            objects: true,
             log: "info".to_owned(),
             bin_dir: node::bin_dir()?,
             interrupted: Arc::default(),
@@ -191,6 +194,7 @@ impl Cluster {
             cooling: options.cooling,
             audit: options.audit,
             hurry: options.hurry,
+            objects: options.objects,
             log: options.log.clone(),
             interrupted: Arc::clone(&options.interrupted),
         };

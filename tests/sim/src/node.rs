@@ -7,6 +7,7 @@
 pub mod cni;
 mod configuration;
 mod daemon;
+mod objects;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use crate::fabric::vpc::{Vpc, configure_primary};
 use crate::netns::{self, NetNs};
 
 pub use daemon::{DaemonOptions, Rpc};
+pub use objects::ServiceSpec;
 
 /// Where the built programs are: `$TERWAY_BIN_DIR`, or the folder of the running program's profile.
 ///
@@ -71,7 +73,7 @@ impl Node {
         handle: &Handle,
     ) -> Result<Self> {
         let ns = Arc::new(NetNs::create(netns)?);
-        for folder in ["net.d", "cni", "bpf", "state", "run"] {
+        for folder in ["net.d", "cni", "bpf", "state", "run", "objects"] {
             fs::create_dir_all(work.join(folder))?;
         }
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;

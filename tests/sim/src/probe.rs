@@ -117,7 +117,14 @@ fn pattern(length: usize) -> Vec<u8> {
 /// # Errors
 /// When there is no connection, or not every byte returns in time.
 pub fn tcp(ns: &NetNs, to: IpAddr, length: usize) -> Result<()> {
-    let to = SocketAddr::new(to, PORT);
+    tcp_at(ns, SocketAddr::new(to, PORT), length)
+}
+
+/// The same at another port, that of a Service.
+///
+/// # Errors
+/// As [`tcp`].
+pub fn tcp_at(ns: &NetNs, to: SocketAddr, length: usize) -> Result<()> {
     ns.run(|| -> Result<()> {
         let mut stream = TcpStream::connect_timeout(&to, PATIENCE).context("connect")?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -142,7 +149,14 @@ pub fn tcp(ns: &NetNs, to: IpAddr, length: usize) -> Result<()> {
 /// # Errors
 /// When it does not.
 pub fn udp(ns: &NetNs, to: IpAddr, length: usize) -> Result<()> {
-    let to = SocketAddr::new(to, PORT);
+    udp_at(ns, SocketAddr::new(to, PORT), length)
+}
+
+/// The same at another port, that of a Service.
+///
+/// # Errors
+/// As [`udp`].
+pub fn udp_at(ns: &NetNs, to: SocketAddr, length: usize) -> Result<()> {
     ns.run(|| -> Result<()> {
         let socket = udp_to(to)?;
         let sent = pattern(length);
@@ -160,6 +174,29 @@ fn udp_to(to: SocketAddr) -> Result<UdpSocket> {
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.connect(to).context("connect")?;
     Ok(socket)
+}
+
+/// Nobody serves this address and port, and the client is told so at once, by TCP and by UDP.
+///
+/// # Errors
+/// When somebody answers, or the client has to wait.
+pub fn refused(ns: &NetNs, to: SocketAddr) -> Result<()> {
+    for (protocol, outcome, took) in [
+        {
+            let start = Instant::now();
+            ("TCP", tcp_at(ns, to, 1), start.elapsed())
+        },
+        {
+            let start = Instant::now();
+            ("UDP", udp_at(ns, to, 1), start.elapsed())
+        },
+    ] {
+        let Err(error) = outcome else { bail!("{protocol} from {} to {to}: somebody answers", ns.name()) };
+        let kind = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
+        ensure!(kind == Some(io::ErrorKind::ConnectionRefused), "{protocol}: not refused: {error:#}");
+        ensure!(took < Duration::from_millis(500), "{protocol}: refused after {took:?}");
+    }
+    Ok(())
 }
 
 /// One `ping` from `ns` with further arguments; gives back what it prints.

@@ -284,6 +284,25 @@ impl NodeNetwork for ScriptedDaemon {
         Err(Status::unimplemented("the plugin never asks"))
     }
 
+    async fn list_services(
+        &self,
+        _: Request<v1::ListServicesRequest>,
+    ) -> Result<Response<v1::ListServicesResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
+    async fn list_flows(&self, _: Request<v1::ListFlowsRequest>) -> Result<Response<v1::ListFlowsResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
+    async fn flush_flows(&self, _: Request<v1::FlushFlowsRequest>) -> Result<Response<v1::FlushFlowsResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
+    async fn flow_stats(&self, _: Request<v1::FlowStatsRequest>) -> Result<Response<v1::FlowStatsResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
     type WatchDropsStream = tokio_stream::Empty<Result<DroppedPacket, Status>>;
 
     async fn watch_drops(&self, _: Request<WatchDropsRequest>) -> Result<Response<Self::WatchDropsStream>, Status> {

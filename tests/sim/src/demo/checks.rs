@@ -12,8 +12,8 @@ use crate::cluster::Cluster;
 use crate::cri::{Cri, PodSpec};
 use crate::leftovers::{self, Snapshot};
 use crate::netns::NetNs;
-use crate::node::Node;
 use crate::node::cni::Pod;
+use crate::node::{Node, ServiceSpec};
 use crate::probe::{self, Echo, Traffic};
 
 /// A pod with one container, as containerd made it.
@@ -91,6 +91,7 @@ pub(super) fn all(report: &mut Report, cluster: &Cluster) {
         connectivity(report, cluster, &pods);
         cheating(report, cluster, &pods);
         large(report, &pods);
+        services(report, cluster, &pods);
         operation(report, cluster, &mut pods);
     }
     report.check("deleted pods leave nothing on the nodes", || {
@@ -298,6 +299,38 @@ fn operation(report: &mut Report, cluster: &Cluster, pods: &mut Vec<RunningPod>)
         let pod = &pods[pods.len() - 1];
         pod.run(cluster, &["ping", "-c", "1", "-W", "1", &far.to_string()])?;
         Ok(pod.v4.to_string())
+    });
+}
+
+fn services(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
+    let [a, b, c, d] = pods else { return };
+    report.check("a Service answers by its ClusterIP on either node, IPv4 and IPv6", || {
+        let vips: [IpAddr; 2] = ["10.96.0.80".parse()?, "fd96::80".parse()?];
+        let web = ServiceSpec {
+            name: "web".to_owned(),
+            cluster_ips: vips.to_vec(),
+            ports: vec![(80, 8080)],
+            endpoints: [b, c].map(|pod| (vec![pod.v4, pod.v6], format!("n{}", pod.node))).to_vec(),
+        };
+        for node in cluster.nodes() {
+            node.put_service(&web)?;
+            node.wait(Duration::from_secs(5), "the Service is served", |node| {
+                Ok(node.cli(&["svc", "list"])?.contains("default/web"))
+            })?;
+        }
+        for from in [a, d] {
+            for url in ["http://10.96.0.80/", "http://[fd96::80]/"] {
+                for _ in 0..4 {
+                    let page = from.run(cluster, &["wget", "-q", "-T", "2", "-O", "-", url])?;
+                    ensure!(page.contains("served by a pod"), "wget {url} got: {page}");
+                }
+            }
+            probe::refused(&from.ns()?, (vips[0], 81).into())?;
+        }
+        for node in cluster.nodes() {
+            node.remove_service("web")?;
+        }
+        Ok("one backend on each node; a port that is not served is refused at once".to_owned())
     });
 }
 

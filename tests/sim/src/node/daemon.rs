@@ -34,6 +34,8 @@ pub struct DaemonOptions {
     pub audit: u64,
     /// By what its own waiting times are divided.
     pub hurry: u32,
+    /// Whether it watches the node's folder of manifests.
+    pub objects: bool,
     /// The log filter.
     pub log: String,
     /// Once true, waiting ends with an error.
@@ -152,6 +154,9 @@ impl Node {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
+        if self.options.objects {
+            command.arg("--objects").arg(format!("dir:{}", self.objects_dir().display()));
+        }
         *slot = Some(command.spawn().context("start terwayd")?);
         Ok(())
     }

@@ -1,0 +1,157 @@
+//! `terway-cli ct`: the datapath's flows, which are its connection tracking.
+
+use std::net::IpAddr;
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use terway_proto::v1;
+
+use super::table::{Style, block, pretty};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Flows, a line for each direction that saw a packet.
+    List {
+        #[command(flatten)]
+        filter: Filter,
+        /// No more than so many lines.
+        #[arg(long, default_value_t = 1000, value_name = "N")]
+        limit: u32,
+    },
+    /// How full the tables are, and of what.
+    Stats,
+    /// Deletes flows; their next packet is decided anew. Connections to Services may get another backend, and break.
+    Flush {
+        #[command(flatten)]
+        filter: Filter,
+        /// Really all of them, where nothing limits it.
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+/// Which flows.
+#[derive(Clone, Debug, Default, Args)]
+pub(super) struct Filter {
+    /// With this pod of the node at one end.
+    #[arg(long, value_name = "NS/NAME", value_parser = super::qualified)]
+    pod: Option<(String, String)>,
+    /// With this address at one end.
+    #[arg(long, value_name = "IP")]
+    address: Option<IpAddr>,
+    /// With this port at one end.
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+    /// tcp, udp, sctp, icmp, icmpv6, or a number.
+    #[arg(long, value_name = "PROTOCOL", value_parser = protocol)]
+    proto: Option<u8>,
+}
+
+const PROTOCOLS: [(&str, u8); 5] = [("tcp", 6), ("udp", 17), ("sctp", 132), ("icmp", 1), ("icmpv6", 58)];
+
+fn protocol(text: &str) -> Result<u8, String> {
+    let named = PROTOCOLS.iter().find(|(name, _)| name.eq_ignore_ascii_case(text)).map(|(_, number)| *number);
+    named.or_else(|| text.parse().ok()).ok_or_else(|| "is no protocol".to_owned())
+}
+
+impl Filter {
+    pub(super) const fn is_empty(&self) -> bool {
+        self.pod.is_none() && self.address.is_none() && self.port.is_none() && self.proto.is_none()
+    }
+
+    pub(super) fn message(&self) -> Option<v1::FlowFilter> {
+        let pod = self.pod.clone();
+        Some(v1::FlowFilter {
+            pod: pod.map(|(namespace, name)| v1::Pod { namespace, name, uid: String::new() }),
+            address: self.address.map(|address| address.to_string()).unwrap_or_default(),
+            port: self.port.map_or(0, u32::from),
+            protocol: self.proto.map_or(0, u32::from),
+        })
+    }
+}
+
+fn protocol_name(number: u32) -> String {
+    let named = PROTOCOLS.iter().find(|(_, known)| u32::from(*known) == number);
+    named.map_or_else(|| number.to_string(), |(name, _)| (*name).to_owned())
+}
+
+fn end(address: &str, port: u32) -> String {
+    match address.parse() {
+        Ok(IpAddr::V6(v6)) if port != 0 => format!("[{v6}]:{port}"),
+        _ if port != 0 => format!("{address}:{port}"),
+        _ => address.to_owned(),
+    }
+}
+
+pub(super) fn list(reply: &v1::ListFlowsResponse, style: Style) -> String {
+    if style.is_json() {
+        let flows: Vec<Value> = reply.flows.iter().map(value).collect();
+        return pretty(&json!({"more": reply.more, "flows": flows}));
+    }
+    let head = ["PROTO", "SOURCE", "DESTINATION", "TO", "FLAGS", "PACKETS", "BYTES", "IDLE", "+TRANSLATED", "+VALID"];
+    let yes = |yes: bool| if yes { "yes" } else { "no" }.to_owned();
+    let rows = reply.flows.iter().map(|f| {
+        vec![
+            protocol_name(f.protocol),
+            end(&f.source, f.source_port),
+            end(&f.destination, f.destination_port),
+            f.action.clone(),
+            f.flags.join(","),
+            f.packets.to_string(),
+            f.bytes.to_string(),
+            format!("{}.{}s", f.idle_ms / 1000, f.idle_ms % 1000 / 100),
+            yes(f.translated),
+            yes(f.valid),
+        ]
+    });
+    let mut out = style.table(&head, rows);
+    if reply.more {
+        out.push_str("there are more; --limit tells how many are shown\n");
+    }
+    out
+}
+
+fn value(f: &v1::Flow) -> Value {
+    json!({
+        "protocol": f.protocol, "source": f.source, "sourcePort": f.source_port, "destination": f.destination,
+        "destinationPort": f.destination_port, "action": f.action, "translated": f.translated, "flags": f.flags,
+        "packets": f.packets, "bytes": f.bytes, "idleMilliseconds": f.idle_ms, "valid": f.valid,
+    })
+}
+
+pub(super) fn stats(reply: &v1::FlowStatsResponse, style: Style) -> String {
+    let mut protocols: Vec<(String, u64)> = reply.protocols.iter().map(|(p, n)| (protocol_name(*p), *n)).collect();
+    protocols.sort();
+    if style.is_json() {
+        let protocols: serde_json::Map<String, Value> = protocols.into_iter().map(|(p, n)| (p, n.into())).collect();
+        return pretty(&json!({
+            "usedV4": reply.used_v4, "usedV6": reply.used_v6, "capacity": reply.capacity, "void": reply.void,
+            "translated": reply.translated, "protocols": protocols,
+        }));
+    }
+    let protocols: Vec<String> = protocols.iter().map(|(p, n)| format!("{p} {n}")).collect();
+    block(&[
+        ("IPv4", format!("{} of {}", reply.used_v4, reply.capacity)),
+        ("IPv6", format!("{} of {}", reply.used_v6, reply.capacity)),
+        ("translated", reply.translated.to_string()),
+        ("void", reply.void.to_string()),
+        ("protocols", protocols.join(", ")),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_understood() {
+        assert_eq!(protocol("UDP"), Ok(17));
+        assert_eq!(protocol("47"), Ok(47));
+        assert!(protocol("quic").is_err() && protocol("300").is_err());
+        assert_eq!(end("fd00::1", 80), "[fd00::1]:80");
+        let filter = Filter { port: Some(53), proto: Some(17), ..Filter::default() };
+        assert!(!filter.is_empty() && Filter::default().is_empty());
+        let message = filter.message().unwrap();
+        assert_eq!((message.port, message.protocol, message.pod), (53, 17, None));
+    }
+}
