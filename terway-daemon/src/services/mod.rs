@@ -6,8 +6,6 @@
 
 mod metrics;
 mod state;
-#[cfg(test)]
-mod tests;
 mod view;
 
 use std::net::IpAddr;
@@ -200,3 +198,6 @@ fn take_in(objects: &mut Objects, batches: Vec<Batch>) -> (Vec<terway_core::obje
     }
     (applied, synced)
 }
+
+#[cfg(test)]
+mod tests;
