@@ -9,6 +9,7 @@ pub mod daemon;
 pub mod engine;
 pub mod http;
 pub mod identity;
+mod inotify;
 pub mod metrics;
 pub mod net;
 pub mod objects;

@@ -156,10 +156,10 @@ pub fn lives<F: Family, S: Services<F>>(services: &S, member: Member) -> bool {
 /// A hash of a packet's ends, the same on every node. Clients that are held to a backend are told apart by their address alone.
 #[inline(always)]
 pub fn hash<F: Family>(src: &F::Addr, dst: &F::Addr, ports: u32, held: bool) -> u32 {
-    let mut state = 0x3c6e_f372;
-    for word in F::widen(src).into_iter().chain(F::widen(dst)) {
-        state = mix(state, word);
-    }
+    let ([a, b, c, d], [e, f, g, h]) = (F::widen(src), F::widen(dst));
+    // No loop: LLVM lays it out so that its body falls through to its head, and older kernels refuse such a back-edge (5.10 and 6.1 do: kernel/bpf/verifier.c, `check_cfg`).
+    let source = mix(mix(mix(mix(0x3c6e_f372, a), b), c), d);
+    let state = mix(mix(mix(mix(source, e), f), g), h);
     // The destination port stays: two ports of one Service are two Services here.
     mix(state, if held { ports & u32::from_ne_bytes([0, 0, 0xff, 0xff]) } else { ports })
 }

@@ -5,18 +5,17 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsFd as _, AsRawFd, RawFd};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
-use tokio::io::Interest;
+use nix::sys::inotify::{AddWatchFlags, WatchDescriptor};
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use super::files::SWAPPED;
+use crate::inotify::Descriptor;
 
 /// A change is over when nothing more came for this long.
 const QUIET: Duration = Duration::from_millis(100);
@@ -33,19 +32,10 @@ type Names = Option<BTreeSet<OsString>>;
 /// A watch of some files as their paths led when it was made.
 #[derive(Debug)]
 pub(super) struct Watch {
-    inotify: Option<AsyncFd<Fd>>,
+    inotify: Option<AsyncFd<Descriptor>>,
     names: HashMap<WatchDescriptor, Names>,
     /// A folder went away while the watch was made: look again soon.
     incomplete: bool,
-}
-
-#[derive(Debug)]
-struct Fd(Inotify);
-
-impl AsRawFd for Fd {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_fd().as_raw_fd()
-    }
 }
 
 impl Watch {
@@ -61,7 +51,7 @@ impl Watch {
     }
 
     fn of(paths: &[&Path]) -> std::io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        let inotify = Descriptor::init()?;
         let mask = AddWatchFlags::IN_CLOSE_WRITE
             | AddWatchFlags::IN_ATTRIB
             | AddWatchFlags::IN_CREATE
@@ -83,8 +73,7 @@ impl Watch {
                 Err(error) => return Err(error.into()),
             }
         }
-        // SAFETY: `Fd` owns its descriptor, gives out the same one always, and keeps it open until it is dropped.
-        watch.inotify = Some(unsafe { AsyncFd::register_with_interest(Fd(inotify), Interest::READABLE) }?);
+        watch.inotify = Some(Descriptor::register(inotify)?);
         Ok(watch)
     }
 
@@ -104,10 +93,10 @@ impl Watch {
     }
 
     /// The next event that matters; never without one.
-    async fn next(&self, inotify: &AsyncFd<Fd>) {
+    async fn next(&self, inotify: &AsyncFd<Descriptor>) {
         loop {
             let Ok(mut ready) = inotify.readable().await else { return std::future::pending().await };
-            match inotify.get_ref().0.read_events() {
+            match inotify.get_ref().read_events() {
                 Ok(events) => {
                     let whole = AddWatchFlags::IN_IGNORED
                         | AddWatchFlags::IN_Q_OVERFLOW

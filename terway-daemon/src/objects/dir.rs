@@ -7,13 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use nix::errno::Errno;
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::inotify::AddWatchFlags;
 use terway_core::objects::{Change, Kind, Object, ObjectKey};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -22,6 +21,7 @@ use tracing::{info, warn};
 
 use super::document::{self, Content};
 use super::{Batch, ObjectSource, Problem, SourceError, Update};
+use crate::inotify::Descriptor;
 
 /// How often a folder that was removed is looked for.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -30,18 +30,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct DirSource {
     path: PathBuf,
-    inotify: AsyncFd<Kernel>,
+    inotify: AsyncFd<Descriptor>,
     view: View,
-}
-
-/// The kernel's side, in a shape that tokio can wait on.
-#[derive(Debug)]
-struct Kernel(Inotify);
-
-impl AsRawFd for Kernel {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_fd().as_raw_fd()
-    }
 }
 
 /// What the files hold. Objects themselves are not kept: the listener has them.
@@ -78,8 +68,8 @@ impl DirSource {
         Ok(Self { path, inotify, view: View::default() })
     }
 
-    fn watch(path: &Path) -> io::Result<AsyncFd<Kernel>> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    fn watch(path: &Path) -> io::Result<AsyncFd<Descriptor>> {
+        let inotify = Descriptor::init()?;
         let flags = AddWatchFlags::IN_CLOSE_WRITE
             | AddWatchFlags::IN_MOVED_TO
             | AddWatchFlags::IN_MOVED_FROM
@@ -90,13 +80,12 @@ impl DirSource {
             | AddWatchFlags::IN_MOVE_SELF
             | AddWatchFlags::IN_ONLYDIR;
         inotify.add_watch(path, flags)?;
-        // SAFETY: `Kernel` owns its descriptor, names the same one each time, and closes it when it is dropped, which is in the `AsyncFd`.
-        unsafe { AsyncFd::register_with_interest(Kernel(inotify), Interest::READABLE) }.map_err(Into::into)
+        Descriptor::register(inotify)
     }
 
     /// Waits for events and takes all there are.
     async fn news(&self) -> io::Result<News> {
-        let events = self.inotify.async_io(Interest::READABLE, |inotify| Ok(inotify.0.read_events()?)).await?;
+        let events = self.inotify.async_io(Interest::READABLE, |inotify| Ok(inotify.read_events()?)).await?;
         let mut files = BTreeSet::new();
         let mut more = Some(events);
         let gone = AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_MOVE_SELF | AddWatchFlags::IN_IGNORED;
@@ -113,7 +102,7 @@ impl DirSource {
                 let created = event.mask.contains(AddWatchFlags::IN_CREATE);
                 files.extend(path.filter(|p| document::is_manifest(p) && (!created || p.is_symlink())));
             }
-            more = match self.inotify.get_ref().0.read_events() {
+            more = match self.inotify.get_ref().read_events() {
                 Ok(events) => Some(events),
                 Err(Errno::EAGAIN) => None,
                 Err(error) => return Err(error.into()),

@@ -113,6 +113,10 @@ fn refused(call: &str, status: &tonic::Status) -> anyhow::Error {
     anyhow!("{call}: {:?}: {}", status.code(), status.message())
 }
 
+/// A kubelet's patience (`terminationGracePeriodSeconds`, 30 by default). The kernel takes some of it on a busy machine: closing inotify
+/// descriptors waits for a grace period.
+const GRACE: Duration = Duration::from_secs(30);
+
 impl Node {
     /// Starts the daemon; it is not ready yet.
     ///
@@ -210,13 +214,13 @@ impl Node {
     /// Stops the daemon by SIGTERM, as the kubelet does; no error when it does not run.
     ///
     /// # Errors
-    /// When it does not end within 10 s (it is killed then) or does not exit with 0.
+    /// When it does not end within [`GRACE`] (it is killed then) or does not exit with 0.
     pub fn stop_daemon(&self) -> Result<()> {
         let Some(mut child) = self.daemon.lock().take() else { return Ok(()) };
         if child.try_wait()?.is_none() {
             kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?;
         }
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + GRACE;
         loop {
             match child.try_wait()? {
                 Some(status) if status.success() => return Ok(()),
@@ -224,7 +228,10 @@ impl Node {
                 None if Instant::now() > deadline => {
                     child.kill()?;
                     child.wait()?;
-                    bail!("terwayd does not end within 10 s of SIGTERM; the end of its log:\n{}", self.log_tail(30));
+                    bail!(
+                        "terwayd does not end within {GRACE:?} of SIGTERM; the end of its log:\n{}",
+                        self.log_tail(30)
+                    );
                 }
                 None => std::thread::sleep(Duration::from_millis(2)),
             }
