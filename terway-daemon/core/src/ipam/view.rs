@@ -389,13 +389,10 @@ impl Pool {
         problems.extend(self.creations.values().filter_map(|creation| creation.error.as_ref().map(explain)));
         for eni in self.enis.values() {
             let named = |Error { code, detail }: Error| Error::new(code, format!("{}: {detail}", eni.id));
-            if eni.missing.is_some() {
-                let pods = self.attachments.values().filter(|a| a.grant.eni == eni.id).map(|a| a.pod.to_string());
-                let pods: Vec<String> = pods.collect();
-                let whose = if pods.is_empty() { String::new() } else { format!(" It carries {}.", pods.join(", ")) };
-                let detail = format!("{}: The cloud does not list it as attached to the instance.{whose}", eni.id);
-                let code = if pods.is_empty() { errors::ENI_UNKNOWN } else { errors::ENI_VANISHED };
-                problems.push(Error::new(code, detail));
+            // An ENI with pods is told of by them, below.
+            if eni.missing.is_some() && !self.attachments.values().any(|a| a.grant.eni == eni.id) {
+                let detail = format!("{}: The cloud does not list it as attached to the instance.", eni.id);
+                problems.push(Error::new(errors::ENI_UNKNOWN, detail));
             }
             problems.extend(eni.error.clone().or_else(|| eni.reason.clone()).map(named));
             for slots in [&eni.v4, &eni.v6] {

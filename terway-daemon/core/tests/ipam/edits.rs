@@ -113,7 +113,7 @@ fn pods_of_a_deleted_eni_are_fenced_and_told_by_name() {
     world.settle(world.config.resync);
     assert_eq!(world.fenced.keys().cloned().collect::<Vec<_>>(), [key(0), key(1)]);
     let told = world.pool.problems();
-    let fenced: Vec<_> = told.iter().filter(|e| e.code == errors::ADDRESS_VANISHED).collect();
+    let fenced: Vec<_> = told.iter().filter(|e| e.code == errors::ENI_VANISHED).collect();
     assert!(fenced.len() == 2 && fenced.iter().all(|e| e.detail.contains(eni.as_str())), "{told:?}");
     assert_eq!(world.pool.addresses().iter().filter(|a| a.state == AddressState::Fenced).count(), 2);
     assert_ne!(world.granted(5).eni, eni);
