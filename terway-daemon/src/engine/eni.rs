@@ -39,11 +39,15 @@ impl Engine {
         };
         self.subnets.keep(mac, &subnet);
         let plan = self.eni_plan(&nic, &subnet);
-        let _wiring = self.wiring.read().await;
-        self.host.ensure_eni(&plan).await.map_err(net_error)?;
         let ifindex = nic.ifindex;
-        self.with_datapath(move |datapath| datapath.attach_eni(ifindex)).await?;
-        self.audit.eni_is_set_up(mac, plan);
+        {
+            let _wiring = self.wiring.read().await;
+            self.host.ensure_eni(&plan).await.map_err(net_error)?;
+            self.with_datapath(move |datapath| datapath.attach_eni(ifindex)).await?;
+            self.audit.eni_is_set_up(mac, plan.clone());
+        }
+        // An audit that waits to write would hold up every ADD behind this.
+        self.host.await_link_local(&plan).await.map_err(net_error)?;
         info!(%mac, ifindex, name = nic.name, gateway = %subnet.gateway_v4, "ENI is ready");
         Ok((ifindex, subnet))
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use terway_core::route::{
-    Difference, EniPlan, KernelState, Leftover, NetOp, NodePlan, Observed, Place, PodPlan, Step, alias, diff,
+    Difference, EniInputs, EniPlan, KernelState, Leftover, NetOp, NodePlan, Observed, Place, PodPlan, Step, alias, diff,
 };
 
 use super::apply::{self, Sides};
@@ -157,13 +157,12 @@ impl Host {
         self.delete_links(vec![plan.clone()]).await
     }
 
-    /// Sets up an ENI, and returns when it can ask for its gateways. Addresses that others (DHCP, cloud-init) put on it are removed: their subnet route would draw the node's own
+    /// Sets up an ENI. Addresses that others (DHCP, cloud-init) put on it are removed: their subnet route would draw the node's own
     /// traffic to it.
     ///
     /// # Errors
     /// [`NetError::Renamed`] if the plan's name and index do not belong together, or what the kernel refused.
     pub async fn ensure_eni(&self, plan: &EniPlan) -> Result<(), NetError> {
-        let inputs = plan.inputs.clone();
         let plan = plan.clone();
         self.pool
             .run(move |worker| {
@@ -172,15 +171,18 @@ impl Host {
                 strip(host, &plan)?;
                 apply::run(&plan.steps, &mut Sides::host(host, indices))
             })
-            .await?;
-        if inputs.gateway_v6.is_some() { self.await_link_local(inputs.ifindex, &inputs.ifname).await } else { Ok(()) }
+            .await
     }
 
-    /// Waits for an interface's link-local address: the kernel makes it some time after the link came up, and asks for no IPv6 neighbour,
-    /// the gateway included, without one. No thread is held meanwhile.
-    async fn await_link_local(&self, index: u32, ifname: &str) -> Result<(), NetError> {
+    /// Waits until an ENI that is set up can ask for its IPv6 gateway, if it has one: the kernel makes the link-local address, without which
+    /// it asks for no neighbour, some time after the link came up. No thread is held meanwhile; it should be no lock either.
+    ///
+    /// # Errors
+    /// When addresses cannot be listed.
+    pub async fn await_link_local(&self, plan: &EniPlan) -> Result<(), NetError> {
+        let EniInputs { ifindex, ref ifname, gateway_v6: Some(_), .. } = plan.inputs else { return Ok(()) };
         let deadline = Instant::now() + LINK_LOCAL;
-        while !self.pool.run(move |worker| observe::may_solicit(worker.host()?, index)).await? {
+        while !self.pool.run(move |worker| observe::may_solicit(worker.host()?, ifindex)).await? {
             if Instant::now() >= deadline {
                 // The rest of the set-up is good, and somebody may have turned link-local addresses off on purpose.
                 tracing::warn!(ifname, "the ENI has no IPv6 link-local address yet");
