@@ -379,7 +379,7 @@ impl Pool {
             problems.push(degraded());
         }
         problems.extend(self.inventory.error.as_ref().map(explain));
-        problems.extend(self.vswitches.error.as_ref().map(explain));
+        problems.extend(self.vswitches.trouble(self.now).map(explain));
         for (vswitch, _, error) in self.vswitches.blocked(self.now) {
             let Error { code, detail } = explain(error);
             problems.push(Error::new(code, format!("{vswitch}: {detail}")));

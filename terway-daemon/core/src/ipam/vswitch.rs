@@ -37,7 +37,7 @@ pub(super) struct VSwitches {
     /// When the counts are to be asked for again; `None` if they never were.
     due: Option<Moment>,
     failures: u32,
-    pub(super) error: Option<CloudError>,
+    error: Option<CloudError>,
 }
 
 impl VSwitches {
@@ -124,6 +124,11 @@ impl VSwitches {
         if let Some(v) = self.list.iter_mut().find(|v| v.id == *id) {
             v.available = v.available.map(|n| n.saturating_sub(count));
         }
+    }
+
+    /// Why there are no counts. Holds until they may be asked for again: nobody asks before they are needed.
+    pub(super) fn trouble(&self, now: Moment) -> Option<&CloudError> {
+        self.error.as_ref().filter(|_| self.due.is_some_and(|due| due > now))
     }
 
     pub(super) fn blocked(&self, now: Moment) -> impl Iterator<Item = (&VSwitchId, Moment, &CloudError)> {

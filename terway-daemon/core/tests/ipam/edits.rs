@@ -203,6 +203,20 @@ fn the_vswitch_with_the_most_addresses_is_chosen_by_one_count() {
 }
 
 #[test]
+fn a_refused_count_is_told_of_until_it_may_be_asked_again() {
+    let mut config = config(IpStack::Ipv4, 4, 10);
+    config.selection = VSwitchSelection::Most;
+    let mut world = World::new(config, &[30, 60]);
+    world.add(&key(1));
+    world.run_one(Outcome::Fails(ErrorClass::Throttled), |e| matches!(e, Effect::DescribeVSwitches { .. }));
+    assert!(world.pool.problems().iter().any(|e| e.code == errors::CLOUD_THROTTLED), "{:?}", world.pool.problems());
+    // Nobody needs another count, so nobody asks for one; the old refusal says nothing about now.
+    world.settle(secs(60));
+    assert_eq!(world.cloud.calls.get("count"), None);
+    assert_eq!(world.pool.problems(), []);
+}
+
+#[test]
 fn an_eni_whose_nic_never_shows_up_is_replaced() {
     let mut world = World::new(config(IpStack::Ipv4, 2, 4), &[100]);
     world.add(&key(1));
