@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use terway_core::config::{Config, Degradation, EniSelection, POOL_OPERATIONS, VSwitchOrder};
+use terway_core::config::{Config, POOL_OPERATIONS};
 use terway_core::errors::{self, Error};
-use terway_core::ipam::{self, Backoff, PoolConfig, VSwitchSelection};
+use terway_core::ipam::{Backoff, PoolConfig, Reclaim};
 use tokio::sync::watch::Receiver;
 use tracing::error;
 
@@ -34,15 +34,8 @@ pub(crate) fn pool(options: &Options, config: &Config, node: &Node) -> PoolConfi
         prefixes: config.prefixes.enabled,
         min_prefixes: config.prefixes.v4_count,
         vswitches,
-        selection: match config.vswitch_order {
-            VSwitchOrder::Ordered => VSwitchSelection::Ordered,
-            VSwitchOrder::Most => VSwitchSelection::Most,
-            VSwitchOrder::Random => VSwitchSelection::Random,
-        },
-        eni_selection: match config.eni_selection {
-            EniSelection::MostIps => ipam::EniSelection::MostIps,
-            EniSelection::LeastIps => ipam::EniSelection::LeastIps,
-        },
+        selection: config.vswitch_order,
+        eni_selection: config.eni_selection,
         security_groups: config.security_groups.clone(),
         resource_group: config.resource_group.clone(),
         tags: config.eni_tags.clone(),
@@ -51,17 +44,13 @@ pub(crate) fn pool(options: &Options, config: &Config, node: &Node) -> PoolConfi
         min_idle: config.min_idle,
         max_idle: config.max_idle,
         warm_up: config.warm_up,
-        reclaim: config.reclaim.after.map(|after| ipam::Reclaim {
+        reclaim: config.reclaim.after.map(|after| Reclaim {
             after,
             interval: config.reclaim.interval,
             batch: config.reclaim.batch,
             jitter_permille: config.reclaim.jitter.permille(),
         }),
-        degradation: match config.degradation {
-            Degradation::None => ipam::Degradation::None,
-            Degradation::L0 => ipam::Degradation::L0,
-            Degradation::L1 => ipam::Degradation::L1,
-        },
+        degradation: config.degradation,
         cooling: Duration::from_secs(options.cooling),
         resync: config.sync_period,
         retry: backoff(config, base.retry),

@@ -71,8 +71,8 @@ pub struct Engine {
     wiring: RwLock<()>,
     drops: drops::DropLog,
     facts: Facts,
-    /// What pods get unless their network configuration says otherwise.
     subnets: subnets::Subnets,
+    /// What pods get unless their network configuration says otherwise.
     defaults: Mutex<PodOptions>,
     metrics: Metrics,
 }

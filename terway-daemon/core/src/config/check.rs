@@ -11,20 +11,15 @@ use super::documents::Beside;
 use super::keys::{self, Key, closest};
 use super::raw::Reader;
 use super::units::{Ratio, parse_period};
-use super::{
-    AccessKey, BackoffOverride, Config, Degradation, EniSelection, Prefixes, Reclaim, Secret, Tag, VSwitchOrder,
-};
+use super::{AccessKey, BackoffOverride, Config, Prefixes, Reclaim, Secret, Tag};
 use crate::ident::{IpStack, SecurityGroupId, VSwitchId};
+use crate::ipam::{ALWAYS_BLOCKED, Degradation, EniSelection, VSwitchSelection};
 
 /// ECS API reference, CreateNetworkInterface: an ENI joins at most 10 security groups (5 by default quota).
 const MAX_SECURITY_GROUPS: usize = 10;
 /// ECS API reference, CreateNetworkInterface: `Tag.N`, N from 1 to 20, keys and values up to 128 characters.
 const MAX_TAGS: usize = 20;
 const MAX_TAG_CHARS: usize = 128;
-
-/// Tags of ENIs that are never ours: the RDMA controller's, and an administrator's own mark.
-const BLOCKED: [(&str, &str); 2] =
-    [("creator", "alibabacloud-erdma-controller"), ("terway.alibabacloud.com/excluded", "true")];
 
 /// Actions of `rate_limit` that are called here; the format also has others (EFLO), which are harmless.
 const ACTIONS: &[&str] = &[
@@ -73,7 +68,7 @@ const OPERATIONS: &[&str] = &[
 /// Takes every key out of the document. Refused values stand in the reader afterwards, and the result is then worth nothing.
 pub(super) fn check(reader: &mut Reader, beside: Beside) -> Config {
     let ip_stack = reader.choice(keys::IP_STACK, [IpStack::Ipv4, IpStack::Ipv6, IpStack::Dual]);
-    let orders = [VSwitchOrder::Ordered, VSwitchOrder::Most, VSwitchOrder::Random];
+    let orders = [VSwitchSelection::Ordered, VSwitchSelection::Most, VSwitchSelection::Random];
     let (min_idle, max_idle) = watermarks(reader);
     let (min_eni, max_eni) = eni_bounds(reader);
     let (eni_tags, eni_tag_filter) = tags(reader);
@@ -253,7 +248,7 @@ struct RawTag {
 
 fn block_list(reader: &mut Reader) -> Vec<Tag> {
     let listed: Vec<RawTag> = reader.many(keys::ENI_TAG_BLOCK_LIST);
-    let built_in = BLOCKED.iter().map(|(key, value)| Tag { key: (*key).into(), value: (*value).into() });
+    let built_in = ALWAYS_BLOCKED.iter().map(|(key, value)| Tag { key: (*key).into(), value: (*value).into() });
     let listed = listed.into_iter().filter(|tag| !tag.key.is_empty()).map(|tag| Tag { key: tag.key, value: tag.value });
     built_in.chain(listed).collect::<BTreeSet<Tag>>().into_iter().collect()
 }

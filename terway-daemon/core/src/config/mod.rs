@@ -22,6 +22,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::ident::{IpStack, SecurityGroupId, VSwitchId};
+use crate::ipam::{Degradation, EniSelection, VSwitchSelection};
 
 pub use self::check::POOL_OPERATIONS;
 pub use self::diff::{Changed, Setting};
@@ -39,40 +40,6 @@ pub struct AccessKey {
     pub id: Secret,
     /// Its secret.
     pub secret: Secret,
-}
-
-/// In which order vSwitches of the node's zone are tried.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum VSwitchOrder {
-    /// The order of the list.
-    #[default]
-    Ordered,
-    /// Most free addresses first.
-    Most,
-    /// Any.
-    Random,
-}
-
-/// Which ENI gets the next address.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum EniSelection {
-    /// The one with most addresses, so that others run empty.
-    #[default]
-    MostIps,
-    /// The one with least, so that load spreads.
-    LeastIps,
-}
-
-/// What is left undone in an emergency.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Degradation {
-    /// Nothing.
-    #[default]
-    None,
-    /// Every call of the cloud API.
-    L0,
-    /// Calls that release something.
-    L1,
 }
 
 /// A tag of an ENI.
@@ -133,7 +100,7 @@ pub struct Config {
     /// vSwitches of pods by zone, each list without repetition (`vswitches`).
     pub vswitches: BTreeMap<String, Vec<VSwitchId>>,
     /// Order of trying them (`vswitch_selection_policy`).
-    pub vswitch_order: VSwitchOrder,
+    pub vswitch_order: VSwitchSelection,
     /// Security groups of new ENIs, at most 10 (`security_group` and `security_groups`).
     pub security_groups: Vec<SecurityGroupId>,
     /// Resource group of new ENIs (`resource_group_id`).
