@@ -179,6 +179,10 @@ impl Aliyun {
 
 #[async_trait]
 impl Cloud for Aliyun {
+    fn delayed(&self) -> Vec<CloudError> {
+        self.rpc.delayed()
+    }
+
     async fn node_identity(&self) -> Result<NodeIdentity> {
         self.metadata.node_identity().await
     }

@@ -102,6 +102,9 @@ impl EniFilter {
 /// the caller's attempt, and [`CloudError::class`] says what to do about it. Dropping a future gives up waiting, not the effect.
 #[async_trait]
 pub trait Cloud: Send + Sync {
+    /// What calls met that are being repeated at this moment, one for each action: their callers do not know of it yet.
+    fn delayed(&self) -> Vec<CloudError>;
+
     /// Who this node is.
     async fn node_identity(&self) -> Result<NodeIdentity>;
 

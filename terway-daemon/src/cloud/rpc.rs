@@ -3,6 +3,8 @@
 //! Repeating is safe for every action used here: it reads, or carries a `ClientToken` that stays the same, or its caller
 //! (`aliyun.rs`) takes "already so" for success.
 
+use std::collections::BTreeMap;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -51,6 +53,36 @@ pub(super) struct Rpc {
     observer: Option<CallObserver>,
     /// Seconds to add to this machine's clock to get the cloud's, learnt when the cloud refuses a timestamp.
     skew: AtomicI64,
+    /// Calls that are being repeated: how many of an action, and what the last of them met.
+    delayed: Mutex<BTreeMap<&'static str, (usize, CloudError)>>,
+}
+
+/// One call's part of [`Rpc::delayed`]; it ends with the call, or when its caller gives up.
+struct Delay<'a> {
+    rpc: &'a Rpc,
+    action: &'static str,
+    counted: bool,
+}
+
+impl Delay<'_> {
+    fn note(&mut self, error: CloudError) {
+        let mut delayed = self.rpc.delayed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (calls, last) = delayed.entry(self.action).or_insert_with(|| (0, error.clone()));
+        *calls += usize::from(!std::mem::replace(&mut self.counted, true));
+        *last = error;
+    }
+}
+
+impl Drop for Delay<'_> {
+    fn drop(&mut self) {
+        if self.counted {
+            let mut delayed = self.rpc.delayed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if let Some((calls, _)) = delayed.get_mut(self.action) {
+                *calls -= 1;
+            }
+            delayed.retain(|_, (calls, _)| *calls > 0);
+        }
+    }
 }
 
 /// What came back instead of a result.
@@ -87,7 +119,14 @@ impl Rpc {
             retry: config.retry,
             observer: config.observer.clone(),
             skew: AtomicI64::new(0),
+            delayed: Mutex::default(),
         })
+    }
+
+    /// What the calls met that are being repeated now, one for each action.
+    pub(super) fn delayed(&self) -> Vec<CloudError> {
+        let delayed = self.delayed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        delayed.values().map(|(_, error)| error.clone()).collect()
     }
 
     pub(super) const fn keyring(&self) -> &Keyring {
@@ -109,6 +148,7 @@ impl Rpc {
         let began = Instant::now();
         let mut pauses = self.retry.pauses();
         let (mut rekeyed, mut reclocked) = (false, false);
+        let mut delay = Delay { rpc: self, action, counted: false };
         loop {
             self.limits.turn(action).await;
             let credentials = self.keyring.current().await?;
@@ -145,6 +185,7 @@ impl Rpc {
             match pauses.next() {
                 Some(pause) if began.elapsed() + pause < self.retry.within => {
                     debug!(action, ?pause, %error, "cloud call will be repeated");
+                    delay.note(error);
                     tokio::time::sleep(pause).await;
                 }
                 _ => return Err(error),

@@ -72,7 +72,7 @@ impl Engine {
             .await
             .map(|stored: Vec<_>| stored.into_iter().map(|(e, attached)| endpoint(&e, attached)).collect());
         let cloud = match ask_cloud {
-            true => Some(self.cloud.enis(&EniFilter::of_instance(self.instance())).await),
+            true => Some(self.answered(self.cloud.enis(&EniFilter::of_instance(self.instance()))).await),
             false => None,
         };
 
@@ -93,7 +93,6 @@ impl Engine {
             let plan = eni.mac.and_then(|mac| plans.get(&mac).cloned());
             Some(HeldEni { id: eni.id?, plan, addresses: eni.addresses.into_iter().collect() })
         });
-        let cloud = cloud.map(|listed| listed.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string())));
         Observation {
             kernel: kernel.as_ref().map(drop).map_err(Error::clone),
             datapath: endpoints.as_ref().map(drop).map_err(Error::clone),

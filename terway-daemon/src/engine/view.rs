@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use terway_abi::Drop;
 use terway_core::clock::Moment;
-use terway_core::cloud::{self, EniKind};
+use terway_core::cloud::{self, CloudError, EniKind};
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, EniId, VSwitchId};
 use terway_core::ipam::{AddressView, EniPhase, EniView, Phase, Stats, VSwitchView};
@@ -17,6 +18,10 @@ use super::Engine;
 use super::pod::{PodOptions, net_error};
 use crate::cloud::EniFilter;
 use crate::server::{attachment, detail, pod};
+
+/// How long somebody at a terminal waits for one call of the cloud: `terway-cli` gives up after 30 s, and the client's own repeating
+/// may last longer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(12);
 
 impl Engine {
     /// CHECK: compares a pod's network with what was set up.
@@ -77,6 +82,28 @@ impl Engine {
         core.pool.problems().into_iter().next().map_or(Ok(()), Err)
     }
 
+    /// Cloud calls that are being repeated.
+    pub(super) fn delayed(&self) -> impl Iterator<Item = Error> {
+        self.cloud.delayed().into_iter().map(|error| {
+            let Error { code, detail } = error.explain();
+            Error::new(code, format!("{detail}; the call is being repeated"))
+        })
+    }
+
+    /// What the cloud says, or why there is no answer while somebody waits for one.
+    pub(super) async fn answered<T>(
+        &self,
+        mut call: impl Future<Output = Result<T, CloudError>> + Unpin,
+    ) -> Result<T, Error> {
+        match tokio::time::timeout(ANSWER_WITHIN, &mut call).await {
+            Ok(answer) => answer.map_err(|error| error.explain()),
+            // The call lives on to here, so it still counts as one that is being repeated.
+            Err(_) => Err(self.delayed().next().unwrap_or_else(|| {
+                Error::new(errors::CLOUD_UNREACHABLE, format!("no answer within {} s", ANSWER_WITHIN.as_secs()))
+            })),
+        }
+    }
+
     /// The whole state on one screen.
     #[must_use]
     pub fn status(&self) -> v1::StatusResponse {
@@ -86,6 +113,7 @@ impl Engine {
         };
         problems.extend(self.fatal.borrow().clone());
         problems.extend(self.audit.problems());
+        problems.extend(self.delayed());
         let nics: HashMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.mac, nic.name)).collect();
         let enis = enis.into_iter().map(|eni| v1::EniState {
             id: eni.id.map(|id| id.to_string()).unwrap_or_default(),
@@ -119,9 +147,9 @@ impl Engine {
         let mut cloud_error = None;
         let mut listed: BTreeMap<EniId, cloud::Eni> = BTreeMap::new();
         if ask_cloud {
-            match self.cloud.enis(&EniFilter::of_instance(self.instance())).await {
+            match self.answered(self.cloud.enis(&EniFilter::of_instance(self.instance()))).await {
                 Ok(enis) => listed.extend(enis.into_iter().map(|eni| (eni.id.clone(), eni))),
-                Err(error) => cloud_error = Some(detail(&error.explain())),
+                Err(error) => cloud_error = Some(detail(&error)),
             }
         }
         let nics: HashMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.mac, nic.name)).collect();
@@ -146,7 +174,7 @@ impl Engine {
         let mut vswitches = vswitches_of(&enis, vswitches, now);
         if ask_cloud && cloud_error.is_none() {
             let ids: Vec<VSwitchId> = vswitches.keys().map(|id| VSwitchId::new(id.as_str())).collect();
-            match self.cloud.vswitches(&ids).await {
+            match self.answered(self.cloud.vswitches(&ids)).await {
                 Ok(known) => {
                     for vswitch in known {
                         if let Some(row) = vswitches.get_mut(vswitch.id.as_str()) {
@@ -156,14 +184,14 @@ impl Engine {
                         }
                     }
                 }
-                Err(error) => cloud_error = Some(detail(&error.explain())),
+                Err(error) => cloud_error = Some(detail(&error)),
             }
         }
         v1::GetPoolResponse {
             pool: Some(numbers(&stats)),
             enis,
             vswitches: vswitches.into_values().collect(),
-            problems: problems.iter().map(detail).collect(),
+            problems: problems.into_iter().chain(self.delayed()).map(|problem| detail(&problem)).collect(),
             cloud_error,
         }
     }

@@ -375,6 +375,7 @@ fn throttling_and_outages_harm_no_running_pod() -> Result<()> {
             let mut running = pods(node, "a b")?;
             let mut number = 0;
             let mut trouble = |codes: &[&str],
+                               told: &str,
                                on: &dyn Fn() -> Result<()>,
                                off: &dyn Fn() -> Result<()>|
              -> Result<()> {
@@ -394,17 +395,20 @@ fn throttling_and_outages_harm_no_running_pod() -> Result<()> {
                 ensure!(calls.values().any(|c| codes.iter().any(|code| c.refused.contains_key(*code))), "{calls:?}");
                 let after: Vec<_> = secondary(cluster).into_iter().map(|e| (e.id, e.v4, e.v6)).collect();
                 ensure!(before == after, "something was freed or made: {before:?} {after:?}");
+                // The status says it while the client still repeats its call, not only when that gives up.
+                let problems = node.status()?.problems;
+                ensure!(problems.iter().any(|p| p.code == told), "{told}: {problems:?}");
                 alive(cluster, &running)?;
                 off()?;
                 running.push(pod_at_last(node, &format!("healed{number}"))?);
                 alive(cluster, &running)
             };
-            trouble(&["Throttling.User"], &|| throttled(cluster, true), &|| throttled(cluster, false))?;
+            trouble(&["Throttling.User"], "TW0204", &|| throttled(cluster, true), &|| throttled(cluster, false))?;
             let switch = |on| {
                 outage(cluster, on);
                 Ok(())
             };
-            trouble(&["ServiceUnavailable"], &|| switch(true), &|| switch(false))
+            trouble(&["ServiceUnavailable"], "TW0225", &|| switch(true), &|| switch(false))
         },
     )
 }
