@@ -13,6 +13,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{Core, Engine};
 use crate::cloud::{CreateEni, EniFilter};
+use crate::store::Gate;
 
 /// How long an attach or detach may take until the cloud is asked anew. Terway's own bound for ECS is two minutes.
 const ATTACH_WITHIN: Duration = Duration::from_secs(120);
@@ -31,13 +32,19 @@ impl Core {
 impl Engine {
     /// Hands writes to the store in order, then starts the rest when they are durable.
     pub(super) fn dispatch(self: &Arc<Self>, core: &mut Core, effects: Vec<Effect>) {
-        let mut write = None;
+        let (mut write, mut gate) = (None, None);
         let mut rest = Vec::with_capacity(effects.len());
+        let connects = effects.iter().any(|effect| matches!(effect, Effect::Connect { .. }));
         for effect in effects {
             match effect {
                 Effect::Persist(changes) => {
                     core.written += 1;
-                    write = Some(self.store.commit(changes));
+                    if connects {
+                        let (commit, opens) = self.store.commit_gated(changes);
+                        (write, gate) = (Some(commit), Some(opens));
+                    } else {
+                        write = Some(self.store.commit(changes));
+                    }
                 }
                 Effect::PersistLazily(changes) => self.store.commit_lazily(changes),
                 Effect::WakeAt(moment) => {
@@ -53,6 +60,13 @@ impl Engine {
         }
         if write.is_none() && rest.is_empty() {
             return;
+        }
+        // Half of what wiring a pod takes does not change anything, and need not wait for the disk.
+        if gate.is_some()
+            && let Some(at) = rest.iter().position(|effect| matches!(effect, Effect::Connect { .. }))
+        {
+            let (engine, effect) = (Arc::clone(self), rest.remove(at));
+            tokio::spawn(async move { engine.run(effect, gate).await });
         }
         let engine = Arc::clone(self);
         tokio::spawn(async move {
@@ -72,10 +86,10 @@ impl Engine {
             let last = rest.pop();
             for effect in rest {
                 let engine = Arc::clone(&engine);
-                tokio::spawn(async move { engine.run(effect).await });
+                tokio::spawn(async move { engine.run(effect, None).await });
             }
             if let Some(effect) = last {
-                engine.run(effect).await;
+                engine.run(effect, None).await;
             }
         });
     }
@@ -89,21 +103,22 @@ impl Engine {
         self.fatal.send_replace(Some(reason));
     }
 
-    async fn run(self: &Arc<Self>, effect: Effect) {
+    /// Runs an effect whose write is on disk, or, with a gate, will be when that opens.
+    async fn run(self: &Arc<Self>, effect: Effect, gate: Option<Gate>) {
         if self.fatal.borrow().is_some() || self.core().answer(&effect) {
             return;
         }
         debug!(?effect, "effect");
-        if let Some(report) = self.execute(effect).await {
+        if let Some(report) = self.execute(effect, gate).await {
             self.feed(report);
         }
     }
 
     /// Executes one effect and returns its (last) report.
-    async fn execute(self: &Arc<Self>, effect: Effect) -> Option<Event> {
+    async fn execute(self: &Arc<Self>, effect: Effect, gate: Option<Gate>) -> Option<Event> {
         Some(match effect {
             Effect::Connect { op, key, pod, netns, options, grant } => {
-                match self.connect(&key, &pod, &netns, &options, &grant).await {
+                match self.connect(&key, &pod, &netns, &options, &grant, gate).await {
                     Ok(()) => Event::Connected { op, key },
                     Err(error) => {
                         let undone = self.disconnect(&key, &pod, &grant, || {}).await.is_ok();

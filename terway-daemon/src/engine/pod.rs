@@ -14,6 +14,7 @@ use super::Engine;
 use crate::bpf::{BpfError, Datapath, Endpoint};
 use crate::metrics::{Phase, Verb};
 use crate::net::NetError;
+use crate::store::Gate;
 
 /// What the pool keeps of an ADD for the engine, without looking at it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +70,7 @@ impl Engine {
         }
     }
 
-    /// Wires a pod. Idempotent: what is there already and right stays.
+    /// Wires a pod, and prepares that before the gate is open. Idempotent: what is there already and right stays.
     pub(super) async fn connect(
         &self,
         key: &AttachmentKey,
@@ -77,6 +78,7 @@ impl Engine {
         netns: &str,
         options: &str,
         grant: &Grant,
+        gate: Option<Gate>,
     ) -> Result<(), Error> {
         let plan = self.plan(key, pod, grant, &PodOptions::decode(options));
         let _wiring = self.wiring.read().await;
@@ -85,7 +87,11 @@ impl Engine {
         // Between its creation and the opening of the way both ends are down: programs and maps are complete before the first packet.
         let (endpoint, datapath) = (Self::endpoint(&plan, grant, 0), Arc::clone(&self.datapath));
         let plug = move |host_ifindex| plug(&datapath, &Endpoint { host_ifindex, ..endpoint }).map_err(bpf_error);
-        let took = self.host.connect_pod(&plan, &netns, plug).await?;
+        let gate = || match gate.map_or(Ok(()), Gate::wait) {
+            Ok(()) => Ok(()),
+            Err(error) => Err(Error::new(errors::STORE_FAILED, error.to_string())),
+        };
+        let took = self.host.connect_pod(&plan, &netns, gate, plug).await?;
         self.metrics.phase(Verb::Add, Phase::Links, took.create);
         self.metrics.phase(Verb::Add, Phase::Datapath, took.plug);
         self.metrics.phase(Verb::Add, Phase::Host, took.enable);

@@ -89,7 +89,11 @@ impl Host {
     pub async fn create_pod(&self, plan: &PodPlan, netns: &PodNetns) -> Result<Links, NetError> {
         self.foreign(netns)?;
         let (plan, netns) = (plan.clone(), netns.clone());
-        self.pool.run(move |worker| worker.inside(&netns, |host| pod::create(host, &plan, netns.as_raw_fd()))).await
+        self.pool
+            .run(move |worker| {
+                worker.inside(&netns, |host| pod::create(host, &mut Netlink::open()?, &plan, netns.as_raw_fd()))
+            })
+            .await
     }
 
     /// Opens the way: links up, routes, rules. When it returns, the pod can be reached.
@@ -99,31 +103,40 @@ impl Host {
     pub async fn enable_pod(&self, plan: &PodPlan, netns: &PodNetns, links: Links) -> Result<(), NetError> {
         self.foreign(netns)?;
         let (plan, netns) = (plan.clone(), netns.clone());
-        self.pool.run(move |worker| worker.inside(&netns, |host| pod::enable(host, &plan, links))).await
+        self.pool
+            .run(move |worker| worker.inside(&netns, |host| pod::enable(host, &mut Netlink::open()?, &plan, links)))
+            .await
     }
 
     /// [`Self::create_pod`], `plug` with the host end's index, [`Self::enable_pod`], in one go on one thread: each change of threads would cost an ADD
-    /// more than most of its system calls do. `plug` runs in the node's namespace and may wait for RTNL.
+    /// more than most of its system calls do. Nothing is changed before `gate` has returned, which may block. `plug` runs in the node's
+    /// namespace and may wait for RTNL.
     ///
     /// # Errors
-    /// Those of the three; the plan's teardown cleans up.
+    /// Those of the five; the plan's teardown cleans up.
     pub async fn connect_pod<E: From<NetError> + Send + 'static>(
         &self,
         plan: &PodPlan,
         netns: &PodNetns,
+        gate: impl FnOnce() -> Result<(), E> + Send + 'static,
         plug: impl FnOnce(u32) -> Result<(), E> + Send + 'static,
     ) -> Result<Took, E> {
         self.foreign(netns)?;
         let (plan, netns) = (plan.clone(), netns.clone());
         let job = move |worker: &mut Worker| {
+            // A socket belongs to the namespace in which it was opened.
+            let mut pod = worker.inside(&netns, |_| Netlink::open())?;
+            if let Err(error) = gate() {
+                return Ok(Err(error));
+            }
             let start = Instant::now();
-            let links = worker.inside(&netns, |host| pod::create(host, &plan, netns.as_raw_fd()))?;
+            let links = worker.inside(&netns, |host| pod::create(host, &mut pod, &plan, netns.as_raw_fd()))?;
             let created = Instant::now();
             if let Err(error) = plug(links.host_ifindex) {
                 return Ok(Err(error));
             }
             let plugged = Instant::now();
-            worker.inside(&netns, |host| pod::enable(host, &plan, links))?;
+            worker.inside(&netns, |host| pod::enable(host, &mut pod, &plan, links))?;
             Ok(Ok(Took { create: created - start, plug: plugged - created, enable: plugged.elapsed() }))
         };
         self.pool.run(job).await?

@@ -22,13 +22,12 @@ const EAGER: u32 = 20;
 /// How often a name may turn out to be taken by a leftover while we make room.
 const TRIES: u32 = 3;
 
-/// `PodPlan::create`; the calling thread is in the pod's namespace, whose descriptor is `pod_ns`, and `host` is a socket of the node's.
-pub(super) fn create(host: &mut Netlink, plan: &PodPlan, pod_ns: RawFd) -> Result<Links, NetError> {
-    let mut pod = Netlink::open()?;
-    let links = pair(host, &mut pod, plan, pod_ns)?;
+/// `PodPlan::create`; the calling thread is in the pod's namespace, whose descriptor is `pod_ns`, and each socket in the one it is named by.
+pub(super) fn create(host: &mut Netlink, pod: &mut Netlink, plan: &PodPlan, pod_ns: RawFd) -> Result<Links, NetError> {
+    let links = pair(host, pod, plan, pod_ns)?;
     let host_end = vec![(plan.inputs.host_ifname.clone(), links.host_ifindex)];
     let pod_end = vec![(plan.inputs.pod_ifname.clone(), links.pod_ifindex)];
-    apply::run(&plan.create, &mut Sides::host(host, host_end).and_pod(&mut pod, pod_end))?;
+    apply::run(&plan.create, &mut Sides::host(host, host_end).and_pod(pod, pod_end))?;
     Ok(links)
 }
 
@@ -123,16 +122,15 @@ fn is_of(link: &Link, plan: &PodPlan) -> bool {
         }
 }
 
-/// `PodPlan::enable`; the calling thread is in the pod's namespace.
-pub(super) fn enable(host: &mut Netlink, plan: &PodPlan, links: Links) -> Result<(), NetError> {
-    let mut pod = Netlink::open()?;
+/// `PodPlan::enable`, as [`create`].
+pub(super) fn enable(host: &mut Netlink, pod: &mut Netlink, plan: &PodPlan, links: Links) -> Result<(), NetError> {
     let host_end = vec![(plan.inputs.host_ifname.clone(), links.host_ifindex)];
     let pod_end = vec![(plan.inputs.pod_ifname.clone(), links.pod_ifindex)];
-    apply::run(&plan.enable, &mut Sides::host(host, host_end).and_pod(&mut pod, pod_end))?;
+    apply::run(&plan.enable, &mut Sides::host(host, host_end).and_pod(pod, pod_end))?;
     let (host_name, pod_name) = (&plan.inputs.host_ifname, &plan.inputs.pod_ifname);
-    operational(&mut pod, links.pod_ifindex, pod_name)?;
+    operational(pod, links.pod_ifindex, pod_name)?;
     operational(host, links.host_ifindex, host_name)?;
-    plan.inputs.addresses.v6.map_or(Ok(()), |address| own(&mut pod, address.into(), pod_name))
+    plan.inputs.addresses.v6.map_or(Ok(()), |address| own(pod, address.into(), pod_name))
 }
 
 /// Waits until a link that is up, and whose other end is too, passes packets.

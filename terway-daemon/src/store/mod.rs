@@ -73,14 +73,24 @@ impl Store {
     /// Writes all of `changes` or none, after everything that was handed over before. The write is under way when this returns; the
     /// result resolves when it is on disk, also if nobody polls it.
     pub fn commit(&self, changes: Vec<Change>) -> Commit {
+        self.committed(changes, None)
+    }
+
+    /// As [`commit`](Self::commit), and opens a gate for a thread that gets ready meanwhile.
+    pub fn commit_gated(&self, changes: Vec<Change>) -> (Commit, Gate) {
+        let (opener, opens) = mpsc::channel();
+        (self.committed(changes, Some(opener)), Gate { opens, path: self.path.clone() })
+    }
+
+    fn committed(&self, changes: Vec<Change>, gate: Option<mpsc::Sender<()>>) -> Commit {
         let (done, wait) = oneshot::channel();
-        self.send(Job { changes, done: Some(done) });
+        self.send(Job { changes, done: Some(done), gate });
         Commit { wait, path: self.path.clone() }
     }
 
     /// Like [`commit`](Self::commit), with the next durable write or a tenth of a second later, whichever comes first.
     pub fn commit_lazily(&self, changes: Vec<Change>) {
-        self.send(Job { changes, done: None });
+        self.send(Job { changes, done: None, gate: None });
     }
 
     /// How many transactions have been flushed to disk: fewer than commits when many came at once.
@@ -105,6 +115,24 @@ impl Drop for Store {
         {
             tracing::error!(path = %self.path.display(), "the store's writer panicked");
         }
+    }
+}
+
+/// Opens when a write is durable.
+#[derive(Debug)]
+#[must_use = "what depends on the write may start only behind it"]
+pub struct Gate {
+    opens: mpsc::Receiver<()>,
+    path: PathBuf,
+}
+
+impl Gate {
+    /// Waits. The writer wakes this thread itself: by way of the runtime an ADD would wait for one thread more.
+    ///
+    /// # Errors
+    /// When the write failed.
+    pub fn wait(self) -> Result<(), StoreError> {
+        self.opens.recv().map_err(|mpsc::RecvError| StoreError::Stopped { path: self.path })
     }
 }
 

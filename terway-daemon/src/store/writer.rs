@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use redb::{Database, Durability};
@@ -20,6 +20,7 @@ const LAZY: Duration = Duration::from_millis(100);
 pub(super) struct Job {
     pub(super) changes: Vec<Change>,
     pub(super) done: Option<oneshot::Sender<Result<(), StoreError>>>,
+    pub(super) gate: Option<Sender<()>>,
 }
 
 pub(super) struct Writer {
@@ -73,6 +74,10 @@ impl Writer {
             tracing::error!(%error, "the state file cannot be written");
         }
         let went_well = result.is_ok();
+        // A gate that is dropped unopened says that the write failed.
+        for gate in jobs.iter_mut().filter_map(|job| job.gate.take()).filter(|_| went_well) {
+            let _gone = gate.send(());
+        }
         for done in jobs.drain(..).filter_map(|job| job.done) {
             // Whoever stopped waiting knows the outcome from the next start.
             let _gone = done.send(match &result {

@@ -118,10 +118,20 @@ impl NetNs {
         })
     }
 
-    /// A command whose process lives in the namespace.
+    /// Whether the calling thread is in the namespace, as in [`NetNs::run`].
+    fn is_here(&self) -> bool {
+        let here = fs::metadata("/proc/thread-self/ns/net").map(|ns| (ns.dev(), ns.ino()));
+        matches!((here, self.identity()), (Ok(here), Ok(own)) if here == own)
+    }
+
+    /// A command whose process lives in the namespace; to be started by the calling thread.
     #[must_use]
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
+        // A child that needs nothing done before its exec is started by vfork(2), as runtimes start a plugin; a fork copies page tables.
+        if self.is_here() && SigSet::thread_get_mask().is_ok_and(|mask| mask == SigSet::empty()) {
+            return command;
+        }
         let file = Arc::clone(&self.file);
         // SAFETY: between fork and exec the closure makes two system calls, on a descriptor that it owns and on its own thread, and
         // allocates nothing.

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use terway_sim::netns::NetNs;
 use terway_sim::node::Node;
+use terway_sim::node::cni::Pod;
 
 use crate::figures::{Bar, Better, Figure, percentile};
 
@@ -48,16 +49,18 @@ impl Reference {
                 "ranges": [[{"subnet": "10.97.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}],
             },
         });
-        let mut command = self.host.command(Path::new(REFERENCE).join("ptp"));
-        command
-            .env_clear()
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("CNI_COMMAND", verb)
-            .env("CNI_CONTAINERID", pod.name())
-            .env("CNI_NETNS", pod.path())
-            .env("CNI_IFNAME", "eth0")
-            .env("CNI_PATH", REFERENCE);
-        time(&mut command, conf.to_string().as_bytes())
+        self.host.run(|| {
+            let mut command = self.host.command(Path::new(REFERENCE).join("ptp"));
+            command
+                .env_clear()
+                .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+                .env("CNI_COMMAND", verb)
+                .env("CNI_CONTAINERID", pod.name())
+                .env("CNI_NETNS", pod.path())
+                .env("CNI_IFNAME", "eth0")
+                .env("CNI_PATH", REFERENCE);
+            time(&mut command, conf.to_string().as_bytes())
+        })?
     }
 }
 
@@ -88,6 +91,11 @@ fn version(program: &Path) -> Result<Duration> {
     time(&mut command, br#"{"cniVersion":"1.0.0"}"#)
 }
 
+/// As a runtime calls the plugin: from a thread that is on the node already.
+fn add_and_del(node: &Node, pod: &mut Pod) -> Result<(Duration, Duration)> {
+    node.netns().run(|| Ok((node.add(pod)?.elapsed, node.del(pod)?.elapsed)))?
+}
+
 /// Measures on a node whose pool holds an idle address whenever a pod asks, and whose pods get IPv4 addresses like the reference's: with an
 /// IPv6 address that one waits a second for duplicate address detection, which would flatter us.
 ///
@@ -99,8 +107,7 @@ pub fn measure(node: &Node, reference: &Reference) -> Result<Vec<Figure>> {
     let (mut ptp_add, mut ptp_del, mut ptp_ver) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..WARM + PODS {
         let mut pod = node.new_pod(&format!("bench-{n}"))?;
-        let added = node.add(&mut pod)?.elapsed;
-        let deleted = node.del(&pod)?.elapsed;
+        let (added, deleted) = add_and_del(node, &mut pod)?;
         let other = NetNs::create(&format!("{}-ref{n}", node.name()))?;
         let (ptp_added, ptp_deleted) = (reference.call("ADD", &other)?, reference.call("DEL", &other)?);
         let versions = (version(&node.plugin())?, version(&Path::new(REFERENCE).join("ptp"))?);
@@ -139,7 +146,7 @@ pub fn measure_dual(node: &Node) -> Result<Vec<Figure>> {
     let (mut add, mut del) = (Vec::new(), Vec::new());
     for n in 0..WARM + PODS {
         let mut pod = node.new_pod(&format!("dual-{n}"))?;
-        let took = (node.add(&mut pod)?.elapsed, node.del(&pod)?.elapsed);
+        let took = add_and_del(node, &mut pod)?;
         if n >= WARM {
             add.push(ms(took.0));
             del.push(ms(took.1));

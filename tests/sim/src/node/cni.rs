@@ -121,8 +121,9 @@ impl Node {
     /// # Errors
     /// When the plugin cannot be run.
     pub fn cni(&self, verb: &str, pod: &Pod) -> Result<Outcome> {
+        let (mut command, conf) = self.plugin_call(verb, pod)?;
         let start = Instant::now();
-        let child = self.spawn_cni(verb, pod)?;
+        let child = launch(&mut command, &conf)?;
         finish(child, start)
     }
 
@@ -131,6 +132,12 @@ impl Node {
     /// # Errors
     /// When the plugin cannot be started.
     pub fn spawn_cni(&self, verb: &str, pod: &Pod) -> Result<Child> {
+        let (mut command, conf) = self.plugin_call(verb, pod)?;
+        launch(&mut command, &conf)
+    }
+
+    /// What a runtime starts, and what it writes to it.
+    fn plugin_call(&self, verb: &str, pod: &Pod) -> Result<(Command, String)> {
         let conf = self.plugin_conf(verb, pod)?.to_string();
         let (name, id) = (&pod.name, &pod.id);
         let path = self.work.join("cni");
@@ -153,12 +160,7 @@ impl Node {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        let mut child = command.spawn().context("start the plugin")?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // Killed before it read: the test wants exactly that.
-            let _ = stdin.write_all(conf.as_bytes());
-        }
-        Ok(child)
+        Ok((command, conf))
     }
 
     /// The configuration that a runtime derives from the conflist for our plugin.
@@ -179,6 +181,15 @@ impl Node {
     pub fn plugin(&self) -> PathBuf {
         self.work.join("cni/terway")
     }
+}
+
+fn launch(command: &mut Command, conf: &str) -> Result<Child> {
+    let mut child = command.spawn().context("start the plugin")?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // Killed before it read: the test wants exactly that.
+        let _ = stdin.write_all(conf.as_bytes());
+    }
+    Ok(child)
 }
 
 /// Waits for a call that [`Node::spawn_cni`] started at `start`.
