@@ -56,7 +56,8 @@ pub struct Ends {
     pub address: IpAddr,
 }
 
-const PORT: u16 = 7777;
+/// Where the servers listen.
+pub const PORT: u16 = 7777;
 const IO_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Runs `kind` over the path for `duration` on `cpu` and returns the figure.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use terway_sim::netns::NetNs;
+use terway_sim::netns::{NetNs, feed};
 use terway_sim::node::cni::Pod;
 
 use crate::figures::{Bar, Better, Figure, percentile};
@@ -18,23 +18,30 @@ const ROUNDS: usize = 7;
 /// Length of a round. Long enough that its start does not count, short enough that drift hits all paths alike.
 const ROUND: Duration = Duration::from_millis(600);
 
-/// Turns of a path that has a bar and its anchor, one right after the other: rounds of one path differ by a tenth on a machine that is
-/// somebody's guest, and the bars are about a twentieth.
-const TURNS: usize = 60;
+/// Two ways measured one right after the other, so many times.
+#[derive(Clone, Copy, Debug)]
+pub struct Turns {
+    /// How many.
+    pub count: usize,
+    /// Of each round.
+    pub length: Duration,
+}
 
-/// Length of a turn's rounds.
-const TURN: Duration = Duration::from_millis(250);
+/// Of a path that has a bar and its anchor: rounds of one path differ by a tenth on a machine that is somebody's guest, and the bars are about
+/// a twentieth.
+const TURNS: Turns = Turns { count: 60, length: Duration::from_millis(250) };
 
 /// Two pods behind a router, all plain veth and kernel routing: what a user without an eBPF datapath has.
 #[derive(Debug)]
 pub struct Routed {
     client: NetNs,
     server: NetNs,
-    _router: NetNs,
+    router: NetNs,
 }
 
 impl Routed {
-    const SERVER: [u8; 4] = [10, 99, 1, 2];
+    /// The server's address.
+    pub const SERVER: [u8; 4] = [10, 99, 1, 2];
 
     /// Makes the three namespaces, with names that begin with `prefix`.
     ///
@@ -54,7 +61,17 @@ impl Routed {
                 "addr add {address}/32 dev eth0\nlink set eth0 up\nroute add 169.254.1.1 dev eth0\nroute add default via 169.254.1.1\n"
             ))?;
         }
-        Ok(Self { client, server, _router: router })
+        Ok(Self { client, server, router })
+    }
+
+    /// Gives the router's firewall a set of rules.
+    ///
+    /// # Errors
+    /// The words of `program`.
+    pub fn rules(&self, program: &str, args: &[&str], rules: &str) -> Result<()> {
+        let mut command = self.router.command(program);
+        command.args(args);
+        feed(&mut command, rules).map(drop)
     }
 
     /// The ends of the path.
@@ -137,7 +154,7 @@ pub fn measure(paths: &[Path], routed: &Routed) -> Result<Vec<Figure>> {
             };
             let (value, beside) = match bar {
                 Bar::None => (percentile(rounds, 50.0), raw),
-                _ => in_turns(kind, &path.ends, &routed.ends())?,
+                _ => in_turns(kind, &path.ends, &routed.ends(), TURNS)?,
             };
             for (anchor, anchor_value, bar) in [("routed veth", beside, bar), ("loopback", loopback, Bar::None)] {
                 figures.push(Figure {
@@ -155,13 +172,16 @@ pub fn measure(paths: &[Path], routed: &Routed) -> Result<Vec<Figure>> {
 }
 
 /// Medians of a path and of its anchor, measured in turns that change places each time.
-fn in_turns(kind: Kind, path: &Ends, anchor: &Ends) -> Result<(f64, f64)> {
+///
+/// # Errors
+/// When one of them does not carry the traffic.
+pub fn in_turns(kind: Kind, path: &Ends, anchor: &Ends, turns: Turns) -> Result<(f64, f64)> {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for turn in 0..TURNS {
+    for turn in 0..turns.count {
         let mut both = [(path, &mut ours), (anchor, &mut theirs)];
         both.rotate_left(turn % 2);
         for (ends, into) in both {
-            into.push(run(kind, ends, CPU, TURN)?);
+            into.push(run(kind, ends, CPU, turns.length)?);
         }
     }
     Ok((percentile(&ours, 50.0), percentile(&theirs, 50.0)))
