@@ -12,7 +12,8 @@ use super::keys::{self, Key, closest};
 use super::raw::Reader;
 use super::units::{Ratio, parse_period};
 use super::{
-    AccessKey, BackoffOverride, Config, Degradation, EniSelection, Prefixes, Reclaim, Secret, Tag, VSwitchOrder,
+    AccessKey, BackoffOverride, Config, Conntrack, Degradation, EniSelection, Prefixes, Reclaim, Secret, Tag,
+    VSwitchOrder,
 };
 use crate::ident::{IpStack, SecurityGroupId, VSwitchId};
 
@@ -108,6 +109,7 @@ pub(super) fn check(reader: &mut Reader, beside: Beside) -> Config {
         credential_path: credential_path(reader),
         rate_limits: rate_limits(reader),
         backoff: backoff(reader),
+        conntrack: Conntrack::read(reader),
         degradation: reader.choice(keys::DEGRADATION, [Degradation::None, Degradation::L0, Degradation::L1]),
         policy_enabled: beside.policy_enabled,
         in_cluster_loadbalance: beside.in_cluster_loadbalance,
