@@ -249,15 +249,6 @@ pub enum Op {
     ReleasePort(PortId),
 }
 
-/// Something that whoever wrote an object should know.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// The object.
-    pub object: ObjectKey,
-    /// One sentence.
-    pub message: String,
-}
-
 /// What is to be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
@@ -266,8 +257,8 @@ pub struct Plan {
     /// Operations for when no program that started before the last of `ops` runs any more: it may have read a frontend that leads there.
     /// When they have been run, [`super::Planner::retired`] is to be told: only then do ids get new owners.
     pub retire: Vec<Op>,
-    /// What is wrong with objects.
-    pub problems: Vec<Problem>,
+    /// What is wrong with objects, one sentence each, for those objects where that has changed; none = nothing is wrong any more.
+    pub problems: BTreeMap<ObjectKey, BTreeSet<String>>,
     /// Health-check ports that changed: port → Service and its ready endpoints on this node; none = no longer served.
     pub health: BTreeMap<u16, Option<(ObjectName, u32)>>,
 }

@@ -1,8 +1,8 @@
 //! The second half of planning: from what was touched to operations in their order.
 
-use super::{Planner, Rank, Touched, object_of};
+use super::{Planner, Touched};
 use crate::objects::Protocol;
-use crate::service::model::{Backend, BackendKey, BackendState, Frontend, FrontendKey, Op, Plan, Problem};
+use crate::service::model::{Backend, BackendKey, BackendState, Op, Plan};
 use crate::service::want::{self, BackendFacts};
 
 impl Planner {
@@ -35,7 +35,7 @@ impl Planner {
                 None if entry.written.is_some() => removed.push(Op::RemoveFrontend(*key)),
                 _ => {}
             }
-            report_conflict(*key, &entry.claims, plan);
+            self.complaints.of_frontend(*key, entry.claims.iter().map(|((_, owner, _), _)| owner));
             entry.written = wanted;
             if wanted.is_none() {
                 self.frontends.remove(key);
@@ -87,17 +87,5 @@ impl Planner {
             None => self.backend_ids.give_back(entry.id.0),
         }
         self.backends.remove(&key);
-    }
-}
-
-/// Tells owners whose claim lost. The entry for all other ports of an address is shared by all ports of its Service, and no conflict.
-fn report_conflict(key: FrontendKey, claims: &[(Rank, Frontend)], plan: &mut Plan) {
-    let Some(((_, winner, _), _)) = claims.first() else { return };
-    if key.protocol.is_none() {
-        return;
-    }
-    for ((_, loser, _), _) in claims.iter().skip(1).filter(|((_, who, _), _)| who != winner) {
-        let message = format!("{key} belongs to {} already", object_of(winner));
-        plan.problems.push(Problem { object: object_of(loser), message });
     }
 }
