@@ -1,26 +1,54 @@
 //! The flow tables, read out and tidied up.
+//!
+//! Programs write them; user space reads and deletes. Nothing here holds a lock while it reads: the tables may hold a million entries,
+//! and a pod must not wait for somebody who looks at them.
+
+mod carry;
+mod gone;
+mod partner;
+mod pass;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Mutex;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use aya::maps::{HashMap, MapData, MapError};
-use aya::{Ebpf, Pod};
-use terway_abi::{Flow, FlowKey, flow_flags, jiffies_at, names};
+use aya::Pod;
+use terway_abi::{Backend, Endpoint, Flow, FlowKey, flow_flags, jiffies_at, names};
 
-use super::endpoints::{Table, absent_is_fine, address_v4, address_v6};
-use super::error::{BpfError, lock};
-use super::object::take;
+use terway_core::conntrack::Standing;
 
-/// Both tables. Programs write them; user space reads and deletes. The locks are aya's wish: it deletes through `&mut`.
+use super::elements::Elements;
+use super::endpoints::{address_v4, address_v6};
+use super::error::BpfError;
+
+use gone::Facts;
+pub use pass::{FamilyFound, Found, PassOptions};
+
+/// A flow table.
+type FlowMap<A> = Elements<FlowKey<A>, Flow<A>>;
+
+/// Bytes that the kernel takes for an entry of each family: key and value, `struct htab_elem` (kernel/bpf/hashtab.c), and a bucket.
+pub const FLOW_BYTES: [u32; 2] = [
+    (size_of::<terway_abi::FlowKeyV4>() + size_of::<terway_abi::FlowV4>()) as u32 + 48 + 16,
+    (size_of::<terway_abi::FlowKeyV6>() + size_of::<terway_abi::FlowV6>()) as u32 + 48 + 16,
+];
+
+/// Both tables, and what their entries depend on.
 #[derive(Debug)]
 pub(super) struct Tables {
-    v4: Mutex<FlowMap<u32>>,
-    v6: Mutex<FlowMap<[u32; 4]>>,
+    v4: FlowMap<u32>,
+    v6: FlowMap<[u32; 4]>,
+    epochs: Elements<u32, u32>,
+    endpoints: Elements<u32, Endpoint>,
+    backends: Elements<u32, Backend>,
+    loads: Elements<u32, u64>,
+    hz: u32,
+    /// Entries that were deleted on request.
+    flushed: AtomicU64,
 }
-
-type FlowMap<A> = HashMap<MapData, FlowKey<A>, Flow<A>>;
 
 /// One end of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,8 +115,8 @@ impl FlowFilter {
 pub struct FlowStats {
     /// Entries of IPv4 and IPv6.
     pub used: [u64; 2],
-    /// Entries that each family may have.
-    pub capacity: u32,
+    /// Entries that each may have.
+    pub capacity: [u32; 2],
     /// Entries that are void.
     pub void: u64,
     /// Entries that translate.
@@ -97,19 +125,7 @@ pub struct FlowStats {
     pub protocols: BTreeMap<u8, u64>,
 }
 
-/// What a sweep did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Swept {
-    /// Entries that stay.
-    pub kept: usize,
-    /// Entries deleted.
-    pub deleted: usize,
-}
-
-/// TCP connections that have been closed are kept this long for what is still on the way (2 MSL of Linux is a minute, but a late
-/// segment finds its way through the slow path too).
-const CLOSED: Duration = Duration::from_secs(10);
-
+/// Jiffies now.
 fn now(hz: u32) -> u32 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer is to a live value, which the call fills; the clock exists on every kernel.
@@ -117,181 +133,166 @@ fn now(hz: u32) -> u32 {
     jiffies_at(now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned(), hz)
 }
 
+/// Time from `last_seen` to `now`.
 fn idle(last_seen: u32, now: u32, hz: u32) -> Duration {
     // A packet may have come after `now` was read: that difference is negative, and means zero.
     let ticks = now.wrapping_sub(last_seen).cast_signed().max(0);
     Duration::from_millis(u64::from(ticks.cast_unsigned()) * 1000 / u64::from(hz.max(1)))
 }
 
-fn valid<A>(flow: &Flow<A>, endpoints: &Table) -> Result<bool, BpfError> {
-    let ([source, destination], [at_source, at_destination]) = (flow.slots, flow.epochs);
-    Ok(endpoints.epoch(source)? == at_source && endpoints.epoch(destination)? == at_destination)
-}
-
 impl Tables {
-    pub(super) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
-        Ok(Self { v4: Mutex::new(take(loaded, names::FLOWS_V4)?), v6: Mutex::new(take(loaded, names::FLOWS_V6)?) })
+    /// Opens the maps under their pins.
+    pub(super) fn open(pins: &Path, hz: u32) -> Result<Self, BpfError> {
+        Ok(Self {
+            v4: Elements::open(pins, names::FLOWS_V4)?,
+            v6: Elements::open(pins, names::FLOWS_V6)?,
+            epochs: Elements::open(pins, names::EPOCHS)?,
+            endpoints: Elements::open(pins, names::ENDPOINTS)?,
+            backends: Elements::open(pins, names::BACKENDS)?,
+            loads: Elements::open(pins, names::LOADS)?,
+            hz,
+            flushed: AtomicU64::new(0),
+        })
     }
 
     pub(super) fn count(&self) -> Result<(usize, usize), BpfError> {
-        Ok((count(&lock(&self.v4), names::FLOWS_V4)?, count(&lock(&self.v6), names::FLOWS_V6)?))
+        fn count<K: Pod, V: Pod>(map: &Elements<K, V>) -> Result<usize, BpfError> {
+            let mut n = 0;
+            map.each(|_, _| {
+                n += 1;
+                ControlFlow::Continue(())
+            })?;
+            Ok(n)
+        }
+        Ok((count(&self.v4)?, count(&self.v6)?))
     }
 
-    pub(super) fn dump(&self, limit: usize, hz: u32, endpoints: &Table) -> Result<Vec<FlowRow>, BpfError> {
-        let mut rows = dump(&lock(&self.v4), names::FLOWS_V4, limit, hz, endpoints, |a| address_v4(a).into())?;
-        rows.extend(dump(&lock(&self.v6), names::FLOWS_V6, limit, hz, endpoints, |a| address_v6(a).into())?);
+    /// Entries that were deleted on request, ever.
+    pub(super) fn flushed(&self) -> u64 {
+        self.flushed.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn dump(&self, limit: usize) -> Result<Vec<FlowRow>, BpfError> {
+        let facts = Facts::read(self)?;
+        let mut rows = Vec::new();
+        self.dump_family(&self.v4, limit, &facts, |a| address_v4(a).into(), &mut rows)?;
+        self.dump_family(&self.v6, limit, &facts, |a| address_v6(a).into(), &mut rows)?;
         Ok(rows)
     }
 
-    pub(super) fn sweep(&self, after: Duration, hz: u32, endpoints: &Mutex<Table>) -> Result<Swept, BpfError> {
-        let v4 = sweep(&mut lock(&self.v4), names::FLOWS_V4, after, hz, endpoints)?;
-        let v6 = sweep(&mut lock(&self.v6), names::FLOWS_V6, after, hz, endpoints)?;
-        Ok(Swept { kept: v4.kept + v6.kept, deleted: v4.deleted + v6.deleted })
+    fn dump_family<A: Copy>(
+        &self,
+        map: &FlowMap<A>,
+        limit: usize,
+        facts: &Facts<'_>,
+        address: impl Fn(A) -> IpAddr,
+        rows: &mut Vec<FlowRow>,
+    ) -> Result<(), BpfError>
+    where
+        FlowKey<A>: Pod,
+        Flow<A>: Pod,
+    {
+        let now = now(self.hz);
+        let mut left = limit;
+        let mut failed = Ok(());
+        map.each(|key, flow| {
+            if left == 0 {
+                return ControlFlow::Break(());
+            }
+            left -= 1;
+            let valid = match facts.standing(flow) {
+                Ok(standing) => standing == Standing::Holds,
+                Err(error) => {
+                    failed = Err(error);
+                    return ControlFlow::Break(());
+                }
+            };
+            let (low, high) = ends(key, &address);
+            let (maker, other) = if flow.maker == 0 { (low, high) } else { (high, low) };
+            for (side, source, destination) in [(&flow.sides[0], maker, other), (&flow.sides[1], other, maker)] {
+                rows.push(FlowRow {
+                    source,
+                    destination,
+                    protocol: key.protocol(),
+                    ifindex: side.ifindex,
+                    hook: side.hook as u8,
+                    action: side.action,
+                    oif: side.oif,
+                    flags: side.flags,
+                    packets: side.packets,
+                    bytes: side.bytes,
+                    idle: idle(side.last_seen, now, self.hz),
+                    valid,
+                });
+            }
+            ControlFlow::Continue(())
+        })?;
+        failed
     }
-}
 
-impl Tables {
     /// Deletes what the filter means.
     pub(super) fn flush(&self, filter: &FlowFilter) -> Result<u64, BpfError> {
-        let v4 = flush(&mut lock(&self.v4), names::FLOWS_V4, filter, |a| address_v4(a).into())?;
-        Ok(v4 + flush(&mut lock(&self.v6), names::FLOWS_V6, filter, |a| address_v6(a).into())?)
+        let deleted =
+            flush(&self.v4, filter, |a| address_v4(a).into())? + flush(&self.v6, filter, |a| address_v6(a).into())?;
+        self.flushed.fetch_add(deleted, Ordering::Relaxed);
+        Ok(deleted)
     }
 
-    pub(super) fn stats(&self, endpoints: &Mutex<Table>) -> Result<FlowStats, BpfError> {
-        let mut stats = FlowStats::default();
-        stats.used[0] = tally(&lock(&self.v4), names::FLOWS_V4, endpoints, &mut stats)?;
-        stats.used[1] = tally(&lock(&self.v6), names::FLOWS_V6, endpoints, &mut stats)?;
+    pub(super) fn stats(&self) -> Result<FlowStats, BpfError> {
+        let facts = Facts::read(self)?;
+        let mut stats = FlowStats { capacity: [self.v4.capacity(), self.v6.capacity()], ..FlowStats::default() };
+        stats.used[0] = tally(&self.v4, &facts, &mut stats)?;
+        stats.used[1] = tally(&self.v6, &facts, &mut stats)?;
         Ok(stats)
     }
 }
 
-fn flush<A: Copy>(
-    map: &mut FlowMap<A>,
-    name: &'static str,
-    filter: &FlowFilter,
-    address: impl Fn(A) -> IpAddr,
-) -> Result<u64, BpfError>
+/// The low and the high end of a key.
+fn ends<A: Copy>(key: &FlowKey<A>, address: impl Fn(A) -> IpAddr) -> (FlowSide, FlowSide) {
+    let (low, high) = key.port_numbers();
+    (FlowSide { address: address(key.low), port: low }, FlowSide { address: address(key.high), port: high })
+}
+
+fn translates<A>(flow: &Flow<A>) -> bool {
+    let [one, other] = &flow.sides;
+    (one.flags | other.flags) & flow_flags::TRANSLATE != 0
+}
+
+fn flush<A: Copy>(map: &FlowMap<A>, filter: &FlowFilter, address: impl Fn(A) -> IpAddr) -> Result<u64, BpfError>
 where
     FlowKey<A>: Pod,
     Flow<A>: Pod,
 {
-    let keys: Vec<FlowKey<A>> = map.keys().collect::<Result<_, _>>().map_err(BpfError::map(name))?;
-    let mut deleted = 0;
-    for key in keys {
-        let (low, high) = key.port_numbers();
-        let low = FlowSide { address: address(key.low), port: low };
-        let high = FlowSide { address: address(key.high), port: high };
+    let mut meant = Vec::new();
+    map.each(|key, _| {
+        let (low, high) = ends(key, &address);
         if filter.matches(low, high, key.protocol()) {
-            absent_is_fine(map.remove(&key)).map_err(BpfError::map(name))?;
-            deleted += 1;
+            meant.push(*key);
         }
-    }
-    Ok(deleted)
+        ControlFlow::Continue(())
+    })?;
+    meant.iter().try_fold(0, |deleted, key| Ok(deleted + u64::from(map.delete(key)?)))
 }
 
-fn tally<A>(
-    map: &FlowMap<A>,
-    name: &'static str,
-    endpoints: &Mutex<Table>,
-    stats: &mut FlowStats,
-) -> Result<u64, BpfError>
+fn tally<A>(map: &FlowMap<A>, facts: &Facts<'_>, stats: &mut FlowStats) -> Result<u64, BpfError>
 where
     FlowKey<A>: Pod,
     Flow<A>: Pod,
 {
     let mut used = 0;
-    for entry in map.iter() {
-        let (key, flow) = entry.map_err(BpfError::map(name))?;
+    let mut failed = Ok(());
+    map.each(|key, flow| {
         used += 1;
         *stats.protocols.entry(key.protocol()).or_default() += 1;
-        let [one, other] = flow.sides;
-        stats.translated += u64::from((one.flags | other.flags) & flow_flags::TRANSLATE != 0);
-        // Locked for each entry: a pod may be added meanwhile.
-        stats.void += u64::from(!valid(&flow, &lock(endpoints))?);
-    }
-    Ok(used)
-}
-
-fn count<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>, name: &'static str) -> Result<usize, BpfError> {
-    map.keys().try_fold(0, |n, key| key.map(|_| n + 1)).map_err(BpfError::map(name))
-}
-
-fn dump<A: Copy>(
-    map: &FlowMap<A>,
-    name: &'static str,
-    limit: usize,
-    hz: u32,
-    endpoints: &Table,
-    address: impl Fn(A) -> IpAddr,
-) -> Result<Vec<FlowRow>, BpfError>
-where
-    FlowKey<A>: Pod,
-    Flow<A>: Pod,
-{
-    let now = now(hz);
-    let mut rows = Vec::new();
-    for entry in map.iter().take(limit) {
-        let (key, flow) = entry.map_err(BpfError::map(name))?;
-        let valid = valid(&flow, endpoints)?;
-        let (low, high) = key.port_numbers();
-        let low = FlowSide { address: address(key.low), port: low };
-        let high = FlowSide { address: address(key.high), port: high };
-        let (maker, other) = if flow.maker == 0 { (low, high) } else { (high, low) };
-        for (side, source, destination) in [(&flow.sides[0], maker, other), (&flow.sides[1], other, maker)] {
-            rows.push(FlowRow {
-                source,
-                destination,
-                protocol: key.protocol(),
-                ifindex: side.ifindex,
-                hook: side.hook as u8,
-                action: side.action,
-                oif: side.oif,
-                flags: side.flags,
-                packets: side.packets,
-                bytes: side.bytes,
-                idle: idle(side.last_seen, now, hz),
-                valid,
-            });
+        stats.translated += u64::from(translates(flow));
+        match facts.standing(flow) {
+            Ok(standing) => stats.void += u64::from(standing != Standing::Holds),
+            Err(error) => {
+                failed = Err(error);
+                return ControlFlow::Break(());
+            }
         }
-    }
-    Ok(rows)
-}
-
-fn sweep<A>(
-    map: &mut FlowMap<A>,
-    name: &'static str,
-    after: Duration,
-    hz: u32,
-    endpoints: &Mutex<Table>,
-) -> Result<Swept, BpfError>
-where
-    FlowKey<A>: Pod,
-    Flow<A>: Pod,
-{
-    let keys: Vec<FlowKey<A>> = map.keys().collect::<Result<_, _>>().map_err(BpfError::map(name))?;
-    let mut swept = Swept::default();
-    let now = now(hz);
-    for key in keys {
-        let flow = match map.get(&key, 0) {
-            Ok(flow) => flow,
-            Err(MapError::KeyNotFound) => continue,
-            Err(source) => return Err(BpfError::Map { name, source }),
-        };
-        let [low, high] = flow.sides;
-        // The two directions of a translated connection have an entry each, of which one side is used.
-        let translated = (low.flags | high.flags) & flow_flags::TRANSLATE != 0;
-        let closed = translated && (low.flags | high.flags) & flow_flags::FIN != 0
-            || (low.flags | high.flags) & flow_flags::RST != 0
-            || low.flags & high.flags & flow_flags::FIN != 0;
-        let idle = idle(low.last_seen, now, hz).min(idle(high.last_seen, now, hz));
-        let limit = if closed { CLOSED.min(after) } else { after };
-        // Locked for each entry, not for the sweep: a pod may be added meanwhile.
-        if idle > limit || !valid(&flow, &lock(endpoints))? {
-            absent_is_fine(map.remove(&key)).map_err(BpfError::map(name))?;
-            swept.deleted += 1;
-        } else {
-            swept.kept += 1;
-        }
-    }
-    Ok(swept)
+        ControlFlow::Continue(())
+    })?;
+    failed.map(|()| used)
 }
