@@ -863,13 +863,16 @@ pub struct FlowStatsRequest {}
 /// The flow tables in numbers.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct FlowStatsResponse {
-    /// Entries in use and possible, for each family.
+    /// Entries in use.
     #[prost(uint64, tag = "1")]
     pub used_v4: u64,
     #[prost(uint64, tag = "2")]
     pub used_v6: u64,
+    /// Entries that the tables can have.
     #[prost(uint64, tag = "3")]
-    pub capacity: u64,
+    pub capacity_v4: u64,
+    #[prost(uint64, tag = "7")]
+    pub capacity_v6: u64,
     /// Entries that are void, and those that translate.
     #[prost(uint64, tag = "4")]
     pub void: u64,
@@ -878,6 +881,43 @@ pub struct FlowStatsResponse {
     /// Entries by IP protocol number.
     #[prost(btree_map = "uint32, uint64", tag = "6")]
     pub protocols: ::prost::alloc::collections::BTreeMap<u32, u64>,
+    /// What the daemon has counted and taken away.
+    #[prost(message, optional, tag = "8")]
+    pub tracking: ::core::option::Option<FlowTracking>,
+}
+/// The care of the flow tables since the daemon started, counters of the datapath since its maps were made.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct FlowTracking {
+    /// The part of each table that was in use when it was last counted, 0 to 1.
+    #[prost(double, tag = "1")]
+    pub pressure_v4: f64,
+    #[prost(double, tag = "2")]
+    pub pressure_v6: f64,
+    /// Connections that got entries, and those whose entry the kernel would not take.
+    #[prost(uint64, tag = "3")]
+    pub made: u64,
+    #[prost(uint64, tag = "4")]
+    pub refused: u64,
+    /// An estimate of the entries that the kernel took away because a table was full.
+    #[prost(uint64, tag = "5")]
+    pub lost: u64,
+    /// Time from one pass that deletes to the next, and how many there were.
+    #[prost(uint64, tag = "6")]
+    pub interval_ms: u64,
+    #[prost(uint64, tag = "7")]
+    pub passes: u64,
+    /// The last pass: how long ago, how long it took, and what it deleted.
+    #[prost(uint64, tag = "8")]
+    pub last_ms_ago: u64,
+    #[prost(uint64, tag = "9")]
+    pub last_took_us: u64,
+    #[prost(uint64, tag = "10")]
+    pub last_deleted: u64,
+    /// Entries deleted since the daemon started: what they were decided by had changed, or nobody used them.
+    #[prost(uint64, tag = "11")]
+    pub deleted_void: u64,
+    #[prost(uint64, tag = "12")]
+    pub deleted_expired: u64,
 }
 /// Carried in the trailing metadata `terway-error-bin` of a failed call.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

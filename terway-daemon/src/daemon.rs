@@ -9,6 +9,7 @@ use serde_json::Map;
 use terway_core::clock::Moment;
 use terway_core::cni;
 use terway_core::config::Config;
+use terway_core::conntrack::Cost;
 use terway_core::errors::{self, Error};
 use terway_core::ident::Addresses;
 use terway_core::ipam::{NodeFacts, Pool, Record, Snapshot};
@@ -21,6 +22,7 @@ use crate::atomic_file;
 use crate::bpf::{self, Datapath};
 use crate::cloud::{Aliyun, Cloud, EcsConfig, EniFilter, Metadata, Retry, endpoint};
 use crate::config_source::{ConfigMetrics, ConfigSource};
+use crate::conntrack::{Conntrack, ConntrackMetrics};
 use crate::engine::{self, Engine, Facts, Parts};
 use crate::http;
 use crate::identity::{self, Node};
@@ -70,7 +72,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
 
     let host = Arc::new(Host::new()?);
     let links = host.watch()?;
-    let datapath = Arc::new(open_datapath(&options)?);
+    let datapath = Arc::new(open_datapath(&options, &config)?);
     metrics::register_datapath(&mut registry, &datapath);
 
     let (node, aliyun) = meet_cloud(&options, &config, &metrics).await?;
@@ -107,7 +109,14 @@ pub async fn run(options: Options) -> Result<(), Error> {
     };
     let engine = Engine::new(parts);
     engine.begin(&records, effects).await?;
+    forget_older_maps(&datapath).await;
     let services = Services::start(services);
+    let conntrack = Conntrack::start(
+        Arc::clone(&datapath),
+        source.subscribe(),
+        ConntrackMetrics::new(&mut registry),
+        options.hurry,
+    );
     tokio::spawn(Arc::clone(&engine).tick());
     tokio::spawn(Arc::clone(&engine).log_drops());
     let followers = Followers { options: options.clone(), node, cloud: aliyun, engine: Arc::clone(&engine), datapath };
@@ -142,7 +151,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     tokio::spawn(serve_http(options.listen, Arc::new(registry), ready));
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let service = Service::server(Arc::clone(&engine), Arc::clone(&source), services, metrics.clone());
+    let service = Service::server(Arc::clone(&engine), Arc::clone(&source), services, conntrack, metrics.clone());
     let mut server =
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
             socket::trusted(listener),
@@ -176,6 +185,16 @@ fn failed(code: errors::Code, what: &str, error: &dyn std::error::Error) -> Erro
     Error::new(code, format!("{what}: {error}"))
 }
 
+/// Every pod and ENI has this daemon's programs now. What is left of older ones is only memory: no reason not to start.
+async fn forget_older_maps(datapath: &Arc<Datapath>) {
+    let datapath = Arc::clone(datapath);
+    match tokio::task::spawn_blocking(move || datapath.remove_other_versions()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => warn!(%error, "maps of another version or size stay"),
+        Err(error) => warn!(%error, "maps of another version or size stay"),
+    }
+}
+
 async fn repeat<F: Future<Output = ()>>(every: Duration, mut work: impl FnMut() -> F) {
     loop {
         tokio::time::sleep(every).await;
@@ -194,10 +213,25 @@ async fn serve_http(
     }
 }
 
-fn open_datapath(options: &Options) -> Result<Datapath, Error> {
-    let entries = options.flow_entries;
-    let config = bpf::Config { flows_v4: entries, flows_v6: entries, ..bpf::Config::new(&options.bpffs) };
+fn open_datapath(options: &Options, config: &Config) -> Result<Datapath, Error> {
+    let [flows_v4, flows_v6] = match options.flow_entries {
+        Some(entries) => [entries; 2],
+        None => {
+            let memory = memory().map_err(|error| failed(errors::INTERNAL, "the node's memory", &error))?;
+            let [v4, v6] = bpf::FLOW_BYTES;
+            let cost = Cost { v4: config.ip_stack.v4().then_some(v4), v6: config.ip_stack.v6().then_some(v6) };
+            config.conntrack.sizing.entries(memory, cost)
+        }
+    };
+    info!(flows_v4, flows_v6, "flow tables");
+    let config = bpf::Config { flows_v4, flows_v6, ..bpf::Config::new(&options.bpffs) };
     Datapath::open(&config).map_err(|error| failed(errors::BPF_FAILED, &options.bpffs.display().to_string(), &error))
+}
+
+/// The node's memory in bytes.
+fn memory() -> std::io::Result<u64> {
+    let info = nix::sys::sysinfo::sysinfo()?;
+    Ok(info.ram_total())
 }
 
 /// Learns who this node is and makes the client of its cloud.

@@ -5,6 +5,7 @@ pub mod bpf;
 pub mod cli;
 pub mod cloud;
 pub mod config_source;
+pub mod conntrack;
 pub mod daemon;
 pub mod engine;
 pub mod http;

@@ -64,9 +64,9 @@ pub struct Options {
     /// Metadata service.
     #[arg(long, default_value = "http://100.100.100.200", value_name = "URL")]
     pub metadata: String,
-    /// Entries of the flow table, for each family.
-    #[arg(long, default_value_t = 65_536, value_name = "N")]
-    pub flow_entries: u32,
+    /// Entries of the flow table, for each family; default: bpf_ct_max_v4 and bpf_ct_max_v6 of eni_conf.
+    #[arg(long, value_name = "N")]
+    pub flow_entries: Option<u32>,
     /// Seconds an address rests before another pod may get it.
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     pub cooling: u64,

@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use terway_core::config::Changed;
 use terway_core::errors::{self, Error};
@@ -15,9 +15,13 @@ use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
 
 use crate::config_source::{ConfigSource, ConfigStatus};
+use crate::conntrack::Conntrack;
 use crate::engine::{AddRequest, Engine};
 use crate::metrics::{Metrics, Phase, Verb};
 use crate::services::Services;
+
+/// How long an ADD waits for the first sync of Services: the largest takes two seconds, and the runtime tries again in any case.
+const SYNC_WITHIN: Duration = Duration::from_secs(10);
 
 /// The service on top of an engine.
 #[derive(Clone)]
@@ -25,6 +29,7 @@ pub struct Service {
     engine: Arc<Engine>,
     source: Arc<ConfigSource>,
     services: Arc<Services>,
+    conntrack: Arc<Conntrack>,
     metrics: Metrics,
 }
 
@@ -35,9 +40,10 @@ impl Service {
         engine: Arc<Engine>,
         source: Arc<ConfigSource>,
         services: Arc<Services>,
+        conntrack: Arc<Conntrack>,
         metrics: Metrics,
     ) -> NodeNetworkServer<Self> {
-        NodeNetworkServer::new(Self { engine, source, services, metrics })
+        NodeNetworkServer::new(Self { engine, source, services, conntrack, metrics })
     }
 
     fn done<T>(&self, api: &'static str, start: Instant, result: Result<T, Error>) -> Result<Response<T>, Status> {
@@ -156,6 +162,7 @@ impl NodeNetwork for Service {
                 mtu: (request.mtu > 0).then_some(request.mtu),
             };
             let (key, pod) = (add.key.clone(), add.pod.clone());
+            self.services.synced(SYNC_WITHIN).await?;
             let network = self.engine.add(add).await?;
             let addresses: Vec<&str> = network.addresses.iter().map(|a| a.cidr.as_str()).collect();
             info!(%pod, container = key.container_id, eni = network.eni, ?addresses, took = ?start.elapsed(), "pod added");
@@ -243,7 +250,9 @@ impl NodeNetwork for Service {
 
     async fn flow_stats(&self, _: Request<v1::FlowStatsRequest>) -> Result<Response<v1::FlowStatsResponse>, Status> {
         let start = Instant::now();
-        self.done("FlowStats", start, self.engine.flow_stats().await)
+        let tracking = Some(self.conntrack.view());
+        let stats = self.engine.flow_stats().await.map(|stats| v1::FlowStatsResponse { tracking, ..stats });
+        self.done("FlowStats", start, stats)
     }
 
     type WatchDropsStream = Pin<Box<dyn Stream<Item = Result<v1::DroppedPacket, Status>> + Send>>;

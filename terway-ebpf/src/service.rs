@@ -109,15 +109,21 @@ pub fn choose<F: Family, S: Services<F>>(
         return Outcome::Refused { silent: !inside && frontend.flags & frontend_flags::SILENT != 0 };
     }
     let key = AffinityKey { client: asker.client, service: frontend.service, kind: asker.kind };
+    let mut by_hash = frontend.flags & frontend_flags::MAGLEV != 0;
     if frontend.affinity != 0
         && let Some(held) = services.held(&key)
         && asker.now.wrapping_sub(held.last_used) / asker.hz.max(1) < frontend.affinity
-        && lives(services, held.member)
+        && let Some(backend) = life(services, held.member)
     {
-        services.hold(&key, &Affinity { last_used: asker.now, ..held });
-        return Outcome::Chosen(held.member);
+        if backend.flags & backend_flags::ENDING == 0 {
+            services.hold(&key, &Affinity { last_used: asker.now, ..held });
+            return Outcome::Chosen(held.member);
+        }
+        // It finishes what it has begun and gets nothing new. If the run has others that are ending and no one else, the client shall
+        // at least stay with one of them.
+        by_hash = true;
     }
-    let mut chance = if frontend.flags & frontend_flags::MAGLEV != 0 { hash } else { asker.random };
+    let mut chance = if by_hash { hash } else { asker.random };
     for _ in 0..TRIES {
         let mut member = pick(services, run, chance);
         chance = chance.wrapping_mul(0x915f_77f5).wrapping_add(0x9e37_79b9);
@@ -127,7 +133,7 @@ pub fn choose<F: Family, S: Services<F>>(
                 member = other;
             }
         }
-        if lives(services, member) {
+        if life(services, member).is_some() {
             if frontend.affinity != 0 {
                 services.hold(&key, &Affinity { member, last_used: asker.now, spare: 0 });
             }
@@ -144,13 +150,16 @@ fn pick<F: Family, S: Services<F>>(services: &S, run: Run, chance: u32) -> Membe
     services.member(run.first.wrapping_add(place as u32))
 }
 
-/// Whether a member is still the backend that it was put there for.
+/// The backend of a member, if it still is the one that the member was put there for.
 #[inline(always)]
-pub fn lives<F: Family, S: Services<F>>(services: &S, member: Member) -> bool {
-    member.backend != NO_BACKEND
-        && services.backend(member.backend).is_some_and(|backend| {
-            backend.generation == member.generation && (backend.flags & backend_flags::V6 != 0) == (F::VERSION == 6)
-        })
+pub fn life<F: Family, S: Services<F>>(services: &S, member: Member) -> Option<&Backend> {
+    if member.backend == NO_BACKEND {
+        return None;
+    }
+    let backend = services.backend(member.backend)?;
+    let lives =
+        backend.generation == member.generation && (backend.flags & backend_flags::V6 != 0) == (F::VERSION == 6);
+    if lives { Some(backend) } else { None }
 }
 
 /// A hash of a packet's ends, the same on every node. Clients that are held to a backend are told apart by their address alone.
@@ -318,6 +327,61 @@ mod tests {
                 Outcome::Chosen(member) => assert_ne!(member.backend, first),
                 // Chance may fall on the same one each time.
                 other => assert_eq!(other, Outcome::Refused { silent: false }),
+            }
+        }
+    }
+
+    #[test]
+    fn who_is_ending_gets_no_new_connection_of_its_clients() {
+        let mut cluster = cluster(4, Frontend { affinity: 10, ..Frontend::default() });
+        let first = chosen(&cluster, &ask(0, 0));
+        cluster.backends[first as usize].flags |= backend_flags::ENDING;
+        // The planner takes it out of the run.
+        cluster.members[10..14]
+            .iter_mut()
+            .for_each(|m| m.backend = if m.backend == first { first % 4 + 1 } else { m.backend });
+        let second = chosen(&cluster, &ask(7, 1));
+        assert_ne!(second, first);
+        assert!(randoms().take(100).all(|random| chosen(&cluster, &ask(random, 2)) == second), "and stays there");
+        // All that is left is ending: clients stay with one of them.
+        cluster.backends.iter_mut().for_each(|backend| backend.flags |= backend_flags::ENDING);
+        let last = chosen(&cluster, &ask(0, 3));
+        assert!(randoms().take(100).all(|random| chosen(&cluster, &ask(random, 4)) == last));
+    }
+
+    proptest::proptest! {
+        /// Against the rule in words: who is held goes where it is held, if that one lives and stays; else to anybody who lives and is
+        /// in the run; and is then held there.
+        #[test]
+        fn affinity_follows_its_rule(
+            backends in proptest::collection::vec((1..3_u32, proptest::bool::ANY), 1..6),
+            held in (1..7_u32, 1..3_u32, 0..30_u32),
+            random: u32,
+            hash: u32,
+        ) {
+            let now = 100 * HZ;
+            let mut cluster = cluster(backends.len() as u32, Frontend { affinity: 10, ..Frontend::default() });
+            for (backend, (generation, ending)) in cluster.backends[1..].iter_mut().zip(&backends) {
+                backend.generation = *generation;
+                backend.flags = if *ending { backend_flags::ENDING } else { 0 };
+            }
+            let (number, generation, ago) = held;
+            let member = Member { backend: number, generation };
+            let asker = ask(random, now);
+            let key = AffinityKey { client: asker.client, service: 7, kind: 4 };
+            let last_used = now - ago * HZ;
+            cluster.held.borrow_mut().insert(key, Affinity { member, last_used, spare: 0 });
+            let stays = ago < 10 && backends.get(number as usize - 1) == Some(&(generation, false));
+            let living = |m: Member| m.generation == 1 && backends.get(m.backend as usize - 1).is_some_and(|b| b.0 == 1);
+            let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, || false).unwrap();
+            match choose::<V4, _>(&cluster, frontend, true, hash, &asker) {
+                Outcome::Chosen(chosen) => {
+                    proptest::prop_assert!(if stays { chosen == member } else { living(chosen) }, "{chosen:?}");
+                    let kept = cluster.held.borrow()[&key];
+                    proptest::prop_assert_eq!((kept.member, kept.last_used), (chosen, now));
+                }
+                // A few tries may all meet somebody who has just gone.
+                _ => proptest::prop_assert!(!stays && backends.iter().any(|b| b.0 != 1)),
             }
         }
     }

@@ -6,8 +6,11 @@
 use std::collections::BTreeMap;
 
 use terway_abi::{Action, Drop, HOOK_IN, HOOK_TO_POD, Kind, MARK_CHECKED, Program, flow_flags};
+use terway_core::conntrack::Timeouts;
 use terway_core::ident::{Addresses, Mac};
-use terway_daemon::bpf::{BpfError, Config, Counters, Datapath, Endpoint, FlowRow, Ran, RunContext};
+use terway_daemon::bpf::{
+    BpfError, Config, Counters, Datapath, Endpoint, FamilyFound, FlowRow, PassOptions, Ran, RunContext,
+};
 use terway_tests::packet::{Frame, flags, header_checksum_is_right, macs, quoted, ttl};
 use terway_tests::prog_bench::{GATEWAY_MAC, HOST_MAC, Stage};
 use terway_tests::sandbox_or_skip;
@@ -617,10 +620,15 @@ fn a_pod_that_goes_takes_its_flows_along() {
         delivered(&from_pod(&stage, &stage.a, &to_b, &counters), &heir, &to_b);
     }
     assert_eq!(stage.datapath.endpoints().len(), 2);
-    let swept = stage.datapath.sweep_flows(std::time::Duration::from_secs(60)).unwrap();
-    assert!(swept.deleted > 0);
-    assert!(rows(&stage).iter().all(|row| row.valid) && rows(&stage).len() == 2 * swept.kept);
-    assert_eq!(stage.datapath.sweep_flows(std::time::Duration::from_secs(60)).unwrap().deleted, 0);
+    assert!(stage.datapath.remove_endpoint(stage.b.host_ifindex).unwrap());
+    let options = PassOptions { timeouts: Timeouts::default(), delete: true, loads: false, before: None };
+    let swept = stage.datapath.pass_flows(&options).unwrap();
+    let sum = |of: fn(&FamilyFound) -> u64| swept.families.iter().map(of).sum::<u64>();
+    assert!(sum(|f| f.deleted_void) > 0 && sum(|f| f.deleted_expired) == 0, "{swept:?}");
+    assert!(rows(&stage).iter().all(|row| row.valid));
+    assert_eq!(rows(&stage).len() as u64, 2 * sum(|f| f.used - f.deleted()));
+    let again = stage.datapath.pass_flows(&options).unwrap();
+    assert!(again.families.iter().all(|f| f.deleted() == 0 && f.void == 0), "{again:?}");
 }
 
 #[test]
@@ -715,9 +723,9 @@ fn pinned_maps_are_checked_before_they_are_used() {
     again.remove_other_versions().unwrap();
     assert!(!config.pin_root.join("v0").exists() && pins.exists());
     drop(again);
-    // Another size of the flow table makes a new one, and keeps the pods.
+    // Another size of the flow table makes a new one, and keeps the pods and the flows.
     let resized = Datapath::open(&Config { flows_v4: 1024, ..config.clone() }).unwrap();
-    assert_eq!((resized.endpoints().len(), resized.flow_count().unwrap()), (2, (0, 0)));
+    assert_eq!((resized.endpoints().len(), resized.flow_count().unwrap()), (2, (1, 0)));
     drop(resized);
     // Something else under the name of a map is refused, by name.
     std::fs::remove_file(pins.join(terway_abi::names::OWNERS_V4)).unwrap();

@@ -283,6 +283,14 @@ catalogue! {
     OBJECTS_UNREADABLE = "TW0504", "objects-unreadable", 100,
         "The folder that --objects names cannot be watched; Services stay as they are.",
         "Create the folder, or correct the option; the daemon looks again every second.";
+    /// A pod was to start before the node's Services were known.
+    SERVICES_UNSYNCED = "TW0505", "services-unsynced", 11,
+        "The node does not know its Services yet, so a pod that started now could not reach them.",
+        "Nothing to do if the daemon has just started: the runtime tries again by itself. Otherwise the message says what is in the way.";
+    /// A health-check port that cannot be opened.
+    HEALTH_PORT = "TW0506", "health-port", 100,
+        "The health-check port of a Service with externalTrafficPolicy Local cannot be opened on this node, so load balancers take the node for unfit.",
+        "Find who uses the port (ss -ltnp) and end it, or give the Service another healthCheckNodePort; the daemon tries again every ten seconds.";
 }
 
 /// An error on its way to a user: a code and the particulars.

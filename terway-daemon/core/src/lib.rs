@@ -6,6 +6,7 @@ pub mod clock;
 pub mod cloud;
 pub mod cni;
 pub mod config;
+pub mod conntrack;
 pub mod errors;
 pub mod ident;
 pub mod ipam;

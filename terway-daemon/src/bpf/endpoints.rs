@@ -13,10 +13,11 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::Ebpf;
-use aya::maps::{Array, HashMap, MapData, MapError};
+use aya::maps::{Array, HashMap, IterableMap, MapData, MapError};
 use terway_abi::{MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, bucket_v6, names};
 use terway_core::ident::{Addresses, Mac};
 
+use super::elements::Elements;
 use super::error::BpfError;
 use super::object::take;
 
@@ -100,6 +101,8 @@ pub(super) struct Table {
     by_v4: HashMap<MapData, u32, terway_abi::Endpoint>,
     by_v6: HashMap<MapData, [u32; 4], terway_abi::Endpoint>,
     epochs: Array<MapData, u32>,
+    /// The same map, for many at once.
+    many: Elements<u32, u32>,
     /// Mirror of `by_ifindex`.
     known: BTreeMap<u32, terway_abi::Endpoint>,
     /// Free slots; the last one is taken next.
@@ -108,11 +111,13 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+        let epochs: Array<MapData, u32> = take(loaded, names::EPOCHS)?;
         Ok(Self {
             by_ifindex: take(loaded, names::ENDPOINTS)?,
             by_v4: take(loaded, names::OWNERS_V4)?,
             by_v6: take(loaded, names::OWNERS_V6)?,
-            epochs: take(loaded, names::EPOCHS)?,
+            many: Elements::of(IterableMap::map(&epochs), names::EPOCHS)?,
+            epochs,
             known: BTreeMap::new(),
             free: Vec::new(),
         })
@@ -267,6 +272,18 @@ impl Table {
             IpAddr::V4(v4) => bucket_v4(word(v4)),
             IpAddr::V6(v6) => bucket_v6(words(v6)),
         })
+    }
+
+    /// The same of many addresses.
+    pub(super) fn void_addresses(&mut self, addresses: &[IpAddr]) -> Result<(), BpfError> {
+        let bucket = |address: &IpAddr| match address {
+            IpAddr::V4(v4) => bucket_v4(word(*v4)),
+            IpAddr::V6(v6) => bucket_v6(words(*v6)),
+        };
+        let slots: std::collections::BTreeSet<u32> = addresses.iter().map(bucket).collect();
+        let next = |slot: &u32| Ok(self.epoch(*slot)?.wrapping_add(1));
+        let epochs: Vec<u32> = slots.iter().map(next).collect::<Result<_, BpfError>>()?;
+        self.many.put_all(&slots.into_iter().collect::<Vec<_>>(), &epochs)
     }
 
     /// Voids every flow that depends on the slot.

@@ -19,9 +19,11 @@
 
 mod attach;
 mod clsact;
+mod elements;
 mod endpoints;
 mod error;
 mod events;
+mod fence;
 mod flows;
 mod host;
 mod object;
@@ -48,7 +50,7 @@ pub use self::attach::EniHook;
 pub use self::endpoints::Endpoint;
 pub use self::error::BpfError;
 pub use self::events::DropEvents;
-pub use self::flows::{FlowFilter, FlowRow, FlowSide, FlowStats, Swept};
+pub use self::flows::{FLOW_BYTES, FamilyFound, FlowFilter, FlowRow, FlowSide, FlowStats, Found, PassOptions};
 
 pub use self::planned::RETIRE_AFTER;
 pub use self::run::{Ran, RunContext};
@@ -109,7 +111,6 @@ pub struct Datapath {
     services: Mutex<services::Services>,
     flows: flows::Tables,
     counters: PerCpuArray<MapData, Counter>,
-    flow_entries: u32,
 }
 
 impl fmt::Debug for Datapath {
@@ -135,6 +136,11 @@ impl Datapath {
         let mut loaded = object::load(config, &pins, features)?;
         let mut endpoints = endpoints::Table::new(&mut loaded)?;
         endpoints.recover()?;
+        let flows = flows::Tables::open(&pins, features.hz)?;
+        let carried = flows.carry_over(&pins)?;
+        if carried > 0 {
+            tracing::info!(carried, "flows were carried over into tables of another size");
+        }
         Ok(Self {
             features: Features { tcx: features.tcx && !config.force_clsact, ..features },
             netlink: Mutex::new(clsact::Socket::open()?),
@@ -142,10 +148,9 @@ impl Datapath {
             host: Mutex::new(host::Prefixes::new(&mut loaded)?),
             planned: Mutex::new(planned::Tables::open(&pins)?),
             services: Mutex::new(services::Services::new(&mut loaded)?),
-            flows: flows::Tables::new(&mut loaded)?,
+            flows,
             counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
             programs: Mutex::new(object::Programs::load(loaded)?),
-            flow_entries: config.flows_v4,
             pins,
             links,
         })
@@ -164,10 +169,18 @@ impl Datapath {
     /// # Errors
     /// When a map is full or the kernel refuses. What came before stands; read [`Self::services`] again and make a new planner.
     pub fn apply_services(&self, ops: &[Op]) -> Result<(), BpfError> {
-        error::lock(&self.planned).run(ops, &mut |at, value| match value {
-            Some(value) => self.set_frontend(at, value),
-            None => self.remove_frontend(at).map(drop),
-        })
+        error::lock(&self.planned).run(ops, &mut |changes| self.change_frontends(changes))
+    }
+
+    fn change_frontends(&self, changes: &[(FrontendAt, Option<terway_abi::Frontend>)]) -> Result<(), BpfError> {
+        let mut services = error::lock(&self.services);
+        let written: Vec<_> = changes.iter().filter_map(|(at, value)| Some((*at, (*value)?))).collect();
+        let new = services.set_frontends(&written)?;
+        for (at, _) in changes.iter().filter(|(_, value)| value.is_none()) {
+            services.remove_frontend(at)?;
+        }
+        drop(services);
+        error::lock(&self.endpoints).void_addresses(&new)
     }
 
     /// How many frontends and backends the maps hold, as far as [`Self::services`] and [`Self::apply_services`] know.
@@ -248,12 +261,13 @@ impl Datapath {
         attach::pinned(&self.links)
     }
 
-    /// Removes the maps of other versions of the daemon. To be called once every pod and ENI is attached: until then packets are
-    /// still handled by that version's programs.
+    /// Removes the maps of other versions of the daemon, and flow tables of another size. To be called once every pod and ENI is
+    /// attached: until then packets are still handled by programs that use them.
     ///
     /// # Errors
-    /// [`BpfError::Pin`].
+    /// [`BpfError`]; calling again completes it.
     pub fn remove_other_versions(&self) -> Result<(), BpfError> {
+        self.flows.finish_carrying(&self.pins)?;
         pin::remove_others(&self.pins)
     }
 
@@ -398,15 +412,27 @@ impl Datapath {
     /// # Errors
     /// [`BpfError::Map`].
     pub fn flows(&self, limit: usize) -> Result<Vec<FlowRow>, BpfError> {
-        self.flows.dump(limit, self.features.hz, &error::lock(&self.endpoints))
+        self.flows.dump(limit)
     }
 
-    /// Deletes flows that are void, and those idle for longer than `idle` (or, closed by TCP, than ten seconds).
+    /// Goes through the flow tables: counts, and as told deletes what is dead and sets the loads of backends right.
     ///
     /// # Errors
     /// [`BpfError::Map`].
-    pub fn sweep_flows(&self, idle: std::time::Duration) -> Result<Swept, BpfError> {
-        self.flows.sweep(idle, self.features.hz, &self.endpoints)
+    pub fn pass_flows(&self, options: &PassOptions) -> Result<Found, BpfError> {
+        self.flows.pass(options)
+    }
+
+    /// Flows that were deleted by [`Self::flush_flows`] so far.
+    #[must_use]
+    pub fn flushed_flows(&self) -> u64 {
+        self.flows.flushed()
+    }
+
+    /// Whether a Service chooses the backend with the fewest connections: then [`PassOptions::loads`] is of use.
+    #[must_use]
+    pub fn wants_loads(&self) -> bool {
+        error::lock(&self.planned).wants_loads()
     }
 
     /// Deletes the flows that a filter means, entries of translated ones included as far as they match by themselves; how many.
@@ -422,7 +448,7 @@ impl Datapath {
     /// # Errors
     /// [`BpfError::Map`].
     pub fn flow_stats(&self) -> Result<FlowStats, BpfError> {
-        Ok(FlowStats { capacity: self.flow_entries, ..self.flows.stats(&self.endpoints)? })
+        self.flows.stats()
     }
 
     /// The stream of drop events. The kernel's buffer has one reader, so it can be taken once.

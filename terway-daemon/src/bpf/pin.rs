@@ -15,18 +15,21 @@ use terway_abi::{
 use super::Config;
 use super::error::BpfError;
 
+/// What is appended to the name of a flow table that has another size than is wanted. A bpffs takes no dots.
+pub(super) const ASIDE: &str = "_before";
+
 struct Layout {
     name: &'static str,
     kind: MapType,
     key: usize,
     value: usize,
     entries: Option<u32>,
-    /// Only a cache: a map of another size is dropped and made anew.
-    cache: bool,
+    /// A map of another size is put aside, and what it holds carried over.
+    carried: bool,
 }
 
 const fn layout<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -> Layout {
-    Layout { name, kind, key: size_of::<K>(), value: size_of::<V>(), entries, cache: false }
+    Layout { name, kind, key: size_of::<K>(), value: size_of::<V>(), entries, carried: false }
 }
 
 fn layouts(config: &Config) -> [Layout; 23] {
@@ -37,8 +40,14 @@ fn layouts(config: &Config) -> [Layout; 23] {
         layout::<u32, u32>(names::EPOCHS, MapType::Array, Some(SLOTS)),
         layout::<[u32; 2], u32>(names::HOST_V4, MapType::LpmTrie, None),
         layout::<[u32; 5], u32>(names::HOST_V6, MapType::LpmTrie, None),
-        Layout { cache: true, ..layout::<FlowKeyV4, FlowV4>(names::FLOWS_V4, MapType::LruHash, Some(config.flows_v4)) },
-        Layout { cache: true, ..layout::<FlowKeyV6, FlowV6>(names::FLOWS_V6, MapType::LruHash, Some(config.flows_v6)) },
+        Layout {
+            carried: true,
+            ..layout::<FlowKeyV4, FlowV4>(names::FLOWS_V4, MapType::LruHash, Some(config.flows_v4))
+        },
+        Layout {
+            carried: true,
+            ..layout::<FlowKeyV6, FlowV6>(names::FLOWS_V6, MapType::LruHash, Some(config.flows_v6))
+        },
         layout::<FragmentKeyV4, FragmentValue>(names::FRAGMENTS_V4, MapType::LruHash, None),
         layout::<FragmentKeyV6, FragmentValue>(names::FRAGMENTS_V6, MapType::LruHash, None),
         layout::<FrontendKeyV4, Frontend>(names::FRONTENDS_V4, MapType::Hash, None),
@@ -72,10 +81,11 @@ pub(super) fn check(pins: &Path, config: &Config) -> Result<(), BpfError> {
         if same_shape && same_size {
             continue;
         }
-        if same_shape && wanted.cache {
-            // Flows are decided anew; what is attached keeps the old table until it is attached again.
+        if same_shape && wanted.carried {
+            // What is attached keeps the old table until it is attached again.
             tracing::info!(map = wanted.name, from = entries, to = wanted.entries, "flow table gets another size");
-            unlink(&path)?;
+            let aside = pins.join(format!("{}{ASIDE}", wanted.name));
+            fs::rename(&path, &aside).map_err(|source| BpfError::Pin { path: aside, source })?;
             continue;
         }
         let describe = |kind: &MapType, key: usize, value: usize, entries: Option<u32>| {

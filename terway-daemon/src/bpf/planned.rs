@@ -8,12 +8,13 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use aya::maps::{HashMap, Map, MapData, MapError};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use terway_abi::{
     Frontend as AbiFrontend, FrontendKeyV4, FrontendKeyV6, Member as AbiMember, Run, SourceRangeV4, SourceRangeV6,
@@ -25,8 +26,10 @@ use terway_core::service::{
     PortId, Runs, Selection, Table, TableId,
 };
 
+use super::elements::Elements;
 use super::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
 use super::error::BpfError;
+use super::fence::fence;
 use super::services::FrontendAt;
 
 /// How long after the last operation of a plan its operations for later are run. A program runs for microseconds; a second leaves no doubt.
@@ -52,9 +55,9 @@ pub(super) struct Tables {
 struct Maps {
     frontends_v4: HashMap<MapData, FrontendKeyV4, AbiFrontend>,
     frontends_v6: HashMap<MapData, FrontendKeyV6, AbiFrontend>,
-    members: Array<MapData, AbiMember>,
-    backends: Array<MapData, terway_abi::Backend>,
-    loads: Array<MapData, u64>,
+    members: Elements<u32, AbiMember>,
+    backends: Elements<u32, terway_abi::Backend>,
+    loads: Elements<u32, u64>,
     ranges_v4: LpmTrie<MapData, SourceRangeV4, u32>,
     ranges_v6: LpmTrie<MapData, SourceRangeV6, u32>,
 }
@@ -66,9 +69,9 @@ impl Tables {
         Ok(Self::over(Maps {
             frontends_v4: typed(names::FRONTENDS_V4, Map::HashMap(open(names::FRONTENDS_V4)?))?,
             frontends_v6: typed(names::FRONTENDS_V6, Map::HashMap(open(names::FRONTENDS_V6)?))?,
-            members: typed(names::MEMBERS, Map::Array(open(names::MEMBERS)?))?,
-            backends: typed(names::BACKENDS, Map::Array(open(names::BACKENDS)?))?,
-            loads: typed(names::LOADS, Map::Array(open(names::LOADS)?))?,
+            members: Elements::open(pins, names::MEMBERS)?,
+            backends: Elements::open(pins, names::BACKENDS)?,
+            loads: Elements::open(pins, names::LOADS)?,
             ranges_v4: typed(names::RANGES_V4, Map::LpmTrie(open(names::RANGES_V4)?))?,
             ranges_v6: typed(names::RANGES_V6, Map::LpmTrie(open(names::RANGES_V6)?))?,
         }))
@@ -76,7 +79,7 @@ impl Tables {
 
     fn over(maps: Maps) -> Self {
         Self {
-            runs: Runs::new(maps.members.len()),
+            runs: Runs::new(maps.members.capacity()),
             maps,
             known_frontends: BTreeMap::new(),
             known_backends: BTreeMap::new(),
@@ -93,19 +96,20 @@ impl Tables {
         self.known_backends.clear();
         let mut kernel = Kernel { ranges: self.known_ranges.clone(), ..Kernel::default() };
         let mut unused = 0;
-        for index in 1..self.maps.backends.len() {
-            let found = self.maps.backends.get(&index, 0).map_err(BpfError::map(names::BACKENDS))?;
+        let known = &mut self.known_backends;
+        self.maps.backends.each(|index, found| {
             unused = if found.generation == 0 { unused + 1 } else { 0 };
             if unused > NEVER_USED {
-                break;
+                return ControlFlow::Break(());
             }
             kernel.generation = kernel.generation.max(found.generation);
-            if let Some(backend) = backend_from(&found) {
-                self.known_backends.insert(BackendId(index), found);
-                kernel.backends.insert(BackendId(index), backend);
+            if let Some(backend) = backend_from(found) {
+                known.insert(BackendId(*index), *found);
+                kernel.backends.insert(BackendId(*index), backend);
             }
-        }
-        self.runs = Runs::new(self.maps.members.len());
+            ControlFlow::Continue(())
+        })?;
+        self.runs = Runs::new(self.maps.members.capacity());
         self.placed.clear();
         let mut tables: BTreeMap<(u32, u32, Algorithm), Selection> = BTreeMap::new();
         let frontends: Vec<_> = self.known_frontends.iter().map(|(key, found)| (*key, *found)).collect();
@@ -133,6 +137,11 @@ impl Tables {
         Ok(kernel)
     }
 
+    /// Whether a frontend chooses by load.
+    pub(super) fn wants_loads(&self) -> bool {
+        self.known_frontends.values().any(|frontend| frontend.flags & frontend_flags::LEAST != 0)
+    }
+
     /// How many frontends and backends the maps hold.
     pub(super) fn counts(&self) -> (usize, usize) {
         (self.known_frontends.len(), self.known_backends.len())
@@ -145,7 +154,7 @@ impl Tables {
         }
         let mut slots = Vec::with_capacity(run.count as usize);
         for index in run.first..run.first + run.count {
-            let member = self.maps.members.get(&index, 0).map_err(BpfError::map(names::MEMBERS))?;
+            let member = self.maps.members.get(&index)?.unwrap_or_default();
             slots.push(Member { backend: BackendId(member.backend), generation: member.generation });
         }
         let id = TableId(self.placed.len() as u32 + 1);
@@ -188,22 +197,35 @@ impl Tables {
 
     /// Runs operations in their order, up to the first that fails. Then the maps are to be recovered and the planner to be made anew.
     ///
-    /// Frontends are written by `write`, or removed if there is no value: the filter and the flows of their addresses go with them.
-    pub(super) fn run(&mut self, ops: &[Op], write: &mut WriteFrontend<'_>) -> Result<(), BpfError> {
-        ops.iter().try_for_each(|op| self.step(op, write))
+    /// Operations of one kind that follow each other are one batch, which changes nothing about what a packet can meet: those of one kind
+    /// do not depend on each other. Frontends are written by `write`, or removed if there is no value: the filter and the flows of their
+    /// addresses go with them.
+    pub(super) fn run(&mut self, ops: &[Op], write: &mut WriteFrontends<'_>) -> Result<(), BpfError> {
+        for batch in ops.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b)) {
+            match batch.first() {
+                Some(Op::PutBackend(..)) => self.put_backends(batch)?,
+                Some(Op::PutTable(..)) => self.put_tables(batch)?,
+                Some(Op::PutFrontend(..)) => self.put_frontends(batch, write)?,
+                _ => batch.iter().try_for_each(|op| self.step(op, write))?,
+            }
+        }
+        Ok(())
     }
 
-    fn step(&mut self, op: &Op, write: &mut WriteFrontend<'_>) -> Result<(), BpfError> {
+    fn step(&mut self, op: &Op, write: &mut WriteFrontends<'_>) -> Result<(), BpfError> {
         match op {
-            Op::PutBackend(id, backend) => self.put_backend(*id, backend),
-            Op::RemoveBackend(id, backend) => {
+            Op::PutBackend(..) | Op::PutTable(..) | Op::PutFrontend(..) | Op::ReleasePort(_) => Ok(()),
+            Op::Fence => {
+                fence();
+                Ok(())
+            }
+            Op::EndBackend(id, backend) | Op::RemoveBackend(id, backend) => {
                 // Whatever still names this life finds another one.
                 let grave =
                     terway_abi::Backend { generation: backend.generation.wrapping_add(1).max(1), ..Default::default() };
                 self.known_backends.remove(id);
-                self.maps.backends.set(id.0, grave, 0).map_err(BpfError::map(names::BACKENDS))
+                self.maps.backends.put(&id.0, &grave, 0).map(drop)
             }
-            Op::PutTable(id, table) => self.put_table(*id, table),
             Op::RemoveTable(id) => {
                 if let Some((run, _)) = self.placed.remove(id) {
                     self.runs.give_back(run.first, run.count);
@@ -212,42 +234,50 @@ impl Tables {
             }
             Op::PutRange(port, net) => self.put_range(*port, *net),
             Op::RemoveRange(port, net) => self.remove_range(*port, *net),
-            Op::PutFrontend(key, frontend) => self.put_frontend(*key, frontend, write),
             Op::RemoveFrontend(key) => self.remove_frontend(*key, write),
-            Op::ReleasePort(_) => Ok(()),
         }
     }
 
-    fn put_backend(&mut self, id: BackendId, backend: &Backend) -> Result<(), BpfError> {
-        let limit = self.maps.backends.len();
-        if id.0 >= limit {
-            return Err(BpfError::NoRoom { what: "backends", limit: limit.saturating_sub(1) });
+    fn put_backends(&mut self, batch: &[Op]) -> Result<(), BpfError> {
+        let limit = self.maps.backends.capacity();
+        let (mut fresh, mut ids, mut entries) = (Vec::new(), Vec::new(), Vec::new());
+        for op in batch {
+            let Op::PutBackend(id, backend) = op else { continue };
+            if id.0 >= limit {
+                return Err(BpfError::NoRoom { what: "backends", limit: limit.saturating_sub(1) });
+            }
+            let (entry, old) = (backend_to(backend), self.known_backends.get(id));
+            if old == Some(&entry) {
+                continue;
+            }
+            if old.is_none() {
+                fresh.push(id.0);
+            }
+            ids.push(id.0);
+            entries.push(entry);
         }
-        let entry = backend_to(backend);
-        let old = self.known_backends.get(&id);
-        if old == Some(&entry) {
-            return Ok(());
-        }
-        if old.is_none() {
-            self.maps.loads.set(id.0, 0, 0).map_err(BpfError::map(names::LOADS))?;
-        }
-        self.writes += 1;
-        self.maps.backends.set(id.0, entry, 0).map_err(BpfError::map(names::BACKENDS))?;
-        self.known_backends.insert(id, entry);
+        // Nobody counts for a backend before it is written.
+        self.maps.loads.put_all(&fresh, &vec![0; fresh.len()])?;
+        self.writes += ids.len() as u64;
+        self.maps.backends.put_all(&ids, &entries)?;
+        self.known_backends.extend(ids.into_iter().map(BackendId).zip(entries));
         Ok(())
     }
 
-    fn put_table(&mut self, id: TableId, table: &Table) -> Result<(), BpfError> {
-        let count = table.slots.len() as u32;
-        let full = BpfError::NoRoom { what: "slots of backend tables", limit: self.maps.members.len() };
-        let first = self.runs.take(count).ok_or(full)?;
-        self.writes += u64::from(count);
-        self.placed.insert(id, (Run { first, count }, table.algorithm));
-        for (index, slot) in (first..).zip(&table.slots) {
-            let member = AbiMember { backend: slot.backend.0, generation: slot.generation };
-            self.maps.members.set(index, member, 0).map_err(BpfError::map(names::MEMBERS))?;
+    fn put_tables(&mut self, batch: &[Op]) -> Result<(), BpfError> {
+        let (mut places, mut members) = (Vec::new(), Vec::new());
+        for op in batch {
+            let Op::PutTable(id, table) = op else { continue };
+            let count = table.slots.len() as u32;
+            let limit = self.maps.members.capacity();
+            let first = self.runs.take(count).ok_or(BpfError::NoRoom { what: "slots of backend tables", limit })?;
+            self.placed.insert(*id, (Run { first, count }, table.algorithm));
+            places.extend(first..first + count);
+            let member = |slot: &Member| AbiMember { backend: slot.backend.0, generation: slot.generation };
+            members.extend(table.slots.iter().map(member));
         }
-        Ok(())
+        self.writes += places.len() as u64;
+        self.maps.members.put_all(&places, &members)
     }
 
     fn put_range(&mut self, port: PortId, net: IpNet) -> Result<(), BpfError> {
@@ -275,31 +305,34 @@ impl Tables {
         Ok(())
     }
 
-    fn put_frontend(
-        &mut self,
-        key: FrontendKey,
-        frontend: &Frontend,
-        write: &mut WriteFrontend<'_>,
-    ) -> Result<(), BpfError> {
-        let entry = frontend_to(frontend, |id| self.placed.get(&id).copied());
-        if self.known_frontends.get(&key) == Some(&entry) {
+    fn put_frontends(&mut self, batch: &[Op], write: &mut WriteFrontends<'_>) -> Result<(), BpfError> {
+        let (mut keys, mut changes) = (Vec::new(), Vec::new());
+        for op in batch {
+            let Op::PutFrontend(key, frontend) = op else { continue };
+            let entry = frontend_to(frontend, |id| self.placed.get(&id).copied());
+            if self.known_frontends.get(key) != Some(&entry) {
+                keys.push((*key, entry));
+                changes.push((place_of(key), Some(entry)));
+            }
+        }
+        if changes.is_empty() {
             return Ok(());
         }
-        self.writes += 1;
-        write(&place_of(&key), Some(&entry))?;
-        self.known_frontends.insert(key, entry);
+        self.writes += changes.len() as u64;
+        write(&changes)?;
+        self.known_frontends.extend(keys);
         Ok(())
     }
 
-    fn remove_frontend(&mut self, key: FrontendKey, write: &mut WriteFrontend<'_>) -> Result<(), BpfError> {
-        write(&place_of(&key), None)?;
+    fn remove_frontend(&mut self, key: FrontendKey, write: &mut WriteFrontends<'_>) -> Result<(), BpfError> {
+        write(&[(place_of(&key), None)])?;
         self.known_frontends.remove(&key);
         Ok(())
     }
 }
 
-/// Writes or removes one frontend.
-pub(super) type WriteFrontend<'a> = dyn FnMut(&FrontendAt, Option<&AbiFrontend>) -> Result<(), BpfError> + 'a;
+/// Writes frontends, or removes those without a value.
+pub(super) type WriteFrontends<'a> = dyn FnMut(&[(FrontendAt, Option<AbiFrontend>)]) -> Result<(), BpfError> + 'a;
 
 fn typed<M: TryFrom<Map, Error = MapError>>(name: &'static str, map: Map) -> Result<M, BpfError> {
     M::try_from(map).map_err(BpfError::map(name))

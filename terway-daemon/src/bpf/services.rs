@@ -3,14 +3,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::ControlFlow;
 
 use aya::Ebpf;
-use aya::maps::{Array, HashMap, MapData};
+use aya::maps::{Array, HashMap, IterableMap, MapData};
 use terway_abi::{
     Backend, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, SCOPE_ADDRESS, SCOPE_NODE, filter_v4,
     filter_v6, frontend_class, names,
 };
 
+use super::elements::Elements;
 use super::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
 use super::error::BpfError;
 use super::object::take;
@@ -93,7 +95,10 @@ enum Key {
 pub(super) struct Services {
     v4: HashMap<MapData, FrontendKeyV4, Frontend>,
     v6: HashMap<MapData, FrontendKeyV6, Frontend>,
-    filters: Array<MapData, u32>,
+    filters: Elements<u32, u32>,
+    /// The frontends' maps, for many at once.
+    many_v4: Elements<FrontendKeyV4, Frontend>,
+    many_v6: Elements<FrontendKeyV6, Frontend>,
     members: Array<MapData, Member>,
     backends: Array<MapData, Backend>,
     frontends: BTreeSet<FrontendAt>,
@@ -113,10 +118,15 @@ impl Services {
     ///
     /// The filter is left as it is until [`Services::set_node_addresses`] has told what else belongs into it.
     pub(super) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+        let v4: HashMap<MapData, FrontendKeyV4, Frontend> = take(loaded, names::FRONTENDS_V4)?;
+        let v6: HashMap<MapData, FrontendKeyV6, Frontend> = take(loaded, names::FRONTENDS_V6)?;
+        let filters: Array<MapData, u32> = take(loaded, names::FILTERS)?;
         let mut services = Self {
-            v4: take(loaded, names::FRONTENDS_V4)?,
-            v6: take(loaded, names::FRONTENDS_V6)?,
-            filters: take(loaded, names::FILTERS)?,
+            many_v4: Elements::of(IterableMap::map(&v4), names::FRONTENDS_V4)?,
+            many_v6: Elements::of(IterableMap::map(&v6), names::FRONTENDS_V6)?,
+            v4,
+            v6,
+            filters: Elements::of(IterableMap::map(&filters), names::FILTERS)?,
             members: take(loaded, names::MEMBERS)?,
             backends: take(loaded, names::BACKENDS)?,
             frontends: BTreeSet::new(),
@@ -149,12 +159,14 @@ impl Services {
             self.uncount(*address);
         }
         self.node = wanted;
-        for number in 0..terway_abi::FILTER {
-            let count = self.counts.get(&number).copied().unwrap_or(0);
-            if self.filters.get(&number, 0).map_err(BpfError::map(names::FILTERS))? != count {
-                self.filters.set(number, count, 0).map_err(BpfError::map(names::FILTERS))?;
+        let mut wrong = Vec::new();
+        self.filters.each(|number, present| {
+            if *present != self.counts.get(number).copied().unwrap_or(0) {
+                wrong.push(*number);
             }
-        }
+            ControlFlow::Continue(())
+        })?;
+        self.write_counts(&wrong)?;
         Ok(added.into_iter().chain(removed).collect())
     }
 
@@ -164,10 +176,40 @@ impl Services {
         }
     }
 
-    fn write_count(&mut self, address: IpAddr) -> Result<(), BpfError> {
-        let bucket = bucket(address);
-        let count = self.counts.get(&bucket).copied().unwrap_or(0);
-        self.filters.set(bucket, count, 0).map_err(BpfError::map(names::FILTERS))
+    fn write_counts(&self, buckets: &[u32]) -> Result<(), BpfError> {
+        let counts: Vec<u32> = buckets.iter().map(|bucket| self.counts.get(bucket).copied().unwrap_or(0)).collect();
+        self.filters.put_all(buckets, &counts)
+    }
+
+    /// Writes many frontends, then what the filter says of their addresses; returns the addresses that are new.
+    pub(super) fn set_frontends(&mut self, all: &[(FrontendAt, Frontend)]) -> Result<Vec<IpAddr>, BpfError> {
+        let (mut keys_v4, mut values_v4, mut keys_v6, mut values_v6) = (vec![], vec![], vec![], vec![]);
+        for (at, value) in all {
+            match at.key() {
+                Key::V4(key) => {
+                    keys_v4.push(key);
+                    values_v4.push(*value);
+                }
+                Key::V6(key) => {
+                    keys_v6.push(key);
+                    values_v6.push(*value);
+                }
+            }
+        }
+        self.many_v4.put_all(&keys_v4, &values_v4)?;
+        self.many_v6.put_all(&keys_v6, &values_v6)?;
+        let mut new = Vec::new();
+        for (at, _) in all {
+            if self.frontends.insert(*at)
+                && let Some(address) = at.address()
+            {
+                *self.counts.entry(bucket(address)).or_default() += 1;
+                new.push(address);
+            }
+        }
+        let buckets: BTreeSet<u32> = new.iter().map(|address| bucket(*address)).collect();
+        self.write_counts(&buckets.into_iter().collect::<Vec<_>>())?;
+        Ok(new)
     }
 
     /// Writes a frontend; whether it is a new one.
@@ -179,7 +221,7 @@ impl Services {
         let new = self.frontends.insert(*at);
         if new && let Some(address) = at.address() {
             *self.counts.entry(bucket(address)).or_default() += 1;
-            self.write_count(address)?;
+            self.write_counts(&[bucket(address)])?;
         }
         Ok(new)
     }
@@ -193,7 +235,7 @@ impl Services {
         let old = self.frontends.remove(at);
         if old && let Some(address) = at.address() {
             self.uncount(address);
-            self.write_count(address)?;
+            self.write_counts(&[bucket(address)])?;
         }
         Ok(old)
     }

@@ -125,18 +125,47 @@ pub(super) fn stats(reply: &v1::FlowStatsResponse, style: Style) -> String {
     if style.is_json() {
         let protocols: serde_json::Map<String, Value> = protocols.into_iter().map(|(p, n)| (p, n.into())).collect();
         return pretty(&json!({
-            "usedV4": reply.used_v4, "usedV6": reply.used_v6, "capacity": reply.capacity, "void": reply.void,
-            "translated": reply.translated, "protocols": protocols,
+            "usedV4": reply.used_v4, "usedV6": reply.used_v6, "capacity": reply.capacity_v4, "capacityV4": reply.capacity_v4,
+            "capacityV6": reply.capacity_v6, "void": reply.void, "translated": reply.translated,
+            "protocols": protocols, "tracking": reply.tracking.as_ref().map(tracking),
         }));
     }
+    let known = reply.tracking.unwrap_or_default();
     let protocols: Vec<String> = protocols.iter().map(|(p, n)| format!("{p} {n}")).collect();
+    let part = |used: u64, capacity: u64| {
+        format!("{used} of {capacity} ({:.1}%)", used as f64 * 100.0 / capacity.max(1) as f64)
+    };
+    let seconds = |ms: u64| format!("{}.{}s", ms / 1000, ms % 1000 / 100);
     block(&[
-        ("IPv4", format!("{} of {}", reply.used_v4, reply.capacity)),
-        ("IPv6", format!("{} of {}", reply.used_v6, reply.capacity)),
+        ("IPv4", part(reply.used_v4, reply.capacity_v4)),
+        ("IPv6", part(reply.used_v6, reply.capacity_v6)),
         ("translated", reply.translated.to_string()),
         ("void", reply.void.to_string()),
         ("protocols", protocols.join(", ")),
+        ("made", format!("{}, refused {}, evicted {} (estimate)", known.made, known.refused, known.lost)),
+        ("deleted", format!("{} void, {} expired", known.deleted_void, known.deleted_expired)),
+        (
+            "collecting",
+            format!(
+                "every {}, {} passes; last counted {} ago in {}.{}ms, {} deleted",
+                seconds(known.interval_ms),
+                known.passes,
+                seconds(known.last_ms_ago),
+                known.last_took_us / 1000,
+                known.last_took_us % 1000 / 100,
+                known.last_deleted
+            ),
+        ),
     ])
+}
+
+fn tracking(known: &v1::FlowTracking) -> Value {
+    json!({
+        "pressureV4": known.pressure_v4, "pressureV6": known.pressure_v6, "made": known.made, "refused": known.refused,
+        "evictedEstimate": known.lost, "intervalMilliseconds": known.interval_ms, "passes": known.passes,
+        "lastMillisecondsAgo": known.last_ms_ago, "lastMicroseconds": known.last_took_us,
+        "lastDeleted": known.last_deleted, "deletedVoid": known.deleted_void, "deletedExpired": known.deleted_expired,
+    })
 }
 
 #[cfg(test)]

@@ -55,10 +55,12 @@ impl Engine {
         Ok(v1::FlowStatsResponse {
             used_v4,
             used_v6,
-            capacity: stats.capacity.into(),
+            capacity_v4: stats.capacity[0].into(),
+            capacity_v6: stats.capacity[1].into(),
             void: stats.void,
             translated: stats.translated,
             protocols: stats.protocols.into_iter().map(|(protocol, n)| (protocol.into(), n)).collect(),
+            tracking: None,
         })
     }
 

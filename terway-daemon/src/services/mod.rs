@@ -4,6 +4,7 @@
 //! the source has told everything, so that a restart takes nothing away that is only not known yet. A write that fails makes the planner
 //! distrust what it knows: the maps are read again and the whole difference is planned anew.
 
+mod health;
 mod metrics;
 mod state;
 mod view;
@@ -25,8 +26,9 @@ use tracing::{error, warn};
 use crate::bpf::Datapath;
 use crate::objects::{Batch, DirSource, ObjectSource as _, Update};
 
+use health::{Health, Refused};
 pub use metrics::ServiceMetrics;
-use state::{State, Work};
+use state::{Outlets, State, Work};
 
 /// How often a folder that cannot be watched is tried again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -76,6 +78,8 @@ pub struct Services {
     /// What is wrong, kept apart so that asking never waits for a step.
     problems: Mutex<Vec<Error>>,
     source_failure: Mutex<Option<Error>>,
+    health: Arc<Refused>,
+    in_force: watch::Receiver<bool>,
 }
 
 impl Services {
@@ -83,11 +87,16 @@ impl Services {
     #[must_use]
     pub fn start(setup: Setup) -> Arc<Self> {
         let Setup { origin, facts, settings, datapath, addresses, metrics } = setup;
+        let (health, ports) = watch::channel(Health::default());
+        let (tell, in_force) = watch::channel(false);
         let this = Arc::new(Self {
-            state: Mutex::new(State::new(datapath, facts, settings, metrics)),
+            state: Mutex::new(State::new(datapath, facts, settings, metrics, Outlets { health, in_force: tell })),
             problems: Mutex::default(),
             source_failure: Mutex::default(),
+            health: Arc::default(),
+            in_force,
         });
+        tokio::spawn(health::serve(ports, Arc::clone(&this.health)));
         let (sender, news) = mpsc::channel(WAITING);
         tokio::spawn(Arc::clone(&this).follow(news, addresses));
         tokio::spawn(Arc::clone(&this).feed(origin, sender));
@@ -98,7 +107,26 @@ impl Services {
     #[must_use]
     pub fn problems(&self) -> Vec<Error> {
         let failure = lock(&self.source_failure).clone();
-        failure.into_iter().chain(lock(&self.problems).iter().cloned()).collect()
+        let problems = lock(&self.problems).clone();
+        failure.into_iter().chain(problems).chain(self.health.problems()).collect()
+    }
+
+    /// Waits, for so long at the most, until the maps have held for the first time what follows from all objects: a pod that starts
+    /// then finds every Service that was there before it.
+    ///
+    /// A daemon that takes over maps of an earlier one lets pods start even so: the Services in them are served.
+    ///
+    /// # Errors
+    /// [`errors::SERVICES_UNSYNCED`], with what is in the way as far as it is known.
+    pub async fn synced(&self, limit: Duration) -> Result<(), Error> {
+        let mut in_force = self.in_force.clone();
+        let waited = tokio::time::timeout(limit, in_force.wait_for(|synced| *synced)).await;
+        if matches!(waited, Ok(Ok(_))) {
+            return Ok(());
+        }
+        let reason =
+            self.problems().first().map_or_else(|| "The objects are still being read.".to_owned(), ToString::to_string);
+        Err(Error::new(errors::SERVICES_UNSYNCED, reason))
     }
 
     /// What is served, of one namespace or name if they are not empty.

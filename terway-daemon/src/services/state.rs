@@ -7,11 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use terway_core::errors::{self, Error};
-use terway_core::objects::{Applied, Delta, EndpointSlice, Kind, ObjectKey, ObjectName, Objects};
-use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Problem, Settings};
+use terway_core::objects::{ObjectKey, Objects};
+use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Settings};
 use terway_proto::v1;
+use tokio::sync::watch;
 use tracing::{error, info, warn};
 
+use super::health::Health;
 use super::metrics::ServiceMetrics;
 use super::{take_in, view};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER};
@@ -23,6 +25,15 @@ const RETRY: (Duration, Duration) = (RETIRE_AFTER, Duration::from_secs(60));
 
 /// Problems that are told one by one; a folder of rubbish shall not make the status unreadable.
 const TOLD: usize = 20;
+
+/// Where news go.
+#[derive(Debug)]
+pub(super) struct Outlets {
+    /// To those who answer health checks.
+    pub(super) health: watch::Sender<Health>,
+    /// True for good once the maps have held what follows from all objects.
+    pub(super) in_force: watch::Sender<bool>,
+}
 
 /// What the planner finds wrong, by object.
 type Complaints = BTreeMap<ObjectKey, BTreeSet<String>>;
@@ -55,6 +66,7 @@ pub(super) struct State {
     documents: Vec<objects::Problem>,
     complaints: Complaints,
     failure: Option<Error>,
+    outlets: Outlets,
 }
 
 impl fmt::Debug for State {
@@ -64,7 +76,17 @@ impl fmt::Debug for State {
 }
 
 impl State {
-    pub(super) fn new(datapath: Arc<Datapath>, facts: NodeFacts, settings: Settings, metrics: ServiceMetrics) -> Self {
+    pub(super) fn new(
+        datapath: Arc<Datapath>,
+        facts: NodeFacts,
+        settings: Settings,
+        metrics: ServiceMetrics,
+        outlets: Outlets,
+    ) -> Self {
+        // An earlier daemon's Services are served, whoever reads objects now.
+        if !datapath.frontends().is_empty() {
+            outlets.in_force.send_replace(true);
+        }
         Self {
             datapath,
             facts,
@@ -80,6 +102,7 @@ impl State {
             documents: Vec::new(),
             complaints: BTreeMap::new(),
             failure: None,
+            outlets,
         }
     }
 
@@ -114,18 +137,8 @@ impl State {
         }
         // Without a planner, before the first sync or until the retry, the objects are enough.
         let Some(planner) = &mut self.planner else { return Ok(()) };
-        let known = self.complaints.clone();
-        // A Service that changes may end what is wrong with another: two claim one address, and one of them goes.
-        let plan = if !known.is_empty() && changes.iter().any(|change| matches!(change, Applied::Service(_))) {
-            self.complaints.clear();
-            planner.sync(&self.objects)
-        } else {
-            for key in changes.iter().flat_map(owners) {
-                self.complaints.remove(&key);
-            }
-            planner.update(&self.objects, &changes)
-        };
-        self.carry_out(plan, &known, start)
+        let plan = planner.update(&self.objects, &changes);
+        self.carry_out(plan, start)
     }
 
     fn due(&mut self, now: Instant) -> Result<(), BpfError> {
@@ -154,23 +167,33 @@ impl State {
         let mut planner = Planner::restore(self.facts.clone(), self.settings.clone(), kernel);
         let plan = planner.sync(&self.objects);
         let (now, later) = (plan.ops.len(), plan.retire.len());
+        // What was wrong and no longer is, is in no news of a planner that has only begun.
+        let wrong = planner.problems();
+        self.complaints.retain(|object, _| wrong.contains_key(object));
         self.planner = Some(planner);
-        let known = std::mem::take(&mut self.complaints);
-        self.carry_out(plan, &known, start)?;
+        self.carry_out(plan, start)?;
         self.failure = None;
+        self.tell_health();
+        self.outlets.in_force.send_replace(true);
         self.patience = RETRY.0;
         let services = self.objects.services().len();
         info!(services, frontends_found = found, writes = now, for_later = later, took = ?start.elapsed(), "Services are in force");
         Ok(())
     }
 
-    /// Runs a plan; problems that are not `known` go to the log.
-    fn carry_out(&mut self, plan: Plan, known: &Complaints, start: Instant) -> Result<(), BpfError> {
-        for Problem { object, message } in plan.problems {
-            if known.get(&object).is_none_or(|messages| !messages.contains(&message)) {
+    /// Runs a plan; what is newly wrong goes to the log.
+    fn carry_out(&mut self, plan: Plan, start: Instant) -> Result<(), BpfError> {
+        for (object, messages) in plan.problems {
+            let known = self.complaints.remove(&object).unwrap_or_default();
+            for message in messages.difference(&known) {
                 warn!(%object, "{message}");
             }
-            self.complaints.entry(object).or_default().insert(message);
+            if !messages.is_empty() {
+                self.complaints.insert(object, messages);
+            }
+        }
+        if !plan.health.is_empty() {
+            self.tell_health();
         }
         if plan.ops.is_empty() && plan.retire.is_empty() {
             return Ok(());
@@ -183,10 +206,25 @@ impl State {
         Ok(())
     }
 
+    /// Tells how many endpoints the ports for health checks are to name. A planner that failed leaves the numbers as they are.
+    fn tell_health(&self) {
+        let ports = self.planner.as_ref().map(Planner::health);
+        self.outlets.health.send_if_modified(|health| {
+            let next = Health {
+                ports: ports.unwrap_or_else(|| health.ports.clone()),
+                in_force: self.failure.is_none() && self.planner.is_some(),
+            };
+            let changed = *health != next;
+            *health = next;
+            changed
+        });
+    }
+
     fn failed(&mut self, error: &BpfError) {
         error!(%error, again_in = ?self.patience, "Services are not written");
         self.failure = Some(Error::new(errors::SERVICES_FAILED, format!("{error}.")));
         self.distrust();
+        self.tell_health();
     }
 
     /// Forgets what it believes of the maps; when they are read again.
@@ -221,25 +259,5 @@ impl State {
             wanted(&owner.namespace, namespace) && wanted(&owner.name, name)
         });
         v1::ListServicesResponse { ports: ports.map(|port| view::port(&port, &kernel)).collect(), synced: self.synced }
-    }
-}
-
-/// Whose problems are judged anew when this changes.
-fn owners(change: &Applied) -> Vec<ObjectKey> {
-    let key = |kind, name: &ObjectName| ObjectKey { kind, name: name.clone() };
-    match change {
-        Applied::Service(delta) => vec![key(Kind::Service, &delta.name)],
-        Applied::Pod(delta) => vec![key(Kind::Pod, &delta.name)],
-        Applied::EndpointSlice(Delta { old, new, .. }) => {
-            let service = |slice: &Arc<EndpointSlice>| {
-                let namespace = Arc::clone(&slice.meta.object.namespace);
-                let name = ObjectName { namespace, name: Arc::from(slice.service()?) };
-                Some(ObjectKey { kind: Kind::Service, name })
-            };
-            old.iter().chain(new).filter_map(service).collect()
-        }
-        Applied::Node(_) | Applied::Namespace(_) | Applied::NetworkPolicy(_) | Applied::ClusterNetworkPolicy(_) => {
-            Vec::new()
-        }
     }
 }

@@ -120,7 +120,7 @@ pub mod backend_flags {
     pub const V6: u8 = 1;
     /// The backend is a pod of this node, or the node itself.
     pub const LOCAL: u8 = 1 << 1;
-    /// The backend is ending: flows and affinity go on, for nothing new it is chosen unless it is all there is.
+    /// The backend is ending, or not ready: its flows go on, and nothing new comes to it, affinity or not, unless a run says so.
     pub const ENDING: u8 = 1 << 2;
 }
 

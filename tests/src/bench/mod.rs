@@ -5,3 +5,4 @@ pub mod add;
 pub mod ipam;
 pub mod path;
 pub mod prog;
+pub mod svc;

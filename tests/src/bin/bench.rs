@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use terway_sim::cluster::{Cluster, Options};
-use terway_tests::bench::{add, ipam, path, prog};
+use terway_tests::bench::{add, ipam, path, prog, svc};
 use terway_tests::figures::Figure;
 
 /// Measures; exit code 1 when a bar is missed.
@@ -29,6 +29,8 @@ enum Name {
     Path,
     /// The programs alone.
     Prog,
+    /// Services.
+    Svc,
 }
 
 fn main() -> ExitCode {
@@ -89,6 +91,11 @@ fn run(cli: &Cli) -> Result<bool> {
         let cluster = Cluster::start(&warm("ipv4")?)?;
         wait_for_idle(cluster.node(1), 60)?;
         show(ipam::warm(cluster.node(1))?);
+        cluster.finish()?;
+    }
+    if wanted(Name::Svc) {
+        let cluster = Cluster::start(&svc::sync::node()?)?;
+        show(svc::sync::measure(cluster.node(1))?);
         cluster.finish()?;
     }
     if wanted(Name::Path) {

@@ -7,6 +7,7 @@ mod addresses;
 mod audit;
 mod churn;
 mod connectivity;
+mod conntrack;
 mod rolling;
 mod services;
 mod soak;

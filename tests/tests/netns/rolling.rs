@@ -205,9 +205,9 @@ fn rolling_an_application_and_dns_loses_nothing() -> Result<()> {
             for client in &clients {
                 for vip in vips() {
                     let to = SocketAddr::new(vip, 53);
-                    cluster.node(1).wait(SETTLE, "the Service answers", |_| {
-                        Ok(probe::tcp_at(&client.ns, to, 1).is_ok())
-                    })?;
+                    cluster
+                        .node(1)
+                        .wait(SETTLE, "the Service answers", |_| Ok(probe::tcp_at(&client.ns, to, 1).is_ok()))?;
                 }
             }
 

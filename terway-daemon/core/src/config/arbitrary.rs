@@ -100,6 +100,18 @@ fn values() -> Vec<(&'static str, BoxedStrategy<Value>)> {
             "backoff_override",
             btree_map("eni_ops|eni_create", waits.prop_map(|m| json!(m)), 0..3).prop_map(|m| json!(m)).boxed(),
         ),
+        ("bpf_ct_timeout_tcp", period()),
+        ("bpf_ct_timeout_tcp_syn", period()),
+        ("bpf_ct_timeout_tcp_fin", period()),
+        ("bpf_ct_timeout_udp", period()),
+        ("bpf_ct_timeout_udp_single", period()),
+        ("bpf_ct_timeout_icmp", period()),
+        ("bpf_ct_timeout_any", period()),
+        ("bpf_ct_max_v4", prop_oneof![Just(0u32), 1024..9000u32].prop_map(Value::from).boxed()),
+        ("bpf_ct_max_v6", prop_oneof![Just(0u32), 1024..9000u32].prop_map(Value::from).boxed()),
+        ("bpf_map_dynamic_size_ratio", prop_oneof![Just(json!("0.01")), Just(json!(0.25))].boxed()),
+        ("conntrack_gc_interval", prop_oneof![period(), Just(json!("0s"))].boxed()),
+        ("conntrack_gc_max_interval", (10..600u32).prop_map(|s| json!(format!("{s}s"))).boxed()),
         ("degradation", one_of(&["", "l0", "l1"])),
     ]
 }

@@ -11,7 +11,7 @@ use super::documents::Beside;
 use super::keys::{self, Key, closest};
 use super::raw::Reader;
 use super::units::{Ratio, parse_period};
-use super::{AccessKey, BackoffOverride, Config, Prefixes, Reclaim, Secret, Tag};
+use super::{AccessKey, BackoffOverride, Config, Conntrack, Prefixes, Reclaim, Secret, Tag};
 use crate::ident::{IpStack, SecurityGroupId, VSwitchId};
 use crate::ipam::{ALWAYS_BLOCKED, Degradation, EniSelection, VSwitchSelection};
 
@@ -103,6 +103,7 @@ pub(super) fn check(reader: &mut Reader, beside: Beside) -> Config {
         credential_path: credential_path(reader),
         rate_limits: rate_limits(reader),
         backoff: backoff(reader),
+        conntrack: Conntrack::read(reader),
         degradation: reader.choice(keys::DEGRADATION, [Degradation::None, Degradation::L0, Degradation::L1]),
         policy_enabled: beside.policy_enabled,
         in_cluster_loadbalance: beside.in_cluster_loadbalance,

@@ -119,6 +119,7 @@ impl Config {
             credential_path,
             rate_limits,
             backoff,
+            conntrack,
             degradation,
             policy_enabled,
             in_cluster_loadbalance,
@@ -131,7 +132,7 @@ impl Config {
         let blocked = eni_tag_block_list.iter().map(|tag| json!({"key": tag.key, "value": tag.value}));
         let routes = extra_routes.iter().map(|net| json!({"dst": net.to_string()}));
         let backoff = backoff.iter().map(|(operation, times)| (operation.clone(), waits(times)));
-        vec![
+        let mut all = vec![
             (keys::IP_STACK, word(keys::IP_STACK, *ip_stack as usize)),
             (keys::VSWITCHES, zones.collect::<Map<_, _>>().into()),
             (keys::VSWITCH_SELECTION_POLICY, word(keys::VSWITCH_SELECTION_POLICY, *vswitch_order as usize)),
@@ -169,7 +170,9 @@ impl Config {
             (keys::DISABLE_NETWORK_POLICY, (!policy_enabled).into()),
             (keys::IN_CLUSTER_LOADBALANCE, (*in_cluster_loadbalance).into()),
             (keys::CNI_CONF, mtu.map(|mtu| json!({"mtu": mtu})).into()),
-        ]
+        ];
+        all.extend(conntrack.settings());
+        all
     }
 
     /// What changes from this configuration to `new`; empty exactly if the two are equal.
@@ -193,6 +196,7 @@ impl Config {
             policy_enabled: self.policy_enabled,
             in_cluster_loadbalance: self.in_cluster_loadbalance,
             mtu: self.mtu,
+            conntrack: self.conntrack.in_force(&new.conntrack),
             ..new.clone()
         }
     }

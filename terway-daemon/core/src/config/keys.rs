@@ -209,6 +209,8 @@ const SECOND: Duration = Duration::from_secs(1);
 const DAY: Duration = Duration::from_secs(86_400);
 /// More ENIs or addresses than any instance type carries.
 const MANY: i64 = 10_000;
+/// As many flows as Cilium allows in a table (`LimitTableMax`, pkg/option/config.go): 4 GiB of them.
+const MOST_FLOWS: i64 = 1 << 24;
 
 keys! {
     VERSION = "version", EniConf, Text, Means("none"), "", Note,
@@ -281,6 +283,30 @@ keys! {
         "Calls a minute of this node by API action; the empty name stands for every action that is not named. A whole minute's worth may go at once.";
     BACKOFF_OVERRIDE = "backoff_override", EniConf, Backoffs, Means("built-in times"), "time", Now,
         "Waiting times between attempts by operation: InitialDelay, Duration, Factor, Jitter, Steps, Cap. Times are strings such as 5s, or whole nanoseconds.";
+    BPF_CT_TIMEOUT_TCP = "bpf_ct_timeout_tcp", EniConf, Period { least: SECOND, most: DAY.saturating_mul(30) }, Is("2h13m20s"), "time", Now,
+        "A TCP connection that has been silent for longer is forgotten, once both ends have been heard.";
+    BPF_CT_TIMEOUT_TCP_SYN = "bpf_ct_timeout_tcp_syn", EniConf, Period { least: SECOND, most: DAY }, Is("1m"), "time", Now,
+        "The same for a TCP connection that nobody has answered.";
+    BPF_CT_TIMEOUT_TCP_FIN = "bpf_ct_timeout_tcp_fin", EniConf, Period { least: SECOND, most: DAY }, Is("10s"), "time", Now,
+        "The same for a TCP connection that both ends have closed, or one has reset.";
+    BPF_CT_TIMEOUT_UDP = "bpf_ct_timeout_udp", EniConf, Period { least: SECOND, most: DAY }, Is("1m"), "time", Now,
+        "The same for UDP, once both ends have been heard.";
+    BPF_CT_TIMEOUT_UDP_SINGLE = "bpf_ct_timeout_udp_single", EniConf, Period { least: SECOND, most: DAY }, Is("30s"), "time", Now,
+        "The same for UDP that nobody has answered.";
+    BPF_CT_TIMEOUT_ICMP = "bpf_ct_timeout_icmp", EniConf, Period { least: SECOND, most: DAY }, Is("30s"), "time", Now,
+        "The same for ICMP and ICMPv6.";
+    BPF_CT_TIMEOUT_ANY = "bpf_ct_timeout_any", EniConf, Period { least: SECOND, most: DAY }, Is("1m"), "time", Now,
+        "The same for every other protocol.";
+    BPF_CT_MAX_V4 = "bpf_ct_max_v4", EniConf, Whole { least: 0, most: MOST_FLOWS }, Means("by the node's memory"), "entries", Restart,
+        "Size of the IPv4 flow table; 0 leaves it to bpf_map_dynamic_size_ratio. A direct connection takes one entry, one that is translated two. Running connections are carried over into a table of another size.";
+    BPF_CT_MAX_V6 = "bpf_ct_max_v6", EniConf, Whole { least: 0, most: MOST_FLOWS }, Means("by the node's memory"), "entries", Restart,
+        "Size of the IPv6 flow table, likewise.";
+    BPF_MAP_DYNAMIC_SIZE_RATIO = "bpf_map_dynamic_size_ratio", EniConf, Number { least: 0.000_1, most: 0.5 }, Is("0.0025"), "", Restart,
+        "The part of the node's memory that flow tables without a size of their own share; each gets 65536 entries at least and 1048576 at most.";
+    CONNTRACK_GC_INTERVAL = "conntrack_gc_interval", EniConf, Period { least: Duration::ZERO, most: DAY }, Means("adapted"), "time", Now,
+        "Time from one pass that deletes dead flows to the next; 0 adapts it: shorter where a quarter of a table was dead, longer where next to nothing was.";
+    CONNTRACK_GC_MAX_INTERVAL = "conntrack_gc_max_interval", EniConf, Period { least: SECOND.saturating_mul(10), most: DAY }, Is("30m"), "time", Now,
+        "The longest time that it is adapted to.";
     DEGRADATION = "degradation", EniConf, OneOf(&["", "l0", "l1"]), Is(""), "", Now,
         "For emergencies: l0 makes no call of the cloud API at all and serves pods from what the node has; l1 makes none that releases something.";
     DISABLE_NETWORK_POLICY = "disable_network_policy", ConfigMap, TextFlag, Is("false"), "", Restart,

@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod arbitrary;
 mod check;
+mod conntrack;
 mod diff;
 mod documents;
 mod keys;
@@ -25,6 +26,7 @@ use crate::ident::{IpStack, SecurityGroupId, VSwitchId};
 use crate::ipam::{Degradation, EniSelection, VSwitchSelection};
 
 pub use self::check::POOL_OPERATIONS;
+pub use self::conntrack::Conntrack;
 pub use self::diff::{Changed, Setting};
 pub use self::documents::{Data, Documents};
 pub use self::keys::{Absent, Effect, KEYS, Key, Kind, Place, REMOVED, by_name, nearest};
@@ -152,6 +154,8 @@ pub struct Config {
     pub rate_limits: BTreeMap<String, u32>,
     /// Waiting times by operation where they differ from the built-in ones (`backoff_override`).
     pub backoff: BTreeMap<String, BackoffOverride>,
+    /// Connection tracking (`bpf_ct_*`, `conntrack_gc_*`).
+    pub conntrack: Conntrack,
     /// What is left undone (`degradation`).
     pub degradation: Degradation,
     /// Whether NetworkPolicy is enforced (`disable_network_policy`).

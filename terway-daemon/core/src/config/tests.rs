@@ -28,7 +28,7 @@ fn refused(keys: &Value) -> Vec<Invalid> {
 
 /// A value unlike the default for every key of `eni_conf` that this version acts on.
 fn examples() -> Value {
-    json!({
+    let mut examples = json!({
         "ip_stack": "dual", "vswitches": {"z": ["vsw-2"]}, "vswitch_selection_policy": "random", "security_group": "sg-2",
         "security_groups": ["sg-3"], "resource_group_id": "rg-1", "eni_tags": {"a": "b"}, "eni_tag_filter": {"c": "d"},
         "eni_tag_block_list": [{"key": "x", "value": "y"}], "eni_selection_policy": "least_ips", "min_eni": 1, "max_eni": 2,
@@ -39,7 +39,15 @@ fn examples() -> Value {
         "extra_routes": [{"dst": "192.168.0.0/16"}], "region_id": "cn-hangzhou", "access_key": "id", "access_secret": "hush",
         "credential_path": "/var/addon/token-config", "rate_limit": {"DescribeVSwitches": 10},
         "backoff_override": {"eni_ops": {"Duration": "5s"}}, "degradation": "l1",
-    })
+    });
+    let conntrack = json!({
+        "bpf_ct_timeout_tcp": "1h", "bpf_ct_timeout_tcp_syn": "20s", "bpf_ct_timeout_tcp_fin": 5, "bpf_ct_timeout_udp": "2m",
+        "bpf_ct_timeout_udp_single": "10s", "bpf_ct_timeout_icmp": "5s", "bpf_ct_timeout_any": "10m", "bpf_ct_max_v4": 262_144,
+        "bpf_ct_max_v6": 4096, "bpf_map_dynamic_size_ratio": 0.01, "conntrack_gc_interval": "30s",
+        "conntrack_gc_max_interval": "5m",
+    });
+    super::merge(&mut examples, conntrack);
+    examples
 }
 
 #[test]

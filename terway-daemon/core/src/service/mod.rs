@@ -20,7 +20,7 @@ mod want;
 pub use maglev::{MAGLEV_SIZES, maglev};
 pub use model::{
     Algorithm, Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op,
-    Owner, Plan, PortId, Problem, Selection, Table, TableId, UnknownAlgorithm,
+    Owner, Plan, PortId, Selection, Table, TableId, UnknownAlgorithm,
 };
 pub use planner::{Planner, PortView};
 pub use runs::Runs;

@@ -231,6 +231,10 @@ pub struct Frontend {
 pub enum Op {
     /// Writes a backend.
     PutBackend(BackendId, Backend),
+    /// Waits until no program runs that may have read what stood there before.
+    Fence,
+    /// Voids whatever leads to a backend, whose id stays taken until it is removed.
+    EndBackend(BackendId, Backend),
     /// Takes a backend away. The last value tells whose sockets are to be destroyed.
     RemoveBackend(BackendId, Backend),
     /// Writes a table.
@@ -249,15 +253,6 @@ pub enum Op {
     ReleasePort(PortId),
 }
 
-/// Something that whoever wrote an object should know.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// The object.
-    pub object: ObjectKey,
-    /// One sentence.
-    pub message: String,
-}
-
 /// What is to be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
@@ -266,8 +261,8 @@ pub struct Plan {
     /// Operations for when no program that started before the last of `ops` runs any more: it may have read a frontend that leads there.
     /// When they have been run, [`super::Planner::retired`] is to be told: only then do ids get new owners.
     pub retire: Vec<Op>,
-    /// What is wrong with objects.
-    pub problems: Vec<Problem>,
+    /// What is wrong with objects, one sentence each, for those objects where that has changed; none = nothing is wrong any more.
+    pub problems: BTreeMap<ObjectKey, BTreeSet<String>>,
     /// Health-check ports that changed: port → Service and its ready endpoints on this node; none = no longer served.
     pub health: BTreeMap<u16, Option<(ObjectName, u32)>>,
 }
@@ -312,14 +307,14 @@ impl Kernel {
                 self.generation = self.generation.max(backend.generation);
                 self.backends.insert(*id, *backend);
             }
-            Op::RemoveBackend(id, _) => drop(self.backends.remove(id)),
+            Op::EndBackend(id, _) | Op::RemoveBackend(id, _) => drop(self.backends.remove(id)),
             Op::PutTable(id, table) => drop(self.tables.insert(*id, Arc::clone(table))),
             Op::RemoveTable(id) => drop(self.tables.remove(id)),
             Op::PutRange(port, net) => drop(self.ranges.insert((*port, *net))),
             Op::RemoveRange(port, net) => drop(self.ranges.remove(&(*port, *net))),
             Op::PutFrontend(key, frontend) => drop(self.frontends.insert(*key, *frontend)),
             Op::RemoveFrontend(key) => drop(self.frontends.remove(key)),
-            Op::ReleasePort(_) => {}
+            Op::Fence | Op::ReleasePort(_) => {}
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The incremental planner: changes of objects in, operations on the maps out.
 
+mod complaints;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -7,10 +8,11 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use self::complaints::Complaints;
 use super::ids::Ids;
 use super::model::{
     Backend, BackendId, BackendKey, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op, Owner, Plan, PortId,
-    Problem, Selection, Table, TableId,
+    Selection, Table, TableId,
 };
 use super::settings::{Here, NodeFacts, Settings};
 use super::want::{self, BackendFacts, Wanted, WantedPort, WantedSelection, Weights};
@@ -101,6 +103,7 @@ pub struct Planner {
     tables: HashMap<Arc<Table>, TableEntry>,
     frontends: HashMap<FrontendKey, FrontendEntry>,
     health: BTreeMap<u16, BTreeMap<ObjectName, u32>>,
+    complaints: Complaints,
     backend_ids: Ids,
     table_ids: Ids,
     port_ids: Ids,
@@ -139,6 +142,7 @@ impl Planner {
             tables: HashMap::new(),
             frontends: HashMap::new(),
             health: BTreeMap::new(),
+            complaints: Complaints::default(),
             backend_ids,
             table_ids,
             port_ids: Ids::new(ports.into_iter().chain(kernel.ranges.iter().map(|(port, _)| port.0))),
@@ -254,6 +258,21 @@ impl Planner {
         })
     }
 
+    /// What is wrong with objects as they are, by object.
+    #[must_use]
+    pub fn problems(&self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
+        self.complaints.all()
+    }
+
+    /// The health-check ports that are to be answered, each with its Service and the number of its ready endpoints on this node.
+    #[must_use]
+    pub fn health(&self) -> BTreeMap<u16, (ObjectName, u32)> {
+        let first = |(port, services): (&u16, &BTreeMap<ObjectName, u32>)| {
+            services.first_key_value().map(|(name, count)| (*port, (name.clone(), *count)))
+        };
+        self.health.iter().filter_map(first).collect()
+    }
+
     fn ports(&self) -> impl Iterator<Item = (&Owner, &HeldPort)> {
         self.holdings.iter().flat_map(|(owner, holding)| holding.ports.iter().map(move |port| (owner, port)))
     }
@@ -335,15 +354,14 @@ impl Planner {
             self.write_backend(*key, &mut plan, &mut worse);
         }
         for (owner, wanted) in wants {
-            plan.problems.extend(
-                wanted.problems.iter().map(|message| Problem { object: object_of(owner), message: message.clone() }),
-            );
+            self.complaints.of_owner(owner, &wanted.problems);
             self.take_over(owner, wanted, touched, &mut plan);
         }
         if !self.found_ranges.is_empty() || !self.found_ports.is_empty() {
             self.finish_restore(touched);
         }
         self.write(touched, &mut plan, worse);
+        plan.problems = self.complaints.news();
         plan.retire.append(&mut self.leftovers);
         plan
     }
@@ -510,7 +528,8 @@ impl Planner {
         let entry = self.frontends.entry(key).or_default();
         let at = entry.claims.partition_point(|(other, _)| *other < rank);
         entry.claims.insert(at, (rank, frontend));
-        if entry.claims.first().map(|(_, first)| first) != entry.written.as_ref() {
+        // Of two claims one loses, whichever was there first, and its owner is to be told.
+        if entry.claims.len() > 1 || entry.claims.first().map(|(_, first)| first) != entry.written.as_ref() {
             touched.frontends.push(key);
         }
     }

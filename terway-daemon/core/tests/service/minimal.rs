@@ -39,6 +39,18 @@ fn one_endpoint_less_is_retired_after_nobody_can_draw_it() {
 }
 
 #[test]
+fn flows_to_a_udp_endpoint_end_with_it_and_not_before_all_packets_meet_the_others() {
+    let mut world = World::new();
+    world.put(service("dns", "10.96.0.10", &[("", 53, Protocol::Udp)]));
+    world.put(slice("e", "dns", UDP, vec![endpoint("10.0.0.1", ME), endpoint("10.0.0.2", ME)]));
+    let plan = world.put(slice("e", "dns", UDP, vec![endpoint("10.0.0.2", ME)]));
+    let ops = &plan.ops[..];
+    assert!(matches!(ops, [Op::PutTable(..), Op::PutFrontend(..), Op::Fence, Op::EndBackend(..)]), "{ops:?}");
+    assert!(matches!(&plan.retire[..], [Op::RemoveTable(_), Op::RemoveBackend(..)]), "{:?}", plan.retire);
+    world.check();
+}
+
+#[test]
 fn a_udp_backend_that_falls_silent_gets_a_new_generation_and_a_tcp_one_does_not() {
     for (ports, protocol, new_generation) in [(UDP, Protocol::Udp, true), (TCP, Protocol::Tcp, false)] {
         let mut world = World::new();

@@ -3,10 +3,12 @@
 //! Written from the documentation: Services (concepts/services-networking/service), virtual IPs (reference/networking/virtual-ips),
 //! EndpointSlices, KEP-1669 (terminating endpoints), KEP-2433 and KEP-3015 (hints), and the list of differences in docs/services.md.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use terway_core::objects::{IpMode, Objects, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy};
+use terway_core::objects::{
+    IpMode, Kind, ObjectKey, ObjectName, Objects, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
+};
 use terway_core::service::{
     ALGORITHM, Algorithm, BACKEND_TYPE, BackendKey, BackendState, FrontendKey, FrontendKind, HEADLESS, Kernel,
     NodeFacts, PROXY_NAME, Selection, Settings, WEIGHT,
@@ -39,6 +41,7 @@ pub(crate) struct Everything {
     pub(crate) frontends: BTreeMap<FrontendKey, Expected>,
     pub(crate) backends: BTreeMap<BackendKey, (BackendState, bool)>,
     pub(crate) health: BTreeMap<u16, u32>,
+    pub(crate) problems: BTreeMap<ObjectKey, BTreeSet<String>>,
 }
 
 #[derive(Clone)]
@@ -144,6 +147,10 @@ fn local_policy(eps: &[Ep]) -> Vec<&Ep> {
     if ready.is_empty() { of(BackendState::Draining) } else { ready }
 }
 
+fn object(kind: Kind, name: &ObjectName) -> ObjectKey {
+    ObjectKey { kind, name: name.clone() }
+}
+
 /// Everything that the node must serve.
 pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings) -> Everything {
     let me = &*facts.name;
@@ -160,6 +167,13 @@ pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings
             continue;
         }
         let wish = service.meta.annotations.get(ALGORITHM);
+        if let Some(word) = wish.filter(|word| !["random", "least-connections", "maglev"].contains(word)) {
+            let text = format!(
+                "annotation {ALGORITHM}: `{word}` is none of random, least-connections and maglev; {} is used",
+                settings.algorithm.name()
+            );
+            out.problems.entry(object(Kind::Service, name)).or_default().insert(text);
+        }
         let algorithm = match wish {
             Some("random") => Algorithm::Random,
             Some("least-connections") => Algorithm::LeastConnections,
@@ -247,7 +261,17 @@ pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings
         }
     }
     claims.sort_by(|a, b| (a.0, a.1, &a.2, a.3).cmp(&(b.0, b.1, &b.2, b.3)));
-    for (_, _, _, _, key, expected) in claims {
+    let mut holders: BTreeMap<FrontendKey, (u8, String)> = BTreeMap::new();
+    for (_, kind, name, _, key, expected) in claims {
+        let object = |kind: u8, name: &str| {
+            let (namespace, name) = name.split_once('/').unwrap();
+            object(if kind == 0 { Kind::Service } else { Kind::Pod }, &ObjectName::new(namespace, name))
+        };
+        let holder = holders.entry(key).or_insert_with(|| (kind, name.clone()));
+        if *holder != (kind, name.clone()) && key.protocol.is_some() {
+            let text = format!("{key} belongs to {} already", object(holder.0, &holder.1));
+            out.problems.entry(object(kind, &name)).or_default().insert(text);
+        }
         out.frontends.entry(key).or_insert(expected);
     }
     out

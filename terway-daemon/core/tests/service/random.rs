@@ -223,6 +223,7 @@ proptest! {
         world.planner = Planner::restore(facts(), world.settings.clone(), found.clone());
         let plan = world.planner.sync(&world.objects);
         world.health.clear();
+        world.problems.clear();
         world.run(&plan);
         world.settle();
         world.check();

@@ -174,7 +174,11 @@ fn host_ports_lead_to_their_pod_and_yield_to_node_ports() {
         Answer::Reject,
         "the Service has no endpoints, and the port"
     );
-    assert!(plan.problems.iter().any(|p| p.message.contains("belongs to Service ns/s already")), "{:?}", plan.problems);
+    assert!(
+        plan.problems.values().flatten().any(|p| p.contains("belongs to Service ns/s already")),
+        "{:?}",
+        plan.problems
+    );
 }
 
 #[test]
@@ -183,5 +187,8 @@ fn an_unknown_algorithm_is_told_and_not_obeyed() {
     let mut s = service("s", "10.96.0.1", &[("", 80, TCP)]);
     s.meta.annotations = [(ALGORITHM, "fastest")].into_iter().collect();
     let plan = world.put(s);
-    assert!(plan.problems[0].message.contains("`fastest` is none of random"), "{:?}", plan.problems);
+    let told = |plan: &terway_core::service::Plan| plan.problems.values().flatten().cloned().collect::<Vec<_>>();
+    assert!(told(&plan)[0].contains("`fastest` is none of random"), "{:?}", plan.problems);
+    let plan = world.put(service("s", "10.96.0.1", &[("", 80, TCP)]));
+    assert!(plan.problems.len() == 1 && told(&plan).is_empty(), "it is taken back: {:?}", plan.problems);
 }

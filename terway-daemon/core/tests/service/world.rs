@@ -1,12 +1,12 @@
 //! A small cluster that can be changed at random, and a datapath that runs plans one operation at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use terway_core::objects::{
-    AddressType, Applied, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectMeta, ObjectName, Objects, Pod,
-    Protocol, Service, ServicePort,
+    AddressType, Applied, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, ObjectMeta, ObjectName,
+    Objects, Pod, Protocol, Service, ServicePort,
 };
 use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Settings};
 
@@ -91,6 +91,8 @@ pub(crate) struct World {
     pub(crate) planner: Planner,
     pub(crate) kernel: Kernel,
     pub(crate) health: BTreeMap<u16, u32>,
+    /// What plans said is wrong, taken together.
+    pub(crate) problems: BTreeMap<ObjectKey, BTreeSet<String>>,
     /// What plans left for later.
     pub(crate) pending: Vec<Op>,
 }
@@ -110,6 +112,7 @@ impl World {
             planner,
             kernel: Kernel::default(),
             health: BTreeMap::new(),
+            problems: BTreeMap::new(),
             pending: Vec::new(),
         }
     }
@@ -146,6 +149,12 @@ impl World {
             check_step(op, &before, &oracle::seen(&self.kernel), &after);
         }
         self.pending.extend(plan.retire.iter().cloned());
+        for (object, messages) in &plan.problems {
+            match messages.is_empty() {
+                true => drop(self.problems.remove(object)),
+                false => drop(self.problems.insert(object.clone(), messages.clone())),
+            }
+        }
         for (port, state) in &plan.health {
             match state {
                 Some((_, count)) => drop(self.health.insert(*port, *count)),
@@ -183,6 +192,8 @@ impl World {
             }
         }
         assert_eq!(seen, wanted);
+        assert_eq!(self.problems, expected.problems);
+        assert_eq!(self.planner.problems(), expected.problems);
     }
 
     /// The maps say what the oracle says, and the planner knows what they hold. Nothing may be left for later.
@@ -193,8 +204,10 @@ impl World {
         assert_eq!(backends, expected.backends);
         assert_eq!(backends.len(), self.kernel.backends.len(), "a backend stands there twice");
         assert_eq!(self.health, expected.health);
+        let health: BTreeMap<u16, u32> = self.planner.health().into_iter().map(|(port, (_, n))| (port, n)).collect();
+        assert_eq!(health, expected.health);
         assert_eq!(self.kernel, self.planner.kernel());
-        let used: std::collections::BTreeSet<_> = self
+        let used: BTreeSet<_> = self
             .kernel
             .frontends
             .values()
@@ -224,7 +237,7 @@ fn check_step(
     now: &BTreeMap<FrontendKeyOf, Expected>,
     after: &BTreeMap<FrontendKeyOf, Expected>,
 ) {
-    let keys: std::collections::BTreeSet<_> = before.keys().chain(now.keys()).chain(after.keys()).collect();
+    let keys: BTreeSet<_> = before.keys().chain(now.keys()).chain(after.keys()).collect();
     for key in keys {
         let (old, current, new) = (before.get(key), now.get(key), after.get(key));
         let ok = similar(current, old) || similar(current, new);

@@ -42,8 +42,8 @@ fn class(at: &FrontendAt) -> (IpAddr, u32) {
 fn run(tables: &mut Tables, ops: &[Op]) -> Result<(), BpfError> {
     let mut pending: Vec<(FrontendAt, Option<AbiFrontend>)> = Vec::new();
     for op in ops {
-        tables.run(std::slice::from_ref(op), &mut |at, value| {
-            pending.push((*at, value.copied()));
+        tables.run(std::slice::from_ref(op), &mut |changes| {
+            pending.extend_from_slice(changes);
             Ok(())
         })?;
         for (at, value) in pending.drain(..) {
@@ -118,15 +118,22 @@ fn frontends_come_back_but_for_their_kind() {
 fn maps() -> Option<Tables> {
     /// `BPF_F_NO_PREALLOC` (include/uapi/linux/bpf.h): without it the kernel refuses a trie.
     const LAZY: u32 = 1;
-    let made = || -> Result<Maps, MapError> {
+    fn array<V: aya::Pod>(name: &'static str, entries: u32) -> Result<Elements<u32, V>, BpfError> {
+        let array = aya::maps::Array::<MapData, V>::create(entries, 0).map_err(BpfError::map(name))?;
+        Elements::of(aya::maps::IterableMap::map(&array), name)
+    }
+    fn named<T>(name: &'static str, made: Result<T, MapError>) -> Result<T, BpfError> {
+        made.map_err(BpfError::map(name))
+    }
+    let made = || -> Result<Maps, BpfError> {
         Ok(Maps {
-            frontends_v4: HashMap::create(131_072, LAZY)?,
-            frontends_v6: HashMap::create(131_072, LAZY)?,
-            members: Array::create(1_048_576, 0)?,
-            backends: Array::create(131_072, 0)?,
-            loads: Array::create(131_072, 0)?,
-            ranges_v4: LpmTrie::create(65_536, LAZY)?,
-            ranges_v6: LpmTrie::create(65_536, LAZY)?,
+            frontends_v4: named(names::FRONTENDS_V4, HashMap::create(131_072, LAZY))?,
+            frontends_v6: named(names::FRONTENDS_V6, HashMap::create(131_072, LAZY))?,
+            members: array(names::MEMBERS, 1_048_576)?,
+            backends: array(names::BACKENDS, 131_072)?,
+            loads: array(names::LOADS, 131_072)?,
+            ranges_v4: named(names::RANGES_V4, LpmTrie::create(65_536, LAZY))?,
+            ranges_v6: named(names::RANGES_V6, LpmTrie::create(65_536, LAZY))?,
         })
     };
     match made() {
@@ -185,8 +192,8 @@ type Clients = BTreeMap<FrontendKey, (u32, u32, Vec<BackendKey>, Vec<BackendKey>
 /// Reads the maps as the programs do.
 fn clients(tables: &Tables) -> Clients {
     let side = |run: Run| -> Vec<BackendKey> {
-        let members = (run.first..run.first + run.count).map(|i| tables.maps.members.get(&i, 0).unwrap());
-        let backends = members.map(|m| (m.generation, tables.maps.backends.get(&m.backend, 0).unwrap()));
+        let members = (run.first..run.first + run.count).map(|i| tables.maps.members.get(&i).unwrap().unwrap());
+        let backends = members.map(|m| (m.generation, tables.maps.backends.get(&m.backend).unwrap().unwrap()));
         let alive = backends
             .inspect(|(generation, b)| assert_eq!(*generation, b.generation, "a member of a life that is over"));
         alive.map(|(_, b)| backend_from(&b).unwrap().key).collect()
@@ -251,7 +258,7 @@ fn plans_on_real_maps_survive_restarts_and_write_only_what_differs() {
     let plan = third.update(&objects, &applied);
     run(&mut tables, &plan.ops).unwrap();
     run(&mut tables, &plan.retire).unwrap();
-    assert_eq!(tables.runs.left(), tables.maps.members.len(), "all places are free again");
+    assert_eq!(tables.runs.left(), tables.maps.members.capacity(), "all places are free again");
     let left = tables.recover().unwrap();
     assert_eq!((left.frontends.len(), left.tables.len(), left.backends.len(), left.ranges.len()), (0, 0, 0, 0));
     assert!(left.generation > 0);

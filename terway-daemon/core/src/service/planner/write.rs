@@ -1,8 +1,8 @@
 //! The second half of planning: from what was touched to operations in their order.
 
-use super::{Planner, Rank, Touched, object_of};
+use super::{Planner, Touched};
 use crate::objects::Protocol;
-use crate::service::model::{Backend, BackendKey, BackendState, Frontend, FrontendKey, Op, Plan, Problem};
+use crate::service::model::{Backend, BackendKey, BackendState, Op, Plan};
 use crate::service::want::{self, BackendFacts};
 
 impl Planner {
@@ -35,14 +35,26 @@ impl Planner {
                 None if entry.written.is_some() => removed.push(Op::RemoveFrontend(*key)),
                 _ => {}
             }
-            report_conflict(*key, &entry.claims, plan);
+            self.complaints.of_frontend(*key, entry.claims.iter().map(|((_, owner, _), _)| owner));
             entry.written = wanted;
             if wanted.is_none() {
                 self.frontends.remove(key);
             }
         }
         plan.ops.append(&mut removed);
+        // UDP has no end: a client that keeps its source port would ask a backend that is gone until its flow is void. Not before every
+        // packet meets the new frontends, else one finds nobody.
+        let ended = touched.backends.iter().filter(|key| key.protocol == Protocol::Udp).filter_map(|key| {
+            let entry = self.backends.get(key).filter(|entry| entry.claims.is_empty())?;
+            entry.written.map(|written| Op::EndBackend(entry.id, written))
+        });
+        let mut ended: Vec<Op> = ended.collect();
+        let silent = |op: &Op| matches!(op, Op::PutBackend(_, b) if b.key.protocol == Protocol::Udp && b.state == BackendState::Unready);
+        if !ended.is_empty() || worse.iter().any(silent) {
+            plan.ops.push(Op::Fence);
+        }
         plan.ops.append(&mut worse);
+        plan.ops.append(&mut ended);
         plan.ops.extend(touched.ranges_gone.drain(..).map(|(port, net)| Op::RemoveRange(port, net)));
         plan.retire.extend(gone.into_iter().map(Op::RemoveTable));
         for key in &touched.backends {
@@ -87,17 +99,5 @@ impl Planner {
             None => self.backend_ids.give_back(entry.id.0),
         }
         self.backends.remove(&key);
-    }
-}
-
-/// Tells owners whose claim lost. The entry for all other ports of an address is shared by all ports of its Service, and no conflict.
-fn report_conflict(key: FrontendKey, claims: &[(Rank, Frontend)], plan: &mut Plan) {
-    let Some(((_, winner, _), _)) = claims.first() else { return };
-    if key.protocol.is_none() {
-        return;
-    }
-    for ((_, loser, _), _) in claims.iter().skip(1).filter(|((_, who, _), _)| who != winner) {
-        let message = format!("{key} belongs to {} already", object_of(winner));
-        plan.problems.push(Problem { object: object_of(loser), message });
     }
 }

@@ -1,0 +1,15 @@
+//! Connection tracking: when an entry of the flow tables has outlived itself, how often the tables are gone through, how large they
+//! are, and what is known of entries that the kernel took away by itself.
+//!
+//! The tables are the kernel's (`terway_abi::Flow`); the programs refresh entries and never look at a clock to refuse one. So all
+//! that a timeout means is when an entry may be taken away.
+
+mod expiry;
+mod pace;
+mod pressure;
+mod size;
+
+pub use expiry::{Connection, Phase, Seen, Standing, Timeouts};
+pub use pace::{FLOOR, Pace, START};
+pub use pressure::{Lost, Pass, lost};
+pub use size::{CEILING, Cost, LEAST, SHARE_FLOOR, Sizing};

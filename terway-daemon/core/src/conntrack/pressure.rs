@@ -1,0 +1,77 @@
+//! Entries that the kernel took away by itself.
+//!
+//! An LRU table does not say when it takes an entry for a new one. What can be said: whether it can have had to at all, and how many
+//! entries of the last pass are gone although nobody deleted or replaced them.
+
+/// Elements that an LRU table keeps in hand for each CPU (`LOCAL_FREE_TARGET`, kernel/bpf/bpf_lru_list.c): it takes entries away when
+/// so many are still free elsewhere.
+const IN_HAND: u64 = 128;
+
+/// What a pass over one table saw.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pass {
+    /// Entries that it left.
+    pub left: u64,
+    /// Entries that it can hold.
+    pub capacity: u64,
+}
+
+/// What happened from one pass to the next, over all tables.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lost {
+    /// Connections that got entries, one or two each.
+    pub made: u64,
+    /// Entries that were met void, and so were replaced.
+    pub replaced: u64,
+    /// Entries that were deleted on request.
+    pub flushed: u64,
+    /// Entries that are there and were made before the last pass.
+    pub old: u64,
+    /// Entries that are there and were made since.
+    pub young: u64,
+}
+
+/// An estimate of the entries that tables took away since they were as in `before`: 0 for certain where no table can have been full;
+/// otherwise what is missing of the old entries, and of one entry for each connection since. A connection that replaced a closed one
+/// on the same ports counts as well, which the tables do not tell apart.
+#[must_use]
+pub fn lost(before: &[Pass], since: &Lost, cpus: u64) -> u64 {
+    let may_have_been_full =
+        |pass: &Pass| pass.left + 2 * since.made + IN_HAND * cpus > pass.capacity && pass.capacity > 0;
+    if !before.iter().any(may_have_been_full) {
+        return 0;
+    }
+    let left: u64 = before.iter().map(|pass| pass.left).sum();
+    let old = left.saturating_sub(since.old).saturating_sub(since.replaced + since.flushed);
+    old + since.made.saturating_sub(since.young)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_roomy_table_has_lost_nothing() {
+        let before = [Pass { left: 1000, capacity: 65_536 }, Pass { left: 10, capacity: 65_536 }];
+        // Half of the old ones were replaced by connections on the same ports: nobody can tell, but the table was never full.
+        assert_eq!(lost(&before, &Lost { made: 500, old: 505, young: 500, ..Lost::default() }, 8), 0);
+    }
+
+    proptest! {
+        /// A table that is filled beyond its size without closing, flushing or replacing has lost exactly what does not fit.
+        #[test]
+        fn a_full_table_has_lost_what_does_not_fit(left in 0..1000_u64, made in 0..5000_u64, kept in any::<prop::sample::Index>()) {
+            let capacity = 1000;
+            let total = (left + made).min(capacity);
+            let gone = left + made - total;
+            // Any of them may have gone.
+            let old_gone = kept.index(usize::try_from(gone.min(left)).unwrap() + 1) as u64;
+            let old_gone = old_gone.max(gone.saturating_sub(made));
+            let since = Lost { made, old: left - old_gone, young: made - (gone - old_gone), ..Lost::default() };
+            let found = lost(&[Pass { left, capacity }], &since, 0);
+            prop_assert_eq!(found, gone);
+        }
+    }
+}

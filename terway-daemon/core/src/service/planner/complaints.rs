@@ -1,0 +1,84 @@
+//! What is wrong with objects, kept up to date change by change.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::object_of;
+use crate::objects::ObjectKey;
+use crate::service::model::{FrontendKey, Owner};
+
+/// See the [module](self).
+#[derive(Debug, Default)]
+pub(super) struct Complaints {
+    /// What an owner asks for that cannot be.
+    owners: HashMap<Owner, Vec<String>>,
+    /// Who claims a frontend in vain, and who holds it.
+    frontends: HashMap<FrontendKey, (Owner, BTreeSet<Owner>)>,
+    /// The frontends that an owner claims in vain: the second one, the other way round.
+    lost: HashMap<Owner, BTreeSet<FrontendKey>>,
+    changed: BTreeSet<Owner>,
+}
+
+impl Complaints {
+    /// What the owner's own words are wrong about, in place of what they were.
+    pub(super) fn of_owner(&mut self, owner: &Owner, messages: &[String]) {
+        let before = self.owners.get(owner).map_or(&[][..], Vec::as_slice);
+        if before == messages {
+            return;
+        }
+        self.changed.insert(owner.clone());
+        if messages.is_empty() {
+            self.owners.remove(owner);
+        } else {
+            self.owners.insert(owner.clone(), messages.to_vec());
+        }
+    }
+
+    /// Who claims a frontend, the holder first.
+    pub(super) fn of_frontend<'a>(&mut self, key: FrontendKey, mut claims: impl Iterator<Item = &'a Owner>) {
+        // The entry for all other ports of an address is shared by all ports of its Service, and no conflict.
+        if key.protocol.is_none() {
+            return;
+        }
+        let now = claims.next().and_then(|holder| {
+            let losers: BTreeSet<Owner> = claims.filter(|loser| *loser != holder).cloned().collect();
+            (!losers.is_empty()).then(|| (holder.clone(), losers))
+        });
+        let before = match &now {
+            Some(now) if self.frontends.get(&key) == Some(now) => return,
+            Some(now) => self.frontends.insert(key, now.clone()),
+            None => self.frontends.remove(&key),
+        };
+        for loser in before.into_iter().flat_map(|(_, losers)| losers) {
+            if let Some(lost) = self.lost.get_mut(&loser) {
+                lost.remove(&key);
+                if lost.is_empty() {
+                    self.lost.remove(&loser);
+                }
+            }
+            self.changed.insert(loser);
+        }
+        for loser in now.into_iter().flat_map(|(_, losers)| losers) {
+            self.lost.entry(loser.clone()).or_default().insert(key);
+            self.changed.insert(loser);
+        }
+    }
+
+    /// The complaints of every object for which they may have changed since the last call.
+    pub(super) fn news(&mut self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
+        std::mem::take(&mut self.changed).into_iter().map(|owner| (object_of(&owner), self.about(&owner))).collect()
+    }
+
+    /// All complaints.
+    pub(super) fn all(&self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
+        self.owners.keys().chain(self.lost.keys()).map(|owner| (object_of(owner), self.about(owner))).collect()
+    }
+
+    fn about(&self, owner: &Owner) -> BTreeSet<String> {
+        let own = self.owners.get(owner).into_iter().flatten().cloned();
+        let lost = self.lost.get(owner).into_iter().flatten().filter_map(|key| {
+            let (holder, _) = self.frontends.get(key)?;
+            Some(format!("{key} belongs to {} already", object_of(holder)))
+        });
+        own.chain(lost).collect()
+    }
+}

@@ -1,0 +1,88 @@
+//! Whether what an entry was decided by still holds.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+use std::ops::ControlFlow;
+
+use terway_abi::{Flow, MAX_ENDPOINTS, NO_BACKEND, NO_SLOT};
+use terway_core::conntrack::Standing;
+
+use super::{Tables, translates};
+use crate::bpf::error::BpfError;
+
+/// Epochs, pods and generations as they were when somebody began to look; those of backends are read when they are first asked for.
+///
+/// An entry that was made since may look void by them. Whoever deletes asks [`Facts::standing_now`].
+pub(super) struct Facts<'a> {
+    tables: &'a Tables,
+    epochs: Vec<u32>,
+    /// Slots that pods have.
+    pods: HashSet<u32>,
+    generations: RefCell<HashMap<u32, u32>>,
+}
+
+impl<'a> Facts<'a> {
+    pub(super) fn read(tables: &'a Tables) -> Result<Self, BpfError> {
+        let mut epochs = vec![0; tables.epochs.capacity() as usize];
+        tables.epochs.each(|slot, epoch| {
+            if let Some(place) = epochs.get_mut(*slot as usize) {
+                *place = *epoch;
+            }
+            ControlFlow::Continue(())
+        })?;
+        let mut pods = HashSet::new();
+        tables.endpoints.each(|_, endpoint| {
+            pods.insert(endpoint.slot);
+            ControlFlow::Continue(())
+        })?;
+        Ok(Self { tables, epochs, pods, generations: RefCell::default() })
+    }
+
+    /// By what was read at the beginning.
+    pub(super) fn standing<A>(&self, flow: &Flow<A>) -> Result<Standing, BpfError> {
+        let epoch = |slot: u32| Ok(self.epochs.get(slot as usize).copied());
+        self.judge(flow, epoch, |backend| {
+            let known = self.generations.borrow().get(&backend).copied();
+            if let Some(generation) = known {
+                return Ok(generation);
+            }
+            let generation = self.generation(backend)?;
+            self.generations.borrow_mut().insert(backend, generation);
+            Ok(generation)
+        })
+    }
+
+    /// By what the maps hold at this moment: epochs and generations only ever move on, so an entry, read before, that does not carry
+    /// them never will again.
+    pub(super) fn standing_now<A>(&self, flow: &Flow<A>) -> Result<Standing, BpfError> {
+        self.judge(flow, |slot| self.tables.epochs.get(&slot), |backend| self.generation(backend))
+    }
+
+    fn generation(&self, backend: u32) -> Result<u32, BpfError> {
+        Ok(self.tables.backends.get(&backend)?.map_or(0, |backend| backend.generation))
+    }
+
+    fn judge<A>(
+        &self,
+        flow: &Flow<A>,
+        epoch: impl Fn(u32) -> Result<Option<u32>, BpfError>,
+        generation: impl Fn(u32) -> Result<u32, BpfError>,
+    ) -> Result<Standing, BpfError> {
+        let [source, _] = flow.slots;
+        if source == NO_SLOT {
+            return Ok(Standing::Gone);
+        }
+        if flow.backend != NO_BACKEND && generation(flow.backend)? != flow.generation {
+            return Ok(Standing::Gone);
+        }
+        for (slot, at) in flow.slots.iter().zip(flow.epochs) {
+            if epoch(*slot)? == Some(at) {
+                continue;
+            }
+            // A slot that no pod has was a pod's that is gone. Of a translated connection nobody asks who began.
+            let pod_is_gone = *slot < MAX_ENDPOINTS && !self.pods.contains(slot);
+            return Ok(if pod_is_gone || translates(flow) { Standing::Gone } else { Standing::Moved });
+        }
+        Ok(Standing::Holds)
+    }
+}

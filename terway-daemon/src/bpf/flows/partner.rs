@@ -1,0 +1,55 @@
+//! The entry of the other direction: packets of a translated connection look different in each, so each has an entry of its own.
+
+use terway_abi::{Flow, FlowKey};
+
+/// An address in the order in which a flow key's ends stand: the last word counts most.
+pub(super) trait Order: Copy + PartialEq {
+    /// Whether it is the lesser one, or equal and `ports` says so.
+    fn before(&self, other: &Self, ports: bool) -> bool;
+}
+
+impl Order for u32 {
+    fn before(&self, other: &Self, ports: bool) -> bool {
+        if self == other { ports } else { self < other }
+    }
+}
+
+impl Order for [u32; 4] {
+    fn before(&self, other: &Self, ports: bool) -> bool {
+        let words = self.iter().rev().zip(other.iter().rev());
+        words.into_iter().find(|(a, b)| a != b).map_or(ports, |(a, b)| a < b)
+    }
+}
+
+/// The key of the packets that go from `src` to `dst`, and back (`terway_ebpf::flow::key`).
+pub(super) fn key<A: Order>(src: A, dst: A, ports: u32, class: u32) -> FlowKey<A> {
+    let (source, destination) = (ports & 0xffff, ports >> 16);
+    if dst.before(&src, destination < source) {
+        FlowKey { low: dst, high: src, ports: ports.rotate_left(16), class }
+    } else {
+        FlowKey { low: src, high: dst, ports, class }
+    }
+}
+
+/// The key of the other direction's entry, of an entry that translates.
+pub(super) fn of<A: Order>(own: &FlowKey<A>, flow: &Flow<A>) -> FlowKey<A> {
+    key(flow.src, flow.dst, flow.ports, own.class)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Which end is which does not depend on who sends, and the words count from the last.
+    #[test]
+    fn ends_have_one_order() {
+        let (low, high) = (0x0100_000a_u32, 0x0200_000a_u32);
+        assert_eq!(key(low, high, 0x5000_9c40, 6), FlowKey { low, high, ports: 0x5000_9c40, class: 6 });
+        assert_eq!(key(high, low, 0x9c40_5000, 6), FlowKey { low, high, ports: 0x5000_9c40, class: 6 });
+        let (near, far) = ([9, 9, 9, 1], [0, 0, 0, 2]);
+        assert_eq!(key(far, near, 0x0001_0002, 17).low, near);
+        // One address: the ports decide.
+        assert_eq!(key(7_u32, 7, 0x0001_0002, 6).ports, 0x0002_0001);
+        assert_eq!(key(7_u32, 7, 0x0002_0001, 6).ports, 0x0002_0001);
+    }
+}

@@ -1,0 +1,172 @@
+//! `healthCheckNodePort`: for a Service with `externalTrafficPolicy: Local` the node says by HTTP how many endpoints it has, so that
+//! load balancers send to nodes that have one.
+//!
+//! What is answered is kube-proxy's word for word (pkg/proxy/healthcheck/service_health.go): balancers are set up for it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, bind, listen, setsockopt, socket, sockopt,
+};
+use serde_json::json;
+use std::os::fd::AsRawFd as _;
+use terway_core::errors::{self, Error};
+use terway_core::objects::ObjectName;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tracing::{info, warn};
+
+/// How often a port that is somebody else's is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(10);
+
+/// Connections that may wait; what axum's own listeners have.
+const BACKLOG: i32 = 128;
+
+/// What all ports answer: by port, the Service and its ready endpoints on this node.
+pub(super) type Ports = BTreeMap<u16, (ObjectName, u32)>;
+
+/// What the planner's side says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Health {
+    pub(super) ports: Ports,
+    /// Whether the maps hold what they should.
+    pub(super) in_force: bool,
+}
+
+/// The servers' side: which ports cannot be had, and why.
+#[derive(Debug, Default)]
+pub(super) struct Refused(Mutex<BTreeMap<u16, Error>>);
+
+impl Refused {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u16, Error>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One error for each port that is not served.
+    pub(super) fn problems(&self) -> Vec<Error> {
+        self.lock().values().cloned().collect()
+    }
+}
+
+/// Opens and closes ports as Services come and go. Runs until the sender is gone.
+pub(super) async fn serve(mut news: watch::Receiver<Health>, refused: Arc<Refused>) {
+    let mut open: BTreeMap<u16, JoinHandle<()>> = BTreeMap::new();
+    loop {
+        let wanted = news.borrow_and_update().ports.clone();
+        open.retain(|port, server| {
+            let keep = wanted.contains_key(port);
+            if !keep {
+                // The listener goes with its task.
+                server.abort();
+                info!(port, "health checks are no longer answered");
+            }
+            keep
+        });
+        refused.lock().retain(|port, _| wanted.contains_key(port));
+        for (port, (service, _)) in &wanted {
+            if open.contains_key(port) {
+                continue;
+            }
+            match listener(*port) {
+                Ok(listener) => {
+                    refused.lock().remove(port);
+                    info!(port, %service, "answering health checks");
+                    open.insert(*port, tokio::spawn(answer(listener, *port, news.clone())));
+                }
+                Err(error) => {
+                    let error = Error::new(errors::HEALTH_PORT, format!("port {port} of Service {service}: {error}."));
+                    if refused.lock().insert(*port, error.clone()).is_none() {
+                        warn!(%error, "health checks are not answered");
+                    }
+                }
+            }
+        }
+        let waiting = !refused.lock().is_empty();
+        tokio::select! {
+            changed = news.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(TRY_AGAIN), if waiting => {}
+        }
+    }
+}
+
+/// A socket on all of the node's addresses, of both families where the node has both.
+fn listener(port: u16) -> io::Result<TcpListener> {
+    let made = socket_of(AddressFamily::Inet6, port).or_else(|error| match error.raw_os_error() {
+        // No IPv6 here.
+        Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL) => socket_of(AddressFamily::Inet, port),
+        _ => Err(error),
+    })?;
+    TcpListener::from_std(made)
+}
+
+fn socket_of(family: AddressFamily, port: u16) -> io::Result<std::net::TcpListener> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(family, SockType::Stream, flags, None)?;
+    // A restart shall not wait for the last answers to be forgotten.
+    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    if family == AddressFamily::Inet6 {
+        setsockopt(&fd, sockopt::Ipv6V6Only, &false)?;
+        let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+        if let SocketAddr::V6(any) = any {
+            bind(fd.as_raw_fd(), &SockaddrIn6::from(any))?;
+        }
+    } else {
+        bind(fd.as_raw_fd(), &SockaddrIn::from(std::net::SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port)))?;
+    }
+    listen(&fd, nix::sys::socket::Backlog::new(BACKLOG)?)?;
+    Ok(fd.into())
+}
+
+async fn answer(listener: TcpListener, port: u16, news: watch::Receiver<Health>) {
+    // Any path and any method, as kube-proxy has it.
+    let router = Router::new().fallback(move || {
+        let reply = reply(&news.borrow(), port);
+        async move { reply }
+    });
+    if let Err(error) = axum::serve(listener, router).await {
+        warn!(port, %error, "health checks are not answered any more");
+    }
+}
+
+fn reply(health: &Health, port: u16) -> Response {
+    let Some((service, endpoints)) = health.ports.get(&port) else {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    };
+    let body = json!({
+        "service": {"namespace": *service.namespace, "name": *service.name},
+        "localEndpoints": endpoints,
+        "serviceProxyHealthy": health.in_force,
+    });
+    let good = *endpoints > 0 && health.in_force;
+    let status = if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let headers = [
+        (header::CONTENT_TYPE, HeaderValue::from_static("application/json")),
+        (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+        (HeaderName::from_static("x-load-balancing-endpoint-weight"), HeaderValue::from(*endpoints)),
+    ];
+    (status, headers, body.to_string()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_without_an_endpoint_or_without_maps_are_not_healthy() {
+        for (endpoints, in_force, status) in [(2, true, 200), (0, true, 503), (2, false, 503)] {
+            let ports = [(30_000, (ObjectName::new("ns", "web"), endpoints))].into();
+            let reply = reply(&Health { ports, in_force }, 30_000);
+            assert_eq!(reply.status().as_u16(), status);
+            assert_eq!(reply.headers()["x-load-balancing-endpoint-weight"], endpoints.to_string().as_str());
+        }
+        assert_eq!(reply(&Health::default(), 30_000).status(), 503);
+    }
+}

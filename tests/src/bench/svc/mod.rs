@@ -1,0 +1,3 @@
+//! `svc`: what Services cost: bringing a large cluster's into the maps, and (another file) sending through them.
+
+pub mod sync;

@@ -1,0 +1,372 @@
+//! The prog rung of connection tracking: what passes over the flow tables take away and what they leave, tables that are full or get
+//! another size, and the loads of backends.
+
+#![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
+
+use std::net::Ipv4Addr;
+use std::thread::sleep;
+use std::time::Duration;
+
+use aya::maps::{Array, Map, MapData};
+use terway_abi::{Backend, Frontend, Kind, Member, Program, Run, frontend_flags, names};
+use terway_core::conntrack::Timeouts;
+use terway_daemon::bpf::{Config, Datapath, Endpoint, FamilyFound, Found, FrontendAt, PassOptions, Ran, RunContext};
+use terway_tests::packet::{Frame, flags};
+use terway_tests::prog_bench::Stage;
+use terway_tests::sandbox_or_skip;
+
+const REDIRECT: i32 = 7;
+const SHOT: i32 = 2;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+const VIP: &str = "10.96.0.1";
+
+/// Timeouts that tests can wait for, in the proportions of the real ones; a jiffy is up to 10 ms.
+fn short() -> Timeouts {
+    let ms = Duration::from_millis;
+    Timeouts {
+        tcp: ms(60_000),
+        tcp_syn: ms(1_200),
+        tcp_fin: ms(300),
+        udp: ms(1_200),
+        udp_single: ms(600),
+        icmp: ms(600),
+        any: ms(1_200),
+    }
+}
+
+fn options(timeouts: Timeouts) -> PassOptions {
+    PassOptions { timeouts, delete: true, loads: false, before: None }
+}
+
+fn pass(datapath: &Datapath) -> FamilyFound {
+    datapath.pass_flows(&options(short())).unwrap().families[0]
+}
+
+/// A Service at [`VIP`]:80 with these backends, numbers 1 and up.
+fn serve(stage: &Stage, protocol: u8, backends: &[(Ipv4Addr, u16)], template: Frontend) {
+    let members: Vec<Member> = (1..).zip(backends).map(|(backend, _)| Member { backend, generation: 1 }).collect();
+    for (number, (address, port)) in (1..).zip(backends) {
+        let address = [u32::from_ne_bytes(address.octets()), 0, 0, 0];
+        let backend = Backend { address, port: port.to_be(), protocol, generation: 1, ..Backend::default() };
+        stage.datapath.set_backend(number, &backend).unwrap();
+    }
+    stage.datapath.set_members(10, &members).unwrap();
+    let run = Run { first: 10, count: members.len() as u32 };
+    let at = FrontendAt::Address { address: VIP.parse().unwrap(), port: 80, protocol };
+    let frontend = Frontend { service: 7, internal: run, external: run, ..template };
+    stage.datapath.set_frontend(&at, &frontend).unwrap();
+}
+
+const B: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+
+fn send(stage: &Stage, pod: &Endpoint, frame: &Frame) -> Ran {
+    stage.datapath.run(Program::FromPod, &frame.build(), RunContext::on(pod.host_ifindex)).unwrap()
+}
+
+/// Source port and address of an IPv4 packet, and destination.
+fn ends(packet: &[u8]) -> ([u8; 4], u16, [u8; 4], u16) {
+    let port = |at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]);
+    (packet[26..30].try_into().unwrap(), port(34), packet[30..34].try_into().unwrap(), port(36))
+}
+
+#[test]
+fn what_is_silent_goes_and_what_is_not_stays() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    let (to_b, to_a) =
+        (|| stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.0.2"), || stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1"));
+    // UDP asked once; UDP asked and answered; TCP asked, answered, closed by one end, closed by both.
+    send(&stage, &stage.a, &to_b().udp(1000, 53));
+    send(&stage, &stage.a, &to_b().udp(1001, 53));
+    send(&stage, &stage.b, &to_a().udp(53, 1001));
+    for port in 2000..2004 {
+        send(&stage, &stage.a, &to_b().tcp(port, 80, flags::SYN));
+        if port > 2000 {
+            send(&stage, &stage.b, &to_a().tcp(80, port, flags::SYN | flags::ACK));
+        }
+        if port > 2001 {
+            send(&stage, &stage.a, &to_b().tcp(port, 80, flags::FIN | flags::ACK));
+        }
+        if port > 2002 {
+            send(&stage, &stage.b, &to_a().tcp(80, port, flags::FIN | flags::ACK));
+        }
+    }
+    let left = || {
+        let mut ports: Vec<u16> =
+            stage.datapath.flows(100).unwrap().iter().map(|row| row.source.port.max(row.destination.port)).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    };
+    assert_eq!(pass(&stage.datapath).deleted(), 0);
+    sleep(Duration::from_millis(400));
+    assert_eq!(pass(&stage.datapath).deleted_expired, 1);
+    assert_eq!(left(), [1000, 1001, 2000, 2001, 2002], "closed by both ends");
+    sleep(Duration::from_millis(350));
+    pass(&stage.datapath);
+    assert_eq!(left(), [1001, 2000, 2001, 2002], "UDP without an answer");
+    // One more datagram: what is used lives on.
+    send(&stage, &stage.a, &to_b().udp(1001, 53));
+    sleep(Duration::from_millis(650));
+    pass(&stage.datapath);
+    assert_eq!(left(), [1001, 2001, 2002], "TCP without an answer; the other UDP was heard of a moment ago");
+    sleep(Duration::from_millis(700));
+    pass(&stage.datapath);
+    assert_eq!(left(), [2001, 2002], "half closed is open");
+    // Only counting takes nothing away.
+    let dead = Timeouts { tcp: Duration::ZERO, tcp_fin: Duration::ZERO, ..short() };
+    let counted = stage.datapath.pass_flows(&PassOptions { delete: false, ..options(dead) }).unwrap().families[0];
+    assert_eq!((counted.used, counted.expired, counted.deleted()), (2, 2, 0));
+}
+
+/// The two entries of a connection to a Service live and die together, whichever of them is used.
+#[test]
+fn a_translated_connection_is_one() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    serve(&stage, UDP, &[(B, 53)], Frontend::default());
+    let there = stage.sent_by(&stage.a).ip("10.0.0.1", VIP).udp(1000, 80);
+    let back = stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1").udp(53, 1000);
+    for frame in [&there, &back] {
+        send(&stage, &stage.a, &there);
+        assert_eq!(stage.datapath.flow_count().unwrap().0, 2);
+        // One direction only, for longer than the timeout.
+        for _ in 0..4 {
+            sleep(Duration::from_millis(400));
+            let pod = if std::ptr::eq(frame, &raw const there) { &stage.a } else { &stage.b };
+            assert_eq!(send(&stage, pod, frame).action, REDIRECT);
+            let found = pass(&stage.datapath);
+            assert_eq!(found.deleted(), 0, "{found:?}");
+        }
+        sleep(Duration::from_millis(1_300));
+        let found = pass(&stage.datapath);
+        assert_eq!((found.deleted_expired, stage.datapath.flow_count().unwrap().0), (2, 0), "{found:?}");
+    }
+    // Void by the backend's generation: both, at once.
+    send(&stage, &stage.a, &there);
+    stage.datapath.set_backend(1, &Backend { generation: 2, ..Backend::default() }).unwrap();
+    let found = pass(&stage.datapath);
+    assert_eq!((found.void, found.deleted_void, found.deleted_expired), (2, 2, 0));
+}
+
+/// More connections than a table holds: all work, established ones included, and the estimate of what was thrown away is what was.
+#[test]
+fn a_full_table_is_no_obstacle() {
+    let sandbox = sandbox_or_skip!();
+    let config = Config { flows_v4: 1024, ..Config::new(sandbox.pin_root()) };
+    let stage = Stage::with(&config).unwrap();
+    serve(&stage, TCP, &[(B, 8080)], Frontend::default());
+    let to = |address: &str| stage.sent_by(&stage.a).ip("10.0.0.1", address);
+    // Two established connections, one of them to the Service.
+    let established = || {
+        let direct = send(&stage, &stage.a, &to("10.0.0.2").tcp(1000, 80, flags::ACK));
+        assert_eq!((direct.action, ends(&direct.packet).3), (REDIRECT, 80));
+        let served = send(&stage, &stage.a, &to(VIP).tcp(1001, 80, flags::ACK));
+        let (source, port, destination, number) = ends(&served.packet);
+        assert_eq!((served.action, source, destination, number), (REDIRECT, [10, 0, 0, 1], [10, 0, 0, 2], 8080));
+        // What answers that very connection comes from the Service, or, where its entry is gone, to nobody else than the client.
+        let back = stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1").tcp(8080, port, flags::ACK);
+        let back = send(&stage, &stage.b, &back);
+        assert_eq!((back.action, ends(&back.packet).2), (REDIRECT, [10, 0, 0, 1]));
+        ends(&back.packet)
+    };
+    send(&stage, &stage.a, &to("10.0.0.2").tcp(1000, 80, flags::SYN));
+    send(&stage, &stage.a, &to(VIP).tcp(1001, 80, flags::SYN));
+    assert_eq!(established().0, [10, 96, 0, 1]);
+    let first = stage.datapath.pass_flows(&options(Timeouts::default())).unwrap();
+    assert_eq!(first.families[0].used, 3);
+    let before = stage.datapath.counters().unwrap();
+    for n in 0..4000_u16 {
+        let (address, port) = if n % 4 == 0 { (VIP, 80) } else { ("10.9.0.9", 443) };
+        let frame = to(address).tcp(20_000 + n, port, flags::SYN);
+        assert_eq!(send(&stage, &stage.a, &frame).action, REDIRECT, "connection {n}");
+        if n % 50 == 0 {
+            established();
+        }
+    }
+    let after = stage.datapath.counters().unwrap();
+    let of = |kind| after.kind(kind).packets - before.kind(kind).packets;
+    assert_eq!(of(Kind::FlowFull), 0, "an LRU table takes everything");
+    assert!(of(Kind::FlowNew) >= 4000);
+    let drops = |counters: &terway_daemon::bpf::Counters| {
+        terway_abi::Drop::ALL.iter().map(|drop| counters.drop(*drop).packets).sum::<u64>()
+    };
+    assert_eq!(drops(&after), drops(&before), "nothing is dropped");
+    let options = PassOptions { before: Some(first.began), ..options(Timeouts::default()) };
+    let found = stage.datapath.pass_flows(&options).unwrap().families[0];
+    assert!(found.used <= 1024 && found.used > 512, "{found:?}");
+    let lost = terway_core::conntrack::lost(
+        &[terway_core::conntrack::Pass { left: 3, capacity: 1024 }],
+        &terway_core::conntrack::Lost {
+            made: of(Kind::FlowNew),
+            replaced: of(Kind::FlowStale),
+            flushed: 0,
+            old: found.old,
+            young: found.young,
+        },
+        2,
+    );
+    // Of at least 4000 entries at most 1024 are left.
+    assert!((2900..=6000).contains(&lost), "{lost} of {found:?}");
+}
+
+/// One entry of a pair is thrown away: answers go to the client and nobody else, and after the next pass the client is served again.
+#[test]
+fn half_a_pair_does_not_last() {
+    let sandbox = sandbox_or_skip!();
+    let config = Config { flows_v4: 1024, ..Config::new(sandbox.pin_root()) };
+    let stage = Stage::with(&config).unwrap();
+    serve(&stage, UDP, &[(B, 53)], Frontend::default());
+    let there = stage.sent_by(&stage.a).ip("10.0.0.1", VIP).udp(1000, 80);
+    let back = |port: u16| stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1").udp(53, port);
+    send(&stage, &stage.a, &there);
+    assert_eq!(ends(&send(&stage, &stage.b, &back(1000)).packet).0, [10, 96, 0, 1]);
+    // The kernel takes away the answers' entry, and only that.
+    let pinned = MapData::from_pin(stage.datapath.pins().join(names::FLOWS_V4)).unwrap();
+    let mut flows: aya::maps::HashMap<_, terway_abi::FlowKeyV4, terway_abi::FlowV4> =
+        Map::LruHashMap(pinned).try_into().unwrap();
+    let b = u32::from_ne_bytes(B.octets());
+    let answers = flows.keys().map(Result::unwrap).find(|key| key.low == b || key.high == b).unwrap();
+    flows.remove(&answers).unwrap();
+    assert_eq!(ends(&send(&stage, &stage.b, &back(1000)).packet).2, [10, 0, 0, 1]);
+    // The table is crowded, and passes look for such things.
+    for n in 0..800_u16 {
+        send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", "10.9.0.9").udp(20_000 + n, 53));
+    }
+    sleep(Duration::from_millis(20));
+    let found = stage.datapath.pass_flows(&options(Timeouts::default())).unwrap().families[0];
+    assert_eq!(found.deleted_void, 1, "{found:?}");
+    let sent = send(&stage, &stage.a, &there);
+    let (_, port, destination, _) = ends(&sent.packet);
+    assert_eq!((sent.action, destination), (REDIRECT, [10, 0, 0, 2]));
+    assert_eq!(ends(&send(&stage, &stage.b, &back(port)).packet), ([10, 96, 0, 1], 80, [10, 0, 0, 1], 1000));
+}
+
+/// A table of another size takes over what lives, both what was there when it was made and what the old programs wrote meanwhile.
+#[test]
+fn another_size_keeps_the_flows() {
+    let sandbox = sandbox_or_skip!();
+    let config = Config { flows_v4: 2048, ..Config::new(sandbox.pin_root()) };
+    let mut stage = Stage::with(&config).unwrap();
+    serve(&stage, UDP, &[(B, 53)], Frontend::default());
+    let sent = |stage: &Stage, port: u16| stage.sent_by(&stage.a).ip("10.0.0.1", VIP).udp(port, 80);
+    let back = |stage: &Stage, port: u16| stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1").udp(53, port);
+    send(&stage, &stage.a, &sent(&stage, 1000));
+    send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.0.2").udp(1, 2));
+    let larger = Datapath::open(&Config { flows_v4: 4096, ..config.clone() }).unwrap();
+    assert_eq!(larger.flow_count().unwrap().0, 3);
+    // The old programs are still attached, and see another connection.
+    send(&stage, &stage.a, &sent(&stage, 1001));
+    assert_eq!(larger.flow_count().unwrap().0, 3);
+    larger.remove_other_versions().unwrap();
+    assert_eq!(larger.flow_count().unwrap().0, 5);
+    assert!(!larger.pins().join("FLOWS_V4_before").exists());
+    stage.datapath = larger;
+    let made = stage.datapath.counters().unwrap().kind(Kind::FlowNew);
+    for port in [1000, 1001] {
+        assert_eq!(ends(&send(&stage, &stage.b, &back(&stage, port)).packet).0, [10, 96, 0, 1]);
+    }
+    assert_eq!(stage.datapath.counters().unwrap().kind(Kind::FlowNew), made, "known flows, all of them");
+
+    // Into a smaller one go those that were used last. Killed in between, the next daemon goes on.
+    for n in 0..3000_u16 {
+        send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", "10.9.0.9").udp(20_000 + n, 53));
+    }
+    sleep(Duration::from_millis(50));
+    send(&stage, &stage.a, &sent(&stage, 1000));
+    for _ in 0..2 {
+        let smaller = Datapath::open(&Config { flows_v4: 1024, ..config.clone() }).unwrap();
+        assert!(smaller.pins().join("FLOWS_V4_before").exists());
+        assert!((600..=1024).contains(&smaller.flow_count().unwrap().0));
+        stage.datapath = smaller;
+        assert_eq!(ends(&send(&stage, &stage.b, &back(&stage, 1000)).packet).0, [10, 96, 0, 1]);
+    }
+    stage.datapath.remove_other_versions().unwrap();
+}
+
+/// The choice of the least loaded forgets connections that have ended.
+#[test]
+fn loads_fall_when_connections_end() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    let template = Frontend { flags: frontend_flags::LEAST, ..Frontend::default() };
+    serve(&stage, TCP, &[(B, 8001), (B, 8002)], template);
+    let loads = || -> [u64; 2] {
+        let pinned = MapData::from_pin(stage.datapath.pins().join(names::LOADS)).unwrap();
+        let map: Array<_, u64> = Map::Array(pinned).try_into().unwrap();
+        [1, 2].map(|number| map.get(&number, 0).unwrap())
+    };
+    let open = |port: u16| -> u16 {
+        let sent = send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", VIP).tcp(port, 80, flags::SYN));
+        let backend = ends(&sent.packet).3;
+        send(
+            &stage,
+            &stage.b,
+            &stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1").tcp(backend, port, flags::SYN | flags::ACK),
+        );
+        backend
+    };
+    let pass = || -> Found {
+        stage.datapath.pass_flows(&PassOptions { loads: true, ..options(Timeouts::default()) }).unwrap()
+    };
+    let opened: Vec<(u16, u16)> = (0..200).map(|n| (1000 + n, open(1000 + n))).collect();
+    let [first, second] = loads();
+    assert!(first + second == 200 && first.abs_diff(second) < 20, "{first} {second}");
+    sleep(Duration::from_millis(20));
+    assert_eq!(pass().loads_corrected, 0, "what programs counted is right");
+    // All connections of the first backend end.
+    for (port, backend) in opened.iter().filter(|(_, backend)| *backend == 8001) {
+        send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", VIP).tcp(*port, 80, flags::RST));
+        assert_eq!(*backend, 8001);
+    }
+    assert_eq!(loads(), [first, second], "nobody has counted yet");
+    pass();
+    assert_eq!(loads(), [0, second]);
+    // Those that come now go where there is room, until the two are even.
+    let next: Vec<u16> = (0..second as u16).map(|n| open(5000 + n)).collect();
+    assert!(next.iter().filter(|backend| **backend == 8001).count() > next.len() * 6 / 10, "{next:?}");
+    let [first, second] = loads();
+    assert!(first.abs_diff(second) < 20, "{first} {second}");
+    // A connection that was translated at the socket looks direct here, and counts as well.
+    for n in 0..10 {
+        send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.0.2").tcp(7000 + n, 8001, flags::SYN));
+    }
+    sleep(Duration::from_millis(20));
+    pass();
+    assert_eq!(loads(), [first + 10, second]);
+    assert_ne!(
+        send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", VIP).tcp(1, 80, flags::SYN)).action,
+        SHOT
+    );
+}
+
+/// A client with session affinity leaves a backend that is ending: what it began there goes on, what it begins now goes elsewhere.
+#[test]
+fn affinity_ends_with_its_backend() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    let template = Frontend { affinity: 600, ..Frontend::default() };
+    serve(&stage, TCP, &[(B, 8001), (B, 8002)], template);
+    let open = |port: u16, tcp| {
+        ends(&send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", VIP).tcp(port, 80, tcp)).packet).3
+    };
+    let held = open(1000, flags::SYN);
+    assert!((0..50).all(|n| open(1001 + n, flags::SYN) == held));
+    // It is on its way out: marked, and no longer in the run.
+    let number = u32::from(held - 8000);
+    let address = [u32::from_ne_bytes(B.octets()), 0, 0, 0];
+    let ending = terway_abi::backend_flags::ENDING;
+    let backend =
+        Backend { address, port: held.to_be(), protocol: TCP, flags: ending, generation: 1, ..Backend::default() };
+    let other = Member { backend: 3 - number, generation: 1 };
+    stage.datapath.set_members(20, &[other]).unwrap();
+    let run = Run { first: 20, count: 1 };
+    let at = FrontendAt::Address { address: VIP.parse().unwrap(), port: 80, protocol: TCP };
+    stage.datapath.set_frontend(&at, &Frontend { service: 7, internal: run, external: run, ..template }).unwrap();
+    stage.datapath.set_backend(number, &backend).unwrap();
+    assert_eq!(open(1000, flags::ACK), held, "what was begun goes on");
+    let next = open(2000, flags::SYN);
+    assert_ne!(next, held);
+    assert!((0..50).all(|n| open(2001 + n, flags::SYN) == next), "and the client stays there");
+}
