@@ -97,6 +97,17 @@ fn run(cli: &Cli) -> Result<bool> {
         let cluster = Cluster::start(&svc::sync::node()?)?;
         show(svc::sync::measure(cluster.node(1))?);
         cluster.finish()?;
+
+        let cluster = Cluster::start(&svc::sync::node()?)?;
+        let node = cluster.node(1);
+        let (mut client, mut near) = (node.new_pod("client")?, node.new_pod("near")?);
+        node.add(&mut client)?;
+        node.add(&mut near)?;
+        show(svc::traffic::measure(node, &client, &near, cluster.prefix())?);
+        node.del(&client)?;
+        node.del(&near)?;
+        drop((client, near));
+        cluster.finish()?;
     }
     if wanted(Name::Path) {
         let mut options = Options::new()?;

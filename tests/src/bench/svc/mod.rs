@@ -1,3 +1,4 @@
-//! `svc`: what Services cost: bringing a large cluster's into the maps, and (another file) sending through them.
+//! `svc`: what Services cost: bringing a large cluster's into the maps, and sending through them.
 
 pub mod sync;
+pub mod traffic;

@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, TcpStream};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -35,9 +36,15 @@ pub fn node() -> Result<Options> {
     Ok(options)
 }
 
+/// The address of a Service.
+pub(super) fn address(i: usize) -> Ipv4Addr {
+    let [.., high, low] = (i / 250 * 256 + i % 250 + 1).to_be_bytes();
+    Ipv4Addr::new(10, 96, high, low)
+}
+
 /// A Service and its slice, as two items of a list; `turn` changes its last endpoint.
 fn items(i: usize, turn: usize) -> String {
-    let (high, low) = (i / 250, i % 250 + 1);
+    let [_, _, high, low] = address(i).octets();
     let mut text = format!(
         r#"{{"apiVersion":"v1","kind":"Service","metadata":{{"name":"s{i}","namespace":"bench"}},"spec":{{"type":"ClusterIP","clusterIP":"10.96.{high}.{low}","clusterIPs":["10.96.{high}.{low}"],"ipFamilies":["IPv4"],"ports":[{{"name":"web","protocol":"TCP","port":80,"targetPort":8080}}]}}}},
 {{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{{"name":"s{i}-x","namespace":"bench","labels":{{"kubernetes.io/service-name":"s{i}"}}}},"addressType":"IPv4","ports":[{{"name":"web","protocol":"TCP","port":8080}}],"endpoints":["#
@@ -62,6 +69,15 @@ fn put(node: &Node, name: &str, items: &[String]) -> Result<()> {
     let fresh = folder.join(format!("{name}.new"));
     fs::write(&fresh, text)?;
     Ok(fs::rename(fresh, folder.join(format!("{name}.json")))?)
+}
+
+/// Writes these Services.
+pub(super) fn fill(node: &Node, numbers: Range<usize>) -> Result<()> {
+    for first in numbers.clone().step_by(PER_FILE) {
+        let all: Vec<String> = (first..numbers.end.min(first + PER_FILE)).map(|i| items(i, 0)).collect();
+        put(node, &format!("f{first}"), &all)?;
+    }
+    Ok(())
 }
 
 /// How many plans the daemon has carried out, and how many seconds that took altogether, from the arrival of the objects.
@@ -112,10 +128,7 @@ fn next(node: &Node, before: (f64, f64), limit: Duration) -> Result<((f64, f64),
 pub fn measure(node: &Node) -> Result<Vec<Figure>> {
     let idle = memory(node, "VmRSS:")?;
     node.stop_daemon()?;
-    for first in (0..SERVICES).step_by(PER_FILE) {
-        let all: Vec<String> = (first..first + PER_FILE).filter(|i| *i != 0).map(|i| items(i, 0)).collect();
-        put(node, &format!("f{first}"), &all)?;
-    }
+    fill(node, 1..SERVICES)?;
     put(node, "hot", &[items(0, 0)])?;
     let start = Instant::now();
     node.start_daemon()?;
