@@ -415,6 +415,14 @@ impl Datapath {
         self.flows.dump(limit)
     }
 
+    /// Directions of flows that saw a packet and that the filter means, `most` of them, and whether there are more.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn find_flows(&self, filter: &FlowFilter, most: usize) -> Result<(Vec<FlowRow>, bool), BpfError> {
+        self.flows.find(filter, most)
+    }
+
     /// Goes through the flow tables: counts, and as told deletes what is dead and sets the loads of backends right.
     ///
     /// # Errors

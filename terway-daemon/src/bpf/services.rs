@@ -96,6 +96,8 @@ pub(super) struct Services {
     v4: HashMap<MapData, FrontendKeyV4, Frontend>,
     v6: HashMap<MapData, FrontendKeyV6, Frontend>,
     filters: Elements<u32, u32>,
+    /// The programs are loaded with the number of this very descriptor in their code.
+    _filters: Array<MapData, u32>,
     /// The frontends' maps, for many at once.
     many_v4: Elements<FrontendKeyV4, Frontend>,
     many_v6: Elements<FrontendKeyV6, Frontend>,
@@ -127,6 +129,7 @@ impl Services {
             v4,
             v6,
             filters: Elements::of(IterableMap::map(&filters), names::FILTERS)?,
+            _filters: filters,
             members: take(loaded, names::MEMBERS)?,
             backends: take(loaded, names::BACKENDS)?,
             frontends: BTreeSet::new(),

@@ -24,12 +24,8 @@ impl Engine {
             0 => ROWS,
             given => given.min(ROWS),
         };
-        let rows = self.with_datapath(|datapath| datapath.flows(usize::MAX)).await?;
-        let mut rows = rows.iter().filter(|row| filter.matches(row.source, row.destination, row.protocol));
-        // What never saw a packet is the shadow of the other direction.
-        let mut shown = rows.by_ref().filter(|row| row.packets > 0);
-        let flows = shown.by_ref().take(limit).map(flow).collect();
-        Ok(v1::ListFlowsResponse { flows, more: shown.next().is_some() })
+        let (rows, more) = self.with_datapath(move |datapath| datapath.find_flows(&filter, limit)).await?;
+        Ok(v1::ListFlowsResponse { flows: rows.iter().map(flow).collect(), more })
     }
 
     /// Deletes flows that a filter means.

@@ -58,7 +58,8 @@ fn flows_end_as_configured_and_are_counted() -> Result<()> {
             let open = probe::Traffic::start(&client.ns, server.v4()?)?;
             node.edit_conf(json!({"bpf_ct_max_v4": 8192}))?;
             node.wait(SOON, "the size waits for a restart", |node| {
-                Ok(node.cli(&["config", "show"])?.contains("bpf_ct_max_v4"))
+                let pending = node.status()?.configuration.unwrap_or_default().pending_restart;
+                Ok(pending.iter().any(|change| change.key == "bpf_ct_max_v4"))
             })?;
             ensure!(tracking(node)?["capacityV4"] == 4096);
             node.stop_daemon()?;

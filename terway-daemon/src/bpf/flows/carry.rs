@@ -4,6 +4,8 @@
 //! copied; programs are attached that use the new one; and once all are, what the old programs wrote meanwhile is copied too, and
 //! the old table goes. A daemon that dies in between finds both and goes on where it was.
 
+use std::collections::HashMap;
+use std::hash::Hash;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +14,8 @@ use terway_abi::{Flow, FlowKey, names};
 use terway_core::conntrack::Standing;
 
 use super::gone::Facts;
-use super::{FlowMap, Tables};
+use super::partner::{self, Order};
+use super::{FlowMap, Tables, translates};
 use crate::bpf::elements::{Elements, NOEXIST};
 use crate::bpf::error::BpfError;
 use crate::bpf::pin::{ASIDE, unlink};
@@ -39,7 +42,7 @@ impl Tables {
         Ok(copied)
     }
 
-    fn carry<A: Copy>(&self, to: &FlowMap<A>, pins: &Path, name: &'static str) -> Result<u64, BpfError>
+    fn carry<A: Order + Eq + Hash>(&self, to: &FlowMap<A>, pins: &Path, name: &'static str) -> Result<u64, BpfError>
     where
         FlowKey<A>: Pod,
         Flow<A>: Pod,
@@ -65,13 +68,18 @@ impl Tables {
         })?;
         let room = to.capacity() as usize * FILLED.0 / FILLED.1;
         if live.len() > room {
-            // The longest silent stay behind, and so does one direction of what was seen in the other only.
+            // The longest silent stay behind, pair by pair.
             let now = super::now(self.hz);
             let age = |flow: &Flow<A>| {
                 let [one, other] = &flow.sides;
                 now.wrapping_sub(one.last_seen).min(now.wrapping_sub(other.last_seen))
             };
-            live.sort_by_key(|(_, flow)| age(flow));
+            let halves = live.iter().filter(|(_, flow)| translates(flow));
+            let halves: HashMap<FlowKey<A>, u32> = halves.map(|(key, flow)| (*key, age(flow))).collect();
+            live.sort_by_cached_key(|(key, flow)| {
+                let other = if translates(flow) { halves.get(&partner::of(key, flow)) } else { None };
+                age(flow).min(other.copied().unwrap_or(u32::MAX))
+            });
             live.truncate(room);
         }
         // In the order of an LRU: the last one written is the last to be thrown away.

@@ -175,9 +175,25 @@ impl Tables {
     pub(super) fn dump(&self, limit: usize) -> Result<Vec<FlowRow>, BpfError> {
         let facts = Facts::read(self)?;
         let mut rows = Vec::new();
-        self.dump_family(&self.v4, limit, &facts, |a| address_v4(a).into(), &mut rows)?;
-        self.dump_family(&self.v6, limit, &facts, |a| address_v6(a).into(), &mut rows)?;
+        self.dump_family(&self.v4, limit, &facts, |a| address_v4(a).into(), &mut |row| rows.push(row))?;
+        self.dump_family(&self.v6, limit, &facts, |a| address_v6(a).into(), &mut |row| rows.push(row))?;
         Ok(rows)
+    }
+
+    /// Directions that saw a packet and that the filter means, `most` of them, and whether there are more. The others are read and
+    /// forgotten: a table may hold a million.
+    pub(super) fn find(&self, filter: &FlowFilter, most: usize) -> Result<(Vec<FlowRow>, bool), BpfError> {
+        let facts = Facts::read(self)?;
+        let (mut rows, mut more) = (Vec::new(), false);
+        let mut take = |row: FlowRow| {
+            // What never saw a packet is the shadow of the other direction.
+            if row.packets > 0 && filter.matches(row.source, row.destination, row.protocol) {
+                if rows.len() < most { rows.push(row) } else { more = true }
+            }
+        };
+        self.dump_family(&self.v4, usize::MAX, &facts, |a| address_v4(a).into(), &mut take)?;
+        self.dump_family(&self.v6, usize::MAX, &facts, |a| address_v6(a).into(), &mut take)?;
+        Ok((rows, more))
     }
 
     fn dump_family<A: Copy>(
@@ -186,7 +202,7 @@ impl Tables {
         limit: usize,
         facts: &Facts<'_>,
         address: impl Fn(A) -> IpAddr,
-        rows: &mut Vec<FlowRow>,
+        take: &mut dyn FnMut(FlowRow),
     ) -> Result<(), BpfError>
     where
         FlowKey<A>: Pod,
@@ -210,7 +226,7 @@ impl Tables {
             let (low, high) = ends(key, &address);
             let (maker, other) = if flow.maker == 0 { (low, high) } else { (high, low) };
             for (side, source, destination) in [(&flow.sides[0], maker, other), (&flow.sides[1], other, maker)] {
-                rows.push(FlowRow {
+                take(FlowRow {
                     source,
                     destination,
                     protocol: key.protocol(),
