@@ -92,6 +92,9 @@ pub async fn run(options: Options) -> Result<(), Error> {
         datapath: Arc::clone(&datapath),
         addresses: links.addresses(),
         metrics: ServiceMetrics::new(&mut registry),
+        cgroup: options.cgroup.clone(),
+        end_sockets: options.end_sockets,
+        host: Arc::clone(&host),
     };
     let parts = Parts {
         pool,
@@ -107,7 +110,8 @@ pub async fn run(options: Options) -> Result<(), Error> {
     };
     let engine = Engine::new(parts);
     engine.begin(&records, effects).await?;
-    let services = Services::start(services);
+    let pods = Arc::clone(&engine);
+    let services = Services::start(services, move || pods.pod_namespaces());
     tokio::spawn(Arc::clone(&engine).tick());
     tokio::spawn(Arc::clone(&engine).log_drops());
     let followers = Followers { options: options.clone(), node, cloud: aliyun, engine: Arc::clone(&engine), datapath };

@@ -4,7 +4,9 @@
 //! the source has told everything, so that a restart takes nothing away that is only not known yet. A write that fails makes the planner
 //! distrust what it knows: the maps are read again and the whole difference is planned anew.
 
+mod cgroup;
 mod metrics;
+mod sockets;
 mod state;
 mod view;
 
@@ -17,15 +19,18 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use terway_core::errors::{self, Error};
 use terway_core::objects::Objects;
-use terway_core::service::{NodeFacts, Settings};
+use terway_core::service::{EndSockets, NodeFacts, Settings};
 use terway_proto::v1;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, warn};
 
 use crate::bpf::Datapath;
+use crate::net::Host;
 use crate::objects::{Batch, DirSource, ObjectSource as _, Update};
 
+pub use cgroup::CgroupAt;
 pub use metrics::ServiceMetrics;
+pub use sockets::SocketPath;
 use state::{State, Work};
 
 /// How often a folder that cannot be watched is tried again.
@@ -53,7 +58,6 @@ impl FromStr for Origin {
 }
 
 /// What Services are made with.
-#[derive(Debug)]
 pub struct Setup {
     /// Where the objects come from; with none, the node serves no Services.
     pub origin: Option<Origin>,
@@ -67,6 +71,12 @@ pub struct Setup {
     pub addresses: watch::Receiver<Arc<Vec<IpNet>>>,
     /// Counters.
     pub metrics: ServiceMetrics,
+    /// The cgroup whose processes are served at the socket; by default the root.
+    pub cgroup: Option<CgroupAt>,
+    /// Whose sockets end with their backend.
+    pub end_sockets: EndSockets,
+    /// Who can enter network namespaces.
+    pub host: Arc<Host>,
 }
 
 /// See the [module](self).
@@ -76,18 +86,24 @@ pub struct Services {
     /// What is wrong, kept apart so that asking never waits for a step.
     problems: Mutex<Vec<Error>>,
     source_failure: Mutex<Option<Error>>,
+    sockets: Arc<SocketPath>,
 }
 
 impl Services {
-    /// Begins to serve.
+    /// Begins to serve. `pods` tells the paths of the network namespaces of the node's pods.
     #[must_use]
-    pub fn start(setup: Setup) -> Arc<Self> {
-        let Setup { origin, facts, settings, datapath, addresses, metrics } = setup;
+    pub fn start(setup: Setup, pods: impl Fn() -> Vec<String> + Send + Sync + 'static) -> Arc<Self> {
+        let sockets = Arc::new(SocketPath::new(&setup, Box::new(pods)));
+        let Setup { origin, facts, settings, datapath, addresses, metrics, .. } = setup;
         let this = Arc::new(Self {
             state: Mutex::new(State::new(datapath, facts, settings, metrics)),
             problems: Mutex::default(),
             source_failure: Mutex::default(),
+            sockets: Arc::clone(&sockets),
         });
+        // Before the first pod: what is attached is part of how a node looks to whoever compares.
+        sockets.attach_now();
+        tokio::spawn(sockets.run());
         let (sender, news) = mpsc::channel(WAITING);
         tokio::spawn(Arc::clone(&this).follow(news, addresses));
         tokio::spawn(Arc::clone(&this).feed(origin, sender));
@@ -99,6 +115,11 @@ impl Services {
     pub fn problems(&self) -> Vec<Error> {
         let failure = lock(&self.source_failure).clone();
         failure.into_iter().chain(lock(&self.problems).iter().cloned()).collect()
+    }
+
+    /// How Services are resolved at the socket.
+    pub async fn socket_path(&self) -> v1::SocketPath {
+        self.sockets.view().await
     }
 
     /// What is served, of one namespace or name if they are not empty.
@@ -160,6 +181,9 @@ impl Services {
             let mut state = lock(&this.state);
             let due = state.step(work);
             *lock(&this.problems) = state.problems();
+            if state.lives_ended() {
+                this.sockets.lives_ended();
+            }
             due
         };
         match tokio::task::spawn_blocking(step).await {

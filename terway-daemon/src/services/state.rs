@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use terway_core::errors::{self, Error};
 use terway_core::objects::{Applied, Delta, EndpointSlice, Kind, ObjectKey, ObjectName, Objects};
-use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Problem, Settings};
+use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Problem, Settings, ends_lives};
 use terway_proto::v1;
 use tracing::{error, info, warn};
 
@@ -55,6 +55,8 @@ pub(super) struct State {
     documents: Vec<objects::Problem>,
     complaints: Complaints,
     failure: Option<Error>,
+    /// A backend's life has ended since somebody asked.
+    lives_ended: bool,
 }
 
 impl fmt::Debug for State {
@@ -80,7 +82,13 @@ impl State {
             documents: Vec::new(),
             complaints: BTreeMap::new(),
             failure: None,
+            lives_ended: false,
         }
+    }
+
+    /// Whether a backend's life has ended since this was asked last.
+    pub(super) const fn lives_ended(&mut self) -> bool {
+        std::mem::replace(&mut self.lives_ended, false)
     }
 
     /// Does it, and tells when there is more to do.
@@ -131,6 +139,7 @@ impl State {
     fn due(&mut self, now: Instant) -> Result<(), BpfError> {
         while let Some((_, ops)) = self.retire.pop_front_if(|(due, _)| *due <= now) {
             self.datapath.apply_services(&ops)?;
+            self.lives_ended |= ops.iter().any(ends_lives);
             if let Some(planner) = &mut self.planner {
                 planner.retired(&ops);
             }
@@ -159,6 +168,8 @@ impl State {
         self.carry_out(plan, &known, start)?;
         self.failure = None;
         self.patience = RETRY.0;
+        // Some may have ended before this daemon looked.
+        self.lives_ended = true;
         let services = self.objects.services().len();
         info!(services, frontends_found = found, writes = now, for_later = later, took = ?start.elapsed(), "Services are in force");
         Ok(())
@@ -176,6 +187,7 @@ impl State {
             return Ok(());
         }
         self.datapath.apply_services(&plan.ops)?;
+        self.lives_ended |= plan.ops.iter().any(ends_lives);
         self.metrics.synced(start.elapsed());
         if !plan.retire.is_empty() {
             self.retire.push_back((Instant::now() + RETIRE_AFTER, plan.retire));

@@ -9,6 +9,7 @@ mod churn;
 mod connectivity;
 mod services;
 mod soak;
+mod sockets;
 mod survival;
 
 use std::time::Duration;
