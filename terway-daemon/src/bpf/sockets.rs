@@ -153,12 +153,14 @@ impl Table {
     }
 
     pub(super) fn list(&self) -> Result<Vec<SocketRow>, BpfError> {
-        let mut rows = Vec::new();
+        let (mut rows, mut lives) = (Vec::new(), std::collections::HashMap::new());
         for entry in self.sockets.iter().take(ENOUGH) {
             let (key, value) = entry.map_err(BpfError::map(names::SOCKETS))?;
-            // A number beyond the map is of a map that was larger.
-            let backend = self.backends.get(&value.member.backend, 0).unwrap_or_default();
-            rows.push(row(key, value, backend.generation == value.member.generation));
+            let life = *lives.entry(value.member.backend).or_insert_with_key(|number| {
+                // A number beyond the map is of a map that was larger.
+                self.backends.get(number, 0).unwrap_or_default().generation
+            });
+            rows.push(row(key, value, life == value.member.generation));
         }
         Ok(rows)
     }

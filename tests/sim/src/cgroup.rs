@@ -68,7 +68,8 @@ impl Cgroup {
     /// # Errors
     /// When it takes no members, or the kernel refuses.
     pub fn enter(&self) -> io::Result<()> {
-        let (_, mut threads) = self.members.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let (_, threads) = self.members.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let mut threads: &File = threads;
         threads.write_all(b"0")
     }
 

@@ -83,6 +83,11 @@ fn put(cluster: &Cluster, name: &str, number: u8, node_port: u16, endpoints: &[(
     Ok(())
 }
 
+/// Where the node's own processes are.
+fn ns(node: &Node) -> &NetNs {
+    node.netns()
+}
+
 /// The node's own addresses.
 fn addresses(cluster: &Cluster, node: &Node) -> Result<[IpAddr; 2]> {
     let primary = cluster.vpc().primary(node.name()).context("no primary ENI")?;
@@ -190,7 +195,7 @@ fn node_and_pods_connect_straight_to_backends() -> Result<()> {
         let own = addresses(cluster, n1)?;
         for (number, server, port) in [(1, &a, NODE_PORT), (2, &b, NODE_PORT + 1)] {
             let backends = [server.v4()?, server.v6()?];
-            for (client, name) in [(n1.netns(), "the node"), (&c.ns, "a pod")] {
+            for (client, name) in [(ns(n1), "the node"), (&c.ns, "a pod")] {
                 for (family, backend) in backends.into_iter().enumerate() {
                     for vip in vips(number) {
                         let to = SocketAddr::new(vip[family], 80);
@@ -210,7 +215,7 @@ fn node_and_pods_connect_straight_to_backends() -> Result<()> {
                 [IpAddr::from([127, 0, 0, 1]), Ipv6Addr::LOCALHOST.into()].into_iter().zip(backends)
             {
                 let to = SocketAddr::new(loopback, port);
-                direct(n1.netns(), to, backend).with_context(|| format!("the node to {to}"))?;
+                direct(ns(n1), to, backend).with_context(|| format!("the node to {to}"))?;
                 probe::refused(&c.ns, to)?;
             }
         }
@@ -220,7 +225,7 @@ fn node_and_pods_connect_straight_to_backends() -> Result<()> {
             probe::udp_at(&a.ns, to, 1000).context("to itself")?;
         }
         // Nobody serves these; both kinds of clients are told at once.
-        for client in [n1.netns(), &c.ns] {
+        for client in [ns(n1), &c.ns] {
             for to in [at(3)[0], at(3)[1], SocketAddr::new(own[0], NODE_PORT + 2), SocketAddr::new(at(1)[0].ip(), 81)] {
                 let start = Instant::now();
                 ensure!(probe::tcp_at(client, to, 1).is_err() && probe::udp_at(client, to, 1).is_err(), "{to} answers");
@@ -255,19 +260,19 @@ fn ports_of_services_are_nobodys_to_bind() -> Result<()> {
                     all.iter().flat_map(both).collect()
                 })
             };
-            ensure!(bound(node.netns())?.iter().all(|ok| *ok), "before there was a Service");
+            ensure!(bound(ns(node))?.iter().all(|ok| *ok), "before there was a Service");
             put(cluster, "web", 1, NODE_PORT, &[(&a, 1)])?;
-            ensure!(bound(node.netns())?.iter().all(|ok| !ok), "the node binds a node port");
+            ensure!(bound(ns(node))?.iter().all(|ok| !ok), "the node binds a node port");
             ensure!(bound(&a.ns)?.iter().all(|ok| *ok), "a pod has ports of its own");
-            let error = node.netns().run(|| TcpListener::bind(("0.0.0.0", NODE_PORT)).err())?;
+            let error = ns(node).run(|| TcpListener::bind(("0.0.0.0", NODE_PORT)).err())?;
             println!("{error:?}");
             // Also while the daemon is away.
             node.stop_daemon()?;
-            ensure!(bound(node.netns())?.iter().all(|ok| !ok), "the node binds a node port while the daemon is away");
+            ensure!(bound(ns(node))?.iter().all(|ok| !ok), "the node binds a node port while the daemon is away");
             node.start_daemon()?;
             node.wait_ready(Duration::from_secs(20))?;
             node.remove_service("web")?;
-            node.wait(SOON, "the port is free", |node| Ok(bound(node.netns())?.iter().all(|ok| *ok)))?;
+            node.wait(SOON, "the port is free", |node| Ok(bound(ns(node))?.iter().all(|ok| *ok)))?;
             node.del(&a).map(drop)
         },
     )
@@ -323,16 +328,16 @@ fn clients_of_udp_survive_their_backend() -> Result<()> {
         put(cluster, "web", 1, 0, &[(&a, 2)])?;
         put(cluster, "other", 2, 0, &[(&b, 2)])?;
         let mut clients = Vec::new();
-        for ns in [n1.netns(), &c.ns] {
+        for client in [ns(n1), &c.ns] {
             for to in at(1) {
-                clients.push(Stubborn::new(ns, to)?);
+                clients.push(Stubborn::new(client, to)?);
             }
         }
         // These are nobody's to end: through another Service, straight to the backend, and TCP, which finds out by itself.
         let mut others = Vec::new();
-        for ns in [n1.netns(), &c.ns] {
+        for client in [ns(n1), &c.ns] {
             for to in [at(2)[0], SocketAddr::new(a.v4()?, probe::PORT), SocketAddr::new(a.v6()?, probe::PORT)] {
-                others.push(Stubborn::new(ns, to)?);
+                others.push(Stubborn::new(client, to)?);
             }
         }
         let stream = c.ns.run(|| TcpStream::connect(at(1)[0]))??;
@@ -379,11 +384,11 @@ fn restarts_keep_everything_at_the_socket() -> Result<()> {
         put(cluster, "near", 1, NODE_PORT, &[(&a, 1)])?;
         put(cluster, "far", 2, NODE_PORT + 1, &[(&b, 2)])?;
         let mut kept = Vec::new();
-        for ns in [n1.netns(), &c.ns] {
+        for client in [ns(n1), &c.ns] {
             for to in [at(1), at(2)].concat() {
-                let stream = ns.run(|| TcpStream::connect(to))??;
+                let stream = client.run(|| TcpStream::connect(to))??;
                 stream.set_read_timeout(Some(Duration::from_secs(2)))?;
-                kept.push((stream, Stubborn::new(ns, to)?));
+                kept.push((stream, Stubborn::new(client, to)?));
             }
         }
         for round in 0..4 {
@@ -393,13 +398,13 @@ fn restarts_keep_everything_at_the_socket() -> Result<()> {
                 n1.kill_daemon()?
             }
             let fresh = |text: &str| -> Result<()> {
-                for ns in [n1.netns(), &c.ns] {
+                for client in [ns(n1), &c.ns] {
                     for to in [at(1), at(2)].concat() {
-                        probe::tcp_at(ns, to, 1000).with_context(|| text.to_owned())?;
-                        probe::udp_at(ns, to, 1000).with_context(|| text.to_owned())?;
+                        probe::tcp_at(client, to, 1000).with_context(|| text.to_owned())?;
+                        probe::udp_at(client, to, 1000).with_context(|| text.to_owned())?;
                     }
                 }
-                probe::tcp_at(n1.netns(), SocketAddr::new(Ipv6Addr::LOCALHOST.into(), NODE_PORT), 1)
+                probe::tcp_at(ns(n1), SocketAddr::new(Ipv6Addr::LOCALHOST.into(), NODE_PORT), 1)
             };
             fresh("without a daemon")?;
             n1.start_daemon()?;
