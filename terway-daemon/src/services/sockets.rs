@@ -206,7 +206,10 @@ impl SocketPath {
         if !doomed.is_empty() && !self.unable.load(Ordering::Relaxed) {
             self.end(Arc::new(doomed)).await;
         }
-        if forget {
+        // A socket that lives on keeps the name of its peer.
+        let ending = |row: &SocketRow| self.whose.protocols().contains(&row.protocol);
+        let dead: Vec<SocketRow> = dead.into_iter().filter(ending).collect();
+        if forget && !self.unable.load(Ordering::Relaxed) {
             let datapath = Arc::clone(&self.datapath);
             match tokio::task::spawn_blocking(move || datapath.forget_sockets(&dead)).await {
                 Ok(Ok(())) => {}
