@@ -182,7 +182,8 @@ where
     }
     let cookie = socket_cookie(sock);
     let memory = SocketKey { kind: TO_FRONTEND, ..socket_key(sock, cookie, F::widen(address), port, F::VERSION) };
-    let member = match remembered::<F>(call, &memory, frontend.service) {
+    let known = remembered::<F>(call, &memory, frontend.service);
+    let member = match known {
         Some(member) => member,
         None => {
             // SAFETY: the helper has no preconditions.
@@ -204,9 +205,9 @@ where
     // If the table takes neither, the application is told the backend's address, and the next datagram may go elsewhere.
     if !is_known(&key, &value) {
         let _full = SOCKETS.insert(&key, &value, 0);
-        if call == Call::Send {
-            let _full = SOCKETS.insert(&memory, &SocketValue { address: target, port: target_port, ..value }, 0);
-        }
+    }
+    if call == Call::Send && known.is_none() {
+        let _full = SOCKETS.insert(&memory, &SocketValue { address: target, port: target_port, ..value }, 0);
     }
     Ok(Some((F::narrow(&target), target_port)))
 }

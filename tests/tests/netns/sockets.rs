@@ -368,6 +368,14 @@ fn clients_of_udp_survive_their_backend() -> Result<()> {
         ensure!(stream.take_error()?.is_none() && stream.peer_addr()? == at(1)[0], "TCP was not to be ended");
         let status = n1.cli(&["status"])?;
         ensure!(status.contains("4 sockets ended"), "{status}");
+        let metrics = ns(n1).run(|| -> io::Result<String> {
+            let mut stream = TcpStream::connect("127.0.0.1:9099")?;
+            stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+            io::read_to_string(stream)
+        })??;
+        for line in [r#"terway_sockets_ended_total{protocol="udp",outcome="ended"} 4"#, "terway_socket_programs 10"] {
+            ensure!(metrics.contains(line), "{line} is not in\n{metrics}");
+        }
         // The table has forgotten the dead, so that they are not looked for again.
         put(cluster, "web", 1, 0, &[])?;
         put(cluster, "web", 1, 0, &[(&b, 2)])?;
