@@ -306,9 +306,8 @@ impl<'a> Stubborn<'a> {
     /// Whether a question is answered; time is no error, for a socket tells of it in no other way.
     fn ask(&mut self) -> Result<bool> {
         let mut bytes = [0; 16];
-        let error = match self.socket.send(b"question").and_then(|_| self.socket.recv(&mut bytes)) {
-            Ok(_) => return Ok(true),
-            Err(error) => error,
+        let Err(error) = self.socket.send(b"question").and_then(|_| self.socket.recv(&mut bytes)) else {
+            return Ok(true);
         };
         if error.kind() != io::ErrorKind::WouldBlock {
             self.errors.push(error);
@@ -405,9 +404,9 @@ fn restarts_keep_everything_at_the_socket() -> Result<()> {
         }
         for round in 0..4 {
             if round % 2 == 0 {
-                n1.stop_daemon()?
+                n1.stop_daemon()?;
             } else {
-                n1.kill_daemon()?
+                n1.kill_daemon()?;
             }
             let fresh = |text: &str| -> Result<()> {
                 for client in [ns(n1), &c.ns] {
