@@ -209,6 +209,25 @@ pub struct StatusResponse {
     /// The configuration.
     #[prost(message, optional, tag = "8")]
     pub configuration: ::core::option::Option<Configuration>,
+    /// Services at the socket.
+    #[prost(message, optional, tag = "9")]
+    pub socket_path: ::core::option::Option<SocketPath>,
+}
+/// Where connections to Services are resolved before the first packet.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SocketPath {
+    /// Folder of the cgroup (version 2) whose processes are served so; empty if none is.
+    #[prost(string, tag = "1")]
+    pub cgroup: ::prost::alloc::string::String,
+    /// Programs that are attached there.
+    #[prost(uint32, tag = "2")]
+    pub programs: u32,
+    /// Why not all are, in a sentence; empty if all are.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+    /// Sockets that were ended because their backend was gone.
+    #[prost(uint64, tag = "4")]
+    pub ended: u64,
 }
 /// What became of eni-config.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -94,6 +94,9 @@ pub async fn run(options: Options) -> Result<(), Error> {
         datapath: Arc::clone(&datapath),
         addresses: links.addresses(),
         metrics: ServiceMetrics::new(&mut registry),
+        cgroup: options.cgroup.clone(),
+        end_sockets: options.end_sockets,
+        host: Arc::clone(&host),
     };
     let parts = Parts {
         pool,
@@ -110,7 +113,8 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let engine = Engine::new(parts);
     engine.begin(&records, effects).await?;
     forget_older_maps(&datapath).await;
-    let services = Services::start(services);
+    let pods = Arc::clone(&engine);
+    let services = Services::start(services, move || pods.pod_namespaces());
     let conntrack = Conntrack::start(
         Arc::clone(&datapath),
         source.subscribe(),

@@ -7,7 +7,8 @@ use clap::Parser;
 
 use crate::cloud::{EndpointNetwork, KEY_FOLDER, Scheme, SignatureMethod};
 use crate::config_source::Paths;
-use crate::services::Origin;
+use crate::services::{CgroupAt, Origin};
+use terway_core::service::EndSockets;
 
 /// The node daemon of the terway container network.
 #[derive(Clone, Debug, Parser)]
@@ -34,6 +35,12 @@ pub struct Options {
     /// Where Services and their endpoints come from: dir:PATH, a folder of manifests. Without it, the node serves no Services.
     #[arg(long, env = "TERWAY_OBJECTS", value_name = "SOURCE")]
     pub objects: Option<Origin>,
+    /// The cgroup (version 2) whose processes are served at the socket: its folder, or none; default: the root of the hierarchy.
+    #[arg(long, env = "TERWAY_CGROUP", value_name = "PATH")]
+    pub cgroup: Option<CgroupAt>,
+    /// Whose sockets are ended when the backend that a Service gave them is gone: none, udp, or all for udp and tcp.
+    #[arg(long, default_value_t, value_name = "WHOSE")]
+    pub end_sockets: EndSockets,
     /// Address of /metrics, /healthz and /readyz.
     #[arg(long, default_value = "127.0.0.1:9099", value_name = "ADDR")]
     pub listen: SocketAddr,

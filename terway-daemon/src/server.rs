@@ -216,6 +216,7 @@ impl NodeNetwork for Service {
         status.problems.extend(configuration.failure.clone());
         status.configuration = Some(configuration);
         status.problems.extend(self.services.problems().iter().map(detail));
+        status.socket_path = Some(self.services.socket_path().await);
         self.done("Status", start, Ok(status))
     }
 

@@ -92,6 +92,14 @@ pub fn find<'a, F: Family, S: Services<F>>(
     if !node() {
         return None;
     }
+    at_node::<F, S>(services, ports, protocol)
+}
+
+/// The frontend of a port of the node, at whatever address.
+#[inline(always)]
+pub fn at_node<F: Family, S: Services<F>>(services: &S, ports: u32, protocol: u8) -> Option<&Frontend> {
+    let [_, _, high, low] = ports.to_ne_bytes();
+    let port = u16::from_ne_bytes([high, low]);
     services.frontend(&FrontendKey { address: F::NONE, class: frontend_class(port, protocol, SCOPE_NODE) })
 }
 

@@ -8,9 +8,10 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use terway_abi::{Backend, Frontend, Member, Run, backend_flags};
+use aya::programs::links::FdLink;
+use terway_abi::{Backend, Frontend, Member, Run, backend_flags, frontend_flags};
 use terway_daemon::bpf::{Config, Datapath, FrontendAt};
-use terway_tests::sandbox::ip;
+use terway_tests::sandbox::{Namespace, ip};
 use terway_tests::sandbox_or_skip;
 
 /// A cgroup that this process is in as long as it lives.
@@ -59,24 +60,56 @@ fn words(address: IpAddr) -> [u32; 4] {
     std::array::from_fn(|i| u32::from_ne_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap()))
 }
 
+/// A Service with these backends, whose numbers count from `number` on, as does its run.
+fn serve_at(
+    datapath: &Datapath,
+    number: u32,
+    place: &FrontendAt,
+    frontend: Frontend,
+    backends: &[SocketAddr],
+    protocol: u8,
+) {
+    let mut members = Vec::new();
+    for (number, backend) in (number..).zip(backends) {
+        set_backend(datapath, number, *backend, protocol, 1);
+        members.push(Member { backend: number, generation: 1 });
+    }
+    datapath.set_members(number, &members).unwrap();
+    let run = Run { first: number, count: members.len() as u32 };
+    datapath.set_frontend(place, &Frontend { service: number, internal: run, external: run, ..frontend }).unwrap();
+}
+
+fn set_backend(datapath: &Datapath, number: u32, at: SocketAddr, protocol: u8, generation: u32) {
+    let flags = if at.is_ipv6() { backend_flags::V6 } else { 0 };
+    let value =
+        Backend { address: words(at.ip()), port: at.port().to_be(), protocol, flags, generation, spare: [0; 2] };
+    datapath.set_backend(number, &value).unwrap();
+}
+
 /// A Service of one backend.
 fn serve(datapath: &Datapath, number: u32, at: SocketAddr, backend: SocketAddr, protocol: u8) {
-    let flags = if backend.is_ipv6() { backend_flags::V6 } else { 0 };
-    let value = Backend {
-        address: words(backend.ip()),
-        port: backend.port().to_be(),
-        protocol,
-        flags,
-        generation: 1,
-        spare: [0; 2],
-    };
-    datapath.set_backend(number, &value).unwrap();
-    datapath.set_members(number, &[Member { backend: number, generation: 1 }]).unwrap();
-    let run = Run { first: number, count: 1 };
     let place = FrontendAt::Address { address: at.ip(), port: at.port(), protocol };
-    datapath
-        .set_frontend(&place, &Frontend { service: number, internal: run, external: run, ..Frontend::default() })
-        .unwrap();
+    serve_at(datapath, number, &place, Frontend::default(), &[backend], protocol);
+}
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(5);
+    while !done() {
+        assert!(std::time::Instant::now() < deadline, "not within five seconds: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// What `connect` says, as an error number; 0 if it has no complaint.
+fn connecting(to: SocketAddr) -> i32 {
+    match TcpStream::connect_timeout(&to, Duration::from_millis(300)) {
+        Ok(_) => 0,
+        Err(error) => error.raw_os_error().unwrap_or(libc::ETIMEDOUT),
+    }
 }
 
 fn answers(to: SocketAddr, server: &TcpListener) -> SocketAddr {
@@ -89,7 +122,6 @@ fn answers(to: SocketAddr, server: &TcpListener) -> SocketAddr {
     stream.peer_addr().unwrap()
 }
 
-/// One test for all: the process is in the cgroup or it is not.
 #[test]
 fn sockets_reach_services() {
     let sandbox = sandbox_or_skip!();
@@ -141,4 +173,248 @@ fn sockets_reach_services() {
     datapath.detach_sockets().unwrap();
     let left = fs::read_dir(sandbox.pin_root().join("links")).unwrap().count();
     assert_eq!(left, 0);
+}
+
+/// Backends and the node's addresses on the loopback interface, and a process in a cgroup that has the programs.
+fn node(sandbox: &terway_tests::sandbox::Sandbox) -> (Datapath, Cgroup) {
+    let datapath = Datapath::open(&Config::new(sandbox.pin_root())).unwrap();
+    ip("addr add 10.0.0.100/32 dev lo").unwrap();
+    ip("-6 addr add fd00::100/128 dev lo nodad").unwrap();
+    let own: Vec<IpAddr> = ["10.0.0.100", "fd00::100"].map(|text| text.parse().unwrap()).to_vec();
+    datapath.set_host_addresses(&own.iter().copied().map(ipnet::IpNet::from).collect::<Vec<_>>()).unwrap();
+    datapath.set_node_addresses(&own).unwrap();
+    let cgroup = Cgroup::enter();
+    let programs = datapath.attach_sockets(&cgroup.own).unwrap();
+    assert_eq!((programs.attached, programs.unprotected), (10, None));
+    (datapath, cgroup)
+}
+
+/// Ports of the node are reached at its addresses and its loopback, and by nobody else's loopback; nobody of the node binds one.
+#[test]
+fn ports_of_the_node_are_services() {
+    let sandbox = sandbox_or_skip!();
+    let (datapath, _cgroup) = node(&sandbox);
+    if datapath.features().host_netns == 0 {
+        println!("SKIP: before Linux 5.14 the node is the machine's first network namespace, and no sandbox");
+        return;
+    }
+    let refused = if datapath.features().sets_errno { libc::EADDRINUSE } else { libc::EPERM };
+    let in_vain = if datapath.features().sets_errno { libc::ECONNREFUSED } else { libc::EPERM };
+    let servers = ["10.0.0.100:8080", "[fd00::100]:8080"].map(|at| TcpListener::bind(at).unwrap());
+    for (number, server) in (1..).zip(&servers) {
+        let backend = server.local_addr().unwrap();
+        for (protocol, base) in [(6, 0), (17, 100)] {
+            let at = FrontendAt::Node { v6: backend.is_ipv6(), port: 30_080, protocol };
+            serve_at(&datapath, base + 10 * number, &at, Frontend::default(), &[backend], protocol);
+        }
+    }
+    for (to, server) in [
+        ("10.0.0.100:30080", &servers[0]),
+        ("127.0.0.1:30080", &servers[0]),
+        ("127.8.9.10:30080", &servers[0]),
+        ("[::ffff:127.0.0.1]:30080", &servers[0]),
+        ("[fd00::100]:30080", &servers[1]),
+        ("[::1]:30080", &servers[1]),
+    ] {
+        assert_eq!(answers(address(to), server), address(to));
+    }
+    // Another port of the node is its own affair.
+    assert_eq!(connecting(address("127.0.0.1:30081")), libc::ECONNREFUSED);
+
+    let taken = |at: SocketAddr| {
+        let error = |result: std::io::Result<()>| result.err().map(|error| error.raw_os_error().unwrap());
+        [error(TcpListener::bind(at).map(drop)), error(UdpSocket::bind(at).map(drop))]
+    };
+    for at in ["0.0.0.0", "127.0.0.1", "10.0.0.100", "[::]", "[::1]", "[fd00::100]", "[::ffff:10.0.0.100]"] {
+        assert_eq!(taken(address(&format!("{at}:30080"))), [Some(refused); 2], "{at}");
+        assert_eq!(taken(address(&format!("{at}:30081"))), [None; 2], "{at}");
+        assert_eq!(taken(address(&format!("{at}:0"))), [None; 2], "{at}");
+    }
+    // A pod has ports of its own, and a loopback of its own.
+    let pod = Namespace::new().unwrap();
+    let seen = pod.spawn(move || (taken(address("[::]:30080")), connecting(address("127.0.0.1:30080")))).unwrap();
+    assert_eq!(seen.join().unwrap(), ([None; 2], libc::ECONNREFUSED));
+
+    // A port without endpoints is refused at once, and is still nobody's to bind.
+    let at = FrontendAt::Node { v6: false, port: 30_080, protocol: 6 };
+    datapath.set_frontend(&at, &Frontend::default()).unwrap();
+    assert_eq!(connecting(address("127.0.0.1:30080")), in_vain);
+    assert!(TcpListener::bind("127.0.0.1:30080").is_err());
+    datapath.remove_frontend(&at).unwrap();
+    TcpListener::bind("127.0.0.1:30080").unwrap();
+    datapath.detach_sockets().unwrap();
+}
+
+/// What sockets leave alone: Services that are not for clients in the cluster, and, in pods, refusals and choices that only the packets'
+/// path can make.
+#[test]
+fn what_is_left_to_packets_is_not_translated() {
+    let sandbox = sandbox_or_skip!();
+    let (datapath, _cgroup) = node(&sandbox);
+    if datapath.features().host_netns == 0 {
+        println!("SKIP: before Linux 5.14 the node is the machine's first network namespace, and no sandbox");
+        return;
+    }
+    let in_vain = if datapath.features().sets_errno { libc::ECONNREFUSED } else { libc::EPERM };
+    let server = TcpListener::bind("10.0.0.100:8080").unwrap();
+    let at = |number: u8| SocketAddr::from(([10, 96, 0, number], 80));
+    let place = |number: u8| FrontendAt::Address { address: at(number).ip(), port: 80, protocol: 6 };
+    let flags = |flags| Frontend { flags, ..Frontend::default() };
+    let backend = [server.local_addr().unwrap()];
+    for (number, flags) in [
+        (1, flags(0)),
+        (2, flags(frontend_flags::EXTERNAL)),
+        (3, flags(frontend_flags::LEAST)),
+        (4, flags(frontend_flags::MAGLEV)),
+    ] {
+        serve_at(&datapath, 10 * u32::from(number), &place(number), flags, &backend, 6);
+    }
+    serve_at(&datapath, 50, &place(5), flags(0), &[], 6);
+    datapath.set_frontend(&FrontendAt::Rest(at(1).ip()), &Frontend::default()).unwrap();
+    let nowhere = libc::ENETUNREACH;
+    let closed = SocketAddr::new(at(1).ip(), 81);
+    let outcomes = move || [at(1), at(2), at(3), at(4), at(5), closed].map(connecting);
+    assert_eq!(outcomes(), [0, nowhere, 0, 0, in_vain, in_vain]);
+    // No route leads out of this pod. One is translated, as the table tells; the others would be answered where they leave the pod.
+    let before = datapath.sockets().unwrap().len();
+    let pod = Namespace::new().unwrap();
+    assert_eq!(pod.spawn(outcomes).unwrap().join().unwrap(), [nowhere; 6]);
+    let rows = datapath.sockets().unwrap();
+    assert_eq!(rows.len(), before + 1);
+    let of_pod: Vec<_> = rows.iter().filter(|row| row.netns != datapath.features().host_netns).collect();
+    assert_eq!(of_pod.len(), 1, "{rows:?}");
+    assert_eq!((of_pod[0].frontend, of_pod[0].backend, of_pod[0].alive), (at(1), backend[0], true));
+    datapath.detach_sockets().unwrap();
+}
+
+/// Datagrams of a socket that is not connected stay with a backend for as long as it lives, whatever is drawn.
+#[test]
+fn an_exchange_of_datagrams_stays_with_its_backend() {
+    let sandbox = sandbox_or_skip!();
+    let (datapath, _cgroup) = node(&sandbox);
+    for (number, host, vip) in [(1, "10.0.0.100", "10.96.0.1"), (100, "[fd00::100]", "[fd96::1]")] {
+        let servers: Vec<UdpSocket> =
+            (0..4).map(|port| UdpSocket::bind(format!("{host}:{}", 5300 + port)).unwrap()).collect();
+        let backends: Vec<SocketAddr> = servers.iter().map(|server| server.local_addr().unwrap()).collect();
+        for server in &servers {
+            server.set_nonblocking(true).unwrap();
+        }
+        let vip = address(&format!("{vip}:53"));
+        let place = FrontendAt::Address { address: vip.ip(), port: 53, protocol: 17 };
+        serve_at(&datapath, number, &place, Frontend::default(), &backends, 17);
+        // Who of the four got how many of so many datagrams; each is answered, and the answers come from the Service.
+        let exchange = |client: &UdpSocket, count: usize| -> Vec<usize> {
+            let mut got = vec![0; 4];
+            let mut bytes = [0; 16];
+            for _ in 0..count {
+                client.send_to(b"question", vip).unwrap();
+                for (server, got) in servers.iter().zip(&mut got) {
+                    while let Ok((_, from)) = server.recv_from(&mut bytes) {
+                        *got += 1;
+                        server.send_to(b"answer", from).unwrap();
+                        assert_eq!(client.recv_from(&mut bytes).unwrap(), (6, vip));
+                    }
+                }
+            }
+            got
+        };
+        let client = || {
+            let client = UdpSocket::bind(format!("{host}:0")).unwrap();
+            client.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            client
+        };
+        let one = client();
+        let got = exchange(&one, 40);
+        let chosen = got.iter().position(|count| *count == 40).unwrap_or_else(|| panic!("{got:?}"));
+        // First the frontend leads to the others only: what goes on, goes on.
+        let others: Vec<Member> = (number..number + 4)
+            .filter(|backend| *backend != number + chosen as u32)
+            .map(|backend| Member { backend, generation: 1 })
+            .collect();
+        datapath.set_members(number + 10, &others).unwrap();
+        let run = Run { first: number + 10, count: 3 };
+        let value = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
+        datapath.set_frontend(&place, &value).unwrap();
+        assert_eq!(exchange(&one, 20)[chosen], 20);
+        // Then its life ends; another member is drawn, and kept.
+        set_backend(&datapath, number + chosen as u32, backends[chosen], 17, 2);
+        let got = exchange(&one, 40);
+        assert!(got[chosen] == 0 && got.contains(&40), "{got:?}");
+        // Different sockets, different draws: that none of 60 goes to one of three has a chance of 1 in 10^10.
+        let mut spread = vec![0; 4];
+        for _ in 0..60 {
+            spread.iter_mut().zip(exchange(&client(), 1)).for_each(|(sum, got)| *sum += got);
+        }
+        assert_eq!(spread.iter().filter(|count| **count > 0).count(), 3, "{spread:?}");
+        // What the table remembers of the dead can be forgotten, and nothing else is.
+        let (dead, alive): (Vec<_>, Vec<_>) = datapath.sockets().unwrap().into_iter().partition(|row| !row.alive);
+        assert!(!dead.is_empty() && dead.iter().all(|row| row.backend == backends[chosen]), "{dead:?}");
+        datapath.forget_sockets(&dead).unwrap();
+        assert_eq!(datapath.sockets().unwrap().len(), alive.len());
+        datapath.forget_sockets(&alive).unwrap();
+    }
+    datapath.detach_sockets().unwrap();
+}
+
+/// Clients of one network namespace stay with a backend, whatever socket they use.
+#[test]
+fn a_namespace_is_held_to_its_backend() {
+    let sandbox = sandbox_or_skip!();
+    let (datapath, _cgroup) = node(&sandbox);
+    let servers: Vec<TcpListener> =
+        (0..8).map(|port| TcpListener::bind(("10.0.0.100", 8080 + port)).unwrap()).collect();
+    let backends: Vec<SocketAddr> = servers.iter().map(|server| server.local_addr().unwrap()).collect();
+    let vip = address("10.96.0.1:80");
+    let place = FrontendAt::Address { address: vip.ip(), port: 80, protocol: 6 };
+    let held = Frontend { affinity: 100, ..Frontend::default() };
+    serve_at(&datapath, 1, &place, held, &backends, 6);
+    let drawn = |count| -> std::collections::BTreeSet<SocketAddr> {
+        (0..count).for_each(|_| assert_eq!(connecting(vip), 0));
+        let rows = datapath.sockets().unwrap();
+        datapath.forget_sockets(&rows).unwrap();
+        rows.iter().map(|row| row.backend).collect()
+    };
+    let first = drawn(30);
+    assert_eq!(first.len(), 1);
+    assert_eq!(drawn(10), first);
+    // Without affinity they spread: all of 30 at one of eight has a chance of 1 in 10^26.
+    serve_at(&datapath, 1, &place, Frontend::default(), &backends, 6);
+    assert!(drawn(30).len() > 1);
+    datapath.detach_sockets().unwrap();
+}
+
+/// The next daemon takes over the links, in place; and a cgroup that goes takes the programs with it.
+#[test]
+fn links_are_taken_over() {
+    let sandbox = sandbox_or_skip!();
+    let (datapath, cgroup) = node(&sandbox);
+    let server = TcpListener::bind("10.0.0.100:8080").unwrap();
+    let vip = address("10.96.0.1:80");
+    serve(&datapath, 1, vip, server.local_addr().unwrap(), 6);
+    let pins = sandbox.pin_root().join("links");
+    let numbers = || -> Vec<u32> {
+        let names = terway_abi::names::SOCKET_PROGRAMS.into_iter().chain(terway_abi::names::BIND_PROGRAMS);
+        let pin = |name| aya::programs::links::PinnedLink::from_pin(pins.join(format!("socket-{name}"))).unwrap();
+        names.map(|name| FdLink::from(pin(name)).info().unwrap().id()).collect()
+    };
+    let before = numbers();
+    drop(datapath);
+    assert_eq!(answers(vip, &server), vip, "without a daemon");
+    let next = Datapath::open(&Config::new(sandbox.pin_root())).unwrap();
+    next.attach_sockets(&cgroup.own).unwrap();
+    assert_eq!((numbers(), next.attached_sockets().unwrap()), (before.clone(), 10));
+    assert_eq!(answers(vip, &server), vip);
+    // To another cgroup: the process is in the old one, and served no more.
+    let other = cgroup.mount.path().join(format!("bpf-socket-other-{}", std::process::id()));
+    fs::create_dir(&other).unwrap();
+    next.attach_sockets(&other).unwrap();
+    // The kernel takes links off in the background.
+    eventually("the old links are gone", || connecting(vip) == libc::ENETUNREACH);
+    assert!(numbers().iter().all(|number| !before.contains(number)));
+    fs::remove_dir(&other).unwrap();
+    eventually("programs go with their cgroup", || next.attached_sockets().unwrap() == 0);
+    next.attach_sockets(&cgroup.own).unwrap();
+    assert_eq!((answers(vip, &server), next.attached_sockets().unwrap()), (vip, 10));
+    next.detach_sockets().unwrap();
+    assert_eq!(fs::read_dir(&pins).unwrap().count(), 0);
 }

@@ -2,17 +2,23 @@
 //! folds away is not verified, so each value is loaded.
 
 use aya::EbpfLoader;
-use aya::programs::{CgroupSockAddr, SchedClassifier};
+use aya::programs::{CgroupSockAddr, ProgramType, SchedClassifier};
+use aya::sys::{BpfHelper, is_helper_supported};
 use terway_abi::names;
 use terway_daemon::bpf::OBJECT;
 use terway_tests::sandbox_or_skip;
 
 /// Loads all programs with these globals; returns the verified instructions of each.
-fn load(hz: u32, events_per_second: u32, debug: u32) -> Result<Vec<(&'static str, u32, u32)>, String> {
+fn load(hz: u32, events_per_second: u32, debug: u32, host_netns: u64) -> Result<Vec<(&'static str, u32, u32)>, String> {
+    // A kernel without the helper refuses it, and the daemon asks first.
+    let helper = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval);
+    let sets_errno = u32::from(host_netns != 0 && helper.unwrap_or_default());
     let mut loaded = EbpfLoader::new()
         .override_global(names::HZ, &hz, true)
         .override_global(names::EVENTS_PER_SECOND, &events_per_second, true)
         .override_global(names::DEBUG, &debug, true)
+        .override_global(names::HOST_NETNS, &host_netns, true)
+        .override_global(names::SETS_ERRNO, &sets_errno, true)
         .map_max_entries(names::FLOWS_V4, 1024)
         .map_max_entries(names::FLOWS_V6, 1024)
         .load(OBJECT)
@@ -25,7 +31,7 @@ fn load(hz: u32, events_per_second: u32, debug: u32) -> Result<Vec<(&'static str
         let info = program.info().map_err(|e| format!("{name}: {e}"))?;
         sizes.push((name, info.verified_instruction_count().unwrap_or(0), info.size_translated().unwrap_or(0) / 8));
     }
-    for name in names::SOCKET_PROGRAMS {
+    for name in names::SOCKET_PROGRAMS.into_iter().chain(names::BIND_PROGRAMS) {
         let program: &mut CgroupSockAddr =
             loaded.program_mut(name).ok_or("missing")?.try_into().map_err(|e| format!("{name}: {e}"))?;
         program.load().map_err(|e| format!("{name}: {e}\n{e:?}"))?;
@@ -41,7 +47,9 @@ fn every_program_loads_in_every_shape() {
     for hz in [100, 1000] {
         for events_per_second in [0, 1, u32::MAX] {
             for debug in [0, 1] {
-                match load(hz, events_per_second, debug) {
+                // Both shapes of the programs on sockets are among these.
+                let host_netns = u64::from(debug);
+                match load(hz, events_per_second, debug, host_netns) {
                     Ok(sizes) => {
                         println!(
                             "hz {hz} events {events_per_second} debug {debug}: {sizes:?} (verified, instructions)"

@@ -18,6 +18,14 @@ pub enum BpfError {
         /// Why.
         source: io::Error,
     },
+    /// A cgroup, or a link to one.
+    #[error("cannot attach to the cgroup {}: {source}", path.display())]
+    Cgroup {
+        /// Its folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A pinned map is not what this version makes.
     #[error("the pinned map {} has {found}, but this version needs {wanted}; delete it to have it made anew", path.display())]
     Layout {

@@ -33,6 +33,7 @@ mod run;
 mod services;
 mod sockets;
 mod stats;
+mod sys;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -55,6 +56,7 @@ pub use self::flows::{FLOW_BYTES, FamilyFound, FlowFilter, FlowRow, FlowSide, Fl
 pub use self::planned::RETIRE_AFTER;
 pub use self::run::{Ran, RunContext};
 pub use self::services::FrontendAt;
+pub use self::sockets::{SocketPrograms, SocketRow};
 pub use self::stats::Counters;
 
 /// What the datapath is made with.
@@ -96,6 +98,10 @@ pub struct Features {
     pub tcx: bool,
     /// Jiffies per second (`CONFIG_HZ`).
     pub hz: u32,
+    /// Programs on sockets can say with which error a system call fails (Linux 6.1).
+    pub sets_errno: bool,
+    /// The cookie of the network namespace in which [`Datapath::open`] was called, the node's; 0 where the kernel does not tell it.
+    pub host_netns: u64,
 }
 
 /// The loaded datapath.
@@ -109,6 +115,7 @@ pub struct Datapath {
     host: Mutex<host::Prefixes>,
     planned: Mutex<planned::Tables>,
     services: Mutex<services::Services>,
+    sockets: Mutex<sockets::Table>,
     flows: flows::Tables,
     counters: PerCpuArray<MapData, Counter>,
 }
@@ -148,6 +155,7 @@ impl Datapath {
             host: Mutex::new(host::Prefixes::new(&mut loaded)?),
             planned: Mutex::new(planned::Tables::open(&pins)?),
             services: Mutex::new(services::Services::new(&mut loaded)?),
+            sockets: Mutex::new(sockets::Table::open(&pins)?),
             flows,
             counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
             programs: Mutex::new(object::Programs::load(loaded)?),
@@ -276,8 +284,32 @@ impl Datapath {
     ///
     /// # Errors
     /// [`BpfError`], which says which step failed; calling again completes it.
-    pub fn attach_sockets(&self, cgroup: &Path) -> Result<(), BpfError> {
+    pub fn attach_sockets(&self, cgroup: &Path) -> Result<SocketPrograms, BpfError> {
         sockets::attach(&mut error::lock(&self.programs), &self.links, cgroup)
+    }
+
+    /// How many of these programs are attached now. A cgroup that is removed takes its programs with it.
+    ///
+    /// # Errors
+    /// [`BpfError::Pin`].
+    pub fn attached_sockets(&self) -> Result<usize, BpfError> {
+        sockets::attached(&self.links)
+    }
+
+    /// The sockets whose peer was translated, as far as the table remembers, and the present life of their backend.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn sockets(&self) -> Result<Vec<SocketRow>, BpfError> {
+        error::lock(&self.sockets).list()
+    }
+
+    /// Forgets such sockets; the next answer they get is not translated back.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn forget_sockets(&self, rows: &[SocketRow]) -> Result<(), BpfError> {
+        error::lock(&self.sockets).forget(rows)
     }
 
     /// Takes them off again. Not attached is no error.

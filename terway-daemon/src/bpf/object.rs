@@ -6,7 +6,8 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use aya::maps::{Map, MapError};
-use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::{CgroupSockAddr, ProgramError, ProgramType, SchedClassifier, TcAttachType};
+use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use terway_abi::{Program, names};
 
@@ -38,7 +39,17 @@ pub(super) fn probe() -> Result<Features, BpfError> {
     }
     // The coarse clock's resolution is one tick (`KTIME_LOW_RES`, kernel/time/posix-timers.c).
     let hz = u32::try_from(1_000_000_000 / resolution.tv_nsec.max(1)).unwrap_or(1000);
-    Ok(Features { tcx, hz })
+    // A kernel that cannot be asked is taken for one that cannot do it: the programs then load on any.
+    let sets_errno =
+        is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or_default();
+    Ok(Features { tcx, hz, sets_errno, host_netns: netns_cookie()? })
+}
+
+/// The cookie of the calling thread's network namespace; 0 where the kernel does not tell (`SO_NETNS_COOKIE` is of Linux 5.14).
+fn netns_cookie() -> Result<u64, BpfError> {
+    crate::net::netns_cookie()
+        .map(Option::unwrap_or_default)
+        .map_err(|source| BpfError::System { call: "getsockopt(SO_NETNS_COOKIE)", source })
 }
 
 /// Loads maps and relocates programs; adopts maps that are pinned in `pins`.
@@ -46,12 +57,14 @@ pub(super) fn load(config: &Config, pins: &Path, features: Features) -> Result<E
     if OBJECT.is_empty() {
         return Err(BpfError::NoPrograms);
     }
-    let debug = u32::from(config.debug);
+    let (debug, sets_errno) = (u32::from(config.debug), u32::from(features.sets_errno));
     let mut loader = EbpfLoader::new();
     loader
         .override_global(names::HZ, &features.hz, true)
         .override_global(names::EVENTS_PER_SECOND, &config.events_per_second, true)
         .override_global(names::DEBUG, &debug, true)
+        .override_global(names::HOST_NETNS, &features.host_netns, true)
+        .override_global(names::SETS_ERRNO, &sets_errno, true)
         .map_max_entries(names::FLOWS_V4, config.flows_v4)
         .map_max_entries(names::FLOWS_V6, config.flows_v6);
     for name in names::MAPS {
@@ -80,7 +93,8 @@ impl Programs {
     /// Has the kernel verify all programs.
     pub(super) fn load(mut loaded: Ebpf) -> Result<Self, BpfError> {
         for name in names::PROGRAMS {
-            verify(classifier(&mut loaded, name)?).map_err(BpfError::program(name))?;
+            let program = classifier(&mut loaded, name)?;
+            verify(|| program.load()).map_err(BpfError::program(name))?;
         }
         let events = loaded.take_map(names::EVENTS);
         Ok(Self { loaded, events })
@@ -113,7 +127,7 @@ pub(super) fn socket_program<'a>(
     let found = programs.loaded.program_mut(name).ok_or_else(|| BpfError::Missing(name.to_owned()))?;
     let program: &mut CgroupSockAddr = found.try_into().map_err(BpfError::program(name))?;
     if program.fd().is_err() {
-        program.load().map_err(BpfError::program(name))?;
+        verify(|| program.load()).map_err(BpfError::program(name))?;
     }
     Ok(program)
 }
@@ -122,14 +136,14 @@ pub(super) fn socket_program<'a>(
 ///
 /// Verification takes a good part of a second, and the kernel gives it up with EAGAIN when a signal comes in between (`do_check`,
 /// kernel/bpf/verifier.c); even one that the process ignores.
-fn verify(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+fn verify(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
     for _ in 1..VERIFY_ATTEMPTS {
-        match program.load() {
+        match load() {
             Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == io::ErrorKind::WouldBlock => {}
             other => return other,
         }
     }
-    program.load()
+    load()
 }
 
 /// libbpf's number for the same (`PROG_LOAD_ATTEMPTS`) is 5; a daemon has more signals coming in than a tool.

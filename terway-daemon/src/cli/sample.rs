@@ -55,6 +55,12 @@ pub(super) fn status() -> v1::StatusResponse {
             }],
             last_edit: Vec::new(),
         }),
+        socket_path: Some(v1::SocketPath {
+            cgroup: "/sys/fs/cgroup/unified".into(),
+            programs: 10,
+            reason: String::new(),
+            ended: 3,
+        }),
         datapath: Some(v1::Datapath {
             pod_hook: "clsact".into(),
             eni_hook: "tcx".into(),

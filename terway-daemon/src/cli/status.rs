@@ -38,6 +38,9 @@ fn text(status: &v1::StatusResponse, style: Style) -> String {
             let _ = writeln!(out, "  dropped  {packets} packets: {reason}");
         }
     }
+    if let Some(path) = &status.socket_path {
+        out.push_str(&socket_path_text(path));
+    }
     if let Some(configuration) = &status.configuration {
         out.push_str(&configuration_text(configuration));
     }
@@ -49,6 +52,19 @@ fn text(status: &v1::StatusResponse, style: Style) -> String {
         out.push('\n');
         out.push_str(&style.table(&["ENI", "INTERFACE", "MAC", "VSWITCH", "STATE", "BOUND/ADDRESSES"], rows));
     }
+    out
+}
+
+fn socket_path_text(path: &v1::SocketPath) -> String {
+    let mut out = if path.cgroup.is_empty() {
+        "sockets    not attached".to_owned()
+    } else {
+        format!("sockets    {} programs on {}, {} sockets ended", path.programs, path.cgroup, path.ended)
+    };
+    if !path.reason.is_empty() {
+        let _ = write!(out, ": {}", path.reason);
+    }
+    out.push('\n');
     out
 }
 
@@ -85,6 +101,9 @@ fn json(status: &v1::StatusResponse) -> String {
         "problems": errors_json(&status.problems),
         "pool": pool_json(status.pool.as_ref()),
         "configuration": configuration_json(status.configuration.as_ref()),
+        "socketPath": status.socket_path.as_ref().map(|path| json!({
+            "cgroup": path.cgroup, "programs": path.programs, "reason": path.reason, "ended": path.ended,
+        })),
         "enis": status.enis.iter().map(|e| json!({
             "id": e.id, "mac": e.mac, "vswitch": e.vswitch, "state": e.state, "interface": e.ifname,
             "addresses": e.addresses, "bound": e.bound,

@@ -133,6 +133,7 @@ impl Engine {
             enis: enis.collect(),
             datapath: Some(self.datapath_view()),
             configuration: None,
+            socket_path: None,
         }
     }
 
@@ -206,6 +207,12 @@ impl Engine {
             endpoints: self.datapath.endpoints().len() as u64,
             drops: drops.collect(),
         }
+    }
+
+    /// Paths of the network namespaces of this node's pods.
+    #[must_use]
+    pub fn pod_namespaces(&self) -> Vec<String> {
+        self.core().pool.list().into_iter().map(|attachment| attachment.netns).collect()
     }
 
     /// The attachments of this node.

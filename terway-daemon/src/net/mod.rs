@@ -6,6 +6,7 @@
 //! - [`PodNetns`] is a pod's open network namespace, [`NetnsPool`] the threads that may enter one.
 
 mod apply;
+mod cookie;
 mod decode;
 mod encode;
 mod error;
@@ -13,10 +14,13 @@ mod host;
 mod netns;
 mod observe;
 mod pod;
+mod sockdiag;
 mod socket;
 mod watch;
 
+pub use cookie::netns_cookie;
 pub use error::NetError;
 pub use host::{Host, Links, Took};
 pub use netns::{NetnsPool, PodNetns, Worker};
+pub use sockdiag::{Ended, Seen, SockDiag};
 pub use watch::{Nic, NicEvent, Watch};

@@ -179,6 +179,17 @@ impl NetnsPool {
         self.run(move |worker| worker.inside(&netns, |_| Ok(job()))).await
     }
 
+    /// Runs `job` on one of the threads, in the node's namespace.
+    ///
+    /// # Errors
+    /// [`NetError::Worker`] if the job panicked.
+    pub async fn run_at_home<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, NetError> {
+        self.run(move |_| Ok(job())).await
+    }
+
     fn push(&self, job: Job) {
         let mut queue = self.shared.queue();
         if !queue.closed {

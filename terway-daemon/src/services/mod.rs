@@ -4,8 +4,10 @@
 //! the source has told everything, so that a restart takes nothing away that is only not known yet. A write that fails makes the planner
 //! distrust what it knows: the maps are read again and the whole difference is planned anew.
 
+mod cgroup;
 mod health;
 mod metrics;
+mod sockets;
 mod state;
 mod view;
 
@@ -18,16 +20,19 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use terway_core::errors::{self, Error};
 use terway_core::objects::Objects;
-use terway_core::service::{NodeFacts, Settings};
+use terway_core::service::{EndSockets, NodeFacts, Settings};
 use terway_proto::v1;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, warn};
 
 use crate::bpf::Datapath;
+use crate::net::Host;
 use crate::objects::{Batch, DirSource, ObjectSource as _, Update};
 
 use health::{Health, Refused};
+pub use cgroup::CgroupAt;
 pub use metrics::ServiceMetrics;
+pub use sockets::SocketPath;
 use state::{Outlets, State, Work};
 
 /// How often a folder that cannot be watched is tried again.
@@ -55,7 +60,6 @@ impl FromStr for Origin {
 }
 
 /// What Services are made with.
-#[derive(Debug)]
 pub struct Setup {
     /// Where the objects come from; with none, the node serves no Services.
     pub origin: Option<Origin>,
@@ -69,6 +73,12 @@ pub struct Setup {
     pub addresses: watch::Receiver<Arc<Vec<IpNet>>>,
     /// Counters.
     pub metrics: ServiceMetrics,
+    /// The cgroup whose processes are served at the socket; by default the root.
+    pub cgroup: Option<CgroupAt>,
+    /// Whose sockets end with their backend.
+    pub end_sockets: EndSockets,
+    /// Who can enter network namespaces.
+    pub host: Arc<Host>,
 }
 
 /// See the [module](self).
@@ -80,13 +90,15 @@ pub struct Services {
     source_failure: Mutex<Option<Error>>,
     health: Arc<Refused>,
     in_force: watch::Receiver<bool>,
+    sockets: Arc<SocketPath>,
 }
 
 impl Services {
-    /// Begins to serve.
+    /// Begins to serve. `pods` tells the paths of the network namespaces of the node's pods.
     #[must_use]
-    pub fn start(setup: Setup) -> Arc<Self> {
-        let Setup { origin, facts, settings, datapath, addresses, metrics } = setup;
+    pub fn start(setup: Setup, pods: impl Fn() -> Vec<String> + Send + Sync + 'static) -> Arc<Self> {
+        let sockets = Arc::new(SocketPath::new(&setup, Box::new(pods)));
+        let Setup { origin, facts, settings, datapath, addresses, metrics, .. } = setup;
         let (health, ports) = watch::channel(Health::default());
         let (tell, in_force) = watch::channel(false);
         let this = Arc::new(Self {
@@ -95,8 +107,12 @@ impl Services {
             source_failure: Mutex::default(),
             health: Arc::default(),
             in_force,
+            sockets: Arc::clone(&sockets),
         });
         tokio::spawn(health::serve(ports, Arc::clone(&this.health)));
+        // Before the first pod: what is attached is part of how a node looks to whoever compares.
+        sockets.attach_now();
+        tokio::spawn(sockets.run());
         let (sender, news) = mpsc::channel(WAITING);
         tokio::spawn(Arc::clone(&this).follow(news, addresses));
         tokio::spawn(Arc::clone(&this).feed(origin, sender));
@@ -127,6 +143,11 @@ impl Services {
         let reason =
             self.problems().first().map_or_else(|| "The objects are still being read.".to_owned(), ToString::to_string);
         Err(Error::new(errors::SERVICES_UNSYNCED, reason))
+    }
+
+    /// How Services are resolved at the socket.
+    pub async fn socket_path(&self) -> v1::SocketPath {
+        self.sockets.view().await
     }
 
     /// What is served, of one namespace or name if they are not empty.
@@ -188,6 +209,9 @@ impl Services {
             let mut state = lock(&this.state);
             let due = state.step(work);
             *lock(&this.problems) = state.problems();
+            if state.lives_ended() {
+                this.sockets.lives_ended();
+            }
             due
         };
         match tokio::task::spawn_blocking(step).await {

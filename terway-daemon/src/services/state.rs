@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use terway_core::errors::{self, Error};
 use terway_core::objects::{ObjectKey, Objects};
-use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Settings};
+use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Settings, ends_lives};
 use terway_proto::v1;
 use tokio::sync::watch;
 use tracing::{error, info, warn};
@@ -67,6 +67,8 @@ pub(super) struct State {
     complaints: Complaints,
     failure: Option<Error>,
     outlets: Outlets,
+    /// A backend's life has ended since somebody asked.
+    lives_ended: bool,
 }
 
 impl fmt::Debug for State {
@@ -103,7 +105,13 @@ impl State {
             complaints: BTreeMap::new(),
             failure: None,
             outlets,
+            lives_ended: false,
         }
+    }
+
+    /// Whether a backend's life has ended since this was asked last.
+    pub(super) const fn lives_ended(&mut self) -> bool {
+        std::mem::replace(&mut self.lives_ended, false)
     }
 
     /// Does it, and tells when there is more to do.
@@ -144,6 +152,7 @@ impl State {
     fn due(&mut self, now: Instant) -> Result<(), BpfError> {
         while let Some((_, ops)) = self.retire.pop_front_if(|(due, _)| *due <= now) {
             self.datapath.apply_services(&ops)?;
+            self.lives_ended |= ops.iter().any(ends_lives);
             if let Some(planner) = &mut self.planner {
                 planner.retired(&ops);
             }
@@ -176,6 +185,8 @@ impl State {
         self.tell_health();
         self.outlets.in_force.send_replace(true);
         self.patience = RETRY.0;
+        // Some may have ended before this daemon looked.
+        self.lives_ended = true;
         let services = self.objects.services().len();
         info!(services, frontends_found = found, writes = now, for_later = later, took = ?start.elapsed(), "Services are in force");
         Ok(())
@@ -199,6 +210,7 @@ impl State {
             return Ok(());
         }
         self.datapath.apply_services(&plan.ops)?;
+        self.lives_ended |= plan.ops.iter().any(ends_lives);
         self.metrics.synced(start.elapsed());
         if !plan.retire.is_empty() {
             self.retire.push_back((Instant::now() + RETIRE_AFTER, plan.retire));

@@ -28,8 +28,8 @@ pub use flow::{
 };
 pub use service::{
     Affinity, AffinityKey, Backend, FILTER, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, NO_BACKEND,
-    Run, SCOPE_ADDRESS, SCOPE_NODE, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, backend_flags, filter_v4,
-    filter_v6, frontend_class, frontend_flags,
+    Run, SCOPE_ADDRESS, SCOPE_NODE, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, TO_BACKEND, TO_FRONTEND,
+    backend_flags, filter_v4, filter_v6, frontend_class, frontend_flags,
 };
 
 /// The version of everything in this crate. Pins of different versions never meet: they live in different folders.
@@ -132,9 +132,13 @@ pub mod names {
     /// Every program, in the order above.
     pub const PROGRAMS: [&str; 4] = [FROM_POD, TO_POD, FROM_VPC, TO_VPC];
 
-    /// The programs on the sockets of a cgroup; each has the name of its attach type.
+    /// The programs on the sockets of a cgroup; each has the name of its attach type. In the order in which they are attached: what
+    /// translates back comes before what translates.
     pub const SOCKET_PROGRAMS: [&str; 8] =
-        ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
+        ["recvmsg4", "recvmsg6", "getpeername4", "getpeername6", "connect4", "connect6", "sendmsg4", "sendmsg6"];
+
+    /// The programs that keep the node's own processes off the ports of Services, named likewise.
+    pub const BIND_PROGRAMS: [&str; 2] = ["bind4", "bind6"];
 
     /// Global `u32`: jiffies per second of the running kernel.
     pub const HZ: &str = "HZ";
@@ -142,9 +146,13 @@ pub mod names {
     pub const EVENTS_PER_SECOND: &str = "EVENTS_PER_SECOND";
     /// Global `u32`: 1 reports every first packet through `bpf_trace_printk`; 0 folds the code away.
     pub const DEBUG: &str = "DEBUG";
+    /// Global `u64`: the cookie of the network namespace that is the node's own; 0 for the first one of the machine.
+    pub const HOST_NETNS: &str = "HOST_NETNS";
+    /// Global `u32`: 1 if programs on sockets can say with which error a system call fails (Linux 6.1), 0 folds the code away.
+    pub const SETS_ERRNO: &str = "SETS_ERRNO";
 
     /// Every global, in the order above.
-    pub const GLOBALS: [&str; 3] = [HZ, EVENTS_PER_SECOND, DEBUG];
+    pub const GLOBALS: [&str; 5] = [HZ, EVENTS_PER_SECOND, DEBUG, HOST_NETNS, SETS_ERRNO];
 }
 
 /// The low 32 bits of jiffies at `monotonic_ns` on `CLOCK_MONOTONIC`, for a kernel of `hz` jiffies per second.

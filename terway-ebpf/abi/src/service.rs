@@ -161,22 +161,30 @@ pub struct SocketKey {
     pub address: [u32; 4],
     /// The backend's port as in the packet, in the first two bytes; 4 or 6; the IP protocol number.
     pub class: u32,
-    /// Zero.
-    pub spare: u32,
+    /// [`TO_BACKEND`] or [`TO_FRONTEND`].
+    pub kind: u32,
 }
 
-/// Whom it believes to talk to.
+/// The key names a backend, the value the frontend that the application believes to talk to.
+pub const TO_BACKEND: u32 = 0;
+/// The key names a frontend to which a socket has sent a datagram without being connected, the value the backend that it got: the next
+/// datagram goes there, too, as long as the backend lives.
+pub const TO_FRONTEND: u32 = 1;
+
+/// The other name of the peer in a [`SocketKey`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketValue {
-    /// The frontend's address; IPv4 in the first word.
+    /// The frontend's address, or with [`TO_FRONTEND`] the backend's; IPv4 in the first word.
     pub address: [u32; 4],
-    /// The frontend's port as in the packet, in the first two bytes.
+    /// Its port as in the packet, in the first two bytes.
     pub port: u32,
     /// [`Frontend::service`].
     pub service: u32,
     /// The backend and its life.
     pub member: Member,
+    /// The cookie of the socket's network namespace, low word first.
+    pub netns: [u32; 2],
 }
 
 /// Where the data of the source-range tries begins: the service, then the address. A prefix of n bits has a length of 32 + n.
@@ -185,7 +193,7 @@ pub type SourceRangeV4 = [u32; 2];
 pub type SourceRangeV6 = [u32; 5];
 
 pod!(FrontendKeyV4: 8, FrontendKeyV6: 20, Run: 8, Frontend: 32, Member: 8, Backend: 32);
-pod!(AffinityKey: 24, Affinity: 16, SocketKey: 32, SocketValue: 32);
+pod!(AffinityKey: 24, Affinity: 16, SocketKey: 32, SocketValue: 40);
 const _: () = assert!(offset_of!(Backend, generation) == 20 && offset_of!(Frontend, external) == 16);
 
 /// Entries of the filter: how many frontends have an address of this bucket. Most packets are for no Service, and learn that here.

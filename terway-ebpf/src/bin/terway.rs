@@ -20,7 +20,7 @@ mod programs {
     use terway_ebpf::kernel::maps::Maps;
     use terway_ebpf::kernel::path::{FROM_POD, FROM_VPC, TO_POD, forward};
     use terway_ebpf::kernel::skb::Skb;
-    use terway_ebpf::kernel::socket::{Sock, back_v4, back_v6, there_v4, there_v6};
+    use terway_ebpf::kernel::socket::{Call, Sock, back_v4, back_v6, bind_v4, bind_v6, there_v4, there_v6};
     use terway_ebpf::parse::{Ipv4Header, Ipv6Header, ethertype};
 
     /// Ingress of the host end of a pod's veth: what the pod sends.
@@ -90,31 +90,35 @@ mod programs {
     }
 
     macro_rules! socket_programs {
-        ($($(#[$doc:meta])* $name:ident = $run:ident;)*) => { $(
+        ($($(#[$doc:meta])* $name:ident = $run:ident($($call:ident)?);)*) => { $(
             $(#[$doc])*
             #[cgroup_sock_addr($name)]
             pub(crate) fn $name(ctx: SockAddrContext) -> i32 {
-                $run(Sock(ctx.sock_addr))
+                $run(Sock(ctx.sock_addr) $(, Call::$call)?)
             }
         )* };
     }
 
     socket_programs! {
         /// `connect` to an IPv4 address.
-        connect4 = there_v4;
+        connect4 = there_v4(Connect);
         /// `connect` to an IPv6 address.
-        connect6 = there_v6;
+        connect6 = there_v6(Connect);
         /// `sendto` and `sendmsg` with an IPv4 address.
-        sendmsg4 = there_v4;
+        sendmsg4 = there_v4(Send);
         /// `sendto` and `sendmsg` with an IPv6 address.
-        sendmsg6 = there_v6;
+        sendmsg6 = there_v6(Send);
         /// `recvfrom` and `recvmsg` of IPv4.
-        recvmsg4 = back_v4;
+        recvmsg4 = back_v4();
         /// `recvfrom` and `recvmsg` of IPv6.
-        recvmsg6 = back_v6;
+        recvmsg6 = back_v6();
         /// `getpeername` of IPv4.
-        getpeername4 = back_v4;
+        getpeername4 = back_v4();
         /// `getpeername` of IPv6.
-        getpeername6 = back_v6;
+        getpeername6 = back_v6();
+        /// `bind` to an IPv4 address.
+        bind4 = bind_v4();
+        /// `bind` to an IPv6 address.
+        bind6 = bind_v6();
     }
 }

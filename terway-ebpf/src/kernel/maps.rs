@@ -163,6 +163,14 @@ pub static EVENTS_PER_SECOND: Global<u32> = Global::new(100);
 #[unsafe(no_mangle)]
 pub static DEBUG: Global<u32> = Global::new(0);
 
+/// The cookie of the node's own network namespace; 0 for the first one of the machine.
+#[unsafe(no_mangle)]
+pub static HOST_NETNS: Global<u64> = Global::new(0);
+
+/// Whether programs on sockets can say with which error a system call fails.
+#[unsafe(no_mangle)]
+pub static SETS_ERRNO: Global<u32> = Global::new(0);
+
 /// The kernel's maps as what decisions ask.
 pub struct Maps;
 

@@ -16,6 +16,7 @@ use nix::fcntl::Flock;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
+use crate::cgroup;
 use crate::cloud::CloudConfig;
 use crate::fabric::vpc::Vpc;
 use crate::image;
@@ -32,6 +33,9 @@ use sweep::{lock, remove, save_logs};
 
 /// The first part of every prefix.
 const PREFIX: &str = "tw";
+
+/// Where the cgroup hierarchy is mounted in the folder of a cluster.
+const CGROUPS: &str = "cgroup";
 
 /// A file in the folder of a cluster whose process only waits.
 const KEPT: &str = "kept";
@@ -67,6 +71,9 @@ pub struct Options {
     pub containerd: Option<PathBuf>,
     /// Whether the daemons have Services, from each node's folder of manifests.
     pub objects: bool,
+    /// Whether threads and processes that enter a node's or a pod's namespace are in the node's cgroup, so that Services are resolved at
+    /// their sockets; else only containerd's pods are, and the others have the packets' path. Not together with containerd.
+    pub sockets: bool,
     /// The daemon's log filter.
     pub log: String,
     /// The folder of our own programs.
@@ -96,6 +103,7 @@ impl Options {
             hurry: 1,
             containerd: None,
             objects: true,
+            sockets: false,
             log: "info".to_owned(),
             bin_dir: node::bin_dir()?,
             interrupted: Arc::default(),
@@ -186,6 +194,7 @@ impl Cluster {
     }
 
     fn boot(&mut self, options: &Options) -> Result<()> {
+        cgroup::mount_at(&self.work.join(CGROUPS))?;
         self.vpc.plug_external("external", Arc::clone(&self.external), setup::EXTERNAL_V4, setup::EXTERNAL_V6)?;
         let daemon = DaemonOptions {
             bin_dir: options.bin_dir.clone(),
@@ -195,6 +204,8 @@ impl Cluster {
             audit: options.audit,
             hurry: options.hurry,
             objects: options.objects,
+            cgroups: self.work.join(CGROUPS),
+            sockets: options.sockets,
             log: options.log.clone(),
             interrupted: Arc::clone(&options.interrupted),
         };

@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, bail};
@@ -19,6 +19,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
+
+use crate::cgroup::Cgroup;
 
 /// Where `ip netns` keeps its names.
 const NAMES: &str = "/run/netns";
@@ -32,6 +34,8 @@ pub struct NetNs {
     path: PathBuf,
     file: Arc<File>,
     owned: bool,
+    /// Who enters the namespace enters this, too.
+    cgroup: OnceLock<Arc<Cgroup>>,
 }
 
 impl NetNs {
@@ -62,7 +66,7 @@ impl NetNs {
             return Err(error);
         }
         let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
-        Ok(Self { name: name.to_owned(), path, file: Arc::new(file), owned: true })
+        Ok(Self { name: name.to_owned(), path, file: Arc::new(file), owned: true, cgroup: OnceLock::new() })
     }
 
     /// A namespace that somebody else made and will remove, such as a pod's of a container runtime.
@@ -72,7 +76,7 @@ impl NetNs {
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        Ok(Self { name, path: path.to_owned(), file: Arc::new(file), owned: false })
+        Ok(Self { name, path: path.to_owned(), file: Arc::new(file), owned: false, cgroup: OnceLock::new() })
     }
 
     /// Its name in `/run/netns`.
@@ -95,6 +99,20 @@ impl NetNs {
         self.file.metadata().map(|ns| (ns.dev(), ns.ino()))
     }
 
+    /// From now on, threads and processes that enter the namespace enter this cgroup, too. Only the first call counts.
+    pub fn within(&self, cgroup: Arc<Cgroup>) {
+        let _known = self.cgroup.set(cgroup);
+    }
+
+    /// Moves the calling thread inside.
+    fn enter(&self) -> Result<()> {
+        setns(&*self.file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {}", self.name))?;
+        if let Some(cgroup) = self.cgroup.get() {
+            cgroup.enter().with_context(|| format!("enter {}", cgroup.path().display()))?;
+        }
+        Ok(())
+    }
+
     /// Runs `work` on a thread of its own inside the namespace and gives back what it returns.
     ///
     /// # Errors
@@ -102,7 +120,7 @@ impl NetNs {
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         std::thread::scope(|scope| {
             let worker = scope.spawn(|| {
-                setns(&*self.file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {}", self.name))?;
+                self.enter()?;
                 Ok(work())
             });
             worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -111,9 +129,15 @@ impl NetNs {
 
     /// Starts a thread inside the namespace that outlives this call, such as a server.
     pub fn spawn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<Result<T>> {
-        let (file, name) = (Arc::clone(&self.file), self.name.clone());
+        let inside = Self {
+            name: self.name.clone(),
+            path: self.path.clone(),
+            file: Arc::clone(&self.file),
+            owned: false,
+            cgroup: self.cgroup.clone(),
+        };
         std::thread::spawn(move || {
-            setns(&*file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {name}"))?;
+            inside.enter()?;
             Ok(work())
         })
     }
@@ -132,13 +156,16 @@ impl NetNs {
         if self.is_here() && SigSet::thread_get_mask().is_ok_and(|mask| mask == SigSet::empty()) {
             return command;
         }
-        let file = Arc::clone(&self.file);
-        // SAFETY: between fork and exec the closure makes two system calls, on a descriptor that it owns and on its own thread, and
+        let (file, cgroup) = (Arc::clone(&self.file), self.cgroup.get().cloned());
+        // SAFETY: between fork and exec the closure makes three system calls, on descriptors that it owns and on its own thread, and
         // allocates nothing.
         unsafe {
             command.pre_exec(move || {
                 // A scenario that waits for signals has them blocked; a child would inherit that and never end on SIGTERM.
                 SigSet::empty().thread_set_mask()?;
+                if let Some(door) = cgroup.as_ref().and_then(|cgroup| cgroup.door()) {
+                    nix::unistd::write(door, b"0")?;
+                }
                 Ok(setns(file.as_fd(), CloneFlags::CLONE_NEWNET)?)
             });
         }

@@ -1,5 +1,5 @@
 //! A node: a network namespace with the primary ENI of an ECS instance, a work folder with its own BPF file system, our daemon and
-//! plugin, and where a test wants it, a containerd.
+//! plugin, a cgroup for its processes, and where a test wants it, a containerd.
 //!
 //! All nodes share the machine's mount namespace; nothing of one node's paths is another's. The work folder is kept short, because a
 //! unix socket's path has at most 107 bytes.
@@ -21,6 +21,7 @@ use serde_json::Value;
 use terway_proto::v1;
 use tokio::runtime::Handle;
 
+use crate::cgroup::Cgroup;
 use crate::containerd::{self, Containerd};
 use crate::fabric::FabricEni;
 use crate::fabric::vpc::{Vpc, configure_primary};
@@ -53,6 +54,7 @@ pub struct Node {
     daemon: daemon::Slot,
     containerd: Option<Containerd>,
     options: DaemonOptions,
+    cgroup: Arc<Cgroup>,
     configuration: configuration::Mounted,
     /// Numbers the pods that tests make by hand.
     pods: AtomicU32,
@@ -84,6 +86,10 @@ impl Node {
         if Path::new("/usr/lib/cni/loopback").exists() {
             std::os::unix::fs::symlink("/usr/lib/cni/loopback", work.join("cni/loopback"))?;
         }
+        let cgroup = Arc::new(Cgroup::create(&options.cgroups, netns, options.sockets)?);
+        if options.sockets {
+            ns.within(Arc::clone(&cgroup));
+        }
         vpc.add_node(name, Arc::clone(&ns));
         let configuration = configuration::Mounted::create(work, options.eni_conf.clone())?;
         Ok(Self {
@@ -95,6 +101,7 @@ impl Node {
             daemon: daemon::Slot::default(),
             containerd: None,
             options,
+            cgroup,
             pods: AtomicU32::new(0),
         })
     }
@@ -135,6 +142,12 @@ impl Node {
     #[must_use]
     pub fn bpffs(&self) -> PathBuf {
         self.work.join("bpf")
+    }
+
+    /// The cgroup whose processes its daemon serves at the socket.
+    #[must_use]
+    pub fn cgroup(&self) -> &Path {
+        self.cgroup.path()
     }
 
     /// The folder of network configurations.
@@ -194,7 +207,11 @@ impl Node {
     /// When the namespace cannot be made.
     pub fn new_pod(&self, name: &str) -> Result<cni::Pod> {
         let number = self.pods.fetch_add(1, Ordering::Relaxed);
-        cni::Pod::create(&format!("{}-p{number}", self.ns.name()), name)
+        let pod = cni::Pod::create(&format!("{}-p{number}", self.ns.name()), name)?;
+        if self.options.sockets {
+            pod.ns.within(Arc::clone(&self.cgroup));
+        }
+        Ok(pod)
     }
 
     /// What the daemon says about the node.
@@ -263,6 +280,7 @@ impl Node {
         }
         errors.extend(self.stop_daemon().err().map(|error| error.context("stop terwayd")));
         errors.extend(self.ns.kill_processes().err());
+        errors.extend(self.cgroup.remove().err());
         errors.extend(containerd::unmount_below(&self.work).err());
         let name = self.name.clone();
         // Tests may still hold the namespace; its name goes now in any case.
@@ -280,6 +298,7 @@ impl Drop for Node {
         self.containerd = None;
         let _ = containerd::wipe(&self.containerd_options(Path::new("/usr/bin")));
         let _ = self.ns.kill_processes();
+        let _ = self.cgroup.remove();
         let _ = containerd::unmount_below(&self.work);
     }
 }

@@ -11,6 +11,7 @@ mod conntrack;
 mod rolling;
 mod services;
 mod soak;
+mod sockets;
 mod survival;
 
 use std::time::Duration;

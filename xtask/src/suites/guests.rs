@@ -29,6 +29,7 @@ pub(super) struct Guest {
 pub(super) const SUITES: &[Guest] = &[
     Guest { suite: "verifier", filter: None, programs: false },
     Guest { suite: "datapath", filter: None, programs: false },
+    Guest { suite: "socket", filter: Some("_services"), programs: false },
     Guest { suite: "net", filter: Some("applied_and_undone"), programs: false },
 ];
 /// Host programs that suites may call in the guest.

@@ -14,6 +14,7 @@ mod model;
 mod planner;
 mod runs;
 mod settings;
+mod sockets;
 mod table;
 mod want;
 
@@ -25,6 +26,7 @@ pub use model::{
 pub use planner::{Planner, PortView};
 pub use runs::Runs;
 pub use settings::{NodeFacts, Settings};
+pub use sockets::{Doomed, EndSockets, Translated, Unknown as UnknownEndSockets, ends_lives};
 
 /// Annotation of a Service: how a backend is chosen. One of `random`, `least-connections`, `maglev`.
 pub const ALGORITHM: &str = "terway.alibabacloud.com/load-balancing";

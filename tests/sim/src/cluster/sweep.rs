@@ -104,9 +104,14 @@ fn owner(prefix: &str) -> Option<u32> {
 pub(super) fn remove(prefix: &str) -> Result<()> {
     let mut errors: Vec<anyhow::Error> = Vec::new();
     let work = Path::new("/tmp").join(prefix);
-    for name in netns::names(&format!("{prefix}-"))? {
+    let names = netns::names(&format!("{prefix}-"))?;
+    // All processes before the first cgroup, which may have some of other namespaces and does not tell them if it is a threaded one.
+    for ns in names.iter().filter_map(|name| NetNs::open(&Path::new("/run/netns").join(name)).ok()) {
+        errors.extend(ns.kill_processes().err());
+    }
+    for name in names {
         let path = Path::new("/run/netns").join(&name);
-        if let Ok(ns) = NetNs::open(&path) {
+        if path.exists() {
             let node = name.trim_start_matches(prefix).trim_start_matches('-');
             let options = containerd::Options {
                 work: work.join(node).join("c"),
@@ -116,7 +121,6 @@ pub(super) fn remove(prefix: &str) -> Result<()> {
                 cgroup_parent: format!("/{name}"),
             };
             errors.extend(containerd::wipe(&options).err());
-            errors.extend(ns.kill_processes().err());
         }
         errors.extend(netns::remove_name(&path).err());
     }

@@ -36,6 +36,10 @@ pub struct DaemonOptions {
     pub hurry: u32,
     /// Whether it watches the node's folder of manifests.
     pub objects: bool,
+    /// Where the cgroup hierarchy is mounted.
+    pub cgroups: PathBuf,
+    /// Whether who enters the node or its pods is served at the socket.
+    pub sockets: bool,
     /// The log filter.
     pub log: String,
     /// Once true, waiting ends with an error.
@@ -143,6 +147,8 @@ impl Node {
             .arg(self.bpffs().join("terway"))
             .arg("--cni-conf-dir")
             .arg(self.cni_conf_dir())
+            .arg("--cgroup")
+            .arg(self.cgroup())
             .args(["--node", &self.name])
             .args(["--listen", "127.0.0.1:9099"])
             .args(["--ecs-endpoint", &self.options.endpoint])

@@ -1,0 +1,193 @@
+//! Which sockets are to be ended because the backend that their Service gave them is gone.
+//!
+//! A datagram to a backend that is gone is answered by nobody: without an error the client's socket would send into the void for as long
+//! as it lives. TCP finds out by itself, if late. Only sockets that the datapath has translated are ever ended, and only while they
+//! still talk to that backend; what is connected to the pod's own address is its owner's affair.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::SocketAddr;
+use std::str::FromStr;
+
+use super::model::{BackendState, Op};
+use crate::objects::Protocol;
+
+/// Whose sockets are ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EndSockets {
+    /// Nobody's.
+    None,
+    /// Those of UDP.
+    #[default]
+    Udp,
+    /// Those of UDP and TCP.
+    All,
+}
+
+impl EndSockets {
+    const NAMES: [(Self, &'static str); 3] = [(Self::None, "none"), (Self::Udp, "udp"), (Self::All, "all")];
+
+    /// The protocols, by IP protocol number.
+    #[must_use]
+    pub const fn protocols(self) -> &'static [u8] {
+        const ALL: [u8; 2] = [Protocol::Udp.number(), Protocol::Tcp.number()];
+        match self {
+            Self::None => &[],
+            Self::Udp => ALL.split_at(1).0,
+            Self::All => &ALL,
+        }
+    }
+}
+
+impl fmt::Display for EndSockets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::NAMES.iter().find(|(value, _)| value == self).map_or("", |(_, name)| name);
+        f.write_str(name)
+    }
+}
+
+/// Not the name of an [`EndSockets`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("is none of none, udp and all")]
+pub struct Unknown;
+
+impl FromStr for EndSockets {
+    type Err = Unknown;
+
+    fn from_str(text: &str) -> Result<Self, Unknown> {
+        Self::NAMES.iter().find(|(_, name)| *name == text).map(|(value, _)| *value).ok_or(Unknown)
+    }
+}
+
+/// A socket that the datapath has sent to a backend at some time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translated {
+    /// The socket's cookie. No two sockets have one, at no time.
+    pub cookie: u64,
+    /// The cookie of its network namespace.
+    pub netns: u64,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The backend.
+    pub backend: SocketAddr,
+    /// Whether the backend still lives as it did then.
+    pub alive: bool,
+}
+
+/// The sockets that are to be ended if they still talk to whom they did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Doomed {
+    /// By cookie: protocol and dead backend.
+    sockets: BTreeMap<u64, BTreeSet<(u8, SocketAddr)>>,
+    netns: BTreeSet<u64>,
+    protocols: BTreeSet<u8>,
+}
+
+impl Doomed {
+    /// Whom to look for.
+    #[must_use]
+    pub fn of(all: impl IntoIterator<Item = Translated>, whose: EndSockets) -> Self {
+        let mut doomed = Self::default();
+        for socket in all {
+            if !socket.alive && whose.protocols().contains(&socket.protocol) {
+                doomed.sockets.entry(socket.cookie).or_default().insert((socket.protocol, socket.backend));
+                doomed.netns.insert(socket.netns);
+                doomed.protocols.insert(socket.protocol);
+            }
+        }
+        doomed
+    }
+
+    /// Whether a socket that the kernel lists is one of them: the same, of the same protocol, with the dead backend for a peer.
+    #[must_use]
+    pub fn holds(&self, cookie: u64, protocol: u8, peer: SocketAddr) -> bool {
+        self.sockets.get(&cookie).is_some_and(|peers| peers.contains(&(protocol, peer)))
+    }
+
+    /// The cookies of the network namespaces to look in.
+    #[must_use]
+    pub const fn netns(&self) -> &BTreeSet<u64> {
+        &self.netns
+    }
+
+    /// The protocols to list sockets of.
+    #[must_use]
+    pub const fn protocols(&self) -> &BTreeSet<u8> {
+        &self.protocols
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.sockets.is_empty()
+    }
+}
+
+/// Whether an operation ends the life of a backend, so that sockets may have to go with it.
+#[must_use]
+pub fn ends_lives(op: &Op) -> bool {
+    match op {
+        Op::EndBackend(..) | Op::RemoveBackend(..) => true,
+        // Its generation was raised with this (see `Backend::generation`).
+        Op::PutBackend(_, backend) => backend.state == BackendState::Unready && backend.key.protocol == Protocol::Udp,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for (value, name) in EndSockets::NAMES {
+            assert_eq!((name.parse(), value.to_string().as_str()), (Ok(value), name));
+        }
+        assert_eq!("tcp".parse::<EndSockets>(), Err(Unknown));
+    }
+
+    fn translated() -> impl Strategy<Value = Translated> {
+        // Few of each, so that cookies, peers and namespaces coincide.
+        (0..4_u64, 0..3_u64, prop_oneof![Just(6_u8), Just(17), Just(132)], peer(), any::<bool>()).prop_map(
+            |(cookie, netns, protocol, backend, alive)| Translated { cookie, netns, protocol, backend, alive },
+        )
+    }
+
+    fn peer() -> impl Strategy<Value = SocketAddr> {
+        (0..2_u8, 1..3_u16, any::<bool>()).prop_map(|(host, port, v6)| {
+            let ip: std::net::IpAddr =
+                if v6 { [0xfd00, 0, 0, 0, 0, 0, 0, host.into()].into() } else { [10, 0, 0, host].into() };
+            SocketAddr::new(ip, port)
+        })
+    }
+
+    proptest! {
+        /// Against the definition, for every socket that the kernel might list.
+        #[test]
+        fn who_is_doomed_is_who_still_talks_to_the_dead(
+            all in prop::collection::vec(translated(), 0..24),
+            whose in prop_oneof![Just(EndSockets::None), Just(EndSockets::Udp), Just(EndSockets::All)],
+            listed in prop::collection::vec((0..4_u64, prop_oneof![Just(6_u8), Just(17), Just(132)], peer()), 0..24),
+        ) {
+            let doomed = Doomed::of(all.clone(), whose);
+            let named = match whose {
+                EndSockets::None => vec![],
+                EndSockets::Udp => vec![17],
+                EndSockets::All => vec![6, 17],
+            };
+            let dead = |t: &&Translated| !t.alive && named.contains(&t.protocol);
+            for (cookie, protocol, peer) in listed {
+                let wanted =
+                    all.iter().filter(dead).any(|t| (t.cookie, t.protocol, t.backend) == (cookie, protocol, peer));
+                prop_assert_eq!(doomed.holds(cookie, protocol, peer), wanted);
+            }
+            // Wherever one is, and whatever it speaks, it is looked for; and nowhere else.
+            let (netns, protocols): (BTreeSet<u64>, BTreeSet<u8>) =
+                all.iter().filter(dead).map(|t| (t.netns, t.protocol)).unzip();
+            prop_assert_eq!((doomed.netns(), doomed.protocols()), (&netns, &protocols));
+            prop_assert_eq!(doomed.is_empty(), netns.is_empty());
+        }
+    }
+}
