@@ -1,6 +1,6 @@
 //! What differs between IPv4 and IPv6, so that everything else is written once.
 
-use terway_abi::{Drop, Endpoint, Nexthop, bucket_v4, bucket_v6};
+use terway_abi::{Drop, Endpoint, Nexthop, Uplink, bucket_v4, bucket_v6};
 
 use crate::csum;
 use crate::flow::{self, copy};
@@ -20,6 +20,10 @@ pub trait Family: Sized + 'static {
     const ICMP: u8;
     /// Where the transport header of a packet of common shape begins.
     const TRANSPORT: u32;
+    /// Where the source address stands in the IP header.
+    const SRC: u32;
+    /// Where the destination address stands in the IP header.
+    const DST: u32;
 
     /// Addresses and ports of a packet of the most common shape (no options, no fragment, TCP or UDP); `None` if it needs
     /// [`Family::parse`].
@@ -70,6 +74,15 @@ pub trait Family: Sized + 'static {
     /// Writes the gateway of the endpoint's ENI.
     fn gateway(endpoint: &Endpoint, nexthop: &mut Nexthop);
 
+    /// The node's own address on an ENI, [`Family::NONE`] if it has none.
+    fn own(uplink: &Uplink) -> &Self::Addr;
+
+    /// Whether an ENI has a gateway of this family.
+    fn leads_out(uplink: &Uplink) -> bool;
+
+    /// Writes the gateway of an ENI.
+    fn way_out(uplink: &Uplink, nexthop: &mut Nexthop);
+
     /// The slot of an address that is nobody's here.
     fn bucket(address: &Self::Addr) -> u32;
 
@@ -109,6 +122,8 @@ impl Family for V4 {
     const NONE: u32 = 0;
     const ICMP: u8 = parse::ICMP;
     const TRANSPORT: u32 = ETH_LEN as u32 + 20;
+    const SRC: u32 = 12;
+    const DST: u32 = 16;
 
     #[inline(always)]
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
@@ -188,6 +203,22 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn own(uplink: &Uplink) -> &u32 {
+        &uplink.v4
+    }
+
+    #[inline(always)]
+    fn leads_out(uplink: &Uplink) -> bool {
+        uplink.gateway_v4 != 0
+    }
+
+    #[inline(always)]
+    fn way_out(uplink: &Uplink, nexthop: &mut Nexthop) {
+        let Nexthop { family, address: [first, ..] } = nexthop;
+        (*family, *first) = (AF_INET, uplink.gateway_v4);
+    }
+
+    #[inline(always)]
     fn bucket(address: &u32) -> u32 {
         bucket_v4(*address)
     }
@@ -228,6 +259,8 @@ impl Family for V6 {
     const NONE: [u32; 4] = [0; 4];
     const ICMP: u8 = parse::ICMPV6;
     const TRANSPORT: u32 = ETH_LEN as u32 + 40;
+    const SRC: u32 = 8;
+    const DST: u32 = 24;
 
     #[inline(always)]
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
@@ -314,6 +347,22 @@ impl Family for V6 {
     fn gateway(endpoint: &Endpoint, nexthop: &mut Nexthop) {
         nexthop.family = AF_INET6;
         copy(&mut nexthop.address, &endpoint.gateway_v6);
+    }
+
+    #[inline(always)]
+    fn own(uplink: &Uplink) -> &[u32; 4] {
+        &uplink.v6
+    }
+
+    #[inline(always)]
+    fn leads_out(uplink: &Uplink) -> bool {
+        !Self::same(&uplink.gateway_v6, &Self::NONE)
+    }
+
+    #[inline(always)]
+    fn way_out(uplink: &Uplink, nexthop: &mut Nexthop) {
+        nexthop.family = AF_INET6;
+        copy(&mut nexthop.address, &uplink.gateway_v6);
     }
 
     #[inline(always)]
