@@ -192,18 +192,19 @@ fn clients_outside_reach_pods_by_every_way_in() -> Result<()> {
             let all = [&near, &far, &near_local, &far_local, &host, &empty, &barred];
             let objects: Vec<Value> = all.iter().flat_map(|service| service.objects()).collect();
             put(cluster, "services", &objects)?;
+            let host_ports = ["TCP", "UDP"]
+                .map(|protocol| json!({"containerPort": WHO, "hostPort": 8008, "protocol": protocol}));
+            let pod_ips: Vec<Value> = a.ips.iter().map(|ip| json!({"ip": ip})).collect();
             let host_port = json!({
                 "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "namespace": "default"},
-                "spec": {"nodeName": "n1", "containers": [{"name": "c", "ports": ["TCP", "UDP"].map(|protocol| json!({
-                    "containerPort": WHO, "hostPort": 8008, "protocol": protocol,
-                }))}]},
-                "status": {"phase": "Running", "podIPs": a.ips.iter().map(|ip| json!({"ip": ip})).collect::<Vec<_>>()},
+                "spec": {"nodeName": "n1", "containers": [{"name": "c", "ports": host_ports}]},
+                "status": {"phase": "Running", "podIPs": pod_ips},
             });
             put(cluster, "pod", &[host_port])?;
-            for node in [n1, n2] {
+            for (node, last) in [(n1, ":8008"), (n2, "default/near")] {
                 node.wait(SOON, "the Services are served", |node| {
                     let listed = node.cli(&["svc", "list"])?;
-                    ensure!(all.iter().all(|service| listed.contains(service.name)) && listed.contains("8008"), "{listed}");
+                    ensure!(all.iter().all(|service| listed.contains(service.name)) && listed.contains(last), "{listed}");
                     Ok(true)
                 })?;
             }
