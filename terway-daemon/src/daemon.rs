@@ -304,7 +304,11 @@ fn own_ports(local: Option<&str>) -> RangeInclusive<u16> {
     let local = numbers.next().unwrap_or(32_768)..=numbers.next().unwrap_or(60_999);
     let (ports, ours) = service::own_ports(&local);
     if !ours {
-        warn!(?local, ?ports, "{LOCAL_PORTS} leaves no ports over: connections that are sent on to other nodes share these with the host's");
+        warn!(
+            ?local,
+            ?ports,
+            "{LOCAL_PORTS} leaves no ports over: connections that are sent on to other nodes share these with the host's"
+        );
     }
     ports
 }

@@ -192,10 +192,9 @@ fn a_backend_elsewhere_sees_the_node_and_answers_come_back() {
             for _ in 0..2 {
                 came_out(&from_vpc(&stage, &back, &THROUGH[..1]), REDIRECT, &returns);
             }
-            for (source, destination) in [
-                ((family.client, 50_000), (family.node, 30_080)),
-                ((family.remote, 8080), (family.node, port)),
-            ] {
+            for (source, destination) in
+                [((family.client, 50_000), (family.node, 30_080)), ((family.remote, 8080), (family.node, port))]
+            {
                 assert_eq!(way_out(&stage, source, destination), stage.other_eni);
             }
         }
@@ -333,5 +332,195 @@ fn fragments_from_outside_follow_their_first() {
         assert_eq!((ran.action, &ran.packet), (REDIRECT, &first(to(), 30_080, 50_000).build()));
         let ran = from_vpc(&stage, &rest(back()), &THROUGH[..1]);
         assert_eq!((ran.action, &ran.packet), (REDIRECT, &rest(to()).build()));
+    }
+}
+
+/// An ICMP error about a packet.
+fn complaint(family: &Family, frame: Frame, about: &[u8]) -> Frame {
+    frame.icmp(family.error.0, family.error.1, [0, 0, 5, 0]).payload(about)
+}
+
+#[test]
+fn errors_reach_who_is_concerned_in_his_own_words() {
+    let sandbox = sandbox_or_skip!();
+    let stage = stage(&sandbox);
+    for family in BOTH {
+        for protocol in [TCP, UDP] {
+            // A pod of this node: 50000 → 30080 there is 50000 → 8080 here.
+            node_port(&stage, &family, &[family.a], 8080, Frontend::default());
+            let there = with(protocol, outside().ip(family.client, family.node), 50_000, 30_080);
+            let arrived = with(protocol, to_pod(&stage.a).ip(family.client, family.a), 50_000, 8080);
+            let back = with(protocol, stage.sent_by(&stage.a).ip(family.a, family.client), 8080, 50_000);
+            let left = with(protocol, outside().ip(family.node, family.client), 30_080, 50_000);
+            from_vpc(&stage, &there, &TO_POD);
+            from_pod(&stage, &stage.a, &back, &[("pod_to_vpc", 1)]);
+            for length in [usize::MAX, if family.v6 { 48 } else { 28 }] {
+                let quote = |frame: &Frame| {
+                    let bytes = frame.build();
+                    quoted(&bytes)[..length.min(bytes.len() - 14)].to_vec()
+                };
+                // A router's, about an answer, and then the client's own.
+                for (from, source) in [(family.router, family.router), (family.client, family.client)] {
+                    let error = complaint(&family, outside().ip(from, family.node), &quote(&left));
+                    let ran = from_vpc(&stage, &error, &[("vpc_to_pod", 1)]);
+                    came_out(&ran, REDIRECT, &complaint(&family, to_pod(&stage.a).ip(source, family.a), &quote(&back)));
+                }
+                // The pod's, about what came.
+                let error = complaint(&family, stage.sent_by(&stage.a).ip(family.a, family.client), &quote(&arrived));
+                let ran = from_pod(&stage, &stage.a, &error, &[("pod_to_vpc", 1)]);
+                let sent = stage.sent_by(&stage.a).ip(family.node, family.client).ttl(63);
+                came_out(&ran, REDIRECT, &complaint(&family, sent, &quote(&there.clone().ttl(63))));
+                assert_eq!(ran.mark, MARK_CHECKED);
+            }
+
+            // A pod elsewhere: errors leave in the name of the node, else the VPC would not take them.
+            node_port(&stage, &family, &[family.remote], 8080, Frontend::default());
+            let there = with(protocol, outside().ip(family.client, family.node), 50_001, 30_080);
+            let port = source_port(&family, &from_vpc(&stage, &there, &THROUGH).packet);
+            let sent = with(protocol, outside().ip(family.node, family.remote), port, 8080);
+            let back = with(protocol, outside().ip(family.remote, family.node), 8080, port);
+            let left = with(protocol, outside().ip(family.node, family.client), 30_080, 50_001);
+            let on = |to: &str| outside().ip(family.node, to).ttl(63);
+            let cut = |frame: &Frame| quoted(&frame.build()).to_vec();
+            for from in [family.router, family.remote] {
+                let error = complaint(&family, outside().ip(from, family.node), &cut(&sent));
+                let ran = from_vpc(&stage, &error, &THROUGH[..1]);
+                came_out(&ran, REDIRECT, &complaint(&family, on(family.client), &cut(&there)));
+            }
+            for from in [family.router, family.client] {
+                let error = complaint(&family, outside().ip(from, family.node), &cut(&left));
+                let ran = from_vpc(&stage, &error, &THROUGH[..1]);
+                came_out(&ran, REDIRECT, &complaint(&family, on(family.remote), &cut(&back)));
+            }
+        }
+        // About a pod's own connection to a Service: the VPC knows the backend, the pod the Service.
+        serve(
+            &stage,
+            200 + u32::from(family.v6),
+            &at(family.vip, 80, UDP),
+            &[backend(family.remote, 8080, UDP)],
+            Frontend::default(),
+        );
+        let asked = stage.sent_by(&stage.b).ip(family.b, family.vip).udp(40_000, 80).payload(b"some data");
+        from_pod(&stage, &stage.b, &asked, &[("pod_to_vpc", 1), ("flow_new", 1)]);
+        let sent = stage.sent_by(&stage.b).ip(family.b, family.remote).udp(40_000, 8080).payload(b"some data").build();
+        for (from, source) in [(family.router, family.router), (family.remote, family.vip)] {
+            let error = complaint(&family, stage.by_gateway().ip(from, family.b), quoted(&sent)).build();
+            let ran = run(&stage, Program::FromVpc, stage.eni, &error, &[("vpc_to_pod", 1)]);
+            came_out(
+                &ran,
+                REDIRECT,
+                &complaint(&family, to_pod(&stage.b).ip(source, family.b), quoted(&asked.build())),
+            );
+        }
+        // Of a flow that nobody knows, to the node: the host's to judge.
+        let unknown = outside().ip(family.node, family.remote).udp(999, 8080).build();
+        let error = complaint(&family, outside().ip(family.router, family.node), quoted(&unknown));
+        came_out(&from_vpc(&stage, &error, &[("vpc_to_host", 1)]), NEXT, &error);
+    }
+}
+
+/// Connections to a backend itself, from the port by which it knows one to the Service.
+#[test]
+fn who_talks_to_the_backend_itself_does_not_disturb_the_service() {
+    let sandbox = sandbox_or_skip!();
+    let stage = stage(&sandbox);
+    for family in BOTH {
+        for (n, protocol) in [(0, TCP), (1, UDP)] {
+            let service = 400 + 2 * u32::from(family.v6) + n;
+            serve(
+                &stage,
+                service,
+                &at(family.vip, 80, protocol),
+                &[backend(family.b, 8080, protocol)],
+                Frontend::default(),
+            );
+            let first = |frame: Frame, source, destination| match protocol {
+                TCP => frame.tcp(source, destination, flags::SYN),
+                _ => frame.udp(source, destination).payload(b"some data"),
+            };
+            let sent = |to| stage.sent_by(&stage.a).ip(family.a, to);
+            let back = |port| with(protocol, stage.sent_by(&stage.b).ip(family.b, family.a), 8080, port);
+            let new = [("pod_to_pod", 1), ("flow_new", 1)];
+            let returns = |from, source| with(protocol, to_pod(&stage.a).ip(from, family.a), source, 40_000);
+
+            from_pod(&stage, &stage.a, &first(sent(family.vip), 40_000, 80), &new);
+            // The direct connection gets another port, and keeps it.
+            let ran = stage
+                .datapath
+                .run(
+                    Program::FromPod,
+                    &first(sent(family.b), 40_000, 8080).build(),
+                    RunContext::on(stage.a.host_ifindex),
+                )
+                .unwrap();
+            let port = source_port(&family, &ran.packet);
+            assert_ne!(port, 40_000, "the backend could not tell them apart");
+            came_out(&ran, REDIRECT, &first(to_pod(&stage.b).ip(family.a, family.b), port, 8080));
+            for _ in 0..2 {
+                let ran = from_pod(&stage, &stage.a, &with(protocol, sent(family.b), 40_000, 8080), &new[..1]);
+                came_out(&ran, REDIRECT, &with(protocol, to_pod(&stage.b).ip(family.a, family.b), port, 8080));
+                // Each one's answers come from whom it talks to.
+                let ran = from_pod(&stage, &stage.b, &back(40_000), &new[..1]);
+                came_out(&ran, REDIRECT, &returns(family.vip, 80));
+                let ran = from_pod(&stage, &stage.b, &back(port), &new[..1]);
+                came_out(&ran, REDIRECT, &returns(family.b, 8080));
+            }
+            // The connection to the Service ends; the direct one goes on as it was.
+            let gone = Backend { generation: 9, ..Backend::default() };
+            stage.datapath.set_backend(10 * service, &gone).unwrap();
+            let ran = from_pod(&stage, &stage.a, &with(protocol, sent(family.b), 40_000, 8080), &new[..1]);
+            came_out(&ran, REDIRECT, &with(protocol, to_pod(&stage.b).ip(family.a, family.b), port, 8080));
+            // A client outside, the same.
+            node_port(&stage, &family, &[family.b], 8080, Frontend::default());
+            from_vpc(&stage, &first(outside().ip(family.client, family.node), 50_000, 30_080), &TO_POD);
+            let direct = first(stage.by_gateway().ip(family.client, family.b), 50_000, 8080).build();
+            let ran = stage.datapath.run(Program::FromVpc, &direct, RunContext::on(stage.eni)).unwrap();
+            let port = source_port(&family, &ran.packet);
+            assert_ne!(port, 50_000);
+            for (from, to, oif) in
+                [((50_000, family.node), 30_080, stage.other_eni), ((port, family.b), 8080, stage.eni)]
+            {
+                let ((port, source), answers) =
+                    (from, with(protocol, stage.sent_by(&stage.b).ip(family.b, family.client), 8080, from.0));
+                let ran = from_pod(&stage, &stage.b, &answers, &[("pod_to_vpc", 1)]);
+                let out = stage.sent_by(&stage.b).ip(source, family.client).ttl(63);
+                came_out(&ran, REDIRECT, &with(protocol, out, to, 50_000));
+                assert_eq!(way_out(&stage, (family.b, 8080), (family.client, port)), oif);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_choice_for_a_client_outside() {
+    let sandbox = sandbox_or_skip!();
+    let stage = stage(&sandbox);
+    for family in BOTH {
+        let backends: Vec<Backend> = (1..9).map(|port| backend(family.a, port, UDP)).collect();
+        let place = FrontendAt::Node { v6: family.v6, port: 30_053, protocol: UDP };
+        let chosen = |to: &str, port: u16| {
+            let there = outside().ip(family.client, to).udp(port, 30_053).build();
+            let ran = stage.datapath.run(Program::FromVpc, &there, RunContext::on(stage.other_eni)).unwrap();
+            ran.packet[family.transport + 3]
+        };
+        // By the client's address alone.
+        serve(&stage, 500, &place, &backends, Frontend { affinity: 600, ..Frontend::default() });
+        let held: BTreeSet<u8> = (0..50).map(|n| chosen(family.node, 20_000 + n)).collect();
+        assert_eq!(held.len(), 1, "{held:?}");
+        // The same whatever address of a node he comes to, and so on every node.
+        serve(&stage, 501, &place, &backends, Frontend { flags: frontend_flags::MAGLEV, ..Frontend::default() });
+        stage
+            .datapath
+            .set_host_addresses(&[
+                format!("{}/{}", family.vip, if family.v6 { 128 } else { 32 }).parse().unwrap(),
+                format!("{}/{}", family.node, if family.v6 { 128 } else { 32 }).parse().unwrap(),
+            ])
+            .unwrap();
+        stage.datapath.set_node_addresses(&[ip(family.vip), ip(family.node)]).unwrap();
+        let by_hash: Vec<(u8, u8)> =
+            (0..100).map(|n| (chosen(family.node, 21_000 + n), chosen(family.vip, 21_000 + n))).collect();
+        assert!(by_hash.iter().all(|(one, other)| one == other), "{by_hash:?}");
+        assert_eq!(by_hash.iter().collect::<BTreeSet<_>>().len(), 8);
     }
 }

@@ -201,12 +201,8 @@ where
 {
     let Desk { packet, quoted, .. } = desk;
     let (skb, window) = (Skb(ctx), Skb(ctx).window());
-    let quote = Quote {
-        icmp: packet.transport,
-        packet: packet.inner,
-        transport: quoted.transport,
-        protocol: quoted.protocol,
-    };
+    let quote =
+        Quote { icmp: packet.transport, packet: packet.inner, transport: quoted.transport, protocol: quoted.protocol };
     match flow_of_quoted::<F, PROGRAM>(skb, &window, quoted) {
         Some(known) => use_known::<F, PROGRAM>(skb, window, known, Layout { quote: Some(quote), ..layout(packet) }),
         // Gone since it was found.

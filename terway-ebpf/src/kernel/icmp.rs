@@ -105,4 +105,3 @@ fn store<T: Copy>(skb: Skb, at: u32, value: &T) -> Option<()> {
     let failed = unsafe { bpf_skb_store_bytes(skb.0, at, core::ptr::from_ref(value).cast(), size_of::<T>() as u32, 0) };
     (failed == 0).then_some(())
 }
-

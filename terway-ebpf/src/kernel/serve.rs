@@ -122,7 +122,9 @@ where
     let mut src = if itself { &packet.dst } else { &packet.src };
     let mut ports = Draw { first: packet.ports & 0xffff, others: Ports::CLIENTS };
     // What goes on to another node goes in this one's name, so that the answers come back here.
-    if PROGRAM == FROM_VPC && let (Place::Outside(_), Place::Outside(uplink)) = (route.origin, route.target) {
+    if PROGRAM == FROM_VPC
+        && let (Place::Outside(_), Place::Outside(uplink)) = (route.origin, route.target)
+    {
         src = F::own(uplink);
         ports.others = Ports { first: uplink.first_port, count: uplink.ports };
         if packet.protocol != SCTP {

@@ -46,7 +46,9 @@ impl Mirror {
             std::thread::spawn(move || {
                 while !tcp.load(Ordering::Acquire) {
                     match listener.accept() {
-                        Ok((mut stream, from)) => drop(stream.write_all(from.ip().to_canonical().to_string().as_bytes())),
+                        Ok((mut stream, from)) => {
+                            drop(stream.write_all(from.ip().to_canonical().to_string().as_bytes()))
+                        }
                         Err(_) => std::thread::sleep(Duration::from_millis(1)),
                     }
                 }
@@ -192,8 +194,8 @@ fn clients_outside_reach_pods_by_every_way_in() -> Result<()> {
             let all = [&near, &far, &near_local, &far_local, &host, &empty, &barred];
             let objects: Vec<Value> = all.iter().flat_map(|service| service.objects()).collect();
             put(cluster, "services", &objects)?;
-            let host_ports = ["TCP", "UDP"]
-                .map(|protocol| json!({"containerPort": WHO, "hostPort": 8008, "protocol": protocol}));
+            let host_ports =
+                ["TCP", "UDP"].map(|protocol| json!({"containerPort": WHO, "hostPort": 8008, "protocol": protocol}));
             let pod_ips: Vec<Value> = a.ips.iter().map(|ip| json!({"ip": ip})).collect();
             let host_port = json!({
                 "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "namespace": "default"},
@@ -204,7 +206,10 @@ fn clients_outside_reach_pods_by_every_way_in() -> Result<()> {
             for (node, last) in [(n1, ":8008"), (n2, "default/near")] {
                 node.wait(SOON, "the Services are served", |node| {
                     let listed = node.cli(&["svc", "list"])?;
-                    ensure!(all.iter().all(|service| listed.contains(service.name)) && listed.contains(last), "{listed}");
+                    ensure!(
+                        all.iter().all(|service| listed.contains(service.name)) && listed.contains(last),
+                        "{listed}"
+                    );
                     Ok(true)
                 })?;
             }
