@@ -131,17 +131,20 @@ pub fn from_client<'a, F: Family, T: Tables<F>>(
     if tables.by_address(src).is_some() {
         return Err(Drop::SpoofedSource);
     }
-    let uplink = tables.uplink(ifindex).filter(|uplink| F::leads_out(uplink)).ok_or(Drop::NoUplink)?;
+    let Uplink { node, .. } = tables.uplink(ifindex).ok_or(Drop::NoUplink)?;
+    if !F::has_gateway(node) {
+        return Err(Drop::NoUplink);
+    }
     let (target, destination) = match tables.by_address(to) {
         Some(pod) => (Place::Pod(pod), pods(pod)),
-        None if tables.is_host(to) => (Place::Node(uplink), unowned),
+        None if tables.is_host(to) => (Place::Node(node), unowned),
         None if local => return Err(Drop::NoBackend),
         // The backend's answers must come back here, so it gets to see the node.
-        None if F::same(F::own(uplink), &F::NONE) => return Err(Drop::NoUplink),
-        None => (Place::Outside(uplink), unowned),
+        None if F::same(&F::address(node), &F::NONE) => return Err(Drop::NoUplink),
+        None => (Place::Vpc(node), unowned),
     };
     // Policy: ingress of the pod is decided here.
-    Ok(Decision::Way(Route { origin: Place::Outside(uplink), target, source, destination }))
+    Ok(Decision::Way(Route { origin: Place::Vpc(node), target, source, destination }))
 }
 
 /// A packet that the host stack sends to the pod behind `ifindex`.
@@ -214,7 +217,7 @@ mod tests {
         }
 
         fn uplink(&self, ifindex: u32) -> Option<&Uplink> {
-            (ifindex == self.uplink.ifindex).then_some(&self.uplink)
+            (ifindex == self.uplink.node.eni_ifindex).then_some(&self.uplink)
         }
 
         fn is_host(&self, address: &F::Addr) -> bool {
@@ -252,7 +255,16 @@ mod tests {
         };
         Node {
             pods: [pod(1, 50), pod(2, 50), pod(3, 51)].map(|p| (p.host_ifindex, p)).into(),
-            uplink: Uplink { ifindex: 49, v4: v4(100), gateway_v4: v4(253), gateway_v6: v6(253), ..Uplink::default() },
+            uplink: Uplink {
+                node: Endpoint {
+                    eni_ifindex: 49,
+                    v4: v4(100),
+                    gateway_v4: v4(253),
+                    gateway_v6: v6(253),
+                    ..Endpoint::default()
+                },
+                ..Uplink::default()
+            },
             host: vec![[v4(100), 0, 0, 0], v6(100)],
             epochs: (1..4).map(|slot| (slot, 1)).collect(),
         }
@@ -269,8 +281,7 @@ mod tests {
             Place::Pod(pod) => ("pod", pod.host_ifindex),
             Place::Vpc(pod) => ("vpc", pod.host_ifindex),
             Place::Host(pod) => ("host", pod.host_ifindex),
-            Place::Outside(uplink) => ("outside", uplink.ifindex),
-            Place::Node(uplink) => ("node", uplink.ifindex),
+            Place::Node(node) => ("node", node.eni_ifindex),
         }
     }
 
@@ -319,14 +330,15 @@ mod tests {
             // The pod's own ENI is another one than the client came by.
             (9, 3, true, 49, Ok(Some(("pod", 3)))),
             (9, 100, true, 49, Ok(Some(("node", 49)))),
-            (9, 20, false, 49, Ok(Some(("outside", 49)))),
+            (9, 20, false, 49, Ok(Some(("vpc", 0)))),
             (9, 20, true, 49, Err(Drop::NoBackend)),
             (2, 1, false, 49, Err(Drop::SpoofedSource)),
             (9, 1, false, 50, Err(Drop::NoUplink)),
         ] {
             let decision = from_client::<V4, _>(&node, &v4(src), &v4(to), local, ifindex);
             if let Ok(Decision::Way(route)) = decision {
-                assert_eq!(place(route.origin), ("outside", 49));
+                let Place::Vpc(origin) = route.origin else { panic!("from somewhere else") };
+                assert_eq!(origin.eni_ifindex, 49);
             }
             assert_eq!(said(decision), want, "{src} to {to}");
         }

@@ -1,6 +1,6 @@
 //! What differs between IPv4 and IPv6, so that everything else is written once.
 
-use terway_abi::{Drop, Endpoint, Nexthop, Uplink, bucket_v4, bucket_v6};
+use terway_abi::{Drop, Endpoint, Nexthop, bucket_v4, bucket_v6};
 
 use crate::csum;
 use crate::flow::{self, copy};
@@ -73,15 +73,6 @@ pub trait Family: Sized + 'static {
 
     /// Writes the gateway of the endpoint's ENI.
     fn gateway(endpoint: &Endpoint, nexthop: &mut Nexthop);
-
-    /// The node's own address on an ENI, [`Family::NONE`] if it has none.
-    fn own(uplink: &Uplink) -> &Self::Addr;
-
-    /// Whether an ENI has a gateway of this family.
-    fn leads_out(uplink: &Uplink) -> bool;
-
-    /// Writes the gateway of an ENI.
-    fn way_out(uplink: &Uplink, nexthop: &mut Nexthop);
 
     /// The slot of an address that is nobody's here.
     fn bucket(address: &Self::Addr) -> u32;
@@ -200,22 +191,6 @@ impl Family for V4 {
     fn gateway(endpoint: &Endpoint, nexthop: &mut Nexthop) {
         let Nexthop { family, address: [first, ..] } = nexthop;
         (*family, *first) = (AF_INET, endpoint.gateway_v4);
-    }
-
-    #[inline(always)]
-    fn own(uplink: &Uplink) -> &u32 {
-        &uplink.v4
-    }
-
-    #[inline(always)]
-    fn leads_out(uplink: &Uplink) -> bool {
-        uplink.gateway_v4 != 0
-    }
-
-    #[inline(always)]
-    fn way_out(uplink: &Uplink, nexthop: &mut Nexthop) {
-        let Nexthop { family, address: [first, ..] } = nexthop;
-        (*family, *first) = (AF_INET, uplink.gateway_v4);
     }
 
     #[inline(always)]
@@ -347,22 +322,6 @@ impl Family for V6 {
     fn gateway(endpoint: &Endpoint, nexthop: &mut Nexthop) {
         nexthop.family = AF_INET6;
         copy(&mut nexthop.address, &endpoint.gateway_v6);
-    }
-
-    #[inline(always)]
-    fn own(uplink: &Uplink) -> &[u32; 4] {
-        &uplink.v6
-    }
-
-    #[inline(always)]
-    fn leads_out(uplink: &Uplink) -> bool {
-        !Self::same(&uplink.gateway_v6, &Self::NONE)
-    }
-
-    #[inline(always)]
-    fn way_out(uplink: &Uplink, nexthop: &mut Nexthop) {
-        nexthop.family = AF_INET6;
-        copy(&mut nexthop.address, &uplink.gateway_v6);
     }
 
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! Flow entries: how they are made, for both directions at once, and what an established packet asks of them.
 
 use terway_abi::{
-    Action, Endpoint, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, MacPair, Nexthop, Side, Uplink, flow_flags,
+    Action, Endpoint, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, MacPair, Nexthop, Side, flow_flags,
 };
 
 use crate::family::Family;
@@ -12,14 +12,12 @@ use crate::parse::tcp_flags;
 pub enum Place<'a> {
     /// A pod of this node.
     Pod(&'a Endpoint),
-    /// Beyond the ENI of this pod of this node, the other end of the way.
+    /// Beyond the ENI of this endpoint, which is the pod at the other end of the way, or the node for those whom it serves.
     Vpc(&'a Endpoint),
     /// The host stack, and this pod is the other end.
     Host(&'a Endpoint),
-    /// Beyond this ENI, and the other end need not be a pod whose ENI it is: a client of a Service, or a backend on another node.
-    Outside(&'a Uplink),
-    /// The host stack, and the other end is beyond this ENI.
-    Node(&'a Uplink),
+    /// The host stack, and the other end is beyond the ENI of this endpoint.
+    Node(&'a Endpoint),
 }
 
 /// What an address was decided by, and the epoch at which that was true.
@@ -60,8 +58,7 @@ impl<'a> Route<'a> {
             Place::Pod(pod) => (pod.host_ifindex, HOOK_IN),
             Place::Vpc(pod) => (pod.eni_ifindex, HOOK_IN),
             Place::Host(pod) => (pod.host_ifindex, HOOK_TO_POD),
-            Place::Outside(uplink) => (uplink.ifindex, HOOK_IN),
-            Place::Node(uplink) => (uplink.ifindex, HOOK_TO_VPC),
+            Place::Node(node) => (node.eni_ifindex, HOOK_TO_VPC),
         }
     }
 
@@ -87,10 +84,6 @@ impl<'a> Route<'a> {
             (_, Place::Vpc(pod)) => {
                 F::gateway(pod, &mut side.way);
                 (side.action, side.oif) = (Action::Vpc as u32, pod.eni_ifindex);
-            }
-            (_, Place::Outside(uplink)) => {
-                F::way_out(uplink, &mut side.way);
-                (side.action, side.oif) = (Action::Vpc as u32, uplink.ifindex);
             }
         }
     }
@@ -230,14 +223,14 @@ mod tests {
 
     #[test]
     fn what_comes_from_outside_goes_back_by_the_same_interface() {
-        let (pod, uplink) = (pod(1), Uplink { ifindex: 200, gateway_v4: 0xfe, ..Uplink::default() });
+        let (pod, uplink) = (pod(1), Endpoint { eni_ifindex: 200, gateway_v4: 0xfe, ..Endpoint::default() });
         let (source, destination) = (Basis { slot: 1, epoch: 7 }, Basis { slot: 2, epoch: 7 });
-        let local = Route { origin: Place::Outside(&uplink), target: Place::Pod(&pod), source, destination };
+        let local = Route { origin: Place::Vpc(&uplink), target: Place::Pod(&pod), source, destination };
         let (there, back) = (filled(&local), filled(&local.back()));
         assert_eq!((there.ifindex, there.action, there.oif), (200, Action::Local as u32, 1));
         // Not by the pod's own ENI, which is 101.
         assert_eq!((back.ifindex, back.action, back.oif, back.way.address[0]), (1, Action::Vpc as u32, 200, 0xfe));
-        let remote = Route { target: Place::Outside(&uplink), ..local };
+        let remote = Route { target: Place::Vpc(&uplink), ..local };
         for side in [filled(&remote), filled(&remote.back())] {
             assert_eq!((side.ifindex, side.hook, side.action, side.oif), (200, 0, Action::Vpc as u32, 200));
         }

@@ -29,15 +29,15 @@ pub struct Uplink {
 
 impl Uplink {
     fn to_abi(&self) -> terway_abi::Uplink {
-        terway_abi::Uplink {
-            ifindex: self.ifindex,
-            first_port: u32::from(*self.ports.start()),
-            ports: self.ports.len() as u32,
+        let node = terway_abi::Endpoint {
+            eni_ifindex: self.ifindex,
             v4: self.node.v4.map_or(0, word),
             v6: self.node.v6.map_or([0; 4], words),
             gateway_v4: self.gateway_v4.map_or(0, word),
             gateway_v6: self.gateway_v6.map_or([0; 4], words),
-        }
+            ..terway_abi::Endpoint::default()
+        };
+        terway_abi::Uplink { node, first_port: u32::from(*self.ports.start()), ports: self.ports.len() as u32 }
     }
 
     fn from_abi(abi: &terway_abi::Uplink) -> Self {
@@ -45,10 +45,10 @@ impl Uplink {
         let v6 = |words: [u32; 4]| (words != [0; 4]).then(|| address_v6(words));
         let port = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
         Self {
-            ifindex: abi.ifindex,
-            node: Addresses { v4: v4(abi.v4), v6: v6(abi.v6) },
-            gateway_v4: v4(abi.gateway_v4),
-            gateway_v6: v6(abi.gateway_v6),
+            ifindex: abi.node.eni_ifindex,
+            node: Addresses { v4: v4(abi.node.v4), v6: v6(abi.node.v6) },
+            gateway_v4: v4(abi.node.gateway_v4),
+            gateway_v6: v6(abi.node.gateway_v6),
             ports: port(abi.first_port)..=port((abi.first_port + abi.ports).saturating_sub(1)),
         }
     }

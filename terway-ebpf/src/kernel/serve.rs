@@ -122,10 +122,13 @@ where
     let mut src = if itself { &packet.dst } else { &packet.src };
     let mut ports = Draw { first: packet.ports & 0xffff, others: Ports::CLIENTS };
     // What goes on to another node goes in this one's name, so that the answers come back here.
+    let own;
     if PROGRAM == FROM_VPC
-        && let (Place::Outside(_), Place::Outside(uplink)) = (route.origin, route.target)
+        && let (Place::Vpc(_), Place::Vpc(node)) = (route.origin, route.target)
     {
-        src = F::own(uplink);
+        own = F::address(node);
+        src = &own;
+        let uplink = Tables::<F>::uplink(&Maps, node.eni_ifindex).ok_or(Drop::NoUplink)?;
         ports.others = Ports { first: uplink.first_port, count: uplink.ports };
         if packet.protocol != SCTP {
             // SAFETY: the helper has no preconditions.
