@@ -17,6 +17,7 @@ mod endpoint;
 mod event;
 mod flow;
 mod service;
+mod uplink;
 
 pub use counter::{COUNTERS, Counter, DROP_BASE, Kind};
 pub use drop::Drop;
@@ -24,13 +25,14 @@ pub use endpoint::{Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, 
 pub use event::{Budget, DropEvent, Program};
 pub use flow::{
     Action, Flow, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4, FragmentKeyV6,
-    FragmentValue, HOOK_IN, HOOK_TO_POD, Nexthop, Side, flow_flags,
+    FragmentValue, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, MOVED, Nexthop, Side, flow_flags,
 };
 pub use service::{
     Affinity, AffinityKey, Backend, FILTER, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, NO_BACKEND,
     Run, SCOPE_ADDRESS, SCOPE_NODE, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, TO_BACKEND, TO_FRONTEND,
     backend_flags, filter_v4, filter_v6, frontend_class, frontend_flags,
 };
+pub use uplink::{MAX_UPLINKS, Uplink};
 
 /// The version of everything in this crate. Pins of different versions never meet: they live in different folders.
 pub const ABI_VERSION: u32 = 1;
@@ -86,6 +88,8 @@ pub mod names {
     pub const RANGES_V6: &str = "RANGES_V6";
     /// `LRU_HASH`: [`crate::SocketKey`] → [`crate::SocketValue`]. Written by the programs.
     pub const SOCKETS: &str = "SOCKETS";
+    /// `HASH`: interface index of an ENI → [`crate::Uplink`]. Written by the daemon.
+    pub const UPLINKS: &str = "UPLINKS";
     /// `PERCPU_ARRAY`: [`crate::Kind`] and [`crate::Drop`] → [`crate::Counter`]. Written by the programs.
     pub const COUNTERS: &str = "COUNTERS";
     /// `PERCPU_ARRAY` of one [`crate::Budget`]: how many events this CPU may still report. Written by the programs.
@@ -94,7 +98,7 @@ pub mod names {
     pub const EVENTS: &str = "EVENTS";
 
     /// Every map, in the order above.
-    pub const MAPS: [&str; 23] = [
+    pub const MAPS: [&str; 24] = [
         ENDPOINTS,
         OWNERS_V4,
         OWNERS_V6,
@@ -115,6 +119,7 @@ pub mod names {
         RANGES_V4,
         RANGES_V6,
         SOCKETS,
+        UPLINKS,
         COUNTERS,
         BUDGET,
         EVENTS,

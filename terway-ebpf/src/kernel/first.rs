@@ -5,11 +5,14 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_printk;
-use terway_abi::{Drop, Endpoint, Flow, FlowKey, FragmentKey, FragmentValue, Kind, NO_BACKEND, flow_flags};
+use terway_abi::{Drop, Endpoint, Flow, FlowKey, FragmentKey, FragmentValue, Kind, MOVED, NO_BACKEND, flow_flags};
 
 use super::exit::{Verdict, count, now};
+use super::icmp::Quote;
 use super::maps::{DEBUG, Desk, Maps};
-use super::path::{FROM_POD, FROM_VPC, Layout, TO_POD, Way, hook, kinds, lookup, send, use_known};
+use super::path::{
+    FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, holds, hook, kinds, lookup, send, use_known,
+};
 use super::refuse::refuse;
 use super::serve::{remember_both, serve};
 use super::skb::{Skb, Window};
@@ -56,13 +59,15 @@ where
 {
     (desk.choice.member.backend, desk.choice.refused) = (NO_BACKEND, 0);
     F::assign(&mut desk.choice.address, &desk.packet.dst);
-    if PROGRAM == FROM_POD && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst) {
+    desk.choice.port = desk.packet.ports >> 16;
+    let clients = PROGRAM == FROM_POD || PROGRAM == FROM_VPC;
+    if clients && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst) {
         let early = serve::<F, PROGRAM>(skb.0, desk);
         if !early.is_open() {
             return early;
         }
         if desk.choice.refused != 0 {
-            return refuse::<F>(skb.0, &desk.packet);
+            return refuse::<F, PROGRAM>(skb.0, &desk.packet);
         }
     }
     settle::<F, PROGRAM>(skb.0, desk)
@@ -70,7 +75,7 @@ where
 
 /// A packet of another shape.
 ///
-/// Both stages are called from the program itself, not one from the other: their frames take turns on the stack.
+/// The stages are called from the program itself, not one from the other: their frames take turns on the stack.
 #[inline(always)]
 pub(super) fn unusual<F: Way, const PROGRAM: u8>(skb: Skb) -> Verdict
 where
@@ -80,7 +85,16 @@ where
     let Some(desk) = desk::<F>() else { return Verdict::drop(Drop::Truncated) };
     desk.packet.clear();
     let early = understand::<F, PROGRAM>(skb.0, desk);
-    if early.is_open() { decide_on::<F, PROGRAM>(skb, desk) } else { early }
+    if early.is_related() {
+        return relate::<F, PROGRAM>(skb.0, desk);
+    }
+    if !early.is_open() {
+        return early;
+    }
+    if PROGRAM == TO_VPC {
+        return Verdict::next(const { kinds::<PROGRAM>() }.stack);
+    }
+    decide_on::<F, PROGRAM>(skb, desk)
 }
 
 /// Parses the packet and looks up its flow. Ends early for what needs no decision.
@@ -95,6 +109,9 @@ where
     // What comes from the VPC for the host is the host's to judge: fragments out of order, options, and all.
     if PROGRAM == FROM_VPC && understood.is_err() && Maps.by_address(&packet.dst).is_none() {
         return Verdict::next(Kind::VpcToHost);
+    }
+    if PROGRAM == TO_VPC && understood.is_err() {
+        return Verdict::next(Kind::HostToVpc);
     }
     understood.into()
 }
@@ -116,7 +133,11 @@ where
         if PROGRAM == FROM_POD {
             Checks::neighbour(&window, packet, endpoint::<F>(skb)?)?;
         }
-        return Ok(Verdict::next(if PROGRAM == FROM_VPC { Kind::VpcToHost } else { Kind::Neighbour }));
+        return Ok(Verdict::next(match PROGRAM {
+            FROM_VPC => Kind::VpcToHost,
+            TO_VPC => Kind::HostToVpc,
+            _ => Kind::Neighbour,
+        }));
     }
     if packet.fragment != Fragment::Whole {
         reassociate::<F>(packet, place)?;
@@ -153,11 +174,39 @@ where
         FROM_VPC => Maps.by_address(&packet.src).is_none(),
         _ => true,
     };
-    // The flow is the quoted packet's, and the error goes the other way.
-    let (key, quoted_from_high) = flow::key::<F>(&quoted.src, &quoted.dst, quoted.ports, quoted.protocol);
-    match lookup::<F, PROGRAM>(skb, &window, &key, quoted_from_high ^ 1) {
-        Some(known) if goes && comes => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
+    match flow_of_quoted::<F, PROGRAM>(skb, &window, quoted) {
+        Some(known) if goes && comes => match known.side.flags & flow_flags::TRANSLATE {
+            0 => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
+            _ => Verdict::RELATED,
+        },
         _ => Verdict::OPEN,
+    }
+}
+
+/// The flow is the quoted packet's, and the error goes the other way.
+#[inline(always)]
+fn flow_of_quoted<F: Way, const PROGRAM: u8>(skb: Skb, window: &Window, quoted: &Packet<F>) -> Option<Known<F>>
+where
+    Maps: Tables<F>,
+{
+    let (key, quoted_from_high) = flow::key::<F>(&quoted.src, &quoted.dst, quoted.ports, quoted.protocol);
+    lookup::<F, PROGRAM>(skb, window, &key, quoted_from_high ^ 1)
+}
+
+/// An ICMP error about a flow whose packets are translated ([`Verdict::RELATED`]).
+#[inline(never)]
+fn relate<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &Desk<F>) -> Verdict
+where
+    Maps: Tables<F>,
+{
+    let Desk { packet, quoted, .. } = desk;
+    let (skb, window) = (Skb(ctx), Skb(ctx).window());
+    let quote =
+        Quote { icmp: packet.transport, packet: packet.inner, transport: quoted.transport, protocol: quoted.protocol };
+    match flow_of_quoted::<F, PROGRAM>(skb, &window, quoted) {
+        Some(known) => use_known::<F, PROGRAM>(skb, window, known, Layout { quote: Some(quote), ..layout(packet) }),
+        // Gone since it was found.
+        None => Verdict::drop(Drop::Unserved),
     }
 }
 
@@ -177,28 +226,71 @@ where
 {
     let window = skb.window();
     let packet = &desk.packet;
+    let served = (PROGRAM == FROM_POD || PROGRAM == FROM_VPC) && desk.choice.member.backend != NO_BACKEND;
     let decision = match PROGRAM {
         FROM_POD => {
             let macs = window.macs().ok_or(Drop::Truncated)?;
             decide::from_pod(&Maps, endpoint::<F>(skb)?, packet, &desk.choice.address, macs)?
         }
         TO_POD => decide::to_pod(&Maps, packet, skb.ifindex())?,
+        _ if served => {
+            let only_here = desk.choice.local != 0;
+            decide::from_client::<F, _>(&Maps, &packet.src, &desk.choice.address, only_here, skb.ifindex())?
+        }
         _ => decide::from_vpc(&Maps, packet, skb.ifindex())?,
     };
-    match decision {
-        Decision::NotOurs => Ok(Verdict::next(const { kinds::<PROGRAM>() }.stack)),
-        Decision::Way(route) if PROGRAM == FROM_POD && desk.choice.member.backend != NO_BACKEND => {
-            remember_both::<F, PROGRAM>(skb, window, &route, desk)
-        }
-        Decision::Way(route) => Ok(remember::<F, PROGRAM>(skb, window, packet, &route, &mut desk.flow)),
+    let Decision::Way(route) = decision else { return Ok(Verdict::next(const { kinds::<PROGRAM>() }.stack)) };
+    let seat = if served { Seat::Taken } else { seat::<F, PROGRAM>(skb, &window, packet) };
+    match seat {
+        Seat::Free => Ok(remember::<F, PROGRAM>(skb, window, packet, &route, &mut desk.flow)),
+        Seat::Taken => remember_both::<F, PROGRAM>(skb, window, &route, desk),
+        Seat::Moved(known) => Ok(use_known::<F, PROGRAM>(skb, window, known, layout(packet))),
     }
+}
+
+/// Whether a connection can have the entry that its packets lead to.
+enum Seat<F: Family> {
+    Free,
+    /// The answers of a Service's backend are there, which look the same: the connection gets another source port.
+    Taken,
+    /// It has got one already.
+    Moved(Known<F>),
+}
+
+#[inline(always)]
+fn seat<F: Way, const PROGRAM: u8>(skb: Skb, window: &Window, packet: &Packet<F>) -> Seat<F>
+where
+    Maps: Tables<F>,
+{
+    if !service::is_served(packet.protocol) {
+        return Seat::Free;
+    }
+    let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    // SAFETY: read at once; an entry that is reused meanwhile is a race that every preallocated map has.
+    let taken = unsafe { F::flows().get(&key) }.is_some_and(|old| {
+        let [side, _] = &old.sides;
+        let others = old.maker != from_high && side.flags & flow_flags::TRANSLATE != 0;
+        others && side.flags & flow_flags::RST == 0 && holds::<F>(old)
+    });
+    // The other connection may have ended meanwhile. This one goes on where it is, and a new one need not look.
+    if taken || packet.tcp_flags & tcp_flags::SYN == 0 {
+        key.class |= MOVED;
+        match lookup::<F, PROGRAM>(skb, window, &key, from_high) {
+            Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => {
+                known.side.flags |= flow::remembered(packet.tcp_flags);
+                return Seat::Moved(known);
+            }
+            _ => {}
+        }
+    }
+    if taken { Seat::Taken } else { Seat::Free }
 }
 
 /// Where a packet's transport header is.
 #[inline(always)]
 pub(super) fn layout<F: Family>(packet: &Packet<F>) -> Layout {
     let transport = if packet.fragment == Fragment::Later { 0 } else { packet.transport };
-    Layout { protocol: packet.protocol, transport }
+    Layout { protocol: packet.protocol, transport, quote: None }
 }
 
 /// Writes the entry of both directions and sends the packet by it.

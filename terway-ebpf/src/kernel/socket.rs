@@ -225,7 +225,7 @@ where
     // SAFETY: read at once; a value that is reused meanwhile is of another socket, which is a race of microseconds.
     let value = unsafe { SOCKETS.get(key) }?;
     let member = value.member;
-    (value.service == service && service::lives::<F, _>(&Maps, member)).then_some(member)
+    (value.service == service && service::life::<F, _>(&Maps, member).is_some()).then_some(member)
 }
 
 /// Whether the way back is in the table already.

@@ -8,6 +8,7 @@ mod audit;
 mod churn;
 mod connectivity;
 mod conntrack;
+mod north;
 mod rolling;
 mod services;
 mod soak;

@@ -12,6 +12,7 @@ mod ids;
 mod maglev;
 mod model;
 mod planner;
+mod ports;
 mod runs;
 mod settings;
 mod sockets;
@@ -24,6 +25,7 @@ pub use model::{
     Owner, Plan, PortId, Selection, Table, TableId, UnknownAlgorithm,
 };
 pub use planner::{Planner, PortView};
+pub use ports::own_ports;
 pub use runs::Runs;
 pub use settings::{NodeFacts, Settings};
 pub use sockets::{Doomed, EndSockets, Translated, Unknown as UnknownEndSockets, ends_lives};
