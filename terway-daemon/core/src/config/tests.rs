@@ -46,7 +46,7 @@ fn examples() -> Value {
         "bpf_ct_max_v6": 4096, "bpf_map_dynamic_size_ratio": 0.01, "conntrack_gc_interval": "30s",
         "conntrack_gc_max_interval": "5m",
     });
-    super::merge(&mut examples, conntrack);
+    merge(&mut examples, conntrack);
     examples
 }
 

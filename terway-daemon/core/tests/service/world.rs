@@ -207,7 +207,7 @@ impl World {
         let health: BTreeMap<u16, u32> = self.planner.health().into_iter().map(|(port, (_, n))| (port, n)).collect();
         assert_eq!(health, expected.health);
         assert_eq!(self.kernel, self.planner.kernel());
-        let used: std::collections::BTreeSet<_> = self
+        let used: BTreeSet<_> = self
             .kernel
             .frontends
             .values()
@@ -237,7 +237,7 @@ fn check_step(
     now: &BTreeMap<FrontendKeyOf, Expected>,
     after: &BTreeMap<FrontendKeyOf, Expected>,
 ) {
-    let keys: std::collections::BTreeSet<_> = before.keys().chain(now.keys()).chain(after.keys()).collect();
+    let keys: BTreeSet<_> = before.keys().chain(now.keys()).chain(after.keys()).collect();
     for key in keys {
         let (old, current, new) = (before.get(key), now.get(key), after.get(key));
         let ok = similar(current, old) || similar(current, new);
