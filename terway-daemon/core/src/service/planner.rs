@@ -381,6 +381,8 @@ impl Planner {
                     touched.backends.push(*key);
                 }
                 None => {
+                    // Most have one claim, and there may be 100 000 of them: no room in advance.
+                    entry.claims.reserve_exact(1);
                     entry.claims.push((owner.clone(), *facts));
                     touched.backends.push(*key);
                 }
@@ -527,6 +529,7 @@ impl Planner {
     fn claim(&mut self, key: FrontendKey, rank: Rank, frontend: Frontend, touched: &mut Touched) {
         let entry = self.frontends.entry(key).or_default();
         let at = entry.claims.partition_point(|(other, _)| *other < rank);
+        entry.claims.reserve_exact(1);
         entry.claims.insert(at, (rank, frontend));
         // Of two claims one loses, whichever was there first, and its owner is to be told.
         if entry.claims.len() > 1 || entry.claims.first().map(|(_, first)| first) != entry.written.as_ref() {
