@@ -122,6 +122,7 @@ fn connecting(to: SocketAddr) -> i32 {
 
 fn answers(to: SocketAddr, server: &TcpListener) -> SocketAddr {
     let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     let (mut accepted, _) = server.accept().unwrap();
     accepted.write_all(b"served").unwrap();
     let mut bytes = [0; 6];
@@ -418,6 +419,10 @@ fn links_are_taken_over() {
     next.attach_sockets(&other).unwrap();
     // The kernel takes links off in the background.
     eventually("the old links are gone", || connecting(vip) == libc::ENETUNREACH);
+    // Connections that were made until then still wait to be accepted.
+    server.set_nonblocking(true).unwrap();
+    while server.accept().is_ok() {}
+    server.set_nonblocking(false).unwrap();
     assert!(numbers().iter().all(|number| !before.contains(number)));
     fs::remove_dir(&other).unwrap();
     eventually("programs go with their cgroup", || next.attached_sockets().unwrap() == 0);
