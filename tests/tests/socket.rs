@@ -39,6 +39,13 @@ impl Cgroup {
     }
 }
 
+impl Cgroup {
+    /// One beside it, if a test makes it.
+    fn other(&self) -> PathBuf {
+        self.mount.path().join(format!("bpf-socket-other-{}", std::process::id()))
+    }
+}
+
 fn join(cgroup: &Path) {
     fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).unwrap();
 }
@@ -47,6 +54,7 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         join(&self.before);
         let _busy = fs::remove_dir(&self.own);
+        let _gone = fs::remove_dir(self.other());
         let _busy = nix::mount::umount2(self.mount.path(), nix::mount::MntFlags::MNT_DETACH);
     }
 }
@@ -114,6 +122,7 @@ fn connecting(to: SocketAddr) -> i32 {
 
 fn answers(to: SocketAddr, server: &TcpListener) -> SocketAddr {
     let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     let (mut accepted, _) = server.accept().unwrap();
     accepted.write_all(b"served").unwrap();
     let mut bytes = [0; 6];
@@ -405,11 +414,15 @@ fn links_are_taken_over() {
     assert_eq!((numbers(), next.attached_sockets().unwrap()), (before.clone(), 10));
     assert_eq!(answers(vip, &server), vip);
     // To another cgroup: the process is in the old one, and served no more.
-    let other = cgroup.mount.path().join(format!("bpf-socket-other-{}", std::process::id()));
+    let other = cgroup.other();
     fs::create_dir(&other).unwrap();
     next.attach_sockets(&other).unwrap();
     // The kernel takes links off in the background.
     eventually("the old links are gone", || connecting(vip) == libc::ENETUNREACH);
+    // Connections that were made until then still wait to be accepted.
+    server.set_nonblocking(true).unwrap();
+    while server.accept().is_ok() {}
+    server.set_nonblocking(false).unwrap();
     assert!(numbers().iter().all(|number| !before.contains(number)));
     fs::remove_dir(&other).unwrap();
     eventually("programs go with their cgroup", || next.attached_sockets().unwrap() == 0);
