@@ -47,7 +47,7 @@ impl Mirror {
                 while !tcp.load(Ordering::Acquire) {
                     match listener.accept() {
                         Ok((mut stream, from)) => {
-                            drop(stream.write_all(from.ip().to_canonical().to_string().as_bytes()))
+                            drop(stream.write_all(from.ip().to_canonical().to_string().as_bytes()));
                         }
                         Err(_) => std::thread::sleep(Duration::from_millis(1)),
                     }
