@@ -492,6 +492,34 @@ fn who_talks_to_the_backend_itself_does_not_disturb_the_service() {
     }
 }
 
+/// What voids an entry is mostly not the backend's end, and then a connection goes on with the backend that it has.
+#[test]
+fn a_connection_keeps_its_backend_when_its_way_is_decided_anew() {
+    let sandbox = sandbox_or_skip!();
+    let stage = stage(&sandbox);
+    for family in BOTH {
+        let backends: Vec<Backend> = (1..9).map(|port| backend(family.remote, port, TCP)).collect();
+        let place = FrontendAt::Node { v6: family.v6, port: 30_080, protocol: TCP };
+        serve(&stage, 600, &place, &backends, Frontend::default());
+        let packet = |flags| outside().ip(family.client, family.node).tcp(50_000, 30_080, flags);
+        let first = from_vpc(&stage, &packet(flags::SYN), &THROUGH);
+        for round in 0..8_u8 {
+            let other = format!("10.55.0.{round}/32");
+            let hosts = ["10.0.0.100/32", "fd00::100/128", &other].map(|text| text.parse().unwrap());
+            stage.datapath.set_host_addresses(&hosts).unwrap();
+            let stale = [("vpc_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)];
+            let ran = from_vpc(&stage, &packet(flags::ACK), &stale);
+            let ports = family.transport..family.transport + 4;
+            assert_eq!(ran.packet[ports.clone()], first.packet[ports], "another port or backend");
+        }
+        // Unless it is gone.
+        for number in 6000..6008 {
+            stage.datapath.set_backend(number, &Backend { generation: 2, ..Backend::default() }).unwrap();
+        }
+        from_vpc(&stage, &packet(flags::ACK), &[("refused", 1), ("flow_stale", 1)]);
+    }
+}
+
 #[test]
 fn the_choice_for_a_client_outside() {
     let sandbox = sandbox_or_skip!();

@@ -59,7 +59,7 @@ where
 {
     (desk.choice.member.backend, desk.choice.refused) = (NO_BACKEND, 0);
     F::assign(&mut desk.choice.address, &desk.packet.dst);
-    desk.choice.port = desk.packet.ports >> 16;
+    (desk.choice.port, desk.choice.source) = (desk.packet.ports >> 16, 0);
     let clients = PROGRAM == FROM_POD || PROGRAM == FROM_VPC;
     if clients && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst) {
         let early = serve::<F, PROGRAM>(skb.0, desk);

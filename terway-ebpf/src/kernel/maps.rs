@@ -83,8 +83,8 @@ pub struct Choice<A> {
     pub refused: u32,
     /// Not 0 if a backend on another node will not do.
     pub local: u32,
-    /// Zero.
-    pub spare: u32,
+    /// The source port that the backend knows the connection by, as in the packet; 0 if that is still to be found.
+    pub source: u32,
 }
 
 /// The desk of IPv4.

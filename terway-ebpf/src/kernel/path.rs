@@ -148,7 +148,7 @@ where
 }
 
 #[inline(always)]
-fn is_current(member: Member) -> bool {
+pub(super) fn is_current(member: Member) -> bool {
     BACKENDS.get(member.backend).is_some_and(|backend| backend.generation == member.generation)
 }
 

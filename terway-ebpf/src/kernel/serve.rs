@@ -2,18 +2,18 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
-use terway_abi::{Drop, Flow, FlowKey, Kind, MOVED, NO_BACKEND, flow_flags, frontend_flags};
+use terway_abi::{Drop, Flow, FlowKey, Kind, MOVED, Member, NO_BACKEND, flow_flags, frontend_flags};
 
 use super::exit::{Verdict, count, now};
 use super::first::{endpoint, layout};
 use super::maps::{Choice, Desk, HZ, Maps, burden};
-use super::path::{FROM_POD, FROM_VPC, Way, holds, send};
+use super::path::{FROM_POD, FROM_VPC, Way, holds, is_current, send};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Tables};
 use crate::flow::{self, Place, Route};
 use crate::frame::{Frame as _, zero};
 use crate::nat::{self, Ports, Tuple};
-use crate::parse::{Fragment, Payload, SCTP};
+use crate::parse::{Fragment, Packet, Payload, SCTP, tcp_flags};
 use crate::service::{self, Asker, Outcome, Services};
 
 /// How many source ports are tried.
@@ -50,7 +50,13 @@ where
     let random = unsafe { bpf_get_prandom_u32() };
     let asker = Asker { client: F::widen(&packet.src), kind: F::VERSION.into(), random, now: now(), hz: HZ.load() };
     let hash = service::hash::<F>(&packet.src, ports, frontend.affinity != 0);
-    match service::choose::<F, _>(&Maps, frontend, inside, hash, &asker) {
+    let mut outcome = service::choose::<F, _>(&Maps, frontend, inside, hash, &asker);
+    if let Outcome::Chosen(_) = outcome
+        && let Some((member, source)) = before::<F>(packet)
+    {
+        (outcome, choice.source) = (Outcome::Chosen(member), source);
+    }
+    match outcome {
         Outcome::Other => Ok(Verdict::OPEN),
         Outcome::Excluded => Err(Drop::SourceRange),
         Outcome::Refused { silent: true } => Err(Drop::NoBackend),
@@ -69,6 +75,21 @@ where
             Ok(Verdict::OPEN)
         }
     }
+}
+
+/// The backend of a connection that goes on, and the source port that it is known by there, if its entry is void only because
+/// something else on its way has changed.
+#[inline(always)]
+fn before<F: Way>(packet: &Packet<F>) -> Option<(Member, u32)> {
+    if packet.tcp_flags & tcp_flags::SYN != 0 {
+        return None;
+    }
+    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    // SAFETY: read at once; an entry that is reused meanwhile is a race that every preallocated map has.
+    let old = unsafe { F::flows().get(&key) }?;
+    let ([side, _], member) = (&old.sides, Member { backend: old.backend, generation: old.generation });
+    let own = old.maker == from_high && side.flags & flow_flags::TRANSLATE != 0;
+    (own && member.backend != NO_BACKEND && is_current(member)).then_some((member, old.ports & 0xffff))
 }
 
 /// Writes the entries of a connection whose packets are translated, to a Service or, without a backend, only to another source port:
@@ -134,6 +155,9 @@ where
             // SAFETY: the helper has no preconditions.
             ports.first = u32::from(ports.others.draw(unsafe { bpf_get_prandom_u32() }));
         }
+    }
+    if choice.source != 0 {
+        ports.first = choice.source;
     }
     let to = Tuple { src, dst: &choice.address, ports: choice.port << 16 };
     let ports = settle_port::<F>(reply, sent, to, packet.protocol, ports)?;

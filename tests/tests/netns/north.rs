@@ -47,7 +47,7 @@ impl Mirror {
                 while !tcp.load(Ordering::Acquire) {
                     match listener.accept() {
                         Ok((mut stream, from)) => {
-                            drop(stream.write_all(from.ip().to_canonical().to_string().as_bytes()))
+                            drop(stream.write_all(from.ip().to_canonical().to_string().as_bytes()));
                         }
                         Err(_) => std::thread::sleep(Duration::from_millis(1)),
                     }
@@ -257,6 +257,19 @@ fn clients_outside_reach_pods_by_every_way_in() -> Result<()> {
             for ip in n1_ips {
                 let seen = who(outside, SocketAddr::new(ip, 8008)).context("host port")?;
                 ensure!(seen == [me(ip); 2], "host port at {ip}: seen as {seen:?}");
+            }
+            // Pods: by their own node without a detour, by another one as clients from outside.
+            for (from, service, ips, wanted) in [
+                (&a, &far, n1_ips, &a.ips),
+                (&b, &near, n1_ips, &b.ips),
+                (&b, &far, n1_ips, &n1_ips.to_vec()),
+                (&a, &near, n2_ips, &n2_ips.to_vec()),
+            ] {
+                for ip in ips {
+                    let wanted = *wanted.iter().find(|own| own.is_ipv4() == ip.is_ipv4()).context("no address")?;
+                    let seen = who(&from.ns, SocketAddr::new(ip, service.base)).context(from.name.clone())?;
+                    ensure!(seen == [wanted; 2], "{} from {} at {ip}: seen as {seen:?}", service.name, from.name);
+                }
             }
             // Refused at once, or without a word.
             for ip in [n1_ips, empty.balancers()].concat() {

@@ -17,19 +17,20 @@ const FEW: usize = 1024;
 pub fn own_ports(local: &RangeInclusive<u16>) -> (RangeInclusive<u16>, bool) {
     let taken = [local, &NODE_PORTS];
     let free = |port: &u16| taken.iter().all(|range| !range.contains(port));
-    let mut longest = 1..=0;
-    let mut first = None;
+    let (mut longest, mut first) = (LAST_RESORT, None);
+    let mut found = 0;
     for port in 1024..=u16::MAX {
         if !free(&port) {
             first = None;
             continue;
         }
         let range = *first.get_or_insert(port)..=port;
-        if range.len() > longest.len() {
+        if range.len() > found {
+            found = range.len();
             longest = range;
         }
     }
-    if longest.len() < FEW { (LAST_RESORT, false) } else { (longest, true) }
+    if found < FEW { (LAST_RESORT, false) } else { (longest, true) }
 }
 
 #[cfg(test)]
