@@ -17,6 +17,7 @@ use tracing::{info, warn};
 use crate::config_source::{ConfigSource, ConfigStatus};
 use crate::engine::{AddRequest, Engine};
 use crate::metrics::{Metrics, Phase, Verb};
+use crate::policy::Policies;
 use crate::services::Services;
 
 /// The service on top of an engine.
@@ -25,6 +26,7 @@ pub struct Service {
     engine: Arc<Engine>,
     source: Arc<ConfigSource>,
     services: Arc<Services>,
+    policies: Arc<Policies>,
     metrics: Metrics,
 }
 
@@ -35,9 +37,10 @@ impl Service {
         engine: Arc<Engine>,
         source: Arc<ConfigSource>,
         services: Arc<Services>,
+        policies: Arc<Policies>,
         metrics: Metrics,
     ) -> NodeNetworkServer<Self> {
-        NodeNetworkServer::new(Self { engine, source, services, metrics })
+        NodeNetworkServer::new(Self { engine, source, services, policies, metrics })
     }
 
     fn done<T>(&self, api: &'static str, start: Instant, result: Result<T, Error>) -> Result<Response<T>, Status> {
@@ -209,6 +212,8 @@ impl NodeNetwork for Service {
         status.problems.extend(configuration.failure.clone());
         status.configuration = Some(configuration);
         status.problems.extend(self.services.problems().iter().map(detail));
+        status.problems.extend(self.policies.problems().iter().map(detail));
+        status.policy = Some(self.policies.status());
         self.done("Status", start, Ok(status))
     }
 
@@ -219,6 +224,22 @@ impl NodeNetwork for Service {
         let start = Instant::now();
         let v1::ListServicesRequest { namespace, name } = request.into_inner();
         self.done("ListServices", start, self.services.list(namespace, name).await)
+    }
+
+    async fn list_policies(
+        &self,
+        request: Request<v1::ListPoliciesRequest>,
+    ) -> Result<Response<v1::ListPoliciesResponse>, Status> {
+        let start = Instant::now();
+        self.done("ListPolicies", start, Ok(self.policies.list(&request.into_inner())))
+    }
+
+    async fn explain_policy(
+        &self,
+        request: Request<v1::ExplainPolicyRequest>,
+    ) -> Result<Response<v1::ExplainPolicyResponse>, Status> {
+        let start = Instant::now();
+        self.done("ExplainPolicy", start, Ok(self.policies.explain(&request.into_inner())))
     }
 
     async fn list_flows(

@@ -283,6 +283,14 @@ catalogue! {
     OBJECTS_UNREADABLE = "TW0504", "objects-unreadable", 100,
         "The folder that --objects names cannot be watched; Services stay as they are.",
         "Create the folder, or correct the option; the daemon looks again every second.";
+    /// Network policies cannot be written into the kernel.
+    POLICY_FAILED = "TW0505", "policy-failed", 11,
+        "The kernel refuses a change of network policies; those written before stay in force, no pod is added, and the daemon tries again.",
+        "The message names the map and the kernel's error; if a map is full, there are more policies or pods than it has room for.";
+    /// Pods whose policies are not known.
+    POLICY_INCOMPLETE = "TW0506", "policy-incomplete", 100,
+        "Pods of this node are held back, because their labels are not known yet and a policy may restrict them.",
+        "See that the source of objects (--objects) tells of the pods that the message names; they are let go as soon as it does.";
 }
 
 /// An error on its way to a user: a code and the particulars.

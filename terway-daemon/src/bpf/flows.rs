@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use aya::maps::{HashMap, MapData, MapError};
 use aya::{Ebpf, Pod};
-use terway_abi::{Flow, FlowKey, flow_flags, jiffies_at, names};
+use terway_abi::{Flow, FlowKey, flow_flags, jiffies_at, names, same_way};
 
 use super::endpoints::{Table, absent_is_fine, address_v4, address_v6};
 use super::error::{BpfError, lock};
@@ -125,7 +125,8 @@ fn idle(last_seen: u32, now: u32, hz: u32) -> Duration {
 
 fn valid<A>(flow: &Flow<A>, endpoints: &Table) -> Result<bool, BpfError> {
     let ([source, destination], [at_source, at_destination]) = (flow.slots, flow.epochs);
-    Ok(endpoints.epoch(source)? == at_source && endpoints.epoch(destination)? == at_destination)
+    // One whose policies have changed is judged again by its next packet, and may go on.
+    Ok(same_way(endpoints.epoch(source)?, at_source) && same_way(endpoints.epoch(destination)?, at_destination))
 }
 
 impl Tables {

@@ -105,6 +105,7 @@ impl Engine {
             enis: enis.collect(),
             datapath: Some(self.datapath_view()),
             configuration: None,
+            policy: None,
         }
     }
 

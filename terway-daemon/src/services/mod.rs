@@ -24,6 +24,7 @@ use tracing::{error, warn};
 
 use crate::bpf::Datapath;
 use crate::objects::{Batch, DirSource, ObjectSource as _, Update};
+use crate::policy::News;
 
 pub use metrics::ServiceMetrics;
 use state::{State, Work};
@@ -67,6 +68,8 @@ pub struct Setup {
     pub addresses: watch::Receiver<Arc<Vec<IpNet>>>,
     /// Counters.
     pub metrics: ServiceMetrics,
+    /// Who else wants to know what changes.
+    pub listener: mpsc::UnboundedSender<News>,
 }
 
 /// See the [module](self).
@@ -82,9 +85,9 @@ impl Services {
     /// Begins to serve.
     #[must_use]
     pub fn start(setup: Setup) -> Arc<Self> {
-        let Setup { origin, facts, settings, datapath, addresses, metrics } = setup;
+        let Setup { origin, facts, settings, datapath, addresses, metrics, listener } = setup;
         let this = Arc::new(Self {
-            state: Mutex::new(State::new(datapath, facts, settings, metrics)),
+            state: Mutex::new(State::new(datapath, facts, settings, metrics, listener)),
             problems: Mutex::default(),
             source_failure: Mutex::default(),
         });

@@ -10,12 +10,14 @@ use terway_core::errors::{self, Error};
 use terway_core::objects::{Applied, Delta, EndpointSlice, Kind, ObjectKey, ObjectName, Objects};
 use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Problem, Settings};
 use terway_proto::v1;
+use tokio::sync::mpsc::UnboundedSender;
 use tracing::{error, info, warn};
 
 use super::metrics::ServiceMetrics;
 use super::{take_in, view};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER};
 use crate::objects::{self, Batch};
+use crate::policy::News;
 
 /// The first and the longest time until maps that refused a write are tried again. Not shorter than [`RETIRE_AFTER`]: reading the maps
 /// forgets what was still to be retired, and its places may be used at once.
@@ -55,6 +57,7 @@ pub(super) struct State {
     documents: Vec<objects::Problem>,
     complaints: Complaints,
     failure: Option<Error>,
+    listener: UnboundedSender<News>,
 }
 
 impl fmt::Debug for State {
@@ -64,7 +67,13 @@ impl fmt::Debug for State {
 }
 
 impl State {
-    pub(super) fn new(datapath: Arc<Datapath>, facts: NodeFacts, settings: Settings, metrics: ServiceMetrics) -> Self {
+    pub(super) fn new(
+        datapath: Arc<Datapath>,
+        facts: NodeFacts,
+        settings: Settings,
+        metrics: ServiceMetrics,
+        listener: UnboundedSender<News>,
+    ) -> Self {
         Self {
             datapath,
             facts,
@@ -80,6 +89,7 @@ impl State {
             documents: Vec::new(),
             complaints: BTreeMap::new(),
             failure: None,
+            listener,
         }
     }
 
@@ -107,6 +117,8 @@ impl State {
             self.documents = documents;
         }
         let (changes, complete) = take_in(&mut self.objects, batches);
+        // Policies go first: they decide whom Services let in. Nobody listens any more when the daemon ends.
+        let _ = self.listener.send(News { changes: changes.clone(), complete });
         let first = complete && !self.synced;
         self.synced |= complete;
         if first {

@@ -16,15 +16,23 @@ mod drop;
 mod endpoint;
 mod event;
 mod flow;
+mod policy;
 mod service;
 
 pub use counter::{COUNTERS, Counter, DROP_BASE, Kind};
 pub use drop::Drop;
-pub use endpoint::{Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, bucket_v6};
+pub use endpoint::{
+    Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, POLICY_EPOCH, SLOTS, bucket_v4, bucket_v6, next_epoch, next_policy_epoch,
+    same_way,
+};
 pub use event::{Budget, DropEvent, Program};
 pub use flow::{
     Action, Flow, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4, FragmentKeyV6,
     FragmentValue, HOOK_IN, HOOK_TO_POD, Nexthop, Side, flow_flags,
+};
+pub use policy::{
+    DECISION_ALLOW, GATE_ENFORCE, GATE_PHASE, IDENTITY_NATURE, IDENTITY_NODE, IDENTITY_POD, IDENTITY_V6, PeerKey,
+    Phases, PolicyEndpoint, PolicySide, PortKey, TARGET_DECISION, default_index, policy_index, policy_reason,
 };
 pub use service::{
     Affinity, AffinityKey, Backend, FILTER, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, NO_BACKEND,
@@ -86,6 +94,22 @@ pub mod names {
     pub const RANGES_V6: &str = "RANGES_V6";
     /// `LRU_HASH`: [`crate::SocketKey`] → [`crate::SocketValue`]. Written by the programs.
     pub const SOCKETS: &str = "SOCKETS";
+    /// `ARRAY` of one `u32`: bits [`crate::GATE_PHASE`] and [`crate::GATE_ENFORCE`]. Written by the daemon.
+    pub const POLICY_GATE: &str = "POLICY_GATE";
+    /// `ARRAY`: [`crate::policy_index`] → [`crate::PolicyEndpoint`]. Written by the daemon.
+    pub const POLICY_ENDPOINTS: &str = "POLICY_ENDPOINTS";
+    /// `HASH`: [`crate::PeerKey`] → target ([`crate::Phases`]). Written by the daemon.
+    pub const POLICY_PEERS: &str = "POLICY_PEERS";
+    /// `LPM_TRIE`: [`crate::PortKey`] → decision (`u32`). Written by the daemon.
+    pub const POLICY_PORTS: &str = "POLICY_PORTS";
+    /// `HASH`: IPv4 address → identity ([`crate::Phases`]). Written by the daemon.
+    pub const IPCACHE_V4: &str = "IPCACHE_V4";
+    /// `HASH`: IPv6 address → identity ([`crate::Phases`]). Written by the daemon.
+    pub const IPCACHE_V6: &str = "IPCACHE_V6";
+    /// `LPM_TRIE`: IPv4 block → identity ([`crate::Phases`]). Written by the daemon.
+    pub const IPCACHE_NET_V4: &str = "IPCACHE_NET_V4";
+    /// `LPM_TRIE`: IPv6 block → identity ([`crate::Phases`]). Written by the daemon.
+    pub const IPCACHE_NET_V6: &str = "IPCACHE_NET_V6";
     /// `PERCPU_ARRAY`: [`crate::Kind`] and [`crate::Drop`] → [`crate::Counter`]. Written by the programs.
     pub const COUNTERS: &str = "COUNTERS";
     /// `PERCPU_ARRAY` of one [`crate::Budget`]: how many events this CPU may still report. Written by the programs.
@@ -94,7 +118,7 @@ pub mod names {
     pub const EVENTS: &str = "EVENTS";
 
     /// Every map, in the order above.
-    pub const MAPS: [&str; 23] = [
+    pub const MAPS: [&str; 31] = [
         ENDPOINTS,
         OWNERS_V4,
         OWNERS_V6,
@@ -115,6 +139,14 @@ pub mod names {
         RANGES_V4,
         RANGES_V6,
         SOCKETS,
+        POLICY_GATE,
+        POLICY_ENDPOINTS,
+        POLICY_PEERS,
+        POLICY_PORTS,
+        IPCACHE_V4,
+        IPCACHE_V6,
+        IPCACHE_NET_V4,
+        IPCACHE_NET_V6,
         COUNTERS,
         BUDGET,
         EVENTS,

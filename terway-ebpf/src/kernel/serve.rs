@@ -2,12 +2,12 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
-use terway_abi::{Drop, Flow, FlowKey, Kind, flow_flags};
+use terway_abi::{Drop, Flow, FlowKey, Kind, POLICY_EPOCH, flow_flags};
 
 use super::exit::{Verdict, count, now};
 use super::first::{endpoint, layout};
 use super::maps::{Choice, Desk, HZ, Maps, burden};
-use super::path::{FROM_POD, Way, holds, send};
+use super::path::{FROM_POD, Way, drift, send};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Tables};
 use crate::flow::{self, Place, Route};
@@ -65,17 +65,10 @@ where
     }
 }
 
-/// Writes the entries of a connection to a Service, one for each direction because their packets look different, and sends the packet.
+/// Makes the entries of a connection to a Service, one for each direction because their packets look different, as far as the way
+/// decides about them.
 #[inline(always)]
-pub(super) fn remember_both<F: Way, const PROGRAM: u8>(
-    skb: Skb,
-    window: Window,
-    route: &Route<'_>,
-    desk: &mut Desk<F>,
-) -> Result<Verdict, Drop>
-where
-    Maps: Tables<F>,
-{
+pub(super) fn prepare_both<F: Way>(desk: &mut Desk<F>, route: &Route<'_>) -> Result<(), Drop> {
     let Desk { packet, flow, reply, choice, .. } = desk;
     // Of a later fragment or an ICMP error there is nothing to learn.
     if packet.fragment == Fragment::Later || packet.payload != Payload::Plain {
@@ -89,30 +82,48 @@ where
         zero(flow);
         zero(reply);
     }
-    let now = now();
-    for entry in [&mut *flow, &mut *reply] {
-        entry.slots = [route.source.slot, route.destination.slot];
-        entry.epochs = [route.source.epoch, route.destination.epoch];
-        entry.created = now;
-        (entry.backend, entry.generation, entry.service) =
-            (choice.member.backend, choice.member.generation, choice.service);
-        let [side, _] = &mut entry.sides;
-        side.last_seen = now;
+    let (source, destination) = (route.source, route.destination);
+    for (entry, maker, other) in [(&mut *flow, source, destination), (&mut *reply, destination, source)] {
+        entry.slots = [maker.slot, other.slot];
+        entry.epochs = [maker.epoch, other.epoch];
     }
     let ([side, _], [other, _]) = (&mut flow.sides, &mut reply.sides);
     route.fill::<F>(side);
     route.back().fill::<F>(other);
     side.flags = flow_flags::SEEN | flow::remembered(packet.tcp_flags);
     other.flags = flow_flags::REVERSE;
+    choice.itself = match (route.origin, route.target) {
+        (Place::Pod(pod), Place::Pod(peer)) => u32::from(pod.host_ifindex == peer.host_ifindex),
+        _ => 0,
+    };
+    Ok(())
+}
+
+/// Writes those entries, and sends the packet.
+#[inline(always)]
+pub(super) fn remember_both<F: Way, const PROGRAM: u8>(
+    skb: Skb,
+    window: Window,
+    desk: &mut Desk<F>,
+) -> Result<Verdict, Drop>
+where
+    Maps: Tables<F>,
+{
+    let Desk { packet, flow, reply, choice, .. } = desk;
+    let now = now();
+    for entry in [&mut *flow, &mut *reply] {
+        entry.created = now;
+        (entry.backend, entry.generation, entry.service) =
+            (choice.member.backend, choice.member.generation, choice.service);
+        let [side, _] = &mut entry.sides;
+        side.last_seen = now;
+    }
+    let [side, _] = &mut flow.sides;
     (side.packets, side.bytes) = (1, u64::from(skb.len()));
 
     // A pod that is its own backend would not take a packet that comes from its own address: there it comes from the Service.
-    let itself = match (route.origin, route.target) {
-        (Place::Pod(pod), Place::Pod(peer)) => pod.host_ifindex == peer.host_ifindex,
-        _ => false,
-    };
     let sent = Tuple { src: &packet.src, dst: &packet.dst, ports: packet.ports };
-    let src = if itself { &packet.dst } else { &packet.src };
+    let src = if choice.itself != 0 { &packet.dst } else { &packet.src };
     let to = Tuple { src, dst: &choice.address, ports: choice.port << 16 };
     let ports = settle_port::<F>(reply, sent, to, packet.protocol)?;
     nat::translate::<F>(flow, sent, Tuple { ports, ..to });
@@ -177,5 +188,5 @@ where
         && taken.ports == back.ports
         && F::same(&taken.src, back.src)
         && F::same(&taken.dst, back.dst);
-    own || over || !holds::<F>(taken)
+    own || over || drift::<F>(taken) > POLICY_EPOCH
 }

@@ -7,9 +7,20 @@ mod addresses;
 mod audit;
 mod churn;
 mod connectivity;
+mod policy;
 mod services;
 mod soak;
 mod survival;
+
+// The oracle of the compiler's own tests is what packets are compared with.
+#[allow(dead_code, reason = "the compiler's tests use more of it")]
+#[path = "../../../terway-daemon/core/tests/policy/dice.rs"]
+mod dice;
+#[path = "../../../terway-daemon/core/tests/policy/oracle.rs"]
+mod oracle;
+#[allow(dead_code, reason = "the compiler's tests use more of it")]
+#[path = "../../../terway-daemon/core/tests/policy/world.rs"]
+mod world;
 
 use std::time::Duration;
 
