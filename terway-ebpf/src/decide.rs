@@ -35,14 +35,16 @@ pub enum Decision<'a> {
 #[inline(always)]
 fn nobody<F: Family, T: Tables<F>>(tables: &T, address: &F::Addr) -> Basis {
     let slot = F::bucket(address);
-    Basis { slot, epoch: tables.epoch(slot) }
+    let epoch = tables.epoch(slot);
+    Basis { slot, epoch, since: epoch }
 }
 
 /// Of an address that is this pod's. The epoch stands in the endpoint itself, so it is as old as what is decided from it; that of
 /// policies is read here, before they are asked.
 #[inline(always)]
 fn pods<F: Family, T: Tables<F>>(tables: &T, pod: &Endpoint) -> Basis {
-    Basis { slot: pod.slot, epoch: pod.epoch & !POLICY_EPOCH | tables.epoch(pod.slot) & POLICY_EPOCH }
+    let epoch = pod.epoch & !POLICY_EPOCH | tables.epoch(pod.slot) & POLICY_EPOCH;
+    Basis { slot: pod.slot, epoch, since: pod.since }
 }
 
 /// Whether a pod may send this packet at all.

@@ -23,6 +23,8 @@ pub struct Basis {
     pub slot: u32,
     /// Its value.
     pub epoch: u32,
+    /// The first value that means the same pod.
+    pub since: u32,
 }
 
 /// A decided way: from where to where, and how long that holds.
@@ -192,7 +194,7 @@ mod tests {
     #[test]
     fn the_sides_of_both_directions_are_each_others_mirror() {
         let (a, b) = (pod(1), pod(2));
-        let (source, destination) = (Basis { slot: 1, epoch: 7 }, Basis { slot: 2, epoch: 7 });
+        let (source, destination) = (Basis { slot: 1, epoch: 7, since: 7 }, Basis { slot: 2, epoch: 7, since: 7 });
         let local = Route { origin: Place::Pod(&a), target: Place::Pod(&b), source, destination };
         assert_eq!((local.hook(), local.back().hook()), ((1, HOOK_IN), (2, HOOK_IN)));
         let (there, back) = (filled(&local), filled(&local.back()));

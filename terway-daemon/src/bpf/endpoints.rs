@@ -65,7 +65,7 @@ pub(super) fn address_v6(words: [u32; 4]) -> Ipv6Addr {
 }
 
 impl Endpoint {
-    fn to_abi(self, slot: u32, epoch: u32) -> terway_abi::Endpoint {
+    fn to_abi(self, slot: u32, epoch: u32, since: u32) -> terway_abi::Endpoint {
         terway_abi::Endpoint {
             host_ifindex: self.host_ifindex,
             eni_ifindex: self.eni_ifindex,
@@ -78,7 +78,8 @@ impl Endpoint {
             gateway_v6: self.gateway_v6.map_or([0; 4], words),
             sent: MacPair::new(self.host_mac.0, self.pod_mac.0),
             received: MacPair::new(self.pod_mac.0, self.host_mac.0),
-            spare: [0; 3],
+            since,
+            spare: [0; 2],
         }
     }
 
@@ -200,7 +201,7 @@ impl Table {
             self.remove(rival)?;
         }
         if let Some(old) = old {
-            if endpoint.to_abi(old.slot, old.epoch) == old {
+            if endpoint.to_abi(old.slot, old.epoch, old.since) == old {
                 return Ok(());
             }
             if old.v4 != 0 && Some(old.v4) != v4 {
@@ -215,7 +216,10 @@ impl Table {
             (None, Some(reserved)) => *reserved,
             (None, None) => self.free.pop().ok_or(BpfError::Full(MAX_ENDPOINTS - 1))?,
         };
-        let entry = endpoint.to_abi(slot, next_epoch(self.epoch(slot)?));
+        let epoch = next_epoch(self.epoch(slot)?);
+        // With other addresses it is another pod to everybody else.
+        let same = |old: &terway_abi::Endpoint| Some(old.v4) == v4.or(Some(0)) && Some(old.v6) == v6.or(Some([0; 4]));
+        let entry = endpoint.to_abi(slot, epoch, old.filter(same).map_or(epoch, |old| old.since));
         self.write(&entry)?;
         self.reserved.remove(&endpoint.host_ifindex);
         Ok(())

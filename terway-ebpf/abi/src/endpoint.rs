@@ -78,8 +78,10 @@ pub struct Endpoint {
     pub sent: MacPair,
     /// What is written into frames to the pod: to the pod, from the host end.
     pub received: MacPair,
+    /// The first epoch of this pod: entries from before are of another one that had its slot.
+    pub since: u32,
     /// Zero.
-    pub spare: [u32; 3],
+    pub spare: [u32; 2],
 }
 
 pod!(MacPair: 12, Endpoint: 96);
@@ -116,6 +118,13 @@ pub const fn same_way(one: u32, other: u32) -> bool {
     (one ^ other) & !POLICY_EPOCH == 0
 }
 
+/// Whether an epoch is one of those from `first` to `last`, as far as the way goes.
+#[must_use]
+pub const fn is_between(first: u32, epoch: u32, last: u32) -> bool {
+    let first = first & !POLICY_EPOCH;
+    (epoch & !POLICY_EPOCH).wrapping_sub(first) <= (last & !POLICY_EPOCH).wrapping_sub(first)
+}
+
 /// The slot of an IPv4 address that no pod of this node has.
 ///
 /// When a pod appears with an address, flows that were decided while the address was nobody's must be decided anew. Raising the
@@ -149,6 +158,7 @@ mod tests {
             let (way, policy) = (next_epoch(epoch), next_policy_epoch(epoch));
             assert!(!same_way(epoch, way) && way & POLICY_EPOCH == 0, "{epoch:x}");
             assert!(same_way(epoch, policy) && policy != epoch, "{epoch:x}");
+            assert!(is_between(epoch, policy, epoch) && is_between(epoch, epoch, way) && !is_between(way, epoch, way));
         }
     }
 

@@ -22,8 +22,8 @@ mod service;
 pub use counter::{COUNTERS, Counter, DROP_BASE, Kind};
 pub use drop::Drop;
 pub use endpoint::{
-    Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, POLICY_EPOCH, SLOTS, bucket_v4, bucket_v6, next_epoch, next_policy_epoch,
-    same_way,
+    Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, POLICY_EPOCH, SLOTS, bucket_v4, bucket_v6, is_between, next_epoch,
+    next_policy_epoch, same_way,
 };
 pub use event::{Budget, DropEvent, Program};
 pub use flow::{

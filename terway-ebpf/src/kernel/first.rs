@@ -6,7 +6,7 @@
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_printk;
 use terway_abi::{
-    Drop, Endpoint, Flow, FragmentKey, FragmentValue, Kind, NO_BACKEND, flow_flags, same_way,
+    Drop, Endpoint, Flow, FragmentKey, FragmentValue, Kind, NO_BACKEND, flow_flags, is_between,
 };
 
 use super::exit::{Verdict, count, now};
@@ -303,7 +303,7 @@ fn answers<F: Way>(packet: &Packet<F>, route: &Route<'_>) -> bool {
         ((others, at_others), (makers, at_makers))
     };
     let same = |(slot, epoch): (u32, u32), now: Basis| {
-        !policy::is_pod(now.slot) || slot == now.slot && same_way(epoch, now.epoch)
+        !policy::is_pod(now.slot) || slot == now.slot && is_between(now.since, epoch, now.epoch)
     };
     flow::side(old, from_high).flags & flow_flags::REVERSE != 0 && same(own, route.source) && same(other, route.destination)
 }

@@ -104,8 +104,8 @@ fn whole() -> Vec<(String, Vec<Edit>)> {
             vec![
                 edit(move |o| o.policy("x", "deny", &first)),
                 edit(move |o| o.policy("x", "allow", &allow)),
-                edit(|o| o.remove(Kind::NetworkPolicy, "x", "allow")),
-                edit(|o| o.remove(Kind::NetworkPolicy, "x", "deny")),
+                edit(|o| o.gone(Kind::NetworkPolicy, "x", "allow")),
+                edit(|o| o.gone(Kind::NetworkPolicy, "x", "deny")),
                 edit(move |o| o.policy("x", "deny", &again)),
             ],
         ));
@@ -174,7 +174,7 @@ fn changes(ips: &[std::net::IpAddr]) -> Vec<(String, Vec<Edit>)> {
                 edit(|o| o.namespace("z", &json!({"ns": "z", "tier": "gold"}))),
                 edit(|o| o.namespace("y", &json!({"tier": "gold"}))),
                 edit(|o| o.namespace("z", &json!({"ns": "z"}))),
-                edit(|o| o.remove(Kind::Namespace, "", "y")),
+                edit(|o| o.gone(Kind::Namespace, "", "y")),
             ],
         ),
         (
@@ -216,7 +216,7 @@ fn cluster() -> Vec<(String, Vec<Edit>)> {
                 edit(move |o| o.policy("x", "p", &isolating)),
                 edit(move |o| o.cluster("pass", &pass)),
                 edit(move |o| o.cluster("accept", &late)),
-                edit(|o| o.remove(Kind::ClusterNetworkPolicy, "", "accept")),
+                edit(|o| o.gone(Kind::ClusterNetworkPolicy, "", "accept")),
             ],
         ),
         (

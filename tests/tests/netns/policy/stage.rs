@@ -81,7 +81,7 @@ pub(crate) trait Put {
     fn namespace(&mut self, name: &str, labels: &Value);
     fn policy(&mut self, namespace: &str, name: &str, spec: &Value);
     fn cluster(&mut self, name: &str, spec: &Value);
-    fn remove(&mut self, kind: Kind, namespace: &str, name: &str);
+    fn gone(&mut self, kind: Kind, namespace: &str, name: &str);
     fn label(&mut self, namespace: &str, name: &str, labels: &Value);
 }
 
@@ -102,7 +102,7 @@ impl Put for Objects {
         self.insert(key(Kind::ClusterNetworkPolicy, "", name), cluster_object(name, spec));
     }
 
-    fn remove(&mut self, kind: Kind, namespace: &str, name: &str) {
+    fn gone(&mut self, kind: Kind, namespace: &str, name: &str) {
         self.remove(&key(kind, namespace, name));
     }
 
