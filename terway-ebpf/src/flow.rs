@@ -125,7 +125,7 @@ pub(crate) fn borrow(a: u32, b: u32, borrow: u32) -> u32 {
 /// The same value, of which the compiler knows nothing: it would make branches of arithmetic that avoids them.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "bpf"), expect(unused_mut, reason = "the kernel's half changes it"))]
-fn opaque(mut value: u64) -> u64 {
+pub(crate) fn opaque(mut value: u64) -> u64 {
     #[cfg(target_arch = "bpf")]
     // SAFETY: a move of a register to itself.
     unsafe {

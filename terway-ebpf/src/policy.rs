@@ -8,6 +8,7 @@ use terway_abi::{
 };
 
 use crate::family::Family;
+use crate::flow::opaque;
 use crate::parse::{SCTP, TCP, UDP};
 
 /// What the daemon has told the kernel of policies.
@@ -102,8 +103,10 @@ fn one_side<F: Family, P: Policies<F>>(
     let target = if special != 0 {
         special
     } else {
+        // Bounded in 64 bits: the verifier of 5.10 does not believe 32.
+        let index = opaque(u64::from(default_index(identity))) & 3;
         // SAFETY: the index has two bits, and the array four entries. `get` would add a branch to verify.
-        unsafe { *side.defaults.get_unchecked(default_index(identity) as usize & 3) }
+        unsafe { *side.defaults.get_unchecked(index as usize) }
     };
     if target & TARGET_DECISION != 0 {
         return target & !TARGET_DECISION;

@@ -19,7 +19,7 @@ use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, PodRef};
 use terway_core::objects::Applied;
 use terway_proto::v1;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tracing::warn;
 
 use crate::bpf::{self, Datapath};
@@ -29,6 +29,9 @@ use state::{State, Work};
 
 /// How long an ADD waits for the source of objects to tell everything.
 const COMPLETE_WITHIN: Duration = Duration::from_secs(3);
+
+/// A source that has not told everything so long after the start is not waited for any more.
+const STARTING: Duration = Duration::from_secs(30);
 
 /// How long an ADD waits for the pod's own object when a policy may restrict the pod; kubelet has it before it asks for the pod's network.
 const KNOWN_WITHIN: Duration = Duration::from_secs(1);
@@ -68,6 +71,9 @@ pub struct Setup {
 #[derive(Debug)]
 pub struct Policies {
     state: Mutex<State>,
+    /// A pod came or went, which may leave something for later.
+    changed: Notify,
+    started: Instant,
 }
 
 impl Policies {
@@ -81,7 +87,7 @@ impl Policies {
         let node = ips(&addresses.borrow_and_update());
         let state = State::new(datapath, metrics, node, enforce)
             .map_err(|error| Error::new(errors::POLICY_FAILED, error.to_string()))?;
-        let this = Arc::new(Self { state: Mutex::new(state) });
+        let this = Arc::new(Self { state: Mutex::new(state), changed: Notify::new(), started: Instant::now() });
         let (sender, news) = mpsc::unbounded_channel();
         tokio::spawn(Arc::clone(&this).follow(news, addresses, config));
         Ok((this, sender))
@@ -103,6 +109,7 @@ impl Policies {
             };
             let within = match wait {
                 None => return,
+                Some(state::Awaited::View) if self.started.elapsed() > STARTING => Duration::ZERO,
                 Some(state::Awaited::View) => COMPLETE_WITHIN,
                 Some(state::Awaited::Pod) => KNOWN_WITHIN,
             };
@@ -119,12 +126,15 @@ impl Policies {
     /// # Errors
     /// [`errors::POLICY_FAILED`] if the kernel refuses, or [`errors::BPF_FAILED`] if there is no room for another pod.
     pub fn attach(&self, host_ifindex: u32, pod: &PodRef, addresses: Addresses) -> Result<(), Error> {
-        self.state().attach(host_ifindex, pod, addresses)
+        let attached = self.state().attach(host_ifindex, pod, addresses);
+        self.changed.notify_one();
+        attached
     }
 
     /// Forgets the pods whose endpoints have been removed. Blocks.
     pub fn forget_gone(&self) {
         self.state().forget_gone();
+        self.changed.notify_one();
     }
 
     /// What is wrong.
@@ -175,6 +185,10 @@ impl Policies {
                 }
                 Ok(()) = addresses.changed() => Work::Addresses(ips(&addresses.borrow_and_update())),
                 Ok(()) = config.changed() => Work::Enforce(config.borrow_and_update().policy_enabled),
+                () = self.changed.notified() => {
+                    due = Some(Instant::now() + IDLE);
+                    continue;
+                }
                 () = until(due) => {
                     due = self.idle().await;
                     continue;

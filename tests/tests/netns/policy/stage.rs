@@ -134,6 +134,12 @@ impl<'a> Stage<'a> {
         Ok(stage)
     }
 
+    /// The daemons are others now.
+    pub(crate) fn reconnect(&mut self) -> Result<()> {
+        self.daemons = self.cluster.nodes().iter().map(|node| node.rpc()).collect::<Result<_>>()?;
+        Ok(())
+    }
+
     /// A pod of a namespace.
     pub(crate) fn add(&self, node: usize, namespace: &str, name: &str) -> Result<Pod> {
         let node = self.cluster.node(node);
