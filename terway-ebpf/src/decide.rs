@@ -110,7 +110,12 @@ pub fn from_vpc<'a, F: Family, T: Tables<F>>(
     if tables.by_address(&packet.src).is_some() {
         return Err(Drop::SpoofedSource);
     }
-    Ok(Decision::Way(Route { origin: Place::Vpc(pod), target: Place::Pod(pod), source, destination: pods(tables, pod) }))
+    Ok(Decision::Way(Route {
+        origin: Place::Vpc(pod),
+        target: Place::Pod(pod),
+        source,
+        destination: pods(tables, pod),
+    }))
 }
 
 /// A packet that the host stack sends to the pod behind `ifindex`.
@@ -131,7 +136,12 @@ pub fn to_pod<'a, F: Family, T: Tables<F>>(
     }
     // A pod's packet that the host stack forwarded (to the backend of a Service, say) depends on that pod too.
     let source = tables.by_address(&packet.src).map_or(source, |pod| pods(tables, pod));
-    Ok(Decision::Way(Route { origin: Place::Host(pod), target: Place::Pod(pod), source, destination: pods(tables, pod) }))
+    Ok(Decision::Way(Route {
+        origin: Place::Host(pod),
+        target: Place::Pod(pod),
+        source,
+        destination: pods(tables, pod),
+    }))
 }
 
 /// A packet with this source that leaves by the ENI `ifindex` and that [`from_pod`] has not seen.

@@ -137,14 +137,18 @@ pub fn verdict<F: Family, P: Policies<F>>(policies: &P, case: &Case<F::Addr>) ->
     let phase = gate & GATE_PHASE;
     let mut decisions = [ELSEWHERE; 2];
     let [egress, ingress] = &mut decisions;
-    if is_pod(source) && let Some(pod) = policies.endpoint(source, phase) {
+    if is_pod(source)
+        && let Some(pod) = policies.endpoint(source, phase)
+    {
         *egress = one_side::<F, P>(policies, &pod.egress, false, (&case.destination, destination), case, phase);
         // Nothing that comes after it could make it pass.
         if *egress & DECISION_ALLOW == 0 {
             return decisions;
         }
     }
-    if is_pod(destination) && let Some(pod) = policies.endpoint(destination, phase) {
+    if is_pod(destination)
+        && let Some(pod) = policies.endpoint(destination, phase)
+    {
         *ingress = one_side::<F, P>(policies, &pod.ingress, true, (&case.source, source), case, phase);
     }
     decisions

@@ -41,7 +41,15 @@ const BOTH: [Family; 2] = [
         vip: "10.96.0.1",
         icmp: 8,
     },
-    Family { a: "fd00::1", b: "fd00::2", remote: "fd09::9", other: "fd08::8", host: "fd00::100", vip: "fd96::1", icmp: 128 },
+    Family {
+        a: "fd00::1",
+        b: "fd00::2",
+        remote: "fd09::9",
+        other: "fd08::8",
+        host: "fd00::100",
+        vip: "fd96::1",
+        icmp: 128,
+    },
 ];
 
 /// The stage with a compiler whose operations reach its maps: the pods are x/a and x/b, and y/r is elsewhere.
@@ -99,7 +107,10 @@ impl Node {
     fn policy(&mut self, pod: &str, spec: Value) {
         let mut spec = spec;
         spec["podSelector"] = json!({"matchLabels": {"pod": pod}});
-        self.put(Kind::NetworkPolicy, &json!({"metadata": {"namespace": "x", "name": format!("of-{pod}")}, "spec": spec}));
+        self.put(
+            Kind::NetworkPolicy,
+            &json!({"metadata": {"namespace": "x", "name": format!("of-{pod}")}, "spec": spec}),
+        );
     }
 
     fn no_policy(&mut self, pod: &str) {
@@ -190,7 +201,8 @@ fn both_sides_of_a_connection_on_one_node_are_judged() {
         node.by_a(there(&node, 1004), &LOCAL);
         node.policy("b", deny("Ingress"));
         node.by_a(there(&node, 1005), &INGRESS);
-        let only = json!({"ingress": [{"from": [{"podSelector": {"matchLabels": {"pod": "a"}}}], "ports": [{"port": 80}]}]});
+        let only =
+            json!({"ingress": [{"from": [{"podSelector": {"matchLabels": {"pod": "a"}}}], "ports": [{"port": 80}]}]});
         node.policy("b", only);
         node.by_a(there(&node, 1006), &LOCAL);
         node.by_a(node.a().ip(family.a, family.b).tcp(1007, 81, flags::SYN), &INGRESS);
@@ -211,7 +223,8 @@ fn the_world_outside_and_the_node() {
     let mut node = Node::set(&sandbox);
     for family in BOTH {
         let out = |node: &Node, to: &str, port: u16| node.a().ip(family.a, to).tcp(port, 443, flags::SYN);
-        let come = |node: &Node, from: &str, port: u16| node.stage.by_gateway().ip(from, family.a).tcp(port, 80, flags::SYN);
+        let come =
+            |node: &Node, from: &str, port: u16| node.stage.by_gateway().ip(from, family.a).tcp(port, 80, flags::SYN);
         node.by_a(out(&node, family.other, 2000), &OUT);
         node.in_by_vpc(come(&node, family.other, 2001), &IN);
 
@@ -365,9 +378,15 @@ fn services_are_judged_by_their_backend_and_keep_it() {
         let there = |node: &Node, port: u16, what: u8| node.a().ip(family.a, family.vip).tcp(port, 80, what);
         let back = |node: &Node, port: u16| node.b().ip(family.b, family.a).tcp(8080, port, flags::ACK);
         // The backend's port, not the Service's; the client, not the Service.
-        node.policy("b", json!({"ingress": [{"from": [{"podSelector": {"matchLabels": {"pod": "a"}}}], "ports": [{"port": 80}]}]}));
+        node.policy(
+            "b",
+            json!({"ingress": [{"from": [{"podSelector": {"matchLabels": {"pod": "a"}}}], "ports": [{"port": 80}]}]}),
+        );
         node.by_a(there(&node, 5000, flags::SYN), &INGRESS);
-        node.policy("b", json!({"ingress": [{"from": [{"podSelector": {"matchLabels": {"pod": "a"}}}], "ports": [{"port": 8080}]}]}));
+        node.policy(
+            "b",
+            json!({"ingress": [{"from": [{"podSelector": {"matchLabels": {"pod": "a"}}}], "ports": [{"port": 8080}]}]}),
+        );
         node.by_a(there(&node, 5001, flags::SYN), &LOCAL);
         // After a change the connection goes on to the same backend, though the Service has another by now; whoever speaks first.
         serve(&node.stage, 10 * number + 1, family.vip, family.remote);
@@ -436,6 +455,9 @@ async fn a_drop_tells_what_forbids_it() {
         let event = events.try_next().unwrap();
         assert_eq!(event.reason, drop as u16);
         let reason = node.compiler.reason(ReasonId(event.rule)).unwrap();
-        assert!(matches!(reason, Reason::Rule { .. } | Reason::Isolated { .. }) && reason.to_string().contains(named), "{reason}");
+        assert!(
+            matches!(reason, Reason::Rule { .. } | Reason::Isolated { .. }) && reason.to_string().contains(named),
+            "{reason}"
+        );
     }
 }

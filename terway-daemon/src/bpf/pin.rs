@@ -8,8 +8,8 @@ use std::path::Path;
 use aya::maps::{MapInfo, MapType};
 use terway_abi::{
     Affinity, AffinityKey, Backend, Budget, COUNTERS, Counter, Endpoint, FILTER, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6,
-    FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, Member, PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS,
-    SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, names,
+    FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, Member,
+    PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, names,
 };
 
 use super::Config;

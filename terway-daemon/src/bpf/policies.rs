@@ -242,7 +242,6 @@ fn net(address: IpAddr, bits: u32) -> Option<IpNet> {
     IpNet::new(address, u8::try_from(bits).ok()?).ok()
 }
 
-
 #[cfg(test)]
 mod tests {
     use terway_core::policy::ReasonId;

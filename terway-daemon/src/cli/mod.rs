@@ -252,8 +252,7 @@ async fn policies(cli: &Cli, verb: &policy::Verb, style: Style) -> Result<ExitCo
         print(&policy::explain(&reply, style));
         return Ok(verdict(reply.families.iter().all(|family| family.allowed)));
     }
-    let reply =
-        daemon::call(cli, policy::request(verb), |mut c, r| async move { c.list_policies(r).await }).await?;
+    let reply = daemon::call(cli, policy::request(verb), |mut c, r| async move { c.list_policies(r).await }).await?;
     match verb {
         policy::Verb::Show { name } if reply.policies.is_empty() => {
             Err(Failure::Refused(format!("no network policy {name} is known")).into())

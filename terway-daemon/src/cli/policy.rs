@@ -90,7 +90,8 @@ pub(super) fn list(reply: &v1::ListPoliciesResponse, style: Style) -> String {
     if style.is_json() {
         return json(reply);
     }
-    let rows = reply.policies.iter().map(|p| vec![p.kind.clone(), name(p), p.pods.len().to_string(), pods(p).join(",")]);
+    let rows =
+        reply.policies.iter().map(|p| vec![p.kind.clone(), name(p), p.pods.len().to_string(), pods(p).join(",")]);
     style.table(&["KIND", "POLICY", "PODS", "+SELECTS"], rows) + &remarks(reply)
 }
 

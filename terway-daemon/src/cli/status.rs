@@ -44,7 +44,8 @@ fn text(status: &v1::StatusResponse, style: Style) -> String {
             (true, true) => "enforced",
             (true, false) => "switched off",
         };
-        let held = if policy.held.is_empty() { String::new() } else { format!(", {} pods held back", policy.held.len()) };
+        let held =
+            if policy.held.is_empty() { String::new() } else { format!(", {} pods held back", policy.held.len()) };
         let _ = writeln!(
             out,
             "policy     {state}: {} policies, {} pods in the cluster, {} here{held}",

@@ -214,7 +214,6 @@ impl Policies {
         };
         tokio::task::spawn_blocking(work).await.unwrap_or(Some(Instant::now() + RETRY))
     }
-
 }
 
 fn ips(nets: &[IpNet]) -> Vec<IpAddr> {

@@ -68,7 +68,10 @@ pub(super) struct State {
 
 impl fmt::Debug for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("State").field("attached", &self.attached.len()).field("failure", &self.failure).finish_non_exhaustive()
+        f.debug_struct("State")
+            .field("attached", &self.attached.len())
+            .field("failure", &self.failure)
+            .finish_non_exhaustive()
     }
 }
 
@@ -194,7 +197,9 @@ impl State {
     /// Does what was left for later. A grace period has passed since `generation`; if anything has happened since, that was in vain. Whether
     /// there is more to do.
     pub(super) fn settle(&mut self, generation: u64) -> bool {
-        if generation == self.generation && let Some(compiler) = &mut self.compiler {
+        if generation == self.generation
+            && let Some(compiler) = &mut self.compiler
+        {
             let ops = compiler.settle().into_iter().filter(|op| *op != Op::Fence).collect();
             self.run(ops);
             self.measure();
@@ -268,7 +273,11 @@ impl State {
         let held = self.compiler.as_ref().map(Compiler::held).unwrap_or_default();
         let held = (!held.is_empty() && self.enforce).then(|| {
             let names: Vec<String> = held.iter().take(5).map(ToString::to_string).collect();
-            let more = if held.len() > names.len() { format!(" and {} more", held.len() - names.len()) } else { String::new() };
+            let more = if held.len() > names.len() {
+                format!(" and {} more", held.len() - names.len())
+            } else {
+                String::new()
+            };
             Error::new(errors::POLICY_INCOMPLETE, format!("{}{more}.", names.join(", ")))
         });
         self.failure.iter().cloned().chain(held).collect()

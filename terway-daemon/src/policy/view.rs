@@ -40,9 +40,8 @@ pub(super) fn list(
 ) -> v1::ListPoliciesResponse {
     let wanted = |part: &str, filter: &str| filter.is_empty() || part == filter;
     let all = compiler.policies().into_iter();
-    let shown = all.filter(|(key, _)| {
-        wanted(&key.name.namespace, &request.namespace) && wanted(&key.name.name, &request.name)
-    });
+    let shown =
+        all.filter(|(key, _)| wanted(&key.name.namespace, &request.namespace) && wanted(&key.name.name, &request.name));
     let policies = shown.map(|(key, slots)| v1::Policy {
         kind: key.kind.to_string(),
         namespace: key.name.namespace.to_string(),
@@ -68,10 +67,9 @@ pub(super) fn explain(compiler: &Compiler, request: &v1::ExplainPolicyRequest) -
         compiler.explain(&from, &to, protocol, port).map_err(|unexplained| unexplained.to_string())
     };
     match explained() {
-        Ok(families) => v1::ExplainPolicyResponse {
-            families: families.iter().map(explanation).collect(),
-            problem: String::new(),
-        },
+        Ok(families) => {
+            v1::ExplainPolicyResponse { families: families.iter().map(explanation).collect(), problem: String::new() }
+        }
         Err(problem) => v1::ExplainPolicyResponse { families: Vec::new(), problem },
     }
 }

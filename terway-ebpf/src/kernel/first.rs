@@ -5,9 +5,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_printk;
-use terway_abi::{
-    Drop, Endpoint, Flow, FragmentKey, FragmentValue, Kind, NO_BACKEND, flow_flags, is_between,
-};
+use terway_abi::{Drop, Endpoint, Flow, FragmentKey, FragmentValue, Kind, NO_BACKEND, flow_flags, is_between};
 
 use super::exit::{Verdict, count, now};
 use super::judge::{permitted, resume};
@@ -112,10 +110,7 @@ where
 }
 
 #[inline(always)]
-fn understood<F: Way, const PROGRAM: u8>(
-    skb: Skb,
-    desk: &mut Desk<F>,
-) -> Result<Verdict, Drop>
+fn understood<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Result<Verdict, Drop>
 where
     Maps: Tables<F>,
     Checks: Neighbourly<F>,
@@ -305,7 +300,9 @@ fn answers<F: Way>(packet: &Packet<F>, route: &Route<'_>) -> bool {
     let same = |(slot, epoch): (u32, u32), now: Basis| {
         !policy::is_pod(now.slot) || slot == now.slot && is_between(now.since, epoch, now.epoch)
     };
-    flow::side(old, from_high).flags & flow_flags::REVERSE != 0 && same(own, route.source) && same(other, route.destination)
+    flow::side(old, from_high).flags & flow_flags::REVERSE != 0
+        && same(own, route.source)
+        && same(other, route.destination)
 }
 
 #[inline(always)]

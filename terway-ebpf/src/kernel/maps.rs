@@ -9,8 +9,8 @@ use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
     Affinity, AffinityKey, Backend, Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FILTER, Flow, FlowKeyV4,
     FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKey, FrontendKeyV4,
-    FrontendKeyV6, MAX_ENDPOINTS, Member, PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, filter_v4,
-    filter_v6, policy_index,
+    FrontendKeyV6, MAX_ENDPOINTS, Member, PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS, SocketKey, SocketValue,
+    SourceRangeV4, SourceRangeV6, filter_v4, filter_v6, policy_index,
 };
 
 use crate::decide::Tables;

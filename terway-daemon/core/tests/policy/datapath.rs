@@ -4,9 +4,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use terway_abi::{
-    DECISION_ALLOW, GATE_ENFORCE, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, policy_reason,
-};
+use terway_abi::{DECISION_ALLOW, GATE_ENFORCE, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, policy_reason};
 use terway_core::policy::{
     DISABLED, Decision, LOOPBACK, Maps, NO_POLICY, Nature, Packet, RESIDENT_NODE, ReasonId, RowId, SetId, Side,
 };
@@ -150,12 +148,7 @@ fn compare(maps: &Maps, packets: &[Packet], local: &dyn Fn(IpAddr) -> Option<u32
 fn the_datapath_reads_the_maps_as_they_are_meant() {
     assert_eq!(
         [NO_POLICY, DISABLED, LOOPBACK, RESIDENT_NODE].map(|ReasonId(n)| n),
-        [
-            policy_reason::NO_POLICY,
-            policy_reason::DISABLED,
-            policy_reason::LOOPBACK,
-            policy_reason::RESIDENT_NODE
-        ]
+        [policy_reason::NO_POLICY, policy_reason::DISABLED, policy_reason::LOOPBACK, policy_reason::RESIDENT_NODE]
     );
     assert_eq!(Nature::Node as u32, terway_abi::IDENTITY_NODE >> 30);
     let (worlds, seed) = (setting("POLICY_WORLDS", 500), setting("POLICY_SEED", 1));

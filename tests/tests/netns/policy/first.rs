@@ -63,7 +63,8 @@ impl Sink {
 fn shout(pod: &Pod, to: &[SocketAddr], mark: u32, stop: &Arc<AtomicBool>) {
     let (to, stop) = (to.to_vec(), Arc::clone(stop));
     drop(pod.ns.spawn(move || {
-        let sockets: Vec<_> = to.iter().map(|to| UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })).collect();
+        let sockets: Vec<_> =
+            to.iter().map(|to| UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })).collect();
         while !stop.load(Ordering::Acquire) {
             for (socket, to) in sockets.iter().zip(&to) {
                 // Until there is a network it is unreachable.
@@ -96,7 +97,8 @@ fn a_pod_is_isolated_before_its_first_packet() -> Result<()> {
             stage.publish(&objects)?;
             // One on each node.
             let sinks = [&stage.pods[6], &stage.pods[7]].map(|(_, pod)| Sink::start(pod));
-            let to: Vec<SocketAddr> = [&stage.pods[6], &stage.pods[7]].iter().flat_map(|(_, pod)| places(pod)).collect();
+            let to: Vec<SocketAddr> =
+                [&stage.pods[6], &stage.pods[7]].iter().flat_map(|(_, pod)| places(pod)).collect();
             let stop = Arc::new(AtomicBool::new(false));
             let added: Vec<Result<(usize, Pod)>> = std::thread::scope(|scope| {
                 let works: Vec<_> = [1, 2]
@@ -146,7 +148,11 @@ fn what_is_acknowledged_holds_for_every_packet() -> Result<()> {
             let mut stage = Stage::set(cluster)?;
             let base = stage.base.clone();
             let mut denied = base.clone();
-            denied.policy("x", "deny", &json!({"podSelector": {"matchLabels": {"pod": "a"}}, "policyTypes": ["Egress"]}));
+            denied.policy(
+                "x",
+                "deny",
+                &json!({"podSelector": {"matchLabels": {"pod": "a"}}, "policyTypes": ["Egress"]}),
+            );
             let sinks = [Sink::start(&stage.pods[6].1)?, Sink::start(&stage.pods[7].1)?];
             let to: Vec<SocketAddr> = [6, 7].iter().flat_map(|n| places(&stage.pods[*n].1)).collect();
             // Even numbers: nothing forbids it, and that was acknowledged; 3 modulo 4: forbidden, acknowledged; 1 modulo 4: changing.
@@ -156,8 +162,10 @@ fn what_is_acknowledged_holds_for_every_packet() -> Result<()> {
                 let (phase, stop) = (Arc::clone(&phase), Arc::clone(&stop));
                 stage.pods[0].1.ns.spawn(move || -> BTreeMap<u32, u32> {
                     let mut sent = BTreeMap::new();
-                    let sockets: Vec<_> =
-                        to.iter().map(|to| UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })).collect();
+                    let sockets: Vec<_> = to
+                        .iter()
+                        .map(|to| UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }))
+                        .collect();
                     while !stop.load(Ordering::Acquire) {
                         for (socket, to) in sockets.iter().zip(&to) {
                             let mark = phase.load(Ordering::SeqCst);
@@ -201,7 +209,10 @@ fn what_is_acknowledged_holds_for_every_packet() -> Result<()> {
                 let arrived = seen.get(mark).copied().unwrap_or(0);
                 if mark % 4 == 3 {
                     forbidden += count;
-                    ensure!(arrived == 0, "{arrived} of {count} packets passed after the change that forbids them ({mark})");
+                    ensure!(
+                        arrived == 0,
+                        "{arrived} of {count} packets passed after the change that forbids them ({mark})"
+                    );
                 } else if mark % 2 == 0 {
                     allowed += count;
                     ensure!(arrived == *count, "{arrived} of {count} packets passed that nothing forbids ({mark})");

@@ -46,10 +46,19 @@ fn compare(stage: &Stage<'_>, probes: &mut Probes, objects: &stage::Objects, wha
     }
     if !wrong.is_empty() {
         for node in stage.cluster.nodes() {
-            println!("{}", node.cli(&["drops"]).unwrap_or_default().lines().rev().take(10).collect::<Vec<_>>().join("\n"));
+            println!(
+                "{}",
+                node.cli(&["drops"]).unwrap_or_default().lines().rev().take(10).collect::<Vec<_>>().join("\n")
+            );
         }
     }
-    ensure!(wrong.is_empty(), "{what}: {} of {} are wrong:\n{}", wrong.len(), 9 * 72, wrong[..wrong.len().min(40)].join("\n"));
+    ensure!(
+        wrong.is_empty(),
+        "{what}: {} of {} are wrong:\n{}",
+        wrong.len(),
+        9 * 72,
+        wrong[..wrong.len().min(40)].join("\n")
+    );
     Ok(())
 }
 

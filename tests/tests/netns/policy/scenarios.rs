@@ -31,11 +31,17 @@ fn peers(z: &[String]) -> Vec<(&'static str, Value)> {
         ("anybody", json!([])),
         ("all pods of the namespace", json!([{"podSelector": {}}])),
         ("pods by label", json!([pods("b")])),
-        ("pods by expression", json!([{"podSelector": {"matchExpressions": [{"key": "pod", "operator": "NotIn", "values": ["a", "b"]}]}}])),
+        (
+            "pods by expression",
+            json!([{"podSelector": {"matchExpressions": [{"key": "pod", "operator": "NotIn", "values": ["a", "b"]}]}}]),
+        ),
         ("all namespaces", json!([{"namespaceSelector": {}}])),
         ("a namespace by label", json!([{"namespaceSelector": {"matchLabels": {"ns": "y"}}}])),
         ("a namespace by name", json!([{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "z"}}}])),
-        ("pods of a namespace", json!([{"namespaceSelector": {"matchLabels": {"ns": "y"}}, "podSelector": {"matchLabels": {"pod": "b"}}}])),
+        (
+            "pods of a namespace",
+            json!([{"namespaceSelector": {"matchLabels": {"ns": "y"}}, "podSelector": {"matchLabels": {"pod": "b"}}}]),
+        ),
         ("either of two", json!([{"namespaceSelector": {"matchLabels": {"ns": "y"}}}, pods("c")])),
         ("a block", block([32, 128])),
         ("a block with a hole", holes),
@@ -138,15 +144,24 @@ fn whole() -> Vec<(String, Vec<Edit>)> {
 
 /// Labels, namespaces and policies that change, pods that end.
 fn changes(ips: &[std::net::IpAddr]) -> Vec<(String, Vec<Edit>)> {
-    let by_label = spec(&selecting("a"), "ingress", &json!([{"from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"role": "friend"}}}]}]));
-    let by_ns = spec(&selecting("a"), "ingress", &json!([{"from": [{"namespaceSelector": {"matchLabels": {"tier": "gold"}}}]}]));
+    let by_label = spec(
+        &selecting("a"),
+        "ingress",
+        &json!([{"from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"role": "friend"}}}]}]),
+    );
+    let by_ns = spec(
+        &selecting("a"),
+        "ingress",
+        &json!([{"from": [{"namespaceSelector": {"matchLabels": {"tier": "gold"}}}]}]),
+    );
     let of_role = spec(&json!({"matchLabels": {"role": "guarded"}}), "egress", &json!([{"to": [pods("b")]}]));
     let ended = {
         let mut pod = pod_object("z", "c", &json!({"pod": "c"}), ips);
         pod["status"]["phase"] = json!("Succeeded");
         pod
     };
-    let block = spec(&selecting("a"), "ingress", &json!([{"from": [{"namespaceSelector": {"matchLabels": {"ns": "z"}}}]}]));
+    let block =
+        spec(&selecting("a"), "ingress", &json!([{"from": [{"namespaceSelector": {"matchLabels": {"ns": "z"}}}]}]));
     vec![
         (
             "a pod gets a label that a rule looks for, and loses it".to_owned(),
@@ -206,7 +221,8 @@ fn cluster() -> Vec<(String, Vec<Edit>)> {
     };
     let (deny, pass, late, base) =
         (of("Admin", 10, "Deny"), of("Admin", 5, "Pass"), of("Admin", 1, "Accept"), of("Baseline", 1, "Deny"));
-    let isolating = spec(&json!({}), "ingress", &json!([{"from": [{"namespaceSelector": {"matchLabels": {"ns": "z"}}}]}]));
+    let isolating =
+        spec(&json!({}), "ingress", &json!([{"from": [{"namespaceSelector": {"matchLabels": {"ns": "z"}}}]}]));
     let own = isolating.clone();
     vec![
         (
