@@ -65,7 +65,7 @@ fn target(text: &str) -> Result<Target, String> {
     } else if rest.parse::<IpAddr>().is_ok() {
         (party(rest)?, 0)
     } else if let Some((name, port)) = rest.rsplit_once(':') {
-        (party(name)?, port.parse().map_err(|_| format!("{port} is no port"))?)
+        (party(name)?, port.parse().map_err(|error| format!("{port} is no port: {error}"))?)
     } else {
         (party(rest)?, 0)
     };

@@ -56,14 +56,15 @@ fn party(party: Option<&v1::PolicyParty>) -> Result<Party, String> {
     if address.is_empty() {
         return Ok(Party::Pod(ObjectName::new(&namespace, &name)));
     }
-    address.parse().map(Party::Address).map_err(|_| format!("{address} is no address"))
+    address.parse().map(Party::Address).map_err(|error| format!("{address}: {error}"))
 }
 
 pub(super) fn explain(compiler: &Compiler, request: &v1::ExplainPolicyRequest) -> v1::ExplainPolicyResponse {
     let explained = || -> Result<Vec<Explanation>, String> {
         let (from, to) = (party(request.from.as_ref())?, party(request.to.as_ref())?);
-        let protocol = u8::try_from(request.protocol).map_err(|_| "a protocol number has eight bits".to_owned())?;
-        let port = u16::try_from(request.port).map_err(|_| "a port has sixteen bits".to_owned())?;
+        let protocol =
+            u8::try_from(request.protocol).map_err(|error| format!("protocol {}: {error}", request.protocol))?;
+        let port = u16::try_from(request.port).map_err(|error| format!("port {}: {error}", request.port))?;
         compiler.explain(&from, &to, protocol, port).map_err(|unexplained| unexplained.to_string())
     };
     match explained() {

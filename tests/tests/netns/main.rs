@@ -18,7 +18,7 @@ mod survival;
 mod dice;
 #[path = "../../../terway-daemon/core/tests/policy/oracle.rs"]
 mod oracle;
-#[allow(dead_code, reason = "the compiler's tests use more of it")]
+#[allow(dead_code, clippy::unwrap_used, reason = "the compiler's tests use more of it, and panic where they fail")]
 #[path = "../../../terway-daemon/core/tests/policy/world.rs"]
 mod world;
 

@@ -197,7 +197,7 @@ fn what_is_acknowledged_holds_for_every_packet() -> Result<()> {
             }
             std::thread::sleep(REST);
             stop.store(true, Ordering::Release);
-            let sent = sent.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
+            let sent = sent.join().map_err(|_panic| anyhow::anyhow!("the sender panicked"))??;
             let mut seen: BTreeMap<u32, u32> = BTreeMap::new();
             for sink in sinks {
                 for (mark, count) in sink.finish() {

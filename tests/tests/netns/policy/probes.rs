@@ -32,12 +32,14 @@ struct Cell {
 
 /// What is asked of a pod's thread: the number of the round and what must be answered.
 type Question = (u32, Vec<bool>);
+/// What was answered.
+type Answer = io::Result<Vec<bool>>;
 
 /// The pods' servers and probing threads. They end on drop.
 pub(crate) struct Probes {
     stop: Arc<AtomicBool>,
     servers: Vec<JoinHandle<()>>,
-    clients: Vec<(Sender<Question>, Receiver<io::Result<Vec<bool>>>)>,
+    clients: Vec<(Sender<Question>, Receiver<Answer>)>,
     round: u32,
 }
 
@@ -89,7 +91,7 @@ impl Probes {
     pub(crate) fn probe(&mut self, expected: &[Vec<bool>]) -> Result<Vec<Vec<bool>>> {
         self.round += 1;
         for ((ask, _), expected) in self.clients.iter().zip(expected) {
-            ask.send((self.round, expected.clone())).map_err(|_| anyhow!("a probing thread has ended"))?;
+            ask.send((self.round, expected.clone())).map_err(|_ended| anyhow!("a probing thread has ended"))?;
         }
         let mut all = Vec::new();
         for (_, answers) in &self.clients {
@@ -198,7 +200,7 @@ fn is_connected(fd: RawFd) -> bool {
 }
 
 /// One round of one pod.
-fn probe(udp: &UdpSocket, cells: &[Cell], round: u32, expected: &[bool]) -> io::Result<Vec<bool>> {
+fn probe(udp: &UdpSocket, cells: &[Cell], round: u32, expected: &[bool]) -> Answer {
     udp.set_nonblocking(true)?;
     let mut answered = vec![false; cells.len()];
     let mut sockets: Vec<Option<OwnedFd>> = cells.iter().map(|_| None).collect();

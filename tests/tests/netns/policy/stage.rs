@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -182,7 +183,7 @@ impl<'a> Stage<'a> {
         let mut world = World { enforce: true, ..World::default() };
         for ((kind, ..), value) in objects {
             match Object::read(*kind, value)? {
-                Object::Namespace(it) => drop(world.namespaces.insert(it.meta.object.name.clone(), it)),
+                Object::Namespace(it) => drop(world.namespaces.insert(Arc::clone(&it.meta.object.name), it)),
                 Object::Pod(it) => drop(world.pods.insert(it.meta.object.clone(), it)),
                 Object::NetworkPolicy(it) => drop(world.policies.insert(it.meta.object.clone(), it)),
                 Object::ClusterNetworkPolicy(it) => drop(world.cluster.insert(it.meta.object.clone(), it)),
