@@ -1,6 +1,7 @@
 //! The life of `terwayd`: from the lock to the last answer.
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,6 +41,9 @@ const NIC_WITHIN: Duration = Duration::from_secs(20);
 
 /// How long the start waits for the cloud's list of ENIs before it goes on with what the store says.
 const INVENTORY_WITHIN: Duration = Duration::from_secs(10);
+
+/// The ports that the kernel gives to clients of the host.
+const LOCAL_PORTS: &str = "net/ipv4/ip_local_port_range";
 
 /// How often the plugin's queue is looked at, for DELs that were answered too late.
 const QUEUE_EVERY: Duration = Duration::from_secs(5);
@@ -117,6 +121,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let engine = Engine::new(parts);
     engine.begin(&records, effects).await?;
     let services = Services::start(services);
+    tokio::spawn(Arc::clone(&engine).serve_clients());
     tokio::spawn(Arc::clone(&engine).tick());
     tokio::spawn(Arc::clone(&engine).log_drops());
     let followers = Followers { options: options.clone(), node, cloud: aliyun, engine: Arc::clone(&engine), datapath };
@@ -267,7 +272,7 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
 async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Host) -> Result<Facts, Error> {
     let inputs = NodeInputs { v4: config.ip_stack.v4(), v6: config.ip_stack.v6(), ra_links: host.ra_links().await? };
     host.ensure_node(&NodePlan::forwarding(&inputs)).await?;
-    let state = host.observe(BTreeSet::new()).await?;
+    let state = host.observe(BTreeSet::from([LOCAL_PORTS.to_owned()])).await?;
     let primary =
         state.links.iter().find(|(_, link)| link.mac == Some(node.identity.primary_mac) && link.kind.is_none());
     let primary = primary.or_else(|| state.links.iter().find(|(_, link)| link.mac == Some(node.identity.primary_mac)));
@@ -295,8 +300,26 @@ async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Ho
         addresses,
         nic_mtu,
         subnets: options.subnets_path(),
+        services: options.objects.is_some(),
+        own_ports: own_ports(state.sysctls.get(LOCAL_PORTS).map(String::as_str)),
         nic_within: NIC_WITHIN / options.hurry,
     })
+}
+
+/// The ports for connections that are sent on, given those that the host's clients get (`LOCAL_PORTS`).
+fn own_ports(local: Option<&str>) -> RangeInclusive<u16> {
+    let mut numbers = local.into_iter().flat_map(str::split_whitespace).map_while(|text| text.parse().ok());
+    // Without IPv4 there is no such sysctl, and the kernel's default holds (net/ipv4/af_inet.c, inet_init_net).
+    let local = numbers.next().unwrap_or(32_768)..=numbers.next().unwrap_or(60_999);
+    let (ports, ours) = service::own_ports(&local);
+    if !ours {
+        warn!(
+            ?local,
+            ?ports,
+            "{LOCAL_PORTS} leaves no ports over: connections that are sent on to other nodes share these with the host's"
+        );
+    }
+    ports
 }
 
 async fn inventory(cloud: &dyn Cloud, node: &Node) -> Option<Vec<terway_core::cloud::Eni>> {

@@ -1,7 +1,7 @@
 //! What is done with the first packet of a flow. The tables are asked through a trait, so that the same code runs on the kernel's
 //! maps and, in tests, on ordinary ones.
 
-use terway_abi::{Drop, Endpoint, MacPair, NO_SLOT, POLICY_EPOCH};
+use terway_abi::{Drop, Endpoint, MacPair, NO_SLOT, POLICY_EPOCH, Uplink};
 
 use crate::family::Family;
 use crate::flow::{Basis, Place, Route};
@@ -13,6 +13,8 @@ pub trait Tables<F: Family> {
     fn by_ifindex(&self, ifindex: u32) -> Option<&Endpoint>;
     /// The pod of this node that has this address.
     fn by_address(&self, address: &F::Addr) -> Option<&Endpoint>;
+    /// The ENI whose interface this is, if clients outside are served by it.
+    fn uplink(&self, ifindex: u32) -> Option<&Uplink>;
     /// Whether the host stack serves this address.
     fn is_host(&self, address: &F::Addr) -> bool;
     /// The epoch of a slot.
@@ -118,6 +120,38 @@ pub fn from_vpc<'a, F: Family, T: Tables<F>>(
     }))
 }
 
+/// A packet from `src`, outside, that came in by the ENI `ifindex` for a Service, and that goes to `to`, the backend that was chosen.
+/// With `local` only this node will do.
+///
+/// # Errors
+/// The reason to drop it.
+#[inline(always)]
+pub fn from_client<'a, F: Family, T: Tables<F>>(
+    tables: &'a T,
+    src: &F::Addr,
+    to: &F::Addr,
+    local: bool,
+    ifindex: u32,
+) -> Result<Decision<'a>, Drop> {
+    let (source, unowned) = (nobody(tables, src), nobody(tables, to));
+    if tables.by_address(src).is_some() {
+        return Err(Drop::SpoofedSource);
+    }
+    let Uplink { node, .. } = tables.uplink(ifindex).ok_or(Drop::NoUplink)?;
+    if !F::has_gateway(node) {
+        return Err(Drop::NoUplink);
+    }
+    let (target, destination) = match tables.by_address(to) {
+        Some(pod) => (Place::Pod(pod), pods(tables, pod)),
+        None if tables.is_host(to) => (Place::Node(node), unowned),
+        None if local => return Err(Drop::NoBackend),
+        // The backend's answers must come back here, so it gets to see the node.
+        None if F::same(&F::address(node), &F::NONE) => return Err(Drop::NoUplink),
+        None => (Place::Vpc(node), unowned),
+    };
+    Ok(Decision::Way(Route { origin: Place::Vpc(node), target, source, destination }))
+}
+
 /// A packet that the host stack sends to the pod behind `ifindex`.
 ///
 /// # Errors
@@ -187,6 +221,7 @@ mod tests {
     #[derive(Debug, Default)]
     struct Node {
         pods: BTreeMap<u32, Endpoint>,
+        uplink: Uplink,
         host: Vec<[u32; 4]>,
         epochs: BTreeMap<u32, u32>,
     }
@@ -198,6 +233,10 @@ mod tests {
 
         fn by_address(&self, address: &F::Addr) -> Option<&Endpoint> {
             self.pods.values().find(|pod| F::widen(&F::address(pod)) == F::widen(address))
+        }
+
+        fn uplink(&self, ifindex: u32) -> Option<&Uplink> {
+            (ifindex == self.uplink.node.eni_ifindex).then_some(&self.uplink)
         }
 
         fn is_host(&self, address: &F::Addr) -> bool {
@@ -235,6 +274,16 @@ mod tests {
         };
         Node {
             pods: [pod(1, 50), pod(2, 50), pod(3, 51)].map(|p| (p.host_ifindex, p)).into(),
+            uplink: Uplink {
+                node: Endpoint {
+                    eni_ifindex: 49,
+                    v4: v4(100),
+                    gateway_v4: v4(253),
+                    gateway_v6: v6(253),
+                    ..Endpoint::default()
+                },
+                ..Uplink::default()
+            },
             host: vec![[v4(100), 0, 0, 0], v6(100)],
             epochs: (1..4).map(|slot| (slot, 1 << 16 | slot)).collect(),
         }
@@ -251,6 +300,7 @@ mod tests {
             Place::Pod(pod) => ("pod", pod.host_ifindex),
             Place::Vpc(pod) => ("vpc", pod.host_ifindex),
             Place::Host(pod) => ("host", pod.host_ifindex),
+            Place::Node(node) => ("node", node.eni_ifindex),
         }
     }
 
@@ -289,6 +339,31 @@ mod tests {
         // Having no address of a family is not having the unspecified one.
         let none = packet::<V6>([0; 4], v6(2));
         assert_eq!(said(from_pod(&node, pod(3), &none, &none.dst, pod(3).sent)), Err(Drop::SpoofedSource));
+    }
+
+    #[test]
+    fn where_clients_outside_are_sent() {
+        let node = node();
+        for (src, to, local, ifindex, want) in [
+            (9, 1, false, 49, Ok(Some(("pod", 1)))),
+            // The pod's own ENI is another one than the client came by.
+            (9, 3, true, 49, Ok(Some(("pod", 3)))),
+            (9, 100, true, 49, Ok(Some(("node", 49)))),
+            (9, 20, false, 49, Ok(Some(("vpc", 0)))),
+            (9, 20, true, 49, Err(Drop::NoBackend)),
+            (2, 1, false, 49, Err(Drop::SpoofedSource)),
+            (9, 1, false, 50, Err(Drop::NoUplink)),
+        ] {
+            let decision = from_client::<V4, _>(&node, &v4(src), &v4(to), local, ifindex);
+            if let Ok(Decision::Way(route)) = decision {
+                let Place::Vpc(origin) = route.origin else { panic!("from somewhere else") };
+                assert_eq!(origin.eni_ifindex, 49);
+            }
+            assert_eq!(said(decision), want, "{src} to {to}");
+        }
+        // There is no IPv6 address to send it on with.
+        assert_eq!(said(from_client::<V6, _>(&node, &v6(9), &v6(1), false, 49)), Ok(Some(("pod", 1))));
+        assert_eq!(said(from_client::<V6, _>(&node, &v6(9), &v6(20), false, 49)), Err(Drop::NoUplink));
     }
 
     #[test]

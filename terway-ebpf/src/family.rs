@@ -20,6 +20,10 @@ pub trait Family: Sized + 'static {
     const ICMP: u8;
     /// Where the transport header of a packet of common shape begins.
     const TRANSPORT: u32;
+    /// Where the source address stands in the IP header.
+    const SRC: u32;
+    /// Where the destination address stands in the IP header.
+    const DST: u32;
 
     /// Addresses and ports of a packet of the most common shape (no options, no fragment, TCP or UDP); `None` if it needs
     /// [`Family::parse`].
@@ -109,6 +113,8 @@ impl Family for V4 {
     const NONE: u32 = 0;
     const ICMP: u8 = parse::ICMP;
     const TRANSPORT: u32 = ETH_LEN as u32 + 20;
+    const SRC: u32 = 12;
+    const DST: u32 = 16;
 
     #[inline(always)]
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
@@ -228,6 +234,8 @@ impl Family for V6 {
     const NONE: [u32; 4] = [0; 4];
     const ICMP: u8 = parse::ICMPV6;
     const TRANSPORT: u32 = ETH_LEN as u32 + 40;
+    const SRC: u32 = 8;
+    const DST: u32 = 24;
 
     #[inline(always)]
     fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {

@@ -1,6 +1,8 @@
 //! Flow entries: how they are made, for both directions at once, and what an established packet asks of them.
 
-use terway_abi::{Action, Endpoint, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, MacPair, Nexthop, Side, flow_flags};
+use terway_abi::{
+    Action, Endpoint, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, MacPair, Nexthop, Side, flow_flags,
+};
 
 use crate::family::Family;
 use crate::parse::tcp_flags;
@@ -10,10 +12,12 @@ use crate::parse::tcp_flags;
 pub enum Place<'a> {
     /// A pod of this node.
     Pod(&'a Endpoint),
-    /// Beyond the ENI of this pod of this node, the other end of the way.
+    /// Beyond the ENI of this endpoint, which is the pod at the other end of the way, or the node for those whom it serves.
     Vpc(&'a Endpoint),
     /// The host stack, and this pod is the other end.
     Host(&'a Endpoint),
+    /// The host stack, and the other end is beyond the ENI of this endpoint.
+    Node(&'a Endpoint),
 }
 
 /// What an address was decided by, and the epoch at which that was true.
@@ -56,6 +60,7 @@ impl<'a> Route<'a> {
             Place::Pod(pod) => (pod.host_ifindex, HOOK_IN),
             Place::Vpc(pod) => (pod.eni_ifindex, HOOK_IN),
             Place::Host(pod) => (pod.host_ifindex, HOOK_TO_POD),
+            Place::Node(node) => (node.eni_ifindex, HOOK_TO_VPC),
         }
     }
 
@@ -69,7 +74,9 @@ impl<'a> Route<'a> {
         (side.ifindex, side.hook) = (ifindex, u32::from(hook));
         match (self.origin, self.target) {
             // The host stack routed it here; all that is left is to let it pass.
-            (Place::Host(_), _) | (_, Place::Host(_)) => side.action = Action::Stack as u32,
+            (Place::Host(_) | Place::Node(_), _) | (_, Place::Host(_) | Place::Node(_)) => {
+                side.action = Action::Stack as u32;
+            }
             (_, Place::Pod(pod)) => {
                 let MacPair([a, b, c]) = &pod.received;
                 let Nexthop { family, address: [d, e, ..] } = &mut side.way;
@@ -214,6 +221,25 @@ mod tests {
         let (there, back) = (filled(&host), filled(&host.back()));
         assert_eq!((there.action, there.expect, back.action), (Action::Stack as u32, a.sent, Action::Stack as u32));
         assert_eq!((there.hook, back.hook), (HOOK_IN.into(), HOOK_TO_POD.into()));
+    }
+
+    #[test]
+    fn what_comes_from_outside_goes_back_by_the_same_interface() {
+        let (pod, uplink) = (pod(1), Endpoint { eni_ifindex: 200, gateway_v4: 0xfe, ..Endpoint::default() });
+        let (source, destination) = (Basis { slot: 1, epoch: 7 }, Basis { slot: 2, epoch: 7 });
+        let local = Route { origin: Place::Vpc(&uplink), target: Place::Pod(&pod), source, destination };
+        let (there, back) = (filled(&local), filled(&local.back()));
+        assert_eq!((there.ifindex, there.action, there.oif), (200, Action::Local as u32, 1));
+        // Not by the pod's own ENI, which is 101.
+        assert_eq!((back.ifindex, back.action, back.oif, back.way.address[0]), (1, Action::Vpc as u32, 200, 0xfe));
+        let remote = Route { target: Place::Vpc(&uplink), ..local };
+        for side in [filled(&remote), filled(&remote.back())] {
+            assert_eq!((side.ifindex, side.hook, side.action, side.oif), (200, 0, Action::Vpc as u32, 200));
+        }
+        let host = Route { target: Place::Node(&uplink), ..local };
+        let (there, back) = (filled(&host), filled(&host.back()));
+        assert_eq!((there.hook, there.action), (HOOK_IN.into(), Action::Stack as u32));
+        assert_eq!((back.ifindex, back.hook, back.action), (200, HOOK_TO_VPC.into(), Action::Stack as u32));
     }
 
     /// Both directions find one entry, and different sides of it; and the key keeps what the packet said.

@@ -39,6 +39,7 @@ impl Inner for V6 {
 #[inline(always)]
 pub fn answer<P: Frame, F: Inner>(frame: &P, at: usize, quoted: &mut Packet<F>) -> Option<()> {
     let transport = F::inner(frame, at, quoted)?;
+    quoted.transport = transport as u32;
     if quoted.fragment == Fragment::Later {
         return None;
     }

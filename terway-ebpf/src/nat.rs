@@ -46,12 +46,27 @@ pub fn translate<F: Family>(flow: &mut Flow<F::Addr>, old: Tuple<'_, F::Addr>, n
     side.flags |= flow_flags::TRANSLATE;
 }
 
-/// A source port to try instead of one that is taken: of the range that Linux gives to clients (`ip_local_port_range`), and so of
-/// no NodePort.
-#[inline(always)]
-#[must_use]
-pub const fn another_port(chance: u32) -> u16 {
-    (32_768 + (chance % 28_232) as u16).to_be()
+/// Source ports to draw from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ports {
+    /// The first one, as a number.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+impl Ports {
+    /// What Linux gives to clients by default (`ip_local_port_range`), and so no NodePort: for clients that keep their address.
+    pub const CLIENTS: Self = Self { first: 32_768, count: 28_232 };
+
+    /// One of them, as in the packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn draw(self, chance: u32) -> u16 {
+        // The top bits of a product fall evenly, without the division that a remainder takes.
+        let place = (chance as u64 * self.count as u64) >> 32;
+        (self.first.wrapping_add(place as u32) as u16).to_be()
+    }
 }
 
 #[cfg(test)]
@@ -81,8 +96,11 @@ mod tests {
         }
 
         #[test]
-        fn ports_are_clients(chance in any::<u32>()) {
-            prop_assert!((32_768..61_000).contains(&u16::from_be(another_port(chance))));
+        fn ports_are_of_the_range(chance in any::<u32>(), first in 1_u32..65_536, count in 1_u32..65_536) {
+            prop_assert!((32_768..61_000).contains(&u16::from_be(Ports::CLIENTS.draw(chance))));
+            let count = count.min(65_536 - first);
+            let ports = Ports { first, count };
+            prop_assert!((first..first + count).contains(&u16::from_be(ports.draw(chance)).into()));
         }
     }
 }

@@ -14,6 +14,8 @@ pub trait Services<F: Family> {
     fn may_serve(&self, address: &F::Addr) -> bool;
     /// The frontend of this key.
     fn frontend(&self, key: &FrontendKey<F::Addr>) -> Option<&Frontend>;
+    /// Whether a client is in the source ranges of a Service.
+    fn in_ranges(&self, service: u32, client: &F::Addr) -> bool;
     /// The member at this place; nobody if there is no such place.
     fn member(&self, index: u32) -> Member;
     /// The backend of this number.
@@ -44,8 +46,10 @@ pub struct Asker {
 /// What a packet's destination comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It is no Service's.
+    /// It is no Service's, or not for this client.
     Other,
+    /// The client is in none of the Service's source ranges.
+    Excluded,
     /// It is a Service's that nobody serves; to be answered, or with `silent` dropped.
     Refused {
         /// No answer.
@@ -67,13 +71,37 @@ pub const fn is_served(protocol: u8) -> bool {
 
 /// The frontend that a packet is for, or that its address is a Service's without this port.
 ///
-/// `node` tells whether the address is the node's own; it is asked only when no Service has the address itself.
+/// `node` tells whether the address is the node's own; it is asked last.
 #[inline(always)]
 pub fn find<'a, F: Family, S: Services<F>>(
     services: &'a S,
     address: &F::Addr,
     ports: u32,
     protocol: u8,
+    node: impl FnOnce() -> bool,
+) -> Option<&'a Frontend> {
+    found(services, address, ports, protocol, true, node)
+}
+
+/// As [`find`], for a client outside the cluster. Ports that a Service's address does not have are left to the host.
+#[inline(always)]
+pub fn find_outside<'a, F: Family, S: Services<F>>(
+    services: &'a S,
+    address: &F::Addr,
+    ports: u32,
+    protocol: u8,
+    node: impl FnOnce() -> bool,
+) -> Option<&'a Frontend> {
+    found(services, address, ports, protocol, false, node)
+}
+
+#[inline(always)]
+fn found<'a, F: Family, S: Services<F>>(
+    services: &'a S,
+    address: &F::Addr,
+    ports: u32,
+    protocol: u8,
+    inside: bool,
     node: impl FnOnce() -> bool,
 ) -> Option<&'a Frontend> {
     let [_, _, high, low] = ports.to_ne_bytes();
@@ -86,13 +114,27 @@ pub fn find<'a, F: Family, S: Services<F>>(
         return Some(frontend);
     }
     let any = FrontendKey { address: *address, class: 0 };
-    if let Some(frontend) = services.frontend(&any) {
+    if inside && let Some(frontend) = services.frontend(&any) {
         return Some(frontend);
     }
-    if !node() {
-        return None;
+    let on_node = FrontendKey { address: F::NONE, class: frontend_class(port, protocol, SCOPE_NODE) };
+    services.frontend(&on_node).filter(|_| node())
+}
+
+/// What becomes of a packet whose client is not served, because it is in the cluster (`inside`), or outside of it.
+#[inline(always)]
+fn admit<F: Family, S: Services<F>>(
+    services: &S,
+    frontend: &Frontend,
+    inside: bool,
+    client: &F::Addr,
+) -> Option<Outcome> {
+    let not_here = if inside { frontend_flags::EXTERNAL } else { frontend_flags::INTERNAL };
+    if frontend.flags & not_here != 0 {
+        return Some(Outcome::Other);
     }
-    services.frontend(&FrontendKey { address: F::NONE, class: frontend_class(port, protocol, SCOPE_NODE) })
+    let ranged = !inside && frontend.flags & frontend_flags::RANGES != 0;
+    (ranged && !services.in_ranges(frontend.service, client)).then_some(Outcome::Excluded)
 }
 
 /// The backend for a new connection of a client in the cluster (`inside`) or outside of it.
@@ -104,6 +146,9 @@ pub fn choose<F: Family, S: Services<F>>(
     hash: u32,
     asker: &Asker,
 ) -> Outcome {
+    if let Some(outcome) = admit::<F, S>(services, frontend, inside, &F::narrow(&asker.client)) {
+        return outcome;
+    }
     let run = if inside { frontend.internal } else { frontend.external };
     if run.count == 0 {
         return Outcome::Refused { silent: !inside && frontend.flags & frontend_flags::SILENT != 0 };
@@ -153,13 +198,14 @@ pub fn lives<F: Family, S: Services<F>>(services: &S, member: Member) -> bool {
         })
 }
 
-/// A hash of a packet's ends, the same on every node. Clients that are held to a backend are told apart by their address alone.
+/// A hash of a packet, the same on every node. Clients that are held to a backend are told apart by their address alone.
+///
+/// Without the destination address: a NodePort has a different one on every node.
 #[inline(always)]
-pub fn hash<F: Family>(src: &F::Addr, dst: &F::Addr, ports: u32, held: bool) -> u32 {
-    let ([a, b, c, d], [e, f, g, h]) = (F::widen(src), F::widen(dst));
+pub fn hash<F: Family>(src: &F::Addr, ports: u32, held: bool) -> u32 {
+    let [a, b, c, d] = F::widen(src);
     // No loop: LLVM lays it out so that its body falls through to its head, and older kernels refuse such a back-edge (5.10 and 6.1 do: kernel/bpf/verifier.c, `check_cfg`).
-    let source = mix(mix(mix(mix(0x3c6e_f372, a), b), c), d);
-    let state = mix(mix(mix(mix(source, e), f), g), h);
+    let state = mix(mix(mix(mix(0x3c6e_f372, a), b), c), d);
     // The destination port stays: two ports of one Service are two Services here.
     mix(state, if held { ports & u32::from_ne_bytes([0, 0, 0xff, 0xff]) } else { ports })
 }
@@ -187,6 +233,7 @@ mod tests {
         backends: Vec<Backend>,
         loads: Vec<u64>,
         held: RefCell<HashMap<AffinityKey, Affinity>>,
+        ranges: Vec<(u32, u32)>,
     }
 
     impl Services<V4> for Cluster {
@@ -195,6 +242,9 @@ mod tests {
         }
         fn frontend(&self, key: &FrontendKey<u32>) -> Option<&Frontend> {
             self.frontends.get(key)
+        }
+        fn in_ranges(&self, service: u32, client: &u32) -> bool {
+            self.ranges.contains(&(service, *client))
         }
         fn member(&self, index: u32) -> Member {
             self.members.get(index as usize).copied().unwrap_or_default()
@@ -239,6 +289,7 @@ mod tests {
             backends: (0..=n).map(|i| backend(u32::from(i > 0))).collect(),
             loads: vec![0; n as usize + 1],
             held: RefCell::default(),
+            ranges: Vec::new(),
         }
     }
 
@@ -285,6 +336,27 @@ mod tests {
         cluster.frontends.insert(nodeport, Frontend { service: 8, ..Frontend::default() });
         assert_eq!(find(&cluster, 5, 30_080, 6, true).unwrap().service, 8);
         assert_eq!(find(&cluster, 5, 30_080, 6, false), None);
+        // From outside, the other ports of the address are left to whoever has them.
+        assert!(find_outside::<V4, _>(&cluster, &VIP, ports(81), 6, || false).is_none());
+    }
+
+    #[test]
+    fn who_is_served() {
+        let mut cluster = cluster(1, Frontend::default());
+        cluster.ranges = vec![(7, 9)];
+        let outcome = |flags, inside, client: u32| {
+            admit::<V4, _>(&cluster, &Frontend { service: 7, flags, ..Frontend::default() }, inside, &client)
+        };
+        for (flags, inside, outside) in [
+            (0, None, None),
+            (frontend_flags::INTERNAL, None, Some(Outcome::Other)),
+            (frontend_flags::EXTERNAL, Some(Outcome::Other), None),
+        ] {
+            assert_eq!((outcome(flags, true, 9), outcome(flags, false, 9)), (inside, outside));
+        }
+        assert_eq!(outcome(frontend_flags::RANGES, false, 9), None);
+        assert_eq!(outcome(frontend_flags::RANGES, false, 8), Some(Outcome::Excluded));
+        assert_eq!(outcome(frontend_flags::RANGES, true, 8), None);
     }
 
     #[test]

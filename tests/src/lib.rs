@@ -6,4 +6,5 @@ pub mod figures;
 pub mod load;
 pub mod packet;
 pub mod prog_bench;
+pub mod prog_serve;
 pub mod sandbox;

@@ -3,7 +3,8 @@
 
 use aya::maps::{HashMap, Map, MapData};
 use terway_abi::{Backend, Frontend, Member, Program, Run, backend_flags, names};
-use terway_daemon::bpf::{BpfError, Config, Datapath, Endpoint, FrontendAt, RunContext};
+use terway_core::ident::Addresses;
+use terway_daemon::bpf::{BpfError, Config, Datapath, Endpoint, FrontendAt, RunContext, Uplink};
 
 use crate::packet::{Frame, flags};
 use crate::sandbox::{Sandbox, ifindex, ip};
@@ -65,7 +66,7 @@ impl Stage {
                 host_ifindex: ifindex(name)?,
                 host_mac: terway_core::ident::Mac(HOST_MAC),
                 pod_mac: terway_core::ident::Mac(mac(number)),
-                addresses: terway_core::ident::Addresses {
+                addresses: Addresses {
                     v4: Some(std::net::Ipv4Addr::new(10, 0, 0, number)),
                     v6: Some(std::net::Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, number.into())),
                 },
@@ -136,15 +137,15 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
             lowest(&stage.datapath, *program, *ifindex, frame, (80, flags::ACK))?,
         ));
     }
-    for (name, frame) in &services {
+    for (name, program, ifindex, frame) in &services {
         results.push((
             format!("{name} established"),
-            lowest(&stage.datapath, Program::FromPod, a, frame, (80, flags::ACK))?,
+            lowest(&stage.datapath, *program, *ifindex, frame, (80, flags::ACK))?,
         ));
     }
     unsettle(&stage.datapath)?;
-    for (name, frame) in &services {
-        results.push((format!("{name} first"), lowest(&stage.datapath, Program::FromPod, a, frame, (81, flags::SYN))?));
+    for (name, program, ifindex, frame) in &services {
+        results.push((format!("{name} first"), lowest(&stage.datapath, *program, *ifindex, frame, (81, flags::SYN))?));
     }
     for (name, program, ifindex, frame) in cases.iter().filter(|(_, program, ..)| *program != Program::ToVpc) {
         results.push((format!("{name} first"), lowest(&stage.datapath, *program, *ifindex, frame, (81, flags::SYN))?));
@@ -152,15 +153,38 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
     Ok(results)
 }
 
-/// A Service in each family, and what a pod sends to it.
+/// A case: its name, what runs where, and the frame.
+type Case = (&'static str, Program, u32, Frame);
+
+/// Services in each family, and what a pod, and clients outside, send to them: to a pod of the node, and to another node.
 ///
 /// The packet of a test run is not reset between runs, and a translated one is not for the Service any more. So the Service's
-/// backend is the Service itself: everything is done that a translation takes, and the packet stays what it was.
-fn services(stage: &Stage) -> anyhow::Result<Vec<(&'static str, Frame)>> {
+/// backend is the Service itself, and where the node passes packets on in its own name, it is the client as well, with the only port
+/// that there is: everything is done that a translation takes, and the packet stays what it was.
+fn services(stage: &Stage) -> anyhow::Result<Vec<Case>> {
+    let (a, eni) = (stage.a.host_ifindex, stage.eni);
+    let addresses = |v4: [u8; 4], v6: &str| anyhow::Ok(Addresses { v4: Some(v4.into()), v6: Some(v6.parse()?) });
+    stage.datapath.set_uplink(&Uplink {
+        ifindex: eni,
+        node: addresses([10, 0, 0, 100], "fd00::100")?,
+        gateway_v4: stage.a.gateway_v4,
+        gateway_v6: stage.a.gateway_v6,
+        ports: 40_000..=40_000,
+    })?;
+    // Nobody else's packets are for this one.
+    let served = Endpoint { host_ifindex: stage.other_eni, addresses: addresses([10, 0, 0, 3], "fd00::3")?, ..stage.b };
+    stage.datapath.upsert_endpoint(&served)?;
+    let pod = |name, from, to| (name, Program::FromPod, a, stage.sent_by(&stage.a), from, to);
+    let outside = |name, from, to| (name, Program::FromVpc, eni, stage.by_gateway(), from, to);
     let mut cases = Vec::new();
-    for (number, name, from, to) in
-        [(1, "from_pod service v4", "10.0.0.1", "10.0.9.96"), (2, "from_pod service v6", "fd00::1", "fd00:9::96")]
-    {
+    for (number, (name, program, ifindex, frame, from, to)) in (1..).zip([
+        pod("from_pod service v4", "10.0.0.1", "10.0.9.96"),
+        pod("from_pod service v6", "fd00::1", "fd00:9::96"),
+        outside("from_vpc service pod v4", "10.0.9.9", "10.0.0.3"),
+        outside("from_vpc service pod v6", "fd00:9::9", "fd00::3"),
+        outside("from_vpc service node v4", "10.0.0.100", "10.0.9.97"),
+        outside("from_vpc service node v6", "fd00::100", "fd00:9::97"),
+    ]) {
         let address: std::net::IpAddr = to.parse()?;
         let mut words = [0; 4];
         let bytes = match address {
@@ -180,7 +204,7 @@ fn services(stage: &Stage) -> anyhow::Result<Vec<(&'static str, Frame)>> {
             let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
             stage.datapath.set_frontend(&FrontendAt::Address { address, port, protocol: 6 }, &frontend)?;
         }
-        cases.push((name, stage.sent_by(&stage.a).ip(from, to)));
+        cases.push((name, program, ifindex, frame.ip(from, to)));
     }
     Ok(cases)
 }

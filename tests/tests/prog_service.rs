@@ -3,12 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 
-use terway_abi::{Backend, Frontend, Member, Program, Run, backend_flags, frontend_flags};
-use terway_daemon::bpf::{Config, Counters, Endpoint, FrontendAt, Ran, RunContext};
+use terway_abi::{Backend, Frontend, Member, Program, Run, frontend_flags};
+use terway_daemon::bpf::{Config, Endpoint, FrontendAt, Ran, RunContext};
 use terway_tests::packet::{Frame, checksums_are_right, flags, macs, quoted};
 use terway_tests::prog_bench::Stage;
+use terway_tests::prog_serve::{at, backend, came_out, ip, run, serve};
 use terway_tests::sandbox_or_skip;
 
 /// `TC_ACT_UNSPEC`, `TC_ACT_SHOT` and `TC_ACT_REDIRECT` (include/uapi/linux/pkt_cls.h).
@@ -41,74 +41,9 @@ const V6: Family =
     Family { a: "fd00::1", b: "fd00::2", remote: "fd09::9", host: "fd00::100", vip: "fd96::1", other: "fd96::2" };
 const BOTH: [Family; 2] = [V4, V6];
 
-fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
-}
-
-fn words(address: IpAddr) -> [u32; 4] {
-    let mut bytes = [0; 16];
-    match address {
-        IpAddr::V4(v4) => bytes[..4].copy_from_slice(&v4.octets()),
-        IpAddr::V6(v6) => bytes.copy_from_slice(&v6.octets()),
-    }
-    std::array::from_fn(|i| u32::from_ne_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap()))
-}
-
-fn backend(address: &str, port: u16, protocol: u8) -> Backend {
-    let address = ip(address);
-    Backend {
-        address: words(address),
-        port: port.to_be(),
-        protocol,
-        flags: if address.is_ipv6() { backend_flags::V6 } else { 0 },
-        generation: 1,
-        spare: [0; 2],
-    }
-}
-
-fn at(address: &str, port: u16, protocol: u8) -> FrontendAt {
-    FrontendAt::Address { address: ip(address), port, protocol }
-}
-
-/// A Service of number `service` at `vip`:80 with these backends, which get numbers and places from 10 times `service` on.
-fn serve(stage: &Stage, service: u32, place: &FrontendAt, backends: &[Backend], template: Frontend) {
-    let first = 10 * service;
-    for (number, backend) in (first..).zip(backends) {
-        stage.datapath.set_backend(number, backend).unwrap();
-        stage.datapath.set_members(number, &[Member { backend: number, generation: backend.generation }]).unwrap();
-    }
-    let run = Run { first, count: backends.len() as u32 };
-    stage.datapath.set_frontend(place, &Frontend { service, internal: run, external: run, ..template }).unwrap();
-}
-
-fn nonzero(counters: &Counters) -> BTreeMap<&'static str, u64> {
-    counters.iter().map(|(name, counter)| (name, counter.packets)).filter(|(_, packets)| *packets > 0).collect()
-}
-
-/// Runs a program once and compares every counter.
-#[track_caller]
-fn run(stage: &Stage, program: Program, ifindex: u32, packet: &[u8], expected: &[(&str, u64)]) -> Ran {
-    let before = stage.datapath.counters().unwrap();
-    let ran = stage.datapath.run(program, packet, RunContext::on(ifindex)).unwrap();
-    let after = stage.datapath.counters().unwrap();
-    let (before, mut change) = (nonzero(&before), nonzero(&after));
-    change.iter_mut().for_each(|(name, packets)| *packets -= before.get(name).unwrap_or(&0));
-    change.retain(|_, packets| *packets > 0);
-    assert_eq!(change, expected.iter().copied().collect(), "counters");
-    ran
-}
-
 #[track_caller]
 fn from_pod(stage: &Stage, pod: &Endpoint, frame: &Frame, expected: &[(&str, u64)]) -> Ran {
     run(stage, Program::FromPod, pod.host_ifindex, &frame.build(), expected)
-}
-
-/// The packet came out as this frame, one hop older, with checksums that are right, and was redirected.
-#[track_caller]
-fn came_out(ran: &Ran, action: i32, expected: &Frame) {
-    assert_eq!(ran.action, action);
-    assert!(checksums_are_right(&ran.packet), "{:02x?}", ran.packet);
-    assert_eq!(ran.packet, expected.build());
 }
 
 const NEW: [(&str, u64); 2] = [("pod_to_pod", 1), ("flow_new", 1)];

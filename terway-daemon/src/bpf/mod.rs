@@ -32,6 +32,7 @@ mod run;
 mod services;
 mod sockets;
 mod stats;
+mod uplinks;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -57,6 +58,7 @@ pub use self::policies::fence;
 pub use self::run::{Ran, RunContext};
 pub use self::services::FrontendAt;
 pub use self::stats::Counters;
+pub use self::uplinks::Uplink;
 
 /// What the datapath is made with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +113,7 @@ pub struct Datapath {
     planned: Mutex<planned::Tables>,
     services: Mutex<services::Services>,
     policies: Mutex<policies::Policies>,
+    uplinks: Mutex<uplinks::Uplinks>,
     flows: flows::Tables,
     counters: PerCpuArray<MapData, Counter>,
     flow_entries: u32,
@@ -147,6 +150,7 @@ impl Datapath {
             planned: Mutex::new(planned::Tables::open(&pins)?),
             services: Mutex::new(services::Services::new(&mut loaded)?),
             policies: Mutex::new(policies::Policies::new(&mut loaded)?),
+            uplinks: Mutex::new(uplinks::Uplinks::new(&mut loaded)?),
             flows: flows::Tables::new(&mut loaded)?,
             counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
             programs: Mutex::new(object::Programs::load(loaded)?),
@@ -399,6 +403,31 @@ impl Datapath {
     pub fn set_node_addresses(&self, addresses: &[IpAddr]) -> Result<(), BpfError> {
         let changed = error::lock(&self.services).set_node_addresses(addresses)?;
         changed.into_iter().try_for_each(|address| error::lock(&self.endpoints).void_address(address))
+    }
+
+    /// Makes an ENI one by which clients outside reach Services. To be called before [`Datapath::attach_eni`]: until then their
+    /// packets are dropped there.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn set_uplink(&self, uplink: &Uplink) -> Result<(), BpfError> {
+        error::lock(&self.uplinks).set(uplink)
+    }
+
+    /// Takes that back; `false` if it was none. Connections that go on by it are not ended.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn remove_uplink(&self, ifindex: u32) -> Result<bool, BpfError> {
+        error::lock(&self.uplinks).remove(ifindex)
+    }
+
+    /// All ENIs by which clients outside reach Services.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn uplinks(&self) -> Result<Vec<Uplink>, BpfError> {
+        error::lock(&self.uplinks).list()
     }
 
     /// Writes a backend. One that goes gets another generation: everything that names it is void at once.

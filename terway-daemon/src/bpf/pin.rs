@@ -8,8 +8,9 @@ use std::path::Path;
 use aya::maps::{MapInfo, MapType};
 use terway_abi::{
     Affinity, AffinityKey, Backend, Budget, COUNTERS, Counter, Endpoint, FILTER, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6,
-    FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, Member,
-    PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, names,
+    FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS,
+    Member, PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6,
+    Uplink, names,
 };
 
 use super::Config;
@@ -29,7 +30,7 @@ const fn layout<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -
     Layout { name, kind, key: size_of::<K>(), value: size_of::<V>(), entries, cache: false }
 }
 
-fn layouts(config: &Config) -> [Layout; 31] {
+fn layouts(config: &Config) -> [Layout; 32] {
     [
         layout::<u32, Endpoint>(names::ENDPOINTS, MapType::Hash, Some(MAX_ENDPOINTS)),
         layout::<u32, Endpoint>(names::OWNERS_V4, MapType::Hash, Some(MAX_ENDPOINTS)),
@@ -59,6 +60,7 @@ fn layouts(config: &Config) -> [Layout; 31] {
         layout::<[u32; 4], Phases>(names::IPCACHE_V6, MapType::Hash, None),
         layout::<[u32; 2], Phases>(names::IPCACHE_NET_V4, MapType::LpmTrie, None),
         layout::<[u32; 5], Phases>(names::IPCACHE_NET_V6, MapType::LpmTrie, None),
+        layout::<u32, Uplink>(names::UPLINKS, MapType::Hash, Some(MAX_UPLINKS)),
         layout::<u32, Counter>(names::COUNTERS, MapType::PerCpuArray, Some(COUNTERS)),
         layout::<u32, Budget>(names::BUDGET, MapType::PerCpuArray, Some(1)),
         layout::<(), ()>(names::EVENTS, MapType::RingBuf, None),

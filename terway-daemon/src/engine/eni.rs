@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use terway_core::cloud::Subnet;
 use terway_core::errors::{self, Error};
-use terway_core::ident::Mac;
+use terway_core::ident::{Addresses, Mac};
 use terway_core::route::{EniInputs, EniPlan};
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
 use super::Engine;
 use super::pod::net_error;
+use super::uplink::{attach, detach};
 use crate::net::Nic;
 
 /// How long the metadata service is waited for if its answer is known from before.
@@ -26,6 +27,25 @@ impl Engine {
             .await
             .ok_or_else(|| Error::new(errors::NIC_MISSING, format!("MAC {mac}, waited {within:?}")))?;
         // Asked after the NIC is there: the metadata service knows an ENI no earlier.
+        let subnet = self.subnet(mac).await?;
+        let plan = self.eni_plan(&nic, &subnet);
+        let ifindex = nic.ifindex;
+        // The node has no address on it that the VPC knows.
+        let uplink = self.uplink(ifindex, Addresses::default(), &subnet);
+        {
+            let _wiring = self.wiring.read().await;
+            self.host.ensure_eni(&plan).await.map_err(net_error)?;
+            self.with_datapath(move |datapath| attach(datapath, ifindex, uplink.as_ref())).await?;
+            self.audit.eni_is_set_up(mac, plan.clone());
+        }
+        // An audit that waits to write would hold up every ADD behind this.
+        self.host.await_link_local(&plan).await.map_err(net_error)?;
+        info!(%mac, ifindex, name = nic.name, gateway = %subnet.gateway_v4, "ENI is ready");
+        Ok((ifindex, subnet))
+    }
+
+    /// The subnet of an ENI that is there, as the metadata service tells it, or as it did before.
+    pub(super) async fn subnet(&self, mac: Mac) -> Result<Subnet, Error> {
         let asked = self.cloud.subnet(mac);
         let subnet = match self.subnets.get(mac) {
             None => asked.await.map_err(|error| Error::new(errors::CLOUD_FAILED, error.to_string()))?,
@@ -38,18 +58,7 @@ impl Engine {
             },
         };
         self.subnets.keep(mac, &subnet);
-        let plan = self.eni_plan(&nic, &subnet);
-        let ifindex = nic.ifindex;
-        {
-            let _wiring = self.wiring.read().await;
-            self.host.ensure_eni(&plan).await.map_err(net_error)?;
-            self.with_datapath(move |datapath| datapath.attach_eni(ifindex)).await?;
-            self.audit.eni_is_set_up(mac, plan.clone());
-        }
-        // An audit that waits to write would hold up every ADD behind this.
-        self.host.await_link_local(&plan).await.map_err(net_error)?;
-        info!(%mac, ifindex, name = nic.name, gateway = %subnet.gateway_v4, "ENI is ready");
-        Ok((ifindex, subnet))
+        Ok(subnet)
     }
 
     /// Takes back what [`configure_nic`](Self::configure_nic) did, as far as the NIC is still there. Best effort: detaching unplugs it anyway.
@@ -59,7 +68,7 @@ impl Engine {
         self.audit.eni_is_released(mac);
         let Some(nic) = self.links.nics().into_iter().find(|nic| nic.mac == mac) else { return };
         let ifindex = nic.ifindex;
-        if let Err(error) = self.with_datapath(move |datapath| datapath.detach_eni(ifindex)).await {
+        if let Err(error) = self.with_datapath(move |datapath| detach(datapath, ifindex)).await {
             warn!(%mac, %error, "the programs of an ENI could not be detached");
         }
         if let Err(error) = self.host.remove_eni(&self.bare_eni_plan(&nic)).await {

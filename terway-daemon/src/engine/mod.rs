@@ -13,6 +13,7 @@ mod pod;
 mod reaper;
 mod start;
 mod subnets;
+mod uplink;
 mod view;
 
 use std::collections::{BTreeSet, HashMap};

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -41,6 +42,10 @@ pub struct Facts {
     pub nic_mtu: u32,
     /// The file that keeps the subnets of ENIs.
     pub subnets: PathBuf,
+    /// Whether the node serves Services.
+    pub services: bool,
+    /// Source ports that no socket of the host has, for what is sent on in the node's name.
+    pub own_ports: RangeInclusive<u16>,
     /// How long a NIC may stay away after the cloud said "attached"; then the pool is told, which asks again later.
     pub nic_within: Duration,
 }

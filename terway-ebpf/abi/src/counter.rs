@@ -57,6 +57,8 @@ kinds! {
     TtlExpired = 8, "ttl_expired";
     /// Answered with a reset or an ICMP error: the address is a Service's, and nobody serves the port.
     Refused = 9, "refused";
+    /// From the VPC back to the VPC: between a client outside and a backend of a Service on another node.
+    VpcToVpc = 10, "vpc_to_vpc";
     /// Not counted as packets on their way: first packets that made a flow entry.
     FlowNew = 16, "flow_new";
     /// Flow entries that were met with an old epoch and decided anew.
@@ -65,7 +67,7 @@ kinds! {
     FlowFull = 18, "flow_full";
     /// Drop events that were not reported: over the budget, or the ring buffer was full.
     EventLost = 19, "event_lost";
-    /// Connections to a Service that got another source port, because the answers would have been taken for another's.
+    /// Connections that got another source port, because the answers would have been taken for another's.
     PortChanged = 20, "port_changed";
 }
 

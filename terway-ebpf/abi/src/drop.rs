@@ -66,6 +66,9 @@ drops! {
     Unserved = 21, "unserved", "The packet is for a Service, and of a shape or protocol that cannot be translated.";
     PolicyEgress = 24, "policy_egress", "A network policy forbids the sending pod this connection.";
     PolicyIngress = 25, "policy_ingress", "A network policy forbids the receiving pod this connection.";
+    SourceRange = 28, "source_range", "The client is in none of the source ranges of the Service.";
+    NoUplink = 29, "no_uplink", "The interface has no gateway, or no address of the node, of the packet's address family.";
+    HopLimit = 30, "hop_limit", "The time to live of a packet for a Service ends at this node.";
 }
 
 #[cfg(test)]

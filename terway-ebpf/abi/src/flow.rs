@@ -10,6 +10,12 @@ use crate::{MacPair, pod};
 pub const HOOK_IN: u8 = 0;
 /// Hook of a flow's side: the packet goes out through the host end of a pod's veth.
 pub const HOOK_TO_POD: u8 = 1;
+/// Hook of a flow's side: the packet goes out through an ENI, from the host stack.
+pub const HOOK_TO_VPC: u8 = 2;
+
+/// Bit of [`FlowKey::class`]: the entry of a connection whose place the answers of another one have taken, which look the same.
+/// Only the slow path looks here.
+pub const MOVED: u32 = 1 << 8;
 
 /// What identifies a connection: its two ends, in an order that does not depend on which of them sends.
 ///
@@ -26,7 +32,7 @@ pub struct FlowKey<A> {
     /// Port of the low end, then port of the high end, as in the packet. Echo requests and replies have their identifier in place
     /// of the port of the end that asks. 0 where there are no ports.
     pub ports: u32,
-    /// The IP protocol number; the other bytes are zero, and room for a network id.
+    /// The IP protocol number; [`MOVED`]; the other bits are zero, and room for a network id.
     pub class: u32,
 }
 

@@ -18,6 +18,7 @@ mod event;
 mod flow;
 mod policy;
 mod service;
+mod uplink;
 
 pub use counter::{COUNTERS, Counter, DROP_BASE, Kind};
 pub use drop::Drop;
@@ -28,7 +29,7 @@ pub use endpoint::{
 pub use event::{Budget, DropEvent, Program};
 pub use flow::{
     Action, Flow, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4, FragmentKeyV6,
-    FragmentValue, HOOK_IN, HOOK_TO_POD, Nexthop, Side, flow_flags,
+    FragmentValue, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, MOVED, Nexthop, Side, flow_flags,
 };
 pub use policy::{
     DECISION_ALLOW, GATE_ENFORCE, GATE_PHASE, IDENTITY_NATURE, IDENTITY_NODE, IDENTITY_POD, IDENTITY_V6, PeerKey,
@@ -39,6 +40,7 @@ pub use service::{
     Run, SCOPE_ADDRESS, SCOPE_NODE, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, backend_flags, filter_v4,
     filter_v6, frontend_class, frontend_flags,
 };
+pub use uplink::{MAX_UPLINKS, Uplink};
 
 /// The version of everything in this crate. Pins of different versions never meet: they live in different folders.
 pub const ABI_VERSION: u32 = 1;
@@ -110,6 +112,8 @@ pub mod names {
     pub const IPCACHE_NET_V4: &str = "IPCACHE_NET_V4";
     /// `LPM_TRIE`: IPv6 block → identity ([`crate::Phases`]). Written by the daemon.
     pub const IPCACHE_NET_V6: &str = "IPCACHE_NET_V6";
+    /// `HASH`: interface index of an ENI → [`crate::Uplink`]. Written by the daemon.
+    pub const UPLINKS: &str = "UPLINKS";
     /// `PERCPU_ARRAY`: [`crate::Kind`] and [`crate::Drop`] → [`crate::Counter`]. Written by the programs.
     pub const COUNTERS: &str = "COUNTERS";
     /// `PERCPU_ARRAY` of one [`crate::Budget`]: how many events this CPU may still report. Written by the programs.
@@ -118,7 +122,7 @@ pub mod names {
     pub const EVENTS: &str = "EVENTS";
 
     /// Every map, in the order above.
-    pub const MAPS: [&str; 31] = [
+    pub const MAPS: [&str; 32] = [
         ENDPOINTS,
         OWNERS_V4,
         OWNERS_V6,
@@ -147,6 +151,7 @@ pub mod names {
         IPCACHE_V6,
         IPCACHE_NET_V4,
         IPCACHE_NET_V6,
+        UPLINKS,
         COUNTERS,
         BUDGET,
         EVENTS,

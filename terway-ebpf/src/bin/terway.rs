@@ -12,16 +12,14 @@ mod programs {
     use aya_ebpf::macros::{cgroup_sock_addr, classifier};
     use aya_ebpf::programs::{SockAddrContext, TcContext};
     use terway_abi::{Drop, Kind, MARK_CHECKED, Program};
-    use terway_ebpf::decide;
     use terway_ebpf::family::{V4, V6};
     use terway_ebpf::frame::Frame as _;
     use terway_ebpf::kernel::exit::{Verdict, finish};
     use terway_ebpf::kernel::first::other;
-    use terway_ebpf::kernel::maps::Maps;
-    use terway_ebpf::kernel::path::{FROM_POD, FROM_VPC, TO_POD, forward};
+    use terway_ebpf::kernel::path::{FROM_POD, FROM_VPC, TO_POD, forward, leave};
     use terway_ebpf::kernel::skb::Skb;
     use terway_ebpf::kernel::socket::{Sock, back_v4, back_v6, there_v4, there_v6};
-    use terway_ebpf::parse::{Ipv4Header, Ipv6Header, ethertype};
+    use terway_ebpf::parse::ethertype;
 
     /// Ingress of the host end of a pod's veth: what the pod sends.
     #[classifier]
@@ -74,19 +72,12 @@ mod programs {
             skb.set_mark(0);
             return aya_ebpf::bindings::TC_ACT_UNSPEC;
         }
-        let window = skb.pull();
-        let checked = match window.ethertype() {
-            Some(ethertype::IPV4) => window
-                .read::<Ipv4Header>(14)
-                .ok_or(Drop::Truncated)
-                .and_then(|header| decide::to_vpc::<V4, _>(&Maps, &header.src, skb.ifindex())),
-            Some(ethertype::IPV6) => window
-                .read::<Ipv6Header>(14)
-                .ok_or(Drop::Truncated)
-                .and_then(|header| decide::to_vpc::<V6, _>(&Maps, &header.src, skb.ifindex())),
-            _ => Ok(()),
+        let verdict = match skb.window().ethertype() {
+            Some(ethertype::IPV4) => leave::<V4>(skb),
+            Some(ethertype::IPV6) => leave::<V6>(skb),
+            _ => Verdict::next(Kind::HostToVpc),
         };
-        finish(skb, Program::ToVpc, checked.map(|()| Verdict::next(Kind::HostToVpc)).into())
+        finish(skb, Program::ToVpc, verdict)
     }
 
     macro_rules! socket_programs {

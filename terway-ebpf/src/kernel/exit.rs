@@ -21,6 +21,16 @@ impl Verdict {
     /// Not decided yet. No action has this number.
     pub const OPEN: Self = Self(u64::MAX);
 
+    /// Not decided yet: it is an ICMP error about a flow whose packets are translated. No action has this number either.
+    pub const RELATED: Self = Self(u64::MAX - 1);
+
+    /// Whether it is [`Verdict::RELATED`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_related(self) -> bool {
+        self.0 == u64::MAX - 1
+    }
+
     /// Whether it is [`Verdict::OPEN`].
     #[inline(always)]
     #[must_use]

@@ -5,12 +5,17 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_printk;
-use terway_abi::{Drop, Endpoint, Flow, FragmentKey, FragmentValue, Kind, NO_BACKEND, flow_flags, is_between};
+use terway_abi::{
+    Drop, Endpoint, Flow, FragmentKey, FragmentValue, Kind, MOVED, NO_BACKEND, POLICY_EPOCH, flow_flags, is_between,
+};
 
 use super::exit::{Verdict, count, now};
-use super::judge::{permitted, resume};
+use super::icmp::Quote;
+use super::judge::{STALE, STALE_MOVED, permitted, resume};
 use super::maps::{DEBUG, Desk, Maps};
-use super::path::{FROM_POD, FROM_VPC, Layout, TO_POD, Way, hook, kinds, lookup, send, use_known};
+use super::path::{
+    FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, drift, hook, is_stale, kinds, lookup, send, use_known,
+};
 use super::refuse::refuse;
 use super::serve::{prepare_both, remember_both, serve};
 use super::skb::{Skb, Window};
@@ -47,7 +52,7 @@ where
     desk.packet.ports = glance.ports;
     (desk.packet.protocol, desk.packet.tcp_flags) = (glance.protocol, glance.tcp_flags);
     desk.packet.transport = F::TRANSPORT;
-    desk.stale = u32::from(stale);
+    desk.stale = if stale { STALE } else { 0 };
     decide_on::<F, PROGRAM>(skb, desk)
 }
 
@@ -65,22 +70,33 @@ where
     }
     (desk.choice.member.backend, desk.choice.refused) = (NO_BACKEND, 0);
     F::assign(&mut desk.choice.address, &desk.packet.dst);
-    if PROGRAM == FROM_POD && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst) {
+    desk.choice.port = desk.packet.ports >> 16;
+    let clients = PROGRAM == FROM_POD || PROGRAM == FROM_VPC;
+    if clients && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst) {
         let early = serve::<F, PROGRAM>(skb.0, desk);
         if !early.is_open() {
             return early;
         }
         if desk.choice.refused != 0 {
-            return refuse::<F>(skb.0, &desk.packet);
+            return refuse::<F, PROGRAM>(skb.0, &desk.packet);
         }
     }
     let early = settle::<F, PROGRAM>(skb.0, desk);
-    if early.is_open() { enter::<F, PROGRAM>(skb.0, desk) } else { early }
+    if !early.is_open() {
+        return early;
+    }
+    if desk.choice.seat == MOVED_ON {
+        desk.stale = STALE_MOVED;
+        let resumed = resume::<F, PROGRAM>(skb.0, desk);
+        // Gone since it was found.
+        return if resumed.is_open() { Verdict::drop(Drop::Unserved) } else { resumed };
+    }
+    enter::<F, PROGRAM>(skb.0, desk)
 }
 
 /// A packet of another shape.
 ///
-/// Both stages are called from the program itself, not one from the other: their frames take turns on the stack.
+/// The stages are called from the program itself, not one from the other: their frames take turns on the stack.
 #[inline(always)]
 pub(super) fn unusual<F: Way, const PROGRAM: u8>(skb: Skb) -> Verdict
 where
@@ -91,7 +107,16 @@ where
     desk.packet.clear();
     desk.stale = 0;
     let early = understand::<F, PROGRAM>(skb.0, desk);
-    if early.is_open() { decide_on::<F, PROGRAM>(skb, desk) } else { early }
+    if early.is_related() {
+        return relate::<F, PROGRAM>(skb.0, desk);
+    }
+    if !early.is_open() {
+        return early;
+    }
+    if PROGRAM == TO_VPC {
+        return Verdict::next(const { kinds::<PROGRAM>() }.stack);
+    }
+    decide_on::<F, PROGRAM>(skb, desk)
 }
 
 /// Parses the packet and looks up its flow. Ends early for what needs no decision.
@@ -105,6 +130,9 @@ where
     // What comes from the VPC for the host is the host's to judge: fragments out of order, options, and all.
     if PROGRAM == FROM_VPC && understood.is_err() && Maps.by_address(&desk.packet.dst).is_none() {
         return Verdict::next(Kind::VpcToHost);
+    }
+    if PROGRAM == TO_VPC && understood.is_err() {
+        return Verdict::next(Kind::HostToVpc);
     }
     understood.into()
 }
@@ -123,7 +151,11 @@ where
         if PROGRAM == FROM_POD {
             Checks::neighbour(&window, packet, endpoint::<F>(skb)?)?;
         }
-        return Ok(Verdict::next(if PROGRAM == FROM_VPC { Kind::VpcToHost } else { Kind::Neighbour }));
+        return Ok(Verdict::next(match PROGRAM {
+            FROM_VPC => Kind::VpcToHost,
+            TO_VPC => Kind::HostToVpc,
+            _ => Kind::Neighbour,
+        }));
     }
     if packet.fragment != Fragment::Whole {
         reassociate::<F>(packet, place)?;
@@ -134,8 +166,8 @@ where
     // The fast path could not look it up.
     let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     Ok(match lookup::<F, PROGRAM>(skb, &window, &key, from_high) {
-        Some(known) if known.stale => {
-            *stale = 1;
+        Some(known) if is_stale::<F, PROGRAM>(&known) => {
+            *stale = STALE;
             Verdict::OPEN
         }
         Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => {
@@ -164,11 +196,41 @@ where
         FROM_VPC => Maps.by_address(&packet.src).is_none(),
         _ => true,
     };
-    // The flow is the quoted packet's, and the error goes the other way.
-    let (key, quoted_from_high) = flow::key::<F>(&quoted.src, &quoted.dst, quoted.ports, quoted.protocol);
-    match lookup::<F, PROGRAM>(skb, &window, &key, quoted_from_high ^ 1) {
-        Some(known) if goes && comes && !known.stale => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
+    match flow_of_quoted::<F, PROGRAM>(skb, &window, quoted) {
+        Some(known) if goes && comes && !is_stale::<F, PROGRAM>(&known) => {
+            match known.side.flags & flow_flags::TRANSLATE {
+                0 => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
+                _ => Verdict::RELATED,
+            }
+        }
         _ => Verdict::OPEN,
+    }
+}
+
+/// The flow is the quoted packet's, and the error goes the other way.
+#[inline(always)]
+fn flow_of_quoted<F: Way, const PROGRAM: u8>(skb: Skb, window: &Window, quoted: &Packet<F>) -> Option<Known<F>>
+where
+    Maps: Tables<F>,
+{
+    let (key, quoted_from_high) = flow::key::<F>(&quoted.src, &quoted.dst, quoted.ports, quoted.protocol);
+    lookup::<F, PROGRAM>(skb, window, &key, quoted_from_high ^ 1)
+}
+
+/// An ICMP error about a flow whose packets are translated ([`Verdict::RELATED`]).
+#[inline(never)]
+fn relate<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &Desk<F>) -> Verdict
+where
+    Maps: Tables<F>,
+{
+    let Desk { packet, quoted, .. } = desk;
+    let (skb, window) = (Skb(ctx), Skb(ctx).window());
+    let quote =
+        Quote { icmp: packet.transport, packet: packet.inner, transport: quoted.transport, protocol: quoted.protocol };
+    match flow_of_quoted::<F, PROGRAM>(skb, &window, quoted) {
+        Some(known) => use_known::<F, PROGRAM>(skb, window, known, Layout { quote: Some(quote), ..layout(packet) }),
+        // Gone since it was found.
+        None => Verdict::drop(Drop::Unserved),
     }
 }
 
@@ -187,28 +249,30 @@ where
     Maps: Tables<F> + Policies<F>,
 {
     let packet = &desk.packet;
+    let served = (PROGRAM == FROM_POD || PROGRAM == FROM_VPC) && desk.choice.member.backend != NO_BACKEND;
     let decision = match PROGRAM {
         FROM_POD => {
             let macs = skb.window().macs().ok_or(Drop::Truncated)?;
             decide::from_pod(&Maps, endpoint::<F>(skb)?, packet, &desk.choice.address, macs)?
         }
         TO_POD => decide::to_pod(&Maps, packet, skb.ifindex())?,
+        _ if served => {
+            let only_here = desk.choice.local != 0;
+            decide::from_client::<F, _>(&Maps, &packet.src, &desk.choice.address, only_here, skb.ifindex())?
+        }
         _ => decide::from_vpc(&Maps, packet, skb.ifindex())?,
     };
     let Decision::Way(route) = decision else { return Ok(Verdict::next(const { kinds::<PROGRAM>() }.stack)) };
-    let translated = is_translated::<F, PROGRAM>(desk);
-    let answers = !translated && answers::<F>(packet, &route);
-    if translated {
-        prepare_both::<F>(desk, &route)?;
-    } else {
-        prepare::<F>(&mut desk.flow, &route, answers);
+    let seat = if served { TAKEN } else { seat::<F, PROGRAM>(skb, packet) };
+    let answers = seat == FREE && answers::<F>(packet, &route);
+    desk.choice.seat = seat;
+    match seat {
+        FREE => prepare::<F>(&mut desk.flow, &route, answers),
+        TAKEN => prepare_both::<F, PROGRAM>(desk, &route)?,
+        // It is judged when its entry is used.
+        _ => return Ok(Verdict::OPEN),
     }
-    Ok(permitted::<F>(desk, translated, answers))
-}
-
-#[inline(always)]
-fn is_translated<F: Way, const PROGRAM: u8>(desk: &Desk<F>) -> bool {
-    PROGRAM == FROM_POD && desk.choice.member.backend != NO_BACKEND
+    Ok(permitted::<F>(desk, seat == TAKEN, answers))
 }
 
 /// Remembers what is on the desk, and sends the packet.
@@ -218,17 +282,51 @@ where
     Maps: Tables<F>,
 {
     let (skb, window) = (Skb(ctx), Skb(ctx).window());
-    if is_translated::<F, PROGRAM>(desk) {
+    if desk.choice.seat == TAKEN {
         return remember_both::<F, PROGRAM>(skb, window, desk).into();
     }
     remember::<F, PROGRAM>(skb, window, &desk.packet, &mut desk.flow)
+}
+
+/// A connection can have the entry that its packets lead to.
+const FREE: u32 = 0;
+/// The answers of a Service's backend are there, which look the same: the connection gets another source port. Or it is for a Service.
+const TAKEN: u32 = 1;
+/// It has got another port already.
+const MOVED_ON: u32 = 2;
+
+/// Where a connection stands.
+#[inline(always)]
+fn seat<F: Way, const PROGRAM: u8>(skb: Skb, packet: &Packet<F>) -> u32
+where
+    Maps: Tables<F>,
+{
+    if !service::is_served(packet.protocol) {
+        return FREE;
+    }
+    let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    // SAFETY: read at once; an entry that is reused meanwhile is a race that every preallocated map has.
+    let taken = unsafe { F::flows().get(&key) }.is_some_and(|old| {
+        let [side, _] = &old.sides;
+        let others = old.maker != from_high && side.flags & flow_flags::TRANSLATE != 0;
+        others && side.flags & flow_flags::RST == 0 && drift::<F>(old) <= POLICY_EPOCH
+    });
+    // The other connection may have ended meanwhile. This one goes on where it is, and a new one need not look.
+    if taken || packet.tcp_flags & tcp_flags::SYN == 0 {
+        key.class |= MOVED;
+        match lookup::<F, PROGRAM>(skb, &skb.window(), &key, from_high) {
+            Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => return MOVED_ON,
+            _ => {}
+        }
+    }
+    if taken { TAKEN } else { FREE }
 }
 
 /// Where a packet's transport header is.
 #[inline(always)]
 pub(super) fn layout<F: Family>(packet: &Packet<F>) -> Layout {
     let transport = if packet.fragment == Fragment::Later { 0 } else { packet.transport };
-    Layout { protocol: packet.protocol, transport }
+    Layout { protocol: packet.protocol, transport, quote: None }
 }
 
 /// Makes the entry of both directions, as far as the way decides about it.

@@ -5,7 +5,7 @@
 //! has the connection judged again.
 
 use aya_ebpf::bindings::__sk_buff;
-use terway_abi::{Kind, flow_flags, same_way};
+use terway_abi::{Kind, MOVED, flow_flags, same_way};
 
 use super::exit::{Verdict, count};
 use super::first::layout;
@@ -16,6 +16,11 @@ use crate::decide::Tables;
 use crate::family::Family;
 use crate::flow;
 use crate::policy::{self, Case, Policies};
+
+/// [`Desk::stale`]: the packet's flow is known, and policies have changed since it was judged.
+pub(super) const STALE: u32 = 1;
+/// [`Desk::stale`]: its flow is known under another source port ([`MOVED`]), and may have to be judged again.
+pub(super) const STALE_MOVED: u32 = 2;
 
 /// Asks the policies about the case on the desk; open if it passes.
 ///
@@ -78,11 +83,18 @@ where
 {
     let (skb, window) = (Skb(ctx), Skb(ctx).window());
     let packet = &desk.packet;
-    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    if desk.stale == STALE_MOVED {
+        key.class |= MOVED;
+    }
     let Some(known) = lookup::<F, PROGRAM>(skb, &window, &key, from_high) else { return Verdict::OPEN };
     let flags = known.side.flags;
     if !flow::continues(flags, packet.tcp_flags) {
         return Verdict::OPEN;
+    }
+    if !known.stale {
+        known.side.flags |= flow::remembered(packet.tcp_flags);
+        return use_known::<F, PROGRAM>(skb, window, known, layout(packet));
     }
     count(Kind::FlowStale as u32, skb.len());
     let translated = flags & flow_flags::TRANSLATE != 0;

@@ -9,8 +9,8 @@ use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
     Affinity, AffinityKey, Backend, Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FILTER, Flow, FlowKeyV4,
     FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKey, FrontendKeyV4,
-    FrontendKeyV6, MAX_ENDPOINTS, Member, PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS, SocketKey, SocketValue,
-    SourceRangeV4, SourceRangeV6, filter_v4, filter_v6, policy_index,
+    FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS, Member, PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS, SocketKey,
+    SocketValue, SourceRangeV4, SourceRangeV6, Uplink, filter_v4, filter_v6, policy_index,
 };
 
 use crate::decide::Tables;
@@ -69,7 +69,7 @@ pub struct Desk<F: Family> {
     pub choice: Choice<F::Addr>,
     /// What policies are asked about.
     pub case: Case<F::Addr>,
-    /// Not 0 if the packet's flow is known, and policies have changed since it was judged.
+    /// Not 0 if the packet's flow is known, and policies have changed since it was judged; see [`super::judge`].
     pub stale: u32,
 }
 
@@ -88,6 +88,12 @@ pub struct Choice<A> {
     pub refused: u32,
     /// Not 0 if the backend is the sender itself.
     pub itself: u32,
+    /// Not 0 if a backend on another node will not do.
+    pub local: u32,
+    /// The ENI in whose name the packet goes on to another node; 0 if it does not.
+    pub uplink: u32,
+    /// A seat of [`super::first`].
+    pub seat: u32,
 }
 
 /// The desk of IPv4.
@@ -179,6 +185,9 @@ pub static IPCACHE_NET_V4: lpm_trie::LpmTrie<u32, Phases> = lpm_trie::LpmTrie::w
 /// As [`IPCACHE_NET_V4`].
 #[map]
 pub static IPCACHE_NET_V6: lpm_trie::LpmTrie<[u32; 4], Phases> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
+/// ENIs by which clients outside are served. Not preallocated: most nodes have a handful.
+#[map]
+pub static UPLINKS: HashMap<u32, Uplink> = HashMap::with_max_entries(MAX_UPLINKS, BPF_F_NO_PREALLOC);
 
 /// Packets and bytes by way and by drop reason.
 #[map]
@@ -259,6 +268,12 @@ fn endpoint<K>(map: &'static HashMap<K, Endpoint>, key: &K) -> Option<&'static E
 }
 
 #[inline(always)]
+fn uplink(ifindex: u32) -> Option<&'static Uplink> {
+    // SAFETY: the daemon replaces values whole, and an ENI's never changes but once the ENI is gone.
+    unsafe { UPLINKS.get(&ifindex) }
+}
+
+#[inline(always)]
 fn epoch(slot: u32) -> u32 {
     // Slots come from the daemon and from hashing; one beyond the map has an epoch that no entry carries twice in a row.
     EPOCHS.get(slot).map_or(u32::MAX, |epoch| {
@@ -276,6 +291,11 @@ impl Tables<V4> for Maps {
     #[inline(always)]
     fn by_address(&self, address: &u32) -> Option<&Endpoint> {
         endpoint(&OWNERS_V4, address)
+    }
+
+    #[inline(always)]
+    fn uplink(&self, ifindex: u32) -> Option<&Uplink> {
+        uplink(ifindex)
     }
 
     #[inline(always)]
@@ -301,6 +321,11 @@ impl Tables<V6> for Maps {
     }
 
     #[inline(always)]
+    fn uplink(&self, ifindex: u32) -> Option<&Uplink> {
+        uplink(ifindex)
+    }
+
+    #[inline(always)]
     fn is_host(&self, address: &[u32; 4]) -> bool {
         HOST_V6.get(lpm_trie::Key::new(128, *address)).is_some()
     }
@@ -312,7 +337,7 @@ impl Tables<V6> for Maps {
 }
 
 macro_rules! services {
-    ($family:ty, $frontends:ident, $filter:path) => {
+    ($family:ty, $frontends:ident, $filter:path, $in_ranges:expr) => {
         impl Services<$family> for Maps {
             #[inline(always)]
             fn may_serve(&self, address: &<$family as Family>::Addr) -> bool {
@@ -324,6 +349,11 @@ macro_rules! services {
                 // SAFETY: the daemon replaces values whole. One that is deleted while it is read may be reused for another Service:
                 // it was valid when the packet came, and what it names stays for a second.
                 unsafe { $frontends.get(key) }
+            }
+
+            #[inline(always)]
+            fn in_ranges(&self, service: u32, client: &<$family as Family>::Addr) -> bool {
+                $in_ranges(service, client)
             }
 
             #[inline(always)]
@@ -356,8 +386,13 @@ macro_rules! services {
     };
 }
 
-services!(V4, FRONTENDS_V4, filter_v4);
-services!(V6, FRONTENDS_V6, filter_v6);
+services!(V4, FRONTENDS_V4, filter_v4, |service, client: &u32| {
+    RANGES_V4.get(lpm_trie::Key::new(32 + 32, [service, *client])).is_some()
+});
+services!(V6, FRONTENDS_V6, filter_v6, |service, client: &[u32; 4]| {
+    let [a, b, c, d] = *client;
+    RANGES_V6.get(lpm_trie::Key::new(32 + 128, [service, a, b, c, d])).is_some()
+});
 
 macro_rules! policies {
     ($family:ty, $exact:ident, $net:ident, $bits:literal) => {

@@ -3,6 +3,7 @@
 pub mod exit;
 pub mod first;
 pub mod judge;
+pub mod icmp;
 pub mod maps;
 pub mod nat;
 pub mod path;

@@ -4,6 +4,7 @@ use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::{bpf_csum_update, bpf_l4_csum_replace, bpf_skb_store_bytes};
 use terway_abi::Flow;
 
+use super::icmp;
 use super::path::Layout;
 use super::skb::{Skb, Window};
 use crate::family::Family;
@@ -12,11 +13,20 @@ use crate::parse::{SCTP, TCP, UDP};
 
 /// Writes the flow's addresses and ports into a packet; `false` if it is of a shape that cannot be.
 ///
-/// What was known of the packet's bytes is void afterwards.
+/// With `away` the packet leaves the node by an ENI. What was known of its bytes is void afterwards.
 #[inline(always)]
-pub(super) fn rewrite<F: Family>(skb: Skb, mut window: Window, flow: *const Flow<F::Addr>, layout: Layout) -> bool {
+pub(super) fn rewrite<F: Family>(
+    skb: Skb,
+    mut window: Window,
+    flow: *const Flow<F::Addr>,
+    layout: Layout,
+    away: bool,
+) -> bool {
     // SAFETY: the caller's entry, which stays mapped for the program's run.
     let flow = unsafe { &*flow };
+    if let Some(quote) = layout.quote {
+        return icmp::rewrite::<F>(skb, flow, quote, away);
+    }
     if F::readdress(&mut window, &flow.src, &flow.dst, flow.sum_addresses).is_none() {
         return false;
     }

@@ -3,12 +3,14 @@
 use aya_ebpf::bindings::bpf_redir_neigh;
 use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
 use terway_abi::{
-    Action, Drop, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, Kind, MARK_CHECKED, Member, NO_BACKEND, Nexthop, POLICY_EPOCH,
+    Action, Drop, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, Kind, MARK_CHECKED, Member, NO_BACKEND, Nexthop,
+    POLICY_EPOCH,
     Program, Side, flow_flags,
 };
 
 use super::exit::{Verdict, count, now};
 use super::first::{Checks, Neighbourly, first, unusual};
+use super::icmp::Quote;
 use super::maps::{BACKENDS, Kernel, Maps};
 use super::nat;
 use super::skb::{Skb, Window};
@@ -31,10 +33,16 @@ pub const FROM_POD: u8 = Program::FromPod as u8;
 pub const TO_POD: u8 = Program::ToPod as u8;
 /// See [`FROM_POD`].
 pub const FROM_VPC: u8 = Program::FromVpc as u8;
+/// See [`FROM_POD`].
+pub const TO_VPC: u8 = Program::ToVpc as u8;
 
 #[inline(always)]
 pub(super) const fn hook<const PROGRAM: u8>() -> u8 {
-    if PROGRAM == TO_POD { HOOK_TO_POD } else { HOOK_IN }
+    match PROGRAM {
+        TO_POD => HOOK_TO_POD,
+        TO_VPC => HOOK_TO_VPC,
+        _ => HOOK_IN,
+    }
 }
 
 /// The way of every IP packet. A packet of common shape whose flow is known is on its way with one lookup; all others take the
@@ -49,8 +57,8 @@ where
     let (key, from_high) = flow::key::<F>(&glance.src, &glance.dst, glance.ports, glance.protocol);
     let mut stale = false;
     if let Some(known) = lookup::<F, PROGRAM>(skb, &window, &key, from_high) {
-        let layout = Layout { protocol: glance.protocol, transport: F::TRANSPORT };
-        stale = known.stale;
+        let layout = Layout { protocol: glance.protocol, transport: F::TRANSPORT, quote: None };
+        stale = is_stale::<F, PROGRAM>(&known);
         if !stale && glance.tcp_flags & flow::NOTABLE == 0 {
             return use_known::<F, PROGRAM>(skb, window, known, layout);
         }
@@ -59,7 +67,36 @@ where
             return use_known::<F, PROGRAM>(skb, window, known, layout);
         }
     }
+    if PROGRAM == TO_VPC {
+        return Verdict::next(const { kinds::<PROGRAM>() }.stack);
+    }
     first::<F, PROGRAM>(skb, &glance, stale)
+}
+
+/// Whether a flow is to be judged again before it is used. What the host stack sends by an ENI has no pod at either end.
+#[inline(always)]
+pub(super) const fn is_stale<F: Family, const PROGRAM: u8>(known: &Known<F>) -> bool {
+    PROGRAM != TO_VPC && known.stale
+}
+
+/// The way of a packet that the host stack sends by an ENI: only answers of the node itself to clients of its Services are known here.
+#[inline(always)]
+pub fn leave<F: Way>(skb: Skb) -> Verdict
+where
+    Maps: Tables<F> + Services<F> + Policies<F>,
+    Checks: Neighbourly<F>,
+{
+    let mut window = skb.window();
+    let mut outline = F::outline(&window);
+    if outline.is_none() {
+        window = skb.pull();
+        outline = F::outline(&window);
+    }
+    let Some(outline) = outline else { return Verdict::drop(Drop::Truncated) };
+    match decide::to_vpc::<F, _>(&Maps, &outline.src, skb.ifindex()) {
+        Ok(()) => forward::<F, TO_VPC>(skb, window),
+        Err(reason) => Verdict::drop(reason),
+    }
 }
 
 /// A flow, and the sender's side of it.
@@ -78,6 +115,8 @@ pub(super) struct Layout {
     pub(super) protocol: u8,
     /// Its offset; 0 if there is none, in later fragments.
     pub(super) transport: u32,
+    /// Where it is an ICMP error that goes the flow's way: what it quotes.
+    pub(super) quote: Option<Quote>,
 }
 
 /// The sender's side of the entry of this key, if the entry still holds, and the packet is met where it was made for and comes
@@ -157,13 +196,17 @@ pub(super) fn send<F: Way, const PROGRAM: u8>(
 ) -> Verdict {
     let kinds = const { kinds::<PROGRAM>() };
     let translate = side.flags & flow_flags::TRANSLATE != 0;
-    if PROGRAM == TO_POD || side.action == Action::Stack as u32 {
-        if translate && !nat::rewrite::<F>(skb, window, flow, layout) {
+    if PROGRAM == TO_POD || PROGRAM == TO_VPC || side.action == Action::Stack as u32 {
+        if translate && !nat::rewrite::<F>(skb, window, flow, layout, PROGRAM == TO_VPC) {
             return Verdict::drop(Drop::Unserved);
         }
         return Verdict::next(kinds.stack);
     }
     if F::hop(&mut window).is_none() {
+        // At the node's own address the stack would take it for itself.
+        if PROGRAM == FROM_VPC && translate {
+            return Verdict::drop(Drop::HopLimit);
+        }
         // The stack finds the same and answers with an ICMP error; the source has been checked.
         return Verdict::next(Kind::TtlExpired);
     }
@@ -175,10 +218,10 @@ pub(super) fn send<F: Way, const PROGRAM: u8>(
     if action == Action::Local as u32 && window.write(0, flow::written(side)).is_none() {
         return Verdict::drop(Drop::Truncated);
     }
-    if translate && !nat::rewrite::<F>(skb, window, flow, layout) {
+    if translate && !nat::rewrite::<F>(skb, window, flow, layout, action == Action::Vpc as u32) {
         return Verdict::drop(Drop::Unserved);
     }
-    if PROGRAM == FROM_POD && action == Action::Vpc as u32 {
+    if action == Action::Vpc as u32 {
         skb.set_mark(MARK_CHECKED);
         let nexthop: *const Nexthop = &side.way;
         // SAFETY: `Nexthop` has the layout of `bpf_redir_neigh` (asserted below), and the helper only reads it.
@@ -202,6 +245,7 @@ pub(super) const fn kinds<const PROGRAM: u8>() -> Kinds {
     match PROGRAM {
         FROM_POD => Kinds { stack: Kind::PodToHost, local: Kind::PodToPod, vpc: Kind::PodToVpc },
         TO_POD => Kinds { stack: Kind::HostToPod, local: Kind::HostToPod, vpc: Kind::HostToPod },
-        _ => Kinds { stack: Kind::VpcToHost, local: Kind::VpcToPod, vpc: Kind::VpcToPod },
+        TO_VPC => Kinds { stack: Kind::HostToVpc, local: Kind::HostToVpc, vpc: Kind::HostToVpc },
+        _ => Kinds { stack: Kind::VpcToHost, local: Kind::VpcToPod, vpc: Kind::VpcToVpc },
     }
 }

@@ -1,23 +1,24 @@
 //! Answers to what nobody serves, on the spot.
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::{bpf_redirect_peer, bpf_skb_change_tail};
-use terway_abi::{Drop, Kind};
+use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_peer, bpf_skb_change_tail};
+use terway_abi::{Drop, Kind, MARK_CHECKED};
 
 use super::exit::Verdict;
+use super::path::FROM_VPC;
 use super::skb::Skb;
 use crate::parse::{Fragment, Packet, TCP, tcp_flags};
 use crate::refuse::{Refusal, turn_back};
 
-/// Makes the packet of a pod into its answer and sends that back to the pod. What is not to be answered, or is of a shape that
-/// would take too long to answer, is dropped ([`Drop::NoBackend`]).
+/// Makes the packet of a client into its answer and sends that back to where it came from. What is not to be answered, or is of a
+/// shape that would take too long to answer, is dropped ([`Drop::NoBackend`]).
 #[inline(never)]
-pub(super) fn refuse<F: Refusal>(ctx: *mut __sk_buff, packet: &Packet<F>) -> Verdict {
-    answered::<F>(Skb(ctx), packet).unwrap_or(Verdict::drop(Drop::NoBackend))
+pub(super) fn refuse<F: Refusal, const PROGRAM: u8>(ctx: *mut __sk_buff, packet: &Packet<F>) -> Verdict {
+    answered::<F, PROGRAM>(Skb(ctx), packet).unwrap_or(Verdict::drop(Drop::NoBackend))
 }
 
 #[inline(always)]
-fn answered<F: Refusal>(skb: Skb, packet: &Packet<F>) -> Option<Verdict> {
+fn answered<F: Refusal, const PROGRAM: u8>(skb: Skb, packet: &Packet<F>) -> Option<Verdict> {
     if packet.transport != F::TRANSPORT || packet.fragment != Fragment::Whole {
         return None;
     }
@@ -39,6 +40,12 @@ fn answered<F: Refusal>(skb: Skb, packet: &Packet<F>) -> Option<Verdict> {
     }
     let mut window = skb.window();
     turn_back(&mut window)?;
+    if PROGRAM == FROM_VPC {
+        skb.set_mark(MARK_CHECKED);
+        // SAFETY: the helper has no preconditions.
+        let action = unsafe { bpf_redirect(skb.ifindex(), 0) };
+        return Some(Verdict::with_action(action as i32, Kind::Refused));
+    }
     // Into the pod's end of the veth: out of the host's end the packet would meet `to_pod`.
     // SAFETY: the helper has no preconditions.
     let action = unsafe { bpf_redirect_peer(skb.ifindex(), 0) };

@@ -2,22 +2,22 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
-use terway_abi::{Drop, Flow, FlowKey, Kind, POLICY_EPOCH, flow_flags};
+use terway_abi::{Drop, Flow, FlowKey, Kind, MOVED, NO_BACKEND, POLICY_EPOCH, flow_flags, frontend_flags};
 
 use super::exit::{Verdict, count, now};
 use super::first::{endpoint, layout};
 use super::maps::{Choice, Desk, HZ, Maps, burden};
-use super::path::{FROM_POD, Way, drift, send};
+use super::path::{FROM_POD, FROM_VPC, Way, drift, send};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Tables};
 use crate::flow::{self, Place, Route};
 use crate::frame::{Frame as _, zero};
-use crate::nat::{self, Tuple};
+use crate::nat::{self, Ports, Tuple};
 use crate::parse::{Fragment, Payload, SCTP};
 use crate::service::{self, Asker, Outcome, Services};
 
 /// How many source ports are tried.
-const PORTS: u32 = 6;
+const TRIES: u32 = 6;
 
 /// Chooses a backend, if the packet is for a Service: it stands in the desk's choice then, or that the packet is refused.
 #[inline(never)]
@@ -39,15 +39,20 @@ where
         decide::sender(endpoint::<F>(skb)?, packet, skb.window().macs().ok_or(Drop::Truncated)?)?;
     }
     let node = || Maps.is_host(&packet.dst);
-    let Some(frontend) = service::find::<F, _>(&Maps, &packet.dst, packet.ports, packet.protocol, node) else {
-        return Ok(Verdict::OPEN);
+    let (inside, ports, protocol) = (PROGRAM == FROM_POD, packet.ports, packet.protocol);
+    let found = if inside {
+        service::find::<F, _>(&Maps, &packet.dst, ports, protocol, node)
+    } else {
+        service::find_outside::<F, _>(&Maps, &packet.dst, ports, protocol, node)
     };
+    let Some(frontend) = found else { return Ok(Verdict::OPEN) };
     // SAFETY: the helper has no preconditions.
     let random = unsafe { bpf_get_prandom_u32() };
     let asker = Asker { client: F::widen(&packet.src), kind: F::VERSION.into(), random, now: now(), hz: HZ.load() };
-    let hash = service::hash::<F>(&packet.src, &packet.dst, packet.ports, frontend.affinity != 0);
-    match service::choose::<F, _>(&Maps, frontend, PROGRAM == FROM_POD, hash, &asker) {
+    let hash = service::hash::<F>(&packet.src, ports, frontend.affinity != 0);
+    match service::choose::<F, _>(&Maps, frontend, inside, hash, &asker) {
         Outcome::Other => Ok(Verdict::OPEN),
+        Outcome::Excluded => Err(Drop::SourceRange),
         Outcome::Refused { silent: true } => Err(Drop::NoBackend),
         Outcome::Refused { silent: false } => {
             choice.refused = 1;
@@ -55,7 +60,8 @@ where
         }
         Outcome::Chosen(member) => {
             let backend = Services::<F>::backend(&Maps, member.backend).ok_or(Drop::NoBackend)?;
-            let Choice { address, port, member: chosen, service, .. } = choice;
+            let Choice { address, port, member: chosen, service, local, .. } = choice;
+            *local = frontend.flags & frontend_flags::LOCAL;
             F::assign(address, &F::narrow(&backend.address));
             *port = u32::from(backend.port);
             *chosen = member;
@@ -65,10 +71,10 @@ where
     }
 }
 
-/// Makes the entries of a connection to a Service, one for each direction because their packets look different, as far as the way
-/// decides about them.
+/// Makes the entries of a connection whose packets are translated, to a Service or, without a backend, only to another source port:
+/// one for each direction, because their packets look different. As far as the way decides about them.
 #[inline(always)]
-pub(super) fn prepare_both<F: Way>(desk: &mut Desk<F>, route: &Route<'_>) -> Result<(), Drop> {
+pub(super) fn prepare_both<F: Way, const PROGRAM: u8>(desk: &mut Desk<F>, route: &Route<'_>) -> Result<(), Drop> {
     let Desk { packet, flow, reply, choice, .. } = desk;
     // Of a later fragment or an ICMP error there is nothing to learn.
     if packet.fragment == Fragment::Later || packet.payload != Payload::Plain {
@@ -94,6 +100,10 @@ pub(super) fn prepare_both<F: Way>(desk: &mut Desk<F>, route: &Route<'_>) -> Res
     other.flags = flow_flags::REVERSE;
     choice.itself = match (route.origin, route.target) {
         (Place::Pod(pod), Place::Pod(peer)) => u32::from(pod.host_ifindex == peer.host_ifindex),
+        _ => 0,
+    };
+    choice.uplink = match (route.origin, route.target) {
+        (Place::Vpc(_), Place::Vpc(node)) if PROGRAM == FROM_VPC => node.eni_ifindex,
         _ => 0,
     };
     Ok(())
@@ -123,34 +133,61 @@ where
 
     // A pod that is its own backend would not take a packet that comes from its own address: there it comes from the Service.
     let sent = Tuple { src: &packet.src, dst: &packet.dst, ports: packet.ports };
-    let src = if choice.itself != 0 { &packet.dst } else { &packet.src };
+    let mut src = if choice.itself != 0 { &packet.dst } else { &packet.src };
+    let mut ports = Draw { first: packet.ports & 0xffff, others: Ports::CLIENTS };
+    // What goes on to another node goes in this one's name, so that the answers come back here.
+    let own;
+    if PROGRAM == FROM_VPC && choice.uplink != 0 {
+        let uplink = Tables::<F>::uplink(&Maps, choice.uplink).ok_or(Drop::NoUplink)?;
+        own = F::address(&uplink.node);
+        src = &own;
+        ports.others = Ports { first: uplink.first_port, count: uplink.ports };
+        if packet.protocol != SCTP {
+            // SAFETY: the helper has no preconditions.
+            ports.first = u32::from(ports.others.draw(unsafe { bpf_get_prandom_u32() }));
+        }
+    }
     let to = Tuple { src, dst: &choice.address, ports: choice.port << 16 };
-    let ports = settle_port::<F>(reply, sent, to, packet.protocol)?;
+    let ports = settle_port::<F>(reply, sent, to, packet.protocol, ports)?;
     nat::translate::<F>(flow, sent, Tuple { ports, ..to });
-    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     flow.maker = from_high;
+    if choice.member.backend == NO_BACKEND {
+        key.class |= MOVED;
+    } else {
+        burden(choice.member.backend);
+    }
     let full = F::flows().insert(&key, &*flow, 0).is_err();
     count(if full { Kind::FlowFull } else { Kind::FlowNew } as u32, skb.len());
-    burden(choice.member.backend);
     let [side, _] = &flow.sides;
     Ok(send::<F, PROGRAM>(skb, window, side, &raw const *flow, layout(packet)))
 }
 
-/// Inserts the entry of the answers under the source port that the connection has, or, if the answers of another connection look
-/// the same, under another; returns the ports that packets to the backend get.
+/// Which source ports are tried.
+#[derive(Clone, Copy)]
+struct Draw {
+    /// The first, as in the packet.
+    first: u32,
+    /// From which the others are drawn.
+    others: Ports,
+}
+
+/// Inserts the entry of the answers under the first source port, or, if the answers of another connection look the same, under
+/// another; returns the ports that packets to the backend get.
 #[inline(always)]
 fn settle_port<F: Way>(
     reply: &mut Flow<F::Addr>,
     sent: Tuple<'_, F::Addr>,
     to: Tuple<'_, F::Addr>,
     protocol: u8,
+    draw: Draw,
 ) -> Result<u32, Drop>
 where
     Maps: Tables<F>,
 {
-    let mut source = sent.ports & 0xffff;
+    let mut source = draw.first;
     let back = Tuple { src: sent.dst, dst: sent.src, ports: sent.ports.rotate_left(16) };
-    for _ in 0..PORTS {
+    for _ in 0..TRIES {
         let ports = source | to.ports;
         let come = Tuple { src: to.dst, dst: to.src, ports: ports.rotate_left(16) };
         let (key, from_high) = flow::key::<F>(come.src, come.dst, come.ports, protocol);
@@ -169,7 +206,7 @@ where
         }
         count(Kind::PortChanged as u32, 0);
         // SAFETY: the helper has no preconditions.
-        source = u32::from(nat::another_port(unsafe { bpf_get_prandom_u32() }));
+        source = u32::from(draw.others.draw(unsafe { bpf_get_prandom_u32() }));
     }
     Err(Drop::NoPort)
 }

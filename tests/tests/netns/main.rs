@@ -7,6 +7,7 @@ mod addresses;
 mod audit;
 mod churn;
 mod connectivity;
+mod north;
 mod policy;
 mod services;
 mod soak;

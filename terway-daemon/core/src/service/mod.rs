@@ -12,6 +12,7 @@ mod ids;
 mod maglev;
 mod model;
 mod planner;
+mod ports;
 mod runs;
 mod settings;
 mod table;
@@ -23,6 +24,7 @@ pub use model::{
     Owner, Plan, PortId, Problem, Selection, Table, TableId, UnknownAlgorithm,
 };
 pub use planner::{Planner, PortView};
+pub use ports::own_ports;
 pub use runs::Runs;
 pub use settings::{NodeFacts, Settings};
 

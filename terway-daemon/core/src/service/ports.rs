@@ -1,0 +1,58 @@
+//! Source ports that the datapath may have for connections that it sends on in the node's name.
+
+use std::ops::RangeInclusive;
+
+/// Node ports by default (kube-apiserver, `--service-node-port-range`): clients connect to them, so no connection starts from one.
+const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
+
+/// Where no other range will do: above what Linux gives to clients by default.
+const LAST_RESORT: RangeInclusive<u16> = 61_000..=65_535;
+
+/// Fewer than this are not worth a range of their own.
+const FEW: usize = 1024;
+
+/// The longest range of ports that are neither the host's own clients' (`net.ipv4.ip_local_port_range`), nor node ports, nor
+/// privileged; and whether it is true of it. It is not where `local` leaves no room.
+#[must_use]
+pub fn own_ports(local: &RangeInclusive<u16>) -> (RangeInclusive<u16>, bool) {
+    let taken = [local, &NODE_PORTS];
+    let free = |port: &u16| taken.iter().all(|range| !range.contains(port));
+    let mut longest = 1..=0;
+    let mut first = None;
+    for port in 1024..=u16::MAX {
+        if !free(&port) {
+            first = None;
+            continue;
+        }
+        let range = *first.get_or_insert(port)..=port;
+        if range.len() > longest.len() {
+            longest = range;
+        }
+    }
+    if longest.len() < FEW { (LAST_RESORT, false) } else { (longest, true) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn what_linux_leaves() {
+        assert_eq!(own_ports(&(32_768..=60_999)), (1024..=29_999, true));
+        assert_eq!(own_ports(&(1024..=60_999)), (61_000..=65_535, true));
+        assert_eq!(own_ports(&(10_000..=65_535)), (1024..=9_999, true));
+        assert_eq!(own_ports(&(1024..=65_535)), (LAST_RESORT, false));
+    }
+
+    proptest! {
+        #[test]
+        fn no_port_is_anybody_elses(first in 1_u16..65_535, length in 0_u16..65_535) {
+            let local = first..=first.saturating_add(length);
+            let (ports, ours) = own_ports(&local);
+            prop_assert!(ports.len() >= FEW && *ports.start() >= 1024);
+            prop_assert!(!ours || ports.into_iter().all(|port| !local.contains(&port) && !NODE_PORTS.contains(&port)));
+        }
+    }
+}

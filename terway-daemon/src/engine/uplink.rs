@@ -1,0 +1,92 @@
+//! Ways in for clients outside: which ENIs the datapath serves Services at, and as whom it answers there.
+//!
+//! The primary ENI is the node's own and carries no pods; it gets the programs only for this, and nothing else of it is touched.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use terway_core::cloud::Subnet;
+use terway_core::errors::{self, Error};
+use terway_core::ident::Addresses;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::Engine;
+use crate::bpf::{BpfError, Datapath, Uplink};
+
+/// The first and the longest time until the primary ENI is tried again.
+const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+
+impl Engine {
+    /// Opens the primary ENI to clients of Services; or closes what an earlier daemon opened, if this one serves none. Ends when that is
+    /// done.
+    pub async fn serve_clients(self: Arc<Self>) {
+        let mut pause = RETRY.0;
+        loop {
+            let outcome = if self.facts.services { self.open_primary().await } else { self.close_uplinks().await };
+            match outcome {
+                Ok(()) => return,
+                Err(error) => {
+                    let mac = self.facts.identity.primary_mac;
+                    warn!(%mac, %error, again_in = ?pause, "clients outside are not served at the primary ENI");
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY.1);
+        }
+    }
+
+    async fn open_primary(&self) -> Result<(), Error> {
+        let (mac, within) = (self.facts.identity.primary_mac, self.facts.nic_within);
+        let nic = self
+            .links
+            .wait_for_mac(mac, Instant::now() + within)
+            .await
+            .ok_or_else(|| Error::new(errors::NIC_MISSING, format!("MAC {mac}, waited {within:?}")))?;
+        let subnet = self.subnet(mac).await?;
+        let uplink = self.uplink(nic.ifindex, self.facts.addresses, &subnet);
+        self.with_datapath(move |datapath| attach(datapath, nic.ifindex, uplink.as_ref())).await?;
+        info!(%mac, ifindex = nic.ifindex, ports = ?self.facts.own_ports, "clients outside are served");
+        Ok(())
+    }
+
+    /// Other ENIs keep their programs, for their pods.
+    async fn close_uplinks(&self) -> Result<(), Error> {
+        let primary = self.links.nics().into_iter().find(|nic| nic.mac == self.facts.identity.primary_mac);
+        self.with_datapath(move |datapath| {
+            for uplink in datapath.uplinks()? {
+                if primary.as_ref().is_some_and(|primary| primary.ifindex == uplink.ifindex) {
+                    datapath.detach_eni(uplink.ifindex)?;
+                }
+                datapath.remove_uplink(uplink.ifindex)?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// What the datapath is told of an ENI, if the node serves Services. `node` is what the VPC takes from it as the node's own.
+    pub(super) fn uplink(&self, ifindex: u32, node: Addresses, subnet: &Subnet) -> Option<Uplink> {
+        self.facts.services.then(|| Uplink {
+            ifindex,
+            node,
+            gateway_v4: self.facts.stack.v4().then_some(subnet.gateway_v4),
+            gateway_v6: subnet.gateway_v6.filter(|_| self.facts.stack.v6()),
+            ports: self.facts.own_ports.clone(),
+        })
+    }
+}
+
+/// Attaches the programs of an ENI, which meet a complete map.
+pub(super) fn attach(datapath: &Datapath, ifindex: u32, uplink: Option<&Uplink>) -> Result<(), BpfError> {
+    if let Some(uplink) = uplink {
+        datapath.set_uplink(uplink)?;
+    }
+    datapath.attach_eni(ifindex).map(drop)
+}
+
+/// The way back.
+pub(super) fn detach(datapath: &Datapath, ifindex: u32) -> Result<(), BpfError> {
+    datapath.detach_eni(ifindex)?;
+    datapath.remove_uplink(ifindex).map(drop)
+}

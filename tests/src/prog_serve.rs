@@ -1,0 +1,101 @@
+//! What the prog suites of Services share: a frontend with its backends on a [`Stage`], and a program's run with every counter compared.
+
+#![allow(clippy::unwrap_used, reason = "what suites share panics where it fails, as they do")]
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use terway_abi::{Backend, Frontend, Member, Program, Run, backend_flags};
+use terway_daemon::bpf::{Counters, FrontendAt, Ran, RunContext};
+
+use crate::packet::{Frame, checksums_are_right};
+use crate::prog_bench::Stage;
+
+/// An address.
+///
+/// # Panics
+/// When it is none.
+#[must_use]
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn words(address: IpAddr) -> [u32; 4] {
+    let mut bytes = [0; 16];
+    match address {
+        IpAddr::V4(v4) => bytes[..4].copy_from_slice(&v4.octets()),
+        IpAddr::V6(v6) => bytes.copy_from_slice(&v6.octets()),
+    }
+    std::array::from_fn(|i| u32::from_ne_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap()))
+}
+
+/// A backend in its first life.
+///
+/// # Panics
+/// When `address` is none.
+#[must_use]
+pub fn backend(address: &str, port: u16, protocol: u8) -> Backend {
+    let address = ip(address);
+    Backend {
+        address: words(address),
+        port: port.to_be(),
+        protocol,
+        flags: if address.is_ipv6() { backend_flags::V6 } else { 0 },
+        generation: 1,
+        spare: [0; 2],
+    }
+}
+
+/// A frontend at an address.
+///
+/// # Panics
+/// When `address` is none.
+#[must_use]
+pub fn at(address: &str, port: u16, protocol: u8) -> FrontendAt {
+    FrontendAt::Address { address: ip(address), port, protocol }
+}
+
+/// A Service of number `service` with these backends, which get numbers and places from 10 times `service` on.
+///
+/// # Panics
+/// When the kernel refuses.
+pub fn serve(stage: &Stage, service: u32, place: &FrontendAt, backends: &[Backend], template: Frontend) {
+    let first = 10 * service;
+    for (number, backend) in (first..).zip(backends) {
+        stage.datapath.set_backend(number, backend).unwrap();
+        stage.datapath.set_members(number, &[Member { backend: number, generation: backend.generation }]).unwrap();
+    }
+    let run = Run { first, count: backends.len() as u32 };
+    stage.datapath.set_frontend(place, &Frontend { service, internal: run, external: run, ..template }).unwrap();
+}
+
+fn nonzero(counters: &Counters) -> BTreeMap<&'static str, u64> {
+    counters.iter().map(|(name, counter)| (name, counter.packets)).filter(|(_, packets)| *packets > 0).collect()
+}
+
+/// Runs a program once and compares every counter.
+///
+/// # Panics
+/// When one differs, or the kernel refuses.
+#[track_caller]
+pub fn run(stage: &Stage, program: Program, ifindex: u32, packet: &[u8], expected: &[(&str, u64)]) -> Ran {
+    let before = stage.datapath.counters().unwrap();
+    let ran = stage.datapath.run(program, packet, RunContext::on(ifindex)).unwrap();
+    let after = stage.datapath.counters().unwrap();
+    let (before, mut change) = (nonzero(&before), nonzero(&after));
+    change.iter_mut().for_each(|(name, packets)| *packets -= before.get(name).unwrap_or(&0));
+    change.retain(|_, packets| *packets > 0);
+    assert_eq!(change, expected.iter().copied().collect(), "counters");
+    ran
+}
+
+/// The packet came out as this frame, with checksums that are right.
+///
+/// # Panics
+/// When it did not.
+#[track_caller]
+pub fn came_out(ran: &Ran, action: i32, expected: &Frame) {
+    assert_eq!(ran.action, action);
+    assert!(checksums_are_right(&ran.packet), "{:02x?}", ran.packet);
+    assert_eq!(ran.packet, expected.build());
+}
