@@ -212,6 +212,9 @@ pub struct StatusResponse {
     /// Services at the socket.
     #[prost(message, optional, tag = "9")]
     pub socket_path: ::core::option::Option<SocketPath>,
+    /// Network policies.
+    #[prost(message, optional, tag = "10")]
+    pub policy: ::core::option::Option<PolicyStatus>,
 }
 /// Where connections to Services are resolved before the first packet.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -228,6 +231,31 @@ pub struct SocketPath {
     /// Sockets that were ended because their backend was gone.
     #[prost(uint64, tag = "4")]
     pub ended: u64,
+}
+/// Network policies of the node in numbers.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PolicyStatus {
+    /// Whether they are enforced.
+    #[prost(bool, tag = "1")]
+    pub enforced: bool,
+    /// Whether the object source has told everything; before that, what an earlier daemon wrote is in force.
+    #[prost(bool, tag = "2")]
+    pub complete: bool,
+    /// Policies known.
+    #[prost(uint32, tag = "3")]
+    pub policies: u32,
+    /// Pods of the cluster known.
+    #[prost(uint32, tag = "4")]
+    pub pods: u32,
+    /// Pods of this node.
+    #[prost(uint32, tag = "5")]
+    pub endpoints: u32,
+    /// Classes of addresses that rules tell apart.
+    #[prost(uint32, tag = "6")]
+    pub identities: u32,
+    /// Pods of this node that are held back because their labels are not known.
+    #[prost(string, repeated, tag = "7")]
+    pub held: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// What became of eni-config.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -694,6 +722,121 @@ pub struct DroppedPacket {
     /// The pod whose interface it was, if it was one.
     #[prost(message, optional, tag = "16")]
     pub pod: ::core::option::Option<Pod>,
+    /// The policy that forbids it, or those that isolate the pod; of drops by network policies.
+    #[prost(string, tag = "17")]
+    pub policy: ::prost::alloc::string::String,
+    /// What forbids it, in a sentence.
+    #[prost(string, tag = "18")]
+    pub decided: ::prost::alloc::string::String,
+}
+/// Asks for network policies.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListPoliciesRequest {
+    /// Only this namespace; empty for all.
+    #[prost(string, tag = "1")]
+    pub namespace: ::prost::alloc::string::String,
+    /// Only this name; empty for all.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+}
+/// Network policies.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListPoliciesResponse {
+    /// By kind, namespace and name.
+    #[prost(message, repeated, tag = "1")]
+    pub policies: ::prost::alloc::vec::Vec<Policy>,
+    /// Whether the object source has told everything.
+    #[prost(bool, tag = "2")]
+    pub complete: bool,
+    /// Whether they are enforced.
+    #[prost(bool, tag = "3")]
+    pub enforced: bool,
+}
+/// A network policy.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Policy {
+    /// NetworkPolicy or ClusterNetworkPolicy.
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    /// Its namespace, empty if it has none, and name.
+    #[prost(string, tag = "2")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub name: ::prost::alloc::string::String,
+    /// The pods of this node that it selects.
+    #[prost(message, repeated, tag = "4")]
+    pub pods: ::prost::alloc::vec::Vec<Pod>,
+}
+/// One end of a connection: a pod by name, or an address.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PolicyParty {
+    /// Namespace and name of a pod.
+    #[prost(string, tag = "1")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// An address; empty if it is a pod.
+    #[prost(string, tag = "3")]
+    pub address: ::prost::alloc::string::String,
+}
+/// Asks whether a connection passes.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ExplainPolicyRequest {
+    /// Who begins it.
+    #[prost(message, optional, tag = "1")]
+    pub from: ::core::option::Option<PolicyParty>,
+    /// With whom, after translation of Services.
+    #[prost(message, optional, tag = "2")]
+    pub to: ::core::option::Option<PolicyParty>,
+    /// IP protocol number, and port of the receiver; 0 where there is none.
+    #[prost(uint32, tag = "3")]
+    pub protocol: u32,
+    #[prost(uint32, tag = "4")]
+    pub port: u32,
+}
+/// Whether a connection passes.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExplainPolicyResponse {
+    /// Once for each address family that both ends have.
+    #[prost(message, repeated, tag = "1")]
+    pub families: ::prost::alloc::vec::Vec<PolicyExplanation>,
+    /// Why there is nothing to explain; empty if there is.
+    #[prost(string, tag = "2")]
+    pub problem: ::prost::alloc::string::String,
+}
+/// Both sides of a connection.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PolicyExplanation {
+    /// Addresses.
+    #[prost(string, tag = "1")]
+    pub source: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub destination: ::prost::alloc::string::String,
+    /// The sender's side; unset if it is no pod.
+    #[prost(message, optional, tag = "3")]
+    pub egress: ::core::option::Option<PolicyJudgement>,
+    /// The receiver's side; unset if it is no pod.
+    #[prost(message, optional, tag = "4")]
+    pub ingress: ::core::option::Option<PolicyJudgement>,
+    /// Whether it passes both.
+    #[prost(bool, tag = "5")]
+    pub allowed: bool,
+}
+/// One side of a connection.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PolicyJudgement {
+    /// Whether it passes.
+    #[prost(bool, tag = "1")]
+    pub allowed: bool,
+    /// Why, in a sentence.
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+    /// The policies that select the pod, in the order in which they are asked.
+    #[prost(string, repeated, tag = "3")]
+    pub policies: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Whether this node enforces it; else the pod's own node does, by the same rules.
+    #[prost(bool, tag = "4")]
+    pub live: bool,
 }
 /// Asks for Services.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1300,6 +1443,56 @@ pub mod node_network_client {
                 .insert(GrpcMethod::new("terway.v1.NodeNetwork", "ListServices"));
             self.inner.unary(req, path, codec).await
         }
+        /// The network policies in force, with the pods of this node that each selects.
+        pub async fn list_policies(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListPoliciesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListPoliciesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/ListPolicies",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "ListPolicies"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Why a connection passes the network policies or not.
+        pub async fn explain_policy(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ExplainPolicyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ExplainPolicyResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/ExplainPolicy",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "ExplainPolicy"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Flows of the datapath, which are its connection tracking.
         pub async fn list_flows(
             &mut self,
@@ -1465,6 +1658,22 @@ pub mod node_network_server {
             request: tonic::Request<super::ListServicesRequest>,
         ) -> std::result::Result<
             tonic::Response<super::ListServicesResponse>,
+            tonic::Status,
+        >;
+        /// The network policies in force, with the pods of this node that each selects.
+        async fn list_policies(
+            &self,
+            request: tonic::Request<super::ListPoliciesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListPoliciesResponse>,
+            tonic::Status,
+        >;
+        /// Why a connection passes the network policies or not.
+        async fn explain_policy(
+            &self,
+            request: tonic::Request<super::ExplainPolicyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ExplainPolicyResponse>,
             tonic::Status,
         >;
         /// Flows of the datapath, which are its connection tracking.
@@ -2049,6 +2258,96 @@ pub mod node_network_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ListServicesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/ListPolicies" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListPoliciesSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::UnaryService<super::ListPoliciesRequest>
+                    for ListPoliciesSvc<T> {
+                        type Response = super::ListPoliciesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListPoliciesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::list_policies(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListPoliciesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/ExplainPolicy" => {
+                    #[allow(non_camel_case_types)]
+                    struct ExplainPolicySvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::UnaryService<super::ExplainPolicyRequest>
+                    for ExplainPolicySvc<T> {
+                        type Response = super::ExplainPolicyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ExplainPolicyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::explain_policy(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ExplainPolicySvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

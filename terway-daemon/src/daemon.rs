@@ -30,6 +30,7 @@ use crate::identity::{self, Node};
 use crate::metrics::{self, Metrics};
 use crate::net::Host;
 use crate::options::Options;
+use crate::policy::{self, Policies, PolicyMetrics};
 use crate::queue;
 use crate::reload::{self, Followers};
 use crate::server::Service;
@@ -91,6 +92,12 @@ pub async fn run(options: Options) -> Result<(), Error> {
     };
     let (pool, effects) = Pool::restore(reload::pool(&options, &config, &node), snapshot, Moment::ZERO)
         .map_err(|error| failed(errors::STORE_FAILED, "restore", &error))?;
+    let (policies, listener) = Policies::start(policy::Setup {
+        datapath: Arc::clone(&datapath),
+        addresses: links.addresses(),
+        config: source.subscribe(),
+        metrics: PolicyMetrics::new(&mut registry),
+    })?;
     let services = services::Setup {
         origin: options.objects.clone(),
         facts: service::NodeFacts { name: facts.node.as_str().into(), zone: Some(facts.identity.zone.as_str().into()) },
@@ -101,6 +108,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
         cgroup: options.cgroup.clone(),
         end_sockets: options.end_sockets,
         host: Arc::clone(&host),
+        listener,
     };
     let parts = Parts {
         pool,
@@ -108,6 +116,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
         store,
         cloud: Arc::clone(&aliyun) as Arc<dyn Cloud>,
         datapath: Arc::clone(&datapath),
+        policies: Arc::clone(&policies),
         host,
         links,
         facts,
@@ -160,7 +169,8 @@ pub async fn run(options: Options) -> Result<(), Error> {
     tokio::spawn(serve_http(options.listen, Arc::new(registry), ready));
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let service = Service::server(Arc::clone(&engine), Arc::clone(&source), services, conntrack, metrics.clone());
+    let service =
+        Service::server(Arc::clone(&engine), Arc::clone(&source), services, conntrack, policies, metrics.clone());
     let mut server =
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
             socket::trusted(listener),

@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod net;
 pub mod objects;
 pub mod options;
+pub mod policy;
 pub mod queue;
 mod reload;
 pub mod server;

@@ -18,6 +18,7 @@ use crate::config_source::{ConfigSource, ConfigStatus};
 use crate::conntrack::Conntrack;
 use crate::engine::{AddRequest, Engine};
 use crate::metrics::{Metrics, Phase, Verb};
+use crate::policy::Policies;
 use crate::services::Services;
 
 /// How long an ADD waits for the first sync of Services: the largest takes two seconds, and the runtime tries again in any case.
@@ -30,6 +31,7 @@ pub struct Service {
     source: Arc<ConfigSource>,
     services: Arc<Services>,
     conntrack: Arc<Conntrack>,
+    policies: Arc<Policies>,
     metrics: Metrics,
 }
 
@@ -41,9 +43,10 @@ impl Service {
         source: Arc<ConfigSource>,
         services: Arc<Services>,
         conntrack: Arc<Conntrack>,
+        policies: Arc<Policies>,
         metrics: Metrics,
     ) -> NodeNetworkServer<Self> {
-        NodeNetworkServer::new(Self { engine, source, services, conntrack, metrics })
+        NodeNetworkServer::new(Self { engine, source, services, conntrack, policies, metrics })
     }
 
     fn done<T>(&self, api: &'static str, start: Instant, result: Result<T, Error>) -> Result<Response<T>, Status> {
@@ -217,6 +220,8 @@ impl NodeNetwork for Service {
         status.configuration = Some(configuration);
         status.problems.extend(self.services.problems().iter().map(detail));
         status.socket_path = Some(self.services.socket_path().await);
+        status.problems.extend(self.policies.problems().iter().map(detail));
+        status.policy = Some(self.policies.status());
         self.done("Status", start, Ok(status))
     }
 
@@ -227,6 +232,22 @@ impl NodeNetwork for Service {
         let start = Instant::now();
         let v1::ListServicesRequest { namespace, name } = request.into_inner();
         self.done("ListServices", start, self.services.list(namespace, name).await)
+    }
+
+    async fn list_policies(
+        &self,
+        request: Request<v1::ListPoliciesRequest>,
+    ) -> Result<Response<v1::ListPoliciesResponse>, Status> {
+        let start = Instant::now();
+        self.done("ListPolicies", start, Ok(self.policies.list(&request.into_inner())))
+    }
+
+    async fn explain_policy(
+        &self,
+        request: Request<v1::ExplainPolicyRequest>,
+    ) -> Result<Response<v1::ExplainPolicyResponse>, Status> {
+        let start = Instant::now();
+        self.done("ExplainPolicy", start, Ok(self.policies.explain(&request.into_inner())))
     }
 
     async fn list_flows(

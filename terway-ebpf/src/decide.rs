@@ -1,7 +1,7 @@
 //! What is done with the first packet of a flow. The tables are asked through a trait, so that the same code runs on the kernel's
 //! maps and, in tests, on ordinary ones.
 
-use terway_abi::{Drop, Endpoint, MacPair, NO_SLOT, Uplink};
+use terway_abi::{Drop, Endpoint, MacPair, NO_SLOT, POLICY_EPOCH, Uplink};
 
 use crate::family::Family;
 use crate::flow::{Basis, Place, Route};
@@ -37,13 +37,16 @@ pub enum Decision<'a> {
 #[inline(always)]
 fn nobody<F: Family, T: Tables<F>>(tables: &T, address: &F::Addr) -> Basis {
     let slot = F::bucket(address);
-    Basis { slot, epoch: tables.epoch(slot) }
+    let epoch = tables.epoch(slot);
+    Basis { slot, epoch, since: epoch }
 }
 
-/// Of an address that is this pod's. The epoch stands in the endpoint itself, so it is as old as what is decided from it.
+/// Of an address that is this pod's. The epoch stands in the endpoint itself, so it is as old as what is decided from it; that of
+/// policies is read here, before they are asked.
 #[inline(always)]
-fn pods(pod: &Endpoint) -> Basis {
-    Basis { slot: pod.slot, epoch: pod.epoch }
+fn pods<F: Family, T: Tables<F>>(tables: &T, pod: &Endpoint) -> Basis {
+    let epoch = pod.epoch & !POLICY_EPOCH | tables.epoch(pod.slot) & POLICY_EPOCH;
+    Basis { slot: pod.slot, epoch, since: pod.since }
 }
 
 /// Whether a pod may send this packet at all.
@@ -82,13 +85,12 @@ pub fn from_pod<'a, F: Family, T: Tables<F>>(
     sender(pod, packet, macs)?;
     let unowned = nobody(tables, to);
     let (target, destination) = match tables.by_address(to) {
-        Some(peer) => (Place::Pod(peer), pods(peer)),
+        Some(peer) => (Place::Pod(peer), pods(tables, peer)),
         None if tables.is_host(to) => (Place::Host(pod), unowned),
         None if F::has_gateway(pod) => (Place::Vpc(pod), unowned),
         None => return Err(Drop::NoGateway),
     };
-    // Policy: egress of `pod` and, for `Place::Pod`, ingress of the peer are decided here.
-    Ok(Decision::Way(Route { origin: Place::Pod(pod), target, source: pods(pod), destination }))
+    Ok(Decision::Way(Route { origin: Place::Pod(pod), target, source: pods(tables, pod), destination }))
 }
 
 /// A packet that came in by the ENI `ifindex`.
@@ -110,8 +112,12 @@ pub fn from_vpc<'a, F: Family, T: Tables<F>>(
     if tables.by_address(&packet.src).is_some() {
         return Err(Drop::SpoofedSource);
     }
-    // Policy: ingress of `pod` is decided here.
-    Ok(Decision::Way(Route { origin: Place::Vpc(pod), target: Place::Pod(pod), source, destination: pods(pod) }))
+    Ok(Decision::Way(Route {
+        origin: Place::Vpc(pod),
+        target: Place::Pod(pod),
+        source,
+        destination: pods(tables, pod),
+    }))
 }
 
 /// A packet from `src`, outside, that came in by the ENI `ifindex` for a Service, and that goes to `to`, the backend that was chosen.
@@ -136,14 +142,13 @@ pub fn from_client<'a, F: Family, T: Tables<F>>(
         return Err(Drop::NoUplink);
     }
     let (target, destination) = match tables.by_address(to) {
-        Some(pod) => (Place::Pod(pod), pods(pod)),
+        Some(pod) => (Place::Pod(pod), pods(tables, pod)),
         None if tables.is_host(to) => (Place::Node(node), unowned),
         None if local => return Err(Drop::NoBackend),
         // The backend's answers must come back here, so it gets to see the node.
         None if F::same(&F::address(node), &F::NONE) => return Err(Drop::NoUplink),
         None => (Place::Vpc(node), unowned),
     };
-    // Policy: ingress of the pod is decided here.
     Ok(Decision::Way(Route { origin: Place::Vpc(node), target, source, destination }))
 }
 
@@ -164,9 +169,13 @@ pub fn to_pod<'a, F: Family, T: Tables<F>>(
         return Ok(Decision::NotOurs);
     }
     // A pod's packet that the host stack forwarded (to the backend of a Service, say) depends on that pod too.
-    let source = tables.by_address(&packet.src).map_or(source, pods);
-    // Policy: ingress of `pod` is decided here; what the node itself sends is always allowed.
-    Ok(Decision::Way(Route { origin: Place::Host(pod), target: Place::Pod(pod), source, destination: pods(pod) }))
+    let source = tables.by_address(&packet.src).map_or(source, |pod| pods(tables, pod));
+    Ok(Decision::Way(Route {
+        origin: Place::Host(pod),
+        target: Place::Pod(pod),
+        source,
+        destination: pods(tables, pod),
+    }))
 }
 
 /// A packet with this source that leaves by the ENI `ifindex` and that [`from_pod`] has not seen.
@@ -181,12 +190,22 @@ pub fn to_vpc<F: Family, T: Tables<F>>(tables: &T, src: &F::Addr, ifindex: u32) 
     }
 }
 
+/// What has changed about the ends of an entry since it was made, as bits of epochs: none, only some of [`POLICY_EPOCH`], or others,
+/// which make it void.
+#[inline(always)]
+pub fn drift<F: Family, T: Tables<F>>(tables: &T, slots: [u32; 2], epochs: [u32; 2]) -> u32 {
+    let ([source, destination], [at_source, at_destination]) = (slots, epochs);
+    // An entry that was never filled has slot 0 twice.
+    if source == NO_SLOT {
+        return u32::MAX;
+    }
+    (tables.epoch(source) ^ at_source) | (tables.epoch(destination) ^ at_destination)
+}
+
 /// Whether both ends of an entry are as they were when it was made.
 #[inline(always)]
 pub fn holds<F: Family, T: Tables<F>>(tables: &T, slots: [u32; 2], epochs: [u32; 2]) -> bool {
-    let ([source, destination], [at_source, at_destination]) = (slots, epochs);
-    // An entry that was never filled has slot 0 twice.
-    source != NO_SLOT && tables.epoch(source) == at_source && tables.epoch(destination) == at_destination
+    drift(tables, slots, epochs) == 0
 }
 
 #[cfg(test)]
@@ -244,7 +263,7 @@ mod tests {
             host_ifindex: n.into(),
             eni_ifindex: eni,
             slot: n.into(),
-            epoch: 1,
+            epoch: 1 << 16,
             v4: v4(n),
             v6: if n == 3 { [0; 4] } else { v6(n) },
             gateway_v4: if eni == 51 { 0 } else { v4(253) },
@@ -266,7 +285,7 @@ mod tests {
                 ..Uplink::default()
             },
             host: vec![[v4(100), 0, 0, 0], v6(100)],
-            epochs: (1..4).map(|slot| (slot, 1)).collect(),
+            epochs: (1..4).map(|slot| (slot, 1 << 16 | slot)).collect(),
         }
     }
 
@@ -357,14 +376,17 @@ mod tests {
             ([route.source.slot, route.destination.slot], [route.source.epoch, route.destination.epoch]);
         assert!(holds::<V4, _>(&node, slots, epochs));
         for slot in slots {
-            let before = node.epochs.insert(slot, 99);
-            assert!(!holds::<V4, _>(&node, slots, epochs));
+            let before = node.epochs.insert(slot, 99 << 16);
+            assert!(drift::<V4, _>(&node, slots, epochs) > POLICY_EPOCH);
+            let policies = terway_abi::next_policy_epoch(before.unwrap_or(0));
+            node.epochs.insert(slot, policies);
+            assert!((1..=POLICY_EPOCH).contains(&drift::<V4, _>(&node, slots, epochs)));
             node.epochs.insert(slot, before.unwrap_or(0));
         }
         assert!(holds::<V4, _>(&node, slots, epochs));
         assert!(!holds::<V4, _>(&node, [0, 0], [0, 0]), "an entry that was never filled");
         // An endpoint that is being changed: its new epoch is in its value, and not yet in the map.
-        let changing = Endpoint { epoch: 2, ..pod };
+        let changing = Endpoint { epoch: 2 << 16, ..pod };
         let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, &sent.dst, pod.sent) else {
             panic!("not sent")
         };

@@ -27,6 +27,8 @@ pub struct Basis {
     pub slot: u32,
     /// Its value.
     pub epoch: u32,
+    /// The first value that means the same pod.
+    pub since: u32,
 }
 
 /// A decided way: from where to where, and how long that holds.
@@ -130,7 +132,7 @@ pub(crate) fn borrow(a: u32, b: u32, borrow: u32) -> u32 {
 /// The same value, of which the compiler knows nothing: it would make branches of arithmetic that avoids them.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "bpf"), expect(unused_mut, reason = "the kernel's half changes it"))]
-fn opaque(mut value: u64) -> u64 {
+pub(crate) fn opaque(mut value: u64) -> u64 {
     #[cfg(target_arch = "bpf")]
     // SAFETY: a move of a register to itself.
     unsafe {
@@ -199,7 +201,7 @@ mod tests {
     #[test]
     fn the_sides_of_both_directions_are_each_others_mirror() {
         let (a, b) = (pod(1), pod(2));
-        let (source, destination) = (Basis { slot: 1, epoch: 7 }, Basis { slot: 2, epoch: 7 });
+        let (source, destination) = (Basis { slot: 1, epoch: 7, since: 7 }, Basis { slot: 2, epoch: 7, since: 7 });
         let local = Route { origin: Place::Pod(&a), target: Place::Pod(&b), source, destination };
         assert_eq!((local.hook(), local.back().hook()), ((1, HOOK_IN), (2, HOOK_IN)));
         let (there, back) = (filled(&local), filled(&local.back()));

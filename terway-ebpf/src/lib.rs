@@ -18,6 +18,7 @@ pub mod icmp;
 pub mod nat;
 pub mod neighbour;
 pub mod parse;
+pub mod policy;
 pub mod refuse;
 pub mod service;
 

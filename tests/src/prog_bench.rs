@@ -233,13 +233,13 @@ fn unsettle(datapath: &Datapath) -> anyhow::Result<()> {
         let map = Map::HashMap(MapData::from_pin(datapath.pins().join(name))?);
         let mut map: HashMap<_, u32, terway_abi::Endpoint> = map.try_into()?;
         for (key, entry) in map.iter().collect::<Result<Vec<_>, _>>()? {
-            map.insert(key, terway_abi::Endpoint { epoch: entry.epoch + 1, ..entry }, 0)?;
+            map.insert(key, terway_abi::Endpoint { epoch: terway_abi::next_epoch(entry.epoch), ..entry }, 0)?;
         }
     }
     let map = Map::HashMap(MapData::from_pin(datapath.pins().join(names::OWNERS_V6))?);
     let mut map: HashMap<_, [u32; 4], terway_abi::Endpoint> = map.try_into()?;
     for (key, entry) in map.iter().collect::<Result<Vec<_>, _>>()? {
-        map.insert(key, terway_abi::Endpoint { epoch: entry.epoch + 1, ..entry }, 0)?;
+        map.insert(key, terway_abi::Endpoint { epoch: terway_abi::next_epoch(entry.epoch), ..entry }, 0)?;
     }
     Ok(())
 }

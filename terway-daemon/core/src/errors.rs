@@ -291,6 +291,14 @@ catalogue! {
     HEALTH_PORT = "TW0506", "health-port", 100,
         "The health-check port of a Service with externalTrafficPolicy Local cannot be opened on this node, so load balancers take the node for unfit.",
         "Find who uses the port (ss -ltnp) and end it, or give the Service another healthCheckNodePort; the daemon tries again every ten seconds.";
+    /// Network policies cannot be written into the kernel.
+    POLICY_FAILED = "TW0507", "policy-failed", 11,
+        "The kernel refuses a change of network policies; those written before stay in force, no pod is added, and the daemon tries again.",
+        "The message names the map and the kernel's error; if a map is full, there are more policies or pods than it has room for.";
+    /// Pods whose policies are not known.
+    POLICY_INCOMPLETE = "TW0508", "policy-incomplete", 100,
+        "Pods of this node are held back, because their labels are not known yet and a policy may restrict them.",
+        "See that the source of objects (--objects) tells of the pods that the message names; they are let go as soon as it does.";
 }
 
 /// An error on its way to a user: a code and the particulars.

@@ -8,13 +8,17 @@
 //! * **Removing**: addresses, then the interface, then the slot gets an epoch that no endpoint has. A flow decided in between
 //!   carries the old epoch and dies with it.
 //! * Flows decided while an address was nobody's die by the address's bucket, which is raised last in both cases.
+//! * **Policies** stand under the slot, so it is reserved before the endpoint is written, and given to another only when nothing of the
+//!   pod's policies is left ([`Table::release`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, IterableMap, MapData, MapError};
-use terway_abi::{MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, bucket_v6, names};
+use terway_abi::{
+    MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, bucket_v6, names, next_epoch, next_policy_epoch, same_way,
+};
 use terway_core::ident::{Addresses, Mac};
 
 use super::elements::Elements;
@@ -62,7 +66,7 @@ pub(super) fn address_v6(words: [u32; 4]) -> Ipv6Addr {
 }
 
 impl Endpoint {
-    fn to_abi(self, slot: u32, epoch: u32) -> terway_abi::Endpoint {
+    fn to_abi(self, slot: u32, epoch: u32, since: u32) -> terway_abi::Endpoint {
         terway_abi::Endpoint {
             host_ifindex: self.host_ifindex,
             eni_ifindex: self.eni_ifindex,
@@ -75,7 +79,8 @@ impl Endpoint {
             gateway_v6: self.gateway_v6.map_or([0; 4], words),
             sent: MacPair::new(self.host_mac.0, self.pod_mac.0),
             received: MacPair::new(self.pod_mac.0, self.host_mac.0),
-            spare: [0; 3],
+            since,
+            spare: [0; 2],
         }
     }
 
@@ -107,6 +112,10 @@ pub(super) struct Table {
     known: BTreeMap<u32, terway_abi::Endpoint>,
     /// Free slots; the last one is taken next.
     free: Vec<u32>,
+    /// Slots of endpoints to come, by interface.
+    reserved: BTreeMap<u32, u32>,
+    /// Slots that policies stand under, whether or not there is an endpoint.
+    held: BTreeSet<u32>,
 }
 
 impl Table {
@@ -120,13 +129,16 @@ impl Table {
             epochs,
             known: BTreeMap::new(),
             free: Vec::new(),
+            reserved: BTreeMap::new(),
+            held: BTreeSet::new(),
         })
     }
 
     /// Reads back what an earlier daemon wrote, and undoes what it left half-done.
     pub(super) fn recover(&mut self) -> Result<(), BpfError> {
         self.known = self.by_ifindex.iter().collect::<Result<_, _>>().map_err(BpfError::map(names::ENDPOINTS))?;
-        let taken: std::collections::BTreeSet<u32> = self.known.values().map(|e| e.slot).collect();
+        let mut taken: BTreeSet<u32> = self.known.values().map(|e| e.slot).collect();
+        taken.extend(&self.held);
         self.free = (NO_SLOT + 1..MAX_ENDPOINTS).rev().filter(|slot| !taken.contains(slot)).collect();
 
         // An address without its interface: the daemon died within a removal, or within a change of address.
@@ -148,7 +160,7 @@ impl Table {
         // epoch, and with it their flows.
         for known in self.known.clone().into_values() {
             if !self.is_whole(&known)? {
-                self.write(&terway_abi::Endpoint { epoch: self.epoch(known.slot)?.wrapping_add(1), ..known })?;
+                self.write(&terway_abi::Endpoint { epoch: next_epoch(self.epoch(known.slot)?), ..known })?;
             }
         }
         Ok(())
@@ -159,7 +171,7 @@ impl Table {
             || absent(self.by_v4.get(&known.v4, 0)).map_err(BpfError::map(names::OWNERS_V4))? == Some(*known);
         let owns_v6 = known.v6 == [0; 4]
             || absent(self.by_v6.get(&known.v6, 0)).map_err(BpfError::map(names::OWNERS_V6))? == Some(*known);
-        Ok(owns_v4 && owns_v6 && self.epoch(known.slot)? == known.epoch)
+        Ok(owns_v4 && owns_v6 && same_way(self.epoch(known.slot)?, known.epoch))
     }
 
     /// What is in the maps, as far as it is whole.
@@ -194,7 +206,7 @@ impl Table {
             self.remove(rival)?;
         }
         if let Some(old) = old {
-            if endpoint.to_abi(old.slot, old.epoch) == old {
+            if endpoint.to_abi(old.slot, old.epoch, old.since) == old {
                 return Ok(());
             }
             if old.v4 != 0 && Some(old.v4) != v4 {
@@ -204,19 +216,86 @@ impl Table {
                 self.forget_v6(old.v6)?;
             }
         }
-        let slot = match old {
-            Some(old) => old.slot,
-            None => *self.free.last().ok_or(BpfError::Full(MAX_ENDPOINTS - 1))?,
+        let slot = match (old, self.reserved.get(&endpoint.host_ifindex)) {
+            (Some(old), _) => old.slot,
+            (None, Some(reserved)) => *reserved,
+            (None, None) => self.free.pop().ok_or(BpfError::Full(MAX_ENDPOINTS - 1))?,
         };
-        let entry = endpoint.to_abi(slot, self.epoch(slot)?.wrapping_add(1));
+        let epoch = next_epoch(self.epoch(slot)?);
+        // With other addresses it is another pod to everybody else.
+        let same = |old: &terway_abi::Endpoint| Some(old.v4) == v4.or(Some(0)) && Some(old.v6) == v6.or(Some([0; 4]));
+        let entry = endpoint.to_abi(slot, epoch, old.filter(same).map_or(epoch, |old| old.since));
         self.write(&entry)?;
-        if old.is_none() {
-            self.free.pop();
-        }
+        self.reserved.remove(&endpoint.host_ifindex);
         Ok(())
     }
 
+    /// The slot that an interface's endpoint has, or will have, for policies to stand under before there is an endpoint; and whether it
+    /// has one already. It is nobody else's until [`Table::release`].
+    pub(super) fn reserve(&mut self, host_ifindex: u32) -> Result<(u32, bool), BpfError> {
+        let (slot, there) = match (self.known.get(&host_ifindex), self.reserved.get(&host_ifindex)) {
+            (Some(known), _) => (known.slot, true),
+            (None, Some(reserved)) => (*reserved, false),
+            (None, None) => {
+                let slot = self.free.pop().ok_or(BpfError::Full(MAX_ENDPOINTS - 1))?;
+                self.reserved.insert(host_ifindex, slot);
+                (slot, false)
+            }
+        };
+        self.held.insert(slot);
+        Ok((slot, there))
+    }
+
+    /// The endpoint that the slot was reserved for does not come.
+    pub(super) fn unreserve(&mut self, host_ifindex: u32) {
+        self.reserved.remove(&host_ifindex);
+    }
+
+    /// No policy stands under the slot any more.
+    pub(super) fn release(&mut self, slot: u32) {
+        if self.held.remove(&slot) {
+            self.reserved.retain(|_, reserved| *reserved != slot);
+            if !self.known.values().any(|known| known.slot == slot) {
+                self.free.push(slot);
+            }
+        }
+    }
+
+    /// Slots of endpoints that are there or to come.
+    pub(super) fn slots(&self) -> BTreeSet<u32> {
+        self.known.values().map(|known| known.slot).chain(self.reserved.values().copied()).collect()
+    }
+
+    /// The slot of the endpoint that has an address.
+    fn slot_of_address(&self, address: IpAddr) -> Option<u32> {
+        let has = |known: &&terway_abi::Endpoint| match address {
+            IpAddr::V4(v4) => known.v4 == word(v4),
+            IpAddr::V6(v6) => known.v6 == words(v6),
+        };
+        self.known.values().find(has).map(|known| known.slot)
+    }
+
+    /// Has the flows that depend on a slot judged again.
+    pub(super) fn judge_slot(&mut self, slot: u32) -> Result<(), BpfError> {
+        let epoch = next_policy_epoch(self.epoch(slot)?);
+        self.set_epoch(slot, epoch)
+    }
+
+    /// Has the flows with an address judged again, whosever it is.
+    pub(super) fn judge_address(&mut self, address: IpAddr) -> Result<(), BpfError> {
+        if let Some(slot) = self.slot_of_address(address) {
+            self.judge_slot(slot)?;
+        }
+        self.judge_slot(bucket(address))
+    }
+
+    /// Has all flows of pods judged again.
+    pub(super) fn judge_all(&mut self) -> Result<(), BpfError> {
+        self.slots().into_iter().try_for_each(|slot| self.judge_slot(slot))
+    }
+
     pub(super) fn remove(&mut self, host_ifindex: u32) -> Result<bool, BpfError> {
+        self.reserved.remove(&host_ifindex);
         let Some(old) = self.known.get(&host_ifindex).copied() else { return Ok(false) };
         if old.v4 != 0 {
             self.forget_v4(old.v4)?;
@@ -227,7 +306,9 @@ impl Table {
         absent_is_fine(self.by_ifindex.remove(&host_ifindex)).map_err(BpfError::map(names::ENDPOINTS))?;
         self.void(old.slot)?;
         self.known.remove(&host_ifindex);
-        self.free.push(old.slot);
+        if !self.held.contains(&old.slot) {
+            self.free.push(old.slot);
+        }
         Ok(true)
     }
 
@@ -268,27 +349,20 @@ impl Table {
 
     /// Voids every flow that was decided while this address was nobody's.
     pub(super) fn void_address(&mut self, address: IpAddr) -> Result<(), BpfError> {
-        self.void(match address {
-            IpAddr::V4(v4) => bucket_v4(word(v4)),
-            IpAddr::V6(v6) => bucket_v6(words(v6)),
-        })
+        self.void(bucket(address))
     }
 
     /// The same of many addresses.
     pub(super) fn void_addresses(&mut self, addresses: &[IpAddr]) -> Result<(), BpfError> {
-        let bucket = |address: &IpAddr| match address {
-            IpAddr::V4(v4) => bucket_v4(word(*v4)),
-            IpAddr::V6(v6) => bucket_v6(words(*v6)),
-        };
-        let slots: std::collections::BTreeSet<u32> = addresses.iter().map(bucket).collect();
-        let next = |slot: &u32| Ok(self.epoch(*slot)?.wrapping_add(1));
+        let slots: BTreeSet<u32> = addresses.iter().map(|address| bucket(*address)).collect();
+        let next = |slot: &u32| Ok(next_epoch(self.epoch(*slot)?));
         let epochs: Vec<u32> = slots.iter().map(next).collect::<Result<_, BpfError>>()?;
         self.many.put_all(&slots.into_iter().collect::<Vec<_>>(), &epochs)
     }
 
     /// Voids every flow that depends on the slot.
     fn void(&mut self, slot: u32) -> Result<(), BpfError> {
-        let epoch = self.epoch(slot)?.wrapping_add(1);
+        let epoch = next_epoch(self.epoch(slot)?);
         self.set_epoch(slot, epoch)
     }
 
@@ -298,6 +372,13 @@ impl Table {
 
     fn set_epoch(&mut self, slot: u32, epoch: u32) -> Result<(), BpfError> {
         self.epochs.set(slot, epoch, 0).map_err(BpfError::map(names::EPOCHS))
+    }
+}
+
+fn bucket(address: IpAddr) -> u32 {
+    match address {
+        IpAddr::V4(v4) => bucket_v4(word(v4)),
+        IpAddr::V6(v6) => bucket_v6(words(v6)),
     }
 }
 

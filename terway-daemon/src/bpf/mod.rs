@@ -23,12 +23,12 @@ mod elements;
 mod endpoints;
 mod error;
 mod events;
-mod fence;
 mod flows;
 mod host;
 mod object;
 mod pin;
 mod planned;
+mod policies;
 mod run;
 mod services;
 mod sockets;
@@ -46,6 +46,7 @@ use aya::maps::{MapData, PerCpuArray};
 use ipnet::IpNet;
 pub use object::OBJECT;
 use terway_abi::{Counter, Program};
+use terway_core::policy;
 use terway_core::service::{Kernel, Op};
 
 pub use self::attach::EniHook;
@@ -55,6 +56,7 @@ pub use self::events::DropEvents;
 pub use self::flows::{FLOW_BYTES, FamilyFound, FlowFilter, FlowRow, FlowSide, FlowStats, Found, PassOptions};
 
 pub use self::planned::RETIRE_AFTER;
+pub use self::policies::fence;
 pub use self::run::{Ran, RunContext};
 pub use self::services::FrontendAt;
 pub use self::sockets::{SocketPrograms, SocketRow};
@@ -118,6 +120,7 @@ pub struct Datapath {
     planned: Mutex<planned::Tables>,
     services: Mutex<services::Services>,
     sockets: Mutex<sockets::Table>,
+    policies: Mutex<policies::Policies>,
     uplinks: Mutex<uplinks::Uplinks>,
     flows: flows::Tables,
     counters: PerCpuArray<MapData, Counter>,
@@ -159,6 +162,7 @@ impl Datapath {
             planned: Mutex::new(planned::Tables::open(&pins)?),
             services: Mutex::new(services::Services::new(&mut loaded)?),
             sockets: Mutex::new(sockets::Table::open(&pins)?),
+            policies: Mutex::new(policies::Policies::new(&mut loaded)?),
             uplinks: Mutex::new(uplinks::Uplinks::new(&mut loaded)?),
             flows,
             counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
@@ -199,6 +203,68 @@ impl Datapath {
     #[must_use]
     pub fn service_counts(&self) -> (usize, usize) {
         error::lock(&self.planned).counts()
+    }
+
+    /// What the maps of policies hold: where a compiler starts from ([`policy::Compiler::take_over`]).
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    pub fn policies(&self) -> Result<policy::Maps, BpfError> {
+        error::lock(&self.policies).read()
+    }
+
+    /// Runs an operation on the maps of policies. [`policy::Op::Fence`] is [`fence`].
+    ///
+    /// # Errors
+    /// When a map is full or the kernel refuses; running it again completes it.
+    pub fn apply_policy(&self, op: &policy::Op) -> Result<(), BpfError> {
+        let stale = match op {
+            policy::Op::Fence => {
+                fence();
+                return Ok(());
+            }
+            policy::Op::Stale(stale) => *stale,
+            op => return error::lock(&self.policies).write(op),
+        };
+        let mut endpoints = error::lock(&self.endpoints);
+        match stale {
+            policy::Stale::Endpoint(slot) => endpoints.judge_slot(slot),
+            policy::Stale::Address(address) => endpoints.judge_address(address),
+            policy::Stale::All => endpoints.judge_all(),
+        }
+    }
+
+    /// How many entries the maps of policies hold: identities of addresses, identities of blocks, what sets say, prefixes of ports.
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    pub fn policy_counts(&self) -> Result<[usize; 4], BpfError> {
+        error::lock(&self.policies).counts()
+    }
+
+    /// The slot under which the policies of an interface's pod stand, before [`Datapath::upsert_endpoint`] or after it, and whether the
+    /// interface has an endpoint already. The slot stays the pod's until [`Datapath::release_slot`].
+    ///
+    /// # Errors
+    /// [`BpfError::Full`].
+    pub fn reserve_slot(&self, host_ifindex: u32) -> Result<(u32, bool), BpfError> {
+        error::lock(&self.endpoints).reserve(host_ifindex)
+    }
+
+    /// The endpoint for which a slot was reserved does not come.
+    pub fn unreserve_slot(&self, host_ifindex: u32) {
+        error::lock(&self.endpoints).unreserve(host_ifindex);
+    }
+
+    /// Nothing of a pod's policies is left under the slot.
+    pub fn release_slot(&self, slot: u32) {
+        error::lock(&self.endpoints).release(slot);
+    }
+
+    /// Slots of endpoints that are there, or reserved.
+    #[must_use]
+    pub fn slots(&self) -> std::collections::BTreeSet<u32> {
+        error::lock(&self.endpoints).slots()
     }
 
     /// What the kernel can do.

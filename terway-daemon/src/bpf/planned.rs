@@ -29,7 +29,7 @@ use terway_core::service::{
 use super::elements::Elements;
 use super::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
 use super::error::BpfError;
-use super::fence::fence;
+use super::policies::fence;
 use super::services::FrontendAt;
 
 /// How long after the last operation of a plan its operations for later are run. A program runs for microseconds; a second leaves no doubt.

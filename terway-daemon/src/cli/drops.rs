@@ -22,9 +22,10 @@ pub(super) fn text(packet: &v1::DroppedPacket) -> String {
         other => format!(" protocol {other}"),
     };
     let pod = packet.pod.as_ref().map(|pod| format!(" pod {}/{}", pod.namespace, pod.name)).unwrap_or_default();
+    let decided = if packet.decided.is_empty() { String::new() } else { format!(" ({})", packet.decided) };
     let lost = if packet.lost > 0 { format!(" ({} not shown before)", packet.lost) } else { String::new() };
     format!(
-        "{time} {}{protocol} {} -> {} at {} of {}{pod}: {}{lost}\n",
+        "{time} {}{protocol} {} -> {} at {} of {}{pod}: {}{decided}{lost}\n",
         packet.reason,
         end(&packet.source, &packet.source_mac, packet.source_port),
         end(&packet.destination, &packet.destination_mac, packet.destination_port),
@@ -42,7 +43,7 @@ pub(super) fn json(packet: &v1::DroppedPacket) -> String {
         "ifindex": packet.ifindex, "source": packet.source, "destination": packet.destination,
         "protocol": packet.protocol, "sourcePort": packet.source_port, "destinationPort": packet.destination_port,
         "sourceMAC": packet.source_mac, "destinationMAC": packet.destination_mac, "length": packet.length,
-        "lost": packet.lost, "pod": pod,
+        "lost": packet.lost, "pod": pod, "policy": packet.policy, "decided": packet.decided,
     });
     format!("{value}\n")
 }

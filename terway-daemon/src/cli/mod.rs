@@ -11,6 +11,7 @@ mod eni;
 mod mapping;
 mod metadata;
 mod pods;
+mod policy;
 #[cfg(test)]
 mod sample;
 mod show;
@@ -94,6 +95,11 @@ enum Command {
     Svc {
         #[command(subcommand)]
         verb: SvcVerb,
+    },
+    /// Network policies, and why a connection passes or not.
+    Policy {
+        #[command(subcommand)]
+        verb: policy::Verb,
     },
     /// Flows of the datapath: its connection tracking.
     Ct {
@@ -197,6 +203,7 @@ async fn run(cli: &Cli) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Svc { verb } => services(cli, verb, style).await,
+        Command::Policy { verb } => policies(cli, verb, style).await,
         Command::Ct { verb } => flows(cli, verb, style).await,
         Command::Config { command } => config::run(command, style),
         Command::Explain { code } => {
@@ -225,6 +232,37 @@ async fn services(cli: &Cli, verb: &SvcVerb, style: Style) -> Result<ExitCode> {
         }
         SvcVerb::Show { .. } => {
             print(&svc::show(&reply, style));
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+async fn policies(cli: &Cli, verb: &policy::Verb, style: Style) -> Result<ExitCode> {
+    if let policy::Verb::Explain { from, to } = verb {
+        let request = v1::ExplainPolicyRequest {
+            from: Some(from.clone()),
+            to: Some(to.party.clone()),
+            protocol: to.protocol,
+            port: to.port,
+        };
+        let reply = daemon::call(cli, request, |mut c, r| async move { c.explain_policy(r).await }).await?;
+        if !reply.problem.is_empty() {
+            return Err(Failure::Refused(reply.problem).into());
+        }
+        print(&policy::explain(&reply, style));
+        return Ok(verdict(reply.families.iter().all(|family| family.allowed)));
+    }
+    let reply = daemon::call(cli, policy::request(verb), |mut c, r| async move { c.list_policies(r).await }).await?;
+    match verb {
+        policy::Verb::Show { name } if reply.policies.is_empty() => {
+            Err(Failure::Refused(format!("no network policy {name} is known")).into())
+        }
+        policy::Verb::Show { .. } => {
+            print(&policy::show(&reply, style));
+            Ok(ExitCode::SUCCESS)
+        }
+        _ => {
+            print(&policy::list(&reply, style));
             Ok(ExitCode::SUCCESS)
         }
     }

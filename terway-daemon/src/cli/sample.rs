@@ -68,6 +68,15 @@ pub(super) fn status() -> v1::StatusResponse {
             endpoints: 2,
             drops: [("policy".to_owned(), 0), ("spoofed_source".to_owned(), 7)].into(),
         }),
+        policy: Some(v1::PolicyStatus {
+            enforced: true,
+            complete: true,
+            policies: 4,
+            pods: 9,
+            endpoints: 2,
+            identities: 12,
+            held: vec!["default/web-1".into()],
+        }),
     }
 }
 

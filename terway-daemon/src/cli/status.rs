@@ -41,6 +41,20 @@ fn text(status: &v1::StatusResponse, style: Style) -> String {
     if let Some(path) = &status.socket_path {
         out.push_str(&socket_path_text(path));
     }
+    if let Some(policy) = &status.policy {
+        let state = match (policy.complete, policy.enforced) {
+            (false, _) => "waiting for objects",
+            (true, true) => "enforced",
+            (true, false) => "switched off",
+        };
+        let held =
+            if policy.held.is_empty() { String::new() } else { format!(", {} pods held back", policy.held.len()) };
+        let _ = writeln!(
+            out,
+            "policy     {state}: {} policies, {} pods in the cluster, {} here{held}",
+            policy.policies, policy.pods, policy.endpoints
+        );
+    }
     if let Some(configuration) = &status.configuration {
         out.push_str(&configuration_text(configuration));
     }
@@ -112,6 +126,10 @@ fn json(status: &v1::StatusResponse) -> String {
             "podHook": datapath.pod_hook, "eniHook": datapath.eni_hook, "abiVersion": datapath.abi_version,
             "endpoints": datapath.endpoints, "drops": datapath.drops,
         },
+        "policy": status.policy.as_ref().map(|p| json!({
+            "enforced": p.enforced, "complete": p.complete, "policies": p.policies, "pods": p.pods,
+            "endpoints": p.endpoints, "identities": p.identities, "held": p.held,
+        })),
     }))
 }
 

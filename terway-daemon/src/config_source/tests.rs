@@ -89,7 +89,11 @@ async fn a_mounted_configmap_is_followed_through_swaps() {
     let bench = Bench::on("eni", |dir| swap(&dir.join("eni"), "..1", &[("eni_conf", &eni_conf(5))]));
     let mut news = bench.source.subscribe();
     for round in 2..5u32 {
-        let files = [("eni_conf", eni_conf(4 + round)), ("disable_network_policy", "true".to_owned())];
+        let files = [
+            ("eni_conf", eni_conf(4 + round)),
+            ("disable_network_policy", "true".to_owned()),
+            ("in_cluster_loadbalance", "false".to_owned()),
+        ];
         let files: Vec<(&str, &str)> = files.iter().map(|(n, t)| (*n, t.as_str())).collect();
         swap(&bench.path("eni"), &format!("..{round}"), &files);
         bench.until_max_idle(4 + round).await;
@@ -97,8 +101,10 @@ async fn a_mounted_configmap_is_followed_through_swaps() {
     }
     let status = bench.source.status();
     assert_eq!((status.generation, status.recent.len()), (4, 3));
-    assert_eq!(status.pending_restart.iter().map(|c| c.key).collect::<Vec<_>>(), ["disable_network_policy"]);
-    assert!(bench.source.config().policy_enabled, "what needs a restart does not change under a running daemon");
+    assert_eq!(status.pending_restart.iter().map(|c| c.key).collect::<Vec<_>>(), ["in_cluster_loadbalance"]);
+    let config = bench.source.config();
+    assert!(config.in_cluster_loadbalance, "what needs a restart does not change under a running daemon");
+    assert!(!config.policy_enabled, "what does not, does");
 }
 
 #[tokio::test]

@@ -183,7 +183,7 @@ impl Engine {
                 let Some(view) = self.steady(world, finding.key.as_ref()) else { return Ok(false) };
                 let plan = self.plan(&view.key, &view.pod, &view.grant, &PodOptions::decode(&view.options));
                 self.with_datapath(crate::bpf::Datapath::reread).await?;
-                self.plug(Self::endpoint(&plan, &view.grant, *ifindex)).await?;
+                self.plug(Self::endpoint(&plan, &view.grant, *ifindex), &view.pod).await?;
                 Ok(true)
             }
             Action::Remove(leftover) => {
@@ -198,11 +198,14 @@ impl Engine {
                 if !known.is_disjoint(addresses) {
                     return Ok(false);
                 }
-                self.with_datapath(move |datapath| {
-                    datapath.reread()?;
-                    datapath.remove_endpoint(ifindex)
-                })
-                .await
+                let removed = self
+                    .with_datapath(move |datapath| {
+                        datapath.reread()?;
+                        datapath.remove_endpoint(ifindex)
+                    })
+                    .await;
+                self.forget_policies().await;
+                removed
             }
             Action::Free => {
                 let Some(key) = finding.key.clone() else { return Ok(false) };

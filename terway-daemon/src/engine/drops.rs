@@ -93,6 +93,8 @@ impl Engine {
     fn name_drop(&self, event: &DropEvent) -> v1::DroppedPacket {
         let reason = Drop::from_number(event.reason);
         let [a, b, c, d] = event.ports.to_ne_bytes();
+        let (policy, decided) = (event.rule != 0).then(|| self.policies.reason(event.rule)).flatten().unzip();
+        let policy = policy.unwrap_or_default();
         v1::DroppedPacket {
             at_ms: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
@@ -115,6 +117,8 @@ impl Engine {
             length: event.length,
             lost: event.lost,
             pod: self.pod_behind(event.ifindex),
+            policy,
+            decided: decided.unwrap_or_default(),
         }
     }
 

@@ -31,6 +31,7 @@ use crate::bpf::Datapath;
 use crate::cloud::Cloud;
 use crate::metrics::Metrics;
 use crate::net::{Host, Watch};
+use crate::policy::Policies;
 use crate::store::Store;
 
 use reaper::Reaper;
@@ -64,6 +65,7 @@ pub struct Engine {
     store: Store,
     cloud: Arc<dyn Cloud>,
     datapath: Arc<Datapath>,
+    policies: Arc<Policies>,
     host: Arc<Host>,
     links: Watch,
     reaper: Reaper,

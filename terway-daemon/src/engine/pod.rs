@@ -14,6 +14,7 @@ use super::Engine;
 use crate::bpf::{BpfError, Datapath, Endpoint};
 use crate::metrics::{Phase, Verb};
 use crate::net::NetError;
+use crate::policy::Policies;
 use crate::store::Gate;
 
 /// What the pool keeps of an ADD for the engine, without looking at it.
@@ -81,12 +82,14 @@ impl Engine {
         gate: Option<Gate>,
     ) -> Result<(), Error> {
         let plan = self.plan(key, pod, grant, &PodOptions::decode(options));
+        self.policies.expect(pod).await;
         let _wiring = self.wiring.read().await;
         let netns = self.host.open_netns(netns).map_err(net_error)?;
 
         // Between its creation and the opening of the way both ends are down: programs and maps are complete before the first packet.
         let (endpoint, datapath) = (Self::endpoint(&plan, grant, 0), Arc::clone(&self.datapath));
-        let plug = move |host_ifindex| plug(&datapath, &Endpoint { host_ifindex, ..endpoint }).map_err(bpf_error);
+        let (policies, pod) = (Arc::clone(&self.policies), pod.clone());
+        let plug = move |host_ifindex| plug(&datapath, &policies, &pod, &Endpoint { host_ifindex, ..endpoint });
         let gate = || match gate.map_or(Ok(()), Gate::wait) {
             Ok(()) => Ok(()),
             Err(error) => Err(Error::new(errors::STORE_FAILED, error.to_string())),
@@ -99,8 +102,16 @@ impl Engine {
     }
 
     /// Writes an endpoint and attaches the programs of its interface.
-    pub(super) async fn plug(&self, endpoint: Endpoint) -> Result<(), Error> {
-        self.with_datapath(move |datapath| plug(datapath, &endpoint)).await
+    pub(super) async fn plug(&self, endpoint: Endpoint, pod: &PodRef) -> Result<(), Error> {
+        let (policies, pod) = (Arc::clone(&self.policies), pod.clone());
+        self.with_datapath(move |datapath| Ok(plug(datapath, &policies, &pod, &endpoint))).await?
+    }
+
+    /// Takes the policies of pods out of the maps whose endpoints have been removed.
+    pub(super) async fn forget_policies(&self) {
+        let policies = Arc::clone(&self.policies);
+        // It ends by itself only with the daemon.
+        let _ = tokio::task::spawn_blocking(move || policies.forget_gone()).await;
     }
 
     /// Unwires a pod, whatever of it is there. Calls `unplugged` when no packet can come or go any more; the links take longer.
@@ -115,7 +126,13 @@ impl Engine {
         let addresses = grant.addresses;
         let wiring = self.wiring.read().await;
         let start = Instant::now();
-        self.with_datapath(move |datapath| forget(datapath, addresses)).await?;
+        let policies = Arc::clone(&self.policies);
+        self.with_datapath(move |datapath| {
+            forget(datapath, addresses)?;
+            policies.forget_gone();
+            Ok(())
+        })
+        .await?;
         let removed = Instant::now();
         self.metrics.phase(Verb::Del, Phase::Datapath, removed - start);
 
@@ -172,9 +189,16 @@ impl Engine {
     }
 }
 
-fn plug(datapath: &Datapath, endpoint: &Endpoint) -> Result<(), BpfError> {
-    datapath.upsert_endpoint(endpoint)?;
-    datapath.attach_pod(endpoint.host_ifindex)
+/// The policies first, then the endpoint, by which others find the pod, then its own programs.
+fn plug(datapath: &Datapath, policies: &Policies, pod: &PodRef, endpoint: &Endpoint) -> Result<(), Error> {
+    let plugged = policies.attach(endpoint.host_ifindex, pod, endpoint.addresses).and_then(|()| {
+        datapath.upsert_endpoint(endpoint).map_err(bpf_error)?;
+        datapath.attach_pod(endpoint.host_ifindex).map_err(bpf_error)
+    });
+    if plugged.is_err() {
+        datapath.unreserve_slot(endpoint.host_ifindex);
+    }
+    plugged
 }
 
 /// Removes the endpoint that has these addresses, if there is one: found by address, since after a restart nobody remembers an index.

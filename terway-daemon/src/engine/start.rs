@@ -24,6 +24,7 @@ use crate::bpf::Datapath;
 use crate::cloud::Cloud;
 use crate::metrics::Metrics;
 use crate::net::{Host, NetError, Watch};
+use crate::policy::Policies;
 use crate::store::Store;
 
 /// What the engine knows of the node and does not change while it runs.
@@ -61,6 +62,8 @@ pub struct Parts {
     pub cloud: Arc<dyn Cloud>,
     /// The datapath.
     pub datapath: Arc<Datapath>,
+    /// Whom pods may speak with.
+    pub policies: Arc<Policies>,
     /// The kernel's network.
     pub host: Arc<Host>,
     /// News of NICs and addresses.
@@ -77,7 +80,7 @@ impl Engine {
     /// Makes an engine. Must be called on the runtime: the task that deletes links starts with it.
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
-        let Parts { pool, origin, store, cloud, datapath, host, links, facts, defaults, metrics } = parts;
+        let Parts { pool, origin, store, cloud, datapath, policies, host, links, facts, defaults, metrics } = parts;
         let core = Core { pool, waiting: HashMap::new(), next_ticket: 0, written: 0 };
         let reaper = Reaper::start(Arc::clone(&host));
         Arc::new(Self {
@@ -89,6 +92,7 @@ impl Engine {
             store,
             cloud,
             datapath,
+            policies,
             host,
             links,
             reaper,
@@ -136,7 +140,7 @@ impl Engine {
             let detail = format!("the interface {} is missing", plan.inputs.host_ifname);
             return Err(Error::new(terway_core::errors::CHECK_FAILED, detail));
         };
-        self.plug(Self::endpoint(&plan, grant, link.index)).await
+        self.plug(Self::endpoint(&plan, grant, link.index), pod).await
     }
 
     /// Removes links, rules, routes and endpoints that are ours and belong to nobody.
@@ -168,6 +172,7 @@ impl Engine {
         if stale > 0 {
             info!(stale, "removed endpoints that belong to no pod");
         }
+        self.forget_policies().await;
         Ok(())
     }
 }

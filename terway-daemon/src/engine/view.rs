@@ -134,6 +134,7 @@ impl Engine {
             datapath: Some(self.datapath_view()),
             configuration: None,
             socket_path: None,
+            policy: None,
         }
     }
 

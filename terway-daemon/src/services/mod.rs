@@ -28,6 +28,7 @@ use tracing::{error, warn};
 use crate::bpf::Datapath;
 use crate::net::Host;
 use crate::objects::{Batch, DirSource, ObjectSource as _, Update};
+use crate::policy::News;
 
 use health::{Health, Refused};
 pub use cgroup::CgroupAt;
@@ -79,6 +80,8 @@ pub struct Setup {
     pub end_sockets: EndSockets,
     /// Who can enter network namespaces.
     pub host: Arc<Host>,
+    /// Who else wants to know what changes.
+    pub listener: mpsc::UnboundedSender<News>,
 }
 
 /// See the [module](self).
@@ -98,11 +101,12 @@ impl Services {
     #[must_use]
     pub fn start(setup: Setup, pods: impl Fn() -> Vec<String> + Send + Sync + 'static) -> Arc<Self> {
         let sockets = Arc::new(SocketPath::new(&setup, Box::new(pods)));
-        let Setup { origin, facts, settings, datapath, addresses, metrics, .. } = setup;
+        let Setup { origin, facts, settings, datapath, addresses, metrics, listener, .. } = setup;
         let (health, ports) = watch::channel(Health::default());
         let (tell, in_force) = watch::channel(false);
+        let outlets = Outlets { health, in_force: tell, listener };
         let this = Arc::new(Self {
-            state: Mutex::new(State::new(datapath, facts, settings, metrics, Outlets { health, in_force: tell })),
+            state: Mutex::new(State::new(datapath, facts, settings, metrics, outlets)),
             problems: Mutex::default(),
             source_failure: Mutex::default(),
             health: Arc::default(),

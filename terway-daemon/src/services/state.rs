@@ -10,6 +10,7 @@ use terway_core::errors::{self, Error};
 use terway_core::objects::{ObjectKey, Objects};
 use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Settings, ends_lives};
 use terway_proto::v1;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 use tracing::{error, info, warn};
 
@@ -18,6 +19,7 @@ use super::metrics::ServiceMetrics;
 use super::{take_in, view};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER};
 use crate::objects::{self, Batch};
+use crate::policy::News;
 
 /// The first and the longest time until maps that refused a write are tried again. Not shorter than [`RETIRE_AFTER`]: reading the maps
 /// forgets what was still to be retired, and its places may be used at once.
@@ -33,6 +35,8 @@ pub(super) struct Outlets {
     pub(super) health: watch::Sender<Health>,
     /// True for good once the maps have held what follows from all objects.
     pub(super) in_force: watch::Sender<bool>,
+    /// To whoever else wants to know what changes.
+    pub(super) listener: UnboundedSender<News>,
 }
 
 /// What the planner finds wrong, by object.
@@ -148,6 +152,8 @@ impl State {
             self.documents = documents;
         }
         let (changes, complete) = take_in(&mut self.objects, batches);
+        // Policies go first: they decide whom Services let in. Nobody listens any more when the daemon ends.
+        let _ = self.outlets.listener.send(News { changes: changes.clone(), complete });
         let first = complete && !self.synced;
         self.synced |= complete;
         if first {

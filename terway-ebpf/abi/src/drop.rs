@@ -64,6 +64,8 @@ drops! {
     NoBackend = 19, "no_backend", "The Service has no backend for this client, and the packet cannot be answered.";
     NoPort = 20, "no_port", "No source port is left by which the Service's backend could tell this connection from others.";
     Unserved = 21, "unserved", "The packet is for a Service, and of a shape or protocol that cannot be translated.";
+    PolicyEgress = 24, "policy_egress", "A network policy forbids the sending pod this connection.";
+    PolicyIngress = 25, "policy_ingress", "A network policy forbids the receiving pod this connection.";
     SourceRange = 28, "source_range", "The client is in none of the source ranges of the Service.";
     NoUplink = 29, "no_uplink", "The interface has no gateway, or no address of the node, of the packet's address family.";
     HopLimit = 30, "hop_limit", "The time to live of a packet for a Service ends at this node.";

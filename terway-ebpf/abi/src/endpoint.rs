@@ -62,7 +62,7 @@ pub struct Endpoint {
     pub eni_ifindex: u32,
     /// Where [`Endpoint::epoch`] is compared: an index into the epoch map, never [`NO_SLOT`].
     pub slot: u32,
-    /// The value that the epoch map holds at `slot` as long as this endpoint is valid.
+    /// What the epoch map holds at `slot` as long as this endpoint is valid, but for [`POLICY_EPOCH`].
     pub epoch: u32,
     /// Zero; room for options of the pod.
     pub flags: u32,
@@ -78,8 +78,10 @@ pub struct Endpoint {
     pub sent: MacPair,
     /// What is written into frames to the pod: to the pod, from the host end.
     pub received: MacPair,
-    /// Zero; room for the pod's policy identity.
-    pub spare: [u32; 3],
+    /// The first epoch of this pod: entries from before are of another one that had its slot.
+    pub since: u32,
+    /// Zero.
+    pub spare: [u32; 2],
 }
 
 pod!(MacPair: 12, Endpoint: 96);
@@ -93,6 +95,35 @@ pub const NO_SLOT: u32 = 0;
 
 /// Entries of the epoch map: the endpoints' slots, then one slot for each bucket of other addresses.
 pub const SLOTS: u32 = 2 * MAX_ENDPOINTS;
+
+/// The bits of an epoch that count changes of policies. The others count changes of the way: a flow that was made before one of those
+/// is void, while after a change of policies it only has to be judged again.
+pub const POLICY_EPOCH: u32 = 0xffff;
+
+/// The epoch after this one, when the way has changed.
+#[must_use]
+pub const fn next_epoch(epoch: u32) -> u32 {
+    (epoch | POLICY_EPOCH).wrapping_add(1)
+}
+
+/// The epoch after this one, when policies have changed.
+#[must_use]
+pub const fn next_policy_epoch(epoch: u32) -> u32 {
+    epoch & !POLICY_EPOCH | epoch.wrapping_add(1) & POLICY_EPOCH
+}
+
+/// Whether the way is the same in both epochs.
+#[must_use]
+pub const fn same_way(one: u32, other: u32) -> bool {
+    (one ^ other) & !POLICY_EPOCH == 0
+}
+
+/// Whether an epoch is one of those from `first` to `last`, as far as the way goes.
+#[must_use]
+pub const fn is_between(first: u32, epoch: u32, last: u32) -> bool {
+    let first = first & !POLICY_EPOCH;
+    (epoch & !POLICY_EPOCH).wrapping_sub(first) <= (last & !POLICY_EPOCH).wrapping_sub(first)
+}
 
 /// The slot of an IPv4 address that no pod of this node has.
 ///
@@ -119,6 +150,16 @@ mod tests {
     fn mac_pairs_keep_transmission_order() {
         let pair = MacPair::new([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]);
         assert_eq!((pair.destination(), pair.source()), ([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]));
+    }
+
+    #[test]
+    fn epochs_of_policies_leave_the_way_alone() {
+        for epoch in [0, 1, 0xffff, 0x1_0000, 0x1_fffe, 0xffff_fffe, u32::MAX] {
+            let (way, policy) = (next_epoch(epoch), next_policy_epoch(epoch));
+            assert!(!same_way(epoch, way) && way & POLICY_EPOCH == 0, "{epoch:x}");
+            assert!(same_way(epoch, policy) && policy != epoch, "{epoch:x}");
+            assert!(is_between(epoch, policy, epoch) && is_between(epoch, epoch, way) && !is_between(way, epoch, way));
+        }
     }
 
     #[test]

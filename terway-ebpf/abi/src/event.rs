@@ -73,6 +73,8 @@ pub struct DropEvent {
     pub mac: crate::MacPair,
     /// The Ethernet type as in the packet, in the first two bytes.
     pub ethertype: u32,
+    /// The number of what decided, of drops by policies; else 0.
+    pub rule: u32,
 }
 
 /// How many events a CPU may still report in the running second.
@@ -89,5 +91,5 @@ pub struct Budget {
     pub pad: u32,
 }
 
-pod!(DropEvent: 72, Budget: 16);
+pod!(DropEvent: 76, Budget: 16);
 const _: () = assert!(offset_of!(DropEvent, src) == 24 && offset_of!(DropEvent, ethertype) == 68);

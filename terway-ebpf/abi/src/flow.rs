@@ -113,9 +113,10 @@ pub struct Side {
 pub struct Flow<A> {
     /// What the end sends whose packet made the entry, and what the other end sends.
     pub sides: [Side; 2],
-    /// Slots of what decided its two ends, in any order.
+    /// Slots of what decided its two ends, that of the maker first.
     pub slots: [u32; 2],
-    /// What the epoch map held at those slots: the entry is void as soon as it holds something else.
+    /// What the epoch map held at those slots: the entry is void as soon as it holds something else, or to be judged again if only
+    /// [`crate::POLICY_EPOCH`] differs.
     pub epochs: [u32; 2],
     /// Jiffies of the first packet.
     pub created: u32,

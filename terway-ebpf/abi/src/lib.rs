@@ -16,16 +16,24 @@ mod drop;
 mod endpoint;
 mod event;
 mod flow;
+mod policy;
 mod service;
 mod uplink;
 
 pub use counter::{COUNTERS, Counter, DROP_BASE, Kind};
 pub use drop::Drop;
-pub use endpoint::{Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, SLOTS, bucket_v4, bucket_v6};
+pub use endpoint::{
+    Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, POLICY_EPOCH, SLOTS, bucket_v4, bucket_v6, is_between, next_epoch,
+    next_policy_epoch, same_way,
+};
 pub use event::{Budget, DropEvent, Program};
 pub use flow::{
     Action, Flow, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4, FragmentKeyV6,
     FragmentValue, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, MOVED, Nexthop, Side, flow_flags,
+};
+pub use policy::{
+    DECISION_ALLOW, GATE_ENFORCE, GATE_PHASE, IDENTITY_NATURE, IDENTITY_NODE, IDENTITY_POD, IDENTITY_V6, PeerKey,
+    Phases, PolicyEndpoint, PolicySide, PortKey, TARGET_DECISION, default_index, policy_index, policy_reason,
 };
 pub use service::{
     Affinity, AffinityKey, Backend, FILTER, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, NO_BACKEND,
@@ -88,6 +96,22 @@ pub mod names {
     pub const RANGES_V6: &str = "RANGES_V6";
     /// `LRU_HASH`: [`crate::SocketKey`] → [`crate::SocketValue`]. Written by the programs.
     pub const SOCKETS: &str = "SOCKETS";
+    /// `ARRAY` of one `u32`: bits [`crate::GATE_PHASE`] and [`crate::GATE_ENFORCE`]. Written by the daemon.
+    pub const POLICY_GATE: &str = "POLICY_GATE";
+    /// `ARRAY`: [`crate::policy_index`] → [`crate::PolicyEndpoint`]. Written by the daemon.
+    pub const POLICY_ENDPOINTS: &str = "POLICY_ENDPOINTS";
+    /// `HASH`: [`crate::PeerKey`] → target ([`crate::Phases`]). Written by the daemon.
+    pub const POLICY_PEERS: &str = "POLICY_PEERS";
+    /// `LPM_TRIE`: [`crate::PortKey`] → decision (`u32`). Written by the daemon.
+    pub const POLICY_PORTS: &str = "POLICY_PORTS";
+    /// `HASH`: IPv4 address → identity ([`crate::Phases`]). Written by the daemon.
+    pub const IPCACHE_V4: &str = "IPCACHE_V4";
+    /// `HASH`: IPv6 address → identity ([`crate::Phases`]). Written by the daemon.
+    pub const IPCACHE_V6: &str = "IPCACHE_V6";
+    /// `LPM_TRIE`: IPv4 block → identity ([`crate::Phases`]). Written by the daemon.
+    pub const IPCACHE_NET_V4: &str = "IPCACHE_NET_V4";
+    /// `LPM_TRIE`: IPv6 block → identity ([`crate::Phases`]). Written by the daemon.
+    pub const IPCACHE_NET_V6: &str = "IPCACHE_NET_V6";
     /// `HASH`: interface index of an ENI → [`crate::Uplink`]. Written by the daemon.
     pub const UPLINKS: &str = "UPLINKS";
     /// `PERCPU_ARRAY`: [`crate::Kind`] and [`crate::Drop`] → [`crate::Counter`]. Written by the programs.
@@ -98,7 +122,7 @@ pub mod names {
     pub const EVENTS: &str = "EVENTS";
 
     /// Every map, in the order above.
-    pub const MAPS: [&str; 24] = [
+    pub const MAPS: [&str; 32] = [
         ENDPOINTS,
         OWNERS_V4,
         OWNERS_V6,
@@ -119,6 +143,14 @@ pub mod names {
         RANGES_V4,
         RANGES_V6,
         SOCKETS,
+        POLICY_GATE,
+        POLICY_ENDPOINTS,
+        POLICY_PEERS,
+        POLICY_PORTS,
+        IPCACHE_V4,
+        IPCACHE_V6,
+        IPCACHE_NET_V4,
+        IPCACHE_NET_V6,
         UPLINKS,
         COUNTERS,
         BUDGET,

@@ -55,12 +55,24 @@ impl Verdict {
     /// The packet is dropped.
     #[inline(always)]
     pub const fn drop(reason: Drop) -> Self {
-        Self((DROP_BASE + reason as u32) as u64 | (TC_ACT_SHOT as u64) << 32)
+        Self((DROP_BASE + reason as u32) as u64)
+    }
+
+    /// The packet is dropped because of what has this number; that stands in place of the action.
+    #[inline(always)]
+    pub const fn forbidden(reason: Drop, rule: u32) -> Self {
+        Self((DROP_BASE + reason as u32) as u64 | (rule as u64) << 32)
     }
 
     #[inline(always)]
     const fn action(self) -> i32 {
-        (self.0 >> 32) as i32
+        if self.counter() >= DROP_BASE { TC_ACT_SHOT } else { (self.0 >> 32) as i32 }
+    }
+
+    /// The number of what forbids a packet that is dropped.
+    #[inline(always)]
+    const fn rule(self) -> u32 {
+        (self.0 >> 32) as u32
     }
 
     #[inline(always)]
@@ -84,7 +96,7 @@ impl From<Result<Self, Drop>> for Verdict {
 pub fn finish(skb: Skb, program: Program, verdict: Verdict) -> i32 {
     count(verdict.counter(), skb.len());
     if verdict.counter() >= DROP_BASE {
-        report(skb.0, u32::from(program as u8) << 16 | (verdict.counter() - DROP_BASE));
+        report(skb.0, u32::from(program as u8) << 16 | (verdict.counter() - DROP_BASE), verdict.rule());
     }
     verdict.action()
 }
@@ -124,7 +136,7 @@ fn spend(budget: &mut Budget, now: u32, per_second: u32, hz: u32) -> Option<u32>
 
 /// Reports a drop, unless too many were reported already. Not inlined: it is big, and drops are rare.
 #[inline(never)]
-fn report(skb: *mut aya_ebpf::bindings::__sk_buff, what: u32) -> i32 {
+fn report(skb: *mut aya_ebpf::bindings::__sk_buff, what: u32, rule: u32) -> i32 {
     let skb = Skb(skb);
     let Some(budget) = BUDGET.get_ptr_mut(0) else { return 0 };
     // SAFETY: the value is this CPU's own.
@@ -151,6 +163,7 @@ fn report(skb: *mut aya_ebpf::bindings::__sk_buff, what: u32) -> i32 {
         dst: [0; 4],
         mac: window.macs().unwrap_or(MacPair([0; 3])),
         ethertype: u32::from(kind),
+        rule,
     });
     match kind {
         ethertype::IPV4 => describe::<V4, _>(&window, event),

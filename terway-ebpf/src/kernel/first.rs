@@ -5,29 +5,33 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_printk;
-use terway_abi::{Drop, Endpoint, Flow, FlowKey, FragmentKey, FragmentValue, Kind, MOVED, NO_BACKEND, flow_flags};
+use terway_abi::{
+    Drop, Endpoint, Flow, FragmentKey, FragmentValue, Kind, MOVED, NO_BACKEND, POLICY_EPOCH, flow_flags, is_between,
+};
 
 use super::exit::{Verdict, count, now};
 use super::icmp::Quote;
+use super::judge::{STALE, STALE_MOVED, permitted, resume};
 use super::maps::{DEBUG, Desk, Maps};
 use super::path::{
-    FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, holds, hook, kinds, lookup, send, use_known,
+    FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, drift, hook, is_stale, kinds, lookup, send, use_known,
 };
 use super::refuse::refuse;
-use super::serve::{remember_both, serve};
+use super::serve::{prepare_both, remember_both, serve};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Decision, Tables};
 use crate::family::{Family, Glance, V4, V6};
-use crate::flow::{self, Route};
+use crate::flow::{self, Basis, Route};
 use crate::frame::{Frame as _, zero};
 use crate::icmp;
 use crate::neighbour;
 use crate::parse::{Fragment, Packet, Payload, ethertype, tcp_flags};
+use crate::policy::{self, Policies};
 use crate::service::{self, Services};
 
 /// This CPU's desk; what an earlier packet left on it is still there.
 #[inline(always)]
-fn desk<F: Way>() -> Option<&'static mut Desk<F>> {
+pub(super) fn desk<F: Way>() -> Option<&'static mut Desk<F>> {
     let desk = F::desk().get_ptr_mut(0)?;
     // SAFETY: the value is this CPU's own, and programs at these hooks do not preempt each other on a CPU. It began as zeros, which
     // are a value: integers, and enums that have a variant 0; and one is taken at a time.
@@ -36,9 +40,9 @@ fn desk<F: Way>() -> Option<&'static mut Desk<F>> {
 
 /// The first packet of a flow, of common shape: the fast path has read all there is to know.
 #[inline(always)]
-pub(super) fn first<F: Way, const PROGRAM: u8>(skb: Skb, glance: &Glance<F>) -> Verdict
+pub(super) fn first<F: Way, const PROGRAM: u8>(skb: Skb, glance: &Glance<F>, stale: bool) -> Verdict
 where
-    Maps: Tables<F> + Services<F>,
+    Maps: Tables<F> + Services<F> + Policies<F>,
 {
     // An array of one entry always has it.
     let Some(desk) = desk::<F>() else { return Verdict::drop(Drop::Truncated) };
@@ -48,6 +52,7 @@ where
     desk.packet.ports = glance.ports;
     (desk.packet.protocol, desk.packet.tcp_flags) = (glance.protocol, glance.tcp_flags);
     desk.packet.transport = F::TRANSPORT;
+    desk.stale = if stale { STALE } else { 0 };
     decide_on::<F, PROGRAM>(skb, desk)
 }
 
@@ -55,8 +60,14 @@ where
 #[inline(always)]
 fn decide_on<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Verdict
 where
-    Maps: Tables<F> + Services<F>,
+    Maps: Tables<F> + Services<F> + Policies<F>,
 {
+    if desk.stale != 0 {
+        let resumed = resume::<F, PROGRAM>(skb.0, desk);
+        if !resumed.is_open() {
+            return resumed;
+        }
+    }
     (desk.choice.member.backend, desk.choice.refused) = (NO_BACKEND, 0);
     F::assign(&mut desk.choice.address, &desk.packet.dst);
     (desk.choice.port, desk.choice.source) = (desk.packet.ports >> 16, 0);
@@ -70,7 +81,17 @@ where
             return refuse::<F, PROGRAM>(skb.0, &desk.packet);
         }
     }
-    settle::<F, PROGRAM>(skb.0, desk)
+    let early = settle::<F, PROGRAM>(skb.0, desk);
+    if !early.is_open() {
+        return early;
+    }
+    if desk.choice.seat == MOVED_ON {
+        desk.stale = STALE_MOVED;
+        let resumed = resume::<F, PROGRAM>(skb.0, desk);
+        // Gone since it was found.
+        return if resumed.is_open() { Verdict::drop(Drop::Unserved) } else { resumed };
+    }
+    enter::<F, PROGRAM>(skb.0, desk)
 }
 
 /// A packet of another shape.
@@ -79,11 +100,12 @@ where
 #[inline(always)]
 pub(super) fn unusual<F: Way, const PROGRAM: u8>(skb: Skb) -> Verdict
 where
-    Maps: Tables<F> + Services<F>,
+    Maps: Tables<F> + Services<F> + Policies<F>,
     Checks: Neighbourly<F>,
 {
     let Some(desk) = desk::<F>() else { return Verdict::drop(Drop::Truncated) };
     desk.packet.clear();
+    desk.stale = 0;
     let early = understand::<F, PROGRAM>(skb.0, desk);
     if early.is_related() {
         return relate::<F, PROGRAM>(skb.0, desk);
@@ -104,10 +126,9 @@ where
     Maps: Tables<F>,
     Checks: Neighbourly<F>,
 {
-    let Desk { packet, quoted, .. } = desk;
-    let understood = understood::<F, PROGRAM>(Skb(ctx), packet, quoted);
+    let understood = understood::<F, PROGRAM>(Skb(ctx), desk);
     // What comes from the VPC for the host is the host's to judge: fragments out of order, options, and all.
-    if PROGRAM == FROM_VPC && understood.is_err() && Maps.by_address(&packet.dst).is_none() {
+    if PROGRAM == FROM_VPC && understood.is_err() && Maps.by_address(&desk.packet.dst).is_none() {
         return Verdict::next(Kind::VpcToHost);
     }
     if PROGRAM == TO_VPC && understood.is_err() {
@@ -117,15 +138,12 @@ where
 }
 
 #[inline(always)]
-fn understood<F: Way, const PROGRAM: u8>(
-    skb: Skb,
-    packet: &mut Packet<F>,
-    quoted: &mut Packet<F>,
-) -> Result<Verdict, Drop>
+fn understood<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Result<Verdict, Drop>
 where
     Maps: Tables<F>,
     Checks: Neighbourly<F>,
 {
+    let Desk { packet, quoted, stale, .. } = desk;
     let window = skb.pull();
     F::parse(&window, packet)?;
     let place = (skb.ifindex(), hook::<PROGRAM>());
@@ -148,6 +166,10 @@ where
     // The fast path could not look it up.
     let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     Ok(match lookup::<F, PROGRAM>(skb, &window, &key, from_high) {
+        Some(known) if is_stale::<F, PROGRAM>(&known) => {
+            *stale = STALE;
+            Verdict::OPEN
+        }
         Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => {
             known.side.flags |= flow::remembered(packet.tcp_flags);
             use_known::<F, PROGRAM>(skb, window, known, layout(packet))
@@ -156,7 +178,7 @@ where
     })
 }
 
-/// An ICMP error goes the way of the flow it belongs to, if that is known.
+/// An ICMP error goes the way of the flow it belongs to, if that is known, and judged as policies are now.
 #[inline(always)]
 fn quoting<F: Way, const PROGRAM: u8>(skb: Skb, window: Window, packet: &Packet<F>, quoted: &mut Packet<F>) -> Verdict
 where
@@ -175,10 +197,12 @@ where
         _ => true,
     };
     match flow_of_quoted::<F, PROGRAM>(skb, &window, quoted) {
-        Some(known) if goes && comes => match known.side.flags & flow_flags::TRANSLATE {
-            0 => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
-            _ => Verdict::RELATED,
-        },
+        Some(known) if goes && comes && !is_stale::<F, PROGRAM>(&known) => {
+            match known.side.flags & flow_flags::TRANSLATE {
+                0 => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
+                _ => Verdict::RELATED,
+            }
+        }
         _ => Verdict::OPEN,
     }
 }
@@ -210,11 +234,11 @@ where
     }
 }
 
-/// Decides.
+/// Decides: the way, and whether policies allow it. Open if they do; the flow's entry is on the desk then.
 #[inline(never)]
 fn settle<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
 where
-    Maps: Tables<F>,
+    Maps: Tables<F> + Policies<F>,
 {
     settled::<F, PROGRAM>(Skb(ctx), desk).into()
 }
@@ -222,14 +246,13 @@ where
 #[inline(always)]
 fn settled<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Result<Verdict, Drop>
 where
-    Maps: Tables<F>,
+    Maps: Tables<F> + Policies<F>,
 {
-    let window = skb.window();
     let packet = &desk.packet;
     let served = (PROGRAM == FROM_POD || PROGRAM == FROM_VPC) && desk.choice.member.backend != NO_BACKEND;
     let decision = match PROGRAM {
         FROM_POD => {
-            let macs = window.macs().ok_or(Drop::Truncated)?;
+            let macs = skb.window().macs().ok_or(Drop::Truncated)?;
             decide::from_pod(&Maps, endpoint::<F>(skb)?, packet, &desk.choice.address, macs)?
         }
         TO_POD => decide::to_pod(&Maps, packet, skb.ifindex())?,
@@ -240,50 +263,63 @@ where
         _ => decide::from_vpc(&Maps, packet, skb.ifindex())?,
     };
     let Decision::Way(route) = decision else { return Ok(Verdict::next(const { kinds::<PROGRAM>() }.stack)) };
-    let seat = if served { Seat::Taken } else { seat::<F, PROGRAM>(skb, &window, packet) };
+    let seat = if served { TAKEN } else { seat::<F, PROGRAM>(skb, packet) };
+    let answers = seat == FREE && answers::<F>(packet, &route);
+    desk.choice.seat = seat;
     match seat {
-        Seat::Free => Ok(remember::<F, PROGRAM>(skb, window, packet, &route, &mut desk.flow)),
-        Seat::Taken => remember_both::<F, PROGRAM>(skb, window, &route, desk),
-        Seat::Moved(known) => Ok(use_known::<F, PROGRAM>(skb, window, known, layout(packet))),
+        FREE => prepare::<F>(&mut desk.flow, &route, answers),
+        TAKEN => prepare_both::<F, PROGRAM>(desk, &route)?,
+        // It is judged when its entry is used.
+        _ => return Ok(Verdict::OPEN),
     }
+    Ok(permitted::<F>(desk, seat == TAKEN, answers))
 }
 
-/// Whether a connection can have the entry that its packets lead to.
-enum Seat<F: Family> {
-    Free,
-    /// The answers of a Service's backend are there, which look the same: the connection gets another source port.
-    Taken,
-    /// It has got one already.
-    Moved(Known<F>),
+/// Remembers what is on the desk, and sends the packet.
+#[inline(never)]
+fn enter<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
+where
+    Maps: Tables<F>,
+{
+    let (skb, window) = (Skb(ctx), Skb(ctx).window());
+    if desk.choice.seat == TAKEN {
+        return remember_both::<F, PROGRAM>(skb, window, desk).into();
+    }
+    remember::<F, PROGRAM>(skb, window, &desk.packet, &mut desk.flow)
 }
 
+/// A connection can have the entry that its packets lead to.
+const FREE: u32 = 0;
+/// The answers of a Service's backend are there, which look the same: the connection gets another source port. Or it is for a Service.
+const TAKEN: u32 = 1;
+/// It has got another port already.
+const MOVED_ON: u32 = 2;
+
+/// Where a connection stands.
 #[inline(always)]
-fn seat<F: Way, const PROGRAM: u8>(skb: Skb, window: &Window, packet: &Packet<F>) -> Seat<F>
+fn seat<F: Way, const PROGRAM: u8>(skb: Skb, packet: &Packet<F>) -> u32
 where
     Maps: Tables<F>,
 {
     if !service::is_served(packet.protocol) {
-        return Seat::Free;
+        return FREE;
     }
     let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     // SAFETY: read at once; an entry that is reused meanwhile is a race that every preallocated map has.
     let taken = unsafe { F::flows().get(&key) }.is_some_and(|old| {
         let [side, _] = &old.sides;
         let others = old.maker != from_high && side.flags & flow_flags::TRANSLATE != 0;
-        others && side.flags & flow_flags::RST == 0 && holds::<F>(old)
+        others && side.flags & flow_flags::RST == 0 && drift::<F>(old) <= POLICY_EPOCH
     });
     // The other connection may have ended meanwhile. This one goes on where it is, and a new one need not look.
     if taken || packet.tcp_flags & tcp_flags::SYN == 0 {
         key.class |= MOVED;
-        match lookup::<F, PROGRAM>(skb, window, &key, from_high) {
-            Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => {
-                known.side.flags |= flow::remembered(packet.tcp_flags);
-                return Seat::Moved(known);
-            }
+        match lookup::<F, PROGRAM>(skb, &skb.window(), &key, from_high) {
+            Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => return MOVED_ON,
             _ => {}
         }
     }
-    if taken { Seat::Taken } else { Seat::Free }
+    if taken { TAKEN } else { FREE }
 }
 
 /// Where a packet's transport header is.
@@ -293,37 +329,38 @@ pub(super) fn layout<F: Family>(packet: &Packet<F>) -> Layout {
     Layout { protocol: packet.protocol, transport, quote: None }
 }
 
+/// Makes the entry of both directions, as far as the way decides about it.
+#[inline(always)]
+fn prepare<F: Way>(flow: &mut Flow<F::Addr>, route: &Route<'_>, answers: bool) {
+    // SAFETY: a flow entry consists of integers.
+    unsafe { zero(flow) };
+    flow.slots = [route.source.slot, route.destination.slot];
+    flow.epochs = [route.source.epoch, route.destination.epoch];
+    let [side, other] = &mut flow.sides;
+    route.fill::<F>(side);
+    route.back().fill::<F>(other);
+    let reverse = |it: bool| if it { flow_flags::REVERSE } else { 0 };
+    (side.flags, other.flags) = (flow_flags::SEEN | reverse(answers), reverse(!answers));
+}
+
 /// Writes the entry of both directions and sends the packet by it.
 #[inline(always)]
 fn remember<F: Way, const PROGRAM: u8>(
     skb: Skb,
     window: Window,
     packet: &Packet<F>,
-    route: &Route<'_>,
     flow: &mut Flow<F::Addr>,
-) -> Verdict
-where
-    Maps: Tables<F>,
-{
-    // SAFETY: a flow entry consists of integers.
-    unsafe { zero(flow) };
+) -> Verdict {
     let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
-    flow.slots = [route.source.slot, route.destination.slot];
-    flow.epochs = [route.source.epoch, route.destination.epoch];
     let now = now();
     (flow.created, flow.maker) = (now, from_high);
     let whole: *const _ = flow;
     let [side, other] = &mut flow.sides;
-    route.fill::<F>(side);
     // An ICMP error that belongs to no flow is not the beginning of one.
     if packet.payload == Payload::IcmpError {
         return send::<F, PROGRAM>(skb, window, side, whole, layout(packet));
     }
-    route.back().fill::<F>(other);
-    let answers = answers::<F>(&key, from_high, packet.tcp_flags);
-    let reverse = |it: bool| if it { flow_flags::REVERSE } else { 0 };
-    side.flags = flow_flags::SEEN | reverse(answers) | flow::remembered(packet.tcp_flags);
-    other.flags = reverse(!answers);
+    side.flags |= flow::remembered(packet.tcp_flags);
     (side.last_seen, other.last_seen) = (now, now);
     (side.packets, side.bytes) = (1, u64::from(skb.len()));
     let full = F::flows().insert(&key, &*flow, 0).is_err();
@@ -337,18 +374,33 @@ where
     send::<F, PROGRAM>(skb, window, side, whole, layout(packet))
 }
 
-/// Whether the sender of this packet is the one who answers: the packet itself says so, or the entry that it is about to replace,
-/// whatever that entry's epochs are. What a pod's change voids is where packets go, and not who began.
+/// Whether the sender of this packet is the one who answers: so says the entry that it is about to replace, if that was made between
+/// the same pods. What voids an entry is where packets go, and not who began.
+///
+/// What the packet says of itself does not count, as it would open a way past policies: without an entry, who speaks first began.
 #[inline(always)]
-fn answers<F: Way>(key: &FlowKey<F::Addr>, from_high: u32, tcp: u8) -> bool {
+fn answers<F: Way>(packet: &Packet<F>, route: &Route<'_>) -> bool {
     const BOTH: u8 = tcp_flags::SYN | tcp_flags::ACK;
-    if tcp & tcp_flags::SYN != 0 {
-        return tcp & BOTH == BOTH;
+    if packet.tcp_flags & BOTH == tcp_flags::SYN {
+        return false;
     }
-    let Some(old) = F::flows().get_ptr_mut(key) else { return false };
+    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    let Some(old) = F::flows().get_ptr_mut(&key) else { return false };
     // SAFETY: the value stays mapped for the program's run; an entry that is reused meanwhile is a race that every preallocated map
     // has.
-    flow::side(unsafe { &mut *old }, from_high).flags & flow_flags::REVERSE != 0
+    let old = unsafe { &mut *old };
+    let ([makers, others], [at_makers, at_others]) = (old.slots, old.epochs);
+    let (own, other) = if old.maker == from_high {
+        ((makers, at_makers), (others, at_others))
+    } else {
+        ((others, at_others), (makers, at_makers))
+    };
+    let same = |(slot, epoch): (u32, u32), now: Basis| {
+        !policy::is_pod(now.slot) || slot == now.slot && is_between(now.since, epoch, now.epoch)
+    };
+    flow::side(old, from_high).flags & flow_flags::REVERSE != 0
+        && same(own, route.source)
+        && same(other, route.destination)
 }
 
 #[inline(always)]

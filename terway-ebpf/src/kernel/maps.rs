@@ -9,13 +9,14 @@ use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
     Affinity, AffinityKey, Backend, Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FILTER, Flow, FlowKeyV4,
     FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKey, FrontendKeyV4,
-    FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS, Member, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6,
-    Uplink, filter_v4, filter_v6,
+    FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS, Member, PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS, SocketKey,
+    SocketValue, SourceRangeV4, SourceRangeV6, Uplink, filter_v4, filter_v6, policy_index,
 };
 
 use crate::decide::Tables;
 use crate::family::{Family, V4, V6};
 use crate::parse::Packet;
+use crate::policy::{Case, Policies};
 use crate::service::Services;
 
 /// Pods by host interface. Not preallocated: most nodes have tens of pods.
@@ -66,6 +67,10 @@ pub struct Desk<F: Family> {
     pub reply: Flow<F::Addr>,
     /// Where the packet goes.
     pub choice: Choice<F::Addr>,
+    /// What policies are asked about.
+    pub case: Case<F::Addr>,
+    /// Not 0 if the packet's flow is known, and policies have changed since it was judged; see [`super::judge`].
+    pub stale: u32,
 }
 
 /// Where a packet goes: its destination, or the backend that a Service chose for it.
@@ -81,10 +86,16 @@ pub struct Choice<A> {
     pub service: u32,
     /// Not 0 if the Service refuses the packet.
     pub refused: u32,
+    /// Not 0 if the backend is the sender itself.
+    pub itself: u32,
     /// Not 0 if a backend on another node will not do.
     pub local: u32,
     /// The source port that the backend knows the connection by, as in the packet; 0 if that is still to be found.
     pub source: u32,
+    /// The ENI in whose name the packet goes on to another node; 0 if it does not.
+    pub uplink: u32,
+    /// A seat of [`super::first`].
+    pub seat: u32,
 }
 
 /// The desk of IPv4.
@@ -143,6 +154,39 @@ pub static RANGES_V6: lpm_trie::LpmTrie<SourceRangeV6, u32> = lpm_trie::LpmTrie:
 #[map]
 pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::with_max_entries(65_536, 0);
 
+/// Which phase of the policies counts.
+#[map]
+pub static POLICY_GATE: Array<u32> = Array::with_max_entries(1, 0);
+
+/// What policies say about pods, for each phase: 400 KiB.
+#[map]
+pub static POLICY_ENDPOINTS: Array<PolicyEndpoint> = Array::with_max_entries(2 * MAX_ENDPOINTS, 0);
+
+/// What sets say about identities. Two hundred pods of a node with fifty different policies, in a cluster with a thousand classes of
+/// pods, take some ten thousand; a daemon that takes over needs twice that for a moment. Not preallocated, here and below: a value
+/// that is replaced or removed is not used again before all readers are gone.
+#[map]
+pub static POLICY_PEERS: HashMap<PeerKey, Phases> = HashMap::with_max_entries(262_144, BPF_F_NO_PREALLOC);
+
+/// Port tables: some ten prefixes for each combination of rules.
+#[map]
+pub static POLICY_PORTS: lpm_trie::LpmTrie<PortKey, u32> = lpm_trie::LpmTrie::with_max_entries(262_144, 0);
+
+/// Identities of pods and of this node: a cluster of 100 000 pods.
+#[map]
+pub static IPCACHE_V4: HashMap<u32, Phases> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+
+/// As [`IPCACHE_V4`].
+#[map]
+pub static IPCACHE_V6: HashMap<[u32; 4], Phases> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+
+/// Identities of blocks: those that policies name.
+#[map]
+pub static IPCACHE_NET_V4: lpm_trie::LpmTrie<u32, Phases> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
+
+/// As [`IPCACHE_NET_V4`].
+#[map]
+pub static IPCACHE_NET_V6: lpm_trie::LpmTrie<[u32; 4], Phases> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
 /// ENIs by which clients outside are served. Not preallocated: most nodes have a handful.
 #[map]
 pub static UPLINKS: HashMap<u32, Uplink> = HashMap::with_max_entries(MAX_UPLINKS, BPF_F_NO_PREALLOC);
@@ -359,6 +403,48 @@ services!(V6, FRONTENDS_V6, filter_v6, |service, client: &[u32; 4]| {
     let [a, b, c, d] = *client;
     RANGES_V6.get(lpm_trie::Key::new(32 + 128, [service, a, b, c, d])).is_some()
 });
+
+macro_rules! policies {
+    ($family:ty, $exact:ident, $net:ident, $bits:literal) => {
+        impl Policies<$family> for Maps {
+            #[inline(always)]
+            fn gate(&self) -> u32 {
+                // SAFETY: the map's value outlives the program run. Volatile: read once, after the epochs.
+                POLICY_GATE.get(0).map_or(0, |gate| unsafe { core::ptr::read_volatile(gate) })
+            }
+
+            #[inline(always)]
+            fn endpoint(&self, slot: u32, phase: u32) -> Option<&PolicyEndpoint> {
+                POLICY_ENDPOINTS.get(policy_index(slot, phase))
+            }
+
+            #[inline(always)]
+            fn exact(&self, address: &<$family as Family>::Addr) -> Option<&Phases> {
+                // SAFETY: values are replaced whole, and the old ones stay for a grace period.
+                unsafe { $exact.get(address) }
+            }
+
+            #[inline(always)]
+            fn block(&self, address: &<$family as Family>::Addr) -> Option<&Phases> {
+                $net.get(lpm_trie::Key::new($bits, *address))
+            }
+
+            #[inline(always)]
+            fn peer(&self, key: &PeerKey) -> Option<&Phases> {
+                // SAFETY: as above.
+                unsafe { POLICY_PEERS.get(key) }
+            }
+
+            #[inline(always)]
+            fn port(&self, key: &PortKey) -> Option<u32> {
+                POLICY_PORTS.get(lpm_trie::Key::new(PortKey::BITS, *key)).copied()
+            }
+        }
+    };
+}
+
+policies!(V4, IPCACHE_V4, IPCACHE_NET_V4, 32);
+policies!(V6, IPCACHE_V6, IPCACHE_NET_V6, 128);
 
 /// Counts a connection of a backend. Without a lock: the daemon sets the counts right when it sweeps.
 #[inline(always)]

@@ -2,6 +2,7 @@
 
 pub mod exit;
 pub mod first;
+pub mod judge;
 pub mod icmp;
 pub mod maps;
 pub mod nat;

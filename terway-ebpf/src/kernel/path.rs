@@ -4,6 +4,7 @@ use aya_ebpf::bindings::bpf_redir_neigh;
 use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
 use terway_abi::{
     Action, Drop, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, Kind, MARK_CHECKED, Member, NO_BACKEND, Nexthop,
+    POLICY_EPOCH,
     Program, Side, flow_flags,
 };
 
@@ -18,6 +19,7 @@ use crate::family::Family;
 use crate::flow;
 use crate::frame::Frame;
 use crate::icmp;
+use crate::policy::Policies;
 use crate::refuse::Refusal;
 use crate::service::Services;
 
@@ -48,17 +50,19 @@ pub(super) const fn hook<const PROGRAM: u8>() -> u8 {
 #[inline(always)]
 pub fn forward<F: Way, const PROGRAM: u8>(skb: Skb, window: Window) -> Verdict
 where
-    Maps: Tables<F> + Services<F>,
+    Maps: Tables<F> + Services<F> + Policies<F>,
     Checks: Neighbourly<F>,
 {
     let Some(glance) = F::glance(&window) else { return unusual::<F, PROGRAM>(skb) };
     let (key, from_high) = flow::key::<F>(&glance.src, &glance.dst, glance.ports, glance.protocol);
+    let mut stale = false;
     if let Some(known) = lookup::<F, PROGRAM>(skb, &window, &key, from_high) {
         let layout = Layout { protocol: glance.protocol, transport: F::TRANSPORT, quote: None };
-        if glance.tcp_flags & flow::NOTABLE == 0 {
+        stale = is_stale::<F, PROGRAM>(&known);
+        if !stale && glance.tcp_flags & flow::NOTABLE == 0 {
             return use_known::<F, PROGRAM>(skb, window, known, layout);
         }
-        if flow::continues(known.side.flags, glance.tcp_flags) {
+        if !stale && flow::continues(known.side.flags, glance.tcp_flags) {
             known.side.flags |= flow::remembered(glance.tcp_flags);
             return use_known::<F, PROGRAM>(skb, window, known, layout);
         }
@@ -66,14 +70,20 @@ where
     if PROGRAM == TO_VPC {
         return Verdict::next(const { kinds::<PROGRAM>() }.stack);
     }
-    first::<F, PROGRAM>(skb, &glance)
+    first::<F, PROGRAM>(skb, &glance, stale)
+}
+
+/// Whether a flow is to be judged again before it is used. What the host stack sends by an ENI has no pod at either end.
+#[inline(always)]
+pub(super) const fn is_stale<F: Family, const PROGRAM: u8>(known: &Known<F>) -> bool {
+    PROGRAM != TO_VPC && known.stale
 }
 
 /// The way of a packet that the host stack sends by an ENI: only answers of the node itself to clients of its Services are known here.
 #[inline(always)]
 pub fn leave<F: Way>(skb: Skb) -> Verdict
 where
-    Maps: Tables<F> + Services<F>,
+    Maps: Tables<F> + Services<F> + Policies<F>,
     Checks: Neighbourly<F>,
 {
     let mut window = skb.window();
@@ -92,7 +102,11 @@ where
 /// A flow, and the sender's side of it.
 pub(super) struct Known<F: Family> {
     pub(super) side: &'static mut Side,
-    flow: *const Flow<F::Addr>,
+    pub(super) flow: *mut Flow<F::Addr>,
+    /// The sender is who made the entry.
+    pub(super) from_maker: bool,
+    /// Policies have changed since it was judged; before it is used it is judged again.
+    pub(super) stale: bool,
 }
 
 /// Where the transport header is.
@@ -121,8 +135,9 @@ where
     // SAFETY: the value stays mapped for the program's run. Other CPUs may count in it at the same time, which `Flow` allows for; an
     // entry that is evicted and reused meanwhile is a race that every preallocated map has.
     let entry = unsafe { &mut *entry };
-    let holds = holds::<F>(entry);
-    let flow: *const _ = entry;
+    let drift = drift::<F>(entry);
+    let from_maker = entry.maker == from_high;
+    let flow: *mut _ = entry;
     let side = flow::side(entry, from_high);
     if side.ifindex != skb.ifindex() || side.hook != u32::from(hook::<PROGRAM>()) {
         return None;
@@ -130,21 +145,24 @@ where
     if PROGRAM == FROM_POD && window.macs()? != side.expect {
         return None;
     }
-    if !holds {
+    if drift > POLICY_EPOCH {
         count(Kind::FlowStale as u32, skb.len());
         return None;
     }
-    Some(Known { side, flow })
+    Some(Known { side, flow, from_maker, stale: drift != 0 })
 }
 
-/// Whether both ends of an entry, and the backend, are as they were when it was made.
+/// What has changed about an entry's ends, as [`decide::drift`] has it, and about its backend, whose end makes it void.
 #[inline(always)]
-pub(super) fn holds<F: Way>(flow: &Flow<F::Addr>) -> bool
+pub(super) fn drift<F: Way>(flow: &Flow<F::Addr>) -> u32
 where
     Maps: Tables<F>,
 {
     let member = Member { backend: flow.backend, generation: flow.generation };
-    decide::holds::<F, _>(&Maps, flow.slots, flow.epochs) && (member.backend == NO_BACKEND || is_current(member))
+    if member.backend != NO_BACKEND && !is_current(member) {
+        return u32::MAX;
+    }
+    decide::drift::<F, _>(&Maps, flow.slots, flow.epochs)
 }
 
 #[inline(always)]
@@ -159,7 +177,7 @@ pub(super) fn use_known<F: Way, const PROGRAM: u8>(
     known: Known<F>,
     layout: Layout,
 ) -> Verdict {
-    let Known { side, flow } = known;
+    let Known { side, flow, .. } = known;
     side.packets += 1;
     side.bytes += u64::from(skb.len());
     // In the same cache line as the counters, so writing it each time costs nothing.

@@ -2,12 +2,12 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
-use terway_abi::{Drop, Flow, FlowKey, Kind, MOVED, Member, NO_BACKEND, flow_flags, frontend_flags};
+use terway_abi::{Drop, Flow, FlowKey, Kind, MOVED, Member, NO_BACKEND, POLICY_EPOCH, flow_flags, frontend_flags};
 
 use super::exit::{Verdict, count, now};
 use super::first::{endpoint, layout};
 use super::maps::{Choice, Desk, HZ, Maps, burden};
-use super::path::{FROM_POD, FROM_VPC, Way, holds, is_current, send};
+use super::path::{FROM_POD, FROM_VPC, Way, drift, is_current, send};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Tables};
 use crate::flow::{self, Place, Route};
@@ -92,18 +92,10 @@ fn before<F: Way>(packet: &Packet<F>) -> Option<(Member, u32)> {
     (own && member.backend != NO_BACKEND && is_current(member)).then_some((member, old.ports & 0xffff))
 }
 
-/// Writes the entries of a connection whose packets are translated, to a Service or, without a backend, only to another source port:
-/// one for each direction, because their packets look different. Then sends the packet.
+/// Makes the entries of a connection whose packets are translated, to a Service or, without a backend, only to another source port:
+/// one for each direction, because their packets look different. As far as the way decides about them.
 #[inline(always)]
-pub(super) fn remember_both<F: Way, const PROGRAM: u8>(
-    skb: Skb,
-    window: Window,
-    route: &Route<'_>,
-    desk: &mut Desk<F>,
-) -> Result<Verdict, Drop>
-where
-    Maps: Tables<F>,
-{
+pub(super) fn prepare_both<F: Way, const PROGRAM: u8>(desk: &mut Desk<F>, route: &Route<'_>) -> Result<(), Drop> {
     let Desk { packet, flow, reply, choice, .. } = desk;
     // Of a later fragment or an ICMP error there is nothing to learn.
     if packet.fragment == Fragment::Later || packet.payload != Payload::Plain {
@@ -117,39 +109,59 @@ where
         zero(flow);
         zero(reply);
     }
-    let now = now();
-    for entry in [&mut *flow, &mut *reply] {
-        entry.slots = [route.source.slot, route.destination.slot];
-        entry.epochs = [route.source.epoch, route.destination.epoch];
-        entry.created = now;
-        (entry.backend, entry.generation, entry.service) =
-            (choice.member.backend, choice.member.generation, choice.service);
-        let [side, _] = &mut entry.sides;
-        side.last_seen = now;
+    let (source, destination) = (route.source, route.destination);
+    for (entry, maker, other) in [(&mut *flow, source, destination), (&mut *reply, destination, source)] {
+        entry.slots = [maker.slot, other.slot];
+        entry.epochs = [maker.epoch, other.epoch];
     }
     let ([side, _], [other, _]) = (&mut flow.sides, &mut reply.sides);
     route.fill::<F>(side);
     route.back().fill::<F>(other);
     side.flags = flow_flags::SEEN | flow::remembered(packet.tcp_flags);
     other.flags = flow_flags::REVERSE;
+    choice.itself = match (route.origin, route.target) {
+        (Place::Pod(pod), Place::Pod(peer)) => u32::from(pod.host_ifindex == peer.host_ifindex),
+        _ => 0,
+    };
+    choice.uplink = match (route.origin, route.target) {
+        (Place::Vpc(_), Place::Vpc(node)) if PROGRAM == FROM_VPC => node.eni_ifindex,
+        _ => 0,
+    };
+    Ok(())
+}
+
+/// Writes those entries, and sends the packet.
+#[inline(always)]
+pub(super) fn remember_both<F: Way, const PROGRAM: u8>(
+    skb: Skb,
+    window: Window,
+    desk: &mut Desk<F>,
+) -> Result<Verdict, Drop>
+where
+    Maps: Tables<F>,
+{
+    let Desk { packet, flow, reply, choice, .. } = desk;
+    let now = now();
+    for entry in [&mut *flow, &mut *reply] {
+        entry.created = now;
+        (entry.backend, entry.generation, entry.service) =
+            (choice.member.backend, choice.member.generation, choice.service);
+        let [side, _] = &mut entry.sides;
+        side.last_seen = now;
+    }
+    let [side, _] = &mut flow.sides;
     (side.packets, side.bytes) = (1, u64::from(skb.len()));
 
     // A pod that is its own backend would not take a packet that comes from its own address: there it comes from the Service.
-    let itself = match (route.origin, route.target) {
-        (Place::Pod(pod), Place::Pod(peer)) => pod.host_ifindex == peer.host_ifindex,
-        _ => false,
-    };
     let sent = Tuple { src: &packet.src, dst: &packet.dst, ports: packet.ports };
-    let mut src = if itself { &packet.dst } else { &packet.src };
+    let mut src = if choice.itself != 0 { &packet.dst } else { &packet.src };
     let mut ports = Draw { first: packet.ports & 0xffff, others: Ports::CLIENTS };
     // What goes on to another node goes in this one's name, so that the answers come back here.
     let own;
-    if PROGRAM == FROM_VPC
-        && let (Place::Vpc(_), Place::Vpc(node)) = (route.origin, route.target)
-    {
-        own = F::address(node);
+    if PROGRAM == FROM_VPC && choice.uplink != 0 {
+        let uplink = Tables::<F>::uplink(&Maps, choice.uplink).ok_or(Drop::NoUplink)?;
+        own = F::address(&uplink.node);
         src = &own;
-        let uplink = Tables::<F>::uplink(&Maps, node.eni_ifindex).ok_or(Drop::NoUplink)?;
         ports.others = Ports { first: uplink.first_port, count: uplink.ports };
         if packet.protocol != SCTP {
             // SAFETY: the helper has no preconditions.
@@ -237,5 +249,5 @@ where
         && taken.ports == back.ports
         && F::same(&taken.src, back.src)
         && F::same(&taken.dst, back.dst);
-    own || over || !holds::<F>(taken)
+    own || over || drift::<F>(taken) > POLICY_EPOCH
 }

@@ -299,6 +299,20 @@ impl NodeNetwork for ScriptedDaemon {
         Err(Status::unimplemented("the plugin never asks"))
     }
 
+    async fn list_policies(
+        &self,
+        _: Request<v1::ListPoliciesRequest>,
+    ) -> Result<Response<v1::ListPoliciesResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
+    async fn explain_policy(
+        &self,
+        _: Request<v1::ExplainPolicyRequest>,
+    ) -> Result<Response<v1::ExplainPolicyResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
     async fn flow_stats(&self, _: Request<v1::FlowStatsRequest>) -> Result<Response<v1::FlowStatsResponse>, Status> {
         Err(Status::unimplemented("the plugin never asks"))
     }

@@ -9,11 +9,22 @@ mod churn;
 mod connectivity;
 mod conntrack;
 mod north;
+mod policy;
 mod rolling;
 mod services;
 mod soak;
 mod sockets;
 mod survival;
+
+// The oracle of the compiler's own tests is what packets are compared with.
+#[allow(dead_code, reason = "the compiler's tests use more of it")]
+#[path = "../../../terway-daemon/core/tests/policy/dice.rs"]
+mod dice;
+#[path = "../../../terway-daemon/core/tests/policy/oracle.rs"]
+mod oracle;
+#[allow(dead_code, clippy::unwrap_used, reason = "the compiler's tests use more of it, and panic where they fail")]
+#[path = "../../../terway-daemon/core/tests/policy/world.rs"]
+mod world;
 
 use std::time::Duration;
 

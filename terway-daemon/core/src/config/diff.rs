@@ -193,7 +193,6 @@ impl Config {
             warm_up: self.warm_up,
             service_cidrs: self.service_cidrs.clone(),
             region: self.region.clone(),
-            policy_enabled: self.policy_enabled,
             in_cluster_loadbalance: self.in_cluster_loadbalance,
             mtu: self.mtu,
             conntrack: self.conntrack.in_force(&new.conntrack),

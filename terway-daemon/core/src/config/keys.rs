@@ -309,8 +309,8 @@ keys! {
         "The longest time that it is adapted to.";
     DEGRADATION = "degradation", EniConf, OneOf(&["", "l0", "l1"]), Is(""), "", Now,
         "For emergencies: l0 makes no call of the cloud API at all and serves pods from what the node has; l1 makes none that releases something.";
-    DISABLE_NETWORK_POLICY = "disable_network_policy", ConfigMap, TextFlag, Is("false"), "", Restart,
-        "Turns NetworkPolicy off. Every value but false, 0 and the empty string does. Kept for NetworkPolicy, which is to come.";
+    DISABLE_NETWORK_POLICY = "disable_network_policy", ConfigMap, TextFlag, Is("false"), "", Now,
+        "Turns NetworkPolicy off. Every value but false, 0 and the empty string does.";
     IN_CLUSTER_LOADBALANCE = "in_cluster_loadbalance", ConfigMap, TextFlag, Is("true"), "", Restart,
         "Connections of pods to external addresses of Services go straight to the backends. Every value but true turns it off. Kept for Services in the datapath, which are to come.";
     CNI_CONFLIST = "10-terway.conflist", ConfigMap, CniConf, Means("none"), "", Restart,

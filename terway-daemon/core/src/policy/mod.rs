@@ -22,6 +22,7 @@ mod class;
 mod compiler;
 mod explain;
 mod hash;
+mod held;
 mod identify;
 mod maps;
 mod number;

@@ -31,6 +31,13 @@ pub(super) struct PodState {
     claims: Box<[IpAddr]>,
 }
 
+impl PodState {
+    /// Whether it may be the pod of this UID; who does not say is taken at the name.
+    pub(super) fn is(&self, uid: &str) -> bool {
+        uid.is_empty() || self.uid.is_empty() || *self.uid == *uid
+    }
+}
+
 /// An address that somebody has.
 #[derive(Debug, Default)]
 pub(super) struct Claim {
@@ -57,8 +64,7 @@ impl Compiler {
     pub(super) fn known_pod(&self, endpoint: &Endpoint) -> Option<PodId> {
         let id = *self.names.get(&endpoint.pod)?;
         let state = self.pods.get(&id)?;
-        let namesake = !endpoint.uid.is_empty() && !state.uid.is_empty() && *endpoint.uid != *state.uid;
-        (!namesake && !state.host_network).then_some(id)
+        (state.is(&endpoint.uid) && !state.host_network).then_some(id)
     }
 
     pub(super) fn pod(&mut self, name: ObjectName, pod: Option<&Pod>) {

@@ -4,10 +4,10 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
 
-use terway_abi::{Flow, MAX_ENDPOINTS, NO_BACKEND, NO_SLOT};
+use terway_abi::{Flow, MAX_ENDPOINTS, NO_BACKEND, NO_SLOT, same_way};
 use terway_core::conntrack::Standing;
 
-use super::{Tables, translates};
+use super::Tables;
 use crate::bpf::error::BpfError;
 
 /// Epochs, pods and generations as they were when somebody began to look; those of backends are read when they are first asked for.
@@ -76,12 +76,13 @@ impl<'a> Facts<'a> {
             return Ok(Standing::Gone);
         }
         for (slot, at) in flow.slots.iter().zip(flow.epochs) {
-            if epoch(*slot)? == Some(at) {
+            // One whose policies have changed is judged again by its next packet, and may go on.
+            if epoch(*slot)?.is_some_and(|epoch| same_way(epoch, at)) {
                 continue;
             }
-            // A slot that no pod has was a pod's that is gone. Of a translated connection nobody asks who began.
+            // A slot that no pod has was a pod's that is gone.
             let pod_is_gone = *slot < MAX_ENDPOINTS && !self.pods.contains(slot);
-            return Ok(if pod_is_gone || translates(flow) { Standing::Gone } else { Standing::Moved });
+            return Ok(if pod_is_gone { Standing::Gone } else { Standing::Moved });
         }
         Ok(Standing::Holds)
     }

@@ -22,7 +22,9 @@ pub struct Pod {
     pub ns: NetNs,
     /// The sandbox id, 64 hex digits.
     pub id: String,
-    /// Its name in the namespace `default`.
+    /// Its Kubernetes namespace.
+    pub namespace: String,
+    /// Its name there.
     pub name: String,
     /// Its addresses, once ADD answered.
     pub ips: Vec<IpAddr>,
@@ -33,7 +35,8 @@ pub struct Pod {
 impl Pod {
     pub(super) fn create(netns: &str, name: &str) -> Result<Self> {
         let id = hex::encode(Sha256::digest(format!("{netns}/{name}")));
-        Ok(Self { ns: NetNs::create(netns)?, id, name: name.to_owned(), ips: Vec::new(), result: Value::Null })
+        let (namespace, name) = ("default".to_owned(), name.to_owned());
+        Ok(Self { ns: NetNs::create(netns)?, id, namespace, name, ips: Vec::new(), result: Value::Null })
     }
 
     /// A pod of a container runtime: its namespace, the sandbox id, and its name.
@@ -42,7 +45,8 @@ impl Pod {
     /// When the namespace is gone.
     pub fn of_runtime(netns: &Path, id: &str, name: &str) -> Result<Self> {
         let ns = NetNs::open(netns)?;
-        Ok(Self { ns, id: id.to_owned(), name: name.to_owned(), ips: Vec::new(), result: Value::Null })
+        let (namespace, name) = ("default".to_owned(), name.to_owned());
+        Ok(Self { ns, id: id.to_owned(), namespace, name, ips: Vec::new(), result: Value::Null })
     }
 
     /// Its IPv4 address.
@@ -139,7 +143,7 @@ impl Node {
     /// What a runtime starts, and what it writes to it.
     fn plugin_call(&self, verb: &str, pod: &Pod) -> Result<(Command, String)> {
         let conf = self.plugin_conf(verb, pod)?.to_string();
-        let (name, id) = (&pod.name, &pod.id);
+        let (namespace, name, id) = (&pod.namespace, &pod.name, &pod.id);
         let path = self.work.join("cni");
         let mut command: Command = self.ns.command(path.join("terway"));
         command
@@ -153,7 +157,7 @@ impl Node {
             .env(
                 "CNI_ARGS",
                 format!(
-                    "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={id};\
+                    "IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={id};\
                      K8S_POD_UID=uid-{name}"
                 ),
             )

@@ -85,6 +85,16 @@ impl Rpc {
         self.handle.block_on(call).map(tonic::Response::into_inner).map_err(|status| refused("Status", &status))
     }
 
+    /// `ListPolicies` of one namespace.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub fn policies(&mut self, namespace: &str) -> Result<v1::ListPoliciesResponse> {
+        let request = v1::ListPoliciesRequest { namespace: namespace.to_owned(), name: String::new() };
+        let call = self.client.list_policies(request);
+        self.handle.block_on(call).map(tonic::Response::into_inner).map_err(|status| refused("ListPolicies", &status))
+    }
+
     /// `AddPod`.
     ///
     /// # Errors

@@ -1,0 +1,170 @@
+//! The datapath's own code on the compiler's maps: it answers what [`Maps::verdict`] answers, number for number.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use terway_abi::{DECISION_ALLOW, GATE_ENFORCE, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, policy_reason};
+use terway_core::policy::{
+    DISABLED, Decision, LOOPBACK, Maps, NO_POLICY, Nature, Packet, RESIDENT_NODE, ReasonId, RowId, SetId, Side,
+};
+use terway_ebpf::family::{Family, V4, V6};
+use terway_ebpf::policy::{Case, ELSEWHERE, Policies, verdict};
+
+use crate::dice::Dice;
+use crate::random::{compile, finder};
+use crate::setting;
+use crate::world::random;
+
+/// The maps as the kernel holds them.
+struct Kernel<'a> {
+    maps: &'a Maps,
+    gate: u32,
+    endpoints: HashMap<u32, [PolicyEndpoint; 2]>,
+    exact: HashMap<IpAddr, Phases>,
+    blocks: HashMap<IpNet, Phases>,
+    peers: HashMap<PeerKey, Phases>,
+}
+
+impl<'a> Kernel<'a> {
+    fn of(maps: &'a Maps) -> Self {
+        let side = |side: Side| PolicySide { set: side.set.0, defaults: side.defaults.map(|target| target.0) };
+        let endpoint = |value: terway_core::policy::EndpointPolicy| PolicyEndpoint {
+            identities: value.identities.map(|identity| identity.0),
+            ingress: side(value.ingress),
+            egress: side(value.egress),
+        };
+        Self {
+            maps,
+            gate: maps.phase as u32 | if maps.enforce { GATE_ENFORCE } else { 0 },
+            endpoints: maps.endpoints.iter().map(|(slot, values)| (*slot, values.map(endpoint))).collect(),
+            exact: maps.addresses.iter().map(|(a, pair)| (*a, pair.map(|identity| identity.0))).collect(),
+            blocks: maps.blocks.iter().map(|(net, pair)| (*net, pair.map(|identity| identity.0))).collect(),
+            peers: maps
+                .peers
+                .iter()
+                .map(|((set, id), pair)| (PeerKey { set: set.0, identity: id.0 }, pair.map(|target| target.0)))
+                .collect(),
+        }
+    }
+}
+
+fn ip<F: Family>(address: &F::Addr) -> IpAddr {
+    let words = F::widen(address);
+    if F::VERSION == 4 {
+        return Ipv4Addr::from(words[0].to_ne_bytes()).into();
+    }
+    let mut bytes = [0; 16];
+    for (chunk, word) in bytes.chunks_exact_mut(4).zip(words) {
+        chunk.copy_from_slice(&word.to_ne_bytes());
+    }
+    Ipv6Addr::from(bytes).into()
+}
+
+impl<F: Family> Policies<F> for Kernel<'_> {
+    fn gate(&self) -> u32 {
+        self.gate
+    }
+
+    fn endpoint(&self, slot: u32, phase: u32) -> Option<&PolicyEndpoint> {
+        self.endpoints.get(&slot).map(|values| &values[phase as usize])
+    }
+
+    fn exact(&self, address: &F::Addr) -> Option<&Phases> {
+        self.exact.get(&ip::<F>(address))
+    }
+
+    fn block(&self, address: &F::Addr) -> Option<&Phases> {
+        let net = IpNet::from(ip::<F>(address));
+        let lengths = (0..=net.prefix_len()).rev();
+        lengths.filter_map(|length| IpNet::new(net.addr(), length).ok()).find_map(|net| self.blocks.get(&net.trunc()))
+    }
+
+    fn peer(&self, key: &PeerKey) -> Option<&Phases> {
+        self.peers.get(key)
+    }
+
+    fn port(&self, key: &PortKey) -> Option<u32> {
+        let [protocol, high, low, zero] = key.class.to_ne_bytes();
+        assert_eq!(zero, 0);
+        let port = u16::from_be_bytes([high, low]);
+        let entries = self.maps.rows.get(&RowId(key.table))?.iter();
+        entries.filter(|e| e.covers(protocol, port)).max_by_key(|e| e.prefix_len()).map(|e| e.decision.0)
+    }
+}
+
+fn asked<F: Family>(kernel: &Kernel<'_>, packet: &Packet, slots: [u32; 2]) -> [u32; 2] {
+    let address = |ip: IpAddr| {
+        let bytes = match ip {
+            IpAddr::V4(v4) => [v4.octets(), [0; 4], [0; 4], [0; 4]].concat(),
+            IpAddr::V6(v6) => v6.octets().to_vec(),
+        };
+        let words = std::array::from_fn(|i| u32::from_ne_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap()));
+        F::narrow(&words)
+    };
+    let case = Case {
+        source: address(packet.source),
+        destination: address(packet.destination),
+        slots,
+        port: u32::from(packet.port.to_be()),
+        protocol: packet.protocol.into(),
+    };
+    verdict::<F, _>(kernel, &case)
+}
+
+/// A slot that is no pod's, as the datapath has one for every address.
+const BUCKET: u32 = terway_abi::MAX_ENDPOINTS + 7;
+
+fn compare(maps: &Maps, packets: &[Packet], local: &dyn Fn(IpAddr) -> Option<u32>) {
+    let kernel = Kernel::of(maps);
+    for packet in packets {
+        let slots = [packet.source, packet.destination].map(|address| local(address).unwrap_or(BUCKET));
+        let found = match packet.source {
+            IpAddr::V4(_) => asked::<V4>(&kernel, packet, slots),
+            IpAddr::V6(_) => asked::<V6>(&kernel, packet, slots),
+        };
+        let [egress, ingress] = maps.verdict(packet, local, maps.phase);
+        // What is forbidden to send need not be asked about any further.
+        let ingress = ingress.filter(|_| egress.is_none_or(Decision::allowed));
+        let always = !maps.enforce || slots[0] == slots[1];
+        for (side, (found, expected)) in found.into_iter().zip([egress, ingress]).enumerate() {
+            let expected = match expected {
+                // The node is not asked for where no policy applies.
+                Some(it) if it.reason() == RESIDENT_NODE => {
+                    let set = maps.endpoints[&slots[1]][maps.phase].ingress.set;
+                    Decision::allow(if set == SetId(0) { NO_POLICY } else { RESIDENT_NODE }).0
+                }
+                Some(it) => it.0,
+                None if always => found,
+                None => ELSEWHERE,
+            };
+            assert_eq!(found, expected, "{packet:?}, side {side}");
+            assert!(always || found & DECISION_ALLOW == expected & DECISION_ALLOW);
+        }
+    }
+}
+
+#[test]
+fn the_datapath_reads_the_maps_as_they_are_meant() {
+    assert_eq!(
+        [NO_POLICY, DISABLED, LOOPBACK, RESIDENT_NODE].map(|ReasonId(n)| n),
+        [policy_reason::NO_POLICY, policy_reason::DISABLED, policy_reason::LOOPBACK, policy_reason::RESIDENT_NODE]
+    );
+    assert_eq!(Nature::Node as u32, terway_abi::IDENTITY_NODE >> 30);
+    let (worlds, seed) = (setting("POLICY_WORLDS", 500), setting("POLICY_SEED", 1));
+    for n in 0..worlds {
+        let mut dice = Dice::new(seed.wrapping_add(n).wrapping_mul(0x1000_0000_01b3));
+        let world = random(&mut dice);
+        let (_, mut maps) = compile(&world);
+        let packets = world.packets();
+        compare(&maps, &packets, &finder(&world));
+        // Whatever is missing, both miss the same.
+        for _ in 0..3 {
+            maps.peers.retain(|_, _| dice.chance(90));
+            maps.rows.retain(|_, _| dice.chance(90));
+            maps.addresses.retain(|_, _| dice.chance(90));
+            maps.phase = 1 - maps.phase;
+        }
+        compare(&maps, &packets, &finder(&world));
+    }
+}

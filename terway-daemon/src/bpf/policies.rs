@@ -1,0 +1,265 @@
+//! Network policies in the kernel's maps: what the compiler says is written, in its order.
+
+use std::io;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use aya::Ebpf;
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashMap, MapData, MapError};
+use ipnet::IpNet;
+use terway_abi::{
+    GATE_ENFORCE, GATE_PHASE, MAX_ENDPOINTS, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, names, policy_index,
+};
+use terway_core::policy::{Decision, EndpointPolicy, Identity, Maps, Op, Pair, RowEntry, RowId, SetId, Side, Target};
+
+use super::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
+use super::error::BpfError;
+use super::object::take;
+
+/// `MEMBARRIER_CMD_GLOBAL` (include/uapi/linux/membarrier.h).
+const MEMBARRIER_GLOBAL: libc::c_int = 1;
+
+/// Where the kernel has no such call (`nohz_full`): programs run for microseconds, with bottom halves off.
+const LONG: Duration = Duration::from_millis(100);
+
+/// Waits until no program runs that was running before.
+///
+/// Traffic-control programs are RCU readers, and the system call waits for a grace period (`membarrier`, kernel/sched/membarrier.c); on a
+/// single CPU no program can be running while another task is in a system call.
+pub fn fence() {
+    // SAFETY: the call takes numbers only.
+    if unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_GLOBAL, 0, 0) } != 0 {
+        tracing::debug!(error = %io::Error::last_os_error(), "no grace period to be had by membarrier; waiting instead");
+        std::thread::sleep(LONG);
+    }
+}
+
+/// The maps.
+pub(super) struct Policies {
+    gate: Array<MapData, u32>,
+    endpoints: Array<MapData, PolicyEndpoint>,
+    peers: HashMap<MapData, PeerKey, Phases>,
+    ports: LpmTrie<MapData, PortKey, u32>,
+    exact_v4: HashMap<MapData, u32, Phases>,
+    exact_v6: HashMap<MapData, [u32; 4], Phases>,
+    net_v4: LpmTrie<MapData, u32, Phases>,
+    net_v6: LpmTrie<MapData, [u32; 4], Phases>,
+}
+
+fn side(side: Side) -> PolicySide {
+    PolicySide { set: side.set.0, defaults: side.defaults.map(|target| target.0) }
+}
+
+fn side_of(side: PolicySide) -> Side {
+    Side { set: SetId(side.set), defaults: side.defaults.map(Target) }
+}
+
+fn endpoint(value: &EndpointPolicy) -> PolicyEndpoint {
+    let identities = value.identities.map(|identity| identity.0);
+    PolicyEndpoint { identities, ingress: side(value.ingress), egress: side(value.egress) }
+}
+
+fn endpoint_of(value: &PolicyEndpoint) -> EndpointPolicy {
+    let identities = value.identities.map(Identity);
+    EndpointPolicy { identities, ingress: side_of(value.ingress), egress: side_of(value.egress) }
+}
+
+fn port_key(row: RowId, entry: &RowEntry) -> Key<PortKey> {
+    let protocol = entry.protocol.unwrap_or(0);
+    Key::new(32 + u32::from(entry.prefix_len()), PortKey::new(row.0, protocol, entry.port.to_be()))
+}
+
+fn row_entry(prefix: u32, key: PortKey, decision: u32) -> RowEntry {
+    let [protocol, high, low, _] = key.class.to_ne_bytes();
+    let bits = prefix.saturating_sub(40);
+    RowEntry {
+        protocol: (prefix >= 40).then_some(protocol),
+        port: u16::from_be_bytes([high, low]),
+        bits: u8::try_from(bits).unwrap_or(16),
+        decision: Decision(decision),
+    }
+}
+
+fn numbers<T>(pair: Pair<T>, number: impl Fn(T) -> u32) -> Phases {
+    pair.map(number)
+}
+
+impl Policies {
+    pub(super) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+        Ok(Self {
+            gate: take(loaded, names::POLICY_GATE)?,
+            endpoints: take(loaded, names::POLICY_ENDPOINTS)?,
+            peers: take(loaded, names::POLICY_PEERS)?,
+            ports: take(loaded, names::POLICY_PORTS)?,
+            exact_v4: take(loaded, names::IPCACHE_V4)?,
+            exact_v6: take(loaded, names::IPCACHE_V6)?,
+            net_v4: take(loaded, names::IPCACHE_NET_V4)?,
+            net_v6: take(loaded, names::IPCACHE_NET_V6)?,
+        })
+    }
+
+    /// What an earlier daemon wrote.
+    pub(super) fn read(&self) -> Result<Maps, BpfError> {
+        let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))?;
+        let mut maps =
+            Maps { phase: (gate & GATE_PHASE) as usize, enforce: gate & GATE_ENFORCE != 0, ..Maps::default() };
+        for slot in 0..MAX_ENDPOINTS {
+            let value = |phase| {
+                let at = policy_index(slot, phase);
+                self.endpoints.get(&at, 0).map_err(BpfError::map(names::POLICY_ENDPOINTS))
+            };
+            let values = [endpoint_of(&value(0)?), endpoint_of(&value(1)?)];
+            if values != [EndpointPolicy::default(); 2] {
+                maps.endpoints.insert(slot, values);
+            }
+        }
+        for entry in self.peers.iter() {
+            let (key, targets) = entry.map_err(BpfError::map(names::POLICY_PEERS))?;
+            maps.peers.insert((SetId(key.set), Identity(key.identity)), targets.map(Target));
+        }
+        for entry in self.ports.iter() {
+            let (key, decision) = entry.map_err(BpfError::map(names::POLICY_PORTS))?;
+            let row = maps.rows.entry(RowId(key.data().table)).or_default();
+            row.insert(row_entry(key.prefix_len(), key.data(), decision));
+        }
+        for entry in self.exact_v4.iter() {
+            let (address, identities) = entry.map_err(BpfError::map(names::IPCACHE_V4))?;
+            maps.addresses.insert(address_v4(address).into(), identities.map(Identity));
+        }
+        for entry in self.exact_v6.iter() {
+            let (address, identities) = entry.map_err(BpfError::map(names::IPCACHE_V6))?;
+            maps.addresses.insert(address_v6(address).into(), identities.map(Identity));
+        }
+        for entry in self.net_v4.iter() {
+            let (key, identities) = entry.map_err(BpfError::map(names::IPCACHE_NET_V4))?;
+            if let Some(net) = net(address_v4(key.data()).into(), key.prefix_len()) {
+                maps.blocks.insert(net, identities.map(Identity));
+            }
+        }
+        for entry in self.net_v6.iter() {
+            let (key, identities) = entry.map_err(BpfError::map(names::IPCACHE_NET_V6))?;
+            if let Some(net) = net(address_v6(key.data()).into(), key.prefix_len()) {
+                maps.blocks.insert(net, identities.map(Identity));
+            }
+        }
+        Ok(maps)
+    }
+
+    /// Writes what one operation says; those on flows and on time are the caller's.
+    pub(super) fn write(&mut self, op: &Op) -> Result<(), BpfError> {
+        match op {
+            Op::Row { row, entries } => entries.iter().try_for_each(|entry| {
+                self.ports
+                    .insert(&port_key(*row, entry), entry.decision.0, 0)
+                    .map_err(BpfError::map(names::POLICY_PORTS))
+            }),
+            Op::DropRow { row, entries } => entries.iter().try_for_each(|entry| {
+                absent_is_fine(self.ports.remove(&port_key(*row, entry))).map_err(BpfError::map(names::POLICY_PORTS))
+            }),
+            Op::Peer { set, identity, targets } => {
+                let key = PeerKey { set: set.0, identity: identity.0 };
+                let targets = numbers(*targets, |target| target.0);
+                self.peers.insert(key, targets, 0).map_err(BpfError::map(names::POLICY_PEERS))
+            }
+            Op::DropPeer { set, identity } => {
+                let key = PeerKey { set: set.0, identity: identity.0 };
+                absent_is_fine(self.peers.remove(&key)).map_err(BpfError::map(names::POLICY_PEERS))
+            }
+            Op::Address { address, identities } => {
+                let identities = numbers(*identities, |identity| identity.0);
+                match address {
+                    IpAddr::V4(v4) => {
+                        self.exact_v4.insert(word(*v4), identities, 0).map_err(BpfError::map(names::IPCACHE_V4))
+                    }
+                    IpAddr::V6(v6) => {
+                        self.exact_v6.insert(words(*v6), identities, 0).map_err(BpfError::map(names::IPCACHE_V6))
+                    }
+                }
+            }
+            Op::DropAddress(IpAddr::V4(v4)) => {
+                absent_is_fine(self.exact_v4.remove(&word(*v4))).map_err(BpfError::map(names::IPCACHE_V4))
+            }
+            Op::DropAddress(IpAddr::V6(v6)) => {
+                absent_is_fine(self.exact_v6.remove(&words(*v6))).map_err(BpfError::map(names::IPCACHE_V6))
+            }
+            Op::Block { net, identities } => {
+                let (identities, bits) = (numbers(*identities, |identity| identity.0), net.prefix_len().into());
+                match net {
+                    IpNet::V4(net) => self
+                        .net_v4
+                        .insert(&Key::new(bits, word(net.network())), identities, 0)
+                        .map_err(BpfError::map(names::IPCACHE_NET_V4)),
+                    IpNet::V6(net) => self
+                        .net_v6
+                        .insert(&Key::new(bits, words(net.network())), identities, 0)
+                        .map_err(BpfError::map(names::IPCACHE_NET_V6)),
+                }
+            }
+            Op::DropBlock(IpNet::V4(net)) => {
+                let key = Key::new(net.prefix_len().into(), word(net.network()));
+                absent_is_fine(self.net_v4.remove(&key)).map_err(BpfError::map(names::IPCACHE_NET_V4))
+            }
+            Op::DropBlock(IpNet::V6(net)) => {
+                let key = Key::new(net.prefix_len().into(), words(net.network()));
+                absent_is_fine(self.net_v6.remove(&key)).map_err(BpfError::map(names::IPCACHE_NET_V6))
+            }
+            Op::Endpoint { slot, phase, value } => self.write_endpoint(*slot, *phase, value),
+            Op::Gate { phase, enforce } => {
+                let gate = (*phase as u32 & GATE_PHASE) | if *enforce { GATE_ENFORCE } else { 0 };
+                self.gate.set(0, gate, 0).map_err(BpfError::map(names::POLICY_GATE))
+            }
+            Op::Stale(_) | Op::Fence => Ok(()),
+        }
+    }
+
+    fn write_endpoint(&mut self, slot: u32, phase: usize, value: &EndpointPolicy) -> Result<(), BpfError> {
+        let at = policy_index(slot, phase as u32);
+        self.endpoints.set(at, endpoint(value), 0).map_err(BpfError::map(names::POLICY_ENDPOINTS))
+    }
+
+    /// How many entries the growing maps hold: identities of addresses, of blocks, what sets say, ports.
+    pub(super) fn counts(&self) -> Result<[usize; 4], BpfError> {
+        let v4 = count(self.exact_v4.keys(), names::IPCACHE_V4)?;
+        let addresses = v4 + count(self.exact_v6.keys(), names::IPCACHE_V6)?;
+        let blocks = count(self.net_v4.keys(), names::IPCACHE_NET_V4)?;
+        let blocks = blocks + count(self.net_v6.keys(), names::IPCACHE_NET_V6)?;
+        let peers = count(self.peers.keys(), names::POLICY_PEERS)?;
+        Ok([addresses, blocks, peers, count(self.ports.keys(), names::POLICY_PORTS)?])
+    }
+}
+
+fn count<K>(keys: impl Iterator<Item = Result<K, MapError>>, name: &'static str) -> Result<usize, BpfError> {
+    let mut n = 0;
+    for key in keys {
+        key.map_err(BpfError::map(name))?;
+        n += 1;
+    }
+    Ok(n)
+}
+
+fn net(address: IpAddr, bits: u32) -> Option<IpNet> {
+    IpNet::new(address, u8::try_from(bits).ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use terway_core::policy::ReasonId;
+
+    use super::*;
+
+    #[test]
+    fn prefixes_of_ports_survive_the_way_through_the_map() {
+        let decision = Decision::allow(ReasonId(20));
+        for (protocol, port, bits) in [(None, 0, 0), (Some(6), 0, 0), (Some(17), 80, 16), (Some(132), 0x8000, 1)] {
+            let entry = RowEntry { protocol, port, bits, decision };
+            let key = port_key(RowId(7), &entry);
+            assert_eq!(row_entry(key.prefix_len(), key.data(), decision.0), entry);
+        }
+    }
+
+    #[test]
+    fn a_fence_ends() {
+        fence();
+    }
+}

@@ -1,0 +1,228 @@
+//! Network policies of this node: from the source of objects, by the compiler, into the datapath.
+//!
+//! Objects come from [`crate::services`], which reads the source. A step (compile, write maps) runs on a blocking thread under one lock; a pod's
+//! ADD and DEL take that lock themselves, so that a pod's interface carries no packet before its policies stand in the maps. As long as the
+//! source has not told everything, running pods keep what an earlier daemon wrote; a new pod is denied every direction in which a policy that
+//! is known might restrict it. Operations that the kernel refuses are kept in their order and tried again, and meanwhile no pod is added.
+
+mod metrics;
+mod state;
+mod view;
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use terway_core::config::Config;
+use terway_core::errors::{self, Error};
+use terway_core::ident::{Addresses, PodRef};
+use terway_core::objects::Applied;
+use terway_proto::v1;
+use tokio::sync::{Notify, mpsc, watch};
+use tracing::warn;
+
+use crate::bpf::{self, Datapath};
+
+pub use metrics::PolicyMetrics;
+use state::{State, Work};
+
+/// How long an ADD waits for the source of objects to tell everything.
+const COMPLETE_WITHIN: Duration = Duration::from_secs(3);
+
+/// A source that has not told everything so long after the start is not waited for any more.
+const STARTING: Duration = Duration::from_secs(30);
+
+/// How long an ADD waits for the pod's own object when a policy may restrict the pod; kubelet has it before it asks for the pod's network.
+const KNOWN_WITHIN: Duration = Duration::from_secs(1);
+
+/// How often a waiting ADD looks.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// What can wait is done when nothing has changed for so long.
+const IDLE: Duration = Duration::from_millis(50);
+
+/// How often what the kernel refused is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What has changed, as [`crate::services`] tells it.
+#[derive(Clone, Debug)]
+pub struct News {
+    /// The changes, in order.
+    pub changes: Vec<Applied>,
+    /// The source has told everything.
+    pub complete: bool,
+}
+
+/// What policies are made with.
+#[derive(Debug)]
+pub struct Setup {
+    /// The kernel's side.
+    pub datapath: Arc<Datapath>,
+    /// The node's own addresses, which always reach its pods.
+    pub addresses: watch::Receiver<Arc<Vec<IpNet>>>,
+    /// Whether policies are enforced.
+    pub config: watch::Receiver<Arc<Config>>,
+    /// Counters.
+    pub metrics: PolicyMetrics,
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct Policies {
+    state: Mutex<State>,
+    /// A pod came or went, which may leave something for later.
+    changed: Notify,
+    started: Instant,
+}
+
+impl Policies {
+    /// Takes up what an earlier daemon left, and begins to follow. The sender is where changes are told.
+    ///
+    /// # Errors
+    /// When the maps cannot be read or written.
+    pub fn start(setup: Setup) -> Result<(Arc<Self>, mpsc::UnboundedSender<News>), Error> {
+        let Setup { datapath, mut addresses, mut config, metrics } = setup;
+        let enforce = config.borrow_and_update().policy_enabled;
+        let node = ips(&addresses.borrow_and_update());
+        let state = State::new(datapath, metrics, node, enforce)
+            .map_err(|error| Error::new(errors::POLICY_FAILED, error.to_string()))?;
+        let this = Arc::new(Self { state: Mutex::new(state), changed: Notify::new(), started: Instant::now() });
+        let (sender, news) = mpsc::unbounded_channel();
+        tokio::spawn(Arc::clone(&this).follow(news, addresses, config));
+        Ok((this, sender))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits, within bounds, until a pod's policies can be known: the source has told everything, and the pod itself if that matters.
+    pub async fn expect(&self, pod: &PodRef) {
+        let start = Instant::now();
+        loop {
+            let wait = match self.state.try_lock() {
+                Ok(state) => state.awaits(pod),
+                Err(TryLockError::Poisoned(state)) => state.into_inner().awaits(pod),
+                // A step is under way; attaching waits for it anyhow.
+                Err(TryLockError::WouldBlock) => Some(state::Awaited::View),
+            };
+            let within = match wait {
+                None => return,
+                Some(state::Awaited::View) if self.started.elapsed() > STARTING => Duration::ZERO,
+                Some(state::Awaited::View) => COMPLETE_WITHIN,
+                Some(state::Awaited::Pod) => KNOWN_WITHIN,
+            };
+            if start.elapsed() >= within {
+                warn!(%pod, waiting_for = ?wait, "going on without; what a policy might restrict is denied");
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Has a pod's policies in the maps, before its endpoint is written and its interface carries packets. Blocks.
+    ///
+    /// # Errors
+    /// [`errors::POLICY_FAILED`] if the kernel refuses, or [`errors::BPF_FAILED`] if there is no room for another pod.
+    pub fn attach(&self, host_ifindex: u32, pod: &PodRef, addresses: Addresses) -> Result<(), Error> {
+        let attached = self.state().attach(host_ifindex, pod, addresses);
+        self.changed.notify_one();
+        attached
+    }
+
+    /// Forgets the pods whose endpoints have been removed. Blocks.
+    pub fn forget_gone(&self) {
+        self.state().forget_gone();
+        self.changed.notify_one();
+    }
+
+    /// What is wrong.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Error> {
+        self.state().problems()
+    }
+
+    /// The line of the status.
+    #[must_use]
+    pub fn status(&self) -> v1::PolicyStatus {
+        self.state().status()
+    }
+
+    /// What a number in a drop event means, and which policy it is if it is one.
+    #[must_use]
+    pub fn reason(&self, number: u32) -> Option<(String, String)> {
+        self.state().reason(number)
+    }
+
+    /// The policies in force.
+    #[must_use]
+    pub fn list(&self, request: &v1::ListPoliciesRequest) -> v1::ListPoliciesResponse {
+        self.state().list(request)
+    }
+
+    /// Why a connection passes or not.
+    #[must_use]
+    pub fn explain(&self, request: &v1::ExplainPolicyRequest) -> v1::ExplainPolicyResponse {
+        self.state().explain(request)
+    }
+
+    async fn follow(
+        self: Arc<Self>,
+        mut news: mpsc::UnboundedReceiver<News>,
+        mut addresses: watch::Receiver<Arc<Vec<IpNet>>>,
+        mut config: watch::Receiver<Arc<Config>>,
+    ) {
+        let mut due = None;
+        loop {
+            let work = tokio::select! {
+                Some(first) = news.recv() => {
+                    let mut all = vec![first];
+                    while let Ok(more) = news.try_recv() {
+                        all.push(more);
+                    }
+                    Work::News(all)
+                }
+                Ok(()) = addresses.changed() => Work::Addresses(ips(&addresses.borrow_and_update())),
+                Ok(()) = config.changed() => Work::Enforce(config.borrow_and_update().policy_enabled),
+                () = self.changed.notified() => {
+                    due = Some(Instant::now() + IDLE);
+                    continue;
+                }
+                () = until(due) => {
+                    due = self.idle().await;
+                    continue;
+                }
+            };
+            let this = Arc::clone(&self);
+            let step = move || this.state().step(work);
+            if let Err(error) = tokio::task::spawn_blocking(step).await {
+                warn!(%error, "a step of policies ended by itself");
+            }
+            due = Some(Instant::now() + IDLE);
+        }
+    }
+
+    /// Does what was left for later, or what was refused. The grace period is waited for without the lock, so that no ADD waits for it.
+    async fn idle(self: &Arc<Self>) -> Option<Instant> {
+        let this = Arc::clone(self);
+        let work = move || {
+            let before = this.state().unsettled();
+            let Some(generation) = before else { return this.state().retry().then(|| Instant::now() + RETRY) };
+            bpf::fence();
+            this.state().settle(generation).then(|| Instant::now() + IDLE)
+        };
+        tokio::task::spawn_blocking(work).await.unwrap_or(Some(Instant::now() + RETRY))
+    }
+}
+
+fn ips(nets: &[IpNet]) -> Vec<IpAddr> {
+    nets.iter().map(IpNet::addr).collect()
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,327 @@
+//! What is known of policies, and the steps that change it. Steps block: they write maps.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use terway_core::errors::{self, Error};
+use terway_core::ident::{Addresses, Family, PodRef};
+use terway_core::policy::{
+    Compiler, Decision, EndpointPolicy, Event, Maps, Op, ReasonId, SetId, Side, Target, UNKNOWN_POD,
+};
+use terway_proto::v1;
+use tracing::{error, info};
+
+use super::News;
+use super::metrics::PolicyMetrics;
+use super::view;
+use crate::bpf::{BpfError, Datapath};
+
+/// The set of pods that are held back before there is a compiler: it has no entries, and its defaults deny. The compiler counts up from 1.
+const HELD: SetId = SetId(u32::MAX - 1);
+
+/// One thing to do.
+#[derive(Debug)]
+pub(super) enum Work {
+    News(Vec<News>),
+    /// The node has these addresses.
+    Addresses(Vec<IpAddr>),
+    /// Whether policies are enforced.
+    Enforce(bool),
+}
+
+/// What an ADD waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// The source of objects.
+    View,
+    /// The pod's own object.
+    Pod,
+}
+
+/// A pod whose policies stand in the maps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Attached {
+    pod: PodRef,
+    addresses: Addresses,
+}
+
+/// See the [module](super).
+pub(super) struct State {
+    datapath: Arc<Datapath>,
+    metrics: PolicyMetrics,
+    /// None before the view is complete.
+    compiler: Option<Compiler>,
+    /// What came before that, in order.
+    early: Vec<Event>,
+    attached: BTreeMap<u32, Attached>,
+    /// What is not written yet, in order. Not empty only after the kernel refused the first of it.
+    backlog: VecDeque<Op>,
+    failure: Option<Error>,
+    node: Vec<IpAddr>,
+    enforce: bool,
+    /// One more with every step.
+    generation: u64,
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State")
+            .field("attached", &self.attached.len())
+            .field("failure", &self.failure)
+            .finish_non_exhaustive()
+    }
+}
+
+impl State {
+    pub(super) fn new(
+        datapath: Arc<Datapath>,
+        metrics: PolicyMetrics,
+        node: Vec<IpAddr>,
+        enforce: bool,
+    ) -> Result<Self, BpfError> {
+        // Maps that nobody has filled enforce nothing yet. What is written here says nothing about anybody, but is in force.
+        if datapath.policies()?.blocks.is_empty() {
+            let (mut compiler, mut ops) = Compiler::new();
+            ops.extend(compiler.step(Event::Enforce(enforce)));
+            ops.iter().try_for_each(|op| datapath.apply_policy(op))?;
+        }
+        Ok(Self {
+            datapath,
+            metrics,
+            compiler: None,
+            early: Vec::new(),
+            attached: BTreeMap::new(),
+            backlog: VecDeque::new(),
+            failure: None,
+            node,
+            enforce,
+            generation: 0,
+        })
+    }
+
+    pub(super) fn step(&mut self, work: Work) {
+        let start = Instant::now();
+        match work {
+            Work::News(all) => {
+                let mut complete = false;
+                for News { changes, complete: told } in all {
+                    for event in changes.into_iter().filter_map(Event::of) {
+                        self.event(event);
+                    }
+                    complete |= told;
+                }
+                if complete && self.compiler.is_none() {
+                    self.take_over(start);
+                }
+            }
+            Work::Addresses(addresses) => {
+                self.node.clone_from(&addresses);
+                if self.compiler.is_some() {
+                    self.event(Event::NodeAddresses(addresses));
+                }
+            }
+            Work::Enforce(enforce) => {
+                if self.enforce != enforce {
+                    info!(enforce, "network policies");
+                }
+                self.enforce = enforce;
+                if self.compiler.is_some() {
+                    self.event(Event::Enforce(enforce));
+                }
+            }
+        }
+        self.metrics.stepped(start.elapsed());
+        self.measure();
+    }
+
+    /// Compiles from what an earlier daemon left to what is known.
+    fn take_over(&mut self, start: Instant) {
+        let found = match self.datapath.policies() {
+            Ok(found) => found,
+            Err(error) => return self.failed(&error),
+        };
+        let (pods, blocks) = (found.addresses.len(), found.blocks.len());
+        let known = [Event::NodeAddresses(self.node.clone()), Event::Enforce(self.enforce)];
+        let events = known.into_iter().chain(std::mem::take(&mut self.early));
+        let (compiler, ops) = Compiler::take_over(&without_held(found), events);
+        let stats = compiler.stats();
+        self.compiler = Some(compiler);
+        let writes = ops.len();
+        self.run(ops);
+        info!(?stats, addresses_found = pods, blocks_found = blocks, writes, took = ?start.elapsed(), "policies are in force");
+    }
+
+    /// Takes an event in; what follows from it is in the maps when this returns, unless the kernel refused.
+    fn event(&mut self, event: Event) {
+        let Some(compiler) = &mut self.compiler else { return self.early.push(event) };
+        let ops = compiler.step(event);
+        self.run(ops);
+    }
+
+    fn run(&mut self, ops: Vec<Op>) {
+        self.generation += 1;
+        self.backlog.extend(ops);
+        while let Some(op) = self.backlog.front() {
+            if let Err(error) = self.datapath.apply_policy(op) {
+                return self.failed(&error);
+            }
+            self.backlog.pop_front();
+        }
+        self.failure = None;
+    }
+
+    fn failed(&mut self, error: &BpfError) {
+        if self.failure.is_none() {
+            error!(%error, "network policies are not written");
+        }
+        self.failure = Some(Error::new(errors::POLICY_FAILED, format!("{error}.")));
+    }
+
+    /// Tries again what was refused; whether there is still something.
+    pub(super) fn retry(&mut self) -> bool {
+        if !self.backlog.is_empty() {
+            self.run(Vec::new());
+        }
+        self.failure.is_some()
+    }
+
+    /// If something can be done now that nothing happens, the generation in which that is so.
+    pub(super) fn unsettled(&self) -> Option<u64> {
+        let unsettled = self.compiler.as_ref().is_some_and(Compiler::unsettled);
+        (self.backlog.is_empty() && unsettled).then_some(self.generation)
+    }
+
+    /// Does what was left for later. A grace period has passed since `generation`; if anything has happened since, that was in vain. Whether
+    /// there is more to do.
+    pub(super) fn settle(&mut self, generation: u64) -> bool {
+        if generation == self.generation
+            && let Some(compiler) = &mut self.compiler
+        {
+            let ops = compiler.settle().into_iter().filter(|op| *op != Op::Fence).collect();
+            self.run(ops);
+            self.measure();
+        }
+        self.unsettled().is_some() || self.failure.is_some()
+    }
+
+    pub(super) fn awaits(&self, pod: &PodRef) -> Option<Awaited> {
+        match &self.compiler {
+            None => Some(Awaited::View),
+            Some(compiler) => (self.enforce && compiler.awaits(pod)).then_some(Awaited::Pod),
+        }
+    }
+
+    pub(super) fn attach(&mut self, host_ifindex: u32, pod: &PodRef, addresses: Addresses) -> Result<(), Error> {
+        let full = |error: BpfError| Error::new(errors::BPF_FAILED, error.to_string());
+        let (slot, there) = self.datapath.reserve_slot(host_ifindex).map_err(full)?;
+        let new = Attached { pod: pod.clone(), addresses };
+        if self.attached.get(&slot) != Some(&new) {
+            self.attached.insert(slot, new);
+            self.event(Event::Attach { slot, pod: pod.clone(), addresses });
+            // An endpoint that is there has what an earlier daemon wrote; another pod's must not be inherited.
+            if self.compiler.is_none() && !there {
+                self.hold(slot, addresses);
+            }
+        }
+        match &self.failure {
+            Some(failure) => Err(failure.clone()),
+            None => Ok(()),
+        }
+    }
+
+    /// Denies a new pod, before the view is complete, what any policy known so far might deny it.
+    fn hold(&mut self, slot: u32, addresses: Addresses) {
+        let (mut guess, _) = Compiler::new();
+        for event in &self.early {
+            guess.step(event.clone());
+        }
+        let mut value = guess.maps().endpoints.get(&slot).map(|values| values[0]).unwrap_or_default();
+        let held = Side { set: HELD, defaults: [Target::decision(Decision::deny(UNKNOWN_POD)); 4] };
+        for side in [&mut value.ingress, &mut value.egress] {
+            *side = if side.set == SetId(0) { Side::default() } else { held };
+        }
+        let found = match self.datapath.policies() {
+            Ok(found) => found,
+            Err(error) => return self.failed(&error),
+        };
+        for address in addresses.iter() {
+            value.identities[Family::of(address) as usize] = found.identity(address, found.phase);
+        }
+        self.run([0, 1].map(|phase| Op::Endpoint { slot, phase, value }).to_vec());
+    }
+
+    pub(super) fn forget_gone(&mut self) {
+        let there = self.datapath.slots();
+        let gone: Vec<u32> = self.attached.keys().copied().filter(|slot| !there.contains(slot)).collect();
+        for slot in gone {
+            self.attached.remove(&slot);
+            self.event(Event::Detach { slot });
+            self.datapath.release_slot(slot);
+        }
+    }
+
+    fn measure(&self) {
+        if let Some(compiler) = &self.compiler {
+            self.metrics.stats(&compiler.stats(), compiler.held().len());
+        }
+    }
+
+    pub(super) fn problems(&self) -> Vec<Error> {
+        let held = self.compiler.as_ref().map(Compiler::held).unwrap_or_default();
+        let held = (!held.is_empty() && self.enforce).then(|| {
+            let names: Vec<String> = held.iter().take(5).map(ToString::to_string).collect();
+            let more = if held.len() > names.len() {
+                format!(" and {} more", held.len() - names.len())
+            } else {
+                String::new()
+            };
+            Error::new(errors::POLICY_INCOMPLETE, format!("{}{more}.", names.join(", ")))
+        });
+        self.failure.iter().cloned().chain(held).collect()
+    }
+
+    pub(super) fn status(&self) -> v1::PolicyStatus {
+        let stats = self.compiler.as_ref().map(Compiler::stats).unwrap_or_default();
+        let held = self.compiler.as_ref().map(Compiler::held).unwrap_or_default();
+        view::status(&stats, &held, self.enforce, self.compiler.is_some())
+    }
+
+    pub(super) fn reason(&self, number: u32) -> Option<(String, String)> {
+        if number == UNKNOWN_POD.0 {
+            return Some((String::new(), "the pod's labels are not known yet".to_owned()));
+        }
+        view::reason(self.compiler.as_ref()?.reason(ReasonId(number))?)
+    }
+
+    pub(super) fn list(&self, request: &v1::ListPoliciesRequest) -> v1::ListPoliciesResponse {
+        let Some(compiler) = &self.compiler else { return v1::ListPoliciesResponse::default() };
+        let pods = |slot: &u32| self.attached.get(slot).map(|attached| attached.pod.clone());
+        view::list(compiler, request, pods, self.enforce)
+    }
+
+    pub(super) fn explain(&self, request: &v1::ExplainPolicyRequest) -> v1::ExplainPolicyResponse {
+        match &self.compiler {
+            Some(compiler) => view::explain(compiler, request),
+            None => v1::ExplainPolicyResponse {
+                families: Vec::new(),
+                problem: "the source of objects has not told everything yet".to_owned(),
+            },
+        }
+    }
+}
+
+/// Maps without the set of pods that are held back, after which the compiler must not count.
+fn without_held(mut found: Maps) -> Maps {
+    for value in found.endpoints.values_mut().flatten() {
+        let EndpointPolicy { ingress, egress, .. } = value;
+        for side in [ingress, egress] {
+            if side.set == HELD {
+                *side = Side::default();
+            }
+        }
+    }
+    found
+}

@@ -1,0 +1,95 @@
+//! Policies as the contract writes them.
+
+use terway_core::ident::PodRef;
+use terway_core::objects::{ObjectKey, ObjectName};
+use terway_core::policy::{Compiler, Explanation, Judgement, Party, Reason, Stats};
+use terway_proto::v1;
+
+pub(super) fn status(stats: &Stats, held: &[ObjectName], enforced: bool, complete: bool) -> v1::PolicyStatus {
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    v1::PolicyStatus {
+        enforced,
+        complete,
+        policies: number(stats.policies),
+        pods: number(stats.pods),
+        endpoints: number(stats.endpoints),
+        identities: number(stats.identities),
+        held: held.iter().map(ToString::to_string).collect(),
+    }
+}
+
+/// The policy that a reason names, if it names one, and the reason.
+pub(super) fn reason(reason: &Reason) -> Option<(String, String)> {
+    let policies = match reason {
+        Reason::Rule { policy, .. } => policy.to_string(),
+        Reason::Isolated { policies, .. } => list_of(policies),
+        _ => String::new(),
+    };
+    Some((policies, reason.to_string()))
+}
+
+fn list_of(policies: &[ObjectKey]) -> String {
+    policies.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+pub(super) fn list(
+    compiler: &Compiler,
+    request: &v1::ListPoliciesRequest,
+    pod: impl Fn(&u32) -> Option<PodRef>,
+    enforced: bool,
+) -> v1::ListPoliciesResponse {
+    let wanted = |part: &str, filter: &str| filter.is_empty() || part == filter;
+    let all = compiler.policies().into_iter();
+    let shown =
+        all.filter(|(key, _)| wanted(&key.name.namespace, &request.namespace) && wanted(&key.name.name, &request.name));
+    let policies = shown.map(|(key, slots)| v1::Policy {
+        kind: key.kind.to_string(),
+        namespace: key.name.namespace.to_string(),
+        name: key.name.name.to_string(),
+        pods: slots.iter().filter_map(&pod).map(|pod| crate::server::pod(&pod)).collect(),
+    });
+    v1::ListPoliciesResponse { policies: policies.collect(), complete: true, enforced }
+}
+
+fn party(party: Option<&v1::PolicyParty>) -> Result<Party, String> {
+    let v1::PolicyParty { namespace, name, address } = party.cloned().unwrap_or_default();
+    if address.is_empty() {
+        return Ok(Party::Pod(ObjectName::new(&namespace, &name)));
+    }
+    address.parse().map(Party::Address).map_err(|error| format!("{address}: {error}"))
+}
+
+pub(super) fn explain(compiler: &Compiler, request: &v1::ExplainPolicyRequest) -> v1::ExplainPolicyResponse {
+    let explained = || -> Result<Vec<Explanation>, String> {
+        let (from, to) = (party(request.from.as_ref())?, party(request.to.as_ref())?);
+        let protocol =
+            u8::try_from(request.protocol).map_err(|error| format!("protocol {}: {error}", request.protocol))?;
+        let port = u16::try_from(request.port).map_err(|error| format!("port {}: {error}", request.port))?;
+        compiler.explain(&from, &to, protocol, port).map_err(|unexplained| unexplained.to_string())
+    };
+    match explained() {
+        Ok(families) => {
+            v1::ExplainPolicyResponse { families: families.iter().map(explanation).collect(), problem: String::new() }
+        }
+        Err(problem) => v1::ExplainPolicyResponse { families: Vec::new(), problem },
+    }
+}
+
+fn explanation(explanation: &Explanation) -> v1::PolicyExplanation {
+    v1::PolicyExplanation {
+        source: explanation.source.to_string(),
+        destination: explanation.destination.to_string(),
+        egress: explanation.egress.as_ref().map(judgement),
+        ingress: explanation.ingress.as_ref().map(judgement),
+        allowed: explanation.allowed(),
+    }
+}
+
+fn judgement(judgement: &Judgement) -> v1::PolicyJudgement {
+    v1::PolicyJudgement {
+        allowed: judgement.allowed,
+        reason: judgement.reason.to_string(),
+        policies: judgement.policies.iter().map(ToString::to_string).collect(),
+        live: judgement.live,
+    }
+}

@@ -1,0 +1,168 @@
+//! Network policies: whether the first packet of a connection passes, by the lookups of ADR 0008 in their order.
+//!
+//! The maps are asked through a trait, so that the same code runs in the kernel and, in tests, against the compiler's own reading of them.
+
+use terway_abi::{
+    DECISION_ALLOW, Drop, GATE_ENFORCE, GATE_PHASE, IDENTITY_NATURE, IDENTITY_NODE, MAX_ENDPOINTS, NO_SLOT, PeerKey,
+    Phases, PolicyEndpoint, PolicySide, PortKey, TARGET_DECISION, default_index, policy_reason,
+};
+
+use crate::family::Family;
+use crate::flow::opaque;
+use crate::parse::{SCTP, TCP, UDP};
+
+/// What the daemon has told the kernel of policies.
+pub trait Policies<F: Family> {
+    /// Which phase counts, and whether policies are enforced.
+    fn gate(&self) -> u32;
+    /// What holds for the pod of a slot in a phase.
+    fn endpoint(&self, slot: u32, phase: u32) -> Option<&PolicyEndpoint>;
+    /// The identity of an address; 0 = that of its longest block.
+    fn exact(&self, address: &F::Addr) -> Option<&Phases>;
+    /// The identity of the longest block that the address is in.
+    fn block(&self, address: &F::Addr) -> Option<&Phases>;
+    /// Where a set leads for an identity.
+    fn peer(&self, key: &PeerKey) -> Option<&Phases>;
+    /// The decision of the longest prefix of a port table.
+    fn port(&self, key: &PortKey) -> Option<u32>;
+}
+
+/// A connection, in the direction in which it began: after translation of Services, with the client's true address.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug)]
+pub struct Case<A> {
+    /// Who began.
+    pub source: A,
+    /// With whom.
+    pub destination: A,
+    /// What decided about the source and the destination; those of pods of this node are less than [`MAX_ENDPOINTS`].
+    pub slots: [u32; 2],
+    /// The destination's port as in the packet, in the first two bytes; the others are not looked at.
+    pub port: u32,
+    /// IP protocol number.
+    pub protocol: u32,
+}
+
+/// What is decided: the number of the reason, and [`DECISION_ALLOW`].
+pub type Decision = u32;
+
+/// Neither direction of this node's business.
+pub const ELSEWHERE: Decision = DECISION_ALLOW;
+
+/// Whether the slot is a pod's.
+#[inline(always)]
+#[must_use]
+pub const fn is_pod(slot: u32) -> bool {
+    slot != NO_SLOT && slot < MAX_ENDPOINTS
+}
+
+/// The value of the phase that counts.
+#[inline(always)]
+fn at(phases: &Phases, phase: u32) -> u32 {
+    let [zero, one] = *phases;
+    // Without a branch, whose two ways the verifier would both follow.
+    zero ^ ((zero ^ one) & 0_u32.wrapping_sub(phase & GATE_PHASE))
+}
+
+/// The identity by which an end is seen.
+#[inline(always)]
+fn seen<F: Family, P: Policies<F>>(policies: &P, address: &F::Addr, slot: u32, phase: u32) -> u32 {
+    if is_pod(slot) {
+        let Some(pod) = policies.endpoint(slot, phase) else { return 0 };
+        let [v4, v6] = pod.identities;
+        return if F::VERSION == 4 { v4 } else { v6 };
+    }
+    if let Some(phases) = policies.exact(address) {
+        let identity = at(phases, phase);
+        if identity != 0 {
+            return identity;
+        }
+    }
+    policies.block(address).map_or(0, |phases| at(phases, phase))
+}
+
+/// One direction of one pod.
+#[inline(always)]
+fn one_side<F: Family, P: Policies<F>>(
+    policies: &P,
+    side: &PolicySide,
+    ingress: bool,
+    peer: (&F::Addr, u32),
+    case: &Case<F::Addr>,
+    phase: u32,
+) -> Decision {
+    let set = side.set;
+    if set == 0 {
+        return DECISION_ALLOW | policy_reason::NO_POLICY;
+    }
+    let identity = seen::<F, P>(policies, peer.0, peer.1, phase);
+    if ingress && identity & IDENTITY_NATURE == IDENTITY_NODE {
+        return DECISION_ALLOW | policy_reason::RESIDENT_NODE;
+    }
+    let special = policies.peer(&PeerKey { set, identity }).map_or(0, |phases| at(phases, phase));
+    let target = if special != 0 {
+        special
+    } else {
+        // Bounded in 64 bits: the verifier of 5.10 does not believe 32.
+        let index = opaque(u64::from(default_index(identity))) & 3;
+        // SAFETY: the index has two bits, and the array four entries. `get` would add a branch to verify.
+        unsafe { *side.defaults.get_unchecked(index as usize) }
+    };
+    if target & TARGET_DECISION != 0 {
+        return target & !TARGET_DECISION;
+    }
+    let ported = matches!(case.protocol as u8, TCP | UDP | SCTP);
+    let port = if ported { case.port as u16 } else { 0 };
+    // A table is written before anything leads to it: what is not there is denied.
+    policies.port(&PortKey::new(target, case.protocol as u8, port)).unwrap_or(0)
+}
+
+/// The decisions of both directions, egress first, as far as this node takes them.
+///
+/// The epochs that go into the flow entry are read before.
+#[inline(always)]
+pub fn verdict<F: Family, P: Policies<F>>(policies: &P, case: &Case<F::Addr>) -> [Decision; 2] {
+    let gate = policies.gate();
+    let [source, destination] = case.slots;
+    let always = if gate & GATE_ENFORCE == 0 {
+        policy_reason::DISABLED
+    } else if source == destination {
+        policy_reason::LOOPBACK
+    } else {
+        0
+    };
+    if always != 0 {
+        return [DECISION_ALLOW | always; 2];
+    }
+    let phase = gate & GATE_PHASE;
+    let mut decisions = [ELSEWHERE; 2];
+    let [egress, ingress] = &mut decisions;
+    if is_pod(source)
+        && let Some(pod) = policies.endpoint(source, phase)
+    {
+        *egress = one_side::<F, P>(policies, &pod.egress, false, (&case.destination, destination), case, phase);
+        // Nothing that comes after it could make it pass.
+        if *egress & DECISION_ALLOW == 0 {
+            return decisions;
+        }
+    }
+    if is_pod(destination)
+        && let Some(pod) = policies.endpoint(destination, phase)
+    {
+        *ingress = one_side::<F, P>(policies, &pod.ingress, true, (&case.source, source), case, phase);
+    }
+    decisions
+}
+
+/// Why the connection is forbidden and the number of what forbids it, if it is.
+#[inline(always)]
+pub fn forbidden<F: Family, P: Policies<F>>(policies: &P, case: &Case<F::Addr>) -> Option<(Drop, u32)> {
+    let [egress, ingress] = verdict::<F, P>(policies, case);
+    if egress & DECISION_ALLOW == 0 {
+        Some((Drop::PolicyEgress, egress))
+    } else if ingress & DECISION_ALLOW == 0 {
+        Some((Drop::PolicyIngress, ingress))
+    } else {
+        None
+    }
+}
