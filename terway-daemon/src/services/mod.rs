@@ -30,8 +30,8 @@ use crate::net::Host;
 use crate::objects::{Batch, DirSource, ObjectSource as _, Update};
 use crate::policy::News;
 
-use health::{Health, Refused};
 pub use cgroup::CgroupAt;
+use health::{Health, Refused};
 pub use metrics::ServiceMetrics;
 pub use sockets::SocketPath;
 use state::{Outlets, State, Work};

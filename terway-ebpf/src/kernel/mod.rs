@@ -2,8 +2,8 @@
 
 pub mod exit;
 pub mod first;
-pub mod judge;
 pub mod icmp;
+pub mod judge;
 pub mod maps;
 pub mod nat;
 pub mod path;

@@ -4,8 +4,7 @@ use aya_ebpf::bindings::bpf_redir_neigh;
 use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
 use terway_abi::{
     Action, Drop, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, Kind, MARK_CHECKED, Member, NO_BACKEND, Nexthop,
-    POLICY_EPOCH,
-    Program, Side, flow_flags,
+    POLICY_EPOCH, Program, Side, flow_flags,
 };
 
 use super::exit::{Verdict, count, now};
