@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn what_comes_from_outside_goes_back_by_the_same_interface() {
         let (pod, uplink) = (pod(1), Endpoint { eni_ifindex: 200, gateway_v4: 0xfe, ..Endpoint::default() });
-        let (source, destination) = (Basis { slot: 1, epoch: 7 }, Basis { slot: 2, epoch: 7 });
+        let (source, destination) = (Basis { slot: 1, epoch: 7, since: 0 }, Basis { slot: 2, epoch: 7, since: 0 });
         let local = Route { origin: Place::Vpc(&uplink), target: Place::Pod(&pod), source, destination };
         let (there, back) = (filled(&local), filled(&local.back()));
         assert_eq!((there.ifindex, there.action, there.oif), (200, Action::Local as u32, 1));
