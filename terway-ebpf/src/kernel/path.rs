@@ -134,7 +134,10 @@ where
     // SAFETY: the value stays mapped for the program's run. Other CPUs may count in it at the same time, which `Flow` allows for; an
     // entry that is evicted and reused meanwhile is a race that every preallocated map has.
     let entry = unsafe { &mut *entry };
-    let drift = drift::<F>(entry);
+    // A backend that has gone from its Service still owes answers to what it was asked before, and they are the Service's.
+    const ANSWERS: u32 = flow_flags::REVERSE | flow_flags::TRANSLATE;
+    let answers = flow::side(entry, from_high).flags & ANSWERS == ANSWERS;
+    let drift = if answers { decide::drift::<F, _>(&Maps, entry.slots, entry.epochs) } else { drift::<F>(entry) };
     let from_maker = entry.maker == from_high;
     let flow: *mut _ = entry;
     let side = flow::side(entry, from_high);
@@ -144,7 +147,8 @@ where
     if PROGRAM == FROM_POD && window.macs()? != side.expect {
         return None;
     }
-    if drift > POLICY_EPOCH {
+    // What the node itself answers leaves by the stack's way, whatever has become of that which is remembered here.
+    if drift > POLICY_EPOCH && !(PROGRAM == TO_VPC && answers) {
         count(Kind::FlowStale as u32, skb.len());
         return None;
     }

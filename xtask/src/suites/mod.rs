@@ -67,7 +67,9 @@ impl Rung {
         match self {
             Self::Unit | Self::Kube | Self::Vm => &[],
             Self::Verifier => &["verifier"],
-            Self::Prog => &["prog", "prog_service", "prog_conntrack", "prog_north", "prog_policy", "socket", "datapath"],
+            Self::Prog => {
+                &["prog", "prog_service", "prog_conntrack", "prog_north", "prog_policy", "socket", "datapath"]
+            }
             Self::Netns => &["net", "cloud", "cni", "netns", "isolation"],
             Self::Cri => &["cri"],
         }

@@ -1,11 +1,12 @@
 //! The checks of the demo, in the order in which they are told.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
 
 use super::Report;
 use crate::cluster::Cluster;
@@ -92,6 +93,8 @@ pub(super) fn all(report: &mut Report, cluster: &Cluster) {
         cheating(report, cluster, &pods);
         large(report, &pods);
         services(report, cluster, &pods);
+        outside(report, cluster, &pods);
+        policies(report, cluster, &pods);
         operation(report, cluster, &mut pods);
     }
     report.check("deleted pods leave nothing on the nodes", || {
@@ -335,11 +338,104 @@ fn services(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
     });
 }
 
+/// Whether a connection from a namespace is accepted.
+fn connects(from: &NetNs, to: SocketAddr) -> Result<bool> {
+    from.run(|| TcpStream::connect_timeout(&to, Duration::from_millis(700)).is_ok())
+}
+
+/// Writes objects into a file of this name on every node.
+fn put(cluster: &Cluster, name: &str, items: &[Value]) -> Result<()> {
+    for node in cluster.nodes() {
+        let (folder, list) = (node.objects_dir(), json!({"apiVersion": "v1", "kind": "List", "items": items}));
+        std::fs::write(folder.join("fresh"), list.to_string())?;
+        std::fs::rename(folder.join("fresh"), folder.join(format!("{name}.json")))?;
+    }
+    Ok(())
+}
+
+fn outside(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
+    let [_, b, ..] = pods else { return };
+    report.check("a client outside reaches a pod by a node port of either node, IPv4 and IPv6", || {
+        let web = ServiceSpec {
+            name: "open".to_owned(),
+            cluster_ips: vec!["10.96.0.81".parse()?, "fd96::81".parse()?],
+            ports: vec![(80, 8080)],
+            endpoints: vec![(vec![b.v4, b.v6], format!("n{}", b.node))],
+        };
+        let mut objects = web.objects();
+        let service = objects.first_mut().context("no Service")?;
+        service["spec"]["type"] = json!("NodePort");
+        for port in service["spec"]["ports"].as_array_mut().into_iter().flatten() {
+            port["nodePort"] = json!(30_080);
+        }
+        put(cluster, "open", &objects)?;
+        for node in cluster.nodes() {
+            let eni = cluster.vpc().primary(node.name()).context("no primary ENI")?;
+            let v4 = eni.v4.first().copied().map(IpAddr::V4);
+            let v6 = eni.v6.first().copied().map(IpAddr::V6);
+            for ip in [v4, v6].into_iter().flatten() {
+                node.wait(Duration::from_secs(5), "the node port answers", |_| {
+                    connects(cluster.external(), SocketAddr::new(ip, 30_080))
+                })?;
+            }
+        }
+        for node in cluster.nodes() {
+            node.remove_service("open")?;
+        }
+        Ok("directly on the pod's node, and passed on by the other one".to_owned())
+    });
+}
+
+fn policies(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
+    let [a, b, c, _] = pods else { return };
+    report.check("a NetworkPolicy closes a pod to all but one, on either node, and says why", || {
+        let mut objects = vec![json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default"}})];
+        objects.extend(pods.iter().map(|pod| {
+            let name = &pod.spec.name;
+            json!({
+                "apiVersion": "v1", "kind": "Pod",
+                "metadata": {"name": name, "namespace": "default", "labels": {"app": name}},
+                "spec": {"nodeName": format!("n{}", pod.node), "containers": [{"name": "c"}]},
+                "status": {"phase": "Running", "podIPs": [{"ip": pod.v4}, {"ip": pod.v6}]},
+            })
+        }));
+        put(cluster, "pods", &objects)?;
+        let to = [SocketAddr::new(b.v4, 8080), SocketAddr::new(b.v6, 8080)];
+        ensure!(connects(&c.ns()?, to[0])?, "nothing forbids it yet");
+        let from = json!([{"podSelector": {"matchLabels": {"app": a.spec.name}}}]);
+        put(
+            cluster,
+            "policy",
+            &[json!({
+                "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+                "metadata": {"name": "only-one", "namespace": "default"},
+                "spec": {"podSelector": {"matchLabels": {"app": b.spec.name}}, "ingress": [{"from": from}]},
+            })],
+        )?;
+        let home = cluster.node(b.node);
+        for to in to {
+            home.wait(Duration::from_secs(5), "others are kept out", |_| Ok(!connects(&c.ns()?, to)?))?;
+            ensure!(connects(&a.ns()?, to)?, "who is allowed is kept out of {to}");
+        }
+        let (from, to) = (format!("default/{}", c.spec.name), format!("default/{}:8080", b.spec.name));
+        let told = home.cli(&["policy", "explain", "--from", &from, "--to", &to])?;
+        ensure!(told.contains("only-one"), "{told}");
+        for node in cluster.nodes() {
+            node.remove_service("policy")?;
+        }
+        home.wait(Duration::from_secs(5), "it is open again", |_| connects(&c.ns()?, SocketAddr::new(b.v4, 8080)))?;
+        for node in cluster.nodes() {
+            node.remove_service("pods")?;
+        }
+        Ok(told.lines().last().unwrap_or_default().trim().to_owned())
+    });
+}
+
 /// The result of ADD that libcni keeps for CHECK and DEL.
-fn cached_result(node: &Node, sandbox: &str) -> Result<serde_json::Value> {
+fn cached_result(node: &Node, sandbox: &str) -> Result<Value> {
     let network = node.conflist()?["name"].as_str().unwrap_or_default().to_owned();
     let path = format!("/var/lib/cni/results/{network}-{sandbox}-eth0");
-    let cached: serde_json::Value =
+    let cached: Value =
         serde_json::from_slice(&std::fs::read(&path).with_context(|| path.clone())?).context("read libcni's cache")?;
     Ok(cached["result"].clone())
 }

@@ -131,7 +131,7 @@ fn a_pod_is_isolated_before_its_first_packet() -> Result<()> {
                 ensure!(seen.keys().eq([&1_000_000]), "packets leaked, or none passed: {seen:?}");
             }
             let held = cluster.node(1).status()?.problems;
-            ensure!(held.iter().any(|problem| problem.code == "TW0506"), "{held:?}");
+            ensure!(held.iter().any(|problem| problem.code == "TW0508"), "{held:?}");
             for (node, pod) in added.iter().chain([&(1, free)]) {
                 cluster.node(*node).del(pod)?;
             }
