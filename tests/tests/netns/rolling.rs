@@ -1,5 +1,6 @@
 //! An application and the cluster's DNS are rolled out anew, again and again, and nobody notices.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +22,7 @@ const DURATION: Duration = Duration::from_secs(30);
 const EVERY: Duration = Duration::from_secs(1);
 /// How long a pod that ends still answers after its endpoint is gone: a `preStop` sleep, shorter than which no cluster is without loss,
 /// whatever its network: others learn of the end later.
-const GRACE: Duration = Duration::from_millis(500);
+const GRACE: Duration = Duration::from_millis(1500);
 /// How long a client waits for an answer. It does not ask twice.
 const ANSWER: Duration = Duration::from_millis(800);
 /// Clients, each with a source port that it keeps.
@@ -174,6 +175,7 @@ fn datagram(own: SocketAddr, to: SocketAddr, number: [u8; 8]) -> Result<()> {
 /// Replaces a pod a second until the time is over: the new one is ready first, then the old one ends, then its endpoint goes, then it does.
 fn roll(cluster: &Cluster, backends: &mut Vec<Backend>) -> Result<usize> {
     let (start, mut number) = (Instant::now(), backends.len());
+    let mut leaving = VecDeque::new();
     while start.elapsed() < DURATION {
         let turn = Instant::now();
         backends.push(Backend::start(cluster, number)?);
@@ -186,10 +188,14 @@ fn roll(cluster: &Cluster, backends: &mut Vec<Backend>) -> Result<usize> {
         std::thread::sleep(EVERY / 4);
         let oldest = backends.remove(0);
         publish(cluster, backends)?;
-        std::thread::sleep(GRACE);
-        oldest.end(cluster)?;
+        leaving.push_back((Instant::now(), oldest));
+        while let Some((_, backend)) = leaving.pop_front_if(|(since, _)| since.elapsed() >= GRACE) {
+            backend.end(cluster)?;
+        }
         std::thread::sleep(EVERY.saturating_sub(turn.elapsed()));
     }
+    std::thread::sleep(GRACE);
+    leaving.into_iter().try_for_each(|(_, backend)| backend.end(cluster))?;
     Ok(number)
 }
 

@@ -389,12 +389,13 @@ fn outside(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
 fn policies(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
     let [a, b, c, _] = pods else { return };
     report.check("a NetworkPolicy closes a pod to all but one, on either node, and says why", || {
-        let mut objects = vec![json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default"}})];
+        let namespace = &b.spec.namespace;
+        let mut objects = vec![json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})];
         objects.extend(pods.iter().map(|pod| {
             let name = &pod.spec.name;
             json!({
                 "apiVersion": "v1", "kind": "Pod",
-                "metadata": {"name": name, "namespace": "default", "labels": {"app": name}},
+                "metadata": {"name": name, "namespace": namespace, "labels": {"app": name}},
                 "spec": {"nodeName": format!("n{}", pod.node), "containers": [{"name": "c"}]},
                 "status": {"phase": "Running", "podIPs": [{"ip": pod.v4}, {"ip": pod.v6}]},
             })
@@ -408,7 +409,7 @@ fn policies(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
             "policy",
             &[json!({
                 "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-                "metadata": {"name": "only-one", "namespace": "default"},
+                "metadata": {"name": "only-one", "namespace": namespace},
                 "spec": {"podSelector": {"matchLabels": {"app": b.spec.name}}, "ingress": [{"from": from}]},
             })],
         )?;
@@ -417,7 +418,7 @@ fn policies(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
             home.wait(Duration::from_secs(5), "others are kept out", |_| Ok(!connects(&c.ns()?, to)?))?;
             ensure!(connects(&a.ns()?, to)?, "who is allowed is kept out of {to}");
         }
-        let (from, to) = (format!("default/{}", c.spec.name), format!("default/{}:8080", b.spec.name));
+        let (from, to) = (format!("{namespace}/{}", a.spec.name), format!("{namespace}/{}:8080", b.spec.name));
         let told = home.cli(&["policy", "explain", "--from", &from, "--to", &to])?;
         ensure!(told.contains("only-one"), "{told}");
         for node in cluster.nodes() {
