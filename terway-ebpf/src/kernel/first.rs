@@ -17,7 +17,7 @@ use super::path::{
     FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, drift, hook, is_stale, kinds, lookup, send, use_known,
 };
 use super::refuse::refuse;
-use super::serve::{prepare_both, remember_both, serve};
+use super::serve::{prepare_both, recall, remember_both, serve};
 use super::skb::{Skb, Window};
 use crate::decide::{self, Decision, Tables};
 use crate::family::{Family, Glance, V4, V6};
@@ -73,6 +73,8 @@ where
     (desk.choice.port, desk.choice.source) = (desk.packet.ports >> 16, 0);
     let clients = PROGRAM == FROM_POD || PROGRAM == FROM_VPC;
     if clients && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst) {
+        // Read back by `serve`.
+        let _found = recall::<F>(desk);
         let early = serve::<F, PROGRAM>(skb.0, desk);
         if !early.is_open() {
             return early;

@@ -137,7 +137,11 @@ where
     // A backend that has gone from its Service still owes answers to what it was asked before, and they are the Service's.
     const ANSWERS: u32 = flow_flags::REVERSE | flow_flags::TRANSLATE;
     let answers = flow::side(entry, from_high).flags & ANSWERS == ANSWERS;
-    let drift = if answers { decide::drift::<F, _>(&Maps, entry.slots, entry.epochs) } else { drift::<F>(entry) };
+    let drift = if answers || backend_is_current::<F>(entry) {
+        decide::drift::<F, _>(&Maps, entry.slots, entry.epochs)
+    } else {
+        u32::MAX
+    };
     let from_maker = entry.maker == from_high;
     let flow: *mut _ = entry;
     let side = flow::side(entry, from_high);
@@ -161,11 +165,16 @@ pub(super) fn drift<F: Way>(flow: &Flow<F::Addr>) -> u32
 where
     Maps: Tables<F>,
 {
-    let member = Member { backend: flow.backend, generation: flow.generation };
-    if member.backend != NO_BACKEND && !is_current(member) {
+    if !backend_is_current::<F>(flow) {
         return u32::MAX;
     }
     decide::drift::<F, _>(&Maps, flow.slots, flow.epochs)
+}
+
+/// Whether an entry's backend is as it was, or it has none.
+#[inline(always)]
+fn backend_is_current<F: Family>(flow: &Flow<F::Addr>) -> bool {
+    flow.backend == NO_BACKEND || is_current(Member { backend: flow.backend, generation: flow.generation })
 }
 
 #[inline(always)]

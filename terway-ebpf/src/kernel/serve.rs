@@ -34,6 +34,8 @@ where
     Maps: Tables<F> + Services<F>,
 {
     let Desk { packet, choice, .. } = desk;
+    let (recalled, source) = (choice.member, choice.source);
+    (choice.member.backend, choice.source) = (NO_BACKEND, 0);
     if PROGRAM == FROM_POD {
         // What follows may be remembered, and answered.
         decide::sender(endpoint::<F>(skb)?, packet, skb.window().macs().ok_or(Drop::Truncated)?)?;
@@ -52,9 +54,9 @@ where
     let hash = service::hash::<F>(&packet.src, ports, frontend.affinity != 0);
     let mut outcome = service::choose::<F, _>(&Maps, frontend, inside, hash, &asker);
     if let Outcome::Chosen(_) = outcome
-        && let Some((member, source)) = before::<F>(packet)
+        && source != 0
     {
-        (outcome, choice.source) = (Outcome::Chosen(member), source);
+        (outcome, choice.source) = (Outcome::Chosen(recalled), source);
     }
     match outcome {
         Outcome::Other => Ok(Verdict::OPEN),
@@ -75,6 +77,15 @@ where
             Ok(Verdict::OPEN)
         }
     }
+}
+
+/// Puts on the desk what [`before`] finds. A stage of its own, for the stack's sake.
+#[inline(never)]
+pub(super) fn recall<F: Way>(desk: &mut Desk<F>) -> u32 {
+    let Desk { packet, choice, .. } = desk;
+    let Some((member, source)) = before::<F>(packet) else { return 0 };
+    (choice.member, choice.source) = (member, source);
+    1
 }
 
 /// The backend of a connection that goes on, and the source port that it is known by there, if its entry is void only because
