@@ -66,7 +66,8 @@ impl Engine {
         loop {
             match events.next().await {
                 Ok(event) => {
-                    let packet = self.name_drop(&event);
+                    let told = if event.rule == 0 { None } else { self.policies.reason(event.rule).await };
+                    let packet = self.name_drop(&event, told);
                     debug!(?packet, "dropped");
                     self.drops.push(packet);
                 }
@@ -90,11 +91,11 @@ impl Engine {
         self.drops.state().live = None;
     }
 
-    fn name_drop(&self, event: &DropEvent) -> v1::DroppedPacket {
+    /// A drop with names; `told` is the policy that forbade the packet, and why.
+    fn name_drop(&self, event: &DropEvent, told: Option<(String, String)>) -> v1::DroppedPacket {
         let reason = Drop::from_number(event.reason);
         let [a, b, c, d] = event.ports.to_ne_bytes();
-        let (policy, decided) = (event.rule != 0).then(|| self.policies.reason(event.rule)).flatten().unzip();
-        let policy = policy.unwrap_or_default();
+        let (policy, decided) = told.unwrap_or_default();
         v1::DroppedPacket {
             at_ms: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
@@ -118,7 +119,7 @@ impl Engine {
             lost: event.lost,
             pod: self.pod_behind(event.ifindex),
             policy,
-            decided: decided.unwrap_or_default(),
+            decided,
         }
     }
 
