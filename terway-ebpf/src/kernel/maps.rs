@@ -65,12 +65,27 @@ pub struct Desk<F: Family> {
     pub flow: Flow<F::Addr>,
     /// That of the answers, if they have one of their own.
     pub reply: Flow<F::Addr>,
+    /// What the entry was that it replaces.
+    pub replaced: Replaced,
     /// Where the packet goes.
     pub choice: Choice<F::Addr>,
     /// What policies are asked about.
     pub case: Case<F::Addr>,
     /// Not 0 if the packet's flow is known, and policies have changed since it was judged; see [`super::judge`].
     pub stale: u32,
+}
+
+/// What the flow table held under the packet's key; zeros if there was nothing.
+#[repr(C, align(8))]
+pub struct Replaced {
+    /// Not 0 if the answers of a Service's backend are there, which look the same.
+    pub taken: u32,
+    /// Not 0 if the packet's sender is the one who answered.
+    pub answers: u32,
+    /// What decided about the packet's sender and the other end.
+    pub slots: [u32; 2],
+    /// And when.
+    pub epochs: [u32; 2],
 }
 
 /// Where a packet goes: its destination, or the backend that a Service chose for it.
