@@ -41,12 +41,7 @@ pub(super) fn desk<F: Way>() -> Option<&'static mut Desk<F>> {
 
 /// The first packet of a flow, of common shape: the fast path has read all there is to know.
 #[inline(always)]
-pub(super) fn first<F: Way, const PROGRAM: u8>(
-    skb: Skb,
-    glance: &Glance<F>,
-    stale: bool,
-    before: Before<F>,
-) -> Verdict
+pub(super) fn first<F: Way, const PROGRAM: u8>(skb: Skb, glance: &Glance<F>, stale: bool, before: Before<F>) -> Verdict
 where
     Maps: Tables<F> + Services<F> + Policies<F>,
 {
@@ -324,11 +319,8 @@ where
     let others = by_other && side.flags & flow_flags::TRANSLATE != 0;
     replaced.taken = u32::from(others && side.flags & flow_flags::RST == 0 && drift::<F>(old) <= POLICY_EPOCH);
     let ([makers, others], [at_makers, at_others]) = (old.slots, old.epochs);
-    (replaced.slots, replaced.epochs) = if by_other {
-        ([others, makers], [at_others, at_makers])
-    } else {
-        ([makers, others], [at_makers, at_others])
-    };
+    (replaced.slots, replaced.epochs) =
+        if by_other { ([others, makers], [at_others, at_makers]) } else { ([makers, others], [at_makers, at_others]) };
     replaced.answers = flow::side(old, from_high).flags & flow_flags::REVERSE;
 }
 
