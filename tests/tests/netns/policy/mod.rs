@@ -3,8 +3,10 @@
 
 mod first;
 mod probes;
+mod race;
 mod scenarios;
 mod stage;
+mod switch;
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
