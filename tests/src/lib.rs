@@ -1,4 +1,4 @@
-//! What the suites and benchmarks share: packets, sandboxes, the CNI verb matrix, load, figures.
+//! What the suites and benchmarks share: packets, SCTP, sandboxes, the CNI verb matrix, load, figures.
 
 pub mod bench;
 pub mod cni_matrix;
@@ -8,3 +8,4 @@ pub mod packet;
 pub mod prog_bench;
 pub mod prog_serve;
 pub mod sandbox;
+pub mod sctp;

@@ -1,5 +1,6 @@
 //! The cri rung: a real containerd calls our plugin. Debian's containerd 1.6, and 2.x, which speaks CNI 1.1.0 and calls STATUS.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,9 @@ use terway_sim::cluster::{Cluster, Options};
 use terway_sim::containerd::{cache_dir, fetch_containerd_2};
 use terway_sim::cri::{Cri, PodSpec};
 use terway_sim::leftovers;
-use terway_sim::node::Node;
+use terway_sim::netns::NetNs;
+use terway_sim::node::{Node, ServiceSpec};
+use terway_sim::probe::{self, Echo};
 
 const SETTLE: Duration = Duration::from_secs(20);
 
@@ -91,6 +94,56 @@ fn pods_live_and_die(cluster: &Cluster) -> Result<()> {
     leftovers::settle_pods(n2, &before[1], SETTLE)
 }
 
+/// A container is in its node's cgroup, so its connections to Services are made straight to a backend; who is in the pod's network but not
+/// in the cgroup has the packets' path.
+fn containers_connect_at_the_socket(cluster: &Cluster) -> Result<()> {
+    let node = cluster.node(1);
+    let before = leftovers::node(node)?;
+    let cri = cri(node)?;
+    let specs = ["server", "client"].map(|name| PodSpec::new("team", name));
+    let server = cri.run_pod(&specs[0])?;
+    let client = cri.run_pod(&specs[1])?;
+    let ns = |sandbox: &str| -> Result<NetNs> {
+        NetNs::open(&cri.pod_status(sandbox)?.netns.context("the runtime does not tell the namespace")?)
+    };
+    let echo = Echo::start(&ns(&server)?)?;
+    let backends = cri.pod_status(&server)?.ips;
+    let service = ServiceSpec {
+        name: "web".to_owned(),
+        cluster_ips: vec!["10.96.0.80".parse()?, "fd96::80".parse()?],
+        ports: vec![(80, probe::PORT)],
+        endpoints: vec![(backends.clone(), "n1".to_owned())],
+    };
+    node.put_service(&service)?;
+    node.wait(Duration::from_secs(5), "the Service is served", |node| {
+        Ok(node.cli(&["svc", "list"])?.matches("1/1").count() >= 4)
+    })?;
+    let container = cri.start_container(&client, &specs[1], "main", &["/pause"])?;
+    let flows = || node.cli(&["ct", "list", "--pod", "team/client", "--proto", "tcp"]);
+    for (vip, backend) in service.cluster_ips.iter().zip(&backends) {
+        let ask = format!("echo question | nc -w 2 {vip} 80");
+        let asked = cri.exec(&container, &["ash", "-c", &ask])?;
+        ensure!(asked.output.contains("question"), "{vip}: {} {}", asked.code, asked.output);
+        let flows = flows()?;
+        let direct = SocketAddr::new(*backend, probe::PORT).to_string();
+        let translated = SocketAddr::new(*vip, 80).to_string();
+        ensure!(flows.contains(&direct) && !flows.contains(&translated), "not at the socket:\n{flows}");
+    }
+    for vip in &service.cluster_ips {
+        let translated = SocketAddr::new(*vip, 80);
+        probe::tcp_at(&ns(&client)?, translated, 10)?;
+        let flows = flows()?;
+        ensure!(flows.contains(&translated.to_string()), "not by packets:\n{flows}");
+    }
+    node.remove_service("web")?;
+    drop(echo);
+    for sandbox in [server, client] {
+        cri.stop_pod(&sandbox)?;
+        cri.remove_pod(&sandbox)?;
+    }
+    leftovers::settle_pods(node, &before, SETTLE)
+}
+
 /// Failures reach the user through the runtime, and deletions pass without the daemon.
 fn without_the_daemon(cluster: &Cluster) -> Result<()> {
     let node = cluster.node(1);
@@ -125,6 +178,7 @@ fn containerd_of_debian() -> Result<()> {
     }
     with_containerd("/usr/bin".into(), |cluster| {
         pods_live_and_die(cluster)?;
+        containers_connect_at_the_socket(cluster)?;
         without_the_daemon(cluster)
     })
 }
@@ -140,6 +194,7 @@ fn containerd_2() -> Result<()> {
     };
     with_containerd(bin_dir, |cluster| {
         pods_live_and_die(cluster)?;
+        containers_connect_at_the_socket(cluster)?;
         without_the_daemon(cluster)?;
         // CNI 1.1.0: STATUS tells the kubelet through the runtime what the daemon knows.
         let node = cluster.node(1);

@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use ipnet::{Ipv4Net, Ipv6Net};
 use nix::fcntl::Flock;
+use serde::Serialize;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
@@ -254,6 +255,14 @@ impl Cluster {
     #[must_use]
     pub fn node(&self, number: usize) -> &Node {
         &self.nodes[number - 1]
+    }
+
+    /// Writes objects on every node, as [`Node::put`] does.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn put(&self, name: &str, items: &[impl Serialize]) -> Result<()> {
+        self.nodes.iter().try_for_each(|node| node.put(name, items))
     }
 
     /// The VPC.

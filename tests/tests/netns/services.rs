@@ -227,3 +227,50 @@ fn what_is_wrong_is_told() -> Result<()> {
         },
     )
 }
+
+/// A pod that starts before the node's Services are known would not reach them: ADD waits for them, and if they do not come, it is to be
+/// tried again.
+#[test]
+fn pods_wait_for_the_first_services() -> Result<()> {
+    with_cluster(
+        |options| options.nodes = 1,
+        |cluster| {
+            let node = cluster.node(1);
+            let (server, away) = (pod(node, "server")?, node.work().join("away"));
+            let _echo = Echo::start(&server.ns)?;
+            // Nothing of an earlier daemon's is in force, and this one cannot know what there is.
+            node.stop_daemon()?;
+            node.put_service(&service("web", 1, &[(&server, 1)]))?;
+            std::fs::rename(node.objects_dir(), &away)?;
+            node.start_daemon()?;
+            node.wait(Duration::from_secs(20), "it is told that there are no objects", |node| {
+                Ok(node.status()?.problems.iter().any(|problem| problem.code == "TW0504"))
+            })?;
+            let early = node.new_pod("early")?;
+            let refused = node.cni("ADD", &early)?;
+            let (code, text) = (refused.json["code"].as_u64(), refused.json.to_string());
+            // CNI specification 1.1.0, "Error": 11, try again later.
+            ensure!(code == Some(11) && text.contains("TW0505") && text.contains("TW0504"), "{text}");
+            let waited = refused.elapsed;
+            ensure!(waited > Duration::from_secs(5) && waited < Duration::from_secs(20), "refused after {waited:?}");
+            ensure!(node.list_pods()?.len() == 1, "a refused pod has an address");
+            // They come while the next one waits: it is connected at once, and the Service is there for its first packet.
+            let mut late = node.new_pod("late")?;
+            std::thread::scope(|scope| -> Result<()> {
+                let adding = scope.spawn(|| node.add(&mut late));
+                std::thread::sleep(Duration::from_secs(1));
+                ensure!(!adding.is_finished(), "ADD does not wait");
+                std::fs::rename(&away, node.objects_dir())?;
+                let added = adding.join().map_err(|_panic| anyhow::anyhow!("ADD panicked"))??;
+                ensure!(added.elapsed < Duration::from_secs(5), "ADD took {:?}", added.elapsed);
+                Ok(())
+            })?;
+            for to in at(1, 80) {
+                probe::tcp_at(&late.ns, to, 1000).context("the first packets")?;
+            }
+            node.del(&early)?;
+            node.del(&late)?;
+            node.del(&server).map(drop)
+        },
+    )
+}

@@ -343,16 +343,6 @@ fn connects(from: &NetNs, to: SocketAddr) -> Result<bool> {
     from.run(|| TcpStream::connect_timeout(&to, Duration::from_millis(700)).is_ok())
 }
 
-/// Writes objects into a file of this name on every node.
-fn put(cluster: &Cluster, name: &str, items: &[Value]) -> Result<()> {
-    for node in cluster.nodes() {
-        let (folder, list) = (node.objects_dir(), json!({"apiVersion": "v1", "kind": "List", "items": items}));
-        std::fs::write(folder.join("fresh"), list.to_string())?;
-        std::fs::rename(folder.join("fresh"), folder.join(format!("{name}.json")))?;
-    }
-    Ok(())
-}
-
 fn outside(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
     let [_, b, ..] = pods else { return };
     report.check("a client outside reaches a pod by a node port of either node, IPv4 and IPv6", || {
@@ -368,7 +358,7 @@ fn outside(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
         for port in service["spec"]["ports"].as_array_mut().into_iter().flatten() {
             port["nodePort"] = json!(30_080);
         }
-        put(cluster, "open", &objects)?;
+        cluster.put("open", &objects)?;
         for node in cluster.nodes() {
             let eni = cluster.vpc().primary(node.name()).context("no primary ENI")?;
             let v4 = eni.v4.first().copied().map(IpAddr::V4);
@@ -400,12 +390,11 @@ fn policies(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
                 "status": {"phase": "Running", "podIPs": [{"ip": pod.v4}, {"ip": pod.v6}]},
             })
         }));
-        put(cluster, "pods", &objects)?;
+        cluster.put("pods", &objects)?;
         let to = [SocketAddr::new(b.v4, 8080), SocketAddr::new(b.v6, 8080)];
         ensure!(connects(&c.ns()?, to[0])?, "nothing forbids it yet");
         let from = json!([{"podSelector": {"matchLabels": {"app": a.spec.name}}}]);
-        put(
-            cluster,
+        cluster.put(
             "policy",
             &[json!({
                 "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",

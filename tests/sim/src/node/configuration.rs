@@ -1,10 +1,11 @@
 //! The ConfigMap of a node as a kubelet mounts it, and editing it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -16,19 +17,33 @@ use super::Node;
 #[derive(Debug)]
 pub(super) struct Mounted {
     work: PathBuf,
-    /// The document and how often it was mounted.
-    present: Mutex<(Value, u32)>,
+    present: Mutex<Present>,
+}
+
+/// What the ConfigMap says.
+#[derive(Debug, Default)]
+struct Present {
+    /// The document `eni_conf`.
+    document: Value,
+    /// The keys beside it.
+    beside: BTreeMap<String, String>,
+    /// How often it was mounted.
+    version: u32,
 }
 
 impl Mounted {
     pub(super) fn create(work: &Path, document: Value) -> Result<Self> {
-        let mounted = Self { work: work.to_owned(), present: Mutex::new((Value::Null, 0)) };
+        let mounted = Self { work: work.to_owned(), present: Mutex::default() };
         fs::create_dir(mounted.folder())?;
         symlink("..data/eni_conf", mounted.folder().join("eni_conf"))?;
         mounted.mount(&document.to_string())?;
-        mounted.present.lock().unwrap_or_else(PoisonError::into_inner).0 = document;
+        mounted.present().document = document;
         mounted.overlay_is("{}")?;
         Ok(mounted)
+    }
+
+    fn present(&self) -> MutexGuard<'_, Present> {
+        self.present.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn folder(&self) -> PathBuf {
@@ -41,14 +56,15 @@ impl Mounted {
 
     /// A new version in a folder of its own, then one rename (kubernetes/pkg/volume/util/atomic_writer.go).
     fn mount(&self, text: &str) -> Result<()> {
-        let (folder, version) = {
-            let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
-            present.1 += 1;
-            (self.folder(), present.1)
-        };
+        let mut present = self.present();
+        present.version += 1;
+        let (folder, version) = (self.folder(), present.version);
         let name = format!("..{version}");
         fs::create_dir(folder.join(&name))?;
         fs::write(folder.join(&name).join("eni_conf"), text)?;
+        for (key, text) in &present.beside {
+            fs::write(folder.join(&name).join(key), text)?;
+        }
         let fresh = folder.join("..data_tmp");
         symlink(&name, &fresh)?;
         fs::rename(&fresh, folder.join("..data"))?;
@@ -72,11 +88,24 @@ impl Node {
     /// When the files cannot be written.
     pub fn edit_conf(&self, patch: Value) -> Result<()> {
         let text = {
-            let mut present = self.configuration.present.lock().unwrap_or_else(PoisonError::into_inner);
-            merge(&mut present.0, patch);
-            present.0.to_string()
+            let mut present = self.configuration.present();
+            merge(&mut present.document, patch);
+            present.document.to_string()
         };
         self.configuration.mount(&text)
+    }
+
+    /// Sets a key of the ConfigMap beside `eni_conf`, such as `disable_network_policy`.
+    ///
+    /// # Errors
+    /// When the files cannot be written.
+    pub fn set_key(&self, key: &str, text: &str) -> Result<()> {
+        let document = {
+            let mut present = self.configuration.present();
+            present.beside.insert(key.to_owned(), text.to_owned());
+            present.document.to_string()
+        };
+        self.configuration.mount(&document)
     }
 
     /// Mounts any text as `eni_conf`; the next [`Node::edit_conf`] begins where the last one ended.
@@ -98,7 +127,7 @@ impl Node {
     /// The present document.
     #[must_use]
     pub fn conf(&self) -> Value {
-        self.configuration.present.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+        self.configuration.present().document.clone()
     }
 
     /// Replaces the node's own part of the configuration, as a label `terway-config` does.

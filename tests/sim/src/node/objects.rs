@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Node;
@@ -72,22 +73,30 @@ impl Node {
         self.work.join("objects")
     }
 
-    /// Writes a Service and its endpoints in one file, which takes effect as a whole.
+    /// Writes objects into one file, in place of what it had, which takes effect as a whole.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn put_service(&self, service: &ServiceSpec) -> Result<()> {
-        let list = json!({"apiVersion": "v1", "kind": "List", "items": service.objects()});
-        let (folder, name) = (self.objects_dir(), &service.name);
+    pub fn put(&self, name: &str, items: &[impl Serialize]) -> Result<()> {
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
+        let folder = self.objects_dir();
         let fresh = folder.join(format!("{name}.new"));
         fs::write(&fresh, list.to_string())?;
         Ok(fs::rename(fresh, folder.join(format!("{name}.json")))?)
     }
 
-    /// Removes a Service.
+    /// Writes a Service and its endpoints, into a file of the Service's name.
     ///
     /// # Errors
-    /// When its file cannot be removed.
+    /// When it cannot be written.
+    pub fn put_service(&self, service: &ServiceSpec) -> Result<()> {
+        self.put(&service.name, &service.objects())
+    }
+
+    /// Removes a Service, or whatever objects are in a file of this name.
+    ///
+    /// # Errors
+    /// When the file cannot be removed.
     pub fn remove_service(&self, name: &str) -> Result<()> {
         Ok(fs::remove_file(self.objects_dir().join(format!("{name}.json")))?)
     }

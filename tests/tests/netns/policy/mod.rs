@@ -3,8 +3,10 @@
 
 mod first;
 mod probes;
+mod race;
 mod scenarios;
 mod stage;
+mod switch;
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -23,11 +25,14 @@ use super::with_cluster;
 /// What a change may take; some hundred times what it takes.
 const SOON: Duration = Duration::from_secs(20);
 
+/// What each pod is asked by each: ports, protocols, families.
+const CELLS: usize = 2 * 3 * 2;
+
 /// The name of a cell for people.
 fn cell(n: usize) -> String {
-    let (family, protocol, port, pod) = (n % 2, n / 2 % 2, n / 4 % 2, n / 8);
+    let (family, protocol, port, pod) = (n % 2, n / 2 % 3, n / 6 % 2, n / CELLS);
     let name = format!("{}/{}", NAMESPACES[pod / NAMES.len()], NAMES[pod % NAMES.len()]);
-    let protocol = if protocol == 0 { "TCP" } else { "UDP" };
+    let protocol = ["TCP", "UDP", "SCTP"][protocol];
     format!("{name}:{} {protocol} IPv{}", PORTS[port], if family == 0 { 4 } else { 6 })
 }
 
@@ -40,7 +45,7 @@ fn compare(stage: &Stage<'_>, probes: &mut Probes, objects: &stage::Objects, wha
         for (n, (expected, answered)) in expected.iter().zip(answered).enumerate() {
             if expected != answered {
                 let verdict = if *answered { "passes" } else { "is dropped" };
-                wrong.push(format!("{} to {} {verdict}", cell(8 * from).split(':').next().unwrap_or(""), cell(n)));
+                wrong.push(format!("{} to {} {verdict}", cell(CELLS * from).split(':').next().unwrap_or(""), cell(n)));
             }
         }
     }
@@ -56,7 +61,7 @@ fn compare(stage: &Stage<'_>, probes: &mut Probes, objects: &stage::Objects, wha
         wrong.is_empty(),
         "{what}: {} of {} are wrong:\n{}",
         wrong.len(),
-        9 * 72,
+        9 * 9 * CELLS,
         wrong[..wrong.len().min(40)].join("\n")
     );
     Ok(())
@@ -117,7 +122,7 @@ fn policies_mean_what_they_say() -> Result<()> {
                 steps += 1;
             }
         }
-        println!("{count} scenarios, {steps} steps of {} probes in {:?}", 9 * 72, start.elapsed());
+        println!("{count} scenarios, {steps} steps of {} probes in {:?}", 9 * 9 * CELLS, start.elapsed());
         Ok(())
     })
 }

@@ -1,6 +1,6 @@
-//! Everybody tries to reach everybody, at once: from each pod one thread with raw sockets, TCP and UDP, two ports, both families.
+//! Everybody tries to reach everybody, at once: from each pod one thread, TCP, UDP and SCTP, two ports, both families.
 //!
-//! UDP is sent from one socket for the whole suite, so that its flows live through every change; TCP connects anew each time.
+//! UDP and SCTP are sent from one port for the whole suite, so that their flows live through every change; TCP connects anew each time.
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use terway_sim::node::cni::Pod;
+use terway_tests::sctp::{Chunk, Packet, Raw, SCTP};
 
 /// Ports that every pod serves.
 pub(crate) const PORTS: [u16; 2] = [80, 81];
@@ -27,8 +28,18 @@ const AGAIN: Duration = Duration::from_millis(200);
 #[derive(Clone, Copy, Debug)]
 struct Cell {
     to: SocketAddr,
-    tcp: bool,
+    protocol: u8,
 }
+
+/// Protocols, by their numbers.
+pub(crate) const PROTOCOLS: [u8; 3] = [TCP, UDP, SCTP];
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// The port from which every pod opens its associations.
+const SCTP_CLIENT: u16 = 40_000;
+/// Tags of associations are this times the round, and the number of the cell.
+const ROUND: u32 = 1000;
 
 /// What is asked of a pod's thread: the number of the round and what must be answered.
 type Question = (u32, Vec<bool>);
@@ -50,9 +61,9 @@ impl Probes {
         let mut cells = Vec::new();
         for (_, pod) in pods {
             for port in PORTS {
-                for tcp in [true, false] {
+                for protocol in PROTOCOLS {
                     for ip in [pod.v4()?, pod.v6()?] {
-                        cells.push(Cell { to: SocketAddr::new(ip, port), tcp });
+                        cells.push(Cell { to: SocketAddr::new(ip, port), protocol });
                     }
                 }
             }
@@ -66,11 +77,11 @@ impl Probes {
                     udp.push(UdpSocket::bind(any(port))?);
                     tcp.push(std::net::TcpListener::bind(any(port))?);
                 }
-                Ok((udp, tcp, UdpSocket::bind(any(0))?))
+                Ok((udp, tcp, Raw::open()?, (UdpSocket::bind(any(0))?, Raw::open()?)))
             })?;
-            let (udp, tcp, client) = sockets.with_context(|| format!("listen in {}", pod.ns.name()))?;
+            let (udp, tcp, raw, client) = sockets.with_context(|| format!("listen in {}", pod.ns.name()))?;
             let ended = Arc::clone(&stop);
-            probes.servers.push(std::thread::spawn(move || serve(&udp, &tcp, &ended)));
+            probes.servers.push(std::thread::spawn(move || serve(&udp, &tcp, &raw, &ended)));
             let (ask, questions) = channel::<Question>();
             let (answer, answers) = channel();
             let cells = cells.clone();
@@ -122,8 +133,8 @@ const fn interest(fd: RawFd, events: libc::c_short) -> libc::pollfd {
     libc::pollfd { fd, events, revents: 0 }
 }
 
-/// Echoes datagrams; connections are taken and closed.
-fn serve(udp: &[UdpSocket], tcp: &[std::net::TcpListener], stop: &AtomicBool) {
+/// Echoes datagrams; connections are taken and closed, associations answered.
+fn serve(udp: &[UdpSocket], tcp: &[std::net::TcpListener], sctp: &Raw, stop: &AtomicBool) {
     for socket in udp {
         let _ = socket.set_nonblocking(true);
     }
@@ -132,6 +143,7 @@ fn serve(udp: &[UdpSocket], tcp: &[std::net::TcpListener], stop: &AtomicBool) {
     }
     let mut fds: Vec<libc::pollfd> = udp.iter().map(|s| interest(s.as_raw_fd(), libc::POLLIN)).collect();
     fds.extend(tcp.iter().map(|s| interest(s.as_raw_fd(), libc::POLLIN)));
+    fds.extend(sctp.fds().map(|fd| interest(fd, libc::POLLIN)));
     let mut buffer = [0; 64];
     while !stop.load(Ordering::Acquire) {
         let _ = wait(&mut fds, Duration::from_millis(100));
@@ -143,6 +155,7 @@ fn serve(udp: &[UdpSocket], tcp: &[std::net::TcpListener], stop: &AtomicBool) {
         for listener in tcp {
             while listener.accept().is_ok() {}
         }
+        sctp.answer();
     }
 }
 
@@ -200,7 +213,7 @@ fn is_connected(fd: RawFd) -> bool {
 }
 
 /// One round of one pod.
-fn probe(udp: &UdpSocket, cells: &[Cell], round: u32, expected: &[bool]) -> Answer {
+fn probe((udp, sctp): &(UdpSocket, Raw), cells: &[Cell], round: u32, expected: &[bool]) -> Answer {
     udp.set_nonblocking(true)?;
     let mut answered = vec![false; cells.len()];
     let mut sockets: Vec<Option<OwnedFd>> = cells.iter().map(|_| None).collect();
@@ -214,17 +227,23 @@ fn probe(udp: &UdpSocket, cells: &[Cell], round: u32, expected: &[bool]) -> Answ
                 if answered[n] || again && !expected[n] {
                     continue;
                 }
-                if cell.tcp {
-                    sockets[n] = connecting(cell.to).ok();
-                } else {
-                    let mut datagram = round.to_be_bytes().to_vec();
-                    datagram.extend((n as u32).to_be_bytes());
-                    let _ = udp.send_to(&datagram, six(cell.to));
+                match cell.protocol {
+                    TCP => sockets[n] = connecting(cell.to).ok(),
+                    UDP => {
+                        let mut datagram = round.to_be_bytes().to_vec();
+                        datagram.extend((n as u32).to_be_bytes());
+                        let _ = udp.send_to(&datagram, six(cell.to));
+                    }
+                    _ => {
+                        let ports = (SCTP_CLIENT, cell.to.port());
+                        let _ = sctp.send(cell.to.ip(), &Packet::init(ports, round * ROUND + n as u32));
+                    }
                 }
             }
             sent = Some(Instant::now());
         }
         let mut fds = vec![interest(udp.as_raw_fd(), libc::POLLIN)];
+        fds.extend(sctp.fds().map(|fd| interest(fd, libc::POLLIN)));
         let pending = sockets.iter().enumerate().filter(|(n, _)| !answered[*n]);
         fds.extend(pending.filter_map(|(_, s)| Some(interest(s.as_ref()?.as_raw_fd(), libc::POLLOUT))));
         wait(&mut fds, Duration::from_millis(5))?;
@@ -235,6 +254,15 @@ fn probe(udp: &UdpSocket, cells: &[Cell], round: u32, expected: &[bool]) -> Answ
                 && let Some(cell) = answered.get_mut(u32::from_be_bytes(*tail) as usize)
             {
                 *cell = true;
+            }
+        }
+        for (from, packet) in sctp.received() {
+            if let Some(Packet { ports: (port, _), tag, chunk: Chunk::InitAck(_) }) = packet {
+                let n = (tag % ROUND) as usize;
+                let own = cells.get(n).is_some_and(|cell| cell.to == SocketAddr::new(from, port));
+                if own && tag / ROUND == round {
+                    answered[n] = true;
+                }
             }
         }
         for (n, socket) in sockets.iter().enumerate() {

@@ -58,7 +58,10 @@ fn ports() -> Vec<(&'static str, Value)> {
         ("a range", json!([{"protocol": "UDP", "port": 70, "endPort": 80}])),
         ("a name", json!([{"protocol": "TCP", "port": "serve"}])),
         ("names of another protocol and of nobody", json!([{"protocol": "UDP", "port": "serve"}, {"port": "none"}])),
-        ("two", json!([{"protocol": "TCP", "port": "serve"}, {"protocol": "UDP", "port": 81}])),
+        (
+            "three",
+            json!([{"protocol": "TCP", "port": "serve"}, {"protocol": "UDP", "port": 81}, {"protocol": "SCTP", "port": 80}]),
+        ),
     ]
 }
 

@@ -1,7 +1,6 @@
 //! The world of the policy suite: three namespaces with three pods each on two nodes, its objects, and when a change is in force.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -158,12 +157,7 @@ impl<'a> Stage<'a> {
         let mut items: Vec<&Value> = objects.values().collect();
         let marker = policy_object("zzz-mark", &mark, &json!({"podSelector": {}}));
         items.push(&marker);
-        let list = json!({"apiVersion": "v1", "kind": "List", "items": items}).to_string();
-        for node in self.cluster.nodes() {
-            let folder = node.objects_dir();
-            fs::write(folder.join("world.new"), &list)?;
-            fs::rename(folder.join("world.new"), folder.join("world.json"))?;
-        }
+        self.cluster.put("world", &items)?;
         let start = Instant::now();
         for daemon in &mut self.daemons {
             loop {
@@ -207,7 +201,7 @@ impl<'a> Stage<'a> {
             let mut cells = Vec::new();
             for (_, to) in &self.pods {
                 for port in super::probes::PORTS {
-                    for protocol in [6, 17] {
+                    for protocol in super::probes::PROTOCOLS {
                         for v4 in [true, false] {
                             let of = |pod: &Pod| if v4 { pod.v4() } else { pod.v6() };
                             let packet = Packet { source: of(from)?, destination: of(to)?, protocol, port };
