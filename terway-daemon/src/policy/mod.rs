@@ -5,6 +5,7 @@
 //! source has not told everything, running pods keep what an earlier daemon wrote; a new pod is denied every direction in which a policy that
 //! is known might restrict it. Operations that the kernel refuses are kept in their order and tried again, and meanwhile no pod is added.
 
+mod ledger;
 mod metrics;
 mod state;
 mod view;
@@ -24,6 +25,7 @@ use tracing::warn;
 
 use crate::bpf::{self, Datapath};
 
+use ledger::Ledger;
 pub use metrics::PolicyMetrics;
 use state::{State, Work};
 
@@ -85,7 +87,9 @@ impl Policies {
         let Setup { datapath, mut addresses, mut config, metrics } = setup;
         let enforce = config.borrow_and_update().policy_enabled;
         let node = ips(&addresses.borrow_and_update());
-        let state = State::new(datapath, metrics, node, enforce)
+        let ledger = Arc::new(Ledger::new(Arc::clone(&datapath)));
+        metrics.count_by(&ledger);
+        let state = State::new(datapath, metrics, ledger, node, enforce)
             .map_err(|error| Error::new(errors::POLICY_FAILED, error.to_string()))?;
         let this = Arc::new(Self { state: Mutex::new(state), changed: Notify::new(), started: Instant::now() });
         let (sender, news) = mpsc::unbounded_channel();
@@ -149,10 +153,9 @@ impl Policies {
         self.state().status()
     }
 
-    /// What a number in a drop event means, and which policy it is if it is one.
-    #[must_use]
-    pub fn reason(&self, number: u32) -> Option<(String, String)> {
-        self.state().reason(number)
+    /// Has someone ask for the names of what events hold, as they are at one moment. Blocks.
+    pub fn names<T>(&self, ask: impl FnOnce(&Names<'_>) -> T) -> T {
+        ask(&Names(&self.state()))
     }
 
     /// The policies in force.
@@ -213,6 +216,24 @@ impl Policies {
             this.state().settle(generation).then(|| Instant::now() + IDLE)
         };
         tokio::task::spawn_blocking(work).await.unwrap_or(Some(Instant::now() + RETRY))
+    }
+}
+
+/// Names of what events hold.
+#[derive(Debug)]
+pub struct Names<'a>(&'a State);
+
+impl Names<'_> {
+    /// The pod that has an address, of any node.
+    #[must_use]
+    pub fn pod(&self, address: IpAddr) -> Option<v1::Pod> {
+        self.0.pod_at(address)
+    }
+
+    /// What a decision means; none if it is none of this node.
+    #[must_use]
+    pub fn decision(&self, decision: u32) -> Option<v1::FlowDecision> {
+        self.0.decision(decision)
     }
 }
 
