@@ -135,10 +135,8 @@ fn a_service_is_told_with_its_backend() {
                     (event.dst, event.target),
                     (words(family.vip.parse().unwrap()), words(family.b.parse().unwrap()))
                 );
-                assert_eq!(
-                    (event.ports.to_ne_bytes()[2..], event.port.to_ne_bytes()[..2]),
-                    ([0, 80][..], [0x1f, 0x90][..])
-                );
+                assert_eq!(event.ports.to_ne_bytes()[2..], [0, 80]);
+                assert_eq!(event.port.to_ne_bytes()[..2], [0x1f, 0x90]);
                 // The answers have an entry from the first packet on, which is no beginning.
                 node.by_b(node.b().ip(family.b, family.a).tcp(8080, 3000, flags::SYN | flags::ACK), &LOCAL[..1]);
                 assert_eq!(all(&mut events), []);
