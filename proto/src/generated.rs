@@ -729,6 +729,109 @@ pub struct DroppedPacket {
     #[prost(string, tag = "18")]
     pub decided: ::prost::alloc::string::String,
 }
+/// Asks for flow events: those to which all that is set applies.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchFlowsRequest {
+    /// Stay and tell of events to come.
+    #[prost(bool, tag = "1")]
+    pub follow: bool,
+    /// With this pod at one end, the backend of a Service included.
+    #[prost(message, optional, tag = "2")]
+    pub pod: ::core::option::Option<Pod>,
+    /// allowed or dropped; empty for both.
+    #[prost(string, tag = "3")]
+    pub verdict: ::prost::alloc::string::String,
+    /// Decided by this policy, on either side: NAME or NAMESPACE/NAME; empty for any.
+    #[prost(string, tag = "4")]
+    pub policy: ::prost::alloc::string::String,
+    /// With this port at one end, before or after translation; 0 for any.
+    #[prost(uint32, tag = "5")]
+    pub port: u32,
+    /// No more than the latest so many of those remembered; 0 for all.
+    #[prost(uint32, tag = "6")]
+    pub last: u32,
+}
+/// The first packet of a connection, or a packet that was dropped. Drops are told up to so many a second, new connections as sampled
+/// (flow_events_one_in); all are counted.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlowEvent {
+    /// Milliseconds since 1970 when the daemon read the event.
+    #[prost(uint64, tag = "1")]
+    pub at_ms: u64,
+    /// allowed or dropped.
+    #[prost(string, tag = "2")]
+    pub verdict: ::prost::alloc::string::String,
+    /// As the packet said; addresses are empty when it was dropped before its family was known.
+    #[prost(message, optional, tag = "3")]
+    pub source: ::core::option::Option<FlowEnd>,
+    #[prost(message, optional, tag = "4")]
+    pub destination: ::core::option::Option<FlowEnd>,
+    /// IP protocol number.
+    #[prost(uint32, tag = "5")]
+    pub protocol: u32,
+    /// The Service that the destination belongs to, as NAMESPACE/NAME, and where it goes instead; empty and unset if it is none.
+    #[prost(string, tag = "6")]
+    pub service: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "7")]
+    pub backend: ::core::option::Option<FlowEnd>,
+    /// What policies decided at the source and at the destination; unset where this node does not decide, or did not get to it.
+    #[prost(message, optional, tag = "8")]
+    pub egress: ::core::option::Option<FlowDecision>,
+    #[prost(message, optional, tag = "9")]
+    pub ingress: ::core::option::Option<FlowDecision>,
+    /// Of drops: name and sentence of the reason.
+    #[prost(string, tag = "10")]
+    pub reason: ::prost::alloc::string::String,
+    #[prost(string, tag = "11")]
+    pub text: ::prost::alloc::string::String,
+    /// Program that decided: from_pod, to_pod, from_vpc or to_vpc.
+    #[prost(string, tag = "12")]
+    pub program: ::prost::alloc::string::String,
+    /// Interface of the hook, its name as far as the daemon knows it.
+    #[prost(uint32, tag = "13")]
+    pub ifindex: u32,
+    #[prost(string, tag = "14")]
+    pub ifname: ::prost::alloc::string::String,
+    /// Of drops: the pod whose interface that is, if it is one's.
+    #[prost(message, optional, tag = "15")]
+    pub pod: ::core::option::Option<Pod>,
+    /// Bytes, Ethernet header included.
+    #[prost(uint32, tag = "16")]
+    pub length: u32,
+    /// Of drops: Ethernet addresses.
+    #[prost(string, tag = "17")]
+    pub source_mac: ::prost::alloc::string::String,
+    #[prost(string, tag = "18")]
+    pub destination_mac: ::prost::alloc::string::String,
+    /// Of drops: those of this CPU that were not told before this one.
+    #[prost(uint32, tag = "19")]
+    pub lost: u32,
+}
+/// An end of a flow.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlowEnd {
+    /// Its address and port; 0 where there is none.
+    #[prost(string, tag = "1")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+    /// The pod that has the address, if the node knows it.
+    #[prost(message, optional, tag = "3")]
+    pub pod: ::core::option::Option<Pod>,
+}
+/// What policies decided in one direction.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlowDecision {
+    /// Whether it passes.
+    #[prost(bool, tag = "1")]
+    pub allowed: bool,
+    /// Why, in a sentence.
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+    /// The policies behind that: one whose rule decided, or those that isolate the pod.
+    #[prost(string, repeated, tag = "3")]
+    pub policies: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
 /// Asks for network policies.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListPoliciesRequest {
@@ -766,6 +869,34 @@ pub struct Policy {
     /// The pods of this node that it selects.
     #[prost(message, repeated, tag = "4")]
     pub pods: ::prost::alloc::vec::Vec<Pod>,
+    /// Connections that its rules let begin, and packets that it had dropped with their bytes, at this node.
+    #[prost(uint64, tag = "5")]
+    pub allowed: u64,
+    #[prost(uint64, tag = "6")]
+    pub denied: u64,
+    #[prost(uint64, tag = "7")]
+    pub denied_bytes: u64,
+    /// The same by what decided.
+    #[prost(message, repeated, tag = "8")]
+    pub counts: ::prost::alloc::vec::Vec<PolicyCount>,
+}
+/// How often something decided. What several policies decide together, their isolation of a pod, counts for each of them.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PolicyCount {
+    /// ingress or egress.
+    #[prost(string, tag = "1")]
+    pub direction: ::prost::alloc::string::String,
+    /// What decided, in a sentence.
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+    /// Whether it let connections begin, or had packets dropped.
+    #[prost(bool, tag = "3")]
+    pub allowed: bool,
+    /// How many, and their bytes, Ethernet headers included.
+    #[prost(uint64, tag = "4")]
+    pub packets: u64,
+    #[prost(uint64, tag = "5")]
+    pub bytes: u64,
 }
 /// One end of a connection: a pod by name, or an address.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1418,6 +1549,31 @@ pub mod node_network_client {
                 .insert(GrpcMethod::new("terway.v1.NodeNetwork", "WatchDrops"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// Tells of new connections, as far as they are sampled, and of dropped packets: the latest ones, then, if wished, those to come.
+        pub async fn watch_flows(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WatchFlowsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::FlowEvent>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/WatchFlows",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "WatchFlows"));
+            self.inner.server_streaming(req, path, codec).await
+        }
         /// The ports of Services, and the host ports of pods, that this node serves.
         pub async fn list_services(
             &mut self,
@@ -1652,6 +1808,17 @@ pub mod node_network_server {
             &self,
             request: tonic::Request<super::WatchDropsRequest>,
         ) -> std::result::Result<tonic::Response<Self::WatchDropsStream>, tonic::Status>;
+        /// Server streaming response type for the WatchFlows method.
+        type WatchFlowsStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::FlowEvent, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Tells of new connections, as far as they are sampled, and of dropped packets: the latest ones, then, if wished, those to come.
+        async fn watch_flows(
+            &self,
+            request: tonic::Request<super::WatchFlowsRequest>,
+        ) -> std::result::Result<tonic::Response<Self::WatchFlowsStream>, tonic::Status>;
         /// The ports of Services, and the host ports of pods, that this node serves.
         async fn list_services(
             &self,
@@ -2213,6 +2380,52 @@ pub mod node_network_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = WatchDropsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/WatchFlows" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchFlowsSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::ServerStreamingService<super::WatchFlowsRequest>
+                    for WatchFlowsSvc<T> {
+                        type Response = super::FlowEvent;
+                        type ResponseStream = T::WatchFlowsStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::WatchFlowsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::watch_flows(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchFlowsSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

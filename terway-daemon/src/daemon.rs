@@ -84,6 +84,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let facts = prepare_node(&options, &config, &node, &host).await?;
     let addresses = links.addresses();
     reload::host_stack(&config, &addresses.borrow().clone(), &datapath)?;
+    reload::flow_events(&config, &datapath)?;
 
     let snapshot = Snapshot {
         records: records.clone(),
@@ -136,7 +137,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
         options.hurry,
     );
     tokio::spawn(Arc::clone(&engine).tick());
-    tokio::spawn(Arc::clone(&engine).log_drops());
+    tokio::spawn(Arc::clone(&engine).log_flows(Arc::clone(&services)));
     let followers = Followers { options: options.clone(), node, cloud: aliyun, engine: Arc::clone(&engine), datapath };
     tokio::spawn(followers.follow(source.subscribe(), addresses));
     tokio::spawn(Arc::clone(&source).follow());

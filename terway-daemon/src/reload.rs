@@ -93,6 +93,16 @@ pub(crate) fn host_stack(config: &Config, addresses: &[IpNet], datapath: &Datapa
         .map_err(|error| Error::new(errors::BPF_FAILED, format!("host addresses: {error}")))
 }
 
+/// Tells the datapath how many new connections to report.
+///
+/// # Errors
+/// When the map cannot be written.
+pub(crate) fn flow_events(config: &Config, datapath: &Datapath) -> Result<(), Error> {
+    datapath
+        .sample_flows(config.flow_events_one_in)
+        .map_err(|error| Error::new(errors::BPF_FAILED, format!("flow events: {error}")))
+}
+
 /// Everything that takes a new configuration while it runs.
 pub(crate) struct Followers {
     pub(crate) options: Options,
@@ -116,7 +126,8 @@ impl Followers {
             }
             let next = Arc::clone(&config.borrow_and_update());
             let addresses = Arc::clone(&addresses.borrow_and_update());
-            if let Err(error) = host_stack(&next, &addresses, &self.datapath) {
+            let told = host_stack(&next, &addresses, &self.datapath);
+            if let Err(error) = told.and_then(|()| flow_events(&next, &self.datapath)) {
                 error!(%error, "a part of the configuration or of the node's addresses is not in effect");
             }
             if next != present {

@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use crate::config_source::{ConfigSource, ConfigStatus};
 use crate::conntrack::Conntrack;
-use crate::engine::{AddRequest, Engine};
+use crate::engine::{AddRequest, Engine, Filter, Told, dropped_packet};
 use crate::metrics::{Metrics, Phase, Verb};
 use crate::policy::Policies;
 use crate::services::Services;
@@ -149,6 +149,19 @@ pub(crate) fn attachment(key: &AttachmentKey) -> v1::Attachment {
 pub(crate) fn pod(pod: &PodRef) -> v1::Pod {
     let PodRef { namespace, name, uid } = pod.clone();
     v1::Pod { namespace, name, uid }
+}
+
+/// What is remembered, and, if wished, what comes that the filter takes. A follower that lags misses some; drops are counted whether
+/// anybody follows or not.
+fn follow(
+    (recent, live): Told,
+    wished: bool,
+    filter: Filter,
+) -> Pin<Box<dyn Stream<Item = Arc<v1::FlowEvent>> + Send>> {
+    let recent = tokio_stream::iter(recent);
+    let Some(live) = live.filter(|_| wished) else { return Box::pin(recent) };
+    let live = BroadcastStream::new(live).filter_map(Result::ok).filter(move |event| filter.takes(event));
+    Box::pin(recent.chain(live))
 }
 
 #[tonic::async_trait]
@@ -287,15 +300,26 @@ impl NodeNetwork for Service {
         &self,
         request: Request<v1::WatchDropsRequest>,
     ) -> Result<Response<Self::WatchDropsStream>, Status> {
-        let (recent, live) = self.engine.drops();
-        let recent = tokio_stream::iter(recent.into_iter().map(Ok));
-        let live = live.filter(|_| request.into_inner().follow);
-        // A follower that lags misses some; each drop is counted whether anybody follows or not.
-        let live = live.map(|live| BroadcastStream::new(live).filter_map(|packet| packet.ok().map(Ok)));
-        Ok(Response::new(match live {
-            Some(live) => Box::pin(recent.chain(live)),
-            None => Box::pin(recent),
-        }))
+        let told = self.engine.drops();
+        let events = follow(told, request.into_inner().follow, Filter::drops());
+        Ok(Response::new(Box::pin(events.map(|event| Ok(dropped_packet(&event))))))
+    }
+
+    type WatchFlowsStream = Pin<Box<dyn Stream<Item = Result<v1::FlowEvent, Status>> + Send>>;
+
+    async fn watch_flows(
+        &self,
+        request: Request<v1::WatchFlowsRequest>,
+    ) -> Result<Response<Self::WatchFlowsStream>, Status> {
+        let request = request.into_inner();
+        let filter = Filter::of(&request).map_err(|error| status(&error))?;
+        let last = match request.last {
+            0 => usize::MAX,
+            last => last as usize,
+        };
+        let told = self.engine.flow_events(&filter, last);
+        let events = follow(told, request.follow, filter);
+        Ok(Response::new(Box::pin(events.map(|event| Ok(Arc::unwrap_or_clone(event))))))
     }
 
     async fn get_pool(&self, request: Request<v1::GetPoolRequest>) -> Result<Response<v1::GetPoolResponse>, Status> {

@@ -156,8 +156,8 @@ pub fn verdict<F: Family, P: Policies<F>>(policies: &P, case: &Case<F::Addr>) ->
 
 /// Why the connection is forbidden and the number of what forbids it, if it is.
 #[inline(always)]
-pub fn forbidden<F: Family, P: Policies<F>>(policies: &P, case: &Case<F::Addr>) -> Option<(Drop, u32)> {
-    let [egress, ingress] = verdict::<F, P>(policies, case);
+#[must_use]
+pub const fn forbidden([egress, ingress]: [Decision; 2]) -> Option<(Drop, u32)> {
     if egress & DECISION_ALLOW == 0 {
         Some((Drop::PolicyEgress, egress))
     } else if ingress & DECISION_ALLOW == 0 {

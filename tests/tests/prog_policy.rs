@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
+#[path = "prog_policy/told.rs"]
+mod told;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
@@ -61,7 +64,10 @@ struct Node {
 
 impl Node {
     fn set(sandbox: &Sandbox) -> Self {
-        let stage = Stage::set(sandbox).unwrap();
+        Self::on(Stage::set(sandbox).unwrap())
+    }
+
+    fn on(stage: Stage) -> Self {
         let (compiler, ops) = Compiler::new();
         ops.iter().for_each(|op| stage.datapath.apply_policy(op).unwrap());
         let mut node = Self { stage, objects: Objects::default(), compiler };
@@ -75,9 +81,16 @@ impl Node {
     }
 
     fn step(&mut self, event: Event) {
-        for op in self.compiler.step(event) {
-            self.stage.datapath.apply_policy(&op).unwrap();
-        }
+        let ops = self.compiler.step(event);
+        self.count();
+        ops.iter().for_each(|op| self.stage.datapath.apply_policy(op).unwrap());
+    }
+
+    /// Makes counters for reasons that have come into use, as the daemon does.
+    fn count(&mut self) {
+        let changes = self.compiler.reason_changes();
+        changes.made.iter().for_each(|reason| self.stage.datapath.make_policy_counter(reason.0, 7).unwrap());
+        changes.gone.iter().for_each(|reason| self.stage.datapath.remove_policy_counter(reason.0).unwrap());
     }
 
     fn attach(&mut self, pod: &Endpoint, name: &str) {
@@ -454,7 +467,9 @@ async fn a_drop_tells_what_forbids_it() {
     for (drop, named) in [(Drop::PolicyIngress, "of-b"), (Drop::PolicyEgress, "guard")] {
         let event = events.try_next().unwrap();
         assert_eq!(event.reason, drop as u16);
-        let reason = node.compiler.reason(ReasonId(event.rule)).unwrap();
+        let [egress, ingress] = event.decisions;
+        let decision = if drop == Drop::PolicyEgress { egress } else { ingress };
+        let reason = node.compiler.reason(ReasonId(decision)).unwrap();
         assert!(
             matches!(reason, Reason::Rule { .. } | Reason::Isolated { .. }) && reason.to_string().contains(named),
             "{reason}"

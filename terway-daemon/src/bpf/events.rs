@@ -1,26 +1,26 @@
-//! Drop events, as they come out of the ring buffer.
+//! Flow events, as they come out of the ring buffer.
 
 use std::fmt;
 
 use aya::maps::{Map, MapData, RingBuf};
-use terway_abi::{DropEvent, names};
+use terway_abi::{FlowEvent, names};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::error::BpfError;
 
-/// The stream of drop events.
-pub struct DropEvents {
+/// The stream of flow events.
+pub struct FlowEvents {
     buffer: AsyncFd<RingBuf<MapData>>,
 }
 
-impl fmt::Debug for DropEvents {
+impl fmt::Debug for FlowEvents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DropEvents").finish_non_exhaustive()
+        f.debug_struct("FlowEvents").finish_non_exhaustive()
     }
 }
 
-impl DropEvents {
+impl FlowEvents {
     pub(super) fn new(map: Map) -> Result<Self, BpfError> {
         let buffer = RingBuf::try_from(map).map_err(BpfError::map(names::EVENTS))?;
         // SAFETY: the buffer owns its descriptor, gives out the same one always, and keeps it open until it is dropped.
@@ -33,7 +33,7 @@ impl DropEvents {
     ///
     /// # Errors
     /// [`BpfError::System`] when the runtime's poller fails.
-    pub async fn next(&mut self) -> Result<DropEvent, BpfError> {
+    pub async fn next(&mut self) -> Result<FlowEvent, BpfError> {
         loop {
             if let Some(event) = self.try_next() {
                 return Ok(event);
@@ -46,7 +46,7 @@ impl DropEvents {
     }
 
     /// The next event, if there is one now.
-    pub fn try_next(&mut self) -> Option<DropEvent> {
+    pub fn try_next(&mut self) -> Option<FlowEvent> {
         loop {
             let item = self.buffer.get_mut().next()?;
             if let Some(event) = decode(&item) {
@@ -57,10 +57,10 @@ impl DropEvents {
 }
 
 /// `None` if the record has another size: it is not an event of this version.
-fn decode(bytes: &[u8]) -> Option<DropEvent> {
-    if bytes.len() != size_of::<DropEvent>() {
+fn decode(bytes: &[u8]) -> Option<FlowEvent> {
+    if bytes.len() != size_of::<FlowEvent>() {
         return None;
     }
-    // SAFETY: the slice has the size of `DropEvent`, which is Pod; the read does not ask for alignment.
-    Some(unsafe { bytes.as_ptr().cast::<DropEvent>().read_unaligned() })
+    // SAFETY: the slice has the size of `FlowEvent`, which is Pod; the read does not ask for alignment.
+    Some(unsafe { bytes.as_ptr().cast::<FlowEvent>().read_unaligned() })
 }

@@ -35,6 +35,7 @@ mod sockets;
 mod stats;
 mod sys;
 mod uplinks;
+mod verdicts;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -52,7 +53,7 @@ use terway_core::service::{Kernel, Op};
 pub use self::attach::EniHook;
 pub use self::endpoints::Endpoint;
 pub use self::error::BpfError;
-pub use self::events::DropEvents;
+pub use self::events::FlowEvents;
 pub use self::flows::{FLOW_BYTES, FamilyFound, FlowFilter, FlowRow, FlowSide, FlowStats, Found, PassOptions};
 
 pub use self::planned::RETIRE_AFTER;
@@ -72,7 +73,7 @@ pub struct Config {
     pub flows_v4: u32,
     /// Entries of the IPv6 flow table.
     pub flows_v6: u32,
-    /// Drop events that one CPU reports per second; the others are only counted.
+    /// Events that one CPU reports per second. Drops beyond that are only counted; new connections get half of it at most.
     pub events_per_second: u32,
     /// Reports every first packet to the kernel's trace pipe.
     pub debug: bool,
@@ -121,6 +122,7 @@ pub struct Datapath {
     services: Mutex<services::Services>,
     sockets: Mutex<sockets::Table>,
     policies: Mutex<policies::Policies>,
+    verdicts: Mutex<verdicts::Verdicts>,
     uplinks: Mutex<uplinks::Uplinks>,
     flows: flows::Tables,
     counters: PerCpuArray<MapData, Counter>,
@@ -163,6 +165,7 @@ impl Datapath {
             services: Mutex::new(services::Services::new(&mut loaded)?),
             sockets: Mutex::new(sockets::Table::open(&pins)?),
             policies: Mutex::new(policies::Policies::new(&mut loaded)?),
+            verdicts: Mutex::new(verdicts::Verdicts::new(&mut loaded)?),
             uplinks: Mutex::new(uplinks::Uplinks::new(&mut loaded)?),
             flows,
             counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
@@ -240,6 +243,46 @@ impl Datapath {
     /// When a map cannot be read.
     pub fn policy_counts(&self) -> Result<[usize; 4], BpfError> {
         error::lock(&self.policies).counts()
+    }
+
+    /// Has one in `one_in` new connections reported, all with 1, none with 0. Takes effect with the next packet.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn sample_flows(&self, one_in: u32) -> Result<(), BpfError> {
+        error::lock(&self.policies).sample(one_in)
+    }
+
+    /// Makes a counter of what a reason decides, with which the programs count from now on. The tag is for the reader.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`], also if there are too many.
+    pub fn make_policy_counter(&self, reason: u32, tag: u64) -> Result<(), BpfError> {
+        error::lock(&self.verdicts).make(reason, tag)
+    }
+
+    /// Such a counter, summed over CPUs; zeros if there is none.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn policy_counter(&self, reason: u32) -> Result<terway_abi::PolicyCounter, BpfError> {
+        error::lock(&self.verdicts).read(reason)
+    }
+
+    /// Removes such a counter. One that is not there is no error.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn remove_policy_counter(&self, reason: u32) -> Result<(), BpfError> {
+        error::lock(&self.verdicts).remove(reason)
+    }
+
+    /// The reasons that have one.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn policy_counters(&self) -> Result<Vec<u32>, BpfError> {
+        error::lock(&self.verdicts).reasons()
     }
 
     /// The slot under which the policies of an interface's pod stand, before [`Datapath::upsert_endpoint`] or after it, and whether the
@@ -586,11 +629,11 @@ impl Datapath {
         self.flows.stats()
     }
 
-    /// The stream of drop events. The kernel's buffer has one reader, so it can be taken once.
+    /// The stream of flow events. The kernel's buffer has one reader, so it can be taken once.
     ///
     /// # Errors
     /// [`BpfError::EventsTaken`], or the kernel's refusal. Must be called within a tokio runtime.
-    pub fn take_events(&self) -> Result<DropEvents, BpfError> {
+    pub fn take_events(&self) -> Result<FlowEvents, BpfError> {
         error::lock(&self.programs).take_events()
     }
 

@@ -12,7 +12,7 @@ use aya::{Ebpf, EbpfLoader};
 use terway_abi::{Program, names};
 
 use super::error::BpfError;
-use super::events::DropEvents;
+use super::events::FlowEvents;
 use super::{Config, Features};
 
 /// The object file with all programs; empty if the build skipped it.
@@ -114,8 +114,8 @@ impl Programs {
         Ok(self.get(program)?.fd().map_err(BpfError::program(program.name()))?.as_fd())
     }
 
-    pub(super) fn take_events(&mut self) -> Result<DropEvents, BpfError> {
-        DropEvents::new(self.events.take().ok_or(BpfError::EventsTaken)?)
+    pub(super) fn take_events(&mut self) -> Result<FlowEvents, BpfError> {
+        FlowEvents::new(self.events.take().ok_or(BpfError::EventsTaken)?)
     }
 }
 

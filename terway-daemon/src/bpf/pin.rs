@@ -9,8 +9,8 @@ use aya::maps::{MapInfo, MapType};
 use terway_abi::{
     Affinity, AffinityKey, Backend, Budget, COUNTERS, Counter, Endpoint, FILTER, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6,
     FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS,
-    Member, PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6,
-    Uplink, names,
+    Member, PeerKey, Phases, PolicyCounter, PolicyEndpoint, PortKey, SLOTS, SocketKey, SocketValue, SourceRangeV4,
+    SourceRangeV6, Uplink, names,
 };
 
 use super::Config;
@@ -33,7 +33,7 @@ const fn layout<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -
     Layout { name, kind, key: size_of::<K>(), value: size_of::<V>(), entries, carried: false }
 }
 
-fn layouts(config: &Config) -> [Layout; 32] {
+fn layouts(config: &Config) -> [Layout; 33] {
     [
         layout::<u32, Endpoint>(names::ENDPOINTS, MapType::Hash, Some(MAX_ENDPOINTS)),
         layout::<u32, Endpoint>(names::OWNERS_V4, MapType::Hash, Some(MAX_ENDPOINTS)),
@@ -65,6 +65,7 @@ fn layouts(config: &Config) -> [Layout; 32] {
         layout::<u32, PolicyEndpoint>(names::POLICY_ENDPOINTS, MapType::Array, Some(2 * MAX_ENDPOINTS)),
         layout::<PeerKey, Phases>(names::POLICY_PEERS, MapType::Hash, None),
         layout::<(u32, PortKey), u32>(names::POLICY_PORTS, MapType::LpmTrie, None),
+        layout::<u32, PolicyCounter>(names::POLICY_COUNTERS, MapType::PerCpuHash, None),
         layout::<u32, Phases>(names::IPCACHE_V4, MapType::Hash, None),
         layout::<[u32; 4], Phases>(names::IPCACHE_V6, MapType::Hash, None),
         layout::<[u32; 2], Phases>(names::IPCACHE_NET_V4, MapType::LpmTrie, None),

@@ -9,7 +9,8 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, MapData, MapError};
 use ipnet::IpNet;
 use terway_abi::{
-    GATE_ENFORCE, GATE_PHASE, MAX_ENDPOINTS, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, names, policy_index,
+    GATE_ENFORCE, GATE_PHASE, GATE_SAMPLE, MAX_ENDPOINTS, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, names,
+    policy_index,
 };
 use terway_core::policy::{Decision, EndpointPolicy, Identity, Maps, Op, Pair, RowEntry, RowId, SetId, Side, Target};
 
@@ -38,6 +39,8 @@ pub fn fence() {
 /// The maps.
 pub(super) struct Policies {
     gate: Array<MapData, u32>,
+    /// What the gate says besides: one in so many new connections is reported.
+    one_in: u32,
     endpoints: Array<MapData, PolicyEndpoint>,
     peers: HashMap<MapData, PeerKey, Phases>,
     ports: LpmTrie<MapData, PortKey, u32>,
@@ -87,8 +90,10 @@ fn numbers<T>(pair: Pair<T>, number: impl Fn(T) -> u32) -> Phases {
 
 impl Policies {
     pub(super) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+        let gate: Array<MapData, u32> = take(loaded, names::POLICY_GATE)?;
         Ok(Self {
-            gate: take(loaded, names::POLICY_GATE)?,
+            one_in: gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))? >> GATE_SAMPLE,
+            gate,
             endpoints: take(loaded, names::POLICY_ENDPOINTS)?,
             peers: take(loaded, names::POLICY_PEERS)?,
             ports: take(loaded, names::POLICY_PORTS)?,
@@ -206,11 +211,21 @@ impl Policies {
             }
             Op::Endpoint { slot, phase, value } => self.write_endpoint(*slot, *phase, value),
             Op::Gate { phase, enforce } => {
-                let gate = (*phase as u32 & GATE_PHASE) | if *enforce { GATE_ENFORCE } else { 0 };
+                let enforce = if *enforce { GATE_ENFORCE } else { 0 };
+                let gate = (*phase as u32 & GATE_PHASE) | enforce | self.one_in << GATE_SAMPLE;
                 self.gate.set(0, gate, 0).map_err(BpfError::map(names::POLICY_GATE))
             }
             Op::Stale(_) | Op::Fence => Ok(()),
         }
+    }
+
+    /// Has one in so many new connections reported; none with 0.
+    pub(super) fn sample(&mut self, one_in: u32) -> Result<(), BpfError> {
+        let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))?;
+        let rest = gate & ((1 << GATE_SAMPLE) - 1);
+        self.gate.set(0, rest | one_in << GATE_SAMPLE, 0).map_err(BpfError::map(names::POLICY_GATE))?;
+        self.one_in = one_in;
+        Ok(())
     }
 
     fn write_endpoint(&mut self, slot: u32, phase: usize, value: &EndpointPolicy) -> Result<(), BpfError> {

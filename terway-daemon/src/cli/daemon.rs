@@ -82,6 +82,11 @@ pub(super) async fn drops(cli: &Cli, request: v1::WatchDropsRequest) -> Result<S
     Ok(connect(cli, None).await?.watch_drops(request).await?.into_inner())
 }
 
+/// The stream of flow events, however long it lasts.
+pub(super) async fn flows(cli: &Cli, request: v1::WatchFlowsRequest) -> Result<Streaming<v1::FlowEvent>, Failure> {
+    Ok(connect(cli, None).await?.watch_flows(request).await?.into_inner())
+}
+
 async fn connect(cli: &Cli, within: Option<Duration>) -> Result<NodeNetworkClient<Channel>, Failure> {
     let path = cli.socket.display();
     let mut endpoint = Endpoint::try_from(format!("unix://{path}"))

@@ -3,30 +3,23 @@
 use serde_json::json;
 use terway_proto::v1;
 
+use super::flows::{protocol, time};
+
 pub(super) fn text(packet: &v1::DroppedPacket) -> String {
-    let clock = packet.at_ms / 1000 % 86_400;
-    let time = format!("{:02}:{:02}:{:02}.{:03}", clock / 3600, clock / 60 % 60, clock % 60, packet.at_ms % 1000);
     let end = |address: &str, mac: &str, port: u32| match (address, port) {
         ("", _) => mac.to_owned(),
         (address, 0) => address.to_owned(),
         (address, port) if address.contains(':') => format!("[{address}]:{port}"),
         (address, port) => format!("{address}:{port}"),
     };
-    let protocol = match packet.protocol {
-        0 => String::new(),
-        1 => " ICMP".to_owned(),
-        6 => " TCP".to_owned(),
-        17 => " UDP".to_owned(),
-        58 => " ICMPv6".to_owned(),
-        132 => " SCTP".to_owned(),
-        other => format!(" protocol {other}"),
-    };
     let pod = packet.pod.as_ref().map(|pod| format!(" pod {}/{}", pod.namespace, pod.name)).unwrap_or_default();
     let decided = if packet.decided.is_empty() { String::new() } else { format!(" ({})", packet.decided) };
     let lost = if packet.lost > 0 { format!(" ({} not shown before)", packet.lost) } else { String::new() };
     format!(
-        "{time} {}{protocol} {} -> {} at {} of {}{pod}: {}{decided}{lost}\n",
+        "{} {}{} {} -> {} at {} of {}{pod}: {}{decided}{lost}\n",
+        time(packet.at_ms),
         packet.reason,
+        protocol(packet.protocol),
         end(&packet.source, &packet.source_mac, packet.source_port),
         end(&packet.destination, &packet.destination_mac, packet.destination_port),
         packet.program,

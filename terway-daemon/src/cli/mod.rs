@@ -8,6 +8,7 @@ mod ct;
 mod daemon;
 mod drops;
 mod eni;
+mod flows;
 mod mapping;
 mod metadata;
 mod pods;
@@ -90,6 +91,12 @@ enum Command {
         /// Stay and print those to come.
         #[arg(short, long)]
         follow: bool,
+    },
+    /// New connections, as far as they are sampled (flow_events_one_in), and dropped packets, with pods, Service and the policies that
+    /// decided; the latest last.
+    Flows {
+        #[command(flatten)]
+        filter: flows::Filter,
     },
     /// Services, and pods' host ports, that this node serves.
     Svc {
@@ -202,9 +209,19 @@ async fn run(cli: &Cli) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        Command::Flows { filter } => {
+            let mut events = daemon::flows(cli, filter.message()).await?;
+            while let Some(event) = events.message().await.map_err(Failure::from)? {
+                print(&match cli.output {
+                    Output::Json => flows::json(&event),
+                    Output::Table | Output::Wide => flows::text(&event),
+                });
+            }
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Svc { verb } => services(cli, verb, style).await,
         Command::Policy { verb } => policies(cli, verb, style).await,
-        Command::Ct { verb } => flows(cli, verb, style).await,
+        Command::Ct { verb } => tracking(cli, verb, style).await,
         Command::Config { command } => config::run(command, style),
         Command::Explain { code } => {
             let unknown = || Failure::Usage(format!("{code} is no error code of this version"));
@@ -268,7 +285,7 @@ async fn policies(cli: &Cli, verb: &policy::Verb, style: Style) -> Result<ExitCo
     }
 }
 
-async fn flows(cli: &Cli, verb: &ct::Verb, style: Style) -> Result<ExitCode> {
+async fn tracking(cli: &Cli, verb: &ct::Verb, style: Style) -> Result<ExitCode> {
     let text = match verb {
         ct::Verb::List { filter, limit } => {
             let request = v1::ListFlowsRequest { filter: filter.message(), limit: *limit };

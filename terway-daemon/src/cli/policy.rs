@@ -90,9 +90,12 @@ pub(super) fn list(reply: &v1::ListPoliciesResponse, style: Style) -> String {
     if style.is_json() {
         return json(reply);
     }
-    let rows =
-        reply.policies.iter().map(|p| vec![p.kind.clone(), name(p), p.pods.len().to_string(), pods(p).join(",")]);
-    style.table(&["KIND", "POLICY", "PODS", "+SELECTS"], rows) + &remarks(reply)
+    let rows = reply.policies.iter().map(|p| {
+        let numbers = [p.pods.len() as u64, p.allowed, p.denied].map(|number| number.to_string());
+        let [selected, allowed, denied] = numbers;
+        vec![p.kind.clone(), name(p), selected, allowed, denied, p.denied_bytes.to_string(), pods(p).join(",")]
+    });
+    style.table(&["KIND", "POLICY", "PODS", "ALLOWED", "DENIED", "+DENIED BYTES", "+SELECTS"], rows) + &remarks(reply)
 }
 
 /// `policy show`: each with its pods.
@@ -106,6 +109,18 @@ pub(super) fn show(reply: &v1::ListPoliciesResponse, style: Style) -> String {
         let _ = writeln!(out, "  selects {} pods of this node", policy.pods.len());
         for pod in pods(policy) {
             let _ = writeln!(out, "    {pod}");
+        }
+        let (connections, packets) = (policy.allowed, policy.denied);
+        let _ = writeln!(out, "  let {connections} connections begin, had {packets} packets dropped");
+        let rows = policy.counts.iter().map(|c| {
+            let verdict = if c.allowed { "allowed" } else { "denied" };
+            vec![c.direction.clone(), verdict.to_owned(), c.packets.to_string(), c.bytes.to_string(), c.reason.clone()]
+        });
+        if !policy.counts.is_empty() {
+            let table = style.table(&["DIRECTION", "VERDICT", "COUNT", "BYTES", "BY"], rows);
+            for line in table.lines() {
+                let _ = writeln!(out, "    {line}");
+            }
         }
     }
     out + &remarks(reply)
@@ -136,7 +151,18 @@ fn json(reply: &v1::ListPoliciesResponse) -> String {
     let policies: Vec<Value> = reply
         .policies
         .iter()
-        .map(|p| json!({"kind": p.kind, "namespace": p.namespace, "name": p.name, "pods": pods(p)}))
+        .map(|p| {
+            let counts = p.counts.iter().map(|c| {
+                json!({
+                    "direction": c.direction, "allowed": c.allowed, "packets": c.packets, "bytes": c.bytes,
+                    "reason": c.reason,
+                })
+            });
+            json!({
+                "kind": p.kind, "namespace": p.namespace, "name": p.name, "pods": pods(p), "allowed": p.allowed,
+                "denied": p.denied, "deniedBytes": p.denied_bytes, "counts": counts.collect::<Vec<_>>(),
+            })
+        })
         .collect();
     pretty(&json!({"complete": reply.complete, "enforced": reply.enforced, "policies": policies}))
 }

@@ -4,9 +4,9 @@
 //! that writes keep the order of the decisions; everything else starts when they are durable (see `terway_core::ipam`, the contract).
 
 mod audit;
-mod drops;
 mod effects;
 mod eni;
+mod events;
 mod flows;
 mod mapping;
 mod pod;
@@ -35,6 +35,8 @@ use crate::policy::Policies;
 use crate::store::Store;
 
 use reaper::Reaper;
+
+pub(crate) use events::{Filter, Told, dropped_packet};
 
 pub use pod::PodOptions;
 pub use start::{Facts, Parts, gone};
@@ -72,7 +74,7 @@ pub struct Engine {
     audit: audit::Audit,
     /// Wiring and unwiring pods and ENIs hold it shared, corrections of an audit alone.
     wiring: RwLock<()>,
-    drops: drops::DropLog,
+    events: events::FlowLog,
     facts: Facts,
     subnets: subnets::Subnets,
     /// What pods get unless their network configuration says otherwise.

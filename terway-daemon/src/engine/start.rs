@@ -99,7 +99,7 @@ impl Engine {
             subnets: Subnets::load(facts.subnets.clone()),
             audit: super::audit::Audit::default(),
             wiring: RwLock::new(()),
-            drops: super::drops::DropLog::default(),
+            events: super::events::FlowLog::default(),
             facts,
             defaults: Mutex::new(defaults),
             metrics,

@@ -5,6 +5,7 @@
 //! source has not told everything, running pods keep what an earlier daemon wrote; a new pod is denied every direction in which a policy that
 //! is known might restrict it. Operations that the kernel refuses are kept in their order and tried again, and meanwhile no pod is added.
 
+mod ledger;
 mod metrics;
 mod state;
 mod view;
@@ -24,6 +25,7 @@ use tracing::warn;
 
 use crate::bpf::{self, Datapath};
 
+use ledger::Ledger;
 pub use metrics::PolicyMetrics;
 use state::{State, Work};
 
@@ -85,7 +87,9 @@ impl Policies {
         let Setup { datapath, mut addresses, mut config, metrics } = setup;
         let enforce = config.borrow_and_update().policy_enabled;
         let node = ips(&addresses.borrow_and_update());
-        let state = State::new(datapath, metrics, node, enforce)
+        let ledger = Arc::new(Ledger::new(Arc::clone(&datapath)));
+        metrics.count_by(&ledger);
+        let state = State::new(datapath, metrics, ledger, node, enforce)
             .map_err(|error| Error::new(errors::POLICY_FAILED, error.to_string()))?;
         let this = Arc::new(Self { state: Mutex::new(state), changed: Notify::new(), started: Instant::now() });
         let (sender, news) = mpsc::unbounded_channel();
@@ -104,13 +108,13 @@ impl Policies {
             let wait = match self.state.try_lock() {
                 Ok(state) => state.awaits(pod),
                 Err(TryLockError::Poisoned(state)) => state.into_inner().awaits(pod),
-                // A step is under way, and may be the one that is waited for.
-                Err(TryLockError::WouldBlock) => Some(state::Awaited::Step),
+                // A step is under way; attaching waits for it anyhow.
+                Err(TryLockError::WouldBlock) => Some(state::Awaited::View),
             };
             let within = match wait {
                 None => return,
                 Some(state::Awaited::View) if self.started.elapsed() > STARTING => Duration::ZERO,
-                Some(state::Awaited::View | state::Awaited::Step) => COMPLETE_WITHIN,
+                Some(state::Awaited::View) => COMPLETE_WITHIN,
                 Some(state::Awaited::Pod) => KNOWN_WITHIN,
             };
             if start.elapsed() >= within {
@@ -137,50 +141,33 @@ impl Policies {
         self.changed.notify_one();
     }
 
-    /// Asks on a thread that may block: a step holds the lock for as long as compiling takes, and the runtime has one worker.
-    async fn ask<T: Send + 'static>(
-        self: &Arc<Self>,
-        question: impl FnOnce(&State) -> T + Send + 'static,
-    ) -> Result<T, Error> {
-        let this = Arc::clone(self);
-        let asked = tokio::task::spawn_blocking(move || question(&this.state()));
-        asked.await.map_err(|error| Error::new(errors::INTERNAL, error.to_string()))
+    /// What is wrong.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Error> {
+        self.state().problems()
     }
 
-    /// The line of the status, and what is wrong.
-    ///
-    /// # Errors
-    /// When the daemon is ending.
-    pub async fn status(self: &Arc<Self>) -> Result<(v1::PolicyStatus, Vec<Error>), Error> {
-        self.ask(|state| (state.status(), state.problems())).await
+    /// The line of the status.
+    #[must_use]
+    pub fn status(&self) -> v1::PolicyStatus {
+        self.state().status()
     }
 
-    /// What a number in a drop event means, and which policy it is if it is one.
-    pub async fn reason(self: &Arc<Self>, number: u32) -> Option<(String, String)> {
-        // Events come in hundreds, and mostly nothing is in the way.
-        if let Ok(state) = self.state.try_lock() {
-            return state.reason(number);
-        }
-        self.ask(move |state| state.reason(number)).await.ok().flatten()
+    /// Has someone ask for the names of what events hold, as they are at one moment. Blocks.
+    pub fn names<T>(&self, ask: impl FnOnce(&Names<'_>) -> T) -> T {
+        ask(&Names(&self.state()))
     }
 
     /// The policies in force.
-    ///
-    /// # Errors
-    /// When the daemon is ending.
-    pub async fn list(self: &Arc<Self>, request: v1::ListPoliciesRequest) -> Result<v1::ListPoliciesResponse, Error> {
-        self.ask(move |state| state.list(&request)).await
+    #[must_use]
+    pub fn list(&self, request: &v1::ListPoliciesRequest) -> v1::ListPoliciesResponse {
+        self.state().list(request)
     }
 
     /// Why a connection passes or not.
-    ///
-    /// # Errors
-    /// When the daemon is ending.
-    pub async fn explain(
-        self: &Arc<Self>,
-        request: v1::ExplainPolicyRequest,
-    ) -> Result<v1::ExplainPolicyResponse, Error> {
-        self.ask(move |state| state.explain(&request)).await
+    #[must_use]
+    pub fn explain(&self, request: &v1::ExplainPolicyRequest) -> v1::ExplainPolicyResponse {
+        self.state().explain(request)
     }
 
     async fn follow(
@@ -229,6 +216,24 @@ impl Policies {
             this.state().settle(generation).then(|| Instant::now() + IDLE)
         };
         tokio::task::spawn_blocking(work).await.unwrap_or(Some(Instant::now() + RETRY))
+    }
+}
+
+/// Names of what events hold.
+#[derive(Debug)]
+pub struct Names<'a>(&'a State);
+
+impl Names<'_> {
+    /// The pod that has an address, of any node.
+    #[must_use]
+    pub fn pod(&self, address: IpAddr) -> Option<v1::Pod> {
+        self.0.pod_at(address)
+    }
+
+    /// What a decision means; none if it is none of this node.
+    #[must_use]
+    pub fn decision(&self, decision: u32) -> Option<v1::FlowDecision> {
+        self.0.decision(decision)
     }
 }
 

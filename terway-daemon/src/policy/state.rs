@@ -9,12 +9,13 @@ use std::time::Instant;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, Family, PodRef};
 use terway_core::policy::{
-    Compiler, Decision, EndpointPolicy, Event, Maps, Op, ReasonId, SetId, Side, Target, UNKNOWN_POD,
+    Compiler, Decision, EndpointPolicy, Event, Maps, Op, Reason, SetId, Side, Target, UNKNOWN_POD,
 };
 use terway_proto::v1;
 use tracing::{error, info};
 
 use super::News;
+use super::ledger::Ledger;
 use super::metrics::PolicyMetrics;
 use super::view;
 use crate::bpf::{BpfError, Datapath};
@@ -54,6 +55,11 @@ struct Attached {
 pub(super) struct State {
     datapath: Arc<Datapath>,
     metrics: PolicyMetrics,
+    ledger: Arc<Ledger>,
+    /// The counters of an earlier daemon are not taken over yet.
+    heir: bool,
+    /// A policy has gone since the ledger was last tidied.
+    policy_gone: bool,
     /// None before the view is complete.
     compiler: Option<Compiler>,
     /// What came before that, in order.
@@ -81,6 +87,7 @@ impl State {
     pub(super) fn new(
         datapath: Arc<Datapath>,
         metrics: PolicyMetrics,
+        ledger: Arc<Ledger>,
         node: Vec<IpAddr>,
         enforce: bool,
     ) -> Result<Self, BpfError> {
@@ -93,6 +100,9 @@ impl State {
         Ok(Self {
             datapath,
             metrics,
+            ledger,
+            heir: false,
+            policy_gone: false,
             compiler: None,
             early: Vec::new(),
             attached: BTreeMap::new(),
@@ -148,8 +158,10 @@ impl State {
         let (pods, blocks) = (found.addresses.len(), found.blocks.len());
         let known = [Event::NodeAddresses(self.node.clone()), Event::Enforce(self.enforce)];
         let events = known.into_iter().chain(std::mem::take(&mut self.early));
-        let (compiler, ops) = Compiler::take_over(&without_held(found), events);
+        let (mut compiler, ops) = Compiler::take_over(&without_held(found), events);
         let stats = compiler.stats();
+        self.ledger.follow(&mut compiler);
+        self.heir = true;
         self.compiler = Some(compiler);
         let writes = ops.len();
         self.run(ops);
@@ -159,7 +171,9 @@ impl State {
     /// Takes an event in; what follows from it is in the maps when this returns, unless the kernel refused.
     fn event(&mut self, event: Event) {
         let Some(compiler) = &mut self.compiler else { return self.early.push(event) };
+        self.policy_gone |= matches!(event, Event::NetworkPolicy(_, None) | Event::ClusterNetworkPolicy(_, None));
         let ops = compiler.step(event);
+        self.ledger.follow(compiler);
         self.run(ops);
     }
 
@@ -173,6 +187,10 @@ impl State {
             self.backlog.pop_front();
         }
         self.failure = None;
+        // All is written: no packet meets a number of an earlier daemon any more.
+        if std::mem::take(&mut self.heir) {
+            self.ledger.inherit();
+        }
     }
 
     fn failed(&mut self, error: &BpfError) {
@@ -203,6 +221,10 @@ impl State {
             && let Some(compiler) = &mut self.compiler
         {
             let ops = compiler.settle().into_iter().filter(|op| *op != Op::Fence).collect();
+            self.ledger.follow(compiler);
+            if std::mem::take(&mut self.policy_gone) {
+                self.ledger.forget(compiler);
+            }
             self.run(ops);
             self.measure();
         }
@@ -291,17 +313,41 @@ impl State {
         view::status(&stats, &held, self.enforce, self.compiler.is_some())
     }
 
-    pub(super) fn reason(&self, number: u32) -> Option<(String, String)> {
-        if number == UNKNOWN_POD.0 {
-            return Some((String::new(), "the pod's labels are not known yet".to_owned()));
-        }
-        view::reason(self.compiler.as_ref()?.reason(ReasonId(number))?)
-    }
-
     pub(super) fn list(&self, request: &v1::ListPoliciesRequest) -> v1::ListPoliciesResponse {
         let Some(compiler) = &self.compiler else { return v1::ListPoliciesResponse::default() };
         let pods = |slot: &u32| self.attached.get(slot).map(|attached| attached.pod.clone());
-        view::list(compiler, request, pods, self.enforce)
+        view::list(compiler, request, pods, self.enforce, &self.ledger)
+    }
+
+    /// The pod that has an address.
+    pub(super) fn pod_at(&self, address: IpAddr) -> Option<v1::Pod> {
+        let named = |namespace: &str, name: &str| v1::Pod {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            uid: String::new(),
+        };
+        if let Some(compiler) = &self.compiler {
+            return compiler.pod_at(address).map(|pod| named(&pod.namespace, &pod.name));
+        }
+        let has = |attached: &&Attached| attached.addresses.iter().any(|own| own == address);
+        self.attached.values().find(has).map(|attached| named(&attached.pod.namespace, &attached.pod.name))
+    }
+
+    /// What a decision of an event says; none if this node decides nothing there.
+    pub(super) fn decision(&self, decision: u32) -> Option<v1::FlowDecision> {
+        let decision = Decision(decision);
+        let number = decision.reason();
+        let (reason, policies) = if number == UNKNOWN_POD {
+            (Reason::UnknownPod.to_string(), Vec::new())
+        } else {
+            let reason = self.compiler.as_ref().and_then(|compiler| compiler.reason(number));
+            match reason {
+                Some(reason) => (reason.to_string(), view::policies(reason)),
+                None if number.0 == 0 => return None,
+                None => ("a rule that is no more".to_owned(), Vec::new()),
+            }
+        };
+        Some(v1::FlowDecision { allowed: decision.allowed(), reason, policies })
     }
 
     pub(super) fn explain(&self, request: &v1::ExplainPolicyRequest) -> v1::ExplainPolicyResponse {

@@ -1,9 +1,11 @@
 //! Policies as the contract writes them.
 
 use terway_core::ident::PodRef;
-use terway_core::objects::{ObjectKey, ObjectName};
+use terway_core::objects::{Direction, ObjectName};
 use terway_core::policy::{Compiler, Explanation, Judgement, Party, Reason, Stats};
 use terway_proto::v1;
+
+use super::ledger::{Counted, Ledger, Verdicts, word};
 
 pub(super) fn status(stats: &Stats, held: &[ObjectName], enforced: bool, complete: bool) -> v1::PolicyStatus {
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
@@ -18,18 +20,13 @@ pub(super) fn status(stats: &Stats, held: &[ObjectName], enforced: bool, complet
     }
 }
 
-/// The policy that a reason names, if it names one, and the reason.
-pub(super) fn reason(reason: &Reason) -> Option<(String, String)> {
-    let policies = match reason {
-        Reason::Rule { policy, .. } => policy.to_string(),
-        Reason::Isolated { policies, .. } => list_of(policies),
-        _ => String::new(),
-    };
-    Some((policies, reason.to_string()))
-}
-
-fn list_of(policies: &[ObjectKey]) -> String {
-    policies.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+/// The policies that a reason names.
+pub(super) fn policies(reason: &Reason) -> Vec<String> {
+    match reason {
+        Reason::Rule { policy, .. } => vec![policy.to_string()],
+        Reason::Isolated { policies, .. } => policies.iter().map(ToString::to_string).collect(),
+        _ => Vec::new(),
+    }
 }
 
 pub(super) fn list(
@@ -37,18 +34,42 @@ pub(super) fn list(
     request: &v1::ListPoliciesRequest,
     pod: impl Fn(&u32) -> Option<PodRef>,
     enforced: bool,
+    ledger: &Ledger,
 ) -> v1::ListPoliciesResponse {
+    let (sums, counted) = (ledger.sums(), ledger.counted());
     let wanted = |part: &str, filter: &str| filter.is_empty() || part == filter;
     let all = compiler.policies().into_iter();
     let shown =
         all.filter(|(key, _)| wanted(&key.name.namespace, &request.namespace) && wanted(&key.name.name, &request.name));
-    let policies = shown.map(|(key, slots)| v1::Policy {
-        kind: key.kind.to_string(),
-        namespace: key.name.namespace.to_string(),
-        name: key.name.name.to_string(),
-        pods: slots.iter().filter_map(&pod).map(|pod| crate::server::pod(&pod)).collect(),
+    let policies = shown.map(|(key, slots)| {
+        let both = [Direction::Ingress, Direction::Egress];
+        let sum = both.iter().filter_map(|direction| sums.get(&(key.clone(), *direction)));
+        let sum = sum.fold(Verdicts::default(), |mut sum, part| {
+            sum.add(*part);
+            sum
+        });
+        v1::Policy {
+            kind: key.kind.to_string(),
+            namespace: key.name.namespace.to_string(),
+            name: key.name.name.to_string(),
+            pods: slots.iter().filter_map(&pod).map(|pod| crate::server::pod(&pod)).collect(),
+            allowed: sum.allowed.packets,
+            denied: sum.denied.packets,
+            denied_bytes: sum.denied.bytes,
+            counts: counted.iter().filter(|counted| counted.concerns(&key)).map(count).collect(),
+        }
     });
     v1::ListPoliciesResponse { policies: policies.collect(), complete: true, enforced }
+}
+
+fn count(counted: &Counted) -> v1::PolicyCount {
+    v1::PolicyCount {
+        direction: word(counted.direction).to_owned(),
+        reason: counted.reason.to_string(),
+        allowed: counted.allows,
+        packets: counted.tally.packets,
+        bytes: counted.tally.bytes,
+    }
 }
 
 fn party(party: Option<&v1::PolicyParty>) -> Result<Party, String> {

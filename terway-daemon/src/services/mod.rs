@@ -11,6 +11,7 @@ mod sockets;
 mod state;
 mod view;
 
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -162,6 +163,12 @@ impl Services {
         let this = Arc::clone(self);
         let list = move || lock(&this.state).list(&namespace, &name);
         tokio::task::spawn_blocking(list).await.map_err(|error| Error::new(errors::INTERNAL, error.to_string()))
+    }
+
+    /// What the datapath's numbers of ports stand for: the name of the Service, or of the pod whose host port it is. Blocks.
+    #[must_use]
+    pub fn names(&self, numbers: &BTreeSet<u32>) -> HashMap<u32, String> {
+        if numbers.is_empty() { HashMap::new() } else { lock(&self.state).names(numbers) }
     }
 
     /// Keeps a source running for as long as anybody listens.

@@ -1,6 +1,6 @@
 //! What is known of Services, and the steps that change it. Steps block: they write maps.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -276,6 +276,12 @@ impl State {
         self.metrics.problems(all.len());
         all.truncate(TOLD);
         self.failure.iter().cloned().chain(all).collect()
+    }
+
+    /// The owners of ports, by their numbers.
+    pub(super) fn names(&self, numbers: &BTreeSet<u32>) -> HashMap<u32, String> {
+        let all = self.planner.iter().flat_map(Planner::views).filter(|view| numbers.contains(&view.id.0));
+        all.map(|view| (view.id.0, view::name(&view.owner).to_string())).collect()
     }
 
     /// What is served.

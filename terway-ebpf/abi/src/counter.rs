@@ -65,7 +65,7 @@ kinds! {
     FlowStale = 17, "flow_stale";
     /// First packets whose flow entry the kernel would not take; the packet went its way.
     FlowFull = 18, "flow_full";
-    /// Drop events that were not reported: over the budget, or the ring buffer was full.
+    /// Drops that were not reported: over the budget, or the ring buffer was full.
     EventLost = 19, "event_lost";
     /// Connections that got another source port, because the answers would have been taken for another's.
     PortChanged = 20, "port_changed";

@@ -43,11 +43,11 @@ impl Program {
     }
 }
 
-/// A dropped packet.
+/// A packet that was dropped, or one that began a connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DropEvent {
-    /// A [`crate::Drop`] by number.
+pub struct FlowEvent {
+    /// A [`crate::Drop`] by number; 0 if the packet passed.
     pub reason: u16,
     /// A [`Program`] by number.
     pub program: u8,
@@ -63,18 +63,25 @@ pub struct DropEvent {
     pub length: u32,
     /// Ports as in the packet, source first; 0 when unknown.
     pub ports: u32,
-    /// Events that this CPU did not report since its last one.
+    /// Drops that this CPU did not report since the last one that it did; 0 if the packet passed.
     pub lost: u32,
     /// Source address; IPv4 in the first word.
     pub src: [u32; 4],
     /// Destination address; IPv4 in the first word.
     pub dst: [u32; 4],
-    /// Destination and source MAC address.
+    /// Destination and source MAC address; zeros if the packet passed.
     pub mac: crate::MacPair,
     /// The Ethernet type as in the packet, in the first two bytes.
     pub ethertype: u32,
-    /// The number of what decided, of drops by policies; else 0.
-    pub rule: u32,
+    /// What policies decided, egress first: [`crate::DECISION_ALLOW`] and the number of the reason. Zeros if they were not asked.
+    pub decisions: [u32; 2],
+    /// The destination that they were asked about, in the direction in which the connection began: after translation of a Service.
+    /// Zeros as above.
+    pub target: [u32; 4],
+    /// Its port as in the packet, in the first two bytes.
+    pub port: u32,
+    /// [`crate::Frontend::service`], if a backend was chosen for this packet; else 0.
+    pub service: u32,
 }
 
 /// How many events a CPU may still report in the running second.
@@ -85,11 +92,12 @@ pub struct Budget {
     pub since: u32,
     /// Events reported in it.
     pub spent: u32,
-    /// Events not reported since the last one that was.
+    /// Drops not reported since the last one that was.
     pub lost: u32,
     /// Zero.
     pub pad: u32,
 }
 
-pod!(DropEvent: 76, Budget: 16);
-const _: () = assert!(offset_of!(DropEvent, src) == 24 && offset_of!(DropEvent, ethertype) == 68);
+pod!(FlowEvent: 104, Budget: 16);
+const _: () = assert!(offset_of!(FlowEvent, src) == 24 && offset_of!(FlowEvent, ethertype) == 68);
+const _: () = assert!(offset_of!(FlowEvent, target) == 80);

@@ -26,14 +26,15 @@ pub use endpoint::{
     Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, POLICY_EPOCH, SLOTS, bucket_v4, bucket_v6, is_between, next_epoch,
     next_policy_epoch, same_way,
 };
-pub use event::{Budget, DropEvent, Program};
+pub use event::{Budget, FlowEvent, Program};
 pub use flow::{
     Action, Flow, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4, FragmentKeyV6,
     FragmentValue, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, MOVED, Nexthop, Side, flow_flags,
 };
 pub use policy::{
-    DECISION_ALLOW, GATE_ENFORCE, GATE_PHASE, IDENTITY_NATURE, IDENTITY_NODE, IDENTITY_POD, IDENTITY_V6, PeerKey,
-    Phases, PolicyEndpoint, PolicySide, PortKey, TARGET_DECISION, default_index, policy_index, policy_reason,
+    DECISION_ALLOW, GATE_ENFORCE, GATE_PHASE, GATE_SAMPLE, IDENTITY_NATURE, IDENTITY_NODE, IDENTITY_POD, IDENTITY_V6,
+    PeerKey, Phases, PolicyCounter, PolicyEndpoint, PolicySide, PortKey, TARGET_DECISION, default_index, policy_index,
+    policy_reason,
 };
 pub use service::{
     Affinity, AffinityKey, Backend, FILTER, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, NO_BACKEND,
@@ -96,7 +97,7 @@ pub mod names {
     pub const RANGES_V6: &str = "RANGES_V6";
     /// `LRU_HASH`: [`crate::SocketKey`] → [`crate::SocketValue`]. Written by the programs.
     pub const SOCKETS: &str = "SOCKETS";
-    /// `ARRAY` of one `u32`: bits [`crate::GATE_PHASE`] and [`crate::GATE_ENFORCE`]. Written by the daemon.
+    /// `ARRAY` of one `u32`: bits [`crate::GATE_PHASE`] and [`crate::GATE_ENFORCE`], and from [`crate::GATE_SAMPLE`] on. Written by the daemon.
     pub const POLICY_GATE: &str = "POLICY_GATE";
     /// `ARRAY`: [`crate::policy_index`] → [`crate::PolicyEndpoint`]. Written by the daemon.
     pub const POLICY_ENDPOINTS: &str = "POLICY_ENDPOINTS";
@@ -104,6 +105,8 @@ pub mod names {
     pub const POLICY_PEERS: &str = "POLICY_PEERS";
     /// `LPM_TRIE`: [`crate::PortKey`] → decision (`u32`). Written by the daemon.
     pub const POLICY_PORTS: &str = "POLICY_PORTS";
+    /// `PERCPU_HASH`: number of a reason → [`crate::PolicyCounter`]. Made by the daemon, counted up by the programs.
+    pub const POLICY_COUNTERS: &str = "POLICY_COUNTERS";
     /// `HASH`: IPv4 address → identity ([`crate::Phases`]). Written by the daemon.
     pub const IPCACHE_V4: &str = "IPCACHE_V4";
     /// `HASH`: IPv6 address → identity ([`crate::Phases`]). Written by the daemon.
@@ -118,11 +121,11 @@ pub mod names {
     pub const COUNTERS: &str = "COUNTERS";
     /// `PERCPU_ARRAY` of one [`crate::Budget`]: how many events this CPU may still report. Written by the programs.
     pub const BUDGET: &str = "BUDGET";
-    /// `RINGBUF` of [`crate::DropEvent`]. Written by the programs.
+    /// `RINGBUF` of [`crate::FlowEvent`]. Written by the programs.
     pub const EVENTS: &str = "EVENTS";
 
     /// Every map, in the order above.
-    pub const MAPS: [&str; 32] = [
+    pub const MAPS: [&str; 33] = [
         ENDPOINTS,
         OWNERS_V4,
         OWNERS_V6,
@@ -147,6 +150,7 @@ pub mod names {
         POLICY_ENDPOINTS,
         POLICY_PEERS,
         POLICY_PORTS,
+        POLICY_COUNTERS,
         IPCACHE_V4,
         IPCACHE_V6,
         IPCACHE_NET_V4,

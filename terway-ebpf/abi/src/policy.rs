@@ -8,6 +8,8 @@ use crate::pod;
 pub const GATE_PHASE: u32 = 1;
 /// Bit of the gate: policies are enforced.
 pub const GATE_ENFORCE: u32 = 1 << 1;
+/// The gate shifted right by so many bits is N: one in N new connections is reported, or none if it is 0.
+pub const GATE_SAMPLE: u32 = 8;
 
 /// A value for each phase.
 pub type Phases = [u32; 2];
@@ -27,6 +29,20 @@ pub mod policy_reason {
     pub const LOOPBACK: u32 = 3;
     /// The resident node speaks with its pod.
     pub const RESIDENT_NODE: u32 = 4;
+    /// Numbers up to this one are fixed. What they let pass is not counted.
+    pub const FIXED: u32 = 15;
+}
+
+/// What a reason decided. The daemon makes an entry for each reason that is in use; the programs count in those that are there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PolicyCounter {
+    /// Connections that it let begin, or packets that it had dropped.
+    pub packets: u64,
+    /// Bytes of these packets, Ethernet header included.
+    pub bytes: u64,
+    /// What the reason is, as the daemon knows it again after a restart. The programs leave it alone.
+    pub tag: u64,
 }
 
 /// The nature of an identity: bits 31-30. 0 is the world outside the cluster.
@@ -105,7 +121,7 @@ impl PortKey {
     }
 }
 
-pod!(PolicySide: 20, PolicyEndpoint: 48, PeerKey: 8, PortKey: 8);
+pod!(PolicySide: 20, PolicyEndpoint: 48, PeerKey: 8, PortKey: 8, PolicyCounter: 24);
 const _: () = assert!(offset_of!(PolicyEndpoint, ingress) == 8 && offset_of!(PolicyEndpoint, egress) == 28);
 
 #[cfg(test)]

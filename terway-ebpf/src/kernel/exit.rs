@@ -2,11 +2,12 @@
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::bpf_jiffies64;
-use terway_abi::{Budget, Counter, DROP_BASE, Drop, DropEvent, Kind, MacPair, Program};
+use terway_abi::{Counter, DROP_BASE, Drop, FlowEvent, Kind, MacPair, Program};
 
-use super::maps::{BUDGET, COUNTERS, EVENTS, EVENTS_PER_SECOND, HZ};
+use super::maps::{BUDGET, COUNTERS, Desk, EVENTS, EVENTS_PER_SECOND, HZ, Kernel};
 use super::skb::Skb;
-use crate::family::{Family, V4, V6};
+use super::tell::{spend, tally};
+use crate::family::{V4, V6};
 use crate::frame::Frame;
 use crate::parse::ethertype;
 
@@ -66,7 +67,13 @@ impl Verdict {
 
     #[inline(always)]
     const fn action(self) -> i32 {
-        if self.counter() >= DROP_BASE { TC_ACT_SHOT } else { (self.0 >> 32) as i32 }
+        if self.is_drop() { TC_ACT_SHOT } else { (self.0 >> 32) as i32 }
+    }
+
+    /// Whether the packet is dropped.
+    #[inline(always)]
+    pub(super) const fn is_drop(self) -> bool {
+        self.counter() >= DROP_BASE
     }
 
     /// The number of what forbids a packet that is dropped.
@@ -95,7 +102,7 @@ impl From<Result<Self, Drop>> for Verdict {
 #[inline(always)]
 pub fn finish(skb: Skb, program: Program, verdict: Verdict) -> i32 {
     count(verdict.counter(), skb.len());
-    if verdict.counter() >= DROP_BASE {
+    if verdict.is_drop() {
         report(skb.0, u32::from(program as u8) << 16 | (verdict.counter() - DROP_BASE), verdict.rule());
     }
     verdict.action()
@@ -120,36 +127,27 @@ pub fn now() -> u32 {
     (unsafe { bpf_jiffies64() }) as u32
 }
 
-/// Whether this CPU may report another event now; if so, how many it did not report before.
-#[inline(always)]
-fn spend(budget: &mut Budget, now: u32, per_second: u32, hz: u32) -> Option<u32> {
-    if now.wrapping_sub(budget.since) >= hz {
-        (budget.since, budget.spent) = (now, 0);
-    }
-    if budget.spent >= per_second {
-        budget.lost = budget.lost.wrapping_add(1);
-        return None;
-    }
-    budget.spent += 1;
-    Some(core::mem::take(&mut budget.lost))
-}
-
 /// Reports a drop, unless too many were reported already. Not inlined: it is big, and drops are rare.
 #[inline(never)]
 fn report(skb: *mut aya_ebpf::bindings::__sk_buff, what: u32, rule: u32) -> i32 {
     let skb = Skb(skb);
+    if rule != 0 {
+        tally(rule, skb.len());
+    }
     let Some(budget) = BUDGET.get_ptr_mut(0) else { return 0 };
     // SAFETY: the value is this CPU's own.
     let budget = unsafe { &mut *budget };
-    let reserved = spend(budget, now(), EVENTS_PER_SECOND.load(), HZ.load())
-        .and_then(|lost| EVENTS.reserve::<DropEvent>(0).map(|entry| (lost, entry)));
-    let Some((lost, mut entry)) = reserved else {
+    let within = spend(budget, now(), EVENTS_PER_SECOND.load(), HZ.load());
+    let reserved = if within { EVENTS.reserve::<FlowEvent>(0) } else { None };
+    let Some(mut entry) = reserved else {
+        budget.lost = budget.lost.wrapping_add(1);
         count(Kind::EventLost as u32, skb.len());
         return 0;
     };
+    let lost = core::mem::take(&mut budget.lost);
     let window = skb.window();
     let kind = window.ethertype().unwrap_or(0);
-    let event = entry.write(DropEvent {
+    let event = entry.write(FlowEvent {
         reason: what as u16,
         program: (what >> 16) as u8,
         family: 0,
@@ -163,11 +161,14 @@ fn report(skb: *mut aya_ebpf::bindings::__sk_buff, what: u32, rule: u32) -> i32 
         dst: [0; 4],
         mac: window.macs().unwrap_or(MacPair([0; 3])),
         ethertype: u32::from(kind),
-        rule,
+        decisions: [0; 2],
+        target: [0; 4],
+        port: 0,
+        service: 0,
     });
     match kind {
-        ethertype::IPV4 => describe::<V4, _>(&window, event),
-        ethertype::IPV6 => describe::<V6, _>(&window, event),
+        ethertype::IPV4 => describe::<V4, _>(&window, event, rule != 0),
+        ethertype::IPV6 => describe::<V6, _>(&window, event, rule != 0),
         _ => {}
     }
     entry.submit(0);
@@ -175,9 +176,9 @@ fn report(skb: *mut aya_ebpf::bindings::__sk_buff, what: u32, rule: u32) -> i32 
 }
 
 /// Addresses, protocol and ports, as far as they stand where they usually do. What stands behind options and extension headers is
-/// not looked for: the parser's loops would double the work of the verifier.
+/// not looked for: the parser's loops would double the work of the verifier. If policies forbid it, the case is still on the desk.
 #[inline(always)]
-fn describe<F: Family, P: Frame>(frame: &P, event: &mut DropEvent) {
+fn describe<F: Kernel, P: Frame>(frame: &P, event: &mut FlowEvent, judged: bool) {
     event.family = F::VERSION;
     if let Some(glance) = F::outline(frame) {
         event.protocol = glance.protocol;
@@ -185,4 +186,18 @@ fn describe<F: Family, P: Frame>(frame: &P, event: &mut DropEvent) {
         event.src = F::widen(&glance.src);
         event.dst = F::widen(&glance.dst);
     }
+    if judged && let Some(desk) = desk_of::<F>() {
+        event.decisions = desk.decisions;
+        event.target = F::widen(&desk.case.destination);
+        event.port = desk.case.port;
+        event.service = if desk.stale == 0 { desk.service() } else { 0 };
+    }
+}
+
+/// What the slow path has left on this CPU's desk.
+#[inline(always)]
+fn desk_of<F: Kernel>() -> Option<&'static Desk<F>> {
+    let desk = F::desk().get_ptr(0)?;
+    // SAFETY: the value is this CPU's own, and nobody borrows it any more when the packet has a verdict.
+    Some(unsafe { &*desk })
 }

@@ -20,6 +20,7 @@ use super::path::{
 use super::refuse::refuse;
 use super::serve::{prepare_both, recall, remember_both, serve};
 use super::skb::{Skb, Window};
+use super::tell::begun;
 use crate::decide::{self, Decision, Tables};
 use crate::family::{Family, Glance, V4, V6};
 use crate::flow::{self, Basis, Route};
@@ -95,7 +96,11 @@ where
         // Gone since it was found.
         return if resumed.is_open() { Verdict::drop(Drop::Unserved) } else { resumed };
     }
-    enter::<F, PROGRAM>(skb.0, desk)
+    let sent = enter::<F, PROGRAM>(skb.0, desk);
+    if !sent.is_drop() {
+        begun::<F>(skb.0, desk, PROGRAM);
+    }
+    sent
 }
 
 /// A packet of another shape.

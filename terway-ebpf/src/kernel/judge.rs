@@ -26,11 +26,13 @@ pub(super) const STALE_MOVED: u32 = 2;
 ///
 /// The epochs that go into the entry have been read before.
 #[inline(never)]
-fn judge<F: Kernel>(desk: &Desk<F>) -> Verdict
+fn judge<F: Kernel>(desk: &mut Desk<F>) -> Verdict
 where
     Maps: Policies<F>,
 {
-    match policy::forbidden::<F, _>(&Maps, &desk.case) {
+    let decisions = policy::verdict::<F, _>(&Maps, &desk.case);
+    desk.decisions = decisions;
+    match policy::forbidden(decisions) {
         Some((reason, rule)) => Verdict::forbidden(reason, rule),
         None => Verdict::OPEN,
     }

@@ -3,20 +3,20 @@
 use aya_ebpf::{
     Global,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
 };
 use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
     Affinity, AffinityKey, Backend, Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FILTER, Flow, FlowKeyV4,
     FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKey, FrontendKeyV4,
-    FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS, Member, PeerKey, Phases, PolicyEndpoint, PortKey, SLOTS, SocketKey,
-    SocketValue, SourceRangeV4, SourceRangeV6, Uplink, filter_v4, filter_v6, policy_index,
+    FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS, Member, NO_BACKEND, PeerKey, Phases, PolicyCounter, PolicyEndpoint,
+    PortKey, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, Uplink, filter_v4, filter_v6, policy_index,
 };
 
 use crate::decide::Tables;
 use crate::family::{Family, V4, V6};
 use crate::parse::Packet;
-use crate::policy::{Case, Policies};
+use crate::policy::{Case, Decision, Policies};
 use crate::service::Services;
 
 /// Pods by host interface. Not preallocated: most nodes have tens of pods.
@@ -73,6 +73,16 @@ pub struct Desk<F: Family> {
     pub case: Case<F::Addr>,
     /// Not 0 if the packet's flow is known, and policies have changed since it was judged; see [`super::judge`].
     pub stale: u32,
+    /// What policies decided about the case, egress first.
+    pub decisions: [Decision; 2],
+}
+
+impl<F: Family> Desk<F> {
+    /// The Service whose backend was chosen for the packet; 0 if there is none.
+    #[inline(always)]
+    pub const fn service(&self) -> u32 {
+        if self.choice.member.backend == NO_BACKEND { 0 } else { self.choice.service }
+    }
 }
 
 /// What the flow table held under the packet's key; zeros if there was nothing.
@@ -187,6 +197,11 @@ pub static POLICY_PEERS: HashMap<PeerKey, Phases> = HashMap::with_max_entries(26
 #[map]
 pub static POLICY_PORTS: lpm_trie::LpmTrie<PortKey, u32> = lpm_trie::LpmTrie::with_max_entries(262_144, 0);
 
+/// What reasons decided: of the policies that select pods of this node, some rules each. An entry takes 24 bytes for each CPU.
+#[map]
+pub static POLICY_COUNTERS: PerCpuHashMap<u32, PolicyCounter> =
+    PerCpuHashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
 /// Identities of pods and of this node: a cluster of 100 000 pods.
 #[map]
 pub static IPCACHE_V4: HashMap<u32, Phases> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
@@ -214,7 +229,7 @@ pub static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(COUNTE
 #[map]
 pub static BUDGET: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1, 0);
 
-/// Dropped packets: some 3 000 events, which is seconds of the budget of many CPUs.
+/// Dropped packets and new connections: some 2 300 events, which is seconds of the budget of many CPUs.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 

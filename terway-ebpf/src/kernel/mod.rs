@@ -11,6 +11,7 @@ pub mod refuse;
 pub mod serve;
 pub mod skb;
 pub mod socket;
+pub mod tell;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

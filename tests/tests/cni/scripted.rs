@@ -322,6 +322,12 @@ impl NodeNetwork for ScriptedDaemon {
     async fn watch_drops(&self, _: Request<WatchDropsRequest>) -> Result<Response<Self::WatchDropsStream>, Status> {
         Err(Status::unimplemented("the plugin never asks"))
     }
+
+    type WatchFlowsStream = tokio_stream::Empty<Result<v1::FlowEvent, Status>>;
+
+    async fn watch_flows(&self, _: Request<v1::WatchFlowsRequest>) -> Result<Response<Self::WatchFlowsStream>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
 }
 
 /// `grpc-timeout`: a number and a unit (gRPC over HTTP/2, "Requests").

@@ -112,6 +112,7 @@ fn values() -> Vec<(&'static str, BoxedStrategy<Value>)> {
         ("bpf_map_dynamic_size_ratio", prop_oneof![Just(json!("0.01")), Just(json!(0.25))].boxed()),
         ("conntrack_gc_interval", prop_oneof![period(), Just(json!("0s"))].boxed()),
         ("conntrack_gc_max_interval", (10..600u32).prop_map(|s| json!(format!("{s}s"))).boxed()),
+        ("flow_events_one_in", upto(1000)),
         ("degradation", one_of(&["", "l0", "l1"])),
     ]
 }

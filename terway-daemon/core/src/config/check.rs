@@ -106,6 +106,7 @@ pub(super) fn check(reader: &mut Reader, beside: Beside) -> Config {
         conntrack: Conntrack::read(reader),
         degradation: reader.choice(keys::DEGRADATION, [Degradation::None, Degradation::L0, Degradation::L1]),
         policy_enabled: beside.policy_enabled,
+        flow_events_one_in: reader.count(keys::FLOW_EVENTS_ONE_IN),
         in_cluster_loadbalance: beside.in_cluster_loadbalance,
     };
     reader.rest();

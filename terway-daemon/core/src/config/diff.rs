@@ -122,6 +122,7 @@ impl Config {
             conntrack,
             degradation,
             policy_enabled,
+            flow_events_one_in,
             in_cluster_loadbalance,
         } = self;
         let (id, secret) = match access_key {
@@ -168,6 +169,7 @@ impl Config {
             (keys::BACKOFF_OVERRIDE, backoff.collect::<Map<_, _>>().into()),
             (keys::DEGRADATION, word(keys::DEGRADATION, *degradation as usize)),
             (keys::DISABLE_NETWORK_POLICY, (!policy_enabled).into()),
+            (keys::FLOW_EVENTS_ONE_IN, (*flow_events_one_in).into()),
             (keys::IN_CLUSTER_LOADBALANCE, (*in_cluster_loadbalance).into()),
             (keys::CNI_CONF, mtu.map(|mtu| json!({"mtu": mtu})).into()),
         ];

@@ -211,6 +211,8 @@ const DAY: Duration = Duration::from_secs(86_400);
 const MANY: i64 = 10_000;
 /// As many flows as Cilium allows in a table (`LimitTableMax`, pkg/option/config.go): 4 GiB of them.
 const MOST_FLOWS: i64 = 1 << 24;
+/// What the datapath has room for (`terway_abi::GATE_SAMPLE`).
+const MOST_SAMPLED: i64 = (1 << 24) - 1;
 
 keys! {
     VERSION = "version", EniConf, Text, Means("none"), "", Note,
@@ -309,6 +311,8 @@ keys! {
         "The longest time that it is adapted to.";
     DEGRADATION = "degradation", EniConf, OneOf(&["", "l0", "l1"]), Is(""), "", Now,
         "For emergencies: l0 makes no call of the cloud API at all and serves pods from what the node has; l1 makes none that releases something.";
+    FLOW_EVENTS_ONE_IN = "flow_events_one_in", EniConf, Whole { least: 0, most: MOST_SAMPLED }, Is("0"), "", Now,
+        "New connections that terway-cli flows shows: 1 all, N one in N by chance, 0 none; fifty a second for each CPU at most. Dropped packets are shown in any case.";
     DISABLE_NETWORK_POLICY = "disable_network_policy", ConfigMap, TextFlag, Is("false"), "", Now,
         "Turns NetworkPolicy off. Every value but false, 0 and the empty string does.";
     IN_CLUSTER_LOADBALANCE = "in_cluster_loadbalance", ConfigMap, TextFlag, Is("true"), "", Restart,

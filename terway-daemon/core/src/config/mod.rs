@@ -160,6 +160,8 @@ pub struct Config {
     pub degradation: Degradation,
     /// Whether NetworkPolicy is enforced (`disable_network_policy`).
     pub policy_enabled: bool,
+    /// One in so many new connections is told to who asks for flows; 0 none (`flow_events_one_in`).
+    pub flow_events_one_in: u32,
     /// Whether pods' connections to external addresses of Services stay in the cluster (`in_cluster_loadbalance`).
     pub in_cluster_loadbalance: bool,
 }

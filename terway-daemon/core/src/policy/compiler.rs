@@ -18,7 +18,7 @@ use super::rule::{Namespaces, Pods, Policy};
 use super::set::{Set, SetKey};
 use crate::ident::{Addresses, PodRef};
 use crate::objects::{
-    Applied, ClusterNetworkPolicy, Direction, Labels, Namespace, NetworkPolicy, ObjectKey, ObjectName, Pod,
+    Applied, ClusterNetworkPolicy, Direction, Kind, Labels, Namespace, NetworkPolicy, ObjectKey, ObjectName, Pod,
 };
 
 /// Something the compiler has to know. Objects come as their source tells them; `None` means gone.
@@ -139,7 +139,9 @@ impl Compiler {
         let sets = maps.endpoints.values().flatten().flat_map(|e| [e.ingress.set, e.egress.set]);
         let sets = sets.chain(maps.peers.keys().map(|(set, _)| *set));
         let reasons = maps.rows.values().flatten().map(|entry| entry.decision.reason());
-        let inline = maps.peers.values().flatten().filter_map(|target| target.resolve().ok()).map(|d| d.reason());
+        let sides = maps.endpoints.values().flatten().flat_map(|e| [&e.ingress, &e.egress]);
+        let inline = maps.peers.values().flatten().chain(sides.flat_map(|side| &side.defaults));
+        let inline = inline.filter_map(|target| target.resolve().ok()).map(|d| d.reason());
         let mut compiler = Self {
             namespaces: HashMap::new(),
             network: HashMap::new(),
@@ -319,6 +321,15 @@ impl Compiler {
             all.map(|policy| (policy.key.clone(), users.get(&policy.key).cloned().unwrap_or_default())).collect();
         list.sort();
         list
+    }
+
+    /// Whether there is such a policy.
+    #[must_use]
+    pub fn has_policy(&self, key: &ObjectKey) -> bool {
+        match key.kind {
+            Kind::ClusterNetworkPolicy => self.cluster.contains_key(&key.name.name),
+            _ => self.network.get(&key.name.namespace).is_some_and(|all| all.contains_key(&key.name.name)),
+        }
     }
 
     /// How much there is.

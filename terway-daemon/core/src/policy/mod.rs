@@ -40,5 +40,5 @@ pub use explain::{Explanation, Judgement, Party, Unexplained};
 pub use maps::{Maps, Packet};
 pub use number::{Decision, Identity, Nature, ReasonId, RowId, SetId, Target};
 pub use op::{EndpointPolicy, Op, Pair, Side, Stale};
-pub use reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, UNKNOWN_POD};
+pub use reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, ReasonChanges, UNKNOWN_POD};
 pub use row::RowEntry;

@@ -67,6 +67,16 @@ impl Compiler {
         (state.is(&endpoint.uid) && !state.host_network).then_some(id)
     }
 
+    /// The pod that has an address.
+    #[must_use]
+    pub fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
+        if let Some(endpoint) = self.addresses.get(&address).and_then(|slot| self.endpoints.get(slot)) {
+            return Some(&endpoint.pod);
+        }
+        let id = self.claims.get(&address)?.pods.last()?;
+        Some(&self.pods.get(id)?.name)
+    }
+
     pub(super) fn pod(&mut self, name: ObjectName, pod: Option<&Pod>) {
         let known = self.names.get(&name).copied();
         let Some(pod) = pod else {

@@ -1,9 +1,10 @@
 //! Why a packet passes or not: each decision in the maps carries the number of its reason.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
+use super::compiler::Compiler;
 use super::number::{Counter, ReasonId};
 use crate::objects::{Action, Direction, ObjectKey};
 
@@ -86,12 +87,30 @@ impl fmt::Display for Reason {
     }
 }
 
+/// Which numbers have come into use since it was last asked, and which are in use no more.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ReasonChanges {
+    /// They stand in the maps as soon as the operations of the event have run.
+    pub made: BTreeSet<ReasonId>,
+    /// Nothing refers to them: they stood in sets that were removed behind a fence.
+    pub gone: BTreeSet<ReasonId>,
+}
+
+impl Compiler {
+    /// What has changed about the numbers of reasons, those that are fixed apart. To be asked after each step, before its operations run, and
+    /// after [`Compiler::settle`].
+    pub fn reason_changes(&mut self) -> ReasonChanges {
+        std::mem::take(&mut self.reasons.changes)
+    }
+}
+
 /// Reasons in use, each with one number and how many sets use it.
 #[derive(Debug)]
 pub(super) struct Reasons {
     numbers: HashMap<Reason, (ReasonId, usize)>,
     reasons: HashMap<ReasonId, Reason>,
     counter: Counter,
+    changes: ReasonChanges,
 }
 
 impl Reasons {
@@ -107,6 +126,7 @@ impl Reasons {
             numbers: HashMap::new(),
             reasons: fixed.into_iter().collect(),
             counter: Counter::new(after.max(FIXED), LIMIT),
+            changes: ReasonChanges::default(),
         }
     }
 
@@ -118,6 +138,7 @@ impl Reasons {
         let id = ReasonId(self.counter.next(|n| n <= FIXED || self.reasons.contains_key(&ReasonId(n))));
         self.numbers.insert(reason.clone(), (id, 1));
         self.reasons.insert(id, reason);
+        self.changes.made.insert(id);
         id
     }
 
@@ -128,6 +149,10 @@ impl Reasons {
             if *users == 0 {
                 self.numbers.remove(reason);
                 self.reasons.remove(&id);
+                // What nobody has heard of need not go.
+                if !self.changes.made.remove(&id) {
+                    self.changes.gone.insert(id);
+                }
             }
         }
     }
