@@ -139,6 +139,41 @@ fn a_translated_connection_is_one() {
     assert_eq!((found.void, found.deleted_void, found.deleted_expired), (2, 2, 0));
 }
 
+/// Nor do those of a connection that met the answers of a Service's backend, and has another source port since.
+#[test]
+fn a_connection_with_another_port_is_one() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    serve(&stage, UDP, &[(B, 53)], Frontend::default());
+    let direct = stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.0.2").udp(1000, 53);
+    let pass = |udp| {
+        let timeouts = Timeouts { udp, udp_single: udp, ..Timeouts::default() };
+        stage.datapath.pass_flows(&options(timeouts)).unwrap().families[0]
+    };
+    for asks in [true, false] {
+        send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", VIP).udp(1000, 80));
+        let (_, port, _, _) = ends(&send(&stage, &stage.a, &direct).packet);
+        assert_ne!(port, 1000);
+        let back = stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1").udp(53, port);
+        assert_eq!(stage.datapath.flow_count().unwrap().0, 4);
+        // One direction only, for longer than the timeout.
+        let mut deleted = 0;
+        for _ in 0..4 {
+            sleep(Duration::from_secs(1));
+            let ran = if asks { send(&stage, &stage.a, &direct) } else { send(&stage, &stage.b, &back) };
+            assert_eq!((ran.action, ends(&ran.packet).1), (REDIRECT, if asks { port } else { 53 }));
+            deleted += pass(Duration::from_secs(3)).deleted();
+        }
+        assert_eq!(
+            (deleted, stage.datapath.flow_count().unwrap().0),
+            (2, 2),
+            "only the Service's connection is silent"
+        );
+        sleep(Duration::from_millis(50));
+        assert_eq!((pass(Duration::ZERO).deleted_expired, stage.datapath.flow_count().unwrap().0), (2, 0));
+    }
+}
+
 /// More connections than a table holds: all work, established ones included, and the estimate of what was thrown away is what was.
 #[test]
 fn a_full_table_is_no_obstacle() {

@@ -77,8 +77,8 @@ impl Tables {
             let halves = live.iter().filter(|(_, flow)| translates(flow));
             let halves: HashMap<FlowKey<A>, u32> = halves.map(|(key, flow)| (*key, age(flow))).collect();
             live.sort_by_cached_key(|(key, flow)| {
-                let other = if translates(flow) { halves.get(&partner::of(key, flow)) } else { None };
-                age(flow).min(other.copied().unwrap_or(u32::MAX))
+                let others = translates(flow).then(|| partner::keys(key, flow)).into_iter().flatten();
+                others.filter_map(|other| halves.get(&other).copied()).fold(age(flow), u32::min)
             });
             live.truncate(room);
         }

@@ -1,6 +1,8 @@
 //! The entry of the other direction: packets of a translated connection look different in each, so each has an entry of its own.
 
-use terway_abi::{Flow, FlowKey};
+use terway_abi::{Flow, FlowKey, MOVED, flow_flags};
+
+use super::translates;
 
 /// An address in the order in which a flow key's ends stand: the last word counts most.
 pub(super) trait Order: Copy + PartialEq {
@@ -31,9 +33,20 @@ pub(super) fn key<A: Order>(src: A, dst: A, ports: u32, class: u32) -> FlowKey<A
     }
 }
 
-/// The key of the other direction's entry, of an entry that translates.
-pub(super) fn of<A: Order>(own: &FlowKey<A>, flow: &Flow<A>) -> FlowKey<A> {
-    key(flow.src, flow.dst, flow.ports, own.class)
+/// Keys under which the entry of the other direction may stand, of an entry that translates. Two for answers: what they answer has its
+/// own key, or, where that was another connection's already, the one with [`MOVED`].
+pub(super) fn keys<A: Order>(own: &FlowKey<A>, flow: &Flow<A>) -> impl Iterator<Item = FlowKey<A>> + use<A> {
+    let plain = key(flow.src, flow.dst, flow.ports, own.class & !MOVED);
+    let answers = flow.sides[0].flags & flow_flags::REVERSE != 0;
+    std::iter::once(plain).chain(answers.then(|| FlowKey { class: plain.class | MOVED, ..plain }))
+}
+
+/// Whether two entries are the two directions of one connection.
+pub(super) fn joined<A: Order>((one, its): (&FlowKey<A>, &Flow<A>), (other, others): (&FlowKey<A>, &Flow<A>)) -> bool {
+    translates(its)
+        && translates(others)
+        && keys(one, its).any(|k| k == *other)
+        && keys(other, others).any(|k| k == *one)
 }
 
 #[cfg(test)]

@@ -249,14 +249,15 @@ impl Tables {
             // The two entries of a connection are made one after the other.
             let settled = began.wrapping_sub(flow.created).cast_signed() > 0;
             if translates(flow) && asks && settled {
-                pairs.push((*key, partner::of(key, flow)));
+                pairs.extend(partner::keys(key, flow).map(|other| (*key, other)));
             }
             ControlFlow::Continue(())
         })?;
         let mut deleted = 0;
         for (key, other) in pairs {
+            let answers = map.get(&other)?;
             let paired =
-                map.get(&other)?.is_some_and(|theirs| translates(&theirs) && partner::of(&other, &theirs) == key);
+                answers.is_some_and(|flow| translates(&flow) && partner::keys(&other, &flow).any(|k| k == key));
             if !paired {
                 deleted += u64::from(map.delete(&key)?);
             }
@@ -280,10 +281,11 @@ impl Tables {
         let Some(flow) = map.get(key)? else { return Ok(0) };
         let mut partner = None;
         if translates(&flow) {
-            let other = partner::of(key, &flow);
-            // It may have become another connection's.
-            let theirs = map.get(&other)?.filter(|theirs| translates(theirs) && partner::of(&other, theirs) == *key);
-            partner = theirs.map(|theirs| (other, theirs));
+            for other in partner::keys(key, &flow) {
+                // It may have become another connection's.
+                let theirs = map.get(&other)?.filter(|theirs| partner::joined((key, &flow), (&other, theirs)));
+                partner = partner.or(theirs.map(|theirs| (other, theirs)));
+            }
         }
         let whole = connection(key, &flow, partner.as_ref().map(|(_, theirs)| &theirs.sides[0]), now(self.hz), self.hz);
         if !timeouts.over(&whole, standing, standing == Standing::Moved) {
