@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::cells::{CellId, family};
 use super::hash::{NumberMap, NumberSet};
 use super::number::{Counter, Identity, Nature};
+use super::pods::PodId;
 use crate::ident::Family;
 use crate::objects::{Labels, Pod, Protocol};
 use ipnet::IpNet;
@@ -55,7 +56,9 @@ pub(super) struct ClassId(pub(super) u32);
 struct ProfileState {
     profile: Profile,
     class: ClassId,
-    pods: usize,
+    /// How many times it has been enlisted.
+    users: usize,
+    pods: NumberSet<PodId>,
 }
 
 #[derive(Debug)]
@@ -112,12 +115,7 @@ impl Classes {
     fn key_of(&self, profile: &Profile) -> ClassKey {
         ClassKey {
             namespace: Arc::clone(&profile.namespace),
-            labels: profile
-                .labels
-                .iter()
-                .filter(|(key, _)| self.keys.contains(&**key))
-                .map(|(key, value)| (Arc::clone(key), Arc::clone(value)))
-                .collect(),
+            labels: profile.labels.filtered(|key| self.keys.contains(key)),
             ports: profile.ports.iter().filter(|(name, ..)| self.names.contains(&**name)).cloned().collect(),
         }
     }
@@ -127,7 +125,7 @@ impl Classes {
         if let Some(id) = self.by_profile.get(&profile)
             && let Some(state) = self.profiles.get_mut(id)
         {
-            state.pods += 1;
+            state.users += 1;
             return *id;
         }
         let id = ProfileId(self.profile_counter.next(|n| self.profiles.contains_key(&ProfileId(n))));
@@ -136,7 +134,7 @@ impl Classes {
             class.profiles.insert(id);
         }
         self.by_profile.insert(profile.clone(), id);
-        self.profiles.insert(id, ProfileState { profile, class, pods: 1 });
+        self.profiles.insert(id, ProfileState { profile, class, users: 1, pods: NumberSet::default() });
         id
     }
 
@@ -154,8 +152,8 @@ impl Classes {
     /// The profile is counted once less, and goes with its last pod.
     pub(super) fn release(&mut self, id: ProfileId) {
         let Some(state) = self.profiles.get_mut(&id) else { return };
-        state.pods -= 1;
-        if state.pods == 0
+        state.users -= 1;
+        if state.users == 0
             && let Some(state) = self.profiles.remove(&id)
         {
             self.by_profile.remove(&state.profile);
@@ -164,6 +162,25 @@ impl Classes {
             }
             self.prune(state.class);
         }
+    }
+
+    /// A pod has the profile.
+    pub(super) fn join(&mut self, id: ProfileId, pod: PodId) {
+        if let Some(state) = self.profiles.get_mut(&id) {
+            state.pods.insert(pod);
+        }
+    }
+
+    /// A pod has the profile no more.
+    pub(super) fn leave(&mut self, id: ProfileId, pod: PodId) {
+        if let Some(state) = self.profiles.get_mut(&id) {
+            state.pods.remove(&pod);
+        }
+    }
+
+    /// The pods that have a profile.
+    pub(super) fn pods_of(&self, id: ProfileId) -> impl Iterator<Item = PodId> {
+        self.profiles.get(&id).into_iter().flat_map(|state| state.pods.iter().copied())
     }
 
     /// A class goes with the last of its profiles and identities.
@@ -195,17 +212,14 @@ impl Classes {
         self.classes.get(&id)
     }
 
-    pub(super) fn namespaces(&self) -> impl Iterator<Item = (&Arc<str>, &NumberSet<ClassId>)> {
-        self.namespaces.iter()
+    /// Namespaces that have pods.
+    pub(super) fn namespaces(&self) -> impl ExactSizeIterator<Item = &Arc<str>> {
+        self.namespaces.keys()
     }
 
-    /// All identities of the pods of a namespace.
-    pub(super) fn identities_in(&self, namespace: &str) -> Vec<Identity> {
-        let classes = self.namespaces.get(namespace).into_iter().flatten();
-        classes
-            .filter_map(|id| self.classes.get(id))
-            .flat_map(|class| class.identities.iter().map(|(id, _)| *id))
-            .collect()
+    /// The classes of the pods of a namespace.
+    pub(super) fn members_of(&self, namespace: &str) -> impl Iterator<Item = &Class> {
+        self.namespaces.get(namespace).into_iter().flatten().filter_map(|id| self.classes.get(id))
     }
 
     /// Looks at more keys and names from now on. Returns the profiles that are of another class than before: of a class that falls apart, the
@@ -238,7 +252,7 @@ impl Classes {
             for member in &class.profiles {
                 if let Some(state) = self.profiles.get(member) {
                     let part = parts.entry(self.key_of(&state.profile)).or_default();
-                    part.0 += state.pods;
+                    part.0 += state.users;
                     part.1.push(*member);
                 }
             }
