@@ -27,12 +27,12 @@ impl Compiler {
         let (nature, net) = (identity.nature(), self.cells.get(meaning.cell).net);
         let class = meaning.class.and_then(|class| self.classes.get(class));
         let deviating = class.map_or_else(Vec::new, |class| {
-            let (namespace, space) = (&class.key.namespace, labels_of(&self.namespaces, &class.key.namespace));
-            self.peers.meet(identity, Who { namespace, space: &space, labels: &class.key.labels })
+            let (namespace, space) = (&class.like.namespace, labels_of(&self.namespaces, &class.like.namespace));
+            self.peers.meet(identity, Who { namespace, space: &space, labels: &class.like.labels })
         });
-        let ports = class.map_or(&[][..], |class| &class.key.ports);
+        let ports = class.map_or(&[][..], |class| &class.like.ports);
         let mut concerned = if nature == Nature::Pod { self.curious.clone() } else { BTreeSet::new() };
-        for peer in deviating.iter().copied().chain(self.peers.around(net)) {
+        for peer in deviating.iter().copied().chain(self.peers.around(net, nature == Nature::Pod)) {
             concerned.extend(self.peers.users(peer));
         }
         let mut made = Vec::new();
@@ -65,13 +65,13 @@ impl Compiler {
         let mut changed: NumberSet<SetId> = NumberSet::default();
         let mut number = || number_row(&mut self.row_counter, &mut self.rows);
         for class in self.classes.members_of(namespace) {
-            let selected = |what: &Match| matches!(what, Match::Pods(pods) if pods.pods.matches(&class.key.labels));
+            let selected = |what: &Match| matches!(what, Match::Pods(pods) if pods.pods.matches(&class.like.labels));
             let turned: Vec<_> = turned.iter().filter(|(_, what)| selected(what)).map(|(peer, _)| *peer).collect();
             let concerned: BTreeSet<SetId> = turned.iter().flat_map(|peer| self.peers.users(*peer)).copied().collect();
             if concerned.is_empty() {
                 continue;
             }
-            let who = Who { namespace, space: &space, labels: &class.key.labels };
+            let who = Who { namespace, space: &space, labels: &class.like.labels };
             let deviating = self.peers.deviating(who);
             for (identity, cell) in &class.identities {
                 turned.iter().for_each(|peer| self.peers.turn(*peer, *identity));
@@ -81,7 +81,7 @@ impl Compiler {
                     let base = set.base(Nature::Pod, net, &self.peers);
                     let deviations = set.deviations(&deviating, &self.peers);
                     let mut rows = NewRows { number: &mut number, made: &mut made };
-                    let target = set.target(&base, &deviations, &class.key.ports, &mut rows);
+                    let target = set.target(&base, &deviations, &class.like.ports, &mut rows);
                     let (old, new) = set.put(*identity, target);
                     if old != new {
                         self.change.peers.insert((*id, *identity), (old, new));
@@ -173,7 +173,7 @@ impl Compiler {
                     deviations.clear();
                     deviations.extend(about.iter().map(|(_, deviation)| *deviation));
                     let class = meaning.and_then(|meaning| meaning.class).and_then(|class| self.classes.get(class));
-                    let ports = class.map_or(&[][..], |class| &class.key.ports);
+                    let ports = class.map_or(&[][..], |class| &class.like.ports);
                     let base = cell.and_then(|cell| bases.get(&cell)).unwrap_or(&anywhere);
                     set.target(base, &deviations, ports, &mut rows)
                 }

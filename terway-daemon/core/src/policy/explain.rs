@@ -175,13 +175,13 @@ impl Compiler {
         let Some(meaning) = self.classes.meaning(peer) else { return (names, None) };
         let class = meaning.class.and_then(|class| self.classes.get(class));
         let deviating = class.map_or_else(Vec::new, |class| {
-            let (namespace, space) = (&class.key.namespace, self.namespace_labels(&class.key.namespace));
-            let who = Who { namespace, space: &space, labels: &class.key.labels };
+            let (namespace, space) = (&class.like.namespace, self.namespace_labels(&class.like.namespace));
+            let who = Who { namespace, space: &space, labels: &class.like.labels };
             set.peers().into_iter().filter(|id| self.peers.deviates(*id, who)).collect()
         });
         let deviations = set.deviations(&deviating, &self.peers);
         let base = set.base(peer.nature(), self.cells.get(meaning.cell).net, &self.peers);
-        let ports = class.map_or(&[][..], |class| &class.key.ports);
+        let ports = class.map_or(&[][..], |class| &class.like.ports);
         let mut last = 0;
         let mut number = || {
             last += 1;

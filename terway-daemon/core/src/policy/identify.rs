@@ -106,7 +106,7 @@ impl Compiler {
         let Some(meaning) = self.classes.meaning(identity) else { return };
         let cell = meaning.cell;
         let class = meaning.class.and_then(|class| self.classes.get(class));
-        let namespace = class.map(|class| Arc::clone(&class.key.namespace));
+        let namespace = class.map(|class| Arc::clone(&class.like.namespace));
         if identity.nature() != Nature::World {
             self.cells.get_mut(cell).members -= 1;
         }

@@ -14,8 +14,8 @@ use super::class::Classes;
 use super::hash::NumberMap;
 use super::identify::labels_of;
 use super::number::{Counter, Identity, SetId};
-use super::rule::{Match, Namespaces, Pods, within};
-use crate::objects::Labels;
+use super::rule::{Match, Namespaces, Pods, holds, within};
+use crate::objects::{IpBlock, Labels};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct PeerId(u32);
@@ -168,7 +168,7 @@ impl Peers {
                 return;
             }
             for class in classes.members_of(namespace) {
-                if (there && pods.pods.matches(&class.key.labels)) != inverted {
+                if (there && pods.pods.matches(&class.like.labels)) != inverted {
                     odd.extend(class.identities.iter().map(|(identity, _)| *identity));
                 }
                 self.asked += u64::from(there);
@@ -279,11 +279,11 @@ impl Peers {
         self.selected.iter().copied().filter(other).map(|id| (id, Arc::clone(&self.peer(id).what))).collect()
     }
 
-    /// Blocks in use around a cell, holes or not.
-    pub(super) fn around(&self, net: IpNet) -> impl Iterator<Item = PeerId> {
-        self.blocks
-            .iter()
-            .copied()
-            .filter(move |id| matches!(self.get(*id), Match::Block(block) if within(net, block.cidr)))
+    /// Blocks in use that hold a cell, given its block, or, if it is not about `pods`, have it in one of their holes: the default for the rest of
+    /// the world may be that of a block around everything.
+    pub(super) fn around(&self, net: IpNet, pods: bool) -> impl Iterator<Item = PeerId> {
+        let concerned = move |block: &IpBlock| if pods { holds(block, net) } else { within(net, block.cidr) };
+        let all = self.blocks.iter().copied();
+        all.filter(move |id| matches!(self.get(*id), Match::Block(block) if concerned(block)))
     }
 }
