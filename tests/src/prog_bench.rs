@@ -146,10 +146,10 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
     unsettle(&stage.datapath)?;
     // What is passed on depends on no endpoint, so it stays settled.
     for (name, program, ifindex, frame) in services.iter().filter(|(name, ..)| !name.contains("node")) {
-        results.push((format!("{name} first"), lowest(&stage.datapath, *program, *ifindex, frame, (81, flags::SYN))?));
+        results.push((format!("{name} first"), lowest_first(&stage.datapath, *program, *ifindex, frame)?));
     }
     for (name, program, ifindex, frame) in cases.iter().filter(|(_, program, ..)| *program != Program::ToVpc) {
-        results.push((format!("{name} first"), lowest(&stage.datapath, *program, *ifindex, frame, (81, flags::SYN))?));
+        results.push((format!("{name} first"), lowest_first(&stage.datapath, *program, *ifindex, frame)?));
     }
     Ok(results)
 }
@@ -210,6 +210,17 @@ fn services(stage: &Stage) -> anyhow::Result<Vec<Case>> {
     Ok(cases)
 }
 
+/// The port of first packets.
+pub const FIRST_PORT: u16 = 81;
+
+/// Nanoseconds of a first packet, after [`unsettle`].
+///
+/// # Errors
+/// When the kernel refuses a step.
+pub fn lowest_first(datapath: &Datapath, program: Program, ifindex: u32, frame: &Frame) -> Result<f64, BpfError> {
+    lowest(datapath, program, ifindex, frame, (FIRST_PORT, flags::SYN))
+}
+
 fn lowest(
     datapath: &Datapath,
     program: Program,
@@ -228,7 +239,10 @@ fn lowest(
 }
 
 /// Gives every endpoint an epoch that the epoch map does not hold, so that no flow is ever valid.
-fn unsettle(datapath: &Datapath) -> anyhow::Result<()> {
+///
+/// # Errors
+/// When a map cannot be read or written.
+pub fn unsettle(datapath: &Datapath) -> anyhow::Result<()> {
     for name in [names::ENDPOINTS, names::OWNERS_V4] {
         let map = Map::HashMap(MapData::from_pin(datapath.pins().join(name))?);
         let mut map: HashMap<_, u32, terway_abi::Endpoint> = map.try_into()?;

@@ -4,5 +4,6 @@
 pub mod add;
 pub mod ipam;
 pub mod path;
+pub mod policy;
 pub mod prog;
 pub mod svc;

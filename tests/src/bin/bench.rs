@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use terway_sim::cluster::{Cluster, Options};
-use terway_tests::bench::{add, ipam, path, prog, svc};
+use terway_tests::bench::{add, ipam, path, policy, prog, svc};
 use terway_tests::figures::Figure;
 
 /// Measures; exit code 1 when a bar is missed.
@@ -27,6 +27,8 @@ enum Name {
     Ipam,
     /// Pod to pod.
     Path,
+    /// Network policies: packets under them, and their compiler.
+    Policy,
     /// The programs alone.
     Prog,
     /// Services.
@@ -107,6 +109,13 @@ fn run(cli: &Cli) -> Result<bool> {
         node.del(&client)?;
         node.del(&near)?;
         drop((client, near));
+        cluster.finish()?;
+    }
+    if wanted(Name::Policy) {
+        show(policy::compile()?);
+        show(policy::first()?);
+        let cluster = Cluster::start(&policy::node()?)?;
+        show(policy::traffic(cluster.node(1))?);
         cluster.finish()?;
     }
     if wanted(Name::Path) {

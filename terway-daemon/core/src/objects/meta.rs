@@ -38,6 +38,13 @@ impl Labels {
         self.0.iter().map(|(key, value)| (key, value))
     }
 
+    /// Those of some keys.
+    #[must_use]
+    pub fn filtered(&self, wanted: impl Fn(&str) -> bool) -> Self {
+        let all: Vec<_> = self.0.iter().filter(|(key, _)| wanted(key)).cloned().collect();
+        if all.is_empty() { Self::default() } else { Self(all.into()) }
+    }
+
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -1,7 +1,7 @@
 //! The address space cut by every block and hole in use. A cell is what belongs to one block and to none of the blocks inside it, so the
 //! cell of an address says which blocks hold it. Blocks nest or are disjoint; the longest one wins, as in the kernel's LPM trie.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -31,14 +31,18 @@ pub(super) struct Cell {
     pub(super) world: Identity,
     /// Addresses in it that have an identity of their own.
     pub(super) members: usize,
+    /// The identities of pods in it.
+    pods: BTreeSet<Identity>,
 }
 
 #[derive(Debug)]
 pub(super) struct Cells {
-    blocks: HashMap<IpNet, Block>,
+    blocks: BTreeMap<IpNet, Block>,
     /// How many blocks have a prefix of each length, by family.
     lengths: [BTreeMap<u8, usize>; 2],
     cells: NumberMap<CellId, Cell>,
+    /// Cells with pods.
+    populated: BTreeSet<CellId>,
     counter: Counter,
 }
 
@@ -61,9 +65,10 @@ impl Cells {
     /// The two families, each one cell, with the identities of their addresses.
     pub(super) fn new(mut world: impl FnMut(Family, CellId) -> Identity) -> Self {
         let mut cells = Self {
-            blocks: HashMap::new(),
+            blocks: BTreeMap::new(),
             lengths: Default::default(),
             cells: NumberMap::default(),
+            populated: BTreeSet::new(),
             counter: Counter::new(0, u32::MAX),
         };
         for family in [Family::V4, Family::V6] {
@@ -77,7 +82,7 @@ impl Cells {
     /// A new cell without a block; its world identity is to be set.
     pub(super) fn fresh(&mut self, net: IpNet) -> CellId {
         let number = CellId(self.counter.next(|n| self.cells.contains_key(&CellId(n))));
-        self.cells.insert(number, Cell { net, world: Identity::NONE, members: 0 });
+        self.cells.insert(number, Cell { net, world: Identity::NONE, members: 0, pods: BTreeSet::new() });
         number
     }
 
@@ -95,8 +100,31 @@ impl Cells {
         self.cells.remove(&cell);
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (CellId, &Cell)> {
-        self.cells.iter().map(|(id, cell)| (*id, cell))
+    /// Cells with pods, and the identities of these.
+    pub(super) fn populated(&self) -> impl Iterator<Item = (CellId, &Cell, &BTreeSet<Identity>)> {
+        self.populated.iter().map(|id| (*id, self.get(*id))).map(|(id, cell)| (id, cell, &cell.pods))
+    }
+
+    /// An identity of pods in a cell has come to be.
+    pub(super) fn settle_in(&mut self, cell: CellId, identity: Identity) {
+        self.get_mut(cell).pods.insert(identity);
+        self.populated.insert(cell);
+    }
+
+    /// An identity of pods in a cell is gone.
+    pub(super) fn move_out(&mut self, cell: CellId, identity: Identity) {
+        let pods = &mut self.get_mut(cell).pods;
+        pods.remove(&identity);
+        if pods.is_empty() {
+            self.populated.remove(&cell);
+        }
+    }
+
+    /// The cells of a block, whether it is in use or not, and of all blocks in it.
+    pub(super) fn within(&self, net: IpNet) -> impl Iterator<Item = &Cell> {
+        let last = IpNet::from(net.broadcast());
+        let inner = self.blocks.range(net.trunc()..=last).map(|(_, block)| self.get(block.cell));
+        inner.filter(move |cell| within(cell.net, net))
     }
 
     /// Blocks with the identity of their addresses that are nobody's.
@@ -106,12 +134,9 @@ impl Cells {
 
     /// The cell with most members: what holds there holds for most pods.
     pub(super) fn home(&self, of: Family) -> CellId {
-        let most = self
-            .cells
-            .iter()
-            .filter(|(_, c)| family(&c.net) == of)
-            .max_by_key(|(id, c)| (c.members, std::cmp::Reverse(**id)));
-        most.map_or(CellId(0), |(id, _)| *id)
+        let populated = self.populated().filter(|(_, cell, _)| family(&cell.net) == of);
+        let most = populated.max_by_key(|(id, cell, _)| (cell.members, std::cmp::Reverse(*id)));
+        most.map_or_else(|| self.cell_of_block(whole(of)), |(id, ..)| id)
     }
 
     /// The longest block that holds `net` and, if `strictly`, is not `net` itself.
@@ -190,9 +215,4 @@ impl Cells {
             }
         }
     }
-}
-
-/// Whether an address is in a block.
-pub(super) fn inside(address: IpAddr, net: IpNet) -> bool {
-    within(host(address), net)
 }

@@ -2,7 +2,8 @@
 //!
 //! Pods of one namespace are of one class if they agree in every label key that some peer selector names, and in the numbers of every port
 //! name that some egress rule names. Keys and names once looked at stay so: to forget one would only merge classes, for which
-//! thousands of addresses would be written anew.
+//! thousands of addresses would be written anew. One that comes into use splits classes at once; how the others are found is brought up to
+//! date when a namespace has its next new profile.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use super::cells::{CellId, family};
 use super::hash::{NumberMap, NumberSet};
 use super::number::{Counter, Identity, Nature};
+use super::pods::PodId;
 use crate::ident::Family;
 use crate::objects::{Labels, Pod, Protocol};
 use ipnet::IpNet;
@@ -22,7 +24,7 @@ pub(super) type NamedPort = (Arc<str>, Protocol, u16);
 pub(super) struct Profile {
     pub(super) namespace: Arc<str>,
     pub(super) labels: Labels,
-    pub(super) ports: Box<[NamedPort]>,
+    pub(super) ports: Arc<[NamedPort]>,
 }
 
 impl Profile {
@@ -35,16 +37,12 @@ impl Profile {
             .collect();
         ports.sort();
         ports.dedup();
-        Self {
-            namespace: Arc::clone(&pod.meta.object.namespace),
-            labels: pod.meta.labels.clone(),
-            ports: ports.into_boxed_slice(),
-        }
+        Self { namespace: Arc::clone(&pod.meta.object.namespace), labels: pod.meta.labels.clone(), ports: ports.into() }
     }
 }
 
-/// What of a profile is looked at.
-pub(super) type ClassKey = Profile;
+/// What of the profiles of one namespace is looked at.
+type ClassKey = (Labels, Box<[NamedPort]>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct ProfileId(pub(super) u32);
@@ -55,12 +53,15 @@ pub(super) struct ClassId(pub(super) u32);
 struct ProfileState {
     profile: Profile,
     class: ClassId,
-    pods: usize,
+    /// How many times it has been enlisted.
+    users: usize,
+    pods: NumberSet<PodId>,
 }
 
 #[derive(Debug)]
 pub(super) struct Class {
-    pub(super) key: ClassKey,
+    /// One of its profiles: no rule tells the others from it.
+    pub(super) like: Profile,
     profiles: NumberSet<ProfileId>,
     /// Those of its addresses, one for each cell they are in.
     pub(super) identities: Vec<(Identity, CellId)>,
@@ -75,6 +76,15 @@ pub(super) struct Meaning {
     addresses: usize,
 }
 
+/// The classes of a namespace.
+#[derive(Debug, Default)]
+struct Space {
+    classes: NumberSet<ClassId>,
+    by_key: HashMap<ClassKey, ClassId>,
+    /// More is looked at than when the keys were made.
+    outdated: bool,
+}
+
 #[derive(Debug)]
 pub(super) struct Classes {
     keys: HashSet<Arc<str>>,
@@ -82,8 +92,7 @@ pub(super) struct Classes {
     profiles: NumberMap<ProfileId, ProfileState>,
     by_profile: HashMap<Profile, ProfileId>,
     classes: NumberMap<ClassId, Class>,
-    by_key: HashMap<ClassKey, ClassId>,
-    namespaces: HashMap<Arc<str>, NumberSet<ClassId>>,
+    namespaces: HashMap<Arc<str>, Space>,
     meanings: NumberMap<Identity, Meaning>,
     identities: NumberMap<(Nature, Option<ClassId>, CellId), Identity>,
     profile_counter: Counter,
@@ -99,7 +108,6 @@ impl Classes {
             profiles: NumberMap::default(),
             by_profile: HashMap::new(),
             classes: NumberMap::default(),
-            by_key: HashMap::new(),
             namespaces: HashMap::new(),
             meanings: NumberMap::default(),
             identities: NumberMap::default(),
@@ -110,16 +118,8 @@ impl Classes {
     }
 
     fn key_of(&self, profile: &Profile) -> ClassKey {
-        ClassKey {
-            namespace: Arc::clone(&profile.namespace),
-            labels: profile
-                .labels
-                .iter()
-                .filter(|(key, _)| self.keys.contains(&**key))
-                .map(|(key, value)| (Arc::clone(key), Arc::clone(value)))
-                .collect(),
-            ports: profile.ports.iter().filter(|(name, ..)| self.names.contains(&**name)).cloned().collect(),
-        }
+        let labels = profile.labels.filtered(|key| self.keys.contains(key));
+        (labels, profile.ports.iter().filter(|(name, ..)| self.names.contains(&**name)).cloned().collect())
     }
 
     /// The profile's number, counted once more.
@@ -127,35 +127,46 @@ impl Classes {
         if let Some(id) = self.by_profile.get(&profile)
             && let Some(state) = self.profiles.get_mut(id)
         {
-            state.pods += 1;
+            state.users += 1;
             return *id;
         }
         let id = ProfileId(self.profile_counter.next(|n| self.profiles.contains_key(&ProfileId(n))));
-        let class = self.class(self.key_of(&profile));
+        let class = self.class(&profile);
         if let Some(class) = self.classes.get_mut(&class) {
             class.profiles.insert(id);
         }
         self.by_profile.insert(profile.clone(), id);
-        self.profiles.insert(id, ProfileState { profile, class, pods: 1 });
+        self.profiles.insert(id, ProfileState { profile, class, users: 1, pods: NumberSet::default() });
         id
     }
 
-    fn class(&mut self, key: ClassKey) -> ClassId {
-        if let Some(id) = self.by_key.get(&key) {
-            return *id;
+    fn class(&mut self, profile: &Profile) -> ClassId {
+        let key = self.key_of(profile);
+        let mut space = self.namespaces.remove(&profile.namespace).unwrap_or_default();
+        if std::mem::take(&mut space.outdated) {
+            let all = space.classes.iter().filter_map(|id| Some((self.key_of(&self.classes.get(id)?.like), *id)));
+            space.by_key = all.collect();
         }
-        let id = ClassId(self.class_counter.next(|n| self.classes.contains_key(&ClassId(n))));
-        self.by_key.insert(key.clone(), id);
-        self.namespaces.entry(Arc::clone(&key.namespace)).or_default().insert(id);
-        self.classes.insert(id, Class { key, profiles: NumberSet::default(), identities: Vec::new() });
+        let id = match space.by_key.get(&key) {
+            Some(id) => *id,
+            None => {
+                let id = ClassId(self.class_counter.next(|n| self.classes.contains_key(&ClassId(n))));
+                space.by_key.insert(key, id);
+                space.classes.insert(id);
+                let class = Class { like: profile.clone(), profiles: NumberSet::default(), identities: Vec::new() };
+                self.classes.insert(id, class);
+                id
+            }
+        };
+        self.namespaces.insert(Arc::clone(&profile.namespace), space);
         id
     }
 
     /// The profile is counted once less, and goes with its last pod.
     pub(super) fn release(&mut self, id: ProfileId) {
         let Some(state) = self.profiles.get_mut(&id) else { return };
-        state.pods -= 1;
-        if state.pods == 0
+        state.users -= 1;
+        if state.users == 0
             && let Some(state) = self.profiles.remove(&id)
         {
             self.by_profile.remove(&state.profile);
@@ -166,6 +177,25 @@ impl Classes {
         }
     }
 
+    /// A pod has the profile.
+    pub(super) fn join(&mut self, id: ProfileId, pod: PodId) {
+        if let Some(state) = self.profiles.get_mut(&id) {
+            state.pods.insert(pod);
+        }
+    }
+
+    /// A pod has the profile no more.
+    pub(super) fn leave(&mut self, id: ProfileId, pod: PodId) {
+        if let Some(state) = self.profiles.get_mut(&id) {
+            state.pods.remove(&pod);
+        }
+    }
+
+    /// The pods that have a profile.
+    pub(super) fn pods_of(&self, id: ProfileId) -> impl Iterator<Item = PodId> {
+        self.profiles.get(&id).into_iter().flat_map(|state| state.pods.iter().copied())
+    }
+
     /// A class goes with the last of its profiles and identities.
     fn prune(&mut self, id: ClassId) {
         let Some(class) = self.classes.get(&id) else { return };
@@ -173,11 +203,12 @@ impl Classes {
             && class.identities.is_empty()
             && let Some(class) = self.classes.remove(&id)
         {
-            self.by_key.remove(&class.key);
-            if let Some(all) = self.namespaces.get_mut(&class.key.namespace) {
-                all.remove(&id);
-                if all.is_empty() {
-                    self.namespaces.remove(&class.key.namespace);
+            let key = self.key_of(&class.like);
+            if let Some(space) = self.namespaces.get_mut(&class.like.namespace) {
+                space.classes.remove(&id);
+                space.by_key.remove(&key);
+                if space.classes.is_empty() {
+                    self.namespaces.remove(&class.like.namespace);
                 }
             }
         }
@@ -195,17 +226,15 @@ impl Classes {
         self.classes.get(&id)
     }
 
-    pub(super) fn namespaces(&self) -> impl Iterator<Item = (&Arc<str>, &NumberSet<ClassId>)> {
-        self.namespaces.iter()
+    /// Namespaces that have pods.
+    pub(super) fn namespaces(&self) -> impl ExactSizeIterator<Item = &Arc<str>> {
+        self.namespaces.keys()
     }
 
-    /// All identities of the pods of a namespace.
-    pub(super) fn identities_in(&self, namespace: &str) -> Vec<Identity> {
-        let classes = self.namespaces.get(namespace).into_iter().flatten();
-        classes
-            .filter_map(|id| self.classes.get(id))
-            .flat_map(|class| class.identities.iter().map(|(id, _)| *id))
-            .collect()
+    /// The classes of the pods of a namespace.
+    pub(super) fn members_of(&self, namespace: &str) -> impl Iterator<Item = &Class> {
+        let all = self.namespaces.get(namespace).into_iter().flat_map(|space| &space.classes);
+        all.filter_map(|id| self.classes.get(id))
     }
 
     /// Looks at more keys and names from now on. Returns the profiles that are of another class than before: of a class that falls apart, the
@@ -221,49 +250,69 @@ impl Classes {
         if new_keys.is_empty() && new_names.is_empty() {
             return moved;
         }
-        let touched: HashSet<ClassId> = self
-            .profiles
-            .values()
-            .filter(|state| {
-                new_keys.iter().any(|key| state.profile.labels.get(key).is_some())
-                    || state.profile.ports.iter().any(|(name, ..)| new_names.contains(name))
-            })
-            .map(|state| state.class)
-            .collect();
-        self.keys.extend(new_keys);
-        self.names.extend(new_names);
-        for id in touched {
-            let Some(class) = self.classes.get(&id) else { continue };
+        // What now is seen of a profile and was not before.
+        let named = |profile: &Profile| -> Vec<NamedPort> {
+            profile.ports.iter().filter(|(name, ..)| new_names.contains(name)).cloned().collect()
+        };
+        let seen = |profile: &Profile| -> ClassKey {
+            (profile.labels.filtered(|key| new_keys.contains(key)), named(profile).into())
+        };
+        let blank = |profile: &Profile| {
+            new_keys.iter().all(|key| profile.labels.get(key).is_none()) && named(profile).is_empty()
+        };
+        let alike = |a: &Profile, b: &Profile| {
+            new_keys.iter().all(|key| a.labels.get(key) == b.labels.get(key)) && named(a) == named(b)
+        };
+        let mut splits: Vec<(ClassId, HashMap<ClassKey, (usize, Vec<ProfileId>)>)> = Vec::new();
+        for (id, class) in &self.classes {
+            let mut members = class.profiles.iter().filter_map(|member| self.profiles.get(member));
+            let whole = members.all(|state| alike(&state.profile, &class.like));
+            if whole && blank(&class.like) {
+                continue;
+            }
+            if let Some(space) = self.namespaces.get_mut(&class.like.namespace) {
+                space.outdated = true;
+            }
+            if whole {
+                continue;
+            }
             let mut parts: HashMap<ClassKey, (usize, Vec<ProfileId>)> = HashMap::new();
             for member in &class.profiles {
                 if let Some(state) = self.profiles.get(member) {
-                    let part = parts.entry(self.key_of(&state.profile)).or_default();
-                    part.0 += state.pods;
+                    let part = parts.entry(seen(&state.profile)).or_default();
+                    part.0 += state.users;
                     part.1.push(*member);
                 }
             }
-            let Some(stays) = parts.iter().max_by_key(|(_, (pods, _))| *pods).map(|(key, _)| key.clone()) else {
-                continue;
-            };
-            if let Some(class) = self.classes.get_mut(&id) {
-                self.by_key.remove(&class.key);
-                class.key = stays.clone();
-                self.by_key.insert(stays.clone(), id);
+            splits.push((*id, parts));
+        }
+        self.keys.extend(new_keys);
+        self.names.extend(new_names);
+        let mut leaving: Vec<(ClassId, Vec<ProfileId>)> = Vec::new();
+        for (id, parts) in splits {
+            let mut parts: Vec<(usize, Vec<ProfileId>)> = parts.into_values().collect();
+            parts.sort_by_key(|(pods, _)| *pods);
+            let stays = parts.pop().and_then(|(_, members)| self.profiles.get(members.first()?));
+            if let (Some(stays), Some(class)) = (stays, self.classes.get_mut(&id)) {
+                class.like = stays.profile.clone();
             }
-            for (key, (_, members)) in parts.into_iter().filter(|(key, _)| *key != stays) {
-                let new = self.class(key);
-                for member in members {
-                    if let Some(state) = self.profiles.get_mut(&member) {
-                        state.class = new;
-                    }
-                    if let Some(class) = self.classes.get_mut(&id) {
-                        class.profiles.remove(&member);
-                    }
-                    if let Some(class) = self.classes.get_mut(&new) {
-                        class.profiles.insert(member);
-                    }
-                    moved.insert(member);
+            leaving.extend(parts.into_iter().map(|(_, members)| (id, members)));
+        }
+        for (id, members) in leaving {
+            let profile = members.first().and_then(|member| self.profiles.get(member)).map(|s| s.profile.clone());
+            let Some(profile) = profile else { continue };
+            let new = self.class(&profile);
+            for member in members {
+                if let Some(state) = self.profiles.get_mut(&member) {
+                    state.class = new;
                 }
+                if let Some(class) = self.classes.get_mut(&id) {
+                    class.profiles.remove(&member);
+                }
+                if let Some(class) = self.classes.get_mut(&new) {
+                    class.profiles.insert(member);
+                }
+                moved.insert(member);
             }
         }
         moved

@@ -11,6 +11,7 @@ use super::identify::with_name;
 use super::maps::Maps;
 use super::number::{Counter, Identity, Nature, PolicyVersion, ReasonId, RowId, SetId};
 use super::op::{Op, Stale};
+use super::peers::Peers;
 use super::plan::{Change, Later};
 use super::pods::{Claim, Endpoint, PodId, PodState};
 use super::reason::{Reason, Reasons};
@@ -89,6 +90,15 @@ pub struct Stats {
     pub endpoints: usize,
 }
 
+/// What compiling has taken so far, counted in what it is made of, so that a test can tell work from time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Effort {
+    /// Questions to selectors: of subjects, of peers about pods, of peers about namespaces.
+    pub selectors: u64,
+    /// Questions to sets: what one says about one identity.
+    pub answers: u64,
+}
+
 /// Compiles policies to the contents of maps, one change at a time.
 #[derive(Debug)]
 pub struct Compiler {
@@ -97,12 +107,16 @@ pub struct Compiler {
     cluster: BTreeMap<Arc<str>, Arc<Policy>>,
     versions: u64,
 
+    pub(super) peers: Peers,
     pub(super) classes: Classes,
     pub(super) cells: Cells,
     pub(super) reasons: Reasons,
     pub(super) sets: BTreeMap<SetId, Set>,
     pub(super) set_keys: HashMap<SetKey, SetId>,
     pub(super) rows: NumberSet<RowId>,
+    /// Sets that are to be asked about every pod.
+    pub(super) curious: BTreeSet<SetId>,
+    pub(super) effort: Effort,
     pub(super) set_counter: Counter,
     pub(super) row_counter: Counter,
 
@@ -147,6 +161,9 @@ impl Compiler {
             network: HashMap::new(),
             cluster: BTreeMap::new(),
             versions: 0,
+            peers: Peers::new(),
+            curious: BTreeSet::new(),
+            effort: Effort::default(),
             classes,
             cells,
             reasons: Reasons::new(reasons.chain(inline).map(|reason| reason.0).max().unwrap_or(0)),
@@ -182,7 +199,8 @@ impl Compiler {
             Event::Namespace(name, namespace) => self.namespace(name, namespace.as_deref()),
             Event::Pod(name, pod) => self.pod(name, pod.as_deref()),
             Event::NetworkPolicy(name, policy) => {
-                let new = policy.map(|policy| Arc::new(Policy::network(self.version(), &policy)));
+                let version = self.version();
+                let new = policy.map(|policy| Arc::new(Policy::network(version, &policy, &mut self.peers)));
                 let all = self.network.entry(Arc::clone(&name.namespace)).or_default();
                 let old = all.get(&name.name).cloned();
                 self.prepare(new.as_deref());
@@ -198,7 +216,8 @@ impl Compiler {
                 self.retire(old.as_deref());
             }
             Event::ClusterNetworkPolicy(name, policy) => {
-                let new = policy.map(|policy| Arc::new(Policy::cluster(self.version(), &policy)));
+                let version = self.version();
+                let new = policy.map(|policy| Arc::new(Policy::cluster(version, &policy, &mut self.peers)));
                 self.prepare(new.as_deref());
                 let old = match &new {
                     Some(policy) => self.cluster.insert(name.name, Arc::clone(policy)),
@@ -229,7 +248,8 @@ impl Compiler {
     fn prepare(&mut self, new: Option<&Policy>) {
         let Some(policy) = new else { return };
         self.look_at(policy);
-        for net in policy.nets() {
+        let nets: Vec<_> = policy.nets(&self.peers).collect();
+        for net in nets {
             if self.cells.enlist(net) {
                 self.insert_block(net);
             }
@@ -238,12 +258,16 @@ impl Compiler {
         self.refresh_identities();
     }
 
-    /// Lets go of the blocks of a policy that is gone.
+    /// Lets go of the blocks and selectors of a policy that is gone.
     fn retire(&mut self, old: Option<&Policy>) {
-        for net in old.into_iter().flat_map(Policy::nets) {
+        let Some(policy) = old else { return };
+        for net in policy.nets(&self.peers) {
             if self.cells.release(net) {
                 self.later.blocks.insert(net);
             }
+        }
+        for peer in policy.peers() {
+            self.peers.release(peer);
         }
     }
 
@@ -264,7 +288,7 @@ impl Compiler {
             None => self.namespaces.remove(&name),
         };
         if old != new {
-            self.ask_again(&name);
+            self.ask_again(&name, &old);
             self.select_again(Some(&name));
         }
     }
@@ -293,6 +317,11 @@ impl Compiler {
         let mut all: Vec<_> = own.chain(self.cluster.values()).filter(|p| selects(&p.subject)).cloned().collect();
         all.sort_by(|a, b| a.rank.cmp(&b.rank));
         all
+    }
+
+    /// How many policies are asked whether they select a pod of a namespace.
+    pub(super) fn asked_about(&self, namespace: &str) -> usize {
+        self.network.get(namespace).map_or(0, BTreeMap::len) + self.cluster.len()
     }
 
     /// Whether a pod of a namespace, whatever its labels, might be restricted in a direction.
@@ -330,6 +359,12 @@ impl Compiler {
             Kind::ClusterNetworkPolicy => self.cluster.contains_key(&key.name.name),
             _ => self.network.get(&key.name.namespace).is_some_and(|all| all.contains_key(&key.name.name)),
         }
+    }
+
+    /// What it has taken so far.
+    #[must_use]
+    pub fn effort(&self) -> Effort {
+        Effort { selectors: self.effort.selectors + self.peers.asked, ..self.effort }
     }
 
     /// How much there is.

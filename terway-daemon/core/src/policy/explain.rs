@@ -1,17 +1,16 @@
 //! Why a packet passes or not: `policy explain`.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use super::compiler::Compiler;
-use super::identify::{view, with_name};
 use super::number::{Decision, Identity, Nature, RowId};
+use super::peers::Who;
 use super::pods::{PodId, key_of};
 use super::reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, Reasons, UNKNOWN_POD};
 use super::row::RowEntry;
 use super::set::{NewRows, Set};
 use crate::ident::Family;
-use crate::objects::{Direction, Labels, ObjectKey, ObjectName};
+use crate::objects::{Direction, ObjectKey, ObjectName};
 
 /// One end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -172,19 +171,24 @@ impl Compiler {
         let Some(key) = key_of(direction, &policies, &profile.ports) else { return (names, None) };
         let concerned: Vec<_> = policies.into_iter().filter(|p| key.policies.contains(&p.version)).collect();
         let mut reasons = Reasons::new(0);
-        let mut set = Set::new(key, super::SetId(1), &concerned, &mut reasons);
-        let none = Labels::default();
-        let class = self.classes.meaning(peer).and_then(|m| m.class).and_then(|class| self.classes.get(class));
-        let namespace = class.map_or_else(|| Arc::from(""), |class| Arc::clone(&class.key.namespace));
-        let labels = self.namespaces.get(&namespace).cloned().unwrap_or_else(|| with_name(&namespace, &none));
-        let answers = set.namespace_answers(&namespace, &labels);
-        let Some(seen) = view(&self.classes, &self.cells, peer, &none) else { return (names, None) };
+        let mut set = Set::new(key, super::SetId(1), &concerned, &self.peers, &mut reasons);
+        let Some(meaning) = self.classes.meaning(peer) else { return (names, None) };
+        let class = meaning.class.and_then(|class| self.classes.get(class));
+        let deviating = class.map_or_else(Vec::new, |class| {
+            let (namespace, space) = (&class.like.namespace, self.namespace_labels(&class.like.namespace));
+            let who = Who { namespace, space: &space, labels: &class.like.labels };
+            set.peers().into_iter().filter(|id| self.peers.deviates(*id, who)).collect()
+        });
+        let deviations = set.deviations(&deviating, &self.peers);
+        let base = set.base(peer.nature(), self.cells.get(meaning.cell).net, &self.peers);
+        let ports = class.map_or(&[][..], |class| &class.like.ports);
         let mut last = 0;
         let mut number = || {
             last += 1;
             RowId(last)
         };
-        let target = set.target(&seen, &answers, &mut NewRows { number: &mut number, made: &mut Vec::new() });
+        let rows = &mut NewRows { number: &mut number, made: &mut Vec::new() };
+        let target = set.target(&base, &deviations, ports, rows);
         set.put(peer, target);
         let decision = read(&set, peer, protocol, port);
         (names, Some((decision, reasons.get(decision.reason()).cloned())))
@@ -199,9 +203,7 @@ enum Subject {
 
 /// What the maps hold of a set, read as the datapath reads it.
 fn read(set: &Set, peer: Identity, protocol: u8, port: u16) -> Decision {
-    let side = set.side();
-    let target = set.entries().get(&peer).copied().unwrap_or(side.defaults[peer.default_index()]);
-    match target.resolve() {
+    match set.says(peer).resolve() {
         Ok(decision) => decision,
         Err(row) => {
             let entries = set.tables().get(&row).into_iter().flatten();

@@ -1,19 +1,20 @@
 //! Which identity an address has, and how blocks and label keys that come into use split identities without changing any decision.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
+use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::cells::{CellId, Cells, family, inside, whole};
-use super::class::{ClassId, Classes, ProfileId};
+use super::cells::CellId;
+use super::class::{ClassId, ProfileId};
 use super::compiler::Compiler;
-use super::hash::{NumberMap, NumberSet};
-use super::number::{Identity, Nature, RowId, SetId, Target};
-use super::op::{Op, Stale};
+use super::number::{Identity, Nature};
+use super::op::Op;
 use super::plan::Item;
+use super::pods::Claim;
 use super::rule::Policy;
-use super::set::{NewRows, PeerView, Set, SetKey};
 use crate::ident::Family;
 use crate::objects::Labels;
 
@@ -29,26 +30,14 @@ pub(super) fn with_name(namespace: &Arc<str>, labels: &Labels) -> Labels {
     own.chain([(Arc::from(NAMESPACE_NAME), Arc::clone(namespace))]).collect()
 }
 
-pub(super) fn view<'a>(
-    classes: &'a Classes,
-    cells: &'a Cells,
-    identity: Identity,
-    none: &'a Labels,
-) -> Option<PeerView<'a>> {
-    let meaning = classes.meaning(identity)?;
-    let class = meaning.class.and_then(|class| classes.get(class));
-    Some(PeerView {
-        nature: identity.nature(),
-        labels: class.map_or(none, |class| &class.key.labels),
-        ports: class.map_or(&[], |class| &class.key.ports),
-        net: cells.get(meaning.cell).net,
-    })
+/// The labels of a namespace; one that is not known has its name.
+pub(super) fn labels_of(known: &HashMap<Arc<str>, Labels>, namespace: &Arc<str>) -> Labels {
+    known.get(namespace).cloned().unwrap_or_else(|| with_name(namespace, &Labels::default()))
 }
 
 impl Compiler {
-    /// The labels of a namespace; one that is not known has its name.
     pub(super) fn namespace_labels(&self, namespace: &Arc<str>) -> Labels {
-        self.namespaces.get(namespace).cloned().unwrap_or_else(|| with_name(namespace, &Labels::default()))
+        labels_of(&self.namespaces, namespace)
     }
 
     /// Settles what identity an address has. `neutral`: it is known that no decision changes by it.
@@ -104,6 +93,9 @@ impl Compiler {
             self.cells.get_mut(cell).members += 1;
         }
         if new {
+            if nature == Nature::Pod {
+                self.cells.settle_in(cell, identity);
+            }
             self.announce(identity);
         }
         identity
@@ -111,11 +103,18 @@ impl Compiler {
 
     /// One address less has the identity.
     fn abandon(&mut self, identity: Identity) {
-        let Some(cell) = self.classes.meaning(identity).map(|meaning| meaning.cell) else { return };
+        let Some(meaning) = self.classes.meaning(identity) else { return };
+        let cell = meaning.cell;
+        let class = meaning.class.and_then(|class| self.classes.get(class));
+        let namespace = class.map(|class| Arc::clone(&class.like.namespace));
         if identity.nature() != Nature::World {
             self.cells.get_mut(cell).members -= 1;
         }
         if self.classes.forget(identity) {
+            if let Some(namespace) = namespace {
+                self.peers.forget(identity, &namespace);
+                self.cells.move_out(cell, identity);
+            }
             for (id, set) in &mut self.sets {
                 if set.forget(identity) {
                     self.change.garbage.push(Op::DropPeer { set: *id, identity });
@@ -124,162 +123,20 @@ impl Compiler {
         }
     }
 
-    /// Asks every set about a new identity.
-    fn announce(&mut self, identity: Identity) {
-        let none = Labels::default();
-        let namespace = self.classes.meaning(identity).and_then(|m| m.class).and_then(|c| self.classes.get(c));
-        let name = namespace.map_or_else(|| Arc::from(""), |class| Arc::clone(&class.key.namespace));
-        let labels = self.namespace_labels(&name);
-        let Some(peer) = view(&self.classes, &self.cells, identity, &none) else { return };
-        let mut made = Vec::new();
-        let mut peers = Vec::new();
-        for (id, set) in &mut self.sets {
-            let answers = set.namespace_answers(&name, &labels);
-            let counter = &mut self.row_counter;
-            let live = &mut self.rows;
-            let mut rows = NewRows { number: &mut || number_row(counter, live), made: &mut made };
-            let target = set.target(&peer, &answers, &mut rows);
-            let (_, new) = set.put(identity, target);
-            if new != Target::NONE {
-                peers.push(Op::Peer { set: *id, identity, targets: [new; 2] });
-            }
-        }
-        self.change.fresh.extend(made.into_iter().map(|(row, entries)| Op::Row { row, entries }));
-        self.change.fresh.extend(peers);
-    }
-
-    /// Asks the sets that look at the labels of namespaces about all pods of one.
-    pub(super) fn ask_again(&mut self, namespace: &Arc<str>) {
-        let none = Labels::default();
-        let labels = self.namespace_labels(namespace);
-        let identities = self.classes.identities_in(namespace);
-        let mut made = Vec::new();
-        for (id, set) in self.sets.iter_mut().filter(|(_, set)| set.by_namespace) {
-            let answers = set.namespace_answers(namespace, &labels);
-            for identity in &identities {
-                let Some(peer) = view(&self.classes, &self.cells, *identity, &none) else { continue };
-                let counter = &mut self.row_counter;
-                let live = &mut self.rows;
-                let mut rows = NewRows { number: &mut || number_row(counter, live), made: &mut made };
-                let target = set.target(&peer, &answers, &mut rows);
-                let (old, new) = set.put(*identity, target);
-                if old != new {
-                    self.change.peers.insert((*id, *identity), (old, new));
-                    let users = self.endpoints.iter().filter(|(_, e)| e.sets.contains(id));
-                    self.change.stale.extend(users.map(|(slot, _)| Stale::Endpoint(*slot)));
-                }
-            }
-        }
-        self.change.fresh.extend(made.into_iter().map(|(row, entries)| Op::Row { row, entries }));
-    }
-
-    /// Makes a set and everything it says.
-    pub(super) fn make_set(&mut self, key: SetKey, policies: &[Arc<Policy>]) -> SetId {
-        let id = SetId(self.set_counter.next(|n| self.sets.contains_key(&SetId(n))));
-        let mut set = Set::new(key, id, policies, &mut self.reasons);
-        let none = Labels::default();
-        let mut made = Vec::new();
-        let mut peers = Vec::new();
-        let counter = &mut self.row_counter;
-        let live = &mut self.rows;
-        let mut number = || number_row(counter, live);
-        let mut rows = NewRows { number: &mut number, made: &mut made };
-        // What holds for a pod that nothing in particular is said about, where most pods are, and for the rest of the world.
-        for of in [Family::V4, Family::V6] {
-            let nobody = set.namespace_answers("", &none);
-            for (nature, net) in [(Nature::World, whole(of)), (Nature::Pod, self.cells.get(self.cells.home(of)).net)] {
-                let peer = PeerView { nature, labels: &none, ports: &[], net };
-                let target = set.target(&peer, &nobody, &mut rows);
-                set.set_default(Identity::new(nature, of, 0).default_index(), target);
-            }
-        }
-        // Where no peer selects anything of a namespace, only the cell matters; and where the cell says what the default says, nothing does.
-        let mut plain: NumberMap<CellId, Target> = NumberMap::default();
-        let mut plain_is_default = true;
-        for (id, cell) in self.cells.iter().filter(|(_, cell)| cell.members > 0) {
-            let peer = PeerView { nature: Nature::Pod, labels: &none, ports: &[], net: cell.net };
-            let target = set.target(&peer, &[], &mut rows);
-            let index = Identity::new(Nature::Pod, family(&cell.net), 0).default_index();
-            plain_is_default &= target == set.default(index);
-            plain.insert(id, target);
-        }
-        for (namespace, classes) in self.classes.namespaces() {
-            let labels = self.namespaces.get(namespace).cloned().unwrap_or_else(|| with_name(namespace, &none));
-            let answers = set.namespace_answers(namespace, &labels);
-            let quiet = !set.by_port_name && !answers.contains(&true);
-            if quiet && plain_is_default {
-                continue;
-            }
-            for (identity, cell) in classes.iter().filter_map(|c| self.classes.get(*c)).flat_map(|c| &c.identities) {
-                let target = match plain.get(cell) {
-                    Some(target) if quiet => *target,
-                    _ => {
-                        let Some(peer) = view(&self.classes, &self.cells, *identity, &none) else { continue };
-                        set.target(&peer, &answers, &mut rows)
-                    }
-                };
-                if set.put(*identity, target).1 != Target::NONE {
-                    peers.push(Op::Peer { set: id, identity: *identity, targets: [target; 2] });
-                }
-            }
-        }
-        let nodes = self.node.iter().filter_map(|address| self.claims.get(address)).map(|claim| claim.identity);
-        for identity in self.cells.iter().map(|(_, cell)| cell.world).chain(nodes) {
-            let Some(peer) = view(&self.classes, &self.cells, identity, &none) else { continue };
-            let target = set.target(&peer, &[], &mut rows);
-            if set.put(identity, target).1 != Target::NONE {
-                peers.push(Op::Peer { set: id, identity, targets: [target; 2] });
-            }
-        }
-        self.change.fresh.extend(made.into_iter().map(|(row, entries)| Op::Row { row, entries }));
-        self.change.fresh.extend(peers);
-        self.set_keys.insert(set.key.clone(), id);
-        self.sets.insert(id, set);
-        id
-    }
-
-    /// Removes a set that no endpoint uses.
-    pub(super) fn drop_set(&mut self, id: SetId) {
-        let Some(set) = self.sets.remove(&id) else { return };
-        self.set_keys.remove(&set.key);
-        for identity in set.entries().keys() {
-            self.later.settled(Item::Peer(id, *identity));
-            self.change.garbage.push(Op::DropPeer { set: id, identity: *identity });
-        }
-        // Entries that this event removed have not been written yet, and need not be.
-        let gone: Vec<_> =
-            self.change.peers.range((id, Identity(0))..=(id, Identity(u32::MAX))).map(|(k, v)| (*k, *v)).collect();
-        for (key, (old, _)) in gone {
-            self.change.peers.remove(&key);
-            if old != Target::NONE && !set.entries().contains_key(&key.1) {
-                self.change.garbage.push(Op::DropPeer { set: id, identity: key.1 });
-            }
-        }
-        for (row, entries) in set.tables() {
-            self.rows.remove(row);
-            self.change.garbage.push(Op::DropRow { row: *row, entries: entries.clone() });
-        }
-        self.later.reasons.extend_from_slice(set.reasons());
-    }
-
     /// Brings a block into use that is not.
     pub(super) fn insert_block(&mut self, net: IpNet) {
         let parent = self.cells.longest(net, true);
         let outer = self.cells.cell_of_block(parent);
-        let moving = self.members(net, outer);
         // The larger part keeps the cell, so that fewer addresses are written anew.
-        let majority = moving.len() * 2 > self.cells.get(outer).members;
+        let (movers, majority) = self.smaller_part(net, parent, outer);
         let around = if majority { parent } else { net };
         let fresh = self.cells.fresh(around);
-        let movers = if majority {
-            let all = self.members(parent, outer);
+        if majority {
             self.cells.insert(net, outer);
             self.cells.set_cell(parent, fresh);
-            all.into_iter().filter(|address| !inside(*address, net)).collect()
         } else {
             self.cells.insert(net, fresh);
-            moving
-        };
+        }
         let (world, _) = self.classes.identity(Nature::World, None, fresh, &around);
         self.cells.get_mut(fresh).world = world;
         self.announce(world);
@@ -300,8 +157,11 @@ impl Compiler {
         let parent = self.cells.longest(net, true);
         let (inner, outer) = (self.cells.cell_of_block(net), self.cells.cell_of_block(parent));
         let majority = self.cells.get(inner).members > self.cells.get(outer).members;
-        let (gone, movers) =
-            if majority { (outer, self.members(parent, outer)) } else { (inner, self.members(net, inner)) };
+        let (gone, movers): (_, Vec<IpAddr>) = if majority {
+            (outer, self.outside(net, parent).filter(|(_, cell)| *cell == outer).map(|(address, _)| address).collect())
+        } else {
+            (inner, self.inside(net).filter(|(_, cell)| *cell == inner).map(|(address, _)| address).collect())
+        };
         self.cells.remove(net);
         if majority {
             self.cells.set_cell(parent, inner);
@@ -320,25 +180,50 @@ impl Compiler {
         self.change.neutral.push(Op::Block { net, identities: [identity; 2] });
     }
 
-    /// Addresses of a block that have an identity in a cell.
-    fn members(&self, net: IpNet, cell: CellId) -> Vec<IpAddr> {
-        let range = self.claims.range(net.network()..=net.broadcast());
-        let here = |id: Identity| self.classes.meaning(id).is_some_and(|meaning| meaning.cell == cell);
-        range.filter(|(_, claim)| here(claim.identity)).map(|(address, _)| *address).collect()
+    /// Addresses that have an identity of their own, with their cells.
+    fn identified(&self, range: impl RangeBounds<IpAddr>) -> impl Iterator<Item = (IpAddr, CellId)> {
+        let cell = |claim: &Claim| self.classes.meaning(claim.identity).map(|meaning| meaning.cell);
+        self.claims.range(range).filter_map(move |(address, claim)| Some((*address, cell(claim)?)))
+    }
+
+    fn inside(&self, net: IpNet) -> impl Iterator<Item = (IpAddr, CellId)> {
+        self.identified(net.network()..=net.broadcast())
+    }
+
+    /// Those of a block that are not in one of its parts.
+    fn outside(&self, part: IpNet, block: IpNet) -> impl Iterator<Item = (IpAddr, CellId)> {
+        let after = (Bound::Excluded(part.broadcast()), Bound::Included(block.broadcast()));
+        // Without this, a part that ends where the block does would be a range that ends before it begins.
+        let after = (part.broadcast() < block.broadcast()).then(|| self.identified(after));
+        self.identified(block.network()..part.network()).chain(after.into_iter().flatten())
+    }
+
+    /// Of the addresses of a cell, those inside `net` or those outside, whichever are fewer, and whether these are those outside. Walks both at
+    /// once and stops with the shorter one: a block around all pods of the cluster costs as little as one around none.
+    fn smaller_part(&self, net: IpNet, parent: IpNet, cell: CellId) -> (Vec<IpAddr>, bool) {
+        let (mut inner, mut outer) = (self.inside(net), self.outside(net, parent));
+        let (mut moving, mut staying) = (Vec::new(), Vec::new());
+        loop {
+            match inner.next() {
+                Some((address, of)) => moving.extend((of == cell).then_some(address)),
+                None => return (moving, false),
+            }
+            match outer.next() {
+                Some((address, of)) => staying.extend((of == cell).then_some(address)),
+                None => return (staying, true),
+            }
+        }
     }
 
     /// Label keys and port names that come into use.
     pub(super) fn look_at(&mut self, policy: &Policy) {
-        let moved = self.classes.look_at(policy.keys(), policy.port_names());
+        let moved = self.classes.look_at(policy.keys(&self.peers), policy.port_names());
         if moved.is_empty() {
             return;
         }
-        let addresses: Vec<IpAddr> = self
-            .claims
-            .keys()
-            .copied()
-            .filter(|address| self.holder(*address).is_some_and(|profile| moved.contains(&profile)))
-            .collect();
+        let pods = moved.iter().flat_map(|profile| self.classes.pods_of(*profile));
+        let states = pods.filter_map(|pod| self.pods.get(&pod));
+        let addresses: Vec<IpAddr> = states.flat_map(|state| state.claims()).copied().collect();
         for address in addresses {
             self.resolve(address, true);
         }
@@ -378,10 +263,4 @@ impl Compiler {
     pub(super) fn blocks(&self) -> impl Iterator<Item = (IpNet, Identity)> {
         self.cells.blocks()
     }
-}
-
-pub(super) fn number_row(counter: &mut super::number::Counter, live: &mut NumberSet<RowId>) -> RowId {
-    let row = RowId(counter.next(|n| live.contains(&RowId(n))));
-    live.insert(row);
-    row
 }

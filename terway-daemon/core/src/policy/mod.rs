@@ -17,6 +17,7 @@
 //!
 //! What a policy means is in docs/networkpolicy.md.
 
+mod answer;
 mod cells;
 mod class;
 mod compiler;
@@ -27,6 +28,7 @@ mod identify;
 mod maps;
 mod number;
 mod op;
+mod peers;
 mod plan;
 mod pods;
 mod reason;
@@ -35,7 +37,7 @@ mod rule;
 mod set;
 mod takeover;
 
-pub use compiler::{Compiler, Event, Stats};
+pub use compiler::{Compiler, Effort, Event, Stats};
 pub use explain::{Explanation, Judgement, Party, Unexplained};
 pub use maps::{Maps, Packet};
 pub use number::{Decision, Identity, Nature, ReasonId, RowId, SetId, Target};

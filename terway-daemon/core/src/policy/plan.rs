@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
@@ -76,6 +77,14 @@ impl Later {
         self.unsettled.remove(&item);
     }
 
+    /// As [`Later::settled`], for all of a range.
+    pub(super) fn settled_all(&mut self, items: RangeInclusive<Item>) {
+        let gone: Vec<Item> = self.unsettled.range(items).map(|(item, _)| *item).collect();
+        for item in gone {
+            self.unsettled.remove(&item);
+        }
+    }
+
     /// Brings the other phase up to date and removes what is not needed, all behind a fence.
     fn flush(&mut self, phase: usize, ops: &mut Vec<Op>) {
         if self.unsettled.is_empty() && self.garbage.is_empty() {
@@ -114,6 +123,15 @@ fn write(item: Item, now: Value, next: Value, phase: usize) -> Op {
     }
 }
 
+/// As `extend`, but what is the first of its kind, and may be a great many, is not copied.
+fn append(all: &mut Vec<Op>, more: Vec<Op>) {
+    if all.is_empty() {
+        *all = more;
+    } else {
+        all.extend(more);
+    }
+}
+
 impl Compiler {
     /// The operations for what has changed.
     pub(super) fn commit(&mut self) -> Vec<Op> {
@@ -137,8 +155,8 @@ impl Compiler {
         if !single || !change.neutral.is_empty() || again {
             self.later.flush(self.phase, &mut ops);
         }
-        ops.extend(change.fresh);
-        ops.extend(change.neutral);
+        append(&mut ops, change.fresh);
+        append(&mut ops, change.neutral);
         if single {
             ops.extend(visible.into_iter().map(|(item, _, new)| write(item, new, new, self.phase)));
         } else {
@@ -151,7 +169,7 @@ impl Compiler {
             ops.push(Op::Gate { phase: self.phase, enforce: self.enforce });
         }
         ops.extend(change.stale.into_iter().map(Op::Stale));
-        self.later.garbage.extend(change.garbage);
+        append(&mut self.later.garbage, change.garbage);
         ops
     }
 

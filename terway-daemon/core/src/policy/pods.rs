@@ -32,6 +32,11 @@ pub(super) struct PodState {
 }
 
 impl PodState {
+    /// The addresses that it claims.
+    pub(super) fn claims(&self) -> &[IpAddr] {
+        &self.claims
+    }
+
     /// Whether it may be the pod of this UID; who does not say is taken at the name.
     pub(super) fn is(&self, uid: &str) -> bool {
         uid.is_empty() || self.uid.is_empty() || *self.uid == *uid
@@ -84,6 +89,7 @@ impl Compiler {
                 self.names.remove(&name);
                 self.claim(id, &[]);
                 if let Some(state) = self.pods.remove(&id) {
+                    self.classes.leave(state.profile, id);
                     self.classes.release(state.profile);
                 }
                 self.select_pod(&name);
@@ -108,6 +114,10 @@ impl Compiler {
         };
         self.pods.insert(id, state);
         self.names.insert(name.clone(), id);
+        if before != Some(profile) {
+            before.into_iter().for_each(|before| self.classes.leave(before, id));
+            self.classes.join(profile, id);
+        }
         self.claim_again(id);
         if let Some(before) = before {
             self.classes.release(before);
@@ -225,6 +235,7 @@ impl Compiler {
         let profile = self.known_pod(endpoint).and_then(|pod| self.pods.get(&pod)).map(|state| state.profile);
         let profile = profile.and_then(|id| self.classes.profile(id)).cloned();
         let policies = profile.as_ref().map_or_else(Vec::new, |p| self.selecting(&namespace, &p.labels));
+        self.effort.selectors += self.asked_about(&namespace) as u64;
         let mut value = EndpointPolicy::default();
         let mut sets = [SetId(0); 2];
         for (n, direction) in [Direction::Ingress, Direction::Egress].into_iter().enumerate() {
@@ -265,8 +276,8 @@ impl Compiler {
         let id = match self.set_keys.get(&key) {
             Some(id) => *id,
             None => {
-                let concerned: Vec<_> =
-                    policies.iter().filter(|policy| key.policies.contains(&policy.version)).cloned().collect();
+                let says = |policy: &&Arc<Policy>| !key.unknown && policy.concerns(key.direction);
+                let concerned: Vec<_> = policies.iter().filter(says).cloned().collect();
                 self.make_set(key, &concerned)
             }
         };

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::number::PolicyVersion;
+use super::peers::{PeerId, Peers};
 use crate::objects::{
     Action, ClusterEgressPeer, ClusterIngressPeer, ClusterNetworkPolicy, ClusterProtocol, ClusterRule, Direction,
     IntOrString, IpBlock, Kind, LabelSelector, NamespacedPod, NetworkPolicy, ObjectKey, Peer, PolicyPort, PolicyRule,
@@ -29,20 +30,21 @@ pub(super) enum Stage {
 }
 
 /// Namespaces of a peer or subject.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Namespaces {
     Own(Arc<str>),
     Selected(LabelSelector),
 }
 
 /// Pods by namespace and labels.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Pods {
     pub(super) namespaces: Namespaces,
     pub(super) pods: LabelSelector,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Whom a rule means.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Match {
     Pods(Pods),
     Block(IpBlock),
@@ -62,7 +64,7 @@ pub(super) struct Rule {
     pub(super) name: Arc<str>,
     pub(super) action: Action,
     /// None = every address.
-    pub(super) peers: Option<Vec<Match>>,
+    pub(super) peers: Option<Vec<PeerId>>,
     /// None = all traffic, protocols without ports included.
     pub(super) ports: Option<Vec<Ports>>,
 }
@@ -104,14 +106,15 @@ impl Policy {
         self.rules.iter().flatten()
     }
 
-    fn peers(&self) -> impl Iterator<Item = &Match> {
-        self.all_rules().flat_map(|rule| rule.peers.iter().flatten())
+    /// Everybody its rules mean, once for each time.
+    pub(super) fn peers(&self) -> impl Iterator<Item = PeerId> {
+        self.all_rules().flat_map(|rule| rule.peers.iter().flatten()).copied()
     }
 
     /// Label keys by which peers are told apart.
-    pub(super) fn keys(&self) -> impl Iterator<Item = &Arc<str>> {
+    pub(super) fn keys<'a>(&self, peers: &'a Peers) -> impl Iterator<Item = &'a Arc<str>> {
         self.peers()
-            .filter_map(|peer| match peer {
+            .filter_map(|peer| match peers.get(peer) {
                 Match::Pods(pods) => Some(&pods.pods),
                 Match::Block(_) => None,
             })
@@ -127,9 +130,9 @@ impl Policy {
     }
 
     /// Blocks and their holes.
-    pub(super) fn nets(&self) -> impl Iterator<Item = IpNet> {
+    pub(super) fn nets(&self, peers: &Peers) -> impl Iterator<Item = IpNet> {
         self.peers()
-            .filter_map(|peer| match peer {
+            .filter_map(|peer| match peers.get(peer) {
                 Match::Block(block) => Some(block),
                 Match::Pods(_) => None,
             })
@@ -137,13 +140,13 @@ impl Policy {
             .map(canonical)
     }
 
-    pub(super) fn network(version: PolicyVersion, from: &NetworkPolicy) -> Self {
+    pub(super) fn network(version: PolicyVersion, from: &NetworkPolicy, peers: &mut Peers) -> Self {
         let own = &from.meta.object.namespace;
-        let rules = |direction: Direction| {
+        let mut rules = |direction: Direction| {
             if !from.isolates(direction) {
                 return Vec::new();
             }
-            from.rules(direction).iter().map(|rule| network_rule(own, rule)).collect()
+            from.rules(direction).iter().map(|rule| network_rule(own, rule, peers)).collect()
         };
         let key = ObjectKey { kind: Kind::NetworkPolicy, name: from.meta.object.clone() };
         Self {
@@ -156,7 +159,7 @@ impl Policy {
         }
     }
 
-    pub(super) fn cluster(version: PolicyVersion, from: &ClusterNetworkPolicy) -> Self {
+    pub(super) fn cluster(version: PolicyVersion, from: &ClusterNetworkPolicy, peers: &mut Peers) -> Self {
         let key = ObjectKey { kind: Kind::ClusterNetworkPolicy, name: from.meta.object.clone() };
         let stage = match from.tier {
             Tier::Admin => Stage::Admin,
@@ -172,8 +175,8 @@ impl Policy {
             },
             isolates: [false, false],
             rules: [
-                from.ingress.iter().map(|r| cluster_rule(r, ingress_peer)).collect(),
-                from.egress.iter().map(|r| cluster_rule(r, egress_peer)).collect(),
+                from.ingress.iter().map(|r| cluster_rule(r, ingress_peer, peers)).collect(),
+                from.egress.iter().map(|r| cluster_rule(r, egress_peer, peers)).collect(),
             ],
         }
     }
@@ -198,16 +201,14 @@ pub(super) fn host(address: IpAddr) -> IpNet {
     IpNet::from(address)
 }
 
-impl Match {
-    /// Whether the block holds every address of `net`, given that `net` is the longest block in use that they are in.
-    pub(super) fn holds(block: &IpBlock, net: IpNet) -> bool {
-        within(net, block.cidr) && !block.except.iter().any(|hole| within(net, *hole))
-    }
+/// Whether a block holds every address of `net`, given that `net` is the longest block in use that they are in.
+pub(super) fn holds(block: &IpBlock, net: IpNet) -> bool {
+    within(net, block.cidr) && !block.except.iter().any(|hole| within(net, *hole))
 }
 
-fn network_rule(own: &Arc<str>, rule: &PolicyRule) -> Rule {
-    let peers =
-        (!rule.peers.is_empty()).then(|| rule.peers.iter().filter_map(|peer| network_peer(own, peer)).collect());
+fn network_rule(own: &Arc<str>, rule: &PolicyRule, peers: &mut Peers) -> Rule {
+    let meant = rule.peers.iter().filter_map(|peer| network_peer(own, peer));
+    let peers = (!rule.peers.is_empty()).then(|| meant.map(|peer| peers.enlist(peer)).collect());
     let ports = (!rule.ports.is_empty()).then(|| rule.ports.iter().filter_map(network_port).collect());
     Rule { name: Arc::from(""), action: Action::Accept, peers, ports }
 }
@@ -277,15 +278,15 @@ fn egress_peer(peer: &ClusterEgressPeer) -> Option<Vec<Match>> {
 
 /// What the API says to do with a rule that is not fully understood: `Accept` matches nothing, `Deny` and `Pass` deny everything
 /// (apis/v1alpha2/clusternetworkpolicy_types.go, "fail closed").
-fn cluster_rule<P>(rule: &ClusterRule<P>, peer: fn(&P) -> Option<Vec<Match>>) -> Rule {
-    let peers: Option<Vec<Vec<Match>>> = rule.peers.iter().map(peer).collect();
+fn cluster_rule<P>(rule: &ClusterRule<P>, peer: fn(&P) -> Option<Vec<Match>>, peers: &mut Peers) -> Rule {
+    let meant: Option<Vec<Vec<Match>>> = rule.peers.iter().map(peer).collect();
     let ports: Option<Vec<Ports>> = rule.protocols.iter().map(cluster_port).collect();
     let name = Arc::clone(&rule.name);
-    match (peers, ports) {
-        (Some(peers), Some(ports)) if !peers.is_empty() => Rule {
+    match (meant, ports) {
+        (Some(meant), Some(ports)) if !meant.is_empty() => Rule {
             name,
             action: rule.action,
-            peers: Some(peers.into_iter().flatten().collect()),
+            peers: Some(meant.into_iter().flatten().map(|peer| peers.enlist(peer)).collect()),
             ports: (!ports.is_empty()).then_some(ports),
         },
         _ if rule.action == Action::Accept => {

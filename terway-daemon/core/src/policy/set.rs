@@ -1,7 +1,8 @@
 //! Sets: what a list of policies says, in one direction, about every identity. Endpoints that the same policies select share one.
 //!
 //! A set is made once and keeps its rules; only its entries follow the identities that come and go and the labels of namespaces. Of each
-//! identity it says one target, which is the whole answer: nothing is merged at the time of a packet.
+//! identity it says one target, which is the whole answer: nothing is merged at the time of a packet. It asks no selector: it is told whose
+//! answers are not those about nobody ([`super::peers`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::BuildHasherDefault;
@@ -10,13 +11,14 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::class::NamedPort;
-use super::hash::{Mix, NumberMap};
+use super::hash::Mix;
 use super::number::{Decision, Identity, Nature, PolicyVersion, RowId, SetId, Target};
 use super::op::Side;
+use super::peers::{PeerId, Peers};
 use super::reason::{NO_POLICY, Reason, Reasons, UNKNOWN_POD};
 use super::row::{Matched, RowEntry, flatten};
-use super::rule::{Match, Namespaces, Policy, Ports, Stage};
-use crate::objects::{Action, Direction, Labels};
+use super::rule::{Match, Policy, Ports, Stage, holds};
+use crate::objects::{Action, Direction};
 
 /// What makes a set what it is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -43,19 +45,20 @@ struct SetRule {
     ports: Option<Vec<Range>>,
     /// Has names that are looked up in the peer.
     names: bool,
+    /// Means every address.
+    always: bool,
+    /// How many of its peers select nobody.
+    inverted: u32,
 }
 
 /// A rule that matches a peer: its place in the set, and the ports that names of it stand for in that peer.
 type Hit = (usize, Vec<Range>);
 
-/// What rules see of a peer.
-pub(super) struct PeerView<'a> {
-    pub(super) nature: Nature,
-    pub(super) labels: &'a Labels,
-    pub(super) ports: &'a [NamedPort],
-    /// The block its cell belongs to.
-    pub(super) net: IpNet,
-}
+/// Rules that hit where no selector deviates, in their order, and whether they do whatever selectors say.
+pub(super) type Base = Vec<(u32, bool)>;
+
+/// A rule, one of whose selectors says about some identity what it does not say about nobody: that it selects it, or not.
+pub(super) type Deviation = (u32, bool);
 
 #[derive(Debug)]
 pub(super) struct Set {
@@ -63,18 +66,19 @@ pub(super) struct Set {
     pub(super) id: SetId,
     pub(super) endpoints: usize,
     rules: Vec<SetRule>,
+    /// Selectors, and the rules that have them; by selector.
+    selectors: Vec<(PeerId, u32)>,
+    /// Blocks, and the rules that have them; by block.
+    blocks: Vec<(PeerId, u32)>,
     otherwise: Decision,
     defaults: [Target; 4],
-    entries: NumberMap<Identity, Target>,
+    /// Sorted: sets are made in order, and have few changes afterwards.
+    entries: Vec<(Identity, Target)>,
     rows: HashMap<Vec<Hit>, Target, BuildHasherDefault<Mix>>,
     /// Room for the question that is being asked.
     scratch: Vec<Hit>,
-    /// Which peers are blocks that hold the cell last asked about: questions come by the cell.
-    block_answers: (Option<IpNet>, Vec<bool>),
     tables: BTreeMap<RowId, Vec<RowEntry>>,
     reasons: Vec<super::ReasonId>,
-    /// Has peers selected by the labels of their namespaces.
-    pub(super) by_namespace: bool,
     /// Has names that are looked up in the peer.
     pub(super) by_port_name: bool,
 }
@@ -102,8 +106,9 @@ fn resolve<'a>(spec: &'a Ports, ports: &'a [NamedPort]) -> impl Iterator<Item = 
 
 impl Set {
     /// A set of a key; `policies` are those of the key, in its order.
-    pub(super) fn new(key: SetKey, id: SetId, policies: &[Arc<Policy>], reasons: &mut Reasons) -> Self {
+    pub(super) fn new(key: SetKey, id: SetId, policies: &[Arc<Policy>], peers: &Peers, reasons: &mut Reasons) -> Self {
         let direction = key.direction;
+        let (mut selectors, mut blocks) = (Vec::new(), Vec::new());
         let mut used = Vec::new();
         let isolating: Vec<_> = policies.iter().filter(|p| p.isolates(direction)).map(|p| p.key.clone()).collect();
         let isolated = !isolating.is_empty();
@@ -116,7 +121,7 @@ impl Set {
         } else {
             Decision::allow(NO_POLICY)
         };
-        let mut rules = Vec::new();
+        let mut rules: Vec<SetRule> = Vec::new();
         for policy in policies {
             // A pod that a NetworkPolicy isolates never gets to the baseline.
             if policy.rank.stage == Stage::Baseline && isolated {
@@ -139,6 +144,13 @@ impl Set {
                 if ports.as_ref().is_some_and(Vec::is_empty) && !names {
                     continue;
                 }
+                let place = u32::try_from(rules.len()).unwrap_or(u32::MAX);
+                for peer in rule.peers.iter().flatten() {
+                    match peers.get(*peer) {
+                        Match::Pods(_) => selectors.push((*peer, place)),
+                        Match::Block(_) => blocks.push((*peer, place)),
+                    }
+                }
                 rules.push(SetRule {
                     stage: policy.rank.stage,
                     action: rule.action,
@@ -151,27 +163,35 @@ impl Set {
                     index,
                     ports,
                     names,
+                    always: rule.peers.is_none(),
+                    inverted: 0,
                 });
             }
         }
         let by_port_name = rules.iter().any(|rule| rule.names);
-        let all = || rules.iter().filter_map(|rule| rule.peers(direction)).flatten();
-        let by_namespace =
-            all().any(|peer| matches!(peer, Match::Pods(p) if matches!(p.namespaces, Namespaces::Selected(_))));
+        for list in [&mut selectors, &mut blocks] {
+            list.sort_unstable();
+            list.dedup();
+        }
+        for (_, place) in selectors.iter().filter(|(peer, _)| peers.inverted(*peer)) {
+            if let Some(rule) = rules.get_mut(*place as usize) {
+                rule.inverted += 1;
+            }
+        }
         Self {
             key,
             id,
             endpoints: 0,
             rules,
+            selectors,
+            blocks,
             otherwise,
             defaults: [Target::decision(otherwise); 4],
-            entries: NumberMap::default(),
+            entries: Vec::new(),
             rows: HashMap::default(),
             scratch: Vec::new(),
-            block_answers: (None, Vec::new()),
             tables: BTreeMap::new(),
             reasons: used,
-            by_namespace,
             by_port_name,
         }
     }
@@ -188,8 +208,52 @@ impl Set {
         &self.tables
     }
 
-    pub(super) fn entries(&self) -> &NumberMap<Identity, Target> {
+    /// What differs from the defaults, by identity.
+    pub(super) fn entries(&self) -> &[(Identity, Target)] {
         &self.entries
+    }
+
+    /// What it says about an identity.
+    pub(super) fn says(&self, identity: Identity) -> Target {
+        match self.place(identity) {
+            Ok(at) => self.entries.get(at).map_or(Target::NONE, |(_, target)| *target),
+            Err(_) => self.defaults[identity.default_index()],
+        }
+    }
+
+    /// Whether it has an entry for an identity.
+    pub(super) fn has(&self, identity: Identity) -> bool {
+        self.place(identity).is_ok()
+    }
+
+    /// Whether one of its blocks holds a cell, given its block.
+    pub(super) fn held(&self, net: IpNet, peers: &Peers) -> bool {
+        self.blocks.iter().any(|(peer, _)| matches!(peers.get(*peer), Match::Block(block) if holds(block, net)))
+    }
+
+    /// Its selectors with their rules, by selector.
+    pub(super) fn selectors(&self) -> &[(PeerId, u32)] {
+        &self.selectors
+    }
+
+    /// Its blocks with their rules, by block.
+    pub(super) fn blocks(&self) -> &[(PeerId, u32)] {
+        &self.blocks
+    }
+
+    /// All its peers, each once.
+    pub(super) fn peers(&self) -> Vec<PeerId> {
+        let mut all: Vec<PeerId> = self.selectors.iter().chain(&self.blocks).map(|(peer, _)| *peer).collect();
+        all.dedup();
+        all
+    }
+
+    /// Whether a name may stand for something in a pod about which no selector deviates.
+    pub(super) fn names_for_all(&self) -> bool {
+        let open = |rule: &SetRule, place: u32| {
+            rule.always || rule.inverted > 0 || self.blocks.iter().any(|(_, of)| *of == place)
+        };
+        self.by_port_name && self.rules.iter().zip(0..).any(|(rule, place)| rule.names && open(rule, place))
     }
 
     /// Says what holds for most: fixed before the first entry, because entries are what differs from it.
@@ -197,45 +261,82 @@ impl Set {
         self.defaults[index] = target;
     }
 
-    /// What it now says about an identity, and what it said before, where it says nothing that the default does not.
-    pub(super) fn put(&mut self, identity: Identity, target: Target) -> (Target, Target) {
-        let special = target != self.defaults[identity.default_index()];
-        let old = if special { self.entries.insert(identity, target) } else { self.entries.remove(&identity) };
-        (old.unwrap_or_default(), if special { target } else { Target::NONE })
-    }
-
     /// What it says about identities without an entry, by [`Identity::default_index`].
     pub(super) const fn default(&self, index: usize) -> Target {
         self.defaults[index]
     }
 
+    fn place(&self, identity: Identity) -> Result<usize, usize> {
+        self.entries.binary_search_by_key(&identity, |(of, _)| *of)
+    }
+
+    /// What it said about an identity and what it now says, both none where that is what the default says.
+    pub(super) fn put(&mut self, identity: Identity, target: Target) -> (Target, Target) {
+        let special = target != self.defaults[identity.default_index()];
+        match (self.place(identity), special) {
+            (Ok(at), true) => (std::mem::replace(&mut self.entries[at].1, target), target),
+            (Ok(at), false) => (self.entries.remove(at).1, Target::NONE),
+            (Err(at), true) => {
+                self.entries.insert(at, (identity, target));
+                (Target::NONE, target)
+            }
+            (Err(_), false) => (Target::NONE, Target::NONE),
+        }
+    }
+
+    /// Says the first words about identities, in any order.
+    pub(super) fn begin(&mut self, mut all: Vec<(Identity, Target)>) {
+        all.retain(|(identity, target)| *target != self.defaults[identity.default_index()]);
+        all.sort_by_key(|(identity, _)| *identity);
+        all.shrink_to_fit();
+        self.entries = all;
+    }
+
     /// Forgets an identity; whether there was an entry.
     pub(super) fn forget(&mut self, identity: Identity) -> bool {
-        self.entries.remove(&identity).is_some()
+        self.place(identity).is_ok_and(|at| {
+            self.entries.remove(at);
+            true
+        })
     }
 
-    /// Which peers select by namespace, and whether they select one with these labels; in the order of [`Set::target`]'s question.
-    pub(super) fn namespace_answers(&self, namespace: &str, labels: &Labels) -> Vec<bool> {
-        let peers = self.rules.iter().flat_map(|rule| rule.peers(self.key.direction).into_iter().flatten());
-        peers
-            .map(|peer| match peer {
-                Match::Pods(pods) => match &pods.namespaces {
-                    Namespaces::Own(own) => **own == *namespace,
-                    Namespaces::Selected(selector) => selector.matches(labels),
-                },
-                Match::Block(_) => false,
-            })
-            .collect()
+    /// What holds for addresses of a kind in a cell, given its block, as far as no selector deviates.
+    pub(super) fn base(&self, nature: Nature, net: IpNet, peers: &Peers) -> Base {
+        let held = |(peer, _): &&(PeerId, u32)| matches!(peers.get(*peer), Match::Block(block) if holds(block, net));
+        let mut firm: Vec<u32> = self.blocks.iter().filter(held).map(|(_, rule)| *rule).collect();
+        firm.sort_unstable();
+        let pod = nature == Nature::Pod;
+        let rules = self.rules.iter().zip(0..).filter_map(|(rule, place)| {
+            let firm = rule.always || firm.binary_search(&place).is_ok();
+            (firm || pod && rule.inverted > 0).then_some((place, firm))
+        });
+        rules.collect()
     }
 
-    /// Where the lookup of a peer leads. `in_namespace` are [`Set::namespace_answers`].
-    pub(super) fn target(&mut self, peer: &PeerView<'_>, in_namespace: &[bool], rows: &mut NewRows<'_>) -> Target {
-        if self.block_answers.0 != Some(peer.net) {
-            self.ask_blocks(peer.net);
+    /// The deviations of its rules, given the selectors that deviate.
+    pub(super) fn deviations(&self, deviating: &[PeerId], peers: &Peers) -> Vec<Deviation> {
+        let mut found = Vec::new();
+        for peer in deviating {
+            let first = self.selectors.partition_point(|(own, _)| own < peer);
+            let rules = self.selectors.iter().skip(first).take_while(|(own, _)| own == peer);
+            let selected = !peers.inverted(*peer);
+            found.extend(rules.map(|(_, rule)| (*rule, selected)));
         }
+        found.sort_unstable();
+        found
+    }
+
+    /// Where the lookup of a peer leads. `deviations` are sorted; `ports` are those that it names.
+    pub(super) fn target(
+        &mut self,
+        base: &Base,
+        deviations: &[Deviation],
+        ports: &[NamedPort],
+        rows: &mut NewRows<'_>,
+    ) -> Target {
         let mut hits = std::mem::take(&mut self.scratch);
         hits.clear();
-        self.hits(peer, in_namespace, &mut hits);
+        self.hits(base, deviations, ports, &mut hits);
         if let Some(target) = self.rows.get(&hits[..]) {
             self.scratch = hits;
             return *target;
@@ -254,48 +355,38 @@ impl Set {
         target
     }
 
-    fn hits(&self, peer: &PeerView<'_>, in_namespace: &[bool], hits: &mut Vec<Hit>) {
-        let mut asked = 0;
-        for (n, rule) in self.rules.iter().enumerate() {
-            let peers = rule.peers(self.key.direction);
-            let first = asked;
-            asked += peers.map_or(0, <[Match]>::len);
-            let matches = peers.is_none_or(|peers| {
-                peers.iter().zip(first..).any(|(one, at)| match one {
-                    Match::Pods(pods) => {
-                        peer.nature == Nature::Pod
-                            && in_namespace.get(at).copied().unwrap_or(false)
-                            && pods.pods.matches(peer.labels)
-                    }
-                    Match::Block(_) => self.block_answers.1.get(at).copied().unwrap_or(false),
-                })
-            });
-            if !matches {
-                continue;
+    fn hits(&self, base: &Base, deviations: &[Deviation], ports: &[NamedPort], hits: &mut Vec<Hit>) {
+        let mut base = base.iter().copied().peekable();
+        for deviating in deviations.chunk_by(|a, b| a.0 == b.0) {
+            let place = deviating[0].0;
+            while let Some((before, _)) = base.next_if(|(rule, _)| *rule < place) {
+                self.hit(before, ports, hits);
             }
-            let mut named = Vec::new();
-            if rule.names && peer.nature == Nature::Pod {
-                let specs = rule.policy.rules(self.key.direction).get(rule.index).and_then(|r| r.ports.as_ref());
-                let names = specs.into_iter().flatten().filter(|spec| matches!(spec, Ports::Named(..)));
-                named.extend(names.flat_map(|spec| resolve(spec, peer.ports)));
+            let firm = base.next_if(|(rule, _)| *rule == place).is_some_and(|(_, firm)| firm);
+            let lost = deviating.iter().filter(|(_, selected)| !selected).count();
+            let selected = deviating.len() > lost
+                || self.rules.get(place as usize).is_some_and(|rule| rule.inverted as usize > lost);
+            if firm || selected {
+                self.hit(place, ports, hits);
             }
-            // Names that stand for nothing in this peer leave the rule without ports: it matches no packet.
-            if named.is_empty() && rule.ports.as_ref().is_some_and(Vec::is_empty) {
-                continue;
-            }
-            hits.push((n, named));
+        }
+        for (rest, _) in base {
+            self.hit(rest, ports, hits);
         }
     }
 
-    fn ask_blocks(&mut self, net: IpNet) {
-        let mut answers = std::mem::take(&mut self.block_answers.1);
-        answers.clear();
-        let peers = self.rules.iter().flat_map(|rule| rule.peers(self.key.direction).into_iter().flatten());
-        answers.extend(peers.map(|peer| match peer {
-            Match::Block(block) => Match::holds(block, net),
-            Match::Pods(_) => false,
-        }));
-        self.block_answers = (Some(net), answers);
+    fn hit(&self, place: u32, ports: &[NamedPort], hits: &mut Vec<Hit>) {
+        let Some(rule) = self.rules.get(place as usize) else { return };
+        let mut named = Vec::new();
+        if rule.names && !ports.is_empty() {
+            let specs = rule.policy.rules(self.key.direction).get(rule.index).and_then(|r| r.ports.as_ref());
+            let names = specs.into_iter().flatten().filter(|spec| matches!(spec, Ports::Named(..)));
+            named.extend(names.flat_map(|spec| resolve(spec, ports)));
+        }
+        // Names that stand for nothing in this peer leave the rule without ports: it matches no packet.
+        if !named.is_empty() || rule.ports.as_ref().is_none_or(|fixed| !fixed.is_empty()) {
+            hits.push((place as usize, named));
+        }
     }
 
     fn flatten(&self, hits: &[Hit]) -> Vec<RowEntry> {
@@ -320,11 +411,5 @@ impl Set {
             })
             .collect();
         flatten(&matched, self.otherwise)
-    }
-}
-
-impl SetRule {
-    fn peers(&self, direction: Direction) -> Option<&[Match]> {
-        self.policy.rules(direction).get(self.index)?.peers.as_deref()
     }
 }

@@ -1,0 +1,235 @@
+//! What sets say about identities: everything for a new set, about a new identity for all sets that have something to say about it, and about a
+//! namespace's pods when its labels change. Each costs what changes by it, not what there is.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::cells::{CellId, family};
+use super::compiler::Compiler;
+use super::hash::{NumberMap, NumberSet};
+use super::identify::labels_of;
+use super::number::{Identity, Nature, RowId, SetId, Target};
+use super::op::{Op, Stale};
+use super::peers::Who;
+use super::plan::Item;
+use super::rule::{Match, Policy};
+use super::set::{Base, Deviation, NewRows, Set, SetKey};
+use crate::ident::Family;
+use crate::objects::Labels;
+
+/// Stands where no selector deviates, for an identity that has to be asked about all the same.
+const NO_DEVIATION: Deviation = (u32::MAX, false);
+
+impl Compiler {
+    /// Asks about a new identity: each selector once, then the sets that use one of those with an answer of their own.
+    pub(super) fn announce(&mut self, identity: Identity) {
+        let Some(meaning) = self.classes.meaning(identity) else { return };
+        let (nature, net) = (identity.nature(), self.cells.get(meaning.cell).net);
+        let class = meaning.class.and_then(|class| self.classes.get(class));
+        let deviating = class.map_or_else(Vec::new, |class| {
+            let (namespace, space) = (&class.like.namespace, labels_of(&self.namespaces, &class.like.namespace));
+            self.peers.meet(identity, Who { namespace, space: &space, labels: &class.like.labels })
+        });
+        let ports = class.map_or(&[][..], |class| &class.like.ports);
+        let mut concerned = if nature == Nature::Pod { self.curious.clone() } else { BTreeSet::new() };
+        for peer in deviating.iter().copied().chain(self.peers.around(net, nature == Nature::Pod)) {
+            concerned.extend(self.peers.users(peer));
+        }
+        let mut made = Vec::new();
+        let mut entries = Vec::new();
+        let mut number = || number_row(&mut self.row_counter, &mut self.rows);
+        for id in &concerned {
+            let Some(set) = self.sets.get_mut(id) else { continue };
+            let base = set.base(nature, net, &self.peers);
+            let deviations = set.deviations(&deviating, &self.peers);
+            let mut rows = NewRows { number: &mut number, made: &mut made };
+            let target = set.target(&base, &deviations, ports, &mut rows);
+            let (_, new) = set.put(identity, target);
+            if new != Target::NONE {
+                entries.push(Op::Peer { set: *id, identity, targets: [new; 2] });
+            }
+        }
+        self.effort.answers += concerned.len() as u64;
+        self.change.fresh.extend(made.into_iter().map(|(row, entries)| Op::Row { row, entries }));
+        self.change.fresh.extend(entries);
+    }
+
+    /// Asks about the pods of a namespace whose labels were `old`: the selectors that select it no more or only now, and the sets that use them.
+    pub(super) fn ask_again(&mut self, namespace: &Arc<str>, old: &Labels) {
+        let space = labels_of(&self.namespaces, namespace);
+        let turned = self.peers.turned(old, &space);
+        if turned.is_empty() {
+            return;
+        }
+        let mut made = Vec::new();
+        let mut changed: NumberSet<SetId> = NumberSet::default();
+        let mut number = || number_row(&mut self.row_counter, &mut self.rows);
+        for class in self.classes.members_of(namespace) {
+            let selected = |what: &Match| matches!(what, Match::Pods(pods) if pods.pods.matches(&class.like.labels));
+            let turned: Vec<_> = turned.iter().filter(|(_, what)| selected(what)).map(|(peer, _)| *peer).collect();
+            let concerned: BTreeSet<SetId> = turned.iter().flat_map(|peer| self.peers.users(*peer)).copied().collect();
+            if concerned.is_empty() {
+                continue;
+            }
+            let who = Who { namespace, space: &space, labels: &class.like.labels };
+            let deviating = self.peers.deviating(who);
+            for (identity, cell) in &class.identities {
+                turned.iter().for_each(|peer| self.peers.turn(*peer, *identity));
+                let net = self.cells.get(*cell).net;
+                for id in &concerned {
+                    let Some(set) = self.sets.get_mut(id) else { continue };
+                    let base = set.base(Nature::Pod, net, &self.peers);
+                    let deviations = set.deviations(&deviating, &self.peers);
+                    let mut rows = NewRows { number: &mut number, made: &mut made };
+                    let target = set.target(&base, &deviations, &class.like.ports, &mut rows);
+                    let (old, new) = set.put(*identity, target);
+                    if old != new {
+                        self.change.peers.insert((*id, *identity), (old, new));
+                        changed.insert(*id);
+                    }
+                }
+                self.effort.answers += concerned.len() as u64;
+            }
+        }
+        let users = self.endpoints.iter().filter(|(_, e)| e.sets.iter().any(|set| changed.contains(set)));
+        self.change.stale.extend(users.map(|(slot, _)| Stale::Endpoint(*slot)));
+        self.change.fresh.extend(made.into_iter().map(|(row, entries)| Op::Row { row, entries }));
+    }
+
+    /// Makes a set and everything it says.
+    pub(super) fn make_set(&mut self, key: SetKey, policies: &[Arc<Policy>]) -> SetId {
+        let id = SetId(self.set_counter.next(|n| self.sets.contains_key(&SetId(n))));
+        let mut set = Set::new(key, id, policies, &self.peers, &mut self.reasons);
+        for peer in set.peers() {
+            self.peers.employ(peer, id, &self.classes, &self.namespaces);
+        }
+        let mut made = Vec::new();
+        let mut number = || number_row(&mut self.row_counter, &mut self.rows);
+        let mut rows = NewRows { number: &mut number, made: &mut made };
+        // What holds for a pod that no selector says anything in particular about, where most pods are, and for the rest of the world.
+        let mut curious = set.names_for_all();
+        let everyone = curious;
+        for of in [Family::V4, Family::V6] {
+            let home = self.cells.get(self.cells.home(of)).net;
+            curious |= set.held(home, &self.peers);
+            for (nature, net) in [(Nature::World, super::cells::whole(of)), (Nature::Pod, home)] {
+                let base = set.base(nature, net, &self.peers);
+                let target = set.target(&base, &[], &[], &mut rows);
+                set.set_default(Identity::new(nature, of, 0).default_index(), target);
+            }
+        }
+        let mut said: Vec<(Identity, Target)> = Vec::new();
+
+        // Outside of all its blocks the world is like the default: one that holds a whole family is around everything.
+        let mut cells: Vec<(Identity, CellId)> = Vec::new();
+        for (peer, _) in set.blocks() {
+            if let Match::Block(block) = self.peers.get(*peer) {
+                let worlds = self.cells.within(block.cidr).map(|cell| cell.world);
+                cells.extend(worlds.filter_map(|world| Some((world, self.classes.meaning(world)?.cell))));
+            }
+        }
+        let nodes = self.node.iter().filter_map(|address| self.claims.get(address)).map(|claim| claim.identity);
+        cells.extend(nodes.filter_map(|node| Some((node, self.classes.meaning(node)?.cell))));
+        cells.sort_unstable();
+        cells.dedup();
+        for (identity, cell) in &cells {
+            let base = set.base(Nature::World, self.cells.get(*cell).net, &self.peers);
+            said.push((*identity, set.target(&base, &[], &[], &mut rows)));
+        }
+
+        // Pods: those about which one of its selectors deviates, and those of cells in which another answer holds than at home.
+        let mut asked: Vec<(Identity, Deviation)> = Vec::new();
+        for (peer, rule) in set.selectors() {
+            let selected = !self.peers.inverted(*peer);
+            asked.extend(self.peers.odd(*peer).iter().map(|identity| (*identity, (*rule, selected))));
+        }
+        let mut bases: NumberMap<CellId, Base> = NumberMap::default();
+        let anywhere = set.base(Nature::Pod, super::cells::whole(Family::V4), &self.peers);
+        let by_cell = !set.blocks().is_empty();
+        if by_cell || everyone {
+            for (id, cell, pods) in self.cells.populated() {
+                let base = set.base(Nature::Pod, cell.net, &self.peers);
+                let index = Identity::new(Nature::Pod, family(&cell.net), 0).default_index();
+                if everyone || set.target(&base, &[], &[], &mut rows) != set.default(index) {
+                    asked.extend(pods.iter().map(|identity| (*identity, NO_DEVIATION)));
+                }
+                bases.insert(id, base);
+            }
+        }
+        // Not unstable: the lists come sorted, one after the other.
+        asked.sort();
+        let mut last: Option<(Option<CellId>, &[(Identity, Deviation)], Target)> = None;
+        let mut deviations = Vec::new();
+        for about in asked.chunk_by(|a, b| a.0 == b.0) {
+            let identity = about[0].0;
+            let meaning = if by_cell || set.by_port_name { self.classes.meaning(identity) } else { None };
+            let cell = meaning.map(|meaning| meaning.cell).filter(|_| by_cell);
+            let like = |(of, before, _): &(Option<CellId>, &[(Identity, Deviation)], Target)| {
+                *of == cell && before.iter().map(|(_, d)| d).eq(about.iter().map(|(_, d)| d))
+            };
+            let target = match last.filter(like) {
+                Some((.., target)) if !set.by_port_name => target,
+                _ => {
+                    deviations.clear();
+                    deviations.extend(about.iter().map(|(_, deviation)| *deviation));
+                    let class = meaning.and_then(|meaning| meaning.class).and_then(|class| self.classes.get(class));
+                    let ports = class.map_or(&[][..], |class| &class.like.ports);
+                    let base = cell.and_then(|cell| bases.get(&cell)).unwrap_or(&anywhere);
+                    set.target(base, &deviations, ports, &mut rows)
+                }
+            };
+            last = Some((cell, about, target));
+            said.push((identity, target));
+        }
+        self.effort.answers += said.len() as u64;
+        set.begin(said);
+
+        let entries = set.entries().iter();
+        self.change.fresh.reserve(made.len() + entries.len());
+        self.change.fresh.extend(made.into_iter().map(|(row, entries)| Op::Row { row, entries }));
+        self.change.fresh.extend(entries.map(|(identity, target)| Op::Peer {
+            set: id,
+            identity: *identity,
+            targets: [*target; 2],
+        }));
+        if curious {
+            self.curious.insert(id);
+        }
+        self.set_keys.insert(set.key.clone(), id);
+        self.sets.insert(id, set);
+        id
+    }
+
+    /// Removes a set that no endpoint uses.
+    pub(super) fn drop_set(&mut self, id: SetId) {
+        let Some(set) = self.sets.remove(&id) else { return };
+        self.set_keys.remove(&set.key);
+        self.curious.remove(&id);
+        for peer in set.peers() {
+            self.peers.dismiss(peer, id);
+        }
+        self.later.settled_all(Item::Peer(id, Identity(0))..=Item::Peer(id, Identity(u32::MAX)));
+        let drop = |identity| Op::DropPeer { set: id, identity };
+        self.change.garbage.extend(set.entries().iter().map(|(identity, _)| drop(*identity)));
+        // Entries that this event removed have not been written yet, and need not be.
+        let gone: Vec<_> =
+            self.change.peers.range((id, Identity(0))..=(id, Identity(u32::MAX))).map(|(k, v)| (*k, *v)).collect();
+        for (key, (old, _)) in gone {
+            self.change.peers.remove(&key);
+            if old != Target::NONE && !set.has(key.1) {
+                self.change.garbage.push(drop(key.1));
+            }
+        }
+        for (row, entries) in set.tables() {
+            self.rows.remove(row);
+            self.change.garbage.push(Op::DropRow { row: *row, entries: entries.clone() });
+        }
+        self.later.reasons.extend_from_slice(set.reasons());
+    }
+}
+
+fn number_row(counter: &mut super::number::Counter, live: &mut NumberSet<RowId>) -> RowId {
+    let row = RowId(counter.next(|n| live.contains(&RowId(n))));
+    live.insert(row);
+    row
+}

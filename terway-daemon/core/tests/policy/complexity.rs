@@ -1,0 +1,61 @@
+//! What a change takes, counted: it follows from what it changes, not from how big the cluster is. Times rot unnoticed with the machine they
+//! are taken on; these counts fail.
+
+use std::collections::BTreeMap;
+
+use terway_core::policy::{Compiler, Op};
+
+use crate::cluster::Cluster;
+
+/// Per change of a kind: operations on the maps, questions to selectors, questions to sets; the most of any.
+type Most = [u64; 3];
+
+fn most(spaces: usize) -> BTreeMap<&'static str, Most> {
+    let cluster = Cluster { spaces };
+    let (mut compiler, _) = Compiler::new();
+    let pods = (0..spaces).flat_map(|space| cluster.pods(space));
+    for event in cluster.rules().into_iter().chain(pods).chain(cluster.interfaces()) {
+        compiler.step(event);
+    }
+    compiler.settle();
+    let mut all = BTreeMap::new();
+    for changes in cluster.changes() {
+        let most: &mut Most = all.entry(changes.kind).or_default();
+        for event in changes.events {
+            let before = compiler.effort();
+            let ops = compiler.step(event);
+            let after = compiler.effort();
+            let operations = ops.iter().filter(|op| !matches!(op, Op::Stale(_) | Op::Fence)).count() as u64;
+            let now = [operations, after.selectors - before.selectors, after.answers - before.answers];
+            most.iter_mut().zip(now).for_each(|(most, now)| *most = now.max(*most));
+            compiler.settle();
+        }
+    }
+    all
+}
+
+#[test]
+fn a_change_asks_for_what_it_changes_and_not_for_what_there_is() {
+    let (small, large) = (most(120), most(240));
+    for (kind, [operations, selectors, answers]) in &large {
+        println!("{kind:<28} {operations:>6} operations {selectors:>6} selectors {answers:>6} answers");
+        // A set may be asked about what it then does not speak of, but not often.
+        assert!(*answers <= 2 * operations + 400, "{kind}: {answers} answers for {operations} operations");
+    }
+    // Asked are the policies that may select a pod here (10 of its namespace for each of its four pods), the selectors of new peers (each
+    // namespace and class once), and for a new identity every selector in use.
+    for kind in ["policy_of_pods_here", "block_outside", "pod_label_nobody_looks_at", "interface_gone"] {
+        let [_, small, _] = small[kind];
+        let [_, large, _] = large[kind];
+        assert!(
+            large <= small + 8,
+            "{kind}: {small} questions to selectors in a cluster of half the size, now {large}"
+        );
+    }
+    let [_, few, _] = large["policy_of_pods_here"];
+    assert!(few <= 100, "{few}");
+    // One look at every namespace and class of the cluster, though 67 sets of this node use the selector.
+    let [operations, selectors, _] = large["cluster_policy_of_a_third"];
+    assert!(selectors <= 240 * 10 + 200 * 11, "{selectors}");
+    assert!(operations > 10_000, "{operations}: the change is meant to be a big one");
+}

@@ -1,0 +1,104 @@
+//! Two pods of one node that 0, 10 and 1 000 policies select, each selecting both ends: against two that none selects, in turns.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+use terway_sim::cluster::Options;
+use terway_sim::node::Node;
+use terway_sim::node::cni::Pod;
+
+use crate::bench::path::{Turns, in_turns};
+use crate::figures::{Bar, Better, Figure};
+use crate::load::{Ends, Kind, PORT};
+
+/// Policies of the namespace.
+const SIZES: [usize; 3] = [0, 10, 1_000];
+/// Turns of two ways, one right after the other.
+const TURNS: Turns = Turns { count: 40, length: Duration::from_millis(250) };
+/// What is left of the throughput. A flow's verdict stands in its entry, so there is nothing that could cost.
+const LEFT: f64 = 0.98;
+/// Longest time until the policies are in force.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// One node.
+///
+/// # Errors
+/// When it is unknown where our programs are.
+pub fn node() -> Result<Options> {
+    let mut options = Options::new()?;
+    options.nodes = 1;
+    options.ip_stack = "ipv4";
+    options.log = "warn".to_owned();
+    Ok(options)
+}
+
+/// Writes a file of the folder of objects as a whole.
+fn put(node: &Node, name: &str, items: &[Value]) -> Result<()> {
+    let folder = node.objects_dir();
+    let fresh = folder.join(format!("{name}.new"));
+    fs::write(&fresh, json!({"apiVersion": "v1", "kind": "List", "items": items}).to_string())?;
+    Ok(fs::rename(fresh, folder.join(format!("{name}.json")))?)
+}
+
+/// One of so many policies: every one means both pods, one has the port.
+fn policy(n: usize) -> Value {
+    let ports = json!([{"port": if n == 0 { usize::from(PORT) } else { 20_000 + n }}]);
+    let peers = json!([{"podSelector": {}}]);
+    json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"namespace": "ruled", "name": format!("p{n}")},
+        "spec": {"podSelector": {}, "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": peers, "ports": ports}], "egress": [{"to": peers, "ports": ports}]},
+    })
+}
+
+/// Measures on a node whose daemon watches its folder of objects; makes its own pods.
+///
+/// # Errors
+/// When something does not carry traffic.
+pub fn measure(node: &Node) -> Result<Vec<Figure>> {
+    let names =
+        [("bare", "bare-client"), ("bare", "bare-server"), ("ruled", "ruled-client"), ("ruled", "ruled-server")];
+    let objects = names.map(|(namespace, name)| {
+        json!({"apiVersion": "v1", "kind": "Pod",
+            "metadata": {"namespace": namespace, "name": name, "uid": format!("uid-{name}")}, "status": {"phase": "Running"}})
+    });
+    put(node, "pods", &objects)?;
+    let mut pods: Vec<Pod> = Vec::new();
+    for (namespace, name) in names {
+        let mut pod = node.new_pod(name)?;
+        pod.namespace = namespace.to_owned();
+        node.add(&mut pod)?.ok()?;
+        pods.push(pod);
+    }
+    let ends = |client: &Pod, server: &Pod| -> Result<Ends> {
+        Ok(Ends { client: client.ns.path().to_owned(), server: server.ns.path().to_owned(), address: server.v4()? })
+    };
+    let (bare, ruled) = (ends(&pods[0], &pods[1])?, ends(&pods[2], &pods[3])?);
+    let mut figures = Vec::new();
+    let mut rpc = node.rpc()?;
+    for size in SIZES {
+        put(node, "policies", &(0..size).map(policy).collect::<Vec<_>>())?;
+        node.wait(PATIENCE, "the policies are in force", |_| Ok(rpc.policies("ruled")?.policies.len() == size))?;
+        for (kind, bar) in
+            [(Kind::TcpStream, Bar::Ratio(LEFT)), (Kind::TcpRr, Bar::Ratio(LEFT)), (Kind::TcpCrr, Bar::None)]
+        {
+            let (value, anchor) = in_turns(kind, &ruled, &bare, TURNS)?;
+            let unit = if kind == Kind::TcpStream { "bytes_per_s" } else { "per_s" };
+            figures.push(Figure {
+                bench: "policy",
+                name: format!("policies_{size}_{}_{unit}", kind.name()),
+                value,
+                anchor: Some(("no policy", anchor)),
+                better: Better::More,
+                bars: vec![bar],
+            });
+        }
+    }
+    for pod in &pods {
+        node.del(pod)?.ok()?;
+    }
+    Ok(figures)
+}
