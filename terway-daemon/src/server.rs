@@ -233,9 +233,13 @@ impl NodeNetwork for Service {
         status.configuration = Some(configuration);
         status.problems.extend(self.services.problems().iter().map(detail));
         status.socket_path = Some(self.services.socket_path().await);
-        status.problems.extend(self.policies.problems().iter().map(detail));
-        status.policy = Some(self.policies.status());
-        self.done("Status", start, Ok(status))
+        let policies = self.policies.status().await;
+        let status = policies.map(|(policy, problems)| {
+            status.problems.extend(problems.iter().map(detail));
+            status.policy = Some(policy);
+            status
+        });
+        self.done("Status", start, status)
     }
 
     async fn list_services(
@@ -252,7 +256,7 @@ impl NodeNetwork for Service {
         request: Request<v1::ListPoliciesRequest>,
     ) -> Result<Response<v1::ListPoliciesResponse>, Status> {
         let start = Instant::now();
-        self.done("ListPolicies", start, Ok(self.policies.list(&request.into_inner())))
+        self.done("ListPolicies", start, self.policies.list(request.into_inner()).await)
     }
 
     async fn explain_policy(
@@ -260,7 +264,7 @@ impl NodeNetwork for Service {
         request: Request<v1::ExplainPolicyRequest>,
     ) -> Result<Response<v1::ExplainPolicyResponse>, Status> {
         let start = Instant::now();
-        self.done("ExplainPolicy", start, Ok(self.policies.explain(&request.into_inner())))
+        self.done("ExplainPolicy", start, self.policies.explain(request.into_inner()).await)
     }
 
     async fn list_flows(

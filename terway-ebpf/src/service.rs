@@ -69,34 +69,12 @@ pub const fn is_served(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | SCTP)
 }
 
-/// The frontend that a packet is for, or that its address is a Service's without this port.
+/// The frontend that a packet is for, or, for a client in the cluster (`inside`), that its address is a Service's without this port: for
+/// clients outside such ports are left to the host.
 ///
 /// `node` tells whether the address is the node's own; it is asked last.
 #[inline(always)]
 pub fn find<'a, F: Family, S: Services<F>>(
-    services: &'a S,
-    address: &F::Addr,
-    ports: u32,
-    protocol: u8,
-    node: impl FnOnce() -> bool,
-) -> Option<&'a Frontend> {
-    found(services, address, ports, protocol, true, node)
-}
-
-/// As [`find`], for a client outside the cluster. Ports that a Service's address does not have are left to the host.
-#[inline(always)]
-pub fn find_outside<'a, F: Family, S: Services<F>>(
-    services: &'a S,
-    address: &F::Addr,
-    ports: u32,
-    protocol: u8,
-    node: impl FnOnce() -> bool,
-) -> Option<&'a Frontend> {
-    found(services, address, ports, protocol, false, node)
-}
-
-#[inline(always)]
-fn found<'a, F: Family, S: Services<F>>(
     services: &'a S,
     address: &F::Addr,
     ports: u32,
@@ -314,7 +292,7 @@ mod tests {
     }
 
     fn chosen(cluster: &Cluster, asker: &Asker) -> u32 {
-        let frontend = find::<V4, _>(cluster, &VIP, ports(80), 6, || false).unwrap();
+        let frontend = find::<V4, _>(cluster, &VIP, ports(80), 6, true, || false).unwrap();
         match choose::<V4, _>(cluster, frontend, true, 0, asker) {
             Outcome::Chosen(member) => member.backend,
             other => panic!("{other:?}"),
@@ -339,7 +317,7 @@ mod tests {
     fn what_is_a_services_and_what_is_not() {
         let mut cluster = cluster(1, Frontend::default());
         let find = |cluster: &Cluster, address, port, protocol, node| {
-            find::<V4, _>(cluster, &address, ports(port), protocol, || node).copied()
+            find::<V4, _>(cluster, &address, ports(port), protocol, true, || node).copied()
         };
         assert_eq!(find(&cluster, VIP, 80, 6, false).unwrap().service, 7);
         // Another port, another protocol: the address is the Service's all the same, and refuses.
@@ -353,7 +331,7 @@ mod tests {
         assert_eq!(find(&cluster, 5, 30_080, 6, true).unwrap().service, 8);
         assert_eq!(find(&cluster, 5, 30_080, 6, false), None);
         // From outside, the other ports of the address are left to whoever has them.
-        assert!(find_outside::<V4, _>(&cluster, &VIP, ports(81), 6, || false).is_none());
+        assert!(find::<V4, _>(&cluster, &VIP, ports(81), 6, false, || false).is_none());
     }
 
     #[test]
@@ -401,7 +379,7 @@ mod tests {
                 .borrow_mut()
                 .values_mut()
                 .for_each(|held| held.member = Member { backend: first, generation: 1 });
-            let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, || false).unwrap();
+            let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, true, || false).unwrap();
             match choose::<V4, _>(&cluster, frontend, true, 0, &ask(random, 1)) {
                 Outcome::Chosen(member) => assert_ne!(member.backend, first),
                 // Chance may fall on the same one each time.
@@ -452,7 +430,7 @@ mod tests {
             cluster.held.borrow_mut().insert(key, Affinity { member, last_used, spare: 0 });
             let stays = ago < 10 && backends.get(number as usize - 1) == Some(&(generation, false));
             let living = |m: Member| m.generation == 1 && backends.get(m.backend as usize - 1).is_some_and(|b| b.0 == 1);
-            let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, || false).unwrap();
+            let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, true, || false).unwrap();
             match choose::<V4, _>(&cluster, frontend, true, hash, &asker) {
                 Outcome::Chosen(chosen) => {
                     proptest::prop_assert!(if stays { chosen == member } else { living(chosen) }, "{chosen:?}");
@@ -479,7 +457,7 @@ mod tests {
     #[test]
     fn the_hash_decides_where_told_to() {
         let cluster = cluster(4, Frontend { flags: frontend_flags::MAGLEV, ..Frontend::default() });
-        let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, || false).unwrap();
+        let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, true, || false).unwrap();
         for hash in randoms().take(100) {
             let of = |random| choose::<V4, _>(&cluster, frontend, false, hash, &ask(random, 0));
             assert!(randoms().take(10).all(|random| of(random) == of(0)));

@@ -38,6 +38,8 @@ pub(super) enum Work {
 pub(super) enum Awaited {
     /// The source of objects.
     View,
+    /// The end of a step.
+    Step,
     /// The pod's own object.
     Pod,
 }

@@ -12,9 +12,10 @@ use terway_abi::{
 use super::exit::{Verdict, count, now};
 use super::icmp::Quote;
 use super::judge::{STALE, STALE_MOVED, permitted, resume};
-use super::maps::{DEBUG, Desk, Maps};
+use super::maps::{DEBUG, Desk, Maps, Replaced};
 use super::path::{
-    FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, drift, hook, is_stale, kinds, lookup, send, use_known,
+    Before, FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, drift, entry, hook, is_stale, kinds, known, lookup,
+    send, use_known,
 };
 use super::refuse::refuse;
 use super::serve::{prepare_both, recall, remember_both, serve};
@@ -41,7 +42,7 @@ pub(super) fn desk<F: Way>() -> Option<&'static mut Desk<F>> {
 
 /// The first packet of a flow, of common shape: the fast path has read all there is to know.
 #[inline(always)]
-pub(super) fn first<F: Way, const PROGRAM: u8>(skb: Skb, glance: &Glance<F>, stale: bool) -> Verdict
+pub(super) fn first<F: Way, const PROGRAM: u8>(skb: Skb, glance: &Glance<F>, stale: bool, before: Before<F>) -> Verdict
 where
     Maps: Tables<F> + Services<F> + Policies<F>,
 {
@@ -54,6 +55,7 @@ where
     (desk.packet.protocol, desk.packet.tcp_flags) = (glance.protocol, glance.tcp_flags);
     desk.packet.transport = F::TRANSPORT;
     desk.stale = if stale { STALE } else { 0 };
+    note(&mut desk.replaced, before);
     decide_on::<F, PROGRAM>(skb, desk)
 }
 
@@ -150,7 +152,7 @@ where
     Maps: Tables<F>,
     Checks: Neighbourly<F>,
 {
-    let Desk { packet, quoted, stale, .. } = desk;
+    let Desk { packet, quoted, stale, replaced, .. } = desk;
     let window = skb.pull();
     F::parse(&window, packet)?;
     let place = (skb.ifindex(), hook::<PROGRAM>());
@@ -172,7 +174,9 @@ where
     }
     // The fast path could not look it up.
     let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
-    Ok(match lookup::<F, PROGRAM>(skb, &window, &key, from_high) {
+    let entry = entry::<F>(&key);
+    note(replaced, Before { entry, from_high });
+    Ok(match entry.and_then(|entry| known::<F, PROGRAM>(skb, &window, entry, from_high)) {
         Some(known) if is_stale::<F, PROGRAM>(&known) => {
             *stale = STALE;
             Verdict::OPEN
@@ -270,8 +274,8 @@ where
         _ => decide::from_vpc(&Maps, packet, skb.ifindex())?,
     };
     let Decision::Way(route) = decision else { return Ok(Verdict::next(const { kinds::<PROGRAM>() }.stack)) };
-    let seat = if served { TAKEN } else { seat::<F, PROGRAM>(skb, packet) };
-    let answers = seat == FREE && answers::<F>(packet, &route);
+    let seat = if served { TAKEN } else { seat::<F, PROGRAM>(skb, packet, &desk.replaced) };
+    let answers = seat == FREE && answers::<F>(packet, &desk.replaced, &route);
     desk.choice.seat = seat;
     match seat {
         FREE => prepare::<F>(&mut desk.flow, &route, answers),
@@ -302,24 +306,42 @@ const TAKEN: u32 = 1;
 /// It has got another port already.
 const MOVED_ON: u32 = 2;
 
+/// Puts down what is replaced, before it may be gone.
+#[inline(always)]
+fn note<F: Way>(replaced: &mut Replaced, before: Before<F>)
+where
+    Maps: Tables<F>,
+{
+    let Before { entry, from_high } = before;
+    let Some(old) = entry else {
+        (replaced.taken, replaced.answers) = (0, 0);
+        return;
+    };
+    // SAFETY: the value stays mapped for the program's run; an entry that is reused meanwhile is a race that every preallocated map
+    // has.
+    let old = unsafe { &mut *old };
+    let ([side, _], by_other) = (&old.sides, old.maker != from_high);
+    let others = by_other && side.flags & flow_flags::TRANSLATE != 0;
+    replaced.taken = u32::from(others && side.flags & flow_flags::RST == 0 && drift::<F>(old) <= POLICY_EPOCH);
+    let ([makers, others], [at_makers, at_others]) = (old.slots, old.epochs);
+    (replaced.slots, replaced.epochs) =
+        if by_other { ([others, makers], [at_others, at_makers]) } else { ([makers, others], [at_makers, at_others]) };
+    replaced.answers = flow::side(old, from_high).flags & flow_flags::REVERSE;
+}
+
 /// Where a connection stands.
 #[inline(always)]
-fn seat<F: Way, const PROGRAM: u8>(skb: Skb, packet: &Packet<F>) -> u32
+fn seat<F: Way, const PROGRAM: u8>(skb: Skb, packet: &Packet<F>, replaced: &Replaced) -> u32
 where
     Maps: Tables<F>,
 {
     if !service::is_served(packet.protocol) {
         return FREE;
     }
-    let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
-    // SAFETY: read at once; an entry that is reused meanwhile is a race that every preallocated map has.
-    let taken = unsafe { F::flows().get(&key) }.is_some_and(|old| {
-        let [side, _] = &old.sides;
-        let others = old.maker != from_high && side.flags & flow_flags::TRANSLATE != 0;
-        others && side.flags & flow_flags::RST == 0 && drift::<F>(old) <= POLICY_EPOCH
-    });
+    let taken = replaced.taken != 0;
     // The other connection may have ended meanwhile. This one goes on where it is, and a new one need not look.
     if taken || packet.tcp_flags & tcp_flags::SYN == 0 {
+        let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
         key.class |= MOVED;
         match lookup::<F, PROGRAM>(skb, &skb.window(), &key, from_high) {
             Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => return MOVED_ON,
@@ -386,28 +408,16 @@ fn remember<F: Way, const PROGRAM: u8>(
 ///
 /// What the packet says of itself does not count, as it would open a way past policies: without an entry, who speaks first began.
 #[inline(always)]
-fn answers<F: Way>(packet: &Packet<F>, route: &Route<'_>) -> bool {
+fn answers<F: Way>(packet: &Packet<F>, replaced: &Replaced, route: &Route<'_>) -> bool {
     const BOTH: u8 = tcp_flags::SYN | tcp_flags::ACK;
-    if packet.tcp_flags & BOTH == tcp_flags::SYN {
+    if packet.tcp_flags & BOTH == tcp_flags::SYN || replaced.answers == 0 {
         return false;
     }
-    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
-    let Some(old) = F::flows().get_ptr_mut(&key) else { return false };
-    // SAFETY: the value stays mapped for the program's run; an entry that is reused meanwhile is a race that every preallocated map
-    // has.
-    let old = unsafe { &mut *old };
-    let ([makers, others], [at_makers, at_others]) = (old.slots, old.epochs);
-    let (own, other) = if old.maker == from_high {
-        ((makers, at_makers), (others, at_others))
-    } else {
-        ((others, at_others), (makers, at_makers))
-    };
-    let same = |(slot, epoch): (u32, u32), now: Basis| {
+    let ([own, other], [at_own, at_other]) = (replaced.slots, replaced.epochs);
+    let same = |slot: u32, epoch: u32, now: Basis| {
         !policy::is_pod(now.slot) || slot == now.slot && is_between(now.since, epoch, now.epoch)
     };
-    flow::side(old, from_high).flags & flow_flags::REVERSE != 0
-        && same(own, route.source)
-        && same(other, route.destination)
+    same(own, at_own, route.source) && same(other, at_other, route.destination)
 }
 
 #[inline(always)]

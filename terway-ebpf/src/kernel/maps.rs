@@ -65,6 +65,8 @@ pub struct Desk<F: Family> {
     pub flow: Flow<F::Addr>,
     /// That of the answers, if they have one of their own.
     pub reply: Flow<F::Addr>,
+    /// What the entry was that it replaces.
+    pub replaced: Replaced,
     /// Where the packet goes.
     pub choice: Choice<F::Addr>,
     /// What policies are asked about.
@@ -81,6 +83,19 @@ impl<F: Family> Desk<F> {
     pub const fn service(&self) -> u32 {
         if self.choice.member.backend == NO_BACKEND { 0 } else { self.choice.service }
     }
+}
+
+/// What the flow table held under the packet's key; zeros if there was nothing.
+#[repr(C, align(8))]
+pub struct Replaced {
+    /// Not 0 if the answers of a Service's backend are there, which look the same.
+    pub taken: u32,
+    /// Not 0 if the packet's sender is the one who answered.
+    pub answers: u32,
+    /// What decided about the packet's sender and the other end.
+    pub slots: [u32; 2],
+    /// And when.
+    pub epochs: [u32; 2],
 }
 
 /// Where a packet goes: its destination, or the backend that a Service chose for it.

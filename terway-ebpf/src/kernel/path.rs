@@ -55,7 +55,10 @@ where
     let Some(glance) = F::glance(&window) else { return unusual::<F, PROGRAM>(skb) };
     let (key, from_high) = flow::key::<F>(&glance.src, &glance.dst, glance.ports, glance.protocol);
     let mut stale = false;
-    if let Some(known) = lookup::<F, PROGRAM>(skb, &window, &key, from_high) {
+    let entry = entry::<F>(&key);
+    if let Some(entry) = entry
+        && let Some(known) = known::<F, PROGRAM>(skb, &window, entry, from_high)
+    {
         let layout = Layout { protocol: glance.protocol, transport: F::TRANSPORT, quote: None };
         stale = is_stale::<F, PROGRAM>(&known);
         if !stale && glance.tcp_flags & flow::NOTABLE == 0 {
@@ -69,7 +72,7 @@ where
     if PROGRAM == TO_VPC {
         return Verdict::next(const { kinds::<PROGRAM>() }.stack);
     }
-    first::<F, PROGRAM>(skb, &glance, stale)
+    first::<F, PROGRAM>(skb, &glance, stale, Before { entry, from_high })
 }
 
 /// Whether a flow is to be judged again before it is used. What the host stack sends by an ENI has no pod at either end.
@@ -118,8 +121,21 @@ pub(super) struct Layout {
     pub(super) quote: Option<Quote>,
 }
 
-/// The sender's side of the entry of this key, if the entry still holds, and the packet is met where it was made for and comes
-/// from whom it was made for.
+/// What the flow table holds under a packet's key, whether or not it still holds.
+#[derive(Clone, Copy)]
+pub(super) struct Before<F: Family> {
+    pub(super) entry: Option<*mut Flow<F::Addr>>,
+    /// Which end sends the packet.
+    pub(super) from_high: u32,
+}
+
+/// The entry of a key.
+#[inline(always)]
+pub(super) fn entry<F: Way>(key: &FlowKey<F::Addr>) -> Option<*mut Flow<F::Addr>> {
+    F::flows().get_ptr_mut(key)
+}
+
+/// [`known`] of the entry of this key.
 #[inline(always)]
 pub(super) fn lookup<F: Way, const PROGRAM: u8>(
     skb: Skb,
@@ -130,7 +146,21 @@ pub(super) fn lookup<F: Way, const PROGRAM: u8>(
 where
     Maps: Tables<F>,
 {
-    let entry = F::flows().get_ptr_mut(key)?;
+    known::<F, PROGRAM>(skb, window, entry::<F>(key)?, from_high)
+}
+
+/// The sender's side of an entry, if the entry still holds, and the packet is met where it was made for and comes from whom it was
+/// made for.
+#[inline(always)]
+pub(super) fn known<F: Way, const PROGRAM: u8>(
+    skb: Skb,
+    window: &Window,
+    entry: *mut Flow<F::Addr>,
+    from_high: u32,
+) -> Option<Known<F>>
+where
+    Maps: Tables<F>,
+{
     // SAFETY: the value stays mapped for the program's run. Other CPUs may count in it at the same time, which `Flow` allows for; an
     // entry that is evicted and reused meanwhile is a race that every preallocated map has.
     let entry = unsafe { &mut *entry };

@@ -42,11 +42,7 @@ where
     }
     let node = || Maps.is_host(&packet.dst);
     let (inside, ports, protocol) = (PROGRAM == FROM_POD, packet.ports, packet.protocol);
-    let found = if inside {
-        service::find::<F, _>(&Maps, &packet.dst, ports, protocol, node)
-    } else {
-        service::find_outside::<F, _>(&Maps, &packet.dst, ports, protocol, node)
-    };
+    let found = service::find::<F, _>(&Maps, &packet.dst, ports, protocol, inside, node);
     let Some(frontend) = found else { return Ok(Verdict::OPEN) };
     // SAFETY: the helper has no preconditions.
     let random = unsafe { bpf_get_prandom_u32() };

@@ -170,7 +170,7 @@ where
         }
         service::at_node::<F, _>(&Maps, port << 16, protocol)
     } else {
-        service::find::<F, _>(&Maps, address, port << 16, protocol, || Maps.is_host(address))
+        service::find::<F, _>(&Maps, address, port << 16, protocol, true, || Maps.is_host(address))
     };
     let Some(frontend) = found else { return Ok(None) };
     let node = is_node(own);

@@ -33,6 +33,8 @@ fn applied_and_undone(stack: Stack) {
     let links = node.runtime.block_on(node.host.create_pod(&plan, &netns)).unwrap();
     assert_eq!(links.host_ifindex, ifindex(&node.netns, &plan.inputs.host_ifname));
     assert_eq!(links.pod_ifindex, ifindex(&pod, "eth0"));
+    let ends = [pod.ip("-d link show eth0"), node.netns.ip(&format!("-d link show {}", plan.inputs.host_ifname))];
+    assert!(ends.iter().all(|end| end.contains("numtxqueues 1 numrxqueues 1 ")), "{ends:?}");
     // Created is not open: neither end is up, and nothing leads there.
     assert!(!pod.ip("-o link show eth0").contains(",UP"));
     assert!(!node.netns.ip(&format!("-o link show {}", plan.inputs.host_ifname)).contains(",UP"));

@@ -5,6 +5,7 @@ mod first;
 mod probes;
 mod scenarios;
 mod stage;
+mod told;
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
