@@ -47,8 +47,10 @@ fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
         |cluster: &Cluster| {
             let mut stage = Stage::set(cluster)?;
             let node = cluster.node(1);
-            let (server, friend, stranger) = (&stage.pods[0].1, &stage.pods[6].1, &stage.pods[4].1);
-            let (to, friend, stranger) = (server.v4()?, friend.ns.clone(), stranger.ns.clone());
+            // The stage changes while they are spoken to.
+            let pods = std::mem::take(&mut stage.pods);
+            let (server, friend, stranger) = (&pods[0].1, &pods[6].1.ns, &pods[4].1.ns);
+            let to = server.v4()?;
             let ips = server.ips.clone();
             let _echo = Echo::start(&server.ns)?;
             let mut objects = stage.base.clone();
@@ -65,8 +67,8 @@ fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
             stage.publish(&objects)?;
 
             // Drops are told always, new connections to who asks for it; both are counted.
-            probe::tcp(&friend, to, 10)?;
-            ensure!(probe::tcp(&stranger, to, 10).is_err(), "a stranger gets through");
+            probe::tcp(friend, to, 10)?;
+            ensure!(probe::tcp(stranger, to, 10).is_err(), "a stranger gets through");
             node.wait(SOON, "a drop is told", |node| Ok(!flows(node, &["--policy", "guard"])?.is_empty()))?;
             ensure!(flows(node, &["--verdict", "allowed"])?.is_empty(), "nobody has asked for connections");
             let dropped = flows(node, &["--verdict", "dropped", "--policy", "x/guard"])?;
@@ -83,7 +85,7 @@ fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
             // Live, without a restart.
             node.edit_conf(json!({"flow_events_one_in": 1}))?;
             node.wait(SOON, "a connection is told", |node| {
-                probe::tcp(&friend, to, 10)?;
+                probe::tcp(friend, to, 10)?;
                 Ok(!flows(node, &["--verdict", "allowed", "--pod", "x/a"])?.is_empty())
             })?;
             let told = flows(node, &["--verdict", "allowed", "--policy", "guard", "--last", "1"])?;
@@ -113,7 +115,7 @@ fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
             };
             node.put_service(&service)?;
             node.wait(SOON, "the Service is told", |node| {
-                let _yet = probe::tcp_at(&friend, (vip, 80).into(), 10);
+                let _yet = probe::tcp_at(friend, (vip, 80).into(), 10);
                 let told = flows(node, &["--pod", "x/a", "--port", "80"])?;
                 Ok(told.iter().any(|event| {
                     event["service"] == "default/web"
@@ -132,7 +134,7 @@ fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
                 .stdout(Stdio::piped())
                 .spawn()?;
             std::thread::sleep(Duration::from_millis(500));
-            ensure!(probe::tcp(&stranger, to, 10).is_err(), "a stranger gets through");
+            ensure!(probe::tcp(stranger, to, 10).is_err(), "a stranger gets through");
             std::thread::sleep(Duration::from_millis(500));
             let before = counted(node, "x/guard")?;
             node.stop_daemon()?;
@@ -145,7 +147,7 @@ fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
             );
 
             // While no daemon is there the datapath counts on, and the next one takes it over, under other numbers of reasons.
-            probe::tcp(&friend, to, 10)?;
+            probe::tcp(friend, to, 10)?;
             node.start_daemon()?;
             node.wait_ready(Duration::from_secs(30))?;
             stage.reconnect()?;
@@ -157,7 +159,7 @@ fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
             node.edit_conf(json!({"flow_events_one_in": 0}))?;
             node.wait(SOON, "connections are told no more", |node| {
                 let before = flows(node, &["--verdict", "allowed"])?.len();
-                probe::tcp(&friend, to, 10)?;
+                probe::tcp(friend, to, 10)?;
                 std::thread::sleep(Duration::from_millis(100));
                 Ok(flows(node, &["--verdict", "allowed"])?.len() == before)
             })?;
@@ -165,6 +167,7 @@ fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
             stage.publish(&stage.base.clone())?;
             node.wait(SOON, "its sums are forgotten", |node| Ok(metric(node, "allowed").is_err()))?;
             node.remove_service("web")?;
+            stage.pods = pods;
             stage.clear()
         },
     )
