@@ -108,13 +108,13 @@ impl Policies {
             let wait = match self.state.try_lock() {
                 Ok(state) => state.awaits(pod),
                 Err(TryLockError::Poisoned(state)) => state.into_inner().awaits(pod),
-                // A step is under way; attaching waits for it anyhow.
-                Err(TryLockError::WouldBlock) => Some(state::Awaited::View),
+                // A step is under way, and may be the one that is waited for.
+                Err(TryLockError::WouldBlock) => Some(state::Awaited::Step),
             };
             let within = match wait {
                 None => return,
                 Some(state::Awaited::View) if self.started.elapsed() > STARTING => Duration::ZERO,
-                Some(state::Awaited::View) => COMPLETE_WITHIN,
+                Some(state::Awaited::View | state::Awaited::Step) => COMPLETE_WITHIN,
                 Some(state::Awaited::Pod) => KNOWN_WITHIN,
             };
             if start.elapsed() >= within {
@@ -141,16 +141,22 @@ impl Policies {
         self.changed.notify_one();
     }
 
-    /// What is wrong.
-    #[must_use]
-    pub fn problems(&self) -> Vec<Error> {
-        self.state().problems()
+    /// Asks on a thread that may block: a step holds the lock for as long as compiling takes, and the runtime has one worker.
+    async fn ask<T: Send + 'static>(
+        self: &Arc<Self>,
+        question: impl FnOnce(&State) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let this = Arc::clone(self);
+        let asked = tokio::task::spawn_blocking(move || question(&this.state()));
+        asked.await.map_err(|error| Error::new(errors::INTERNAL, error.to_string()))
     }
 
-    /// The line of the status.
-    #[must_use]
-    pub fn status(&self) -> v1::PolicyStatus {
-        self.state().status()
+    /// The line of the status, and what is wrong.
+    ///
+    /// # Errors
+    /// When the daemon is ending.
+    pub async fn status(self: &Arc<Self>) -> Result<(v1::PolicyStatus, Vec<Error>), Error> {
+        self.ask(|state| (state.status(), state.problems())).await
     }
 
     /// Has someone ask for the names of what events hold, as they are at one moment. Blocks.
@@ -159,15 +165,22 @@ impl Policies {
     }
 
     /// The policies in force.
-    #[must_use]
-    pub fn list(&self, request: &v1::ListPoliciesRequest) -> v1::ListPoliciesResponse {
-        self.state().list(request)
+    ///
+    /// # Errors
+    /// When the daemon is ending.
+    pub async fn list(self: &Arc<Self>, request: v1::ListPoliciesRequest) -> Result<v1::ListPoliciesResponse, Error> {
+        self.ask(move |state| state.list(&request)).await
     }
 
     /// Why a connection passes or not.
-    #[must_use]
-    pub fn explain(&self, request: &v1::ExplainPolicyRequest) -> v1::ExplainPolicyResponse {
-        self.state().explain(request)
+    ///
+    /// # Errors
+    /// When the daemon is ending.
+    pub async fn explain(
+        self: &Arc<Self>,
+        request: v1::ExplainPolicyRequest,
+    ) -> Result<v1::ExplainPolicyResponse, Error> {
+        self.ask(move |state| state.explain(&request)).await
     }
 
     async fn follow(

@@ -84,7 +84,8 @@ fn flows_end_as_configured_and_are_counted() -> Result<()> {
     )
 }
 
-fn get(address: SocketAddr, path: &str) -> Result<String> {
+/// What a server says to a GET.
+pub(crate) fn get(address: SocketAddr, path: &str) -> Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: node\r\n\r\n")?;

@@ -7,6 +7,7 @@ mod race;
 mod scenarios;
 mod stage;
 mod switch;
+mod told;
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
