@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(find(&cluster, 5, 30_080, 6, true).unwrap().service, 8);
         assert_eq!(find(&cluster, 5, 30_080, 6, false), None);
         // From outside, the other ports of the address are left to whoever has them.
-        assert!(find::<V4, _>(&cluster, &VIP, ports(81), 6, false, || false).is_none());
+        assert!(super::find::<V4, _>(&cluster, &VIP, ports(81), 6, false, || false).is_none());
     }
 
     #[test]
