@@ -4,6 +4,7 @@
 //! `POLICY_WORLDS=100000 POLICY_HISTORIES=20000 cargo test --release -p terway-core --test policy` looks longer; `POLICY_SEED=N` begins elsewhere.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod counted;
 mod datapath;
 mod dice;
 mod fixture;
