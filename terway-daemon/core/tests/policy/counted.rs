@@ -26,22 +26,27 @@ impl Counted {
 
     /// Each decision has a counter, those apart that stand under slots of nobody. To be called when the operations have run.
     pub(crate) fn covers(&self, maps: &Maps, world: &World, label: &str) {
-        let rows = maps.rows.values().flatten().map(|entry| entry.decision);
-        let peers = maps.peers.values().flatten().copied();
-        let sides =
-            maps.endpoints.iter().filter(|(slot, _)| world.locals.contains_key(slot)).flat_map(|(_, values)| values);
-        let sides = sides.flat_map(|e| [e.ingress, e.egress]);
-        let targets = peers.chain(sides.flat_map(|side| side.defaults)).filter_map(|target| target.resolve().ok());
-        let fixed = |decision: &Decision| decision.reason().0 <= 15;
-        for decision in rows.chain(targets).filter(|decision| !fixed(decision)) {
-            assert!(self.0.contains(&decision.reason()), "{label}: nothing counts {decision:?}");
+        for reason in reasons(maps, |slot| world.locals.contains_key(&slot)) {
+            assert!(self.0.contains(&reason), "{label}: nothing counts {reason}");
         }
     }
 
-    /// Another daemon has taken over: none of its reasons has a number of before.
-    pub(crate) fn taken_over(&mut self, compiler: &mut Compiler, label: &str) {
-        let old = std::mem::take(self);
+    /// Another daemon has taken over, and its operations have not run yet: none of its reasons has a number that stands in the maps.
+    pub(crate) fn taken_over(&mut self, compiler: &mut Compiler, maps: &Maps, label: &str) {
+        *self = Self::default();
         self.follow(compiler, label);
-        assert!(old.0.is_disjoint(&self.0), "{label}: old and new reasons share numbers");
+        for reason in reasons(maps, |_| true) {
+            assert!(!self.0.contains(&reason), "{label}: {reason} stands in the maps for something else");
+        }
     }
+}
+
+/// The numbers of all decisions, those that are fixed apart.
+fn reasons(maps: &Maps, slots: impl Fn(u32) -> bool) -> BTreeSet<ReasonId> {
+    let rows = maps.rows.values().flatten().map(|entry| entry.decision);
+    let peers = maps.peers.values().flatten().copied();
+    let endpoints = maps.endpoints.iter().filter(|(slot, _)| slots(**slot)).flat_map(|(_, values)| values);
+    let sides = endpoints.flat_map(|endpoint| [endpoint.ingress, endpoint.egress]);
+    let targets = peers.chain(sides.flat_map(|side| side.defaults)).filter_map(|target| target.resolve().ok());
+    rows.chain(targets).map(Decision::reason).filter(|reason| reason.0 > 15).collect()
 }

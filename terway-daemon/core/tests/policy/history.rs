@@ -234,7 +234,7 @@ fn run(seed: u64, steps: usize) {
             }
             let (next, ops) = Compiler::take_over(&maps, events);
             compiler = next;
-            counted.taken_over(&mut compiler, &label);
+            counted.taken_over(&mut compiler, &maps, &label);
             for op in ops {
                 maps.apply(&op);
                 agree(&maps, &world, &packets, &format!("{label}, taking over by {op:?}"));
