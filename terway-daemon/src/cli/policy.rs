@@ -207,7 +207,16 @@ pub(super) fn explain(reply: &v1::ExplainPolicyResponse, style: Style) -> String
 
 #[cfg(test)]
 mod tests {
+    use super::super::sample;
     use super::*;
+
+    #[test]
+    fn policies_with_what_they_decided() {
+        let text = sample::all(|style| list(&sample::policies(), style));
+        insta::assert_snapshot!("policy_list", text);
+        let text = sample::all(|style| show(&sample::policies(), style));
+        insta::assert_snapshot!("policy_show", text);
+    }
 
     #[test]
     fn ends_of_connections_are_understood() {

@@ -225,3 +225,29 @@ pub(super) fn metadata() -> v1::GetMetadataResponse {
         errors: vec![error(terway_core::errors::METADATA_UNREACHABLE, "ipv6-gateway: 503.")],
     }
 }
+
+/// A policy that decided something, together with another one, and a cluster's that decided nothing here.
+pub(super) fn policies() -> v1::ListPoliciesResponse {
+    let count = |reason: &str, allowed, packets, bytes| v1::PolicyCount {
+        direction: "ingress".into(),
+        reason: reason.into(),
+        allowed,
+        packets,
+        bytes,
+    };
+    let guard = v1::Policy { kind: "ClusterNetworkPolicy".into(), name: "guard".into(), ..Default::default() };
+    let web = v1::Policy {
+        kind: "NetworkPolicy".into(),
+        namespace: "default".into(),
+        name: "web".into(),
+        pods: vec![pod("web-1"), pod("web-2")],
+        allowed: 1200,
+        denied: 7,
+        denied_bytes: 518,
+        counts: vec![
+            count("NetworkPolicy default/web, ingress rule 0: Accept", true, 1200, 88_800),
+            count("isolated in ingress by NetworkPolicy default/web, none of whose rules allows it", false, 7, 518),
+        ],
+    };
+    v1::ListPoliciesResponse { policies: vec![guard, web], complete: true, enforced: true }
+}

@@ -100,6 +100,8 @@ struct Book {
     live: BTreeMap<u32, (Reason, Tally)>,
     /// What reasons counted that are gone.
     past: Sums,
+    /// What an earlier daemon's reasons counted, by tag, until it is taken over.
+    found: HashMap<u64, Tally>,
     /// The kernel has refused a counter; one line in the log is enough.
     complained: bool,
 }
@@ -130,6 +132,8 @@ impl Ledger {
         let mut book = self.book();
         for ReasonId(number) in changes.made {
             let Some(reason) = compiler.reason(ReasonId(number)) else { continue };
+            // An earlier daemon may have left one under this number, of a reason that stood in no map when this one took over.
+            self.keep(&mut book, number);
             match self.datapath.make_policy_counter(number, tag(reason)) {
                 Ok(()) => drop(book.live.insert(number, (reason.clone(), Tally::default()))),
                 Err(error) => book.complain(&error),
@@ -146,6 +150,18 @@ impl Ledger {
         }
     }
 
+    /// Notes what a counter of an earlier daemon holds, if there is one.
+    fn keep(&self, book: &mut Book, number: u32) {
+        match self.datapath.policy_counter(number) {
+            Ok(counter) if counter.tag != 0 => {
+                let tally = Tally { packets: counter.packets, bytes: counter.bytes };
+                book.found.entry(counter.tag).or_default().add(tally);
+            }
+            Ok(_) => {}
+            Err(error) => book.complain(&error),
+        }
+    }
+
     /// Forgets the sums of policies that are no more.
     pub(super) fn forget(&self, compiler: &Compiler) {
         self.book().past.retain(|(policy, _), _| compiler.has_policy(policy));
@@ -158,18 +174,13 @@ impl Ledger {
             Ok(all) => all.into_iter().filter(|number| !book.live.contains_key(number)),
             Err(error) => return book.complain(&error),
         };
-        let mut found: HashMap<u64, Tally> = HashMap::new();
         for number in old.collect::<Vec<_>>() {
-            match self.datapath.policy_counter(number) {
-                Ok(counter) => {
-                    found.entry(counter.tag).or_default().add(Tally { packets: counter.packets, bytes: counter.bytes })
-                }
-                Err(error) => book.complain(&error),
-            }
+            self.keep(&mut book, number);
             if let Err(error) = self.datapath.remove_policy_counter(number) {
                 book.complain(&error);
             }
         }
+        let mut found = std::mem::take(&mut book.found);
         for (reason, before) in book.live.values_mut() {
             if let Some(tally) = found.remove(&tag(reason)) {
                 before.add(tally);

@@ -336,6 +336,15 @@ impl Compiler {
         self.reasons.get(id)
     }
 
+    /// Whether there is such a policy.
+    #[must_use]
+    pub fn has_policy(&self, key: &ObjectKey) -> bool {
+        match key.kind {
+            Kind::ClusterNetworkPolicy => self.cluster.contains_key(&key.name.name),
+            _ => self.network.get(&key.name.namespace).is_some_and(|all| all.contains_key(&key.name.name)),
+        }
+    }
+
     /// The policies in force, and the local endpoints that each selects.
     #[must_use]
     pub fn policies(&self) -> Vec<(ObjectKey, Vec<u32>)> {
@@ -350,15 +359,6 @@ impl Compiler {
             all.map(|policy| (policy.key.clone(), users.get(&policy.key).cloned().unwrap_or_default())).collect();
         list.sort();
         list
-    }
-
-    /// Whether there is such a policy.
-    #[must_use]
-    pub fn has_policy(&self, key: &ObjectKey) -> bool {
-        match key.kind {
-            Kind::ClusterNetworkPolicy => self.cluster.contains_key(&key.name.name),
-            _ => self.network.get(&key.name.namespace).is_some_and(|all| all.contains_key(&key.name.name)),
-        }
     }
 
     /// What it has taken so far.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use terway_core::objects::{ObjectName, Phase};
 use terway_core::policy::{Compiler, Event, Maps, Op, Packet, Stale};
 
+use crate::counted::Counted;
 use crate::dice::Dice;
 use crate::random::{compile, finder, said};
 use crate::world::{
@@ -167,6 +168,8 @@ fn run(seed: u64, steps: usize) {
     let mut world = random(&mut dice);
     let (mut compiler, mut maps) = compile(&world);
     let mut uid = 100;
+    let mut counted = Counted::default();
+    counted.follow(&mut compiler, "at first");
     for step in 0..steps {
         let before = world.clone();
         let Some(event) = change(&mut world, &mut dice, &mut uid) else {
@@ -185,6 +188,7 @@ fn run(seed: u64, steps: usize) {
             .filter(|checked| checked.old != checked.new || dice.chance(6))
             .collect();
         let ops = compiler.step(event.clone());
+        counted.follow(&mut compiler, &label);
         let mut gates: Vec<(usize, bool)> = vec![(maps.phase, maps.enforce)];
         for op in &ops {
             maps.apply(op);
@@ -211,6 +215,7 @@ fn run(seed: u64, steps: usize) {
             }
             (maps.phase, maps.enforce) = now;
         }
+        counted.covers(&maps, &world, &label);
         check_stale(&ops, &before, &world, &packets, &label);
         agree(&maps, &world, &packets, &label);
         if dice.chance(30) {
@@ -218,6 +223,8 @@ fn run(seed: u64, steps: usize) {
                 maps.apply(&op);
                 agree(&maps, &world, &packets, &format!("{label}, settling by {op:?}"));
             }
+            counted.follow(&mut compiler, &label);
+            counted.covers(&maps, &world, &format!("{label}, settled"));
         }
         if dice.chance(2) {
             // The daemon starts anew, over maps that may not be settled.
@@ -227,11 +234,13 @@ fn run(seed: u64, steps: usize) {
             }
             let (next, ops) = Compiler::take_over(&maps, events);
             compiler = next;
+            counted.taken_over(&mut compiler, &maps, &label);
             for op in ops {
                 maps.apply(&op);
                 agree(&maps, &world, &packets, &format!("{label}, taking over by {op:?}"));
             }
             clean(&compiler, &maps, &world, &label);
+            counted.covers(&maps, &world, &label);
         }
     }
     let label = format!("seed {seed}, at the end");

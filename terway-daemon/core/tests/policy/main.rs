@@ -6,6 +6,7 @@
 
 mod cluster;
 mod complexity;
+mod counted;
 mod datapath;
 mod dice;
 mod fixture;
