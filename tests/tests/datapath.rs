@@ -13,12 +13,17 @@ use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use terway_abi::{Counter, HOOK_IN, Kind};
-use terway_core::ident::{Addresses, Mac};
+use serde_json::{Value, json};
+use socket2::{Domain, Protocol, Socket, Type};
+use terway_abi::{Counter, Frontend, HOOK_IN, Kind, Member, Run};
+use terway_core::ident::{Addresses, Mac, PodRef};
+use terway_core::objects::{self, Change, Object, Objects};
+use terway_core::policy::{Compiler, Event, Op};
 use terway_daemon::bpf::{Config, Datapath, Endpoint};
 use terway_tests::packet::Frame;
 use terway_tests::sandbox::{Namespace, Sandbox, command, ifindex, ip};
-use terway_tests::sandbox_or_skip;
+use terway_tests::sctp::SCTP;
+use terway_tests::{prog_serve, sandbox_or_skip};
 
 const ENI_MAC: &str = "02:00:00:00:00:e1";
 const GATEWAY_MAC: &str = "02:00:00:00:00:99";
@@ -363,4 +368,110 @@ fn connections_outlive_the_daemon_and_its_restart() {
     assert!(b.run("ping -c 1 -W 0.3 10.9.0.9").is_ok());
     datapath.detach_eni(eni).unwrap();
     assert_eq!(datapath.attached_enis().unwrap(), [0_u32; 0]);
+}
+
+/// A socket of SCTP, one association at a time (`sctp(7)`), bound to one address: an end with several would tell of all of them, and be
+/// talked to at each.
+fn sctp_socket(at: SocketAddr) -> std::io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::from(i32::from(SCTP))))?;
+    socket.bind(&at.into())?;
+    Ok(socket)
+}
+
+/// An association of `client` at `own` with a server on `server` at `real`, by way of `to`; the client may be kept waiting.
+fn sctp(server: &Namespace, real: SocketAddr, client: &Namespace, own: IpAddr, to: SocketAddr) -> std::io::Result<()> {
+    let (bound, ready) = std::sync::mpsc::channel();
+    let serving = server
+        .spawn(move || -> std::io::Result<_> {
+            let socket = sctp_socket(real)?;
+            socket.listen(1)?;
+            bound.send(()).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(4)))?;
+            let (stream, peer) = socket.accept()?;
+            let mut stream = TcpStream::from(stream);
+            let mut bytes = [0; 1000];
+            stream.read_exact(&mut bytes)?;
+            stream.write_all(&bytes)?;
+            Ok(peer.as_socket().unwrap().ip())
+        })
+        .unwrap();
+    ready.recv().unwrap();
+    let asking = client.spawn(move || -> std::io::Result<_> {
+        let socket = sctp_socket(SocketAddr::new(own, 0))?;
+        socket.connect_timeout(&to.into(), Duration::from_secs(3))?;
+        let peer = socket.peer_addr()?.as_socket().unwrap();
+        let mut stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+        stream.write_all(&[7; 1000])?;
+        let mut bytes = [0; 1000];
+        stream.read_exact(&mut bytes)?;
+        Ok((peer, bytes))
+    });
+    let asked = asking.unwrap().join().unwrap();
+    let seen = serving.join().unwrap();
+    let (peer, bytes) = asked?;
+    assert_eq!((peer, bytes), (to, [7; 1000]));
+    assert_eq!(seen?, own, "as whom the client is seen");
+    Ok(())
+}
+
+/// Real associations, where the kernel has SCTP: directly, through a Service, and as a policy says.
+#[test]
+fn sctp_through_a_service_and_a_policy() {
+    let sandbox = sandbox_or_skip!();
+    if let Err(error) = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::from(i32::from(SCTP)))) {
+        println!("SKIP: this kernel has no SCTP: {error}");
+        return;
+    }
+    let world = World::build(&sandbox, &Config::new(sandbox.pin_root()));
+    let World { datapath, a, b, pods, .. } = &world;
+    let families = [("10.0.0.1", "10.0.0.2", "10.96.0.1"), ("fd00::1", "fd00::2", "fd96::1")];
+    let at = |text: &str| SocketAddr::new(text.parse().unwrap(), 8080);
+    for (number, (own, real, vip)) in (1..).zip(families) {
+        sctp(b, at(real), a, own.parse().unwrap(), at(real)).unwrap();
+        let backend = prog_serve::backend(real, 8080, SCTP);
+        datapath.set_backend(number, &backend).unwrap();
+        datapath.set_members(number, &[Member { backend: number, generation: backend.generation }]).unwrap();
+        let run = Run { first: number, count: 1 };
+        let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
+        datapath.set_frontend(&prog_serve::at(vip, 8080, SCTP), &frontend).unwrap();
+        sctp(b, at(real), a, own.parse().unwrap(), at(vip)).unwrap();
+    }
+
+    let (mut compiler, ops) = Compiler::new();
+    let apply = |ops: Vec<Op>| ops.iter().for_each(|op| datapath.apply_policy(op).unwrap());
+    apply(ops);
+    let mut objects = Objects::default();
+    for (pod, name) in pods.iter().zip(["a", "b"]) {
+        let (slot, _) = datapath.reserve_slot(pod.host_ifindex).unwrap();
+        let named = PodRef { namespace: "x".to_owned(), name: name.to_owned(), uid: String::new() };
+        apply(compiler.step(Event::Attach { slot, pod: named, addresses: pod.addresses }));
+    }
+    let mut put = |kind, document: &Value| {
+        let change = Change::Upsert(Box::new(Object::read(kind, document).unwrap()));
+        if let Some(event) = objects.apply(change).and_then(Event::of) {
+            apply(compiler.step(event));
+        }
+    };
+    for name in ["a", "b"] {
+        put(objects::Kind::Pod, &json!({"metadata": {"namespace": "x", "name": name, "labels": {"pod": name}}}));
+    }
+    for (protocol, passes) in [("SCTP", true), ("TCP", false)] {
+        put(
+            objects::Kind::NetworkPolicy,
+            &json!({
+                "metadata": {"namespace": "x", "name": "p"},
+                "spec": {
+                    "podSelector": {"matchLabels": {"pod": "b"}},
+                    "ingress": [{"ports": [{"protocol": protocol, "port": 8080}]}],
+                },
+            }),
+        );
+        for (own, real, vip) in families {
+            for to in [real, vip] {
+                let outcome = sctp(b, at(real), a, own.parse().unwrap(), at(to));
+                assert_eq!(outcome.is_ok(), passes, "to {to}, {protocol} allowed: {outcome:?}");
+            }
+        }
+    }
 }

@@ -14,6 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -247,7 +248,11 @@ pub fn unmount_below(folder: &Path) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("read the mounts")?;
     for mounted in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)) {
         if Path::new(mounted).starts_with(folder) {
-            umount2(mounted, MntFlags::MNT_DETACH).with_context(|| format!("unmount {mounted}"))?;
+            match umount2(mounted, MntFlags::MNT_DETACH) {
+                // Another process that clears the same away was faster.
+                Ok(()) | Err(Errno::ENOENT | Errno::EINVAL) => {}
+                Err(error) => return Err(error).with_context(|| format!("unmount {mounted}")),
+            }
         }
     }
     Ok(())

@@ -20,12 +20,8 @@ mod sockets;
 mod survival;
 
 // The oracle of the compiler's own tests is what packets are compared with.
-#[allow(dead_code, reason = "the compiler's tests use more of it")]
-#[path = "../../../terway-daemon/core/tests/policy/dice.rs"]
-mod dice;
 #[path = "../../../terway-daemon/core/tests/policy/oracle.rs"]
 mod oracle;
-#[allow(dead_code, clippy::unwrap_used, reason = "the compiler's tests use more of it, and panic where they fail")]
 #[path = "../../../terway-daemon/core/tests/policy/world.rs"]
 mod world;
 

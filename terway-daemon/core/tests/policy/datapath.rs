@@ -12,9 +12,9 @@ use terway_ebpf::family::{Family, V4, V6};
 use terway_ebpf::policy::{Case, ELSEWHERE, Policies, verdict};
 
 use crate::dice::Dice;
+use crate::making::random;
 use crate::random::{compile, finder};
 use crate::setting;
-use crate::world::random;
 
 /// The maps as the kernel holds them.
 struct Kernel<'a> {

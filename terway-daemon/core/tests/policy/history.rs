@@ -10,11 +10,11 @@ use terway_core::policy::{Compiler, Event, Maps, Op, Packet, Stale};
 
 use crate::counted::Counted;
 use crate::dice::Dice;
-use crate::random::{compile, finder, said};
-use crate::world::{
-    HOMES, Local, NAMESPACES, World, attach, cluster_policy, elsewhere, home, labels, namespace, pod, pod_name, policy,
-    random,
+use crate::making::{
+    HOMES, NAMESPACES, attach, cluster_policy, elsewhere, home, labels, namespace, pod, pod_name, policy, random,
 };
+use crate::random::{compile, finder, said};
+use crate::world::{Local, World};
 use crate::{oracle, setting};
 
 /// Changes the world, and tells how the compiler hears of it; none when the dice chose something that cannot happen.

@@ -11,6 +11,7 @@ mod datapath;
 mod dice;
 mod fixture;
 mod history;
+mod making;
 mod oracle;
 mod random;
 mod rules;

@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use terway_core::policy::{Compiler, Decision, Maps, Packet};
 
 use crate::dice::Dice;
-use crate::world::{World, random};
+use crate::making::random;
+use crate::world::World;
 use crate::{oracle, setting};
 
 /// The slot of a local pod's address.

@@ -115,8 +115,7 @@ fn run(
     let node = cluster.node(node);
     let mut mouths = Vec::new();
     for (mark, caller) in callers {
-        let sockets = caller.ns.run(|| [UdpSocket::bind("0.0.0.0:0"), UdpSocket::bind("[::]:0")])?;
-        let [v4, v6] = sockets;
+        let [v4, v6] = caller.ns.run(|| ["0.0.0.0:0", "[::]:0"].map(UdpSocket::bind))?;
         mouths.push((mark.to_be_bytes(), v4?, v6?));
     }
     let mut racers: Vec<Racer> = Vec::new();
