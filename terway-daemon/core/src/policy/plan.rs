@@ -27,7 +27,12 @@ pub(super) struct Change {
     pub(super) stale: BTreeSet<Stale>,
     /// Removals of what nothing refers to any more.
     pub(super) garbage: Vec<Op>,
+    /// Sets that are gone, with their entries.
+    pub(super) sets: Vec<GoneSet>,
 }
+
+/// A set's number, and what it spoke of.
+pub(super) type GoneSet = (SetId, Vec<(Identity, Target)>);
 
 impl Change {
     /// An address has another identity, and with it perhaps another answer.
@@ -65,6 +70,8 @@ pub(super) struct Later {
     unsettled: BTreeMap<Item, Value>,
     /// Entries that nothing refers to any more.
     garbage: Vec<Op>,
+    /// Sets that are gone. Their entries become operations when it is their turn: a change has enough of its own.
+    sets: Vec<GoneSet>,
     /// Reasons of sets that are gone: events that name them may still be on their way.
     pub(super) reasons: Vec<ReasonId>,
     /// Blocks that no policy names any more.
@@ -87,7 +94,7 @@ impl Later {
 
     /// Brings the other phase up to date and removes what is not needed, all behind a fence.
     fn flush(&mut self, phase: usize, ops: &mut Vec<Op>) {
-        if self.unsettled.is_empty() && self.garbage.is_empty() {
+        if self.unsettled.is_empty() && self.garbage.is_empty() && self.sets.is_empty() {
             return;
         }
         ops.push(Op::Fence);
@@ -95,6 +102,10 @@ impl Later {
             ops.push(write(item, value, value, phase));
         }
         ops.append(&mut self.garbage);
+        ops.reserve(self.sets.iter().map(|(_, entries)| entries.len()).sum());
+        for (set, entries) in std::mem::take(&mut self.sets) {
+            ops.extend(entries.into_iter().map(|(identity, _)| Op::DropPeer { set, identity }));
+        }
     }
 }
 
@@ -118,7 +129,9 @@ fn write(item: Item, now: Value, next: Value, phase: usize) -> Op {
             Op::Peer { set, identity, targets: pair(now, next, phase) }
         }
         // Endpoints have an entry for each phase: only the one that does not count is ever written.
-        (Item::Endpoint(slot), _, Value::Endpoint(value)) => Op::Endpoint { slot, phase: 1 - phase, value },
+        (Item::Endpoint(slot), _, Value::Endpoint(value)) => {
+            Op::Endpoint { slot, phase: 1 - phase, value: Box::new(value) }
+        }
         _ => Op::Fence,
     }
 }
@@ -170,6 +183,7 @@ impl Compiler {
         }
         ops.extend(change.stale.into_iter().map(Op::Stale));
         append(&mut self.later.garbage, change.garbage);
+        self.later.sets.extend(change.sets);
         ops
     }
 
@@ -193,6 +207,7 @@ impl Compiler {
         ops.extend(change.fresh);
         ops.extend(change.neutral);
         self.later.garbage.extend(change.garbage);
+        self.later.sets.extend(change.sets);
         ops
     }
 
@@ -201,6 +216,7 @@ impl Compiler {
     pub fn unsettled(&self) -> bool {
         !(self.later.unsettled.is_empty()
             && self.later.garbage.is_empty()
+            && self.later.sets.is_empty()
             && self.later.blocks.is_empty()
             && self.later.reasons.is_empty())
     }
