@@ -11,7 +11,6 @@ use super::identify::labels_of;
 use super::number::{Identity, Nature, RowId, SetId, Target};
 use super::op::{Op, Stale};
 use super::peers::Who;
-use super::plan::Item;
 use super::rule::{Match, Policy};
 use super::set::{Base, Deviation, NewRows, Set, SetKey};
 use crate::ident::Family;
@@ -208,7 +207,7 @@ impl Compiler {
         for peer in set.peers() {
             self.peers.dismiss(peer, id);
         }
-        self.later.settled_all(Item::Peer(id, Identity(0))..=Item::Peer(id, Identity(u32::MAX)));
+        self.later.settled_entries(id, |identity| set.has(identity));
         // Entries that this event removed have not been written yet, and need not be.
         let gone: Vec<_> =
             self.change.peers.range((id, Identity(0))..=(id, Identity(u32::MAX))).map(|(k, v)| (*k, *v)).collect();

@@ -7,7 +7,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
@@ -84,10 +83,12 @@ impl Later {
         self.unsettled.remove(&item);
     }
 
-    /// As [`Later::settled`], for all of a range.
-    pub(super) fn settled_all(&mut self, items: RangeInclusive<Item>) {
-        let gone: Vec<Item> = self.unsettled.range(items).map(|(item, _)| *item).collect();
-        for item in gone {
+    /// As [`Later::settled`], for the entries that a set still has. One that it had in a phase only is not among these, and is removed when the
+    /// other phase is brought up to date.
+    pub(super) fn settled_entries(&mut self, set: SetId, has: impl Fn(Identity) -> bool) {
+        let all = self.unsettled.range(Item::Peer(set, Identity(0))..=Item::Peer(set, Identity(u32::MAX)));
+        let items = all.map(|(item, _)| *item).filter(|item| matches!(item, Item::Peer(_, of) if has(*of)));
+        for item in items.collect::<Vec<_>>() {
             self.unsettled.remove(&item);
         }
     }
