@@ -274,7 +274,7 @@ impl State {
         for address in addresses.iter() {
             value.identities[Family::of(address) as usize] = found.identity(address, found.phase);
         }
-        self.run([0, 1].map(|phase| Op::Endpoint { slot, phase, value }).to_vec());
+        self.run([0, 1].map(|phase| Op::Endpoint { slot, phase, value: Box::new(value) }).to_vec());
     }
 
     pub(super) fn forget_gone(&mut self) {

@@ -11,7 +11,6 @@ use super::identify::labels_of;
 use super::number::{Identity, Nature, RowId, SetId, Target};
 use super::op::{Op, Stale};
 use super::peers::Who;
-use super::plan::Item;
 use super::rule::{Match, Policy};
 use super::set::{Base, Deviation, NewRows, Set, SetKey};
 use crate::ident::Family;
@@ -202,22 +201,20 @@ impl Compiler {
 
     /// Removes a set that no endpoint uses.
     pub(super) fn drop_set(&mut self, id: SetId) {
-        let Some(set) = self.sets.remove(&id) else { return };
+        let Some(mut set) = self.sets.remove(&id) else { return };
         self.set_keys.remove(&set.key);
         self.curious.remove(&id);
         for peer in set.peers() {
             self.peers.dismiss(peer, id);
         }
-        self.later.settled_all(Item::Peer(id, Identity(0))..=Item::Peer(id, Identity(u32::MAX)));
-        let drop = |identity| Op::DropPeer { set: id, identity };
-        self.change.garbage.extend(set.entries().iter().map(|(identity, _)| drop(*identity)));
+        self.later.settled_entries(id, |identity| set.has(identity));
         // Entries that this event removed have not been written yet, and need not be.
         let gone: Vec<_> =
             self.change.peers.range((id, Identity(0))..=(id, Identity(u32::MAX))).map(|(k, v)| (*k, *v)).collect();
         for (key, (old, _)) in gone {
             self.change.peers.remove(&key);
             if old != Target::NONE && !set.has(key.1) {
-                self.change.garbage.push(drop(key.1));
+                self.change.garbage.push(Op::DropPeer { set: id, identity: key.1 });
             }
         }
         for (row, entries) in set.tables() {
@@ -225,6 +222,7 @@ impl Compiler {
             self.change.garbage.push(Op::DropRow { row: *row, entries: entries.clone() });
         }
         self.later.reasons.extend_from_slice(set.reasons());
+        self.change.sets.push((id, set.end()));
     }
 }
 

@@ -257,17 +257,21 @@ impl Classes {
         let seen = |profile: &Profile| -> ClassKey {
             (profile.labels.filtered(|key| new_keys.contains(key)), named(profile).into())
         };
-        let blank = |profile: &Profile| {
-            new_keys.iter().all(|key| profile.labels.get(key).is_none()) && named(profile).is_empty()
-        };
-        let alike = |a: &Profile, b: &Profile| {
-            new_keys.iter().all(|key| a.labels.get(key) == b.labels.get(key)) && named(a) == named(b)
-        };
         let mut splits: Vec<(ClassId, HashMap<ClassKey, (usize, Vec<ProfileId>)>)> = Vec::new();
+        let mut values: Vec<Option<&str>> = Vec::new();
         for (id, class) in &self.classes {
+            let like = &class.like;
+            values.clear();
+            values.extend(new_keys.iter().map(|key| like.labels.get(key)));
+            let alike = |other: &Profile| {
+                let labels = other.labels.is(&like.labels)
+                    || new_keys.iter().zip(&values).all(|(key, value)| other.labels.get(key) == *value);
+                labels && (new_names.is_empty() || named(other) == named(like))
+            };
             let mut members = class.profiles.iter().filter_map(|member| self.profiles.get(member));
-            let whole = members.all(|state| alike(&state.profile, &class.like));
-            if whole && blank(&class.like) {
+            let whole = members.all(|state| alike(&state.profile));
+            let blank = values.iter().all(Option::is_none) && (new_names.is_empty() || named(like).is_empty());
+            if whole && blank {
                 continue;
             }
             if let Some(space) = self.namespaces.get_mut(&class.like.namespace) {

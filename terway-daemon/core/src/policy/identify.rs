@@ -254,7 +254,7 @@ impl Compiler {
             }
             self.later.settled(Item::Endpoint(slot));
             for phase in [0, 1] {
-                self.change.neutral.push(Op::Endpoint { slot, phase, value });
+                self.change.neutral.push(Op::Endpoint { slot, phase, value: Box::new(value) });
             }
         }
     }

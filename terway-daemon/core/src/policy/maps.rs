@@ -73,7 +73,7 @@ impl Maps {
                 self.blocks.remove(net);
             }
             Op::Endpoint { slot, phase, value } => {
-                self.endpoints.entry(*slot).or_default()[phase & 1] = *value;
+                self.endpoints.entry(*slot).or_default()[phase & 1] = **value;
             }
             Op::Gate { phase, enforce } => {
                 self.phase = phase & 1;

@@ -98,8 +98,8 @@ pub enum Op {
         slot: u32,
         /// The phase it is written for.
         phase: usize,
-        /// The entry.
-        value: EndpointPolicy,
+        /// The entry. The rarest operation, and the largest: in a box, or each of the others would be twice as large.
+        value: Box<EndpointPolicy>,
     },
     /// Says which phase counts, and whether policies are enforced at all.
     Gate {

@@ -7,7 +7,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
@@ -27,7 +26,12 @@ pub(super) struct Change {
     pub(super) stale: BTreeSet<Stale>,
     /// Removals of what nothing refers to any more.
     pub(super) garbage: Vec<Op>,
+    /// Sets that are gone, with their entries.
+    pub(super) sets: Vec<GoneSet>,
 }
+
+/// A set's number, and what it spoke of.
+pub(super) type GoneSet = (SetId, Vec<(Identity, Target)>);
 
 impl Change {
     /// An address has another identity, and with it perhaps another answer.
@@ -65,6 +69,8 @@ pub(super) struct Later {
     unsettled: BTreeMap<Item, Value>,
     /// Entries that nothing refers to any more.
     garbage: Vec<Op>,
+    /// Sets that are gone. Their entries become operations when it is their turn: a change has enough of its own.
+    sets: Vec<GoneSet>,
     /// Reasons of sets that are gone: events that name them may still be on their way.
     pub(super) reasons: Vec<ReasonId>,
     /// Blocks that no policy names any more.
@@ -77,17 +83,19 @@ impl Later {
         self.unsettled.remove(&item);
     }
 
-    /// As [`Later::settled`], for all of a range.
-    pub(super) fn settled_all(&mut self, items: RangeInclusive<Item>) {
-        let gone: Vec<Item> = self.unsettled.range(items).map(|(item, _)| *item).collect();
-        for item in gone {
+    /// As [`Later::settled`], for the entries that a set still has. One that it had in a phase only is not among these, and is removed when the
+    /// other phase is brought up to date.
+    pub(super) fn settled_entries(&mut self, set: SetId, has: impl Fn(Identity) -> bool) {
+        let all = self.unsettled.range(Item::Peer(set, Identity(0))..=Item::Peer(set, Identity(u32::MAX)));
+        let items = all.map(|(item, _)| *item).filter(|item| matches!(item, Item::Peer(_, of) if has(*of)));
+        for item in items.collect::<Vec<_>>() {
             self.unsettled.remove(&item);
         }
     }
 
     /// Brings the other phase up to date and removes what is not needed, all behind a fence.
     fn flush(&mut self, phase: usize, ops: &mut Vec<Op>) {
-        if self.unsettled.is_empty() && self.garbage.is_empty() {
+        if self.unsettled.is_empty() && self.garbage.is_empty() && self.sets.is_empty() {
             return;
         }
         ops.push(Op::Fence);
@@ -95,6 +103,10 @@ impl Later {
             ops.push(write(item, value, value, phase));
         }
         ops.append(&mut self.garbage);
+        ops.reserve(self.sets.iter().map(|(_, entries)| entries.len()).sum());
+        for (set, entries) in std::mem::take(&mut self.sets) {
+            ops.extend(entries.into_iter().map(|(identity, _)| Op::DropPeer { set, identity }));
+        }
     }
 }
 
@@ -118,7 +130,9 @@ fn write(item: Item, now: Value, next: Value, phase: usize) -> Op {
             Op::Peer { set, identity, targets: pair(now, next, phase) }
         }
         // Endpoints have an entry for each phase: only the one that does not count is ever written.
-        (Item::Endpoint(slot), _, Value::Endpoint(value)) => Op::Endpoint { slot, phase: 1 - phase, value },
+        (Item::Endpoint(slot), _, Value::Endpoint(value)) => {
+            Op::Endpoint { slot, phase: 1 - phase, value: Box::new(value) }
+        }
         _ => Op::Fence,
     }
 }
@@ -170,6 +184,7 @@ impl Compiler {
         }
         ops.extend(change.stale.into_iter().map(Op::Stale));
         append(&mut self.later.garbage, change.garbage);
+        self.later.sets.extend(change.sets);
         ops
     }
 
@@ -193,6 +208,7 @@ impl Compiler {
         ops.extend(change.fresh);
         ops.extend(change.neutral);
         self.later.garbage.extend(change.garbage);
+        self.later.sets.extend(change.sets);
         ops
     }
 
@@ -201,6 +217,7 @@ impl Compiler {
     pub fn unsettled(&self) -> bool {
         !(self.later.unsettled.is_empty()
             && self.later.garbage.is_empty()
+            && self.later.sets.is_empty()
             && self.later.blocks.is_empty()
             && self.later.reasons.is_empty())
     }

@@ -182,7 +182,7 @@ impl Compiler {
         self.change.endpoints.remove(&slot);
         if let Some(endpoint) = self.endpoints.get(&slot) {
             let value = endpoint.value;
-            self.change.fresh.extend([0, 1].map(|phase| Op::Endpoint { slot, phase, value }));
+            self.change.fresh.extend([0, 1].map(|phase| Op::Endpoint { slot, phase, value: Box::new(value) }));
         }
     }
 

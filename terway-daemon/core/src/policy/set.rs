@@ -292,6 +292,11 @@ impl Set {
         self.entries = all;
     }
 
+    /// Its entries, when nobody uses it any more.
+    pub(super) fn end(&mut self) -> Vec<(Identity, Target)> {
+        std::mem::take(&mut self.entries)
+    }
+
     /// Forgets an identity; whether there was an entry.
     pub(super) fn forget(&mut self, identity: Identity) -> bool {
         self.place(identity).is_ok_and(|at| {

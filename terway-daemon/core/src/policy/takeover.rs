@@ -86,8 +86,8 @@ impl Compiler {
             });
         }
         for (slot, values) in &wanted.endpoints {
-            ops.push(Op::Endpoint { slot: *slot, phase: new, value: values[new] });
-            after.push(Op::Endpoint { slot: *slot, phase: old, value: values[new] });
+            ops.push(Op::Endpoint { slot: *slot, phase: new, value: Box::new(values[new]) });
+            after.push(Op::Endpoint { slot: *slot, phase: old, value: Box::new(values[new]) });
         }
         ops.push(Op::Gate { phase: new, enforce: wanted.enforce });
         ops.push(Op::Stale(Stale::All));

@@ -148,6 +148,7 @@ impl Cluster {
             let peer = json!({"podSelector": {"matchExpressions": [{"key": key, "operator": "Exists"}]}});
             network_policy(3, "key", &json!({"podSelector": {}, "ingress": [{"from": [peer]}]}))
         };
+        let no_block = Event::NetworkPolicy(ObjectName::new("ns3", "block"), None);
         let keys = ["version", "app.kubernetes.io/name", "app.kubernetes.io/part-of", "app.kubernetes.io/managed-by"];
         let kinds = [
             ("new_pod_of_known_labels", (0..50).map(|n| extra(n, None)).collect()),
@@ -160,7 +161,8 @@ impl Cluster {
             ("namespace_labels", (0..50).map(|s| namespace(s, (s + 1) % 50)).collect()),
             ("block_outside", (0..50).map(|n| block(&format!("198.51.100.{n}/32"))).collect()),
             ("block_of_a_namespace", (0..20).map(|n| block(&format!("{}/25", address(n, 0)))).collect()),
-            ("block_of_all_pods", (1..8).map(|bits| block(&format!("10.0.0.0/{bits}"))).collect()),
+            // At last it is gone again, or there were nothing left to forbid.
+            ("block_of_all_pods", (1..8).map(|bits| block(&format!("10.0.0.0/{bits}"))).chain([no_block]).collect()),
             ("label_key_of_all_pods", keys.map(key).into()),
             ("cluster_policy_of_a_third", (0..7).map(admin).collect()),
         ];

@@ -39,8 +39,9 @@ fn a_change_asks_for_what_it_changes_and_not_for_what_there_is() {
     let (small, large) = (most(120), most(240));
     for (kind, [operations, selectors, answers]) in &large {
         println!("{kind:<28} {operations:>6} operations {selectors:>6} selectors {answers:>6} answers");
-        // A set may be asked about what it then does not speak of, but not often.
-        assert!(*answers <= 2 * operations + 400, "{kind}: {answers} answers for {operations} operations");
+        // A set may be asked about what it then does not speak of, but not often; only a block that lets everybody in leaves nothing to say.
+        let idle = *kind == "block_of_all_pods";
+        assert!(idle || *answers <= 2 * operations + 400, "{kind}: {answers} answers for {operations} operations");
     }
     // Asked are the policies that may select a pod here (10 of its namespace for each of its four pods), the selectors of new peers (each
     // namespace and class once), and for a new identity every selector in use.

@@ -347,3 +347,21 @@ fn small_changes_write_little() {
     assert!(addresses <= 1, "the node's own at most: {ops:?}");
     assert!(node.tcp("y/far20", "x/a1", 80) && !node.tcp("y/a3", "x/a1", 80));
 }
+
+#[test]
+fn a_set_that_goes_leaves_nothing_of_what_it_said_in_one_phase_only() {
+    let mut node = Node::new();
+    node.namespace("y", json!({"team": "t"}));
+    node.local("x/a1", json!({}));
+    node.pod("y/b2", json!({}));
+    let peer = json!({"namespaceSelector": {"matchLabels": {"team": "t"}}});
+    node.policy("x/p", json!({"podSelector": {}, "ingress": [{"from": [peer], "ports": [{"port": 80}]}]}));
+    assert!(!node.maps.peers.is_empty());
+    // The entries go with the label, in the phase that counts; before the other one follows, the set goes as a whole.
+    node.namespace("y", json!({}));
+    node.delete(Kind::NetworkPolicy, "x/p");
+    for _ in 0..2 {
+        node.compiler.settle().iter().for_each(|op| node.maps.apply(op));
+    }
+    assert_eq!(node.maps.peers, node.compiler.maps().peers);
+}
