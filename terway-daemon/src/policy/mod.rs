@@ -9,7 +9,6 @@ mod metrics;
 mod state;
 mod view;
 
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +22,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tracing::warn;
 
 use crate::bpf::{self, Datapath};
+use crate::follow::{self, burst, until};
 
 pub use metrics::PolicyMetrics;
 use state::{State, Work};
@@ -84,7 +84,7 @@ impl Policies {
     pub fn start(setup: Setup) -> Result<(Arc<Self>, mpsc::UnboundedSender<News>), Error> {
         let Setup { datapath, mut addresses, mut config, metrics } = setup;
         let enforce = config.borrow_and_update().policy_enabled;
-        let node = ips(&addresses.borrow_and_update());
+        let node = follow::addresses(&mut addresses);
         let state = State::new(datapath, metrics, node, enforce)
             .map_err(|error| Error::new(errors::POLICY_FAILED, error.to_string()))?;
         let this = Arc::new(Self { state: Mutex::new(state), changed: Notify::new(), started: Instant::now() });
@@ -176,14 +176,8 @@ impl Policies {
         let mut due = None;
         loop {
             let work = tokio::select! {
-                Some(first) = news.recv() => {
-                    let mut all = vec![first];
-                    while let Ok(more) = news.try_recv() {
-                        all.push(more);
-                    }
-                    Work::News(all)
-                }
-                Ok(()) = addresses.changed() => Work::Addresses(ips(&addresses.borrow_and_update())),
+                Some(first) = news.recv() => Work::News(burst(first, || news.try_recv().ok())),
+                Ok(()) = addresses.changed() => Work::Addresses(follow::addresses(&mut addresses)),
                 Ok(()) = config.changed() => Work::Enforce(config.borrow_and_update().policy_enabled),
                 () = self.changed.notified() => {
                     due = Some(Instant::now() + IDLE);
@@ -213,16 +207,5 @@ impl Policies {
             this.state().settle(generation).then(|| Instant::now() + IDLE)
         };
         tokio::task::spawn_blocking(work).await.unwrap_or(Some(Instant::now() + RETRY))
-    }
-}
-
-fn ips(nets: &[IpNet]) -> Vec<IpAddr> {
-    nets.iter().map(IpNet::addr).collect()
-}
-
-async fn until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due.into()).await,
-        None => std::future::pending().await,
     }
 }

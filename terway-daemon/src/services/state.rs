@@ -73,6 +73,8 @@ pub(super) struct State {
     outlets: Outlets,
     /// A backend's life has ended since somebody asked.
     lives_ended: bool,
+    /// When free memory is given back.
+    tidy: Option<Instant>,
 }
 
 impl fmt::Debug for State {
@@ -120,6 +122,7 @@ impl State {
             failure: None,
             outlets,
             lives_ended: false,
+            tidy: None,
         }
     }
 
@@ -144,7 +147,7 @@ impl State {
         }
         let (frontends, backends) = self.datapath.service_counts();
         self.metrics.entries(frontends, backends);
-        self.retire.front().map(|(due, _)| *due).into_iter().chain(self.retry).min()
+        self.retire.front().map(|(due, _)| *due).into_iter().chain(self.retry).chain(self.tidy).min()
     }
 
     fn news(&mut self, mut batches: Vec<Batch>, start: Instant) -> Result<(), BpfError> {
@@ -181,6 +184,10 @@ impl State {
                 info!("Services are written again");
             }
         }
+        if self.tidy.is_some_and(|tidy| tidy <= now) {
+            self.tidy = None;
+            give_back_memory();
+        }
         Ok(())
     }
 
@@ -204,7 +211,8 @@ impl State {
         // Some may have ended before this daemon looked.
         self.lives_ended = true;
         let services = self.objects.services().len();
-        give_back_memory();
+        // Not now: those who were told of all objects have not yet let go of them.
+        self.tidy = Some(Instant::now() + RETIRE_AFTER);
         info!(services, frontends_found = found, writes = now, for_later = later, took = ?start.elapsed(), "Services are in force");
         Ok(())
     }

@@ -98,12 +98,16 @@ fn run(cli: &Cli) -> Result<bool> {
         show(svc::sync::measure(cluster.node(1))?);
         cluster.finish()?;
 
-        let cluster = Cluster::start(&svc::sync::node()?)?;
+        let cluster = Cluster::start(&svc::traffic::node()?)?;
         let node = cluster.node(1);
         let (mut client, mut near) = (node.new_pod("client")?, node.new_pod("near")?);
         node.add(&mut client)?;
         node.add(&mut near)?;
-        show(svc::traffic::measure(node, &client, &near, cluster.prefix())?);
+        let mut traffic = svc::traffic::Traffic::create(node, &client, &near, cluster.prefix())?;
+        for size in svc::traffic::SIZES {
+            show(traffic.measure(size)?);
+        }
+        drop(traffic);
         node.del(&client)?;
         node.del(&near)?;
         drop((client, near));
