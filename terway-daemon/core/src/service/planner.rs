@@ -1,6 +1,7 @@
 //! The incremental planner: changes of objects in, operations on the maps out.
 
 mod complaints;
+mod held;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -11,10 +12,10 @@ use ipnet::IpNet;
 use smallvec::SmallVec;
 
 use self::complaints::Complaints;
+use self::held::{BackendEntry, Claim, FrontendEntry, HeldPort, Holding, Life, TableEntry};
 use super::ids::Ids;
 use super::model::{
-    Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op, Owner, Plan,
-    PortId, Selection, Table, TableId,
+    BackendId, BackendKey, Frontend, FrontendKey, Kernel, Member, Op, Owner, Plan, PortId, Selection, Table, TableId,
 };
 use super::settings::{Here, NodeFacts, Settings};
 use super::want::{self, BackendFacts, Wanted, WantedPort, WantedSelection, Weights};
@@ -35,80 +36,6 @@ pub struct PortView {
     pub id: PortId,
     /// Its frontends.
     pub frontends: Vec<FrontendKey>,
-}
-
-/// What an owner holds at the moment.
-#[derive(Debug, Default)]
-struct Holding {
-    ports: Vec<HeldPort>,
-    backends: Vec<BackendKey>,
-    health: Option<u16>,
-}
-
-#[derive(Debug)]
-struct HeldPort {
-    name: Arc<str>,
-    protocol: Protocol,
-    id: PortId,
-    ranges: BTreeSet<IpNet>,
-    tables: Vec<Arc<Table>>,
-    frontends: Vec<FrontendKey>,
-}
-
-/// One of a hundred thousand: no byte twice, and no allocation for the one owner that most have.
-#[derive(Debug)]
-struct BackendEntry {
-    id: BackendId,
-    written: Option<Life>,
-    claims: SmallVec<[(Arc<Owner>, BackendFacts); 1]>,
-}
-
-/// A [`Backend`] without its key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Life {
-    state: BackendState,
-    local: bool,
-    generation: u32,
-}
-
-impl Life {
-    const fn of(backend: &Backend) -> Self {
-        Self { state: backend.state, local: backend.local, generation: backend.generation }
-    }
-
-    const fn at(self, key: BackendKey) -> Backend {
-        Backend { key, state: self.state, local: self.local, generation: self.generation }
-    }
-}
-
-#[derive(Debug)]
-struct TableEntry {
-    id: TableId,
-    written: bool,
-    users: u32,
-}
-
-/// Somebody's wish for a frontend.
-#[derive(Debug)]
-struct Claim {
-    owner: Arc<Owner>,
-    /// The port's place in the owner.
-    place: u32,
-    frontend: Frontend,
-}
-
-impl Claim {
-    /// What orders claims of one frontend.
-    fn rank(&self) -> (FrontendKind, &Owner, u32) {
-        (self.frontend.kind, &self.owner, self.place)
-    }
-}
-
-#[derive(Debug, Default)]
-struct FrontendEntry {
-    written: Option<Frontend>,
-    /// In the order of their ranks; the first one holds.
-    claims: SmallVec<[Claim; 1]>,
 }
 
 /// What one update has touched.

@@ -160,7 +160,8 @@ pub fn measure(node: &Node) -> Result<Vec<Figure>> {
         seen = now;
     }
     let after = memory(node, "VmRSS:")?;
-    // A restart over maps that are right already.
+    // A restart over maps that are right already, and hold nothing that still waited for its removal.
+    std::thread::sleep(SETTLED);
     node.stop_daemon()?;
     node.start_daemon()?;
     node.wait_ready(PATIENCE)?;

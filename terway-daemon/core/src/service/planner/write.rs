@@ -1,6 +1,7 @@
 //! The second half of planning: from what was touched to operations in their order.
 
-use super::{Life, Planner, Touched};
+use super::held::Life;
+use super::{Planner, Touched};
 use crate::objects::Protocol;
 use crate::service::model::{BackendKey, BackendState, Op, Plan};
 use crate::service::want::{self, BackendFacts};
