@@ -93,6 +93,16 @@ fn give_back_memory() {
     }
 }
 
+/// Has tables of more than a megabyte mapped each on its own. By default the C library stops doing so once one was freed, and a table that
+/// grows then leaves its former places, and the room it does not use yet, as resident memory.
+fn map_large_tables() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the call has no preconditions.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+    }
+}
+
 impl State {
     pub(super) fn new(
         datapath: Arc<Datapath>,
@@ -101,6 +111,7 @@ impl State {
         metrics: ServiceMetrics,
         outlets: Outlets,
     ) -> Self {
+        map_large_tables();
         // An earlier daemon's Services are served, whoever reads objects now.
         if !datapath.frontends().is_empty() {
             outlets.in_force.send_replace(true);

@@ -100,17 +100,20 @@ fn run(cli: &Cli) -> Result<bool> {
 
         let cluster = Cluster::start(&svc::traffic::node()?)?;
         let node = cluster.node(1);
-        let (mut client, mut near) = (node.new_pod("client")?, node.new_pod("near")?);
-        node.add(&mut client)?;
-        node.add(&mut near)?;
-        let mut traffic = svc::traffic::Traffic::create(node, &client, &near, cluster.prefix())?;
+        let mut pods = [node.new_pod("client")?, node.new_pod("near")?, node.new_pod("behind")?];
+        for pod in &mut pods {
+            node.add(pod)?;
+        }
+        let [client, near, behind] = &pods;
+        let mut traffic = svc::traffic::Traffic::create(node, client, near, behind, cluster.prefix())?;
         for size in svc::traffic::SIZES {
             show(traffic.measure(size)?);
         }
         drop(traffic);
-        node.del(&client)?;
-        node.del(&near)?;
-        drop((client, near));
+        for pod in &pods {
+            node.del(pod)?;
+        }
+        drop(pods);
         cluster.finish()?;
     }
     if wanted(Name::Path) {

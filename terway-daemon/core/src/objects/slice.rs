@@ -207,9 +207,7 @@ fn endpoint(kind: AddressType, raw: RawEndpoint) -> Result<Endpoint, String> {
         terminating: raw.conditions.terminating.unwrap_or(false),
         node: raw.node_name.or_else(|| topology("kubernetes.io/hostname")),
         zone: raw.zone.or_else(|| topology("topology.kubernetes.io/zone")),
-        hints: raw
-            .hints
-            .map(|hints| Box::new(Hints { nodes: names(hints.for_nodes), zones: names(hints.for_zones) })),
+        hints: raw.hints.map(|hints| Box::new(Hints { nodes: names(hints.for_nodes), zones: names(hints.for_zones) })),
         target: raw.target_ref.and_then(|t| {
             let namespace = t.namespace.unwrap_or_else(|| Arc::from(""));
             Some(Box::new(TargetRef { kind: t.kind?, namespace, name: t.name? }))

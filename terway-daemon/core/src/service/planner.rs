@@ -289,10 +289,8 @@ impl Planner {
         for (_, slice) in objects.slices().range(from..).take_while(|(name, _)| name.namespace == *namespace) {
             let targets = slice.endpoints.iter().filter_map(|e| e.target.as_ref());
             if targets.into_iter().any(|t| *t.name == *delta.name.name) {
-                let service = slice.service().map(|name| ObjectName {
-                    namespace: Arc::clone(namespace),
-                    name: Arc::clone(name),
-                });
+                let service =
+                    slice.service().map(|name| ObjectName { namespace: Arc::clone(namespace), name: Arc::clone(name) });
                 dirty.extend(service.map(Owner::Service));
             }
         }
@@ -304,10 +302,8 @@ impl Planner {
             Owner::Service(name) => {
                 let service: &Service = objects.services().get(name)?;
                 let names = self.slices_of.get(name).into_iter().flatten();
-                let named = |slice: &Arc<str>| ObjectName {
-                    namespace: Arc::clone(&name.namespace),
-                    name: Arc::clone(slice),
-                };
+                let named =
+                    |slice: &Arc<str>| ObjectName { namespace: Arc::clone(&name.namespace), name: Arc::clone(slice) };
                 let slices: Vec<Arc<EndpointSlice>> = names
                     .filter_map(|slice| objects.slices().get(&named(slice)))
                     .filter(|slice| !super::endpoints::ignored(&slice.meta))
@@ -348,7 +344,12 @@ impl Planner {
         plan
     }
 
-    fn claim_backends(&mut self, owner: &Arc<Owner>, wanted: &BTreeMap<BackendKey, BackendFacts>, touched: &mut Touched) {
+    fn claim_backends(
+        &mut self,
+        owner: &Arc<Owner>,
+        wanted: &BTreeMap<BackendKey, BackendFacts>,
+        touched: &mut Touched,
+    ) {
         for (key, facts) in wanted {
             let id = &mut self.backend_ids;
             let entry = self.backends.entry(*key).or_insert_with(|| BackendEntry {

@@ -27,8 +27,10 @@ const KINDS: [Kind; 3] = [Kind::TcpRr, Kind::TcpCrr, Kind::UdpRr];
 const TURNS: Turns = Turns { count: 16, length: Duration::from_millis(250) };
 /// Longest time until the maps hold what the folder does.
 const PATIENCE: Duration = Duration::from_secs(240);
-/// The Service that is used; the others stand around it.
+/// The Service that is used by packets; the others stand around it.
 const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 200, 1);
+/// The one that is used at the socket.
+const AT_SOCKET: Ipv4Addr = Ipv4Addr::new(10, 96, 200, 2);
 
 /// One node, whose cgroup threads may enter.
 ///
@@ -44,6 +46,7 @@ pub struct Traffic<'a> {
     node: &'a Node,
     /// From outside of the node's cgroup.
     direct: Ends,
+    vip: Ends,
     nftables: Routed,
     iptables: Routed,
     /// Services there are.
@@ -51,26 +54,32 @@ pub struct Traffic<'a> {
 }
 
 impl<'a> Traffic<'a> {
-    /// Serves `near` for `client`, on a node whose daemon watches its folder of objects.
+    /// Serves `behind` for `client`, on a node whose daemon watches its folder of objects; `near` is its direct neighbour.
+    ///
+    /// They are two, because a connection to a pod and one through its Service from the same port look alike there, and one gets another port.
     ///
     /// # Errors
     /// When the kernel refuses, or the daemon does not serve it.
-    pub fn create(node: &'a Node, client: &Pod, near: &Pod, prefix: &str) -> Result<Self> {
-        node.put_service(&ServiceSpec {
-            name: "hot".to_owned(),
-            cluster_ips: vec![IpAddr::V4(VIP)],
-            ports: vec![(PORT, PORT)],
-            endpoints: vec![(vec![near.v4()?], node.name().to_owned())],
-        })?;
-        await_service(node, "default/hot")?;
+    pub fn create(node: &'a Node, client: &Pod, near: &Pod, behind: &Pod, prefix: &str) -> Result<Self> {
+        for (name, vip, pod) in [("hot", VIP, behind), ("socket", AT_SOCKET, near)] {
+            node.put_service(&ServiceSpec {
+                name: name.to_owned(),
+                cluster_ips: vec![IpAddr::V4(vip)],
+                ports: vec![(PORT, PORT)],
+                endpoints: vec![(vec![pod.v4()?], node.name().to_owned())],
+            })?;
+            await_service(node, &format!("default/{name}"))?;
+        }
+        let ends = |server: &Pod, address| Ends {
+            client: client.ns.path().to_owned(),
+            server: server.ns.path().to_owned(),
+            address,
+            cgroup: None,
+        };
         Ok(Self {
             node,
-            direct: Ends {
-                client: client.ns.path().to_owned(),
-                server: near.ns.path().to_owned(),
-                address: near.v4()?,
-                cgroup: None,
-            },
+            direct: ends(near, near.v4()?),
+            vip: ends(behind, IpAddr::V4(VIP)),
             nftables: Routed::create(&format!("{prefix}-nf"))?,
             iptables: Routed::create(&format!("{prefix}-ip"))?,
             served: 1,
@@ -88,7 +97,7 @@ impl<'a> Traffic<'a> {
             await_service(self.node, &format!("bench/s{}", size - 1))?;
             self.served = size;
         }
-        let vip = to_vip(&self.direct);
+        let vip = self.vip.clone();
         let mut figures = Vec::new();
         for kind in KINDS {
             let (value, anchor) = in_turns(kind, &vip, &self.direct, TURNS)?;
@@ -112,7 +121,7 @@ impl<'a> Traffic<'a> {
     /// The same by a pod whose sockets are served, as its direct connections are.
     fn at_the_socket(&self, size: usize) -> Result<Vec<Figure>> {
         let direct = Ends { cgroup: Some(self.node.cgroup().to_owned()), ..self.direct.clone() };
-        let vip = to_vip(&direct);
+        let vip = Ends { address: IpAddr::V4(AT_SOCKET), ..direct.clone() };
         let measure = |kind| {
             let (value, anchor) = in_turns(kind, &vip, &direct, TURNS)?;
             Ok(figure(&format!("socket_{size}"), kind, value, ("direct", anchor), Bar::Ratio(0.97)))
