@@ -8,6 +8,7 @@ pub mod config_source;
 pub mod conntrack;
 pub mod daemon;
 pub mod engine;
+mod follow;
 pub mod http;
 pub mod identity;
 mod inotify;

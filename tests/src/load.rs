@@ -54,6 +54,8 @@ pub struct Ends {
     pub server: PathBuf,
     /// Where the client connects to.
     pub address: IpAddr,
+    /// The threaded cgroup that the client's socket belongs to; none for that of the benchmark itself.
+    pub cgroup: Option<PathBuf>,
 }
 
 /// Where the servers listen.
@@ -69,7 +71,12 @@ pub fn run(kind: Kind, ends: &Ends, cpu: usize, duration: Duration) -> Result<f6
     let server = serve(kind, ends, cpu, &stop)?;
     let client = {
         let ends = ends.clone();
-        in_netns(ends.client.clone(), cpu, move || client(kind, SocketAddr::new(ends.address, PORT), duration))
+        in_netns(ends.client.clone(), cpu, move || {
+            if let Some(cgroup) = &ends.cgroup {
+                std::fs::write(cgroup.join("cgroup.threads"), "0").context("enter the client's cgroup")?;
+            }
+            client(kind, SocketAddr::new(ends.address, PORT), duration)
+        })
     };
     let figure = client.join().unwrap_or_else(|panic| resume_unwind(panic));
     stop.store(true, Ordering::Release);

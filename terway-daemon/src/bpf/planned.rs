@@ -43,12 +43,44 @@ pub(super) struct Tables {
     maps: Maps,
     /// Mirrors of the maps.
     known_frontends: BTreeMap<FrontendKey, AbiFrontend>,
-    known_backends: BTreeMap<BackendId, terway_abi::Backend>,
+    known_backends: Backends,
     known_ranges: BTreeSet<(PortId, IpNet)>,
     runs: Runs,
     placed: BTreeMap<TableId, (Run, Algorithm)>,
     /// Writes to maps so far.
     writes: u64,
+}
+
+/// Backends by their ids, which are dense: what was given back is handed out first.
+#[derive(Default)]
+struct Backends {
+    /// Without a generation: none.
+    all: Vec<terway_abi::Backend>,
+    count: usize,
+}
+
+impl Backends {
+    fn get(&self, id: u32) -> Option<terway_abi::Backend> {
+        self.all.get(id as usize).copied().filter(|backend| backend.generation != 0)
+    }
+
+    fn insert(&mut self, id: u32, backend: terway_abi::Backend) {
+        let at = id as usize;
+        if self.all.len() <= at {
+            self.all.resize(at + 1, terway_abi::Backend::default());
+        }
+        if let Some(place) = self.all.get_mut(at) {
+            self.count += usize::from(place.generation == 0);
+            *place = backend;
+        }
+    }
+
+    fn remove(&mut self, id: u32) {
+        if let Some(place) = self.all.get_mut(id as usize) {
+            self.count -= usize::from(place.generation != 0);
+            *place = terway_abi::Backend::default();
+        }
+    }
 }
 
 /// The maps themselves.
@@ -82,7 +114,7 @@ impl Tables {
             runs: Runs::new(maps.members.capacity()),
             maps,
             known_frontends: BTreeMap::new(),
-            known_backends: BTreeMap::new(),
+            known_backends: Backends::default(),
             known_ranges: BTreeSet::new(),
             placed: BTreeMap::new(),
             writes: 0,
@@ -93,7 +125,7 @@ impl Tables {
     pub(super) fn recover(&mut self) -> Result<Kernel, BpfError> {
         self.read_frontends()?;
         self.read_ranges()?;
-        self.known_backends.clear();
+        self.known_backends = Backends::default();
         let mut kernel = Kernel { ranges: self.known_ranges.clone(), ..Kernel::default() };
         let mut unused = 0;
         let known = &mut self.known_backends;
@@ -104,7 +136,7 @@ impl Tables {
             }
             kernel.generation = kernel.generation.max(found.generation);
             if let Some(backend) = backend_from(found) {
-                known.insert(BackendId(*index), *found);
+                known.insert(*index, *found);
                 kernel.backends.insert(BackendId(*index), backend);
             }
             ControlFlow::Continue(())
@@ -144,7 +176,7 @@ impl Tables {
 
     /// How many frontends and backends the maps hold.
     pub(super) fn counts(&self) -> (usize, usize) {
-        (self.known_frontends.len(), self.known_backends.len())
+        (self.known_frontends.len(), self.known_backends.count)
     }
 
     /// A run that a frontend names becomes a table. One that cannot be right is not adopted: its frontend gets a new one.
@@ -223,7 +255,7 @@ impl Tables {
                 // Whatever still names this life finds another one.
                 let grave =
                     terway_abi::Backend { generation: backend.generation.wrapping_add(1).max(1), ..Default::default() };
-                self.known_backends.remove(id);
+                self.known_backends.remove(id.0);
                 self.maps.backends.put(&id.0, &grave, 0).map(drop)
             }
             Op::RemoveTable(id) => {
@@ -246,8 +278,8 @@ impl Tables {
             if id.0 >= limit {
                 return Err(BpfError::NoRoom { what: "backends", limit: limit.saturating_sub(1) });
             }
-            let (entry, old) = (backend_to(backend), self.known_backends.get(id));
-            if old == Some(&entry) {
+            let (entry, old) = (backend_to(backend), self.known_backends.get(id.0));
+            if old == Some(entry) {
                 continue;
             }
             if old.is_none() {
@@ -260,7 +292,7 @@ impl Tables {
         self.maps.loads.put_all(&fresh, &vec![0; fresh.len()])?;
         self.writes += ids.len() as u64;
         self.maps.backends.put_all(&ids, &entries)?;
-        self.known_backends.extend(ids.into_iter().map(BackendId).zip(entries));
+        ids.into_iter().zip(entries).for_each(|(id, entry)| self.known_backends.insert(id, entry));
         Ok(())
     }
 

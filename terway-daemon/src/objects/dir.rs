@@ -8,12 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use indexmap::IndexMap;
 use nix::errno::Errno;
 use nix::sys::inotify::AddWatchFlags;
-use terway_core::objects::{Change, Kind, Object, ObjectKey};
+use terway_core::objects::{Change, Interner, Kind, Object, ObjectKey};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
@@ -34,19 +36,36 @@ pub struct DirSource {
     view: View,
 }
 
-/// What the files hold. Objects themselves are not kept: the listener has them.
+/// What the files hold. Objects themselves are not kept: the listener has them, and shares their names.
 #[derive(Debug, Default)]
 pub(super) struct View {
-    files: BTreeMap<PathBuf, FileState>,
-    /// The files that hold an object; the first one counts.
-    holders: BTreeMap<ObjectKey, BTreeSet<PathBuf>>,
+    files: BTreeMap<Arc<Path>, FileState>,
+    /// The file that counts for an object: the first of those that hold it.
+    counts: IndexMap<ObjectKey, Arc<Path>>,
+    /// The others that hold it; few objects have any.
+    besides: BTreeMap<ObjectKey, BTreeSet<Arc<Path>>>,
 }
 
 #[derive(Debug, Default)]
 struct FileState {
-    /// Line and hash of each object.
-    objects: BTreeMap<ObjectKey, (usize, u64)>,
+    /// By key.
+    objects: Box<[Held]>,
     problems: Vec<(usize, String)>,
+}
+
+/// An object as a file holds it.
+#[derive(Debug)]
+struct Held {
+    key: ObjectKey,
+    line: usize,
+    hash: u64,
+}
+
+impl FileState {
+    fn get(&self, key: &ObjectKey) -> Option<&Held> {
+        let at = self.objects.binary_search_by(|held| held.key.cmp(key)).ok()?;
+        self.objects.get(at)
+    }
 }
 
 /// What the kernel said.
@@ -135,8 +154,9 @@ impl DirSource {
     /// Everything, as lists of each kind.
     fn first(&mut self) -> Result<Batch, SourceError> {
         let mut by_kind: BTreeMap<Kind, Vec<Object>> = Kind::ALL.into_iter().map(|kind| (kind, Vec::new())).collect();
+        let mut interner = Interner::default();
         for path in self.list()? {
-            for update in self.view.load(&path) {
+            for update in self.view.load_with(&path, &mut interner) {
                 if let Update::Change(Change::Upsert(object)) = update {
                     by_kind.entry(object.kind()).or_default().push(*object);
                 }
@@ -189,7 +209,7 @@ impl DirSource {
     /// The files that are there and those that were.
     fn everything(&self) -> Result<BTreeSet<PathBuf>, SourceError> {
         let mut paths = self.list()?;
-        paths.extend(self.view.files.keys().cloned());
+        paths.extend(self.view.files.keys().map(|path| path.to_path_buf()));
         Ok(paths)
     }
 }
@@ -203,6 +223,11 @@ fn tell(batch: &Batch) {
 impl View {
     /// Reads one file again, and tells what follows.
     pub(super) fn load(&mut self, path: &Path) -> Vec<Update> {
+        self.load_with(path, &mut Interner::default())
+    }
+
+    /// The same for one of many files, whose objects share strings: what is freed again meanwhile is not scattered between what stays.
+    fn load_with(&mut self, path: &Path, interner: &mut Interner) -> Vec<Update> {
         let (content, whole) = match std::fs::read_to_string(path) {
             Ok(text) => (Some(document::read(path, &text)), true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => (None, true),
@@ -211,29 +236,35 @@ impl View {
                 (Some(Content { objects: Vec::new(), problems }), false)
             }
         };
-        let mut old = self.files.remove(path).unwrap_or_default();
+        let (path, before) = match self.files.remove_entry(path) {
+            Some((path, before)) => (path, before),
+            None => (Arc::from(path), FileState::default()),
+        };
+        let mut old: BTreeMap<ObjectKey, Held> =
+            before.objects.into_iter().map(|held| (held.key.clone(), held)).collect();
         let Some(Content { objects, mut problems }) = content else {
-            return self.settle(path, old.objects.into_keys().collect(), BTreeMap::new());
+            return self.settle(&path, old.into_keys().collect(), BTreeMap::new());
         };
         let broken = !whole || !problems.is_empty();
         let mut fresh: BTreeMap<ObjectKey, Object> = BTreeMap::new();
-        let mut state = BTreeMap::new();
+        let mut state: BTreeMap<ObjectKey, Held> = BTreeMap::new();
         let mut touched = BTreeSet::new();
-        for (line, object) in objects {
+        for (line, mut object) in objects {
+            object.intern(interner);
             let key = object.key();
             if state.contains_key(&key) {
                 problems.push((line, format!("{key} stands in this file twice; the first one counts")));
                 continue;
             }
             let hash = fingerprint(&object);
-            let before = old.objects.remove(&key);
-            state.insert(key.clone(), (line, hash));
-            if before.is_none_or(|(_, known)| known != hash) {
+            let known = old.remove(&key).map(|held| held.hash);
+            state.insert(key.clone(), Held { key: key.clone(), line, hash });
+            if known != Some(hash) {
                 touched.insert(key.clone());
                 fresh.insert(key, object);
             }
         }
-        for (key, before) in old.objects {
+        for (key, before) in old {
             // The document that cannot be used may well be this one's.
             if broken {
                 state.insert(key, before);
@@ -242,39 +273,30 @@ impl View {
             }
         }
         problems.sort();
-        self.files.insert(path.to_owned(), FileState { objects: state, problems });
-        self.settle(path, touched, fresh)
+        let objects = state.into_values().collect();
+        self.files.insert(Arc::clone(&path), FileState { objects, problems });
+        self.settle(&path, touched, fresh)
     }
 
     /// Finds out, for objects whose state in one file changed, which file counts now.
     fn settle(
         &mut self,
-        path: &Path,
+        path: &Arc<Path>,
         touched: BTreeSet<ObjectKey>,
         mut fresh: BTreeMap<ObjectKey, Object>,
     ) -> Vec<Update> {
         let mut updates = Vec::new();
         for key in touched {
-            let holds = self.files.get(path).is_some_and(|file| file.objects.contains_key(&key));
-            let holders = self.holders.entry(key.clone()).or_default();
-            let counted = holders.first().cloned();
-            if holds {
-                holders.insert(path.to_owned())
-            } else {
-                holders.remove(path)
-            };
-            let counts = holders.first().cloned();
-            match counts {
-                None => {
-                    self.holders.remove(&key);
-                    updates.push(Update::Change(Change::Delete(key)));
-                }
-                Some(file) if file == path => {
+            let holds = self.files.get(path).is_some_and(|file| file.get(&key).is_some());
+            let counted = self.counts.get(&key).cloned();
+            match self.holder(path, &key, holds) {
+                None => updates.push(Update::Change(Change::Delete(key))),
+                Some(file) if file == *path => {
                     let object = fresh.remove(&key);
                     updates.extend(object.map(|object| Update::Change(Change::Upsert(Box::new(object)))));
                 }
                 // Another file held it all the while and counts from now on.
-                Some(file) if counted.as_deref() != Some(&*file) => {
+                Some(file) if counted.as_ref() != Some(&file) => {
                     let object = std::fs::read_to_string(&file).ok().and_then(|text| {
                         document::read(&file, &text).objects.into_iter().find(|(_, o)| o.key() == key)
                     });
@@ -286,25 +308,47 @@ impl View {
         updates
     }
 
+    /// Notes whether a file holds an object, and tells which one counts for it now.
+    fn holder(&mut self, path: &Arc<Path>, key: &ObjectKey, holds: bool) -> Option<Arc<Path>> {
+        let first = self.counts.get(key);
+        if first.is_none_or(|first| first == path) && !self.besides.contains_key(key) {
+            if holds {
+                self.counts.insert(key.clone(), Arc::clone(path));
+                return Some(Arc::clone(path));
+            }
+            self.counts.swap_remove(key);
+            return None;
+        }
+        let mut all = self.besides.remove(key).unwrap_or_default();
+        all.extend(self.counts.swap_remove(key));
+        if holds {
+            all.insert(Arc::clone(path));
+        } else {
+            all.remove(path);
+        }
+        let first = all.pop_first()?;
+        self.counts.insert(key.clone(), Arc::clone(&first));
+        if !all.is_empty() {
+            self.besides.insert(key.clone(), all);
+        }
+        Some(first)
+    }
+
     /// All that is wrong at the moment.
     pub(super) fn problems(&self) -> Vec<Problem> {
         let own = self.files.iter().flat_map(|(file, state)| {
             state.problems.iter().map(|(line, reason)| Problem {
-                file: file.clone(),
+                file: file.to_path_buf(),
                 line: *line,
                 reason: reason.clone(),
             })
         });
-        let twice = self.holders.iter().filter(|(_, files)| files.len() > 1).flat_map(|(key, files)| {
-            let winner = files.first();
-            files.iter().skip(1).map(move |file| {
-                let line = self.files.get(file).and_then(|s| s.objects.get(key)).map_or(1, |(line, _)| *line);
-                let first = winner.map(|w| w.display().to_string()).unwrap_or_default();
-                Problem {
-                    file: file.clone(),
-                    line,
-                    reason: format!("{key} stands in {first} too, and that one counts"),
-                }
+        let twice = self.besides.iter().flat_map(|(key, files)| {
+            let first = self.counts.get(key).map(|first| first.display().to_string()).unwrap_or_default();
+            files.iter().map(move |file| {
+                let line = self.files.get(file).and_then(|state| state.get(key)).map_or(1, |held| held.line);
+                let reason = format!("{key} stands in {first} too, and that one counts");
+                Problem { file: file.to_path_buf(), line, reason }
             })
         });
         let mut all: Vec<Problem> = own.chain(twice).collect();
@@ -316,6 +360,6 @@ impl View {
 /// Two states of an object with the same number are taken as the same; it lives in this process only.
 fn fingerprint(object: &Object) -> u64 {
     let mut hasher = DefaultHasher::new();
-    format!("{object:?}").hash(&mut hasher);
+    object.hash(&mut hasher);
     hasher.finish()
 }

@@ -4,10 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use proptest::prelude::*;
 use terway_core::objects::Objects;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use super::dir::View;
 use super::document::read;
 use super::{Batch, DirSource, ObjectSource as _};
 
@@ -239,4 +241,56 @@ async fn a_folder_that_goes_takes_nothing_with_it() {
 async fn a_missing_folder_is_refused() {
     let error = DirSource::new("/nowhere/at/all").unwrap_err().to_string();
     assert!(error.starts_with("cannot watch /nowhere/at/all: "), "{error}");
+}
+
+/// What a file of the property test is given: for each of a few Services the last byte of its address, if it stands there.
+type Written = Option<Vec<Option<u8>>>;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    /// After any writing and removing of files, each Service is as the first file has it that has it at all, every other holder is told, and
+    /// a file that is read again unchanged tells nothing.
+    #[test]
+    fn of_many_holders_the_first_counts(
+        steps in prop::collection::vec(
+            (0..3_usize, prop::option::weighted(0.8, prop::collection::vec(prop::option::of(1..4_u8), 3))), 1..24),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut view, mut objects) = (View::default(), Objects::default());
+        let mut files: [Written; 3] = Default::default();
+        for (at, written) in steps {
+            let path = dir.path().join(format!("{at}.yaml"));
+            match &written {
+                None => drop(fs::remove_file(&path)),
+                Some(all) => {
+                    let held = all.iter().enumerate().filter_map(|(i, ip)| Some((i, (*ip)?)));
+                    let documents: Vec<String> =
+                        held.map(|(i, ip)| service(&format!("s{i}"), &format!("10.96.0.{ip}"))).collect();
+                    fs::write(&path, documents.join("---\n")).unwrap();
+                }
+            }
+            files[at] = written;
+            Batch { updates: view.load(&path), problems: None }.apply(&mut objects);
+
+            let (mut wanted, mut besides) = (Vec::new(), Vec::new());
+            for i in 0..3 {
+                let holders: Vec<(usize, u8)> = (0..3).filter_map(|f| Some((f, files[f].as_ref()?[i]?))).collect();
+                wanted.extend(holders.first().map(|(_, ip)| format!("s{i} 10.96.0.{ip}")));
+                besides.extend(holders.iter().skip(1).map(|(f, _)| (format!("{f}.yaml"), i)));
+            }
+            let served: Vec<String> =
+                objects.services().values().map(|s| format!("{} {}", s.meta.object.name, s.cluster_ips[0])).collect();
+            prop_assert_eq!(served, wanted);
+            let told = view.problems().into_iter().map(|p| {
+                let name = p.file.file_name().unwrap().to_str().unwrap().to_owned();
+                (name, (0..3).find(|i| p.reason.starts_with(&format!("Service default/s{i} stands"))).unwrap())
+            });
+            besides.sort();
+            let mut told: Vec<(String, usize)> = told.collect();
+            told.sort();
+            prop_assert_eq!(told, besides);
+            prop_assert_eq!(view.load(&path), vec![]);
+        }
+    }
 }

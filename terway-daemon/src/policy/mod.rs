@@ -24,6 +24,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tracing::warn;
 
 use crate::bpf::{self, Datapath};
+use crate::follow::{self, burst, until};
 
 use ledger::Ledger;
 pub use metrics::PolicyMetrics;
@@ -86,7 +87,7 @@ impl Policies {
     pub fn start(setup: Setup) -> Result<(Arc<Self>, mpsc::UnboundedSender<News>), Error> {
         let Setup { datapath, mut addresses, mut config, metrics } = setup;
         let enforce = config.borrow_and_update().policy_enabled;
-        let node = ips(&addresses.borrow_and_update());
+        let node = follow::addresses(&mut addresses);
         let ledger = Arc::new(Ledger::new(Arc::clone(&datapath)));
         metrics.count_by(&ledger);
         let state = State::new(datapath, metrics, ledger, node, enforce)
@@ -192,14 +193,8 @@ impl Policies {
         let mut due = None;
         loop {
             let work = tokio::select! {
-                Some(first) = news.recv() => {
-                    let mut all = vec![first];
-                    while let Ok(more) = news.try_recv() {
-                        all.push(more);
-                    }
-                    Work::News(all)
-                }
-                Ok(()) = addresses.changed() => Work::Addresses(ips(&addresses.borrow_and_update())),
+                Some(first) = news.recv() => Work::News(burst(first, || news.try_recv().ok())),
+                Ok(()) = addresses.changed() => Work::Addresses(follow::addresses(&mut addresses)),
                 Ok(()) = config.changed() => Work::Enforce(config.borrow_and_update().policy_enabled),
                 () = self.changed.notified() => {
                     due = Some(Instant::now() + IDLE);
@@ -247,16 +242,5 @@ impl Names<'_> {
     #[must_use]
     pub fn decision(&self, decision: u32) -> Option<v1::FlowDecision> {
         self.0.decision(decision)
-    }
-}
-
-fn ips(nets: &[IpNet]) -> Vec<IpAddr> {
-    nets.iter().map(IpNet::addr).collect()
-}
-
-async fn until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due.into()).await,
-        None => std::future::pending().await,
     }
 }

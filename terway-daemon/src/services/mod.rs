@@ -12,7 +12,6 @@ mod state;
 mod view;
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +26,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{error, warn};
 
 use crate::bpf::Datapath;
+use crate::follow::{self, burst, until};
 use crate::net::Host;
 use crate::objects::{Batch, DirSource, ObjectSource as _, Update};
 use crate::policy::News;
@@ -195,18 +195,12 @@ impl Services {
     }
 
     async fn follow(self: Arc<Self>, mut news: mpsc::Receiver<Batch>, mut addresses: watch::Receiver<Arc<Vec<IpNet>>>) {
-        let first = ips(&addresses.borrow_and_update());
+        let first = follow::addresses(&mut addresses);
         let mut due = self.step(Work::Addresses(first)).await;
         loop {
             let work = tokio::select! {
-                Some(batch) = news.recv() => {
-                    let mut batches = vec![batch];
-                    while let Ok(batch) = news.try_recv() {
-                        batches.push(batch);
-                    }
-                    Work::News(batches)
-                }
-                Ok(()) = addresses.changed() => Work::Addresses(ips(&addresses.borrow_and_update())),
+                Some(batch) = news.recv() => Work::News(burst(batch, || news.try_recv().ok())),
+                Ok(()) = addresses.changed() => Work::Addresses(follow::addresses(&mut addresses)),
                 () = until(due) => Work::Due,
             };
             due = self.step(work).await;
@@ -233,17 +227,6 @@ impl Services {
                 Some(lock(&self.state).distrust())
             }
         }
-    }
-}
-
-fn ips(nets: &[IpNet]) -> Vec<IpAddr> {
-    nets.iter().map(IpNet::addr).collect()
-}
-
-async fn until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due.into()).await,
-        None => std::future::pending().await,
     }
 }
 

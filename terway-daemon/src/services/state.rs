@@ -73,6 +73,8 @@ pub(super) struct State {
     outlets: Outlets,
     /// A backend's life has ended since somebody asked.
     lives_ended: bool,
+    /// When free memory is given back.
+    tidy: Option<Instant>,
 }
 
 impl fmt::Debug for State {
@@ -91,6 +93,16 @@ fn give_back_memory() {
     }
 }
 
+/// Has tables of more than a megabyte mapped each on its own. By default the C library stops doing so once one was freed, and a table that
+/// grows then leaves its former places, and the room it does not use yet, as resident memory.
+fn map_large_tables() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the call has no preconditions.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+    }
+}
+
 impl State {
     pub(super) fn new(
         datapath: Arc<Datapath>,
@@ -99,6 +111,7 @@ impl State {
         metrics: ServiceMetrics,
         outlets: Outlets,
     ) -> Self {
+        map_large_tables();
         // An earlier daemon's Services are served, whoever reads objects now.
         if !datapath.frontends().is_empty() {
             outlets.in_force.send_replace(true);
@@ -120,6 +133,7 @@ impl State {
             failure: None,
             outlets,
             lives_ended: false,
+            tidy: None,
         }
     }
 
@@ -144,7 +158,7 @@ impl State {
         }
         let (frontends, backends) = self.datapath.service_counts();
         self.metrics.entries(frontends, backends);
-        self.retire.front().map(|(due, _)| *due).into_iter().chain(self.retry).min()
+        self.retire.front().map(|(due, _)| *due).into_iter().chain(self.retry).chain(self.tidy).min()
     }
 
     fn news(&mut self, mut batches: Vec<Batch>, start: Instant) -> Result<(), BpfError> {
@@ -181,6 +195,10 @@ impl State {
                 info!("Services are written again");
             }
         }
+        if self.tidy.is_some_and(|tidy| tidy <= now) {
+            self.tidy = None;
+            give_back_memory();
+        }
         Ok(())
     }
 
@@ -204,7 +222,8 @@ impl State {
         // Some may have ended before this daemon looked.
         self.lives_ended = true;
         let services = self.objects.services().len();
-        give_back_memory();
+        // Not now: those who were told of all objects have not yet let go of them.
+        self.tidy = Some(Instant::now() + RETIRE_AFTER);
         info!(services, frontends_found = found, writes = now, for_later = later, took = ?start.elapsed(), "Services are in force");
         Ok(())
     }

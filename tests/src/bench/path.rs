@@ -81,6 +81,7 @@ impl Routed {
             client: self.client.path().to_owned(),
             server: self.server.path().to_owned(),
             address: Self::SERVER.into(),
+            cgroup: None,
         }
     }
 
@@ -91,6 +92,7 @@ impl Routed {
             client: self.server.path().to_owned(),
             server: self.server.path().to_owned(),
             address: [127, 0, 0, 1].into(),
+            cgroup: None,
         }
     }
 }
@@ -111,8 +113,12 @@ pub struct Path {
 /// # Errors
 /// When a pod lacks a family.
 pub fn paths(client: &Pod, near: &Pod, far: &Pod) -> Result<Vec<Path>> {
-    let ends =
-        |to: &Pod, address| Ends { client: client.ns.path().to_owned(), server: to.ns.path().to_owned(), address };
+    let ends = |to: &Pod, address| Ends {
+        client: client.ns.path().to_owned(),
+        server: to.ns.path().to_owned(),
+        address,
+        cgroup: None,
+    };
     Ok(vec![
         Path { name: "same_node_v4", ends: ends(near, near.v4()?), bars: Some((1.1, 1.05)) },
         Path { name: "same_node_v6", ends: ends(near, near.v6()?), bars: None },

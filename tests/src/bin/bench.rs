@@ -100,15 +100,22 @@ fn run(cli: &Cli) -> Result<bool> {
         show(svc::sync::measure(cluster.node(1))?);
         cluster.finish()?;
 
-        let cluster = Cluster::start(&svc::sync::node()?)?;
+        let cluster = Cluster::start(&svc::traffic::node()?)?;
         let node = cluster.node(1);
-        let (mut client, mut near) = (node.new_pod("client")?, node.new_pod("near")?);
-        node.add(&mut client)?;
-        node.add(&mut near)?;
-        show(svc::traffic::measure(node, &client, &near, cluster.prefix())?);
-        node.del(&client)?;
-        node.del(&near)?;
-        drop((client, near));
+        let mut pods = [node.new_pod("client")?, node.new_pod("near")?, node.new_pod("behind")?];
+        for pod in &mut pods {
+            node.add(pod)?;
+        }
+        let [client, near, behind] = &pods;
+        let mut traffic = svc::traffic::Traffic::create(node, client, near, behind, cluster.prefix())?;
+        for size in svc::traffic::SIZES {
+            show(traffic.measure(size)?);
+        }
+        drop(traffic);
+        for pod in &pods {
+            node.del(pod)?;
+        }
+        drop(pods);
         cluster.finish()?;
     }
     if wanted(Name::Policy) {

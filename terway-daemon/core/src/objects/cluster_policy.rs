@@ -124,7 +124,7 @@ pub struct ClusterRule<P> {
 }
 
 /// A policy for the whole cluster.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
 #[serde(try_from = "RawPolicy")]
 pub struct ClusterNetworkPolicy {
     /// Metadata.

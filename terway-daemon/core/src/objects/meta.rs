@@ -29,8 +29,14 @@ impl Labels {
     /// The value of a key.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&str> {
+        self.shared(key).map(|value| &**value)
+    }
+
+    /// The value of a key, for whoever wants to keep it.
+    #[must_use]
+    pub fn shared(&self, key: &str) -> Option<&Arc<str>> {
         let at = self.0.binary_search_by(|(k, _)| (**k).cmp(key)).ok()?;
-        self.0.get(at).map(|(_, value)| &**value)
+        self.0.get(at).map(|(_, value)| value)
     }
 
     /// Key and value of each, by key.
@@ -123,7 +129,7 @@ fn annotations<'de, D: Deserializer<'de>>(from: D) -> Result<Labels, D::Error> {
 }
 
 /// The metadata that all kinds have.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ObjectMeta {
     /// Namespace and name.
     pub object: ObjectName,

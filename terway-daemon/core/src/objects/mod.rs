@@ -194,7 +194,7 @@ impl fmt::Display for ObjectKey {
 }
 
 /// An object of one of the kinds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "each variant is the type of its name")]
 pub enum Object {
     Node(Node),
@@ -270,6 +270,19 @@ impl Object {
             Self::EndpointSlice(o) => &mut o.meta,
             Self::NetworkPolicy(o) => &mut o.meta,
             Self::ClusterNetworkPolicy(o) => &mut o.meta,
+        }
+    }
+
+    /// Gives up its own copies of strings that others have too.
+    pub fn intern(&mut self, interner: &mut Interner) {
+        match self {
+            Self::Node(o) => o.intern(interner),
+            Self::Namespace(o) => o.intern(interner),
+            Self::Pod(o) => o.intern(interner),
+            Self::Service(o) => o.intern(interner),
+            Self::EndpointSlice(o) => o.intern(interner),
+            Self::NetworkPolicy(o) => o.intern(interner),
+            Self::ClusterNetworkPolicy(o) => o.intern(interner),
         }
     }
 

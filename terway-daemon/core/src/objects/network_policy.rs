@@ -87,7 +87,7 @@ struct RawPolicy {
 }
 
 /// A NetworkPolicy.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(from = "RawPolicy")]
 pub struct NetworkPolicy {
     /// Metadata.

@@ -11,7 +11,7 @@ use super::meta::{Interner, ObjectMeta};
 const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// What an address of a node is for (`NodeAddressType`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
 pub enum AddressKind {
     /// Reachable inside the cluster's network.
     #[serde(rename = "InternalIP")]
@@ -46,7 +46,7 @@ struct RawStatus {
 }
 
 /// A node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(try_from = "RawNode")]
 pub struct Node {
     /// Metadata.
@@ -81,7 +81,7 @@ impl TryFrom<RawNode> for Node {
 }
 
 /// A namespace: policies select by its labels. The API server labels each with `kubernetes.io/metadata.name`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 pub struct Namespace {
     /// Metadata.
     #[serde(rename = "metadata", default)]

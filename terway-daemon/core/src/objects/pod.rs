@@ -10,7 +10,7 @@ use super::decode::{ip, null_is_default};
 use super::meta::{Interner, ObjectMeta};
 
 /// Where a pod is in its life.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 pub enum Phase {
     /// Not started, or the phase is not told.
     #[default]
@@ -26,7 +26,7 @@ pub enum Phase {
 }
 
 /// A port that a container names.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodPort {
     /// Its name; empty if it has none.
@@ -98,7 +98,7 @@ struct RawPod {
 }
 
 /// A pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(from = "RawPod")]
 pub struct Pod {
     /// Metadata.

@@ -59,7 +59,7 @@ pub enum IpMode {
 }
 
 /// One entry of `status.loadBalancer.ingress`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LoadBalancerIngress {
     /// The address; none where the balancer is known by name only.
@@ -71,7 +71,7 @@ pub struct LoadBalancerIngress {
 }
 
 /// One port of a Service.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ServicePort {
     /// Its name, which endpoint slices refer to; empty for the only port.
@@ -175,7 +175,7 @@ struct RawService {
 }
 
 /// A Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(try_from = "RawService")]
 pub struct Service {
     /// Metadata.

@@ -24,7 +24,7 @@ pub enum AddressType {
 }
 
 /// Whose traffic an endpoint is meant for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Hints {
     /// Nodes.
     pub nodes: Box<[Arc<str>]>,
@@ -33,7 +33,7 @@ pub struct Hints {
 }
 
 /// What stands behind an endpoint.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TargetRef {
     /// Its kind, most often `Pod`.
     pub kind: Arc<str>,
@@ -43,11 +43,11 @@ pub struct TargetRef {
     pub name: Arc<str>,
 }
 
-/// One endpoint of a slice. All its addresses lead to the same place.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One endpoint of a slice. There may be hundreds of thousands: what most do not have stands elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Endpoint {
-    /// Its addresses. Only the first counts, as everywhere in Kubernetes.
-    pub addresses: Box<[IpAddr]>,
+    /// The first of its addresses; the others count nowhere in Kubernetes.
+    pub address: Option<IpAddr>,
     /// Whether new clients may be sent to it. Not told means yes.
     pub ready: bool,
     /// Whether it still answers, though perhaps on its way out. Not told means the same as `ready`.
@@ -59,13 +59,13 @@ pub struct Endpoint {
     /// The zone it runs in.
     pub zone: Option<Arc<str>>,
     /// Whose traffic it is meant for; none when the controller gave no hint.
-    pub hints: Option<Hints>,
+    pub hints: Option<Box<Hints>>,
     /// What stands behind it.
-    pub target: Option<TargetRef>,
+    pub target: Option<Box<TargetRef>>,
 }
 
 /// One port that all endpoints of a slice have.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct EndpointPort {
     /// The name of the Service's port that it serves; empty for the only one.
     pub name: Arc<str>,
@@ -78,7 +78,7 @@ pub struct EndpointPort {
 }
 
 /// A slice of the endpoints of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct EndpointSlice {
     /// Metadata.
     pub meta: ObjectMeta,
@@ -93,8 +93,8 @@ pub struct EndpointSlice {
 impl EndpointSlice {
     /// The Service it belongs to, in its own namespace.
     #[must_use]
-    pub fn service(&self) -> Option<&str> {
-        self.meta.labels.get(SERVICE_NAME).filter(|name| !name.is_empty())
+    pub fn service(&self) -> Option<&Arc<str>> {
+        self.meta.labels.shared(SERVICE_NAME).filter(|name| !name.is_empty())
     }
 
     pub(super) fn intern(&mut self, interner: &mut Interner) {
@@ -198,16 +198,19 @@ fn endpoint(kind: AddressType, raw: RawEndpoint) -> Result<Endpoint, String> {
     let ready = raw.conditions.ready.unwrap_or(true);
     let names = |list: Vec<RawName>| list.into_iter().map(|entry| entry.name).collect();
     let topology = |key: &str| raw.deprecated_topology.get(key).map(Arc::from);
+    let addresses = raw.addresses.iter().map(|text| address(kind, text));
+    let first = addresses.reduce(|first, other| first.and_then(|first| other.map(|_| first))).transpose()?;
     Ok(Endpoint {
-        addresses: raw.addresses.iter().map(|text| address(kind, text)).collect::<Result<_, _>>()?,
+        address: first,
         ready,
         serving: raw.conditions.serving.unwrap_or(ready),
         terminating: raw.conditions.terminating.unwrap_or(false),
         node: raw.node_name.or_else(|| topology("kubernetes.io/hostname")),
         zone: raw.zone.or_else(|| topology("topology.kubernetes.io/zone")),
-        hints: raw.hints.map(|hints| Hints { nodes: names(hints.for_nodes), zones: names(hints.for_zones) }),
+        hints: raw.hints.map(|hints| Box::new(Hints { nodes: names(hints.for_nodes), zones: names(hints.for_zones) })),
         target: raw.target_ref.and_then(|t| {
-            Some(TargetRef { kind: t.kind?, namespace: t.namespace.unwrap_or_else(|| Arc::from("")), name: t.name? })
+            let namespace = t.namespace.unwrap_or_else(|| Arc::from(""));
+            Some(Box::new(TargetRef { kind: t.kind?, namespace, name: t.name? }))
         }),
     })
 }

@@ -65,7 +65,7 @@ fn conditions_of_endpoints_default_as_the_api_says() {
     ) else {
         panic!("kind")
     };
-    assert_eq!(slice.service(), Some("web"));
+    assert_eq!(slice.service().map(|name| &**name), Some("web"));
     let seen: Vec<_> = slice.endpoints.iter().map(|e| (e.ready, e.serving, e.terminating)).collect();
     assert_eq!(seen, [(true, true, false), (false, false, false), (false, true, true)]);
     assert_eq!(slice.endpoints[1].hints.as_ref().map(|h| h.zones.len()), Some(1));

@@ -49,7 +49,7 @@ pub(super) fn candidates<'a>(
         let served = |p: &&crate::objects::EndpointPort| p.name == port.name && p.protocol == port.protocol;
         for number in slice.ports.iter().filter(served).filter_map(|p| p.port) {
             for endpoint in &slice.endpoints {
-                let Some(address) = endpoint.addresses.first().copied().filter(|a| Family::of(*a) == family) else {
+                let Some(address) = endpoint.address.filter(|a| Family::of(*a) == family) else {
                     continue;
                 };
                 let candidate = Candidate {
@@ -57,8 +57,8 @@ pub(super) fn candidates<'a>(
                     port: number,
                     state: state(endpoint, publish_not_ready),
                     local: endpoint.node.as_ref().is_some_and(|node| *node == here.name),
-                    hints: endpoint.hints.as_ref(),
-                    target: endpoint.target.as_ref(),
+                    hints: endpoint.hints.as_deref(),
+                    target: endpoint.target.as_deref(),
                 };
                 found
                     .entry((address, number))

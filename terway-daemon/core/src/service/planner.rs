@@ -1,18 +1,21 @@
 //! The incremental planner: changes of objects in, operations on the maps out.
 
 mod complaints;
+mod held;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use indexmap::IndexMap;
 use ipnet::IpNet;
+use smallvec::SmallVec;
 
 use self::complaints::Complaints;
+use self::held::{BackendEntry, Claim, FrontendEntry, HeldPort, Holding, Life, TableEntry};
 use super::ids::Ids;
 use super::model::{
-    Backend, BackendId, BackendKey, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op, Owner, Plan, PortId,
-    Selection, Table, TableId,
+    BackendId, BackendKey, Frontend, FrontendKey, Kernel, Member, Op, Owner, Plan, PortId, Selection, Table, TableId,
 };
 use super::settings::{Here, NodeFacts, Settings};
 use super::want::{self, BackendFacts, Wanted, WantedPort, WantedSelection, Weights};
@@ -35,48 +38,6 @@ pub struct PortView {
     pub frontends: Vec<FrontendKey>,
 }
 
-/// What an owner holds at the moment.
-#[derive(Debug, Default)]
-struct Holding {
-    ports: Vec<HeldPort>,
-    backends: Vec<BackendKey>,
-    health: Option<u16>,
-}
-
-#[derive(Debug)]
-struct HeldPort {
-    name: Arc<str>,
-    protocol: Protocol,
-    id: PortId,
-    ranges: BTreeSet<IpNet>,
-    tables: Vec<Arc<Table>>,
-    frontends: Vec<FrontendKey>,
-}
-
-#[derive(Debug)]
-struct BackendEntry {
-    id: BackendId,
-    written: Option<Backend>,
-    claims: Vec<(Owner, BackendFacts)>,
-}
-
-#[derive(Debug)]
-struct TableEntry {
-    id: TableId,
-    written: bool,
-    users: u32,
-}
-
-/// What orders claims of one frontend: its kind, its owner, the port's place in the owner.
-type Rank = (FrontendKind, Owner, u32);
-
-#[derive(Debug, Default)]
-struct FrontendEntry {
-    written: Option<Frontend>,
-    /// In the order of their ranks; the first one holds.
-    claims: Vec<(Rank, Frontend)>,
-}
-
 /// What one update has touched.
 #[derive(Default)]
 struct Touched {
@@ -97,11 +58,13 @@ pub struct Planner {
     facts: NodeFacts,
     here: Here,
     weights: Weights,
-    holdings: BTreeMap<Owner, Holding>,
-    slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
-    backends: HashMap<BackendKey, BackendEntry>,
+    holdings: BTreeMap<Arc<Owner>, Holding>,
+    /// By Service: the names of its slices, in their order; all are in its namespace.
+    slices_of: HashMap<ObjectName, SmallVec<[Arc<str>; 1]>>,
+    // An index map has no empty places for large entries.
+    backends: IndexMap<BackendKey, BackendEntry>,
     tables: HashMap<Arc<Table>, TableEntry>,
-    frontends: HashMap<FrontendKey, FrontendEntry>,
+    frontends: IndexMap<FrontendKey, FrontendEntry>,
     health: BTreeMap<u16, BTreeMap<ObjectName, u32>>,
     complaints: Complaints,
     backend_ids: Ids,
@@ -138,9 +101,9 @@ impl Planner {
             weights: Weights::new(),
             holdings: BTreeMap::new(),
             slices_of: HashMap::new(),
-            backends: HashMap::new(),
+            backends: IndexMap::new(),
             tables: HashMap::new(),
-            frontends: HashMap::new(),
+            frontends: IndexMap::new(),
             health: BTreeMap::new(),
             complaints: Complaints::default(),
             backend_ids,
@@ -153,9 +116,10 @@ impl Planner {
             generation,
         };
         for (id, backend) in kernel.backends {
-            let entry = BackendEntry { id, written: Some(backend), claims: Vec::new() };
+            let entry = BackendEntry { id, written: Some(Life::of(&backend)), claims: SmallVec::new() };
             if let Some(twin) = planner.backends.insert(backend.key, entry) {
-                planner.leftovers.extend(twin.written.map(|written| Op::RemoveBackend(twin.id, written)));
+                let written = twin.written.map(|written| Op::RemoveBackend(twin.id, written.at(backend.key)));
+                planner.leftovers.extend(written);
             }
         }
         for (id, table) in kernel.tables {
@@ -164,7 +128,7 @@ impl Planner {
             }
         }
         for (key, frontend) in kernel.frontends {
-            planner.frontends.insert(key, FrontendEntry { written: Some(frontend), claims: Vec::new() });
+            planner.frontends.insert(key, FrontendEntry { written: Some(frontend), claims: SmallVec::new() });
         }
         planner
     }
@@ -179,17 +143,17 @@ impl Planner {
         for slice in objects.slices().values() {
             self.index(slice, true);
         }
-        let mut dirty: BTreeSet<Owner> = self.holdings.keys().cloned().collect();
-        dirty.extend(objects.services().keys().cloned().map(Owner::Service));
+        let mut dirty: BTreeSet<Arc<Owner>> = self.holdings.keys().cloned().collect();
+        dirty.extend(objects.services().keys().map(|name| Arc::new(Owner::Service(name.clone()))));
         let host_ports = objects.pods().iter().filter(|(_, pod)| want::has_host_ports(pod, &self.here));
-        dirty.extend(host_ports.map(|(name, _)| Owner::Pod(name.clone())));
+        dirty.extend(host_ports.map(|(name, _)| Arc::new(Owner::Pod(name.clone()))));
         let mut touched = Touched {
             backends: self.backends.keys().copied().collect(),
             tables: self.tables.keys().cloned().collect(),
             frontends: self.frontends.keys().copied().collect(),
             ..Touched::default()
         };
-        self.plan(objects, &dirty, &mut touched)
+        self.plan(objects, dirty, &mut touched)
     }
 
     /// Plans what follows from changes that `objects` have taken in already.
@@ -214,7 +178,12 @@ impl Planner {
         if dirty.is_empty() {
             return Plan::default();
         }
-        self.plan(objects, &dirty, &mut Touched::default())
+        let known = |owner: Owner| match self.holdings.get_key_value(&owner) {
+            Some((known, _)) => Arc::clone(known),
+            None => Arc::new(owner),
+        };
+        let dirty = dirty.into_iter().map(known).collect();
+        self.plan(objects, dirty, &mut Touched::default())
     }
 
     /// Takes new facts of the node or new settings; [`Self::sync`] then plans what follows from them.
@@ -227,7 +196,7 @@ impl Planner {
     #[must_use]
     pub fn kernel(&self) -> Kernel {
         Kernel {
-            backends: self.backends.values().filter_map(|e| Some((e.id, e.written?))).collect(),
+            backends: self.backends.iter().filter_map(|(key, e)| Some((e.id, e.written?.at(*key)))).collect(),
             tables: self.tables.iter().filter(|(_, e)| e.written).map(|(t, e)| (e.id, Arc::clone(t))).collect(),
             ranges: self.ports().flat_map(|(_, p)| p.ranges.iter().map(|net| (p.id, *net))).collect(),
             frontends: self.frontends.iter().filter_map(|(key, e)| Some((*key, e.written?))).collect(),
@@ -250,7 +219,7 @@ impl Planner {
     /// All ports with what they serve, by owner.
     pub fn views(&self) -> impl Iterator<Item = PortView> {
         self.ports().map(|(owner, port)| PortView {
-            owner: owner.clone(),
+            owner: (**owner).clone(),
             name: Arc::clone(&port.name),
             protocol: port.protocol,
             id: port.id,
@@ -273,17 +242,20 @@ impl Planner {
         self.health.iter().filter_map(first).collect()
     }
 
-    fn ports(&self) -> impl Iterator<Item = (&Owner, &HeldPort)> {
+    fn ports(&self) -> impl Iterator<Item = (&Arc<Owner>, &HeldPort)> {
         self.holdings.iter().flat_map(|(owner, holding)| holding.ports.iter().map(move |port| (owner, port)))
     }
 
     fn index(&mut self, slice: &EndpointSlice, present: bool) -> Option<ObjectName> {
-        let name = &slice.meta.object;
-        let service = ObjectName { namespace: Arc::clone(&name.namespace), name: Arc::from(slice.service()?) };
+        let ObjectName { namespace, name } = &slice.meta.object;
+        let service = ObjectName { namespace: Arc::clone(namespace), name: Arc::clone(slice.service()?) };
         if present {
-            self.slices_of.entry(service.clone()).or_default().insert(name.clone());
+            let slices = self.slices_of.entry(service.clone()).or_default();
+            if let Err(at) = slices.binary_search(name) {
+                slices.insert(at, Arc::clone(name));
+            }
         } else if let Some(slices) = self.slices_of.get_mut(&service) {
-            slices.remove(name);
+            slices.retain(|other| other != name);
             if slices.is_empty() {
                 self.slices_of.remove(&service);
             }
@@ -317,7 +289,8 @@ impl Planner {
         for (_, slice) in objects.slices().range(from..).take_while(|(name, _)| name.namespace == *namespace) {
             let targets = slice.endpoints.iter().filter_map(|e| e.target.as_ref());
             if targets.into_iter().any(|t| *t.name == *delta.name.name) {
-                let service = slice.service().map(|name| ObjectName::new(namespace, name));
+                let service =
+                    slice.service().map(|name| ObjectName { namespace: Arc::clone(namespace), name: Arc::clone(name) });
                 dirty.extend(service.map(Owner::Service));
             }
         }
@@ -329,8 +302,10 @@ impl Planner {
             Owner::Service(name) => {
                 let service: &Service = objects.services().get(name)?;
                 let names = self.slices_of.get(name).into_iter().flatten();
+                let named =
+                    |slice: &Arc<str>| ObjectName { namespace: Arc::clone(&name.namespace), name: Arc::clone(slice) };
                 let slices: Vec<Arc<EndpointSlice>> = names
-                    .filter_map(|name| objects.slices().get(name))
+                    .filter_map(|slice| objects.slices().get(&named(slice)))
                     .filter(|slice| !super::endpoints::ignored(&slice.meta))
                     .cloned()
                     .collect();
@@ -339,10 +314,13 @@ impl Planner {
         }
     }
 
-    fn plan(&mut self, objects: &Objects, dirty: &BTreeSet<Owner>, touched: &mut Touched) -> Plan {
+    fn plan(&mut self, objects: &Objects, dirty: BTreeSet<Arc<Owner>>, touched: &mut Touched) -> Plan {
         let mut plan = Plan::default();
-        let wants: Vec<(&Owner, Wanted)> =
-            dirty.iter().map(|owner| (owner, self.want(objects, owner).unwrap_or_default())).collect();
+        let want = |owner: Arc<Owner>| {
+            let wanted = self.want(objects, &owner).unwrap_or_default();
+            (owner, wanted)
+        };
+        let wants: Vec<(Arc<Owner>, Wanted)> = dirty.into_iter().map(want).collect();
         for (owner, wanted) in &wants {
             self.claim_backends(owner, &wanted.backends, touched);
         }
@@ -354,8 +332,8 @@ impl Planner {
             self.write_backend(*key, &mut plan, &mut worse);
         }
         for (owner, wanted) in wants {
-            self.complaints.of_owner(owner, &wanted.problems);
-            self.take_over(owner, wanted, touched, &mut plan);
+            self.complaints.of_owner(&owner, &wanted.problems);
+            self.take_over(&owner, wanted, touched, &mut plan);
         }
         if !self.found_ranges.is_empty() || !self.found_ports.is_empty() {
             self.finish_restore(touched);
@@ -366,13 +344,18 @@ impl Planner {
         plan
     }
 
-    fn claim_backends(&mut self, owner: &Owner, wanted: &BTreeMap<BackendKey, BackendFacts>, touched: &mut Touched) {
+    fn claim_backends(
+        &mut self,
+        owner: &Arc<Owner>,
+        wanted: &BTreeMap<BackendKey, BackendFacts>,
+        touched: &mut Touched,
+    ) {
         for (key, facts) in wanted {
             let id = &mut self.backend_ids;
             let entry = self.backends.entry(*key).or_insert_with(|| BackendEntry {
                 id: BackendId(id.take()),
                 written: None,
-                claims: Vec::new(),
+                claims: SmallVec::new(),
             });
             match entry.claims.iter_mut().find(|(who, _)| who == owner) {
                 Some((_, known)) if known == facts => {}
@@ -381,9 +364,7 @@ impl Planner {
                     touched.backends.push(*key);
                 }
                 None => {
-                    // Most have one claim, and there may be 100 000 of them: no room in advance.
-                    entry.claims.reserve_exact(1);
-                    entry.claims.push((owner.clone(), *facts));
+                    entry.claims.push((Arc::clone(owner), *facts));
                     touched.backends.push(*key);
                 }
             }
@@ -398,7 +379,7 @@ impl Planner {
     }
 
     /// Replaces what an owner holds by what it wants. What both have in common is claimed before the old is let go, so it survives.
-    fn take_over(&mut self, owner: &Owner, wanted: Wanted, touched: &mut Touched, plan: &mut Plan) {
+    fn take_over(&mut self, owner: &Arc<Owner>, wanted: Wanted, touched: &mut Touched, plan: &mut Plan) {
         let old = self.holdings.remove(owner).unwrap_or_default();
         let health = wanted.health;
         self.note_health(owner, old.health, health, plan);
@@ -416,13 +397,13 @@ impl Planner {
             touched.ports_gone.push(held.id);
         }
         if !ports.is_empty() || !backends.is_empty() || health.is_some() {
-            self.holdings.insert(owner.clone(), Holding { ports, backends, health: health.map(|(port, _)| port) });
+            self.holdings.insert(Arc::clone(owner), Holding { ports, backends, health: health.map(|(port, _)| port) });
         }
     }
 
     fn take_over_port(
         &mut self,
-        owner: &Owner,
+        owner: &Arc<Owner>,
         place: u32,
         wanted: WantedPort,
         held: Option<HeldPort>,
@@ -438,7 +419,9 @@ impl Planner {
                 let entry = self.backends.get(key)?;
                 Some(Member { backend: entry.id, generation: entry.written?.generation })
             });
-            let content = Table { algorithm: table.algorithm, slots: slots.collect() };
+            let mut slots: Vec<Member> = slots.collect();
+            slots.shrink_to_fit();
+            let content = Table { algorithm: table.algorithm, slots };
             tables.push(self.use_table(content, touched));
         }
         let resolve = |selection: WantedSelection| match selection {
@@ -471,7 +454,7 @@ impl Planner {
             self.release_port(owner, held, &keys, touched);
         }
         for (key, frontend) in frontends {
-            self.claim(key, (frontend.kind, owner.clone(), place), frontend, touched);
+            self.claim(key, Claim { owner: Arc::clone(owner), place, frontend }, touched);
         }
         let ranges: BTreeSet<IpNet> = wanted.ranges.into_iter().collect();
         let before = held.map(|held| held.ranges).unwrap_or_default();
@@ -518,21 +501,19 @@ impl Planner {
         }
         for key in &held.frontends {
             let Some(entry) = self.frontends.get_mut(key) else { continue };
-            let ours = |(rank, frontend): &(Rank, Frontend)| rank.1 == *owner && frontend.port == held.id;
-            entry.claims.retain(|claim| !ours(claim));
+            entry.claims.retain(|claim| *claim.owner != *owner || claim.frontend.port != held.id);
             if !kept.contains(key) {
                 touched.frontends.push(*key);
             }
         }
     }
 
-    fn claim(&mut self, key: FrontendKey, rank: Rank, frontend: Frontend, touched: &mut Touched) {
+    fn claim(&mut self, key: FrontendKey, claim: Claim, touched: &mut Touched) {
         let entry = self.frontends.entry(key).or_default();
-        let at = entry.claims.partition_point(|(other, _)| *other < rank);
-        entry.claims.reserve_exact(1);
-        entry.claims.insert(at, (rank, frontend));
+        let at = entry.claims.partition_point(|other| other.rank() < claim.rank());
+        entry.claims.insert(at, claim);
         // Of two claims one loses, whichever was there first, and its owner is to be told.
-        if entry.claims.len() > 1 || entry.claims.first().map(|(_, first)| first) != entry.written.as_ref() {
+        if entry.claims.len() > 1 || entry.claims.first().map(|first| &first.frontend) != entry.written.as_ref() {
             touched.frontends.push(key);
         }
     }
@@ -561,7 +542,7 @@ impl Planner {
     /// Ids and ranges that nobody took over belong to Services that are gone.
     fn finish_restore(&mut self, touched: &mut Touched) {
         let found = std::mem::take(&mut self.found_ranges);
-        let ids = self.found_ports.drain().map(|(_, id)| id).chain(found.iter().map(|(id, _)| *id));
+        let ids = std::mem::take(&mut self.found_ports).into_values().chain(found.iter().map(|(id, _)| *id));
         let free: BTreeSet<PortId> = ids.filter(|id| !self.taken_ports.contains(id)).collect();
         touched.ports_gone.extend(free);
         self.taken_ports.clear();

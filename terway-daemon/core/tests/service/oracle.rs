@@ -92,11 +92,11 @@ fn endpoints(objects: &Objects, me: &str, service: &Service, port: &ServicePort,
         }
         for p in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
             for e in &slice.endpoints {
-                let (Some(number), Some(address)) = (p.port, e.addresses.first()) else { continue };
+                let (Some(number), Some(address)) = (p.port, e.address) else { continue };
                 if address.is_ipv6() != v6 {
                     continue;
                 }
-                let key = BackendKey { address: *address, port: number, protocol: port.protocol };
+                let key = BackendKey { address, port: number, protocol: port.protocol };
                 let state = if e.ready || service.publish_not_ready {
                     BackendState::Ready
                 } else if e.serving && e.terminating {
@@ -104,7 +104,7 @@ fn endpoints(objects: &Objects, me: &str, service: &Service, port: &ServicePort,
                 } else {
                     BackendState::Unready
                 };
-                let hints = e.hints.clone().unwrap_or_default();
+                let hints = e.hints.as_deref().cloned().unwrap_or_default();
                 let target = e.target.as_ref().filter(|t| &*t.kind == "Pod").map(|t| (&*t.namespace, &*t.name));
                 let new = Ep {
                     key,

@@ -85,11 +85,10 @@ fn any_endpoint() -> impl Strategy<Value = Endpoint> {
         |(host, (ready, serving, terminating), local, hints, target)| {
             let mut e = endpoint(&format!("10.0.0.{host}"), if local { ME } else { "other" });
             (e.ready, e.serving, e.terminating) = (ready, serving, terminating);
-            e.hints = hints.map(|(zones, nodes)| Hints { nodes: names(&nodes), zones: names(&zones) });
-            e.target = (target < 3).then(|| TargetRef {
-                kind: if target == 2 { "Other" } else { "Pod" }.into(),
-                namespace: "ns".into(),
-                name: format!("p{}", target % 2).into(),
+            e.hints = hints.map(|(zones, nodes)| Box::new(Hints { nodes: names(&nodes), zones: names(&zones) }));
+            e.target = (target < 3).then(|| {
+                let kind = if target == 2 { "Other" } else { "Pod" }.into();
+                Box::new(TargetRef { kind, namespace: "ns".into(), name: format!("p{}", target % 2).into() })
             });
             e
         },
@@ -104,8 +103,8 @@ fn any_slice() -> impl Strategy<Value = terway_core::objects::EndpointSlice> {
                 [&[("", 8080, TCP)][..], &[("http", 8080, TCP), ("dns", 5353, UDP)], &[("http", 8081, TCP)]][ports];
             if v6 {
                 for e in &mut endpoints {
-                    let last = e.addresses[0].to_string().rsplit('.').next().unwrap().to_owned();
-                    e.addresses = Box::new([ip(&format!("fd00::{last}"))]);
+                    let last = e.address.unwrap().to_string().rsplit('.').next().unwrap().to_owned();
+                    e.address = Some(ip(&format!("fd00::{last}")));
                 }
             }
             let mut s = slice(&format!("e{name}"), &format!("s{owner}"), ports, endpoints);

@@ -135,7 +135,7 @@ fn hints_count_only_if_all_have_them_and_one_is_ours() {
     world.put(service("s", "10.96.0.1", &[("", 80, TCP)]));
     let hinted = |address: &str, zones: &[&str], nodes: &[&str]| {
         let mut e = endpoint(address, "other");
-        e.hints = Some(Hints { zones: names(zones), nodes: names(nodes) });
+        e.hints = Some(Box::new(Hints { zones: names(zones), nodes: names(nodes) }));
         e
     };
     let mut serve = |endpoints| {

@@ -45,7 +45,7 @@ pub(crate) fn service(name: &str, vip: &str, ports: &[(&str, u16, Protocol)]) ->
 
 pub(crate) fn endpoint(address: &str, node: &str) -> Endpoint {
     Endpoint {
-        addresses: Box::new([ip(address)]),
+        address: Some(ip(address)),
         ready: true,
         serving: true,
         terminating: false,
@@ -62,7 +62,7 @@ pub(crate) fn slice(
     ports: &[(&str, u16, Protocol)],
     endpoints: Vec<Endpoint>,
 ) -> EndpointSlice {
-    let v6 = endpoints.iter().any(|e| e.addresses[0].is_ipv6());
+    let v6 = endpoints.iter().any(|e| e.address.is_some_and(|a| a.is_ipv6()));
     let port = |(name, port, protocol): &(&str, u16, Protocol)| EndpointPort {
         name: (*name).into(),
         protocol: *protocol,

@@ -1,10 +1,14 @@
 //! Through a ClusterIP, with few Services and with many: against the direct way, and against what kube-proxy has the kernel do.
+//!
+//! By packets, every packet of a connection is translated at the pod's interface; a pod whose sockets are served has the direct way once it is
+//! connected, so that one size tells all about it.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use terway_sim::cluster::Options;
 use terway_sim::node::cni::Pod;
 use terway_sim::node::{Node, ServiceSpec};
 
@@ -14,69 +18,139 @@ use crate::figures::{Bar, Better, Figure};
 use crate::load::{Ends, Kind, PORT};
 
 /// Services in the cluster.
-const SIZES: [usize; 4] = [1, 1_000, 10_000, 30_000];
+pub const SIZES: [usize; 4] = [1, 1_000, 10_000, 30_000];
 /// The size at which the rules' bars are set.
 const RULES_AT: usize = 10_000;
+/// The kinds of traffic that are compared with the direct way.
+const KINDS: [Kind; 3] = [Kind::TcpRr, Kind::TcpCrr, Kind::UdpRr];
 /// Turns of two ways, one right after the other.
 const TURNS: Turns = Turns { count: 16, length: Duration::from_millis(250) };
 /// Longest time until the maps hold what the folder does.
 const PATIENCE: Duration = Duration::from_secs(240);
-/// The Service that is used; the others stand around it.
+/// The Service that is used by packets; the others stand around it.
 const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 200, 1);
+/// The one that is used at the socket.
+const AT_SOCKET: Ipv4Addr = Ipv4Addr::new(10, 96, 200, 2);
 
-/// Measures on a node with two pods, whose daemon watches its folder of objects. The clients' cgroup is not the node's, so that every
-/// packet is translated: a pod whose sockets are has the direct way anyhow.
+/// One node, whose cgroup threads may enter.
 ///
 /// # Errors
-/// When something does not carry traffic.
-pub fn measure(node: &Node, client: &Pod, near: &Pod, prefix: &str) -> Result<Vec<Figure>> {
-    let direct = Ends { client: client.ns.path().to_owned(), server: near.ns.path().to_owned(), address: near.v4()? };
-    let vip = Ends { address: IpAddr::V4(VIP), ..direct.clone() };
-    node.put_service(&ServiceSpec {
-        name: "hot".to_owned(),
-        cluster_ips: vec![IpAddr::V4(VIP)],
-        ports: vec![(PORT, PORT)],
-        endpoints: vec![(vec![near.v4()?], node.name().to_owned())],
-    })?;
-    node.wait(PATIENCE, "the Service is served", |node| Ok(node.cli(&["svc", "show", "default/hot"]).is_ok()))?;
-    let (nftables, iptables) = (Routed::create(&format!("{prefix}-nf"))?, Routed::create(&format!("{prefix}-ip"))?);
-    let mut figures = Vec::new();
-    let mut served = 1;
-    for size in SIZES {
-        sync::fill(node, served..size)?;
-        served = size;
-        if size > 1 {
-            let last = format!("bench/s{}", size - 1);
-            node.wait(PATIENCE, "all Services are served", |node| Ok(node.cli(&["svc", "show", &last]).is_ok()))?;
+/// When it is unknown where our programs are.
+pub fn node() -> Result<Options> {
+    Ok(Options { sockets: true, ..sync::node()? })
+}
+
+/// The ways from one pod to another on the same node, and those of rules between two plain namespaces.
+#[derive(Debug)]
+pub struct Traffic<'a> {
+    node: &'a Node,
+    /// From outside of the node's cgroup.
+    direct: Ends,
+    vip: Ends,
+    nftables: Routed,
+    iptables: Routed,
+    /// Services there are.
+    served: usize,
+}
+
+impl<'a> Traffic<'a> {
+    /// Serves `behind` for `client`, on a node whose daemon watches its folder of objects; `near` is its direct neighbour.
+    ///
+    /// They are two, because a connection to a pod and one through its Service from the same port look alike there, and one gets another port.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or the daemon does not serve it.
+    pub fn create(node: &'a Node, client: &Pod, near: &Pod, behind: &Pod, prefix: &str) -> Result<Self> {
+        for (name, vip, pod) in [("hot", VIP, behind), ("socket", AT_SOCKET, near)] {
+            node.put_service(&ServiceSpec {
+                name: name.to_owned(),
+                cluster_ips: vec![IpAddr::V4(vip)],
+                ports: vec![(PORT, PORT)],
+                endpoints: vec![(vec![pod.v4()?], node.name().to_owned())],
+            })?;
+            await_service(node, &format!("default/{name}"))?;
         }
-        for kind in [Kind::TcpRr, Kind::TcpCrr, Kind::UdpRr] {
-            let (value, anchor) = in_turns(kind, &vip, &direct, TURNS)?;
-            figures.push(figure(size, kind, value, ("direct", anchor), Bar::Ratio(0.97)));
-        }
-        nftables.rules("nft", &["-f", "-"], &for_nftables(size))?;
-        let (value, anchor) = in_turns(Kind::TcpCrr, &vip, &through(&nftables), TURNS)?;
-        let bar = |ratio| if size == RULES_AT { Bar::Ratio(ratio) } else { Bar::None };
-        figures.push(figure(size, Kind::TcpCrr, value, ("nftables", anchor), bar(1.1)));
-        if size <= RULES_AT {
-            iptables.rules("iptables-legacy-restore", &[], &for_iptables(size))?;
-            let (value, anchor) = in_turns(Kind::TcpCrr, &vip, &through(&iptables), TURNS)?;
-            figures.push(figure(size, Kind::TcpCrr, value, ("iptables", anchor), bar(4.0)));
-        }
+        let ends = |server: &Pod, address| Ends {
+            client: client.ns.path().to_owned(),
+            server: server.ns.path().to_owned(),
+            address,
+            cgroup: None,
+        };
+        Ok(Self {
+            node,
+            direct: ends(near, near.v4()?),
+            vip: ends(behind, IpAddr::V4(VIP)),
+            nftables: Routed::create(&format!("{prefix}-nf"))?,
+            iptables: Routed::create(&format!("{prefix}-ip"))?,
+            served: 1,
+        })
     }
-    ensure!(served == SIZES[SIZES.len() - 1]);
-    Ok(figures)
+
+    /// Measures with so many Services; not fewer than the last time.
+    ///
+    /// # Errors
+    /// When a way does not carry the traffic.
+    pub fn measure(&mut self, size: usize) -> Result<Vec<Figure>> {
+        ensure!(size >= self.served, "{size} Services after {}", self.served);
+        if size > self.served {
+            sync::fill(self.node, self.served..size)?;
+            await_service(self.node, &format!("bench/s{}", size - 1))?;
+            self.served = size;
+        }
+        let vip = self.vip.clone();
+        let mut figures = Vec::new();
+        for kind in KINDS {
+            let (value, anchor) = in_turns(kind, &vip, &self.direct, TURNS)?;
+            figures.push(figure(&format!("vip_{size}"), kind, value, ("direct", anchor), Bar::Ratio(0.97)));
+        }
+        let at_bar = |ratio| if size == RULES_AT { Bar::Ratio(ratio) } else { Bar::None };
+        self.nftables.rules("nft", &["-f", "-"], &for_nftables(size))?;
+        let (value, anchor) = in_turns(Kind::TcpCrr, &vip, &to_vip(&self.nftables.ends()), TURNS)?;
+        figures.push(figure(&format!("vip_{size}"), Kind::TcpCrr, value, ("nftables", anchor), at_bar(1.1)));
+        if size <= RULES_AT {
+            self.iptables.rules("iptables-legacy-restore", &[], &for_iptables(size))?;
+            let (value, anchor) = in_turns(Kind::TcpCrr, &vip, &to_vip(&self.iptables.ends()), TURNS)?;
+            figures.push(figure(&format!("vip_{size}"), Kind::TcpCrr, value, ("iptables-legacy", anchor), at_bar(4.0)));
+        }
+        if Some(&size) == SIZES.last() {
+            figures.extend(self.at_the_socket(size)?);
+        }
+        Ok(figures)
+    }
+
+    /// The same by a pod whose sockets are served, as its direct connections are.
+    fn at_the_socket(&self, size: usize) -> Result<Vec<Figure>> {
+        let direct = Ends { cgroup: Some(self.node.cgroup().to_owned()), ..self.direct.clone() };
+        let vip = Ends { address: IpAddr::V4(AT_SOCKET), ..direct.clone() };
+        let measure = |kind| {
+            let (value, anchor) = in_turns(kind, &vip, &direct, TURNS)?;
+            Ok(figure(&format!("socket_{size}"), kind, value, ("direct", anchor), Bar::Ratio(0.97)))
+        };
+        KINDS.into_iter().map(measure).collect()
+    }
 }
 
-fn through(routed: &Routed) -> Ends {
-    Ends { address: IpAddr::V4(VIP), ..routed.ends() }
+/// Asked rarely: whoever asks has the daemon write a list.
+fn await_service(node: &Node, name: &str) -> Result<()> {
+    node.wait(PATIENCE, &format!("{name} is served"), |node| {
+        let served = node.cli(&["svc", "show", name]).map(|_| true);
+        if served.is_err() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        served
+    })
 }
 
-fn figure(size: usize, kind: Kind, value: f64, anchor: (&'static str, f64), bar: Bar) -> Figure {
-    let name = format!("vip_{size}_{}_per_s", kind.name());
+fn to_vip(ends: &Ends) -> Ends {
+    Ends { address: IpAddr::V4(VIP), ..ends.clone() }
+}
+
+fn figure(way: &str, kind: Kind, value: f64, anchor: (&'static str, f64), bar: Bar) -> Figure {
+    let name = format!("{way}_{}_per_s", kind.name());
     Figure { bench: "svc", name, value, anchor: Some(anchor), better: Better::More, bars: vec![bar] }
 }
 
-/// The ClusterIPs and ports of so many Services, the used one in the middle.
+/// The ClusterIPs and ports of so many Services, the used one in the middle: what a list of rules costs on average.
 fn frontends(size: usize) -> impl Iterator<Item = (Ipv4Addr, u16, bool)> {
     (0..size).map(move |i| match i == size / 2 {
         true => (VIP, PORT, true),
@@ -85,28 +159,27 @@ fn frontends(size: usize) -> impl Iterator<Item = (Ipv4Addr, u16, bool)> {
 }
 
 /// As kube-proxy's nftables mode writes them: one verdict map from address, protocol and port to a Service's chain, and from there to one for
-/// each endpoint (pkg/proxy/nftables/proxier.go).
+/// its endpoint (pkg/proxy/nftables/proxier.go).
+///
+/// Services that no packet is for share a chain: a packet meets the same, and checking the jumps of tens of thousands of chains keeps the
+/// kernel busy for minutes.
 fn for_nftables(size: usize) -> String {
-    let mut text = String::from("table ip proxy\ndelete table ip proxy\ntable ip proxy {\n");
     let mut elements = String::new();
     for (i, (address, port, used)) in frontends(size).enumerate() {
-        let backend = if used { Routed::SERVER.into() } else { Ipv4Addr::new(172, 16, 0, 1) };
-        let to = if used { PORT } else { 8080 };
+        let (comma, chain) = (if i == 0 { "" } else { "," }, if used { "service" } else { "other" });
         // Writing into a string does not fail.
-        let _ = write!(
-            text,
-            " chain e{i} {{ meta l4proto tcp dnat to {backend}:{to}; }}\n chain s{i} {{ numgen random mod 1 vmap {{ 0 : goto e{i} }}; }}\n"
-        );
-        let comma = if i == 0 { "" } else { "," };
-        let _ = write!(elements, "{comma}{address} . tcp . {port} : goto s{i}");
+        let _ = write!(elements, "{comma}{address} . tcp . {port} : goto {chain}");
     }
-    let _ = write!(
-        text,
-        " map ips {{ type ipv4_addr . inet_proto . inet_service : verdict; elements = {{ {elements} }}; }}\n \
+    let server = Ipv4Addr::from(Routed::SERVER);
+    format!(
+        "table ip proxy\ndelete table ip proxy\ntable ip proxy {{\n \
+         chain other {{ meta l4proto tcp dnat to 172.16.0.1:8080; }}\n \
+         chain endpoint {{ meta l4proto tcp dnat to {server}:{PORT}; }}\n \
+         chain service {{ numgen random mod 1 vmap {{ 0 : goto endpoint }}; }}\n \
+         map ips {{ type ipv4_addr . inet_proto . inet_service : verdict; elements = {{ {elements} }}; }}\n \
          chain services {{ ip daddr . meta l4proto . th dport vmap @ips; }}\n \
          chain pre {{ type nat hook prerouting priority dstnat; jump services; }}\n}}\n"
-    );
-    text
+    )
 }
 
 /// As its iptables mode does: one rule after the other (pkg/proxy/iptables/proxier.go).

@@ -1,8 +1,9 @@
 //! The second half of planning: from what was touched to operations in their order.
 
+use super::held::Life;
 use super::{Planner, Touched};
 use crate::objects::Protocol;
-use crate::service::model::{Backend, BackendKey, BackendState, Op, Plan};
+use crate::service::model::{BackendKey, BackendState, Op, Plan};
 use crate::service::want::{self, BackendFacts};
 
 impl Planner {
@@ -29,16 +30,16 @@ impl Planner {
         let mut removed = Vec::new();
         for key in &touched.frontends {
             let Some(entry) = self.frontends.get_mut(key) else { continue };
-            let wanted = entry.claims.first().map(|(_, frontend)| *frontend);
+            let wanted = entry.claims.first().map(|claim| claim.frontend);
             match wanted {
                 Some(frontend) if entry.written != Some(frontend) => plan.ops.push(Op::PutFrontend(*key, frontend)),
                 None if entry.written.is_some() => removed.push(Op::RemoveFrontend(*key)),
                 _ => {}
             }
-            self.complaints.of_frontend(*key, entry.claims.iter().map(|((_, owner, _), _)| owner));
+            self.complaints.of_frontend(*key, entry.claims.iter().map(|claim| &*claim.owner));
             entry.written = wanted;
             if wanted.is_none() {
-                self.frontends.remove(key);
+                self.frontends.swap_remove(key);
             }
         }
         plan.ops.append(&mut removed);
@@ -46,7 +47,7 @@ impl Planner {
         // packet meets the new frontends, else one finds nobody.
         let ended = touched.backends.iter().filter(|key| key.protocol == Protocol::Udp).filter_map(|key| {
             let entry = self.backends.get(key).filter(|entry| entry.claims.is_empty())?;
-            entry.written.map(|written| Op::EndBackend(entry.id, written))
+            entry.written.map(|written| Op::EndBackend(entry.id, written.at(*key)))
         });
         let mut ended: Vec<Op> = ended.collect();
         let silent = |op: &Op| matches!(op, Op::PutBackend(_, b) if b.key.protocol == Protocol::Udp && b.state == BackendState::Unready);
@@ -67,7 +68,7 @@ impl Planner {
         let Some(entry) = self.backends.get_mut(&key) else { return };
         let facts = entry.claims.iter().map(|(_, facts)| *facts).reduce(want::merged);
         let Some(BackendFacts { state, local }) = facts else { return };
-        let fell_silent = |old: &Backend| {
+        let fell_silent = |old: &Life| {
             key.protocol == Protocol::Udp && state == BackendState::Unready && old.state != BackendState::Unready
         };
         let generation = match &entry.written {
@@ -77,27 +78,27 @@ impl Planner {
                 self.generation
             }
         };
-        let backend = Backend { key, state, local, generation };
-        if entry.written == Some(backend) {
+        let life = Life { state, local, generation };
+        if entry.written == Some(life) {
             return;
         }
         // A backend that gets worse is written once no frontend leads new clients to it any more.
         let degraded = entry.written.is_some_and(|old| state < old.state);
-        let op = Op::PutBackend(entry.id, backend);
+        let op = Op::PutBackend(entry.id, life.at(key));
         if degraded {
             worse.push(op);
         } else {
             plan.ops.push(op);
         }
-        entry.written = Some(backend);
+        entry.written = Some(life);
     }
 
     fn retire_backend(&mut self, key: BackendKey, plan: &mut Plan) {
         let Some(entry) = self.backends.get(&key).filter(|entry| entry.claims.is_empty()) else { return };
         match entry.written {
-            Some(written) => plan.retire.push(Op::RemoveBackend(entry.id, written)),
+            Some(written) => plan.retire.push(Op::RemoveBackend(entry.id, written.at(key))),
             None => self.backend_ids.give_back(entry.id.0),
         }
-        self.backends.remove(&key);
+        self.backends.swap_remove(&key);
     }
 }

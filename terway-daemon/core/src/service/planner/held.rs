@@ -1,0 +1,87 @@
+//! What the planner remembers: of each owner, backend, table and frontend, in as few bytes as will do.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use smallvec::SmallVec;
+
+use crate::objects::Protocol;
+use crate::service::model::{
+    Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Owner, PortId, Table, TableId,
+};
+use crate::service::want::BackendFacts;
+
+/// What an owner holds at the moment.
+#[derive(Debug, Default)]
+pub(super) struct Holding {
+    pub(super) ports: Vec<HeldPort>,
+    pub(super) backends: Vec<BackendKey>,
+    pub(super) health: Option<u16>,
+}
+
+#[derive(Debug)]
+pub(super) struct HeldPort {
+    pub(super) name: Arc<str>,
+    pub(super) protocol: Protocol,
+    pub(super) id: PortId,
+    pub(super) ranges: BTreeSet<IpNet>,
+    pub(super) tables: Vec<Arc<Table>>,
+    pub(super) frontends: Vec<FrontendKey>,
+}
+
+/// One of a hundred thousand: no byte twice, and no allocation for the one owner that most have.
+#[derive(Debug)]
+pub(super) struct BackendEntry {
+    pub(super) id: BackendId,
+    pub(super) written: Option<Life>,
+    pub(super) claims: SmallVec<[(Arc<Owner>, BackendFacts); 1]>,
+}
+
+/// A [`Backend`] without its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Life {
+    pub(super) state: BackendState,
+    pub(super) local: bool,
+    pub(super) generation: u32,
+}
+
+impl Life {
+    pub(super) const fn of(backend: &Backend) -> Self {
+        Self { state: backend.state, local: backend.local, generation: backend.generation }
+    }
+
+    pub(super) const fn at(self, key: BackendKey) -> Backend {
+        Backend { key, state: self.state, local: self.local, generation: self.generation }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct TableEntry {
+    pub(super) id: TableId,
+    pub(super) written: bool,
+    pub(super) users: u32,
+}
+
+/// Somebody's wish for a frontend.
+#[derive(Debug)]
+pub(super) struct Claim {
+    pub(super) owner: Arc<Owner>,
+    /// The port's place in the owner.
+    pub(super) place: u32,
+    pub(super) frontend: Frontend,
+}
+
+impl Claim {
+    /// What orders claims of one frontend.
+    pub(super) fn rank(&self) -> (FrontendKind, &Owner, u32) {
+        (self.frontend.kind, &self.owner, self.place)
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct FrontendEntry {
+    pub(super) written: Option<Frontend>,
+    /// In the order of their ranks; the first one holds.
+    pub(super) claims: SmallVec<[Claim; 1]>,
+}
