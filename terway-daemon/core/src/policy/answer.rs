@@ -19,6 +19,9 @@ use crate::objects::Labels;
 /// Stands where no selector deviates, for an identity that has to be asked about all the same.
 const NO_DEVIATION: Deviation = (u32::MAX, false);
 
+/// An identity that was asked about: its cell, where that counts, its deviations, and the answer.
+type Asked<'a> = (Option<CellId>, &'a [(Identity, Deviation)], Target);
+
 impl Compiler {
     /// Asks about a new identity: each selector once, then the sets that use one of those with an answer of their own.
     pub(super) fn announce(&mut self, identity: Identity) {
@@ -157,13 +160,13 @@ impl Compiler {
         }
         // Not unstable: the lists come sorted, one after the other.
         asked.sort();
-        let mut last: Option<(Option<CellId>, &[(Identity, Deviation)], Target)> = None;
+        let mut last: Option<Asked<'_>> = None;
         let mut deviations = Vec::new();
         for about in asked.chunk_by(|a, b| a.0 == b.0) {
             let identity = about[0].0;
             let meaning = if by_cell || set.by_port_name { self.classes.meaning(identity) } else { None };
             let cell = meaning.map(|meaning| meaning.cell).filter(|_| by_cell);
-            let like = |(of, before, _): &(Option<CellId>, &[(Identity, Deviation)], Target)| {
+            let like = |(of, before, _): &Asked<'_>| {
                 *of == cell && before.iter().map(|(_, d)| d).eq(about.iter().map(|(_, d)| d))
             };
             let target = match last.filter(like) {

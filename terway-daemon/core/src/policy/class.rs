@@ -44,6 +44,9 @@ impl Profile {
 /// What of the profiles of one namespace is looked at.
 type ClassKey = (Labels, Box<[NamedPort]>);
 
+/// A class that falls apart, by what its profiles then look like: how many pods, and which profiles.
+type Parts = HashMap<ClassKey, (usize, Vec<ProfileId>)>;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct ProfileId(pub(super) u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -257,7 +260,7 @@ impl Classes {
         let seen = |profile: &Profile| -> ClassKey {
             (profile.labels.filtered(|key| new_keys.contains(key)), named(profile).into())
         };
-        let mut splits: Vec<(ClassId, HashMap<ClassKey, (usize, Vec<ProfileId>)>)> = Vec::new();
+        let mut splits: Vec<(ClassId, Parts)> = Vec::new();
         let mut values: Vec<Option<&str>> = Vec::new();
         for (id, class) in &self.classes {
             let like = &class.like;
@@ -280,7 +283,7 @@ impl Classes {
             if whole {
                 continue;
             }
-            let mut parts: HashMap<ClassKey, (usize, Vec<ProfileId>)> = HashMap::new();
+            let mut parts = Parts::new();
             for member in &class.profiles {
                 if let Some(state) = self.profiles.get(member) {
                     let part = parts.entry(seen(&state.profile)).or_default();

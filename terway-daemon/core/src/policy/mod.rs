@@ -12,6 +12,9 @@
 //! direction about every identity: all tiers, priorities and the isolation flattened into one *target*, a decision or a port table. Endpoints that
 //! the same policies select share a set. Every decision carries the number of its [`Reason`].
 //!
+//! Each selector and block that rules name is a *peer*, one for the whole cluster; of those in use it is kept which identities they select. So no
+//! change asks more than what it alters: a set is put together from what its peers select, a new identity asks each peer once.
+//!
 //! [`Compiler::step`] takes one event and returns operations; run in order, no packet ever meets a state other than the one before the
 //! event or the one after it. [`Maps`] does with them what the kernel's maps do.
 //!
