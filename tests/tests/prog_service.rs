@@ -174,6 +174,22 @@ fn two_services_with_one_backend_do_not_collide() {
     }
 }
 
+/// A client that closes by a reset leaves its source port free, for the backend's own address and for other Services of it.
+#[test]
+fn a_reset_frees_the_port() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        serve(&stage, number, &at(family.vip, 80, TCP), &[backend(family.b, 8080, TCP)], Frontend::default());
+        let to_vip = |flags| stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40000, 80, flags);
+        from_pod(&stage, &stage.a, &to_vip(flags::SYN), &NEW);
+        from_pod(&stage, &stage.a, &to_vip(flags::RST | flags::ACK), &NEW[..1]);
+        let direct = stage.sent_by(&stage.a).ip(family.a, family.b).tcp(40000, 8080, flags::SYN);
+        let arrives = Frame::new(stage.b.pod_mac.0, stage.b.host_mac.0).ip(family.a, family.b).ttl(63);
+        came_out(&from_pod(&stage, &stage.a, &direct, &NEW), REDIRECT, &arrives.tcp(40000, 8080, flags::SYN));
+    }
+}
+
 #[test]
 fn what_nobody_serves_is_refused_at_once() {
     let sandbox = sandbox_or_skip!();

@@ -320,9 +320,10 @@ where
     // SAFETY: the value stays mapped for the program's run; an entry that is reused meanwhile is a race that every preallocated map
     // has.
     let old = unsafe { &mut *old };
-    let ([side, _], by_other) = (&old.sides, old.maker != from_high);
+    let ([side, other], by_other) = (&old.sides, old.maker != from_high);
     let others = by_other && side.flags & flow_flags::TRANSLATE != 0;
-    replaced.taken = u32::from(others && side.flags & flow_flags::RST == 0 && drift::<F>(old) <= POLICY_EPOCH);
+    let reset = (side.flags | other.flags) & flow_flags::RST != 0;
+    replaced.taken = u32::from(others && !reset && drift::<F>(old) <= POLICY_EPOCH);
     let ([makers, others], [at_makers, at_others]) = (old.slots, old.epochs);
     (replaced.slots, replaced.epochs) =
         if by_other { ([others, makers], [at_others, at_makers]) } else { ([makers, others], [at_makers, at_others]) };

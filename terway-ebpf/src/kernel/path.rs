@@ -18,6 +18,7 @@ use crate::family::Family;
 use crate::flow;
 use crate::frame::Frame;
 use crate::icmp;
+use crate::parse::tcp_flags;
 use crate::policy::Policies;
 use crate::refuse::Refusal;
 use crate::service::Services;
@@ -66,6 +67,9 @@ where
         }
         if !stale && flow::continues(known.side.flags, glance.tcp_flags) {
             known.side.flags |= flow::remembered(glance.tcp_flags);
+            if glance.tcp_flags & tcp_flags::RST != 0 && known.side.flags & flow_flags::TRANSLATE != 0 {
+                reset::<F>(known.flow, glance.ports, u32::from(glance.protocol));
+            }
             return use_known::<F, PROGRAM>(skb, window, known, layout);
         }
     }
@@ -73,6 +77,24 @@ where
         return Verdict::next(const { kinds::<PROGRAM>() }.stack);
     }
     first::<F, PROGRAM>(skb, &glance, stale, Before { entry, from_high })
+}
+
+/// Notes in the entry of the other direction that a reset has ended a translated connection: the ports that it takes are free again. `ports`
+/// are the packet's, before translation.
+#[inline(never)]
+fn reset<F: Way>(flow: *const Flow<F::Addr>, ports: u32, protocol: u32) -> u32 {
+    // SAFETY: the caller's entry, which stays mapped for the program's run.
+    let flow = unsafe { &*flow };
+    let (key, _) = flow::key::<F>(&flow.src, &flow.dst, flow.ports, protocol as u8);
+    let Some(other) = F::flows().get_ptr_mut(&key) else { return 0 };
+    // SAFETY: as in `known`.
+    let other = unsafe { &mut *other };
+    let [side, unused] = &mut other.sides;
+    // It may have become another connection's.
+    if side.flags & flow_flags::TRANSLATE != 0 && other.ports == ports.rotate_left(16) {
+        unused.flags |= flow_flags::RST;
+    }
+    0
 }
 
 /// Whether a flow is to be judged again before it is used. What the host stack sends by an ENI has no pod at either end.

@@ -74,7 +74,12 @@ pub fn measure(node: &Node) -> Result<Vec<Figure>> {
         pods.push(pod);
     }
     let ends = |client: &Pod, server: &Pod| -> Result<Ends> {
-        Ok(Ends { client: client.ns.path().to_owned(), server: server.ns.path().to_owned(), address: server.v4()? })
+        Ok(Ends {
+            client: client.ns.path().to_owned(),
+            server: server.ns.path().to_owned(),
+            address: server.v4()?,
+            cgroup: None,
+        })
     };
     let (bare, ruled) = (ends(&pods[0], &pods[1])?, ends(&pods[2], &pods[3])?);
     let mut figures = Vec::new();
