@@ -38,7 +38,7 @@ pub(super) fn key<A: Order>(src: A, dst: A, ports: u32, class: u32) -> FlowKey<A
 pub(super) fn keys<A: Order>(own: &FlowKey<A>, flow: &Flow<A>) -> impl Iterator<Item = FlowKey<A>> + use<A> {
     let plain = key(flow.src, flow.dst, flow.ports, own.class & !MOVED);
     let answers = flow.sides[0].flags & flow_flags::REVERSE != 0;
-    std::iter::once(plain).chain(answers.then(|| FlowKey { class: plain.class | MOVED, ..plain }))
+    std::iter::once(plain).chain(answers.then_some(FlowKey { class: plain.class | MOVED, ..plain }))
 }
 
 /// Whether two entries are the two directions of one connection.
