@@ -35,7 +35,7 @@ fn examples() -> Value {
         "eni_cap_ratio": "0.5", "eni_cap_shift": -1, "min_pool_size": 2, "max_pool_size": 9, "ip_warm_up_size": 3,
         "idle_ip_reclaim_after": "30m", "idle_ip_reclaim_interval": "1m", "idle_ip_reclaim_batch_size": 7,
         "idle_ip_reclaim_jitter_factor": "0.2", "ip_pool_sync_period": 60, "enable_ip_prefix": true, "ipv4_prefix_count": 2,
-        "ipv6_prefix_count": 1, "service_cidr": "172.16.0.0/16", "host_stack_cidrs": ["169.254.20.10"],
+        "ipv6_prefix_count": 1, "service_cidr": "172.16.0.0/16", "host_stack_cidrs": ["169.254.20.10"], "flow_events_one_in": 10,
         "extra_routes": [{"dst": "192.168.0.0/16"}], "region_id": "cn-hangzhou", "access_key": "id", "access_secret": "hush",
         "credential_path": "/var/addon/token-config", "rate_limit": {"DescribeVSwitches": 10},
         "backoff_override": {"eni_ops": {"Duration": "5s"}}, "degradation": "l1",
