@@ -169,6 +169,8 @@ pub async fn run(options: Options) -> Result<(), Error> {
     };
     tokio::spawn(serve_http(options.listen, Arc::new(registry), ready));
 
+    // Before it serves: who asks it to stop as soon as it does gets an orderly stop.
+    let signalled = signalled();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let service =
         Service::server(Arc::clone(&engine), Arc::clone(&source), services, conntrack, policies, metrics.clone());
@@ -184,7 +186,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     info!(took = ?start.elapsed(), node = options.node_name(), "serving");
 
     let outcome = tokio::select! {
-        () = signalled() => Ok(()),
+        () = signalled => Ok(()),
         reason = engine.failed() => Err(reason),
         ended = &mut server => {
             let detail = format!("the gRPC server ended: {ended:?}");
@@ -416,12 +418,16 @@ fn write_conflist(options: &Options) -> Result<(), Error> {
         .map_err(|error| failed(errors::STORE_FAILED, &path.display().to_string(), &error))
 }
 
-async fn signalled() {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => info!("SIGTERM"),
-        _ = int.recv() => info!("SIGINT"),
+/// Catches signals from now on; ends with the first one.
+fn signalled() -> impl Future<Output = ()> {
+    let both = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    async move {
+        let (Ok(mut term), Ok(mut int)) = both else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = term.recv() => info!("SIGTERM"),
+            _ = int.recv() => info!("SIGINT"),
+        }
     }
 }
