@@ -330,7 +330,11 @@ fn clients_of_udp_survive_their_backend() -> Result<()> {
                 others.push(Stubborn::new(client, to)?);
             }
         }
-        let stream = c.ns.run(|| TcpStream::connect(at(1)[0]))??;
+        let mut stream = c.ns.run(|| TcpStream::connect(at(1)[0]))??;
+        // An answer: the server has taken the connection. One that still waits to be taken would be reset with its listener.
+        stream.set_read_timeout(Some(SOON))?;
+        stream.write_all(b"?")?;
+        stream.read_exact(&mut [0])?;
         for client in clients.iter_mut().chain(&mut others) {
             ensure!(client.ask()?, "{}", client.to);
         }
