@@ -92,7 +92,7 @@ fn what_is_silent_goes_and_what_is_not_stays() {
     assert_eq!(left(), [1001, 2000, 2001, 2002], "UDP without an answer");
     pass(Timeouts { tcp_syn: none, ..far });
     assert_eq!(left(), [1001, 2001, 2002], "TCP without an answer");
-    // What is used lives on.
+    // What is used lives on. Age is what is tested, and the kernel's clock has no other hand than waiting, here and below.
     sleep(Duration::from_secs(3));
     send(&stage, &stage.a, &to_b().udp(1001, 53));
     let within = Timeouts { udp: Duration::from_secs(3), tcp: Duration::from_secs(3), ..far };

@@ -108,7 +108,7 @@ pub fn measure(node: &Node, reference: &Reference) -> Result<Vec<Figure>> {
     for n in 0..WARM + PODS {
         let mut pod = node.new_pod(&format!("bench-{n}"))?;
         let (added, deleted) = add_and_del(node, &mut pod)?;
-        let other = NetNs::create(&format!("{}-ref{n}", node.name()))?;
+        let other = NetNs::create(&format!("{}-ref{n}", node.netns().name()))?;
         let (ptp_added, ptp_deleted) = (reference.call("ADD", &other)?, reference.call("DEL", &other)?);
         let versions = (version(&node.plugin())?, version(&Path::new(REFERENCE).join("ptp"))?);
         if n >= WARM {

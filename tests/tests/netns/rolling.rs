@@ -234,7 +234,15 @@ fn rolling_an_application_and_dns_loses_nothing() -> Result<()> {
                 failures.extend(seen.failures.into_iter().map(|failure| format!("client {i}: {failure}")));
             }
             println!("{sent} requests while {rolled} pods came and {} went", rolled - backends.len());
-            ensure!(failures.is_empty(), "{} of {sent} requests failed:\n{}", failures.len(), failures.join("\n"));
+            let failed = failures.len();
+            if failed > 0 {
+                // What became of them: a packet that a node dropped says why.
+                for node in cluster.nodes() {
+                    let dropped = node.cli(&["flows", "--verdict", "dropped", "--last", "40"])?;
+                    failures.push(format!("{} dropped:\n{dropped}", node.name()));
+                }
+            }
+            ensure!(failed == 0, "{failed} of {sent} requests failed:\n{}", failures.join("\n"));
             ensure!(sent > 10_000, "only {sent} requests were made");
 
             for backend in backends {

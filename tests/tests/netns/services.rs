@@ -258,6 +258,7 @@ fn pods_wait_for_the_first_services() -> Result<()> {
             let mut late = node.new_pod("late")?;
             std::thread::scope(|scope| -> Result<()> {
                 let adding = scope.spawn(|| node.add(&mut late));
+                // That it does *not* end within a time can only be seen by letting the time pass.
                 std::thread::sleep(Duration::from_secs(1));
                 ensure!(!adding.is_finished(), "ADD does not wait");
                 std::fs::rename(&away, node.objects_dir())?;
