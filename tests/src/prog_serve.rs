@@ -1,4 +1,4 @@
-//! What the prog suites of Services share: a frontend with its backends on a [`Stage`], and a program's run with every counter compared.
+//! What the prog suites share: what programs answer, a run with every counter compared, and a frontend with its backends on a [`Stage`].
 
 #![allow(clippy::unwrap_used, reason = "what suites share panics where it fails, as they do")]
 
@@ -10,6 +10,13 @@ use terway_daemon::bpf::{Counters, FrontendAt, Ran, RunContext};
 
 use crate::packet::{Frame, checksums_are_right};
 use crate::prog_bench::Stage;
+
+/// `TC_ACT_UNSPEC`: on to the next program or the stack (include/uapi/linux/pkt_cls.h).
+pub const NEXT: i32 = -1;
+/// `TC_ACT_SHOT`: dropped.
+pub const SHOT: i32 = 2;
+/// `TC_ACT_REDIRECT`: sent by another interface.
+pub const REDIRECT: i32 = 7;
 
 /// An address.
 ///
@@ -73,14 +80,23 @@ fn nonzero(counters: &Counters) -> BTreeMap<&'static str, u64> {
     counters.iter().map(|(name, counter)| (name, counter.packets)).filter(|(_, packets)| *packets > 0).collect()
 }
 
-/// Runs a program once and compares every counter.
+/// Runs a program once on an interface and compares every counter.
 ///
 /// # Panics
 /// When one differs, or the kernel refuses.
 #[track_caller]
 pub fn run(stage: &Stage, program: Program, ifindex: u32, packet: &[u8], expected: &[(&str, u64)]) -> Ran {
+    run_in(stage, program, RunContext::on(ifindex), packet, expected)
+}
+
+/// As [`run`], with more about the packet than its interface.
+///
+/// # Panics
+/// When a counter differs, or the kernel refuses.
+#[track_caller]
+pub fn run_in(stage: &Stage, program: Program, context: RunContext, packet: &[u8], expected: &[(&str, u64)]) -> Ran {
     let before = stage.datapath.counters().unwrap();
-    let ran = stage.datapath.run(program, packet, RunContext::on(ifindex)).unwrap();
+    let ran = stage.datapath.run(program, packet, context).unwrap();
     let after = stage.datapath.counters().unwrap();
     let (before, mut change) = (nonzero(&before), nonzero(&after));
     change.iter_mut().for_each(|(name, packets)| *packets -= before.get(name).unwrap_or(&0));

@@ -13,10 +13,9 @@ use terway_core::conntrack::Timeouts;
 use terway_daemon::bpf::{Config, Datapath, Endpoint, Found, FrontendAt, PassOptions, Ran, RunContext};
 use terway_tests::packet::{Frame, flags};
 use terway_tests::prog_bench::Stage;
+use terway_tests::prog_serve::{REDIRECT, SHOT};
 use terway_tests::sandbox_or_skip;
 
-const REDIRECT: i32 = 7;
-const SHOT: i32 = 2;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const VIP: &str = "10.96.0.1";

@@ -13,16 +13,12 @@ use terway_abi::{Backend, Drop, Frontend, Member, Program, Run, backend_flags};
 use terway_core::ident::PodRef;
 use terway_core::objects::{Change, Kind, Object, ObjectKey, ObjectName, Objects};
 use terway_core::policy::{Compiler, Event, Reason, ReasonId};
-use terway_daemon::bpf::{Counters, Endpoint, FrontendAt, Ran, RunContext};
+use terway_daemon::bpf::{Endpoint, FrontendAt, Ran, RunContext};
 use terway_tests::packet::{Frame, checksums_are_right, flags, quoted};
 use terway_tests::prog_bench::Stage;
+use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, run};
 use terway_tests::sandbox::Sandbox;
 use terway_tests::sandbox_or_skip;
-
-/// `TC_ACT_UNSPEC`, `TC_ACT_SHOT` and `TC_ACT_REDIRECT` (include/uapi/linux/pkt_cls.h).
-const NEXT: i32 = -1;
-const SHOT: i32 = 2;
-const REDIRECT: i32 = 7;
 
 struct Family {
     a: &'static str,
@@ -137,12 +133,7 @@ impl Node {
     /// Runs a program once and compares every counter.
     #[track_caller]
     fn run(&self, program: Program, ifindex: u32, frame: &Frame, expected: &[(&str, u64)]) -> Ran {
-        let before = nonzero(&self.stage.datapath.counters().unwrap());
-        let ran = self.stage.datapath.run(program, &frame.build(), RunContext::on(ifindex)).unwrap();
-        let mut change = nonzero(&self.stage.datapath.counters().unwrap());
-        change.iter_mut().for_each(|(name, packets)| *packets -= before.get(name).unwrap_or(&0));
-        change.retain(|_, packets| *packets > 0);
-        assert_eq!(change, expected.iter().copied().collect(), "counters");
+        let ran = run(&self.stage, program, ifindex, &frame.build(), expected);
         let dropped = expected.iter().any(|(name, _)| Drop::ALL.iter().any(|drop| drop.name() == *name));
         assert_eq!(ran.action == SHOT, dropped);
         ran
@@ -175,10 +166,6 @@ impl Node {
     fn to_a(&self) -> Frame {
         Frame::new(self.stage.a.pod_mac.0, self.stage.a.host_mac.0)
     }
-}
-
-fn nonzero(counters: &Counters) -> BTreeMap<&'static str, u64> {
-    counters.iter().map(|(name, counter)| (name, counter.packets)).filter(|(_, packets)| *packets > 0).collect()
 }
 
 const LOCAL: [(&str, u64); 2] = [("pod_to_pod", 1), ("flow_new", 1)];

@@ -8,13 +8,8 @@ use terway_abi::{Backend, Frontend, Member, Program, Run, frontend_flags};
 use terway_daemon::bpf::{Config, Endpoint, FrontendAt, Ran, RunContext};
 use terway_tests::packet::{Frame, checksums_are_right, flags, macs, quoted};
 use terway_tests::prog_bench::Stage;
-use terway_tests::prog_serve::{at, backend, came_out, ip, run, serve};
+use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, at, backend, came_out, ip, run, serve};
 use terway_tests::sandbox_or_skip;
-
-/// `TC_ACT_UNSPEC`, `TC_ACT_SHOT` and `TC_ACT_REDIRECT` (include/uapi/linux/pkt_cls.h).
-const NEXT: i32 = -1;
-const SHOT: i32 = 2;
-const REDIRECT: i32 = 7;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;

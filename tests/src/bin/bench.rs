@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use terway_sim::cluster::{Cluster, Options};
-use terway_tests::bench::{add, ipam, path, policy, prog, svc};
+use terway_tests::bench::{self, add, ipam, path, policy, prog, svc};
 use terway_tests::figures::Figure;
 
 /// Measures; exit code 1 when a bar is missed.
@@ -96,7 +96,7 @@ fn run(cli: &Cli) -> Result<bool> {
         cluster.finish()?;
     }
     if wanted(Name::Svc) {
-        let cluster = Cluster::start(&svc::sync::node()?)?;
+        let cluster = Cluster::start(&bench::one_node("info")?)?;
         show(svc::sync::measure(cluster.node(1))?);
         cluster.finish()?;
 
@@ -121,7 +121,7 @@ fn run(cli: &Cli) -> Result<bool> {
     if wanted(Name::Policy) {
         show(policy::compile()?);
         show(policy::first()?);
-        let cluster = Cluster::start(&policy::node()?)?;
+        let cluster = Cluster::start(&bench::one_node("warn")?)?;
         show(policy::traffic(cluster.node(1))?);
         cluster.finish()?;
     }

@@ -6,18 +6,12 @@
 mod flows;
 mod headers;
 
-use std::collections::BTreeMap;
-
 use terway_abi::{Action, Drop, HOOK_IN, HOOK_TO_POD, Kind, MARK_CHECKED, Program, flow_flags};
 use terway_daemon::bpf::{BpfError, Config, Counters, Datapath, Endpoint, FlowRow, Ran, RunContext};
 use terway_tests::packet::{Frame, flags, header_checksum_is_right, macs, ttl};
 use terway_tests::prog_bench::{GATEWAY_MAC, HOST_MAC, Stage};
+use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, run_in as run};
 use terway_tests::sandbox_or_skip;
-
-/// `TC_ACT_UNSPEC`, `TC_ACT_SHOT` and `TC_ACT_REDIRECT` (include/uapi/linux/pkt_cls.h).
-const NEXT: i32 = -1;
-const SHOT: i32 = 2;
-const REDIRECT: i32 = 7;
 
 /// The addresses of the stage in one family.
 struct Family {
@@ -34,23 +28,6 @@ const V4: Family =
 const V6: Family =
     Family { a: "fd00::1", b: "fd00::2", remote: "fd09::9", host: "fd00::100", echo: (128, 129), unreachable: 1 };
 const BOTH: [Family; 2] = [V4, V6];
-
-fn nonzero(counters: &Counters) -> BTreeMap<&'static str, u64> {
-    counters.iter().map(|(name, counter)| (name, counter.packets)).filter(|(_, packets)| *packets > 0).collect()
-}
-
-/// Runs a program once and compares every counter.
-#[track_caller]
-fn run(stage: &Stage, program: Program, context: RunContext, packet: &[u8], expected: &[(&str, u64)]) -> Ran {
-    let before = stage.datapath.counters().unwrap();
-    let ran = stage.datapath.run(program, packet, context).unwrap();
-    let after = stage.datapath.counters().unwrap();
-    let (before, mut change) = (nonzero(&before), nonzero(&after));
-    change.iter_mut().for_each(|(name, packets)| *packets -= before.get(name).unwrap_or(&0));
-    change.retain(|_, packets| *packets > 0);
-    assert_eq!(change, expected.iter().copied().collect(), "counters");
-    ran
-}
 
 #[track_caller]
 fn from_pod(stage: &Stage, pod: &Endpoint, frame: &Frame, expected: &[(&str, u64)]) -> Ran {

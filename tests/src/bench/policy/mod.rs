@@ -15,7 +15,7 @@ use crate::figures::{Bar, Better, Figure, percentile};
 use cluster::Cluster;
 
 pub use first::measure as first;
-pub use traffic::{measure as traffic, node};
+pub use traffic::measure as traffic;
 
 /// 1 000 namespaces of 100 pods and 10 policies.
 const CLUSTER: Cluster = Cluster { spaces: 1000 };

@@ -1,11 +1,9 @@
 //! Two pods of one node that 0, 10 and 1 000 policies select, each selecting both ends: against two that none selects, in turns.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use terway_sim::cluster::Options;
 use terway_sim::node::Node;
 use terway_sim::node::cni::Pod;
 
@@ -21,26 +19,6 @@ const TURNS: Turns = Turns { count: 40, length: Duration::from_millis(250) };
 const LEFT: f64 = 0.98;
 /// Longest time until the policies are in force.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// One node.
-///
-/// # Errors
-/// When it is unknown where our programs are.
-pub fn node() -> Result<Options> {
-    let mut options = Options::new()?;
-    options.nodes = 1;
-    options.ip_stack = "ipv4";
-    options.log = "warn".to_owned();
-    Ok(options)
-}
-
-/// Writes a file of the folder of objects as a whole.
-fn put(node: &Node, name: &str, items: &[Value]) -> Result<()> {
-    let folder = node.objects_dir();
-    let fresh = folder.join(format!("{name}.new"));
-    fs::write(&fresh, json!({"apiVersion": "v1", "kind": "List", "items": items}).to_string())?;
-    Ok(fs::rename(fresh, folder.join(format!("{name}.json")))?)
-}
 
 /// One of so many policies: every one means both pods, one has the port.
 fn policy(n: usize) -> Value {
@@ -65,7 +43,7 @@ pub fn measure(node: &Node) -> Result<Vec<Figure>> {
         json!({"apiVersion": "v1", "kind": "Pod",
             "metadata": {"namespace": namespace, "name": name, "uid": format!("uid-{name}")}, "status": {"phase": "Running"}})
     });
-    put(node, "pods", &objects)?;
+    node.put("pods", &objects)?;
     let mut pods: Vec<Pod> = Vec::new();
     for (namespace, name) in names {
         let mut pod = node.new_pod(name)?;
@@ -85,7 +63,7 @@ pub fn measure(node: &Node) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
     let mut rpc = node.rpc()?;
     for size in SIZES {
-        put(node, "policies", &(0..size).map(policy).collect::<Vec<_>>())?;
+        node.put("policies", &(0..size).map(policy).collect::<Vec<_>>())?;
         node.wait(PATIENCE, "the policies are in force", |_| Ok(rpc.policies("ruled")?.policies.len() == size))?;
         for (kind, bar) in
             [(Kind::TcpStream, Bar::Ratio(LEFT)), (Kind::TcpRr, Bar::Ratio(LEFT)), (Kind::TcpCrr, Bar::None)]

@@ -8,7 +8,6 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use terway_sim::cluster::Options;
 use terway_sim::node::Node;
 
 use crate::figures::{Bar, Better, Figure, percentile};
@@ -25,18 +24,6 @@ const CHANGES: usize = 200;
 const SETTLED: Duration = Duration::from_secs(3);
 /// Longest time until the daemon has read everything.
 const PATIENCE: Duration = Duration::from_secs(240);
-
-/// One node.
-///
-/// # Errors
-/// When it is unknown where our programs are.
-pub fn node() -> Result<Options> {
-    let mut options = Options::new()?;
-    options.nodes = 1;
-    options.ip_stack = "ipv4";
-    options.log = "info".to_owned();
-    Ok(options)
-}
 
 /// The address of a Service.
 pub(super) fn address(i: usize) -> Ipv4Addr {

@@ -37,7 +37,7 @@ const AT_SOCKET: Ipv4Addr = Ipv4Addr::new(10, 96, 200, 2);
 /// # Errors
 /// When it is unknown where our programs are.
 pub fn node() -> Result<Options> {
-    Ok(Options { sockets: true, ..sync::node()? })
+    Ok(Options { sockets: true, ..crate::bench::one_node("info")? })
 }
 
 /// The ways from one pod to another on the same node, and those of rules between two plain namespaces.
