@@ -515,6 +515,41 @@ fn a_connection_keeps_its_backend_when_its_way_is_decided_anew() {
     }
 }
 
+/// The same of answers: they come from the Service, and leave by the ENI by which the client came.
+#[test]
+fn answers_to_clients_outside_stay_answers_when_their_way_is_decided_anew() {
+    let sandbox = sandbox_or_skip!();
+    let stage = stage(&sandbox);
+    for (number, family) in (0_u8..).zip(BOTH) {
+        let unsettle = |round: u8| {
+            let other = format!("10.55.{number}.{round}/32");
+            let hosts = ["10.0.0.100/32", "fd00::100/128", &other].map(|text| text.parse().unwrap());
+            stage.datapath.set_host_addresses(&hosts).unwrap();
+        };
+        let again = |way| [(way, 1), ("flow_new", 1), ("flow_stale", 1)];
+        node_port(&stage, &family, &[family.a], 8080, Frontend::default());
+        from_vpc(&stage, &with(TCP, outside().ip(family.client, family.node), 50_000, 30_080), &TO_POD);
+        unsettle(1);
+        let back = with(TCP, stage.sent_by(&stage.a).ip(family.a, family.client), 8080, 50_000);
+        let sent = with(TCP, stage.sent_by(&stage.a).ip(family.node, family.client).ttl(63), 30_080, 50_000);
+        for expected in [&again("pod_to_vpc")[..], &[("pod_to_vpc", 1)]] {
+            came_out(&from_pod(&stage, &stage.a, &back, expected), REDIRECT, &sent);
+            assert_eq!(way_out(&stage, (family.a, 8080), (family.client, 50_000)), stage.other_eni);
+        }
+
+        node_port(&stage, &family, &[family.remote], 8080, Frontend::default());
+        let ran = from_vpc(&stage, &with(UDP, outside().ip(family.client, family.node), 50_001, 30_080), &THROUGH);
+        let port = source_port(&family, &ran.packet);
+        unsettle(2);
+        let back = with(UDP, outside().ip(family.remote, family.node), 8080, port);
+        let returns = with(UDP, outside().ip(family.node, family.client).ttl(63), 30_080, 50_001);
+        for expected in [&again("vpc_to_vpc")[..], &THROUGH[..1]] {
+            came_out(&from_vpc(&stage, &back, expected), REDIRECT, &returns);
+            assert_eq!(way_out(&stage, (family.remote, 8080), (family.node, port)), stage.other_eni);
+        }
+    }
+}
+
 #[test]
 fn the_choice_for_a_client_outside() {
     let sandbox = sandbox_or_skip!();

@@ -127,6 +127,87 @@ fn a_pod_reaches_itself_through_its_service() {
     }
 }
 
+/// What voids the entry of an answer is mostly the way of somebody else. The client knows only the Service, so if the answer came as it is,
+/// a datagram would be lost and a connection broken.
+#[test]
+fn answers_come_from_the_service_when_their_way_is_decided_anew() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    let to_a = || Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ttl(63);
+    let again = |way| [(way, 1), ("flow_new", 1), ("flow_stale", 1)];
+    for (number, family) in (1..).zip(BOTH) {
+        // Written anew with another gateway, a pod has another way, and is still the same pod.
+        let other_way = |pod: &Endpoint, other: bool| match other {
+            true => Endpoint { gateway_v4: None, gateway_v6: None, ..*pod },
+            false => *pod,
+        };
+        serve(&stage, 10 * number, &at(family.vip, 80, TCP), &[backend(family.b, 8080, TCP)], Frontend::default());
+        let there = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40000, 80, flags::SYN);
+        from_pod(&stage, &stage.a, &there, &NEW);
+        let back = stage.sent_by(&stage.b).ip(family.b, family.a).tcp(8080, 40000, flags::SYN | flags::ACK);
+        let returns = to_a().ip(family.vip, family.a).tcp(80, 40000, flags::SYN | flags::ACK);
+        for changed in [true, false] {
+            stage.datapath.upsert_endpoint(&other_way(&stage.b, changed)).unwrap();
+            came_out(&from_pod(&stage, &stage.b, &back, &again("pod_to_pod")), REDIRECT, &returns);
+            came_out(&from_pod(&stage, &stage.b, &back, &NEW[..1]), REDIRECT, &returns);
+        }
+
+        // Through its own Service.
+        serve(
+            &stage,
+            10 * number + 1,
+            &at(family.other, 80, TCP),
+            &[backend(family.a, 8080, TCP)],
+            Frontend::default(),
+        );
+        let there = stage.sent_by(&stage.a).ip(family.a, family.other).tcp(40001, 80, flags::SYN);
+        from_pod(&stage, &stage.a, &there, &NEW);
+        let back = stage.sent_by(&stage.a).ip(family.a, family.other).tcp(8080, 40001, flags::ACK);
+        let returns = to_a().ip(family.other, family.a).tcp(80, 40001, flags::ACK);
+        for changed in [true, false] {
+            stage.datapath.upsert_endpoint(&other_way(&stage.a, changed)).unwrap();
+            came_out(&from_pod(&stage, &stage.a, &back, &again("pod_to_pod")), REDIRECT, &returns);
+        }
+
+        // From elsewhere, and from the node.
+        for (n, place, port) in [(2, family.remote, 6053), (3, family.host, 5353)] {
+            serve(&stage, 10 * number + n, &at(family.vip, port, UDP), &[backend(place, 53, UDP)], Frontend::default());
+            let there = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40002, port);
+            let out = if n == 2 { "pod_to_vpc" } else { "pod_to_host" };
+            from_pod(&stage, &stage.a, &there, &[(out, 1), ("flow_new", 1)]);
+        }
+        let hosts = ["10.0.0.100/32", "fd00::100/128", &format!("10.55.0.{number}/32")];
+        stage.datapath.set_host_addresses(&hosts.map(|text| text.parse().unwrap())).unwrap();
+        let back = stage.by_gateway().ip(family.remote, family.a).udp(53, 40002);
+        let ran = run(&stage, Program::FromVpc, stage.eni, &back.build(), &again("vpc_to_pod"));
+        came_out(&ran, REDIRECT, &to_a().ip(family.vip, family.a).udp(6053, 40002));
+        let from_host = Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0);
+        let back = from_host.clone().ip(family.host, family.a).udp(53, 40002);
+        let ran = run(&stage, Program::ToPod, stage.a.host_ifindex, &back.build(), &again("host_to_pod"));
+        came_out(&ran, NEXT, &from_host.ip(family.vip, family.a).udp(5353, 40002));
+    }
+}
+
+/// Who has come to an address later was not asked, and does not answer for a Service.
+#[test]
+fn the_heir_of_an_address_does_not_answer_for_the_service() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        serve(&stage, number, &at(family.vip, 53, UDP), &[backend(family.b, 53, UDP)], Frontend::default());
+        let there = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40000, 53);
+        from_pod(&stage, &stage.a, &there, &NEW);
+    }
+    assert!(stage.datapath.remove_endpoint(stage.b.host_ifindex).unwrap());
+    stage.datapath.upsert_endpoint(&stage.b).unwrap();
+    for family in BOTH {
+        let says = stage.sent_by(&stage.b).ip(family.b, family.a).udp(53, 40000);
+        let arrives = Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ttl(63).ip(family.b, family.a).udp(53, 40000);
+        let ran = from_pod(&stage, &stage.b, &says, &[("pod_to_pod", 1), ("flow_new", 1), ("flow_stale", 1)]);
+        came_out(&ran, REDIRECT, &arrives);
+    }
+}
+
 #[test]
 fn two_services_with_one_backend_do_not_collide() {
     let sandbox = sandbox_or_skip!();

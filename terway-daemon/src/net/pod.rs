@@ -13,8 +13,9 @@ use super::host::{Links, owner};
 use super::socket::{Netlink, Refusal, Request};
 use super::{NetError, decode, encode};
 
-/// How long a link may take from up to usable.
-const PATIENCE: Duration = Duration::from_millis(200);
+/// How long a link may take from up to usable. The kernel's workers need RTNL for it, which a node that removes many pods holds for long; and
+/// a pod whose ADD returned before is published while it does not take packets.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// How often it is looked at, after some looks in a row: a timer's slack alone is longer than what is mostly left to wait for.
 const POLL: Duration = Duration::from_micros(100);
 /// Looks without a pause.

@@ -6,7 +6,8 @@
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_printk;
 use terway_abi::{
-    Drop, Endpoint, Flow, FragmentKey, FragmentValue, Kind, MOVED, NO_BACKEND, POLICY_EPOCH, flow_flags, is_between,
+    Action, Drop, Endpoint, Flow, FragmentKey, FragmentValue, Kind, MOVED, NO_BACKEND, POLICY_EPOCH, flow_flags,
+    is_between,
 };
 
 use super::exit::{Verdict, count, now};
@@ -14,8 +15,8 @@ use super::icmp::Quote;
 use super::judge::{STALE, STALE_MOVED, permitted, resume};
 use super::maps::{DEBUG, Desk, Maps, Replaced};
 use super::path::{
-    Before, FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, drift, entry, hook, is_stale, kinds, known, lookup,
-    send, use_known,
+    ANSWERS, Before, FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, drift, entry, hook, is_stale, kinds,
+    known, lookup, send, use_known,
 };
 use super::refuse::refuse;
 use super::serve::{prepare_both, recall, remember_both, serve};
@@ -74,8 +75,10 @@ where
     (desk.choice.member.backend, desk.choice.refused) = (NO_BACKEND, 0);
     F::assign(&mut desk.choice.address, &desk.packet.dst);
     (desk.choice.port, desk.choice.source) = (desk.packet.ports >> 16, 0);
+    desk.choice.kept = if desk.replaced.translated != 0 { keep::<F>(desk) } else { 0 };
     let clients = PROGRAM == FROM_POD || PROGRAM == FROM_VPC;
-    if clients && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst) {
+    if clients && desk.choice.kept == 0 && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst)
+    {
         // Read back by `serve`.
         let _found = recall::<F>(desk);
         let early = serve::<F, PROGRAM>(skb.0, desk);
@@ -115,6 +118,7 @@ where
     let Some(desk) = desk::<F>() else { return Verdict::drop(Drop::Truncated) };
     desk.packet.clear();
     desk.stale = 0;
+    note(&mut desk.replaced, Before { entry: None, from_high: 0 });
     let early = understand::<F, PROGRAM>(skb.0, desk);
     if early.is_related() {
         return relate::<F, PROGRAM>(skb.0, desk);
@@ -267,18 +271,32 @@ where
             decide::from_pod(&Maps, endpoint::<F>(skb)?, packet, &desk.choice.address, macs)?
         }
         TO_POD => decide::to_pod(&Maps, packet, skb.ifindex())?,
-        _ if served => {
-            let only_here = desk.choice.local != 0;
+        // An answer to this node in whose name its request was sent on, which goes on to the client.
+        _ if served || !F::same(&desk.choice.address, &packet.dst) => {
+            let only_here = served && desk.choice.local != 0;
             decide::from_client::<F, _>(&Maps, &packet.src, &desk.choice.address, only_here, skb.ifindex())?
         }
         _ => decide::from_vpc(&Maps, packet, skb.ifindex())?,
     };
     let Decision::Way(route) = decision else { return Ok(Verdict::next(const { kinds::<PROGRAM>() }.stack)) };
-    let seat = if served { TAKEN } else { seat::<F, PROGRAM>(skb, packet, &desk.replaced) };
+    let kept = desk.choice.kept != 0;
+    let seat = match served {
+        true => TAKEN,
+        false if kept => FREE,
+        false => seat::<F, PROGRAM>(skb, packet, &desk.replaced),
+    };
     let answers = seat == FREE && answers::<F>(packet, &desk.replaced, &route);
     desk.choice.seat = seat;
     match seat {
-        FREE => prepare::<F>(&mut desk.flow, &route, answers),
+        FREE => {
+            prepare::<F>(&mut desk.flow, &route, answers);
+            if kept && answers {
+                translate_on::<F>(&mut desk.flow, &desk.reply);
+            } else if !F::same(&desk.choice.address, &packet.dst) {
+                // It looks like an answer, and comes from another pod than the one that was asked.
+                return Err(Drop::Unserved);
+            }
+        }
         TAKEN => prepare_both::<F, PROGRAM>(desk, &route)?,
         // It is judged when its entry is used.
         _ => return Ok(Verdict::OPEN),
@@ -314,7 +332,7 @@ where
 {
     let Before { entry, from_high } = before;
     let Some(old) = entry else {
-        (replaced.taken, replaced.answers) = (0, 0);
+        (replaced.taken, replaced.answers, replaced.translated) = (0, 0, 0);
         return;
     };
     // SAFETY: the value stays mapped for the program's run; an entry that is reused meanwhile is a race that every preallocated map
@@ -327,7 +345,48 @@ where
     let ([makers, others], [at_makers, at_others]) = (old.slots, old.epochs);
     (replaced.slots, replaced.epochs) =
         if by_other { ([others, makers], [at_others, at_makers]) } else { ([makers, others], [at_makers, at_others]) };
-    replaced.answers = flow::side(old, from_high).flags & flow_flags::REVERSE;
+    let flags = flow::side(old, from_high).flags;
+    replaced.answers = flags & flow_flags::REVERSE;
+    replaced.translated = u32::from(flags & ANSWERS == ANSWERS);
+}
+
+/// Puts the entry of a translated answer on the desk, which is void, and where its translation sends it; 0 if it is none.
+///
+/// What has changed is the way, mostly of somebody else. The client knows nobody but the Service, so whatever the new way is, its answers
+/// come from there.
+#[inline(never)]
+fn keep<F: Way>(desk: &mut Desk<F>) -> u32 {
+    let Desk { packet, reply, choice, .. } = desk;
+    if opens(packet) {
+        return 0;
+    }
+    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    let Some(old) = entry::<F>(&key) else { return 0 };
+    // SAFETY: copied at once; an entry that is reused meanwhile is a race that every preallocated map has.
+    *reply = unsafe { *old };
+    let [side, _] = &reply.sides;
+    if reply.maker != from_high || side.flags & ANSWERS != ANSWERS {
+        return 0;
+    }
+    F::assign(&mut choice.address, &reply.dst);
+    1
+}
+
+/// Has a new entry translate as the old one did. What left by an ENI leaves by the same one: that of the client, and not the pod's.
+#[inline(always)]
+fn translate_on<F: Way>(flow: &mut Flow<F::Addr>, old: &Flow<F::Addr>) {
+    let ([side, other], [before, _]) = (&mut flow.sides, &old.sides);
+    if side.action == Action::Vpc as u32 && before.action == Action::Vpc as u32 {
+        (side.oif, side.way) = (before.oif, before.way);
+    }
+    side.flags |= before.flags;
+    // The requests have an entry of their own.
+    // SAFETY: a side consists of integers.
+    unsafe { zero(other) };
+    F::assign(&mut flow.src, &old.src);
+    F::assign(&mut flow.dst, &old.dst);
+    (flow.ports, flow.sum_addresses, flow.sum_ports) = (old.ports, old.sum_addresses, old.sum_ports);
+    (flow.backend, flow.generation, flow.service) = (old.backend, old.generation, old.service);
 }
 
 /// Where a connection stands.
@@ -410,8 +469,7 @@ fn remember<F: Way, const PROGRAM: u8>(
 /// What the packet says of itself does not count, as it would open a way past policies: without an entry, who speaks first began.
 #[inline(always)]
 fn answers<F: Way>(packet: &Packet<F>, replaced: &Replaced, route: &Route<'_>) -> bool {
-    const BOTH: u8 = tcp_flags::SYN | tcp_flags::ACK;
-    if packet.tcp_flags & BOTH == tcp_flags::SYN || replaced.answers == 0 {
+    if opens(packet) || replaced.answers == 0 {
         return false;
     }
     let ([own, other], [at_own, at_other]) = (replaced.slots, replaced.epochs);
@@ -419,6 +477,13 @@ fn answers<F: Way>(packet: &Packet<F>, replaced: &Replaced, route: &Route<'_>) -
         !policy::is_pod(now.slot) || slot == now.slot && is_between(now.since, epoch, now.epoch)
     };
     same(own, at_own, route.source) && same(other, at_other, route.destination)
+}
+
+/// Whether a packet can only be the first of a connection.
+#[inline(always)]
+fn opens<F: Family>(packet: &Packet<F>) -> bool {
+    const BOTH: u8 = tcp_flags::SYN | tcp_flags::ACK;
+    packet.tcp_flags & BOTH == tcp_flags::SYN
 }
 
 #[inline(always)]

@@ -67,12 +67,8 @@ where
 {
     let Desk { packet, flow, choice, case, .. } = &mut *desk;
     let [own, other] = flow.slots;
-    let from = (&packet.src, own);
-    if translated {
-        put::<F>(case, from, (&choice.address, other), choice.port << 16, packet.protocol, false);
-    } else {
-        put::<F>(case, from, (&packet.dst, other), packet.ports, packet.protocol, answers);
-    }
+    let ports = if translated { choice.port << 16 } else { packet.ports };
+    put::<F>(case, (&packet.src, own), (&choice.address, other), ports, packet.protocol, answers);
     judge::<F>(desk)
 }
 

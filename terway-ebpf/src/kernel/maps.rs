@@ -63,7 +63,7 @@ pub struct Desk<F: Family> {
     pub quoted: Packet<F>,
     /// The flow that is about to be inserted.
     pub flow: Flow<F::Addr>,
-    /// That of the answers, if they have one of their own.
+    /// That of the answers, if they have one of their own; or, where an answer is decided anew, the one that it had.
     pub reply: Flow<F::Addr>,
     /// What the entry was that it replaces.
     pub replaced: Replaced,
@@ -92,6 +92,10 @@ pub struct Replaced {
     pub taken: u32,
     /// Not 0 if the packet's sender is the one who answered.
     pub answers: u32,
+    /// Not 0 if the answers were translated.
+    pub translated: u32,
+    /// Zero.
+    pub spare: u32,
     /// What decided about the packet's sender and the other end.
     pub slots: [u32; 2],
     /// And when.
@@ -121,6 +125,10 @@ pub struct Choice<A> {
     pub uplink: u32,
     /// A seat of [`super::first`].
     pub seat: u32,
+    /// Not 0 if the packet is a translated answer whose entry is void: it is on the desk, as `reply`.
+    pub kept: u32,
+    /// Zero.
+    pub spare: u32,
 }
 
 /// The desk of IPv4.

@@ -143,6 +143,9 @@ pub(super) struct Layout {
     pub(super) quote: Option<Quote>,
 }
 
+/// [`Side::flags`] of translated answers.
+pub(super) const ANSWERS: u32 = flow_flags::REVERSE | flow_flags::TRANSLATE;
+
 /// What the flow table holds under a packet's key, whether or not it still holds.
 #[derive(Clone, Copy)]
 pub(super) struct Before<F: Family> {
@@ -187,7 +190,6 @@ where
     // entry that is evicted and reused meanwhile is a race that every preallocated map has.
     let entry = unsafe { &mut *entry };
     // A backend that has gone from its Service still owes answers to what it was asked before, and they are the Service's.
-    const ANSWERS: u32 = flow_flags::REVERSE | flow_flags::TRANSLATE;
     let answers = flow::side(entry, from_high).flags & ANSWERS == ANSWERS;
     let drift = if answers || backend_is_current::<F>(entry) {
         decide::drift::<F, _>(&Maps, entry.slots, entry.epochs)
