@@ -202,7 +202,12 @@ fn roll(cluster: &Cluster, backends: &mut Vec<Backend>) -> Result<usize> {
 #[test]
 fn rolling_an_application_and_dns_loses_nothing() -> Result<()> {
     with_cluster(
-        |options| options.pool = (6, 30),
+        |options| {
+            options.pool = (6, 30);
+            // Dead entries are collected every second, among them those of an address that a new pod gets.
+            options.hurry = 30;
+            options.conf = json!({"conntrack_gc_interval": "1s", "bpf_ct_timeout_tcp_fin": "1s"});
+        },
         |cluster| {
             let before: Vec<_> = cluster.nodes().iter().map(leftovers::node).collect::<Result<_>>()?;
             let clients = [pod(cluster.node(1), "c")?, pod(cluster.node(2), "d")?];

@@ -2,9 +2,8 @@
 //!
 //! Reading and deleting are apart: the whole table is read in batches and what looks dead is noted; then each of those is read again,
 //! with all it depends on, and deleted if it still is dead by what is true then. Between that second reading and the deletion lie
-//! microseconds. A packet that comes in exactly there loses the entry that it has just refreshed: the connection's next packet is
-//! decided anew, as it would be had that packet come a moment later. The decision is the same for a direct connection; one to a
-//! Service that slept for the whole timeout may get another backend, which a timeout permits.
+//! microseconds, or more if the thread has to wait for its CPU, in which a packet may use the entry or a new connection take its place:
+//! deleting tells what was there, and that is put back ([`Elements::delete_if`](crate::bpf::elements::Elements::delete_if)).
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
@@ -217,7 +216,7 @@ impl Tables {
         for key in gone {
             if let Some(flow) = map.get(&key)?
                 && facts.standing_now(&flow)? == Standing::Gone
-                && map.delete(&key)?
+                && map.delete_if(&key, |now| is_as_it_was(&flow, now))?
             {
                 found.deleted_void += 1;
             }
@@ -291,12 +290,20 @@ impl Tables {
         if !timeouts.over(&whole, standing, standing == Standing::Moved) {
             return Ok(0);
         }
-        let mut deleted = u64::from(map.delete(key)?);
-        if let Some((other, _)) = partner {
-            deleted += u64::from(map.delete(&other)?);
+        let deleted = map.delete_if(key, |now| is_as_it_was(&flow, now))?;
+        match partner {
+            Some((other, theirs)) if deleted => {
+                Ok(1 + u64::from(map.delete_if(&other, |now| is_as_it_was(&theirs, now))?))
+            }
+            _ => Ok(deleted.into()),
         }
-        Ok(deleted)
     }
+}
+
+/// Whether no packet has used an entry since it was read, and no other connection has taken its place.
+fn is_as_it_was<A>(then: &Flow<A>, now: &Flow<A>) -> bool {
+    let uses = |flow: &Flow<A>| (flow.created, flow.sides.map(|side| (side.packets, side.last_seen)));
+    uses(then) == uses(now)
 }
 
 /// The connection that an entry stands for; `partner` is the other direction's side if that has an entry of its own.
