@@ -119,12 +119,12 @@ impl State {
         match work {
             Work::News(all) => {
                 let mut complete = false;
+                let mut events = Vec::new();
                 for News { changes, complete: told } in all {
-                    for event in changes.into_iter().filter_map(Event::of) {
-                        self.event(event);
-                    }
+                    events.extend(changes.into_iter().filter_map(Event::of));
                     complete |= told;
                 }
+                self.events(events);
                 if complete && self.compiler.is_none() {
                     self.take_over(start);
                 }
@@ -168,11 +168,17 @@ impl State {
         info!(?stats, addresses_found = pods, blocks_found = blocks, writes, took = ?start.elapsed(), "policies are in force");
     }
 
-    /// Takes an event in; what follows from it is in the maps when this returns, unless the kernel refused.
     fn event(&mut self, event: Event) {
-        let Some(compiler) = &mut self.compiler else { return self.early.push(event) };
-        self.policy_gone |= matches!(event, Event::NetworkPolicy(_, None) | Event::ClusterNetworkPolicy(_, None));
-        let ops = compiler.step(event);
+        self.events(vec![event]);
+    }
+
+    /// Takes events in; what follows from them is in the maps when this returns, unless the kernel refused.
+    fn events(&mut self, mut events: Vec<Event>) {
+        let Some(compiler) = &mut self.compiler else { return self.early.append(&mut events) };
+        let gone =
+            |event: &Event| matches!(event, Event::NetworkPolicy(_, None) | Event::ClusterNetworkPolicy(_, None));
+        self.policy_gone |= events.iter().any(gone);
+        let ops = compiler.steps(events);
         self.ledger.follow(compiler);
         self.run(ops);
     }

@@ -84,8 +84,8 @@ pub(super) struct Meaning {
 struct Space {
     classes: NumberSet<ClassId>,
     by_key: HashMap<ClassKey, ClassId>,
-    /// More is looked at than when the keys were made.
-    outdated: bool,
+    /// [`Classes::looks`] when the keys were made.
+    looks: u64,
 }
 
 #[derive(Debug)]
@@ -95,7 +95,11 @@ pub(super) struct Classes {
     profiles: NumberMap<ProfileId, ProfileState>,
     by_profile: HashMap<Profile, ProfileId>,
     classes: NumberMap<ClassId, Class>,
+    /// Classes of more than one profile: no other can fall apart.
+    mixed: NumberSet<ClassId>,
     namespaces: HashMap<Arc<str>, Space>,
+    /// How many times it has come to look at more.
+    looks: u64,
     meanings: NumberMap<Identity, Meaning>,
     identities: NumberMap<(Nature, Option<ClassId>, CellId), Identity>,
     profile_counter: Counter,
@@ -111,7 +115,9 @@ impl Classes {
             profiles: NumberMap::default(),
             by_profile: HashMap::new(),
             classes: NumberMap::default(),
+            mixed: NumberSet::default(),
             namespaces: HashMap::new(),
+            looks: 0,
             meanings: NumberMap::default(),
             identities: NumberMap::default(),
             profile_counter: Counter::new(0, u32::MAX),
@@ -135,18 +141,44 @@ impl Classes {
         }
         let id = ProfileId(self.profile_counter.next(|n| self.profiles.contains_key(&ProfileId(n))));
         let class = self.class(&profile);
-        if let Some(class) = self.classes.get_mut(&class) {
-            class.profiles.insert(id);
-        }
         self.by_profile.insert(profile.clone(), id);
         self.profiles.insert(id, ProfileState { profile, class, users: 1, pods: NumberSet::default() });
+        self.enter(class, id);
         id
+    }
+
+    fn enter(&mut self, id: ClassId, profile: ProfileId) {
+        if let Some(class) = self.classes.get_mut(&id) {
+            class.profiles.insert(profile);
+            self.mix(id);
+        }
+    }
+
+    fn exit(&mut self, id: ClassId, profile: ProfileId) {
+        if let Some(class) = self.classes.get_mut(&id) {
+            class.profiles.remove(&profile);
+            self.mix(id);
+        }
+    }
+
+    /// Settles whether a class may fall apart. One of a single profile is like that, and not like one that it had.
+    fn mix(&mut self, id: ClassId) {
+        let Some(class) = self.classes.get_mut(&id) else { return };
+        if class.profiles.len() > 1 {
+            self.mixed.insert(id);
+            return;
+        }
+        self.mixed.remove(&id);
+        if let Some(only) = class.profiles.iter().next().and_then(|only| self.profiles.get(only)) {
+            class.like = only.profile.clone();
+        }
     }
 
     fn class(&mut self, profile: &Profile) -> ClassId {
         let key = self.key_of(profile);
         let mut space = self.namespaces.remove(&profile.namespace).unwrap_or_default();
-        if std::mem::take(&mut space.outdated) {
+        if space.looks != self.looks {
+            space.looks = self.looks;
             let all = space.classes.iter().filter_map(|id| Some((self.key_of(&self.classes.get(id)?.like), *id)));
             space.by_key = all.collect();
         }
@@ -173,9 +205,7 @@ impl Classes {
             && let Some(state) = self.profiles.remove(&id)
         {
             self.by_profile.remove(&state.profile);
-            if let Some(class) = self.classes.get_mut(&state.class) {
-                class.profiles.remove(&id);
-            }
+            self.exit(state.class, id);
             self.prune(state.class);
         }
     }
@@ -262,7 +292,8 @@ impl Classes {
         };
         let mut splits: Vec<(ClassId, Parts)> = Vec::new();
         let mut values: Vec<Option<&str>> = Vec::new();
-        for (id, class) in &self.classes {
+        for id in &self.mixed {
+            let Some(class) = self.classes.get(id) else { continue };
             let like = &class.like;
             values.clear();
             values.extend(new_keys.iter().map(|key| like.labels.get(key)));
@@ -272,15 +303,7 @@ impl Classes {
                 labels && (new_names.is_empty() || named(other) == named(like))
             };
             let mut members = class.profiles.iter().filter_map(|member| self.profiles.get(member));
-            let whole = members.all(|state| alike(&state.profile));
-            let blank = values.iter().all(Option::is_none) && (new_names.is_empty() || named(like).is_empty());
-            if whole && blank {
-                continue;
-            }
-            if let Some(space) = self.namespaces.get_mut(&class.like.namespace) {
-                space.outdated = true;
-            }
-            if whole {
+            if members.all(|state| alike(&state.profile)) {
                 continue;
             }
             let mut parts = Parts::new();
@@ -295,6 +318,7 @@ impl Classes {
         }
         self.keys.extend(new_keys);
         self.names.extend(new_names);
+        self.looks += 1;
         let mut leaving: Vec<(ClassId, Vec<ProfileId>)> = Vec::new();
         for (id, parts) in splits {
             let mut parts: Vec<(usize, Vec<ProfileId>)> = parts.into_values().collect();
@@ -313,12 +337,8 @@ impl Classes {
                 if let Some(state) = self.profiles.get_mut(&member) {
                     state.class = new;
                 }
-                if let Some(class) = self.classes.get_mut(&id) {
-                    class.profiles.remove(&member);
-                }
-                if let Some(class) = self.classes.get_mut(&new) {
-                    class.profiles.insert(member);
-                }
+                self.exit(id, member);
+                self.enter(new, member);
                 moved.insert(member);
             }
         }

@@ -12,7 +12,7 @@ use super::maps::Maps;
 use super::number::{Counter, Identity, Nature, PolicyVersion, ReasonId, RowId, SetId};
 use super::op::{Op, Stale};
 use super::peers::Peers;
-use super::plan::{Change, Later};
+use super::plan::{Change, Later, append};
 use super::pods::{Claim, Endpoint, PodId, PodState};
 use super::reason::{Reason, Reasons};
 use super::rule::{Namespaces, Pods, Policy};
@@ -54,6 +54,12 @@ pub enum Event {
 }
 
 impl Event {
+    /// Whether it is about a policy, and not about whom policies select.
+    #[must_use]
+    pub const fn is_of_policy(&self) -> bool {
+        matches!(self, Self::NetworkPolicy(..) | Self::ClusterNetworkPolicy(..))
+    }
+
     /// The event of a changed object, if it is of a kind that policies look at.
     #[must_use]
     pub fn of(applied: Applied) -> Option<Self> {
@@ -132,6 +138,8 @@ pub struct Compiler {
     pub(super) phase: usize,
     pub(super) enforce: bool,
     pub(super) change: Change,
+    /// Policies have changed since endpoints were selected: those of these namespaces, or of any.
+    reselect: Option<Option<BTreeSet<Arc<str>>>>,
     pub(super) later: Later,
 }
 
@@ -183,6 +191,7 @@ impl Compiler {
             phase: maps.phase,
             enforce: maps.enforce,
             change: Change::default(),
+            reselect: None,
             later: Later::default(),
         };
         let blocks: Vec<_> = compiler.blocks().collect();
@@ -195,6 +204,35 @@ impl Compiler {
 
     /// Takes an event in. The operations are to be run in order; when they have run, the event is in force for every packet.
     pub fn step(&mut self, event: Event) -> Vec<Op> {
+        self.steps([event])
+    }
+
+    /// The same of many, one after the other; but policies that follow each other come into force together. So a thousand of them that come at
+    /// once cost an endpoint one selection, and one set of tables.
+    pub fn steps(&mut self, events: impl IntoIterator<Item = Event>) -> Vec<Op> {
+        let mut all = Vec::new();
+        for event in events {
+            if event.is_of_policy() {
+                self.take(event);
+                continue;
+            }
+            append(&mut all, self.commit_policies());
+            self.take(event);
+            append(&mut all, self.commit());
+        }
+        append(&mut all, self.commit_policies());
+        all
+    }
+
+    /// Selects again where policies have changed.
+    fn commit_policies(&mut self) -> Vec<Op> {
+        let Some(namespaces) = self.reselect.take() else { return Vec::new() };
+        let concerned = |e: &Endpoint| namespaces.as_ref().is_none_or(|names| names.contains(&e.pod.namespace));
+        self.select_again(concerned);
+        self.commit()
+    }
+
+    fn take(&mut self, event: Event) {
         match event {
             Event::Namespace(name, namespace) => self.namespace(name, namespace.as_deref()),
             Event::Pod(name, pod) => self.pod(name, pod.as_deref()),
@@ -212,7 +250,9 @@ impl Compiler {
                 if all.is_empty() {
                     self.network.remove(&name.namespace);
                 }
-                self.select_again(Some(&name.namespace));
+                if let Some(namespaces) = self.reselect.get_or_insert_with(|| Some(BTreeSet::new())) {
+                    namespaces.insert(Arc::clone(&name.namespace));
+                }
                 self.retire(old.as_deref());
             }
             Event::ClusterNetworkPolicy(name, policy) => {
@@ -223,7 +263,7 @@ impl Compiler {
                     Some(policy) => self.cluster.insert(name.name, Arc::clone(policy)),
                     None => self.cluster.remove(&name.name),
                 };
-                self.select_again(None);
+                self.reselect = Some(None);
                 self.retire(old.as_deref());
             }
             Event::Attach { slot, pod, addresses } => self.attach(slot, pod, addresses),
@@ -236,7 +276,6 @@ impl Compiler {
                 }
             }
         }
-        self.commit()
     }
 
     fn version(&mut self) -> PolicyVersion {
@@ -271,9 +310,8 @@ impl Compiler {
         }
     }
 
-    /// Finds again which policies select which endpoints: all of them, or those of one namespace.
-    fn select_again(&mut self, namespace: Option<&Arc<str>>) {
-        let concerned = |e: &Endpoint| namespace.is_none_or(|name| *e.pod.namespace == **name);
+    /// Finds again which policies select these endpoints.
+    fn select_again(&mut self, concerned: impl Fn(&Endpoint) -> bool) {
         let slots: Vec<u32> = self.endpoints.iter().filter(|(_, e)| concerned(e)).map(|(slot, _)| *slot).collect();
         for slot in slots {
             self.select(slot);
@@ -289,7 +327,7 @@ impl Compiler {
         };
         if old != new {
             self.ask_again(&name, &old);
-            self.select_again(Some(&name));
+            self.select_again(|e| e.pod.namespace == name);
         }
     }
 

@@ -138,7 +138,7 @@ fn write(item: Item, now: Value, next: Value, phase: usize) -> Op {
 }
 
 /// As `extend`, but what is the first of its kind, and may be a great many, is not copied.
-fn append(all: &mut Vec<Op>, more: Vec<Op>) {
+pub(super) fn append(all: &mut Vec<Op>, more: Vec<Op>) {
     if all.is_empty() {
         *all = more;
     } else {

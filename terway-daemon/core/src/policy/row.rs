@@ -1,5 +1,8 @@
 //! Port tables: an ordered list of rules becomes one decision for each protocol and port, as prefixes of which the longest counts.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
 use super::number::Decision;
 use super::rule::Stage;
 use crate::objects::Action;
@@ -43,24 +46,14 @@ pub(super) struct Matched<'a> {
     pub(super) decision: Decision,
 }
 
-/// The decision for a packet: `at` is protocol and port, or none for a protocol that no rule names.
-fn decide(rules: &[Matched<'_>], otherwise: Decision, at: Option<(u8, u16)>) -> Decision {
+/// The decision for a packet that these rules hit, in their order.
+fn decide<'a>(hits: impl Iterator<Item = &'a Matched<'a>>, otherwise: Decision) -> Decision {
     let mut passed = None;
-    for rule in rules {
-        if passed == Some(rule.stage) {
-            continue;
-        }
-        let hit = match (rule.ports, at) {
-            (None, _) => true,
-            (Some(_), None) => false,
-            (Some(ranges), Some((protocol, port))) => {
-                ranges.iter().any(|(own, first, last)| *own == protocol && (*first..=*last).contains(&port))
-            }
-        };
-        match (hit, rule.action) {
-            (false, _) => {}
-            (true, Action::Pass) => passed = Some(rule.stage),
-            (true, Action::Accept | Action::Deny) => return rule.decision,
+    for rule in hits {
+        match rule.action {
+            _ if passed == Some(rule.stage) => {}
+            Action::Pass => passed = Some(rule.stage),
+            Action::Accept | Action::Deny => return rule.decision,
         }
     }
     otherwise
@@ -68,27 +61,44 @@ fn decide(rules: &[Matched<'_>], otherwise: Decision, at: Option<(u8, u16)>) -> 
 
 /// Flattens rules in their order; `otherwise` holds where none decides. The first entry is always the one for all protocols.
 pub(super) fn flatten(rules: &[Matched<'_>], otherwise: Decision) -> Vec<RowEntry> {
-    let rest = decide(rules, otherwise, None);
+    let every_port: BTreeMap<usize, u32> =
+        rules.iter().enumerate().filter(|(_, rule)| rule.ports.is_none()).map(|(n, _)| (n, 1)).collect();
+    let decide = |hits: &BTreeMap<usize, u32>| decide(hits.keys().filter_map(|n| rules.get(*n)), otherwise);
+    let rest = decide(&every_port);
     let mut entries = vec![RowEntry { protocol: None, port: 0, bits: 0, decision: rest }];
-    let mut ranges: Vec<(u8, u16, u16)> = rules.iter().filter_map(|r| r.ports).flatten().copied().collect();
-    ranges.sort_unstable();
-    for own in ranges.chunk_by(|a, b| a.0 == b.0) {
+    // Where a rule begins to hit, and where it ends.
+    let mut edges: Vec<(u8, u32, usize, bool)> = Vec::new();
+    for (n, rule) in rules.iter().enumerate() {
+        for (protocol, first, last) in rule.ports.into_iter().flatten() {
+            edges.push((*protocol, u32::from(*first), n, true));
+            edges.push((*protocol, u32::from(*last) + 1, n, false));
+        }
+    }
+    edges.sort_unstable();
+    for own in edges.chunk_by(|a, b| a.0 == b.0) {
         let protocol = own[0].0;
-        // Where the decision may change.
-        let mut starts = vec![0u32];
-        starts.extend(own.iter().flat_map(|(_, first, last)| [u32::from(*first), u32::from(*last) + 1]));
-        starts.sort_unstable();
-        starts.dedup();
-        starts.retain(|start| *start <= u32::from(u16::MAX));
+        // From one edge to the next. Ranges of one rule may overlap, so hits are counted.
+        let mut hits = every_port.clone();
         let mut segments: Vec<(u32, u32, Decision)> = Vec::new();
-        for (n, start) in starts.iter().enumerate() {
-            let end = starts.get(n + 1).map_or(1 << 16, |next| *next);
-            let decision = decide(rules, otherwise, Some((protocol, *start as u16)));
-            match segments.last_mut() {
-                Some(last) if last.2 == decision => last.1 = end,
-                _ => segments.push((*start, end, decision)),
+        let mut segment = |start: u32, end: u32, decision: Decision| match segments.last_mut() {
+            _ if start == end => {}
+            Some(last) if last.2 == decision => last.1 = end,
+            _ => segments.push((start, end, decision)),
+        };
+        let mut start = 0;
+        for there in own.chunk_by(|a, b| a.1 == b.1) {
+            segment(start, there[0].1, decide(&hits));
+            start = there[0].1;
+            for (.., n, begins) in there {
+                match hits.entry(*n) {
+                    Entry::Vacant(new) => drop(new.insert(1)),
+                    Entry::Occupied(mut of) if *begins => *of.get_mut() += 1,
+                    Entry::Occupied(of) if *of.get() == 1 => drop(of.remove()),
+                    Entry::Occupied(mut of) => *of.get_mut() -= 1,
+                }
             }
         }
+        segment(start, 1 << 16, decide(&hits));
         // What fills most of the ports is said once, the exceptions in prefixes below it.
         let base = match segments.iter().find(|s| s.2 == rest) {
             Some(_) => rest,

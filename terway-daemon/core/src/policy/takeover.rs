@@ -45,9 +45,7 @@ impl Compiler {
     pub fn take_over(found: &Maps, events: impl IntoIterator<Item = Event>) -> (Self, Vec<Op>) {
         let (mut compiler, _) = Self::after(found);
         compiler.enforce = true;
-        for event in events {
-            compiler.step(event);
-        }
+        compiler.steps(events);
         compiler.settle();
         compiler.settle();
         let wanted = compiler.maps();

@@ -89,7 +89,7 @@ fn policy(space: usize, n: usize, port: u16) -> Event {
     network_policy(space, &format!("p{n}"), &spec)
 }
 
-fn network_policy(space: usize, name: &str, spec: &Value) -> Event {
+pub(crate) fn network_policy(space: usize, name: &str, spec: &Value) -> Event {
     let meta = json!({"namespace": format!("ns{space}"), "name": name});
     read(Kind::NetworkPolicy, &json!({"metadata": meta, "spec": spec}))
 }

@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::json;
 use terway_core::policy::{Compiler, Op};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, network_policy};
 
 /// Per change of a kind: operations on the maps, questions to selectors, questions to sets; the most of any.
 type Most = [u64; 3];
@@ -59,4 +60,23 @@ fn a_change_asks_for_what_it_changes_and_not_for_what_there_is() {
     let [operations, selectors, _] = large["cluster_policy_of_a_third"];
     assert!(selectors <= 240 * 10 + 200 * 11, "{selectors}");
     assert!(operations > 10_000, "{operations}: the change is meant to be a big one");
+}
+
+#[test]
+fn policies_that_come_together_are_compiled_once() {
+    let cluster = Cluster { spaces: 50 };
+    let (mut compiler, _) = Compiler::new();
+    let pods = (0..cluster.spaces).flat_map(|space| cluster.pods(space));
+    compiler.steps(pods.chain(cluster.interfaces()));
+    let peers = json!([{"podSelector": {}}]);
+    let policy = |n: u16| {
+        let ingress = json!([{"from": peers, "ports": [{"port": 20_000 + n}]}]);
+        network_policy(0, &format!("p{n}"), &json!({"podSelector": {}, "ingress": ingress}))
+    };
+    let ops = compiler.steps((0..1_000).map(policy));
+    let tables: Vec<usize> =
+        ops.iter().filter_map(|op| if let Op::Row { entries, .. } = op { Some(entries.len()) } else { None }).collect();
+    // All four pods of the namespace share one set, which has one table.
+    assert_eq!(tables, [1_001]);
+    assert_eq!(compiler.policies().len(), 1_000);
 }

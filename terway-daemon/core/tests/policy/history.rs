@@ -176,8 +176,20 @@ fn run(seed: u64, steps: usize) {
             world = before;
             continue;
         };
-        let label = format!("seed {seed}, step {step}: {event:?}");
-        let apart = matches!(event, Event::Attach { .. } | Event::Detach { .. });
+        // Policies that come together come into force together.
+        let mut events = vec![event];
+        while events.iter().all(Event::is_of_policy) && dice.chance(40) {
+            let so_far = world.clone();
+            match change(&mut world, &mut dice, &mut uid) {
+                Some(event) if event.is_of_policy() => events.push(event),
+                _ => {
+                    world = so_far;
+                    break;
+                }
+            }
+        }
+        let label = format!("seed {seed}, step {step}: {events:?}");
+        let apart = events.iter().any(|event| matches!(event, Event::Attach { .. } | Event::Detach { .. }));
         // An interface is found by nobody until its operations have run, and no more when those of its end begin.
         let mut meanwhile = before.clone();
         meanwhile.locals.retain(|slot, _| world.locals.contains_key(slot));
@@ -187,7 +199,7 @@ fn run(seed: u64, steps: usize) {
             .map(|packet| Checked { old: oracle::judge(&before, &packet), new: oracle::judge(&world, &packet), packet })
             .filter(|checked| checked.old != checked.new || dice.chance(6))
             .collect();
-        let ops = compiler.step(event.clone());
+        let ops = compiler.steps(events);
         counted.follow(&mut compiler, &label);
         let mut gates: Vec<(usize, bool)> = vec![(maps.phase, maps.enforce)];
         for op in &ops {

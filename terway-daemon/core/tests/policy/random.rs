@@ -20,9 +20,7 @@ pub(crate) fn compile(world: &World) -> (Compiler, Maps) {
     let (mut compiler, ops) = Compiler::new();
     let mut maps = Maps::default();
     ops.iter().for_each(|op| maps.apply(op));
-    for event in world.events() {
-        compiler.step(event).iter().for_each(|op| maps.apply(op));
-    }
+    compiler.steps(world.events()).iter().for_each(|op| maps.apply(op));
     (compiler, maps)
 }
 
