@@ -27,6 +27,7 @@ use crate::conntrack::{Conntrack, ConntrackMetrics};
 use crate::engine::{self, Engine, Facts, Parts};
 use crate::http;
 use crate::identity::{self, Node};
+use crate::memory;
 use crate::metrics::{self, Metrics};
 use crate::net::Host;
 use crate::options::Options;
@@ -62,6 +63,7 @@ pub const NETWORK: &str = "terway";
 /// Why it could not start or go on. The datapath stays as it is in every case.
 pub async fn run(options: Options) -> Result<(), Error> {
     let start = Instant::now();
+    memory::map_large_tables();
     let _lock = InstanceLock::take(&options.state_dir).map_err(|error| match error.kind() {
         std::io::ErrorKind::WouldBlock => {
             Error::new(errors::STORE_FAILED, format!("another terwayd holds {}", options.state_dir.display()))

@@ -12,6 +12,7 @@ mod follow;
 pub mod http;
 pub mod identity;
 mod inotify;
+mod memory;
 pub mod metrics;
 pub mod net;
 pub mod objects;

@@ -18,6 +18,7 @@ use super::health::Health;
 use super::metrics::ServiceMetrics;
 use super::{take_in, view};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER};
+use crate::memory;
 use crate::objects::{self, Batch};
 use crate::policy::News;
 
@@ -83,26 +84,6 @@ impl fmt::Debug for State {
     }
 }
 
-/// Reading a whole cluster's objects and planning from them leaves as much free memory behind as they take, which the C library keeps for
-/// itself otherwise.
-fn give_back_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: the call has no preconditions, and nothing that is allocated moves.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
-/// Has tables of more than a megabyte mapped each on its own. By default the C library stops doing so once one was freed, and a table that
-/// grows then leaves its former places, and the room it does not use yet, as resident memory.
-fn map_large_tables() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: the call has no preconditions.
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
-    }
-}
-
 impl State {
     pub(super) fn new(
         datapath: Arc<Datapath>,
@@ -111,7 +92,6 @@ impl State {
         metrics: ServiceMetrics,
         outlets: Outlets,
     ) -> Self {
-        map_large_tables();
         // An earlier daemon's Services are served, whoever reads objects now.
         if !datapath.frontends().is_empty() {
             outlets.in_force.send_replace(true);
@@ -197,7 +177,7 @@ impl State {
         }
         if self.tidy.is_some_and(|tidy| tidy <= now) {
             self.tidy = None;
-            give_back_memory();
+            memory::give_back();
         }
         Ok(())
     }
