@@ -378,47 +378,52 @@ fn outside(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
 
 fn policies(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
     let [a, b, c, _] = pods else { return };
-    report.check("a NetworkPolicy closes a pod to all but one, on either node, and says why", || {
-        let namespace = &b.spec.namespace;
-        let mut objects = vec![json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})];
-        objects.extend(pods.iter().map(|pod| {
-            let name = &pod.spec.name;
-            json!({
-                "apiVersion": "v1", "kind": "Pod",
-                "metadata": {"name": name, "namespace": namespace, "labels": {"app": name}},
-                "spec": {"nodeName": format!("n{}", pod.node), "containers": [{"name": "c"}]},
-                "status": {"phase": "Running", "podIPs": [{"ip": pod.v4}, {"ip": pod.v6}]},
-            })
-        }));
-        cluster.put("pods", &objects)?;
-        let to = [SocketAddr::new(b.v4, 8080), SocketAddr::new(b.v6, 8080)];
-        ensure!(connects(&c.ns()?, to[0])?, "nothing forbids it yet");
-        let from = json!([{"podSelector": {"matchLabels": {"app": a.spec.name}}}]);
-        cluster.put(
-            "policy",
-            &[json!({
-                "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-                "metadata": {"name": "only-one", "namespace": namespace},
-                "spec": {"podSelector": {"matchLabels": {"app": b.spec.name}}, "ingress": [{"from": from}]},
-            })],
-        )?;
-        let home = cluster.node(b.node);
-        for to in to {
-            home.wait(Duration::from_secs(5), "others are kept out", |_| Ok(!connects(&c.ns()?, to)?))?;
-            ensure!(connects(&a.ns()?, to)?, "who is allowed is kept out of {to}");
-        }
-        let (from, to) = (format!("{namespace}/{}", a.spec.name), format!("{namespace}/{}:8080", b.spec.name));
-        let told = home.cli(&["policy", "explain", "--from", &from, "--to", &to])?;
-        ensure!(told.contains("only-one"), "{told}");
-        for node in cluster.nodes() {
-            node.remove_service("policy")?;
-        }
-        home.wait(Duration::from_secs(5), "it is open again", |_| connects(&c.ns()?, SocketAddr::new(b.v4, 8080)))?;
-        for node in cluster.nodes() {
-            node.remove_service("pods")?;
-        }
-        Ok(told.lines().last().unwrap_or_default().trim().to_owned())
-    });
+    report.check(
+        "a NetworkPolicy closes a pod to all but one, on either node; `policy explain` and `flows` say why",
+        || {
+            let namespace = &b.spec.namespace;
+            let mut objects = vec![json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})];
+            objects.extend(pods.iter().map(|pod| {
+                let name = &pod.spec.name;
+                json!({
+                    "apiVersion": "v1", "kind": "Pod",
+                    "metadata": {"name": name, "namespace": namespace, "labels": {"app": name}},
+                    "spec": {"nodeName": format!("n{}", pod.node), "containers": [{"name": "c"}]},
+                    "status": {"phase": "Running", "podIPs": [{"ip": pod.v4}, {"ip": pod.v6}]},
+                })
+            }));
+            cluster.put("pods", &objects)?;
+            let to = [SocketAddr::new(b.v4, 8080), SocketAddr::new(b.v6, 8080)];
+            ensure!(connects(&c.ns()?, to[0])?, "nothing forbids it yet");
+            let from = json!([{"podSelector": {"matchLabels": {"app": a.spec.name}}}]);
+            cluster.put(
+                "policy",
+                &[json!({
+                    "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+                    "metadata": {"name": "only-one", "namespace": namespace},
+                    "spec": {"podSelector": {"matchLabels": {"app": b.spec.name}}, "ingress": [{"from": from}]},
+                })],
+            )?;
+            let home = cluster.node(b.node);
+            for to in to {
+                home.wait(Duration::from_secs(5), "others are kept out", |_| Ok(!connects(&c.ns()?, to)?))?;
+                ensure!(connects(&a.ns()?, to)?, "who is allowed is kept out of {to}");
+            }
+            let (from, to) = (format!("{namespace}/{}", a.spec.name), format!("{namespace}/{}:8080", b.spec.name));
+            let told = home.cli(&["policy", "explain", "--from", &from, "--to", &to])?;
+            ensure!(told.contains("only-one"), "{told}");
+            let dropped = home.cli(&["flows", "--verdict", "dropped", "--policy", "only-one", "--last", "1"])?;
+            ensure!(dropped.contains(&c.spec.name) && dropped.contains(&b.spec.name), "{dropped}");
+            for node in cluster.nodes() {
+                node.remove_service("policy")?;
+            }
+            home.wait(Duration::from_secs(5), "it is open again", |_| connects(&c.ns()?, SocketAddr::new(b.v4, 8080)))?;
+            for node in cluster.nodes() {
+                node.remove_service("pods")?;
+            }
+            Ok(format!("{}; {}", told.lines().last().unwrap_or_default().trim(), dropped.trim()))
+        },
+    );
 }
 
 /// The result of ADD that libcni keeps for CHECK and DEL.
