@@ -3,12 +3,16 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
+use std::time::Duration;
 
-use terway_abi::{Flow, MAX_ENDPOINTS, NO_BACKEND, NO_SLOT, same_way};
+use terway_abi::{Flow, MAX_ENDPOINTS, NO_BACKEND, NO_SLOT, flow_flags, same_way};
 use terway_core::conntrack::Standing;
 
-use super::Tables;
+use super::{Tables, idle, now, translates};
 use crate::bpf::error::BpfError;
+
+/// For so long after its last one, a backend that has gone from its Service may still have an answer on its way: as long as a resolver waits.
+const OWED: Duration = Duration::from_secs(5);
 
 /// Epochs, pods and generations as they were when somebody began to look; those of backends are read when they are first asked for.
 ///
@@ -73,7 +77,10 @@ impl<'a> Facts<'a> {
             return Ok(Standing::Gone);
         }
         if flow.backend != NO_BACKEND && generation(flow.backend)? != flow.generation {
-            return Ok(Standing::Gone);
+            let [side, _] = &flow.sides;
+            let answers = translates(flow) && side.flags & flow_flags::REVERSE != 0;
+            let owes = answers && idle(side.last_seen, now(self.tables.hz), self.tables.hz) < OWED;
+            return Ok(if owes { Standing::Moved } else { Standing::Gone });
         }
         for (slot, at) in flow.slots.iter().zip(flow.epochs) {
             // One whose policies have changed is judged again by its next packet, and may go on.
