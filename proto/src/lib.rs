@@ -6,6 +6,10 @@ mod detail;
 
 pub use detail::{METADATA_KEY, detail, status};
 
+/// What the daemon's clients take for an answer at the most, bytes: 30 000 Services with their endpoints are a tenth of it. gRPC's own limit is
+/// 4 MiB.
+pub const ANSWER_BYTES: usize = 256 << 20;
+
 /// Version 1 of the contract.
 pub mod v1 {
     #![allow(

@@ -4,8 +4,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use terway_proto::v1;
 use terway_proto::v1::node_network_client::NodeNetworkClient;
+use terway_proto::{ANSWER_BYTES, v1};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status, Streaming};
 
@@ -101,5 +101,5 @@ async fn connect(cli: &Cli, within: Option<Duration>) -> Result<NodeNetworkClien
             "the daemon does not answer on {path}; is terwayd running, and are you root?{cause}"
         ))
     })?;
-    Ok(NodeNetworkClient::new(channel))
+    Ok(NodeNetworkClient::new(channel).max_decoding_message_size(ANSWER_BYTES))
 }

@@ -1,7 +1,7 @@
 //! Policies as the contract writes them.
 
 use terway_core::ident::PodRef;
-use terway_core::objects::{Direction, ObjectName};
+use terway_core::objects::{Direction, ObjectKey, ObjectName};
 use terway_core::policy::{Compiler, Explanation, Judgement, Party, Reason, Stats};
 use terway_proto::v1;
 
@@ -20,11 +20,14 @@ pub(super) fn status(stats: &Stats, held: &[ObjectName], enforced: bool, complet
     }
 }
 
-/// The policies that a reason names.
+/// So many policies of a reason are told: events are kept by the thousand.
+const TOLD: usize = 16;
+
+/// The policies that a reason names, the first of them.
 pub(super) fn policies(reason: &Reason) -> Vec<String> {
     match reason {
         Reason::Rule { policy, .. } => vec![policy.to_string()],
-        Reason::Isolated { policies, .. } => policies.iter().map(ToString::to_string).collect(),
+        Reason::Isolated { policies, .. } => policies.iter().take(TOLD).map(ToString::to_string).collect(),
         _ => Vec::new(),
     }
 }
@@ -41,6 +44,11 @@ pub(super) fn list(
     let all = compiler.policies().into_iter();
     let shown =
         all.filter(|(key, _)| wanted(&key.name.namespace, &request.namespace) && wanted(&key.name.name, &request.name));
+    // Of one that is asked for by name. All reasons of all policies would be as many as there are pairs of policies.
+    let counts = |key: &ObjectKey| match request.name.is_empty() {
+        true => Vec::new(),
+        false => counted.iter().filter(|counted| counted.concerns(key)).map(count).collect(),
+    };
     let policies = shown.map(|(key, slots)| {
         let both = [Direction::Ingress, Direction::Egress];
         let sum = both.iter().filter_map(|direction| sums.get(&(key.clone(), *direction)));
@@ -56,7 +64,7 @@ pub(super) fn list(
             allowed: sum.allowed.packets,
             denied: sum.denied.packets,
             denied_bytes: sum.denied.bytes,
-            counts: counted.iter().filter(|counted| counted.concerns(&key)).map(count).collect(),
+            counts: counts(&key),
         }
     });
     v1::ListPoliciesResponse { policies: policies.collect(), complete: true, enforced }

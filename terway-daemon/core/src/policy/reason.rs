@@ -59,6 +59,9 @@ pub enum Reason {
     },
 }
 
+/// So many policies that isolate a pod together are named; a namespace may have a thousand.
+const NAMED: usize = 4;
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -78,8 +81,11 @@ impl fmt::Display for Reason {
             Self::Isolated { direction, policies } => {
                 let direction = if *direction == Direction::Ingress { "ingress" } else { "egress" };
                 write!(f, "isolated in {direction} by ")?;
-                for (n, policy) in policies.iter().enumerate() {
+                for (n, policy) in policies.iter().take(NAMED).enumerate() {
                     write!(f, "{}{policy}", if n == 0 { "" } else { ", " })?;
+                }
+                if let more @ 1.. = policies.len().saturating_sub(NAMED) {
+                    write!(f, " and {more} more")?;
                 }
                 f.write_str(", none of whose rules allows it")
             }
@@ -159,5 +165,23 @@ impl Reasons {
 
     pub(super) fn get(&self, id: ReasonId) -> Option<&Reason> {
         self.reasons.get(&id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::objects::ObjectName;
+
+    #[test]
+    fn a_thousand_isolating_policies_are_one_sentence() {
+        let key = |n: u32| ObjectKey { kind: Kind::NetworkPolicy, name: ObjectName::new("x", &format!("p{n}")) };
+        let says = |many: u32| {
+            Reason::Isolated { direction: Direction::Ingress, policies: (1..=many).map(key).collect() }.to_string()
+        };
+        assert_eq!(says(1), format!("isolated in ingress by {}, none of whose rules allows it", key(1)));
+        let four = [1, 2, 3, 4].map(|n| key(n).to_string()).join(", ");
+        assert_eq!(says(4), format!("isolated in ingress by {four}, none of whose rules allows it"));
+        assert_eq!(says(1_000), format!("isolated in ingress by {four} and 996 more, none of whose rules allows it"));
     }
 }

@@ -12,8 +12,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-use terway_proto::v1;
 use terway_proto::v1::node_network_client::NodeNetworkClient;
+use terway_proto::{ANSWER_BYTES, v1};
 use tokio::runtime::Handle;
 use tonic::transport::{Channel, Endpoint};
 
@@ -73,7 +73,8 @@ impl Rpc {
                     .await
             })
             .with_context(|| format!("connect to terwayd at {}", socket.display()))?;
-        Ok(Self { handle: handle.clone(), client: NodeNetworkClient::new(channel) })
+        let client = NodeNetworkClient::new(channel).max_decoding_message_size(ANSWER_BYTES);
+        Ok(Self { handle: handle.clone(), client })
     }
 
     /// `Status`.

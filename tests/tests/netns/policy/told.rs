@@ -12,7 +12,7 @@ use terway_sim::node::{Node, ServiceSpec, bin_dir};
 use terway_sim::probe::{self, Echo};
 
 use super::SOON;
-use super::stage::{Put as _, Stage};
+use super::stage::{Put as _, Stage, policy_object};
 use crate::with_cluster;
 
 /// Events that a filter takes, as JSON.
@@ -169,6 +169,62 @@ fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
             node.remove_service("web")?;
             stage.pods = pods;
             stage.clear()
+        },
+    )
+}
+
+/// As many as a namespace has where each client has a policy of its own: put at once, they are in force soon, and can be read.
+#[test]
+fn a_thousand_policies_for_one_pod() -> Result<()> {
+    with_cluster(
+        |options| options.nodes = 1,
+        |cluster: &Cluster| {
+            let node = cluster.node(1);
+            let mut pods = Vec::new();
+            let mut objects = Vec::new();
+            for name in ["a", "b"] {
+                let mut pod = node.new_pod(name)?;
+                pod.namespace = "many".to_owned();
+                node.add(&mut pod)?.ok()?;
+                objects.push(json!({
+                    "apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "many", "name": name},
+                    "status": {"phase": "Running", "podIPs": pod.ips.iter().map(|ip| json!({"ip": ip})).collect::<Vec<_>>()},
+                }));
+                pods.push(pod);
+            }
+            node.put("pods", &objects)?;
+            let policy = |n: u16| {
+                let port = if n == 500 { probe::PORT } else { 20_000 + n };
+                let ingress = json!([{"from": [{"podSelector": {}}], "ports": [{"port": port}]}]);
+                policy_object("many", &format!("p{n}"), &json!({"podSelector": {}, "ingress": ingress}))
+            };
+            let [client, server] = &pods[..] else { anyhow::bail!("two pods") };
+            let to = server.v4()?;
+            let _echo = Echo::start(&server.ns)?;
+            node.put("policies", &(0..1_000).map(policy).collect::<Vec<_>>())?;
+            let listed = |node: &Node| -> Result<Vec<Value>> {
+                let all: Value = serde_json::from_str(&node.cli(&["policy", "list", "-o", "json"])?)?;
+                Ok(all["policies"].as_array().cloned().unwrap_or_default())
+            };
+            node.wait(SOON, "all are in force", |node| Ok(listed(node)?.len() == 1_000))?;
+            // TCP is allowed by one of them, UDP by none.
+            probe::tcp(&client.ns, to, 10)?;
+            ensure!(probe::udp(&client.ns, to, 10).is_err(), "UDP gets through");
+            let sum = |policies: &[Value]| policies.iter().map(|p| p["allowed"].as_u64().unwrap_or(0)).sum::<u64>();
+            ensure!(sum(&listed(node)?) == 1 && counted(node, "many/p500")?.0 == 1, "one connection was allowed");
+            node.wait(SOON, "the drop is told", |node| {
+                let told = flows(node, &["--verdict", "dropped", "--pod", "many/b"])?;
+                let why = told.last().and_then(|event| event["ingress"]["reason"].as_str()).unwrap_or_default();
+                Ok(why.ends_with(" and 996 more, none of whose rules allows it"))
+            })?;
+            // And gone at once.
+            node.put("policies", &[] as &[Value])?;
+            node.wait(SOON, "none is left", |node| Ok(listed(node)?.is_empty()))?;
+            probe::udp(&client.ns, to, 10)?;
+            for pod in &pods {
+                node.del(pod)?.ok()?;
+            }
+            Ok(())
         },
     )
 }
