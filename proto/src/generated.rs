@@ -876,7 +876,7 @@ pub struct Policy {
     pub denied: u64,
     #[prost(uint64, tag = "7")]
     pub denied_bytes: u64,
-    /// The same by what decided.
+    /// The same by what decided, of a policy that is asked for by name.
     #[prost(message, repeated, tag = "8")]
     pub counts: ::prost::alloc::vec::Vec<PolicyCount>,
 }
