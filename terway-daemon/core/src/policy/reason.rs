@@ -171,7 +171,7 @@ impl Reasons {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::objects::ObjectName;
+    use crate::objects::{Kind, ObjectName};
 
     #[test]
     fn a_thousand_isolating_policies_are_one_sentence() {
