@@ -69,7 +69,8 @@ pub(super) fn flatten(rules: &[Matched<'_>], otherwise: Decision) -> Vec<RowEntr
     // Where a rule begins to hit, and where it ends.
     let mut edges: Vec<(u8, u32, usize, bool)> = Vec::new();
     for (n, rule) in rules.iter().enumerate() {
-        for (protocol, first, last) in rule.ports.into_iter().flatten() {
+        // A range that ends before it begins has no port in it, and must not begin where it ends.
+        for (protocol, first, last) in rule.ports.into_iter().flatten().filter(|(_, first, last)| first <= last) {
             edges.push((*protocol, u32::from(*first), n, true));
             edges.push((*protocol, u32::from(*last) + 1, n, false));
         }
@@ -157,6 +158,31 @@ mod tests {
                 assert_eq!(probe(&row, 17, *first), no);
                 assert_eq!(probe(&row, 1, 0), no);
             }
+        }
+    }
+
+    #[test]
+    fn ranges_of_a_rule_may_overlap_touch_or_be_empty() {
+        let (yes, no) = (Decision::allow(ReasonId(20)), Decision::deny(ReasonId(21)));
+        let ports = [(6u8, 80, 90), (6, 90, 90), (6, 91, 95), (6, 200, 100), (17, 65_535, 65_535)];
+        let rule = Matched { stage: Stage::Network, action: Action::Accept, ports: Some(&ports[..]), decision: yes };
+        let row = flatten(&[rule], no);
+        for (protocol, port, expected) in [
+            (6, 79, no),
+            (6, 80, yes),
+            (6, 90, yes),
+            (6, 91, yes),
+            (6, 95, yes),
+            (6, 96, no),
+            (6, 101, no),
+            (6, 150, no),
+            (6, 200, no),
+            (6, 65_535, no),
+            (17, 65_534, no),
+            (17, 65_535, yes),
+            (17, 0, no),
+        ] {
+            assert_eq!(probe(&row, protocol, port), expected, "{protocol} {port}");
         }
     }
 
