@@ -1,8 +1,11 @@
 //! Nanoseconds per packet of the eBPF programs, by `BPF_PROG_TEST_RUN`: an established packet (its flow is known) and a first one
 //! (the flow is made, in both directions).
 
+use std::net::IpAddr;
+
+use anyhow::ensure;
 use aya::maps::{HashMap, Map, MapData};
-use terway_abi::{Backend, Frontend, Member, Program, Run, backend_flags, names};
+use terway_abi::{Backend, Flow, FlowKey, Frontend, Member, Program, Run, backend_flags, flow_flags, names};
 use terway_core::ident::Addresses;
 use terway_daemon::bpf::{BpfError, Config, Datapath, Endpoint, FrontendAt, RunContext, Uplink};
 
@@ -128,34 +131,30 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
         ("to_pod v4", Program::ToPod, a, Frame::new(stage.a.pod_mac.0, HOST_MAC).ip("10.0.0.100", "10.0.0.1")),
         ("to_vpc host v4", Program::ToVpc, eni, Frame::new(GATEWAY_MAC, stage.eni_mac).ip("10.0.0.100", "10.0.9.9")),
     ];
-    let services = services(&stage)?;
     let mut results = Vec::new();
-
     for (name, program, ifindex, frame) in &cases {
-        results.push((
-            format!("{name} established"),
-            lowest(&stage.datapath, *program, *ifindex, frame, (80, flags::ACK))?,
-        ));
+        let established = lowest(&stage.datapath, *program, *ifindex, frame, ESTABLISHED)?;
+        results.push((format!("{name} established"), established));
     }
-    for (name, program, ifindex, frame) in &services {
-        results.push((
-            format!("{name} established"),
-            lowest(&stage.datapath, *program, *ifindex, frame, (80, flags::ACK))?,
-        ));
+    let services = serve(&stage)?;
+    for (number, Served { name, program, ifindex, frame, .. }) in (1..).zip(&services) {
+        there_and_back(&stage.datapath, number, *program, *ifindex, frame)?;
+        let established = lowest(&stage.datapath, *program, *ifindex, frame, ESTABLISHED)?;
+        results.push((format!("{name} established"), established));
     }
     // Established packets are not told of, whoever has asked.
     stage.datapath.sample_flows(1)?;
     if let Some((name, program, ifindex, frame)) = cases.first() {
-        results.push((
-            format!("{name} told established"),
-            lowest(&stage.datapath, *program, *ifindex, frame, (80, flags::ACK))?,
-        ));
+        let told = lowest(&stage.datapath, *program, *ifindex, frame, ESTABLISHED)?;
+        results.push((format!("{name} told established"), told));
     }
     stage.datapath.sample_flows(0)?;
     unsettle(&stage.datapath)?;
-    // What is passed on depends on no endpoint, so it stays settled.
-    for (name, program, ifindex, frame) in services.iter().filter(|(name, ..)| !name.contains("node")) {
-        results.push((format!("{name} first"), lowest_first(&stage.datapath, *program, *ifindex, frame)?));
+    for Served { name, program, ifindex, first, .. } in &services {
+        // What is passed on depends on no endpoint, so it stays settled.
+        if let Some(frame) = first {
+            results.push((format!("{name} first"), lowest_first(&stage.datapath, *program, *ifindex, frame)?));
+        }
     }
     for (name, program, ifindex, frame) in cases.iter().filter(|(_, program, ..)| *program != Program::ToVpc) {
         results.push((format!("{name} first"), lowest_first(&stage.datapath, *program, *ifindex, frame)?));
@@ -163,15 +162,23 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
     Ok(results)
 }
 
-/// A case: its name, what runs where, and the frame.
-type Case = (&'static str, Program, u32, Frame);
+/// What is sent to a Service, and where it meets which program.
+#[derive(Debug)]
+struct Served {
+    name: &'static str,
+    program: Program,
+    ifindex: u32,
+    frame: Frame,
+    /// Of first packets.
+    first: Option<Frame>,
+}
 
-/// Services in each family, and what a pod, and clients outside, send to them: to a pod of the node, and to another node.
+/// Services in each family, numbered from 1, and what a pod, and clients outside, send to them: to a pod of the node, and to another node.
 ///
-/// The packet of a test run is not reset between runs, and a translated one is not for the Service any more. So the Service's
-/// backend is the Service itself, and where the node passes packets on in its own name, it is the client as well, with the only port
-/// that there is: everything is done that a translation takes, and the packet stays what it was.
-fn services(stage: &Stage) -> anyhow::Result<Vec<Case>> {
+/// The packet of a test run is not reset between runs, and a translated one is not for the Service any more. An established one is turned back
+/// by every other run, see [`there_and_back`]. For first packets the Service's backend is the Service itself: everything is done that a
+/// translation takes, and the packet stays what it was.
+fn serve(stage: &Stage) -> anyhow::Result<Vec<Served>> {
     let (a, eni) = (stage.a.host_ifindex, stage.eni);
     let addresses = |v4: [u8; 4], v6: &str| anyhow::Ok(Addresses { v4: Some(v4.into()), v6: Some(v6.parse()?) });
     stage.datapath.set_uplink(&Uplink {
@@ -184,40 +191,107 @@ fn services(stage: &Stage) -> anyhow::Result<Vec<Case>> {
     // Nobody else's packets are for this one.
     let served = Endpoint { host_ifindex: stage.other_eni, addresses: addresses([10, 0, 0, 3], "fd00::3")?, ..stage.b };
     stage.datapath.upsert_endpoint(&served)?;
-    let pod = |name, from, to| (name, Program::FromPod, a, stage.sent_by(&stage.a), from, to);
-    let outside = |name, from, to| (name, Program::FromVpc, eni, stage.by_gateway(), from, to);
     let mut cases = Vec::new();
-    for (number, (name, program, ifindex, frame, from, to)) in (1..).zip([
-        pod("from_pod service v4", "10.0.0.1", "10.0.9.96"),
-        pod("from_pod service v6", "fd00::1", "fd00:9::96"),
-        outside("from_vpc service pod v4", "10.0.9.9", "10.0.0.3"),
-        outside("from_vpc service pod v6", "fd00:9::9", "fd00::3"),
-        outside("from_vpc service node v4", "10.0.0.100", "10.0.9.97"),
-        outside("from_vpc service node v6", "fd00::100", "fd00:9::97"),
+    for (number, (name, program, from, to, behind, first)) in (1..).zip([
+        ("from_pod service v4", Program::FromPod, "10.0.0.1", "10.0.9.96", "10.0.9.98", Some("10.0.9.98")),
+        ("from_pod service v6", Program::FromPod, "fd00::1", "fd00:9::96", "fd00:9::98", Some("fd00:9::98")),
+        ("from_vpc service pod v4", Program::FromVpc, "10.0.9.9", "10.0.9.95", "10.0.0.3", Some("10.0.0.3")),
+        ("from_vpc service pod v6", Program::FromVpc, "fd00:9::9", "fd00:9::95", "fd00::3", Some("fd00::3")),
+        ("from_vpc service node v4", Program::FromVpc, "10.0.9.8", "10.0.9.97", "10.0.9.99", None),
+        ("from_vpc service node v6", Program::FromVpc, "fd00:9::8", "fd00:9::97", "fd00:9::99", None),
     ]) {
-        let address: std::net::IpAddr = to.parse()?;
-        let mut words = [0; 4];
-        let bytes = match address {
-            std::net::IpAddr::V4(v4) => v4.octets().to_vec(),
-            std::net::IpAddr::V6(v6) => v6.octets().to_vec(),
-        };
-        for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
-            *word = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        let (ifindex, frame) =
+            if program == Program::FromPod { (a, stage.sent_by(&stage.a)) } else { (eni, stage.by_gateway()) };
+        forward(&stage.datapath, number, (to, ESTABLISHED.0), (behind, TARGET_PORT))?;
+        if let Some(itself) = first {
+            forward(&stage.datapath, FIRST_SERVICE + number, (itself, FIRST_PORT), (itself, FIRST_PORT))?;
         }
-        for (offset, port) in [(0, 80_u16), (1, 81)] {
-            let (number, flags) = (10 * number + offset, if address.is_ipv6() { backend_flags::V6 } else { 0 });
-            let backend =
-                Backend { address: words, port: port.to_be(), protocol: 6, flags, generation: 1, ..Backend::default() };
-            stage.datapath.set_backend(number, &backend)?;
-            stage.datapath.set_members(number, &[Member { backend: number, generation: 1 }])?;
-            let run = Run { first: number, count: 1 };
-            let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
-            stage.datapath.set_frontend(&FrontendAt::Address { address, port, protocol: 6 }, &frontend)?;
-        }
-        cases.push((name, program, ifindex, frame.ip(from, to)));
+        let first = first.map(|itself| frame.clone().ip(from, itself));
+        cases.push(Served { name, program, ifindex, frame: frame.ip(from, to), first });
     }
     Ok(cases)
 }
+
+/// Serves an address and port by one backend. Service, set and backend have the same number.
+fn forward(
+    datapath: &Datapath,
+    number: u32,
+    (to, port): (&str, u16),
+    (behind, target): (&str, u16),
+) -> anyhow::Result<()> {
+    let (to, behind): (IpAddr, IpAddr) = (to.parse()?, behind.parse()?);
+    let mut address = [0; 4];
+    let bytes = match behind {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
+    for (word, bytes) in address.iter_mut().zip(bytes.chunks_exact(4)) {
+        *word = u32::from_ne_bytes(bytes.try_into()?);
+    }
+    let flags = if behind.is_ipv6() { backend_flags::V6 } else { 0 };
+    let backend = Backend { address, port: target.to_be(), protocol: 6, flags, generation: 1, ..Backend::default() };
+    datapath.set_backend(number, &backend)?;
+    datapath.set_members(number, &[Member { backend: number, generation: 1 }])?;
+    let run = Run { first: number, count: 1 };
+    let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
+    datapath.set_frontend(&FrontendAt::Address { address: to, port, protocol: 6 }, &frontend)?;
+    Ok(())
+}
+
+/// Makes the flow of an established packet, and in the place of its answers' another one, which turns the translated packet back.
+fn there_and_back(
+    datapath: &Datapath,
+    backend: u32,
+    program: Program,
+    ifindex: u32,
+    frame: &Frame,
+) -> anyhow::Result<()> {
+    let packet = packet_of(frame, ESTABLISHED);
+    let there = datapath.run(program, &packet, RunContext::on(ifindex))?;
+    turn_back::<u32>(datapath, names::FLOWS_V4, backend)?;
+    turn_back::<[u32; 4]>(datapath, names::FLOWS_V6, backend)?;
+    let back = datapath.run(program, &packet, RunContext { repeat: 2, ..RunContext::on(ifindex) })?;
+    // Ports and checksum; the addresses stand before them, and the Ethernet header is the way's.
+    let transport = packet.len() - PAYLOAD - 20;
+    ensure!(there.packet[transport..] != packet[transport..], "the packet is not translated");
+    ensure!(back.packet[transport..] == packet[transport..], "it does not become what it was");
+    Ok(())
+}
+
+fn turn_back<A: Copy>(datapath: &Datapath, map: &str, backend: u32) -> anyhow::Result<()>
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
+    let map = Map::LruHashMap(MapData::from_pin(datapath.pins().join(map))?);
+    let mut map: HashMap<_, FlowKey<A>, Flow<A>> = map.try_into()?;
+    let mut all = map.iter().collect::<Result<Vec<_>, _>>()?;
+    all.retain(|(_, flow)| flow.backend == backend);
+    let is_answer = |(_, flow): &&(FlowKey<A>, Flow<A>)| flow.sides[0].flags & flow_flags::REVERSE != 0;
+    let (answer, asked) = (all.iter().find(is_answer), all.iter().find(|entry| !is_answer(entry)));
+    // A Service is of one family.
+    let (Some((key, answer)), Some((_, asked))) = (answer, asked) else { return Ok(()) };
+    let back = Flow {
+        maker: 1 - answer.maker,
+        src: answer.dst,
+        dst: answer.src,
+        ports: answer.ports.rotate_left(16),
+        sum_addresses: !asked.sum_addresses,
+        sum_ports: !asked.sum_ports,
+        ..*asked
+    };
+    map.insert(key, back, 0)?;
+    Ok(())
+}
+
+/// Port and flags of an established packet.
+const ESTABLISHED: (u16, u8) = (80, flags::ACK);
+/// The port that Services of established packets lead to.
+const TARGET_PORT: u16 = 8080;
+/// What is added to the number of a Service for first packets.
+const FIRST_SERVICE: u32 = 100;
+/// Bytes behind the headers.
+const PAYLOAD: usize = 64;
 
 /// The port of first packets.
 pub const FIRST_PORT: u16 = 81;
@@ -230,6 +304,10 @@ pub fn lowest_first(datapath: &Datapath, program: Program, ifindex: u32, frame: 
     lowest(datapath, program, ifindex, frame, (FIRST_PORT, flags::SYN))
 }
 
+fn packet_of(frame: &Frame, (port, flags): (u16, u8)) -> Vec<u8> {
+    frame.clone().ttl(255).tcp(40_000, port, flags).payload(&[0; PAYLOAD]).build()
+}
+
 fn lowest(
     datapath: &Datapath,
     program: Program,
@@ -237,7 +315,7 @@ fn lowest(
     frame: &Frame,
     (port, flags): (u16, u8),
 ) -> Result<f64, BpfError> {
-    let packet = frame.clone().ttl(255).tcp(40_000, port, flags).payload(&[0; 64]).build();
+    let packet = packet_of(frame, (port, flags));
     let context = RunContext { repeat: BATCH, ..RunContext::on(ifindex) };
     datapath.run(program, &packet, context)?;
     let round = || -> Result<f64, BpfError> {
