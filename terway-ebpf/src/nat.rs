@@ -23,6 +23,23 @@ pub fn adjust(check: u16, sum: u32) -> u16 {
     !(((total & 0xffff) + (total >> 16)) as u16)
 }
 
+/// Whether a checksum field held a whole checksum when the kernel told it that the addresses had grown by this sum, or only the sum of the pseudo
+/// header, to which the NIC adds the rest (`CHECKSUM_PARTIAL`). `None` if both would look the same.
+///
+/// The first is the complement of a sum, and moves the other way (`inet_proto_csum_replace_by_diff`, net/core/utils.c).
+#[inline(always)]
+#[must_use]
+pub fn was_whole(before: u16, after: u16, sum: u32) -> Option<bool> {
+    let (whole, partial) = (same(adjust(before, sum), after), same(!adjust(!before, sum), after));
+    if whole == partial { None } else { Some(whole) }
+}
+
+/// Whether two ones' complement numbers are equal; zero has two forms.
+#[inline(always)]
+const fn same(a: u16, b: u16) -> bool {
+    a == b || (a ^ b == 0xffff && (a == 0 || b == 0))
+}
+
 /// Addresses and ports of a packet, as in the packet. By reference: the kernel's stack is small.
 #[derive(Clone, Copy)]
 pub struct Tuple<'a, A> {
@@ -93,6 +110,17 @@ mod tests {
             // Both zeros of ones' complement are right.
             let total = sum(&[rest, new[0], new[1], new[2], u32::from(adjusted)]);
             prop_assert!(total == 0xffff || total == 0, "{total:x}");
+        }
+
+        /// What a field held is never taken for something else, and rarely left open: where the change does not show.
+        #[test]
+        fn what_a_field_held_is_seen(before in any::<u16>(), sum in prop_oneof![any::<u32>(), (0..4_u32).prop_map(|n| n * 0xffff)]) {
+            let partial = self::sum(&[before.into(), sum]);
+            let open = sum % 0xffff == 0;
+            for (after, whole) in [(adjust(before, sum), true), (partial, false)] {
+                let seen = was_whole(before, after, sum);
+                prop_assert_eq!(seen, if open { None } else { Some(whole) });
+            }
         }
 
         #[test]

@@ -74,6 +74,31 @@ fn a_pod_reaches_a_service_and_the_answers_come_from_it() {
     }
 }
 
+/// Every value that a checksum can have, among them those that a translation makes 0, which in UDP would say that there is none.
+#[test]
+fn checksums_stay_right_and_none_stays_none() {
+    let sandbox = sandbox_or_skip!();
+    let stage = Stage::set(&sandbox).unwrap();
+    for (number, family) in (1..).zip(BOTH) {
+        serve(&stage, number, &at(family.vip, 53, UDP), &[backend(family.b, 5353, UDP)], Frontend::default());
+        let query = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40000, 53);
+        let plain = query.clone().payload(&[0; 2]).build();
+        let check = plain.len() - 4..plain.len() - 2;
+        let translated = |packet: &[u8]| {
+            let ran = stage.datapath.run(Program::FromPod, packet, RunContext::on(stage.a.host_ifindex)).unwrap();
+            assert_eq!((ran.action, packet.len()), (REDIRECT, ran.packet.len()));
+            ran.packet
+        };
+        for word in 0..=u16::MAX {
+            let packet = query.clone().payload(&word.to_be_bytes()).build();
+            let none = packet[check.clone()] == [0; 2];
+            let arrived = translated(&packet);
+            assert_eq!(arrived[check.clone()] == [0; 2], none, "{arrived:02x?}");
+            assert!(none || checksums_are_right(&arrived), "{arrived:02x?}");
+        }
+    }
+}
+
 #[test]
 fn a_backend_elsewhere_or_of_the_node() {
     let sandbox = sandbox_or_skip!();
