@@ -46,6 +46,9 @@ pub struct Case<A> {
 /// What is decided: the number of the reason, and [`DECISION_ALLOW`].
 pub type Decision = u32;
 
+/// Of the policies that were asked none decides.
+const UNDECIDED: Decision = DECISION_ALLOW | policy_reason::NO_POLICY;
+
 /// Neither direction of this node's business.
 pub const ELSEWHERE: Decision = DECISION_ALLOW;
 
@@ -85,19 +88,38 @@ fn seen<F: Family, P: Policies<F>>(policies: &P, address: &F::Addr, slot: u32, p
 #[inline(always)]
 fn one_side<F: Family, P: Policies<F>>(
     policies: &P,
-    side: &PolicySide,
+    [admin, others]: &[PolicySide; 2],
     ingress: bool,
     peer: (&F::Addr, u32),
     case: &Case<F::Addr>,
     phase: u32,
 ) -> Decision {
-    let set = side.set;
-    if set == 0 {
-        return DECISION_ALLOW | policy_reason::NO_POLICY;
+    if admin.set | others.set == 0 {
+        return UNDECIDED;
     }
     let identity = seen::<F, P>(policies, peer.0, peer.1, phase);
     if ingress && identity & IDENTITY_NATURE == IDENTITY_NODE {
         return DECISION_ALLOW | policy_reason::RESIDENT_NODE;
+    }
+    let decision = ask::<F, P>(policies, admin, identity, case, phase);
+    if decision != UNDECIDED {
+        return decision;
+    }
+    ask::<F, P>(policies, others, identity, case, phase)
+}
+
+/// What the policies of one set decide.
+#[inline(always)]
+fn ask<F: Family, P: Policies<F>>(
+    policies: &P,
+    side: &PolicySide,
+    identity: u32,
+    case: &Case<F::Addr>,
+    phase: u32,
+) -> Decision {
+    let set = side.set;
+    if set == 0 {
+        return UNDECIDED;
     }
     let special = policies.peer(&PeerKey { set, identity }).map_or(0, |phases| at(phases, phase));
     let target = if special != 0 {

@@ -266,6 +266,48 @@ fn the_world_outside_and_the_node() {
 }
 
 #[test]
+fn tiers_are_asked_one_after_the_other() {
+    let sandbox = sandbox_or_skip!();
+    let mut node = Node::set(&sandbox);
+    let mut port = 9_000;
+    let mut expect = |node: &Node, passes: &[u16], stops: &[u16], why: [(&str, u64); 1]| {
+        for family in BOTH {
+            port += 1;
+            let to = |at| node.a().ip(family.a, family.b).tcp(port, at, flags::SYN);
+            passes.iter().for_each(|at| drop(node.by_a(to(*at), &LOCAL)));
+            stops.iter().for_each(|at| drop(node.by_a(to(*at), &why)));
+        }
+    };
+    let cluster = |tier: &str, direction: &str, rules: Value| {
+        let spec = json!({"tier": tier, "priority": 1, "subject": {"namespaces": {}}, direction: rules});
+        json!({"metadata": {"name": tier.to_lowercase()}, "spec": spec})
+    };
+    let rule = |action: &str, peers: &str, port: Option<u16>| {
+        let mut rule = json!({"action": action, peers: [{"namespaces": {}}]});
+        if let Some(port) = port {
+            rule["protocols"] = json!([{"tcp": {"destinationPort": {"number": port}}}]);
+        }
+        rule
+    };
+    // What the admin tier passes on, or says nothing about, the next one decides; without any it passes.
+    let admin = [("Accept", 80), ("Deny", 81), ("Pass", 82)].map(|(action, at)| rule(action, "from", Some(at)));
+    node.put(Kind::ClusterNetworkPolicy, &cluster("Admin", "ingress", json!(admin)));
+    expect(&node, &[80, 82], &[81], INGRESS);
+    expect(&node, &[80, 83], &[81], INGRESS);
+    node.put(Kind::ClusterNetworkPolicy, &cluster("Baseline", "ingress", json!([rule("Deny", "from", None)])));
+    expect(&node, &[80], &[81, 82, 83], INGRESS);
+    // A NetworkPolicy stands before the baseline.
+    node.policy("b", json!({"ingress": [{"ports": [{"port": 81}, {"port": 82}]}]}));
+    expect(&node, &[80, 82], &[81, 83], INGRESS);
+    // The other direction has sets of its own.
+    let egress = cluster("Admin", "egress", json!([rule("Accept", "to", Some(82)), rule("Deny", "to", None)]));
+    node.put(Kind::ClusterNetworkPolicy, &egress);
+    expect(&node, &[82], &[80, 81, 83], EGRESS);
+    node.policy("a", deny("Egress"));
+    expect(&node, &[82], &[80, 81, 83], EGRESS);
+}
+
+#[test]
 fn what_has_no_ports_and_what_comes_in_pieces() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);

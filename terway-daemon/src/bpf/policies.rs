@@ -60,12 +60,12 @@ fn side_of(side: PolicySide) -> Side {
 
 fn endpoint(value: &EndpointPolicy) -> PolicyEndpoint {
     let identities = value.identities.map(|identity| identity.0);
-    PolicyEndpoint { identities, ingress: side(value.ingress), egress: side(value.egress) }
+    PolicyEndpoint { identities, ingress: value.ingress.map(side), egress: value.egress.map(side) }
 }
 
 fn endpoint_of(value: &PolicyEndpoint) -> EndpointPolicy {
     let identities = value.identities.map(Identity);
-    EndpointPolicy { identities, ingress: side_of(value.ingress), egress: side_of(value.egress) }
+    EndpointPolicy { identities, ingress: value.ingress.map(side_of), egress: value.egress.map(side_of) }
 }
 
 fn port_key(row: RowId, entry: &RowEntry) -> Key<PortKey> {

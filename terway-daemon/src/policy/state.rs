@@ -270,8 +270,9 @@ impl State {
         }
         let mut value = guess.maps().endpoints.get(&slot).map(|values| values[0]).unwrap_or_default();
         let held = Side { set: HELD, defaults: [Target::decision(Decision::deny(UNKNOWN_POD)); 4] };
-        for side in [&mut value.ingress, &mut value.egress] {
-            *side = if side.set == SetId(0) { Side::default() } else { held };
+        for sides in [&mut value.ingress, &mut value.egress] {
+            let free = sides.iter().all(|side| side.set == SetId(0));
+            *sides = [Side::default(), if free { Side::default() } else { held }];
         }
         let found = match self.datapath.policies() {
             Ok(found) => found,
@@ -371,7 +372,7 @@ impl State {
 fn without_held(mut found: Maps) -> Maps {
     for value in found.endpoints.values_mut().flatten() {
         let EndpointPolicy { ingress, egress, .. } = value;
-        for side in [ingress, egress] {
+        for side in ingress.iter_mut().chain(egress) {
             if side.set == HELD {
                 *side = Side::default();
             }

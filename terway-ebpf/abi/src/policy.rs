@@ -21,7 +21,7 @@ pub const DECISION_ALLOW: u32 = 1 << 30;
 
 /// Numbers of reasons that are always the same; those of rules come from the compiler.
 pub mod policy_reason {
-    /// No policy says anything about the pod in this direction.
+    /// No policy says anything about the pod in this direction, or none of those that were asked decides: the next tier is asked.
     pub const NO_POLICY: u32 = 1;
     /// Policies are switched off.
     pub const DISABLED: u32 = 2;
@@ -58,7 +58,7 @@ pub const IDENTITY_V6: u32 = 1 << 29;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PolicySide {
-    /// The set whose entries count; 0 = none, everything passes.
+    /// The set whose entries count; 0 = none, nothing is decided.
     pub set: u32,
     /// Targets of identities for which the set has no entry; see [`default_index`].
     pub defaults: [u32; 4],
@@ -70,10 +70,10 @@ pub struct PolicySide {
 pub struct PolicyEndpoint {
     /// Identities of its IPv4 and of its IPv6 address, by which other pods of the node see it.
     pub identities: [u32; 2],
-    /// For packets to it.
-    pub ingress: PolicySide,
-    /// For packets from it.
-    pub egress: PolicySide,
+    /// For packets to it: what policies of the admin tier say, then what the others do where none of those decides.
+    pub ingress: [PolicySide; 2],
+    /// For packets from it, likewise.
+    pub egress: [PolicySide; 2],
 }
 
 /// Which of [`PolicySide::defaults`] is an identity's: bit 0 says IPv6, bit 1 says pod.
@@ -121,8 +121,8 @@ impl PortKey {
     }
 }
 
-pod!(PolicySide: 20, PolicyEndpoint: 48, PeerKey: 8, PortKey: 8, PolicyCounter: 24);
-const _: () = assert!(offset_of!(PolicyEndpoint, ingress) == 8 && offset_of!(PolicyEndpoint, egress) == 28);
+pod!(PolicySide: 20, PolicyEndpoint: 88, PeerKey: 8, PortKey: 8, PolicyCounter: 24);
+const _: () = assert!(offset_of!(PolicyEndpoint, ingress) == 8 && offset_of!(PolicyEndpoint, egress) == 48);
 
 #[cfg(test)]
 mod tests {

@@ -93,7 +93,7 @@ impl Compiler {
                 self.effort.answers += concerned.len() as u64;
             }
         }
-        let users = self.endpoints.iter().filter(|(_, e)| e.sets.iter().any(|set| changed.contains(set)));
+        let users = self.endpoints.iter().filter(|(_, e)| e.sets.iter().flatten().any(|set| changed.contains(set)));
         self.change.stale.extend(users.map(|(slot, _)| Stale::Endpoint(*slot)));
         self.change.fresh.extend(made.into_iter().map(|(row, entries)| Op::Row { row, entries }));
     }

@@ -158,10 +158,10 @@ impl Compiler {
         let mut classes = Classes::new(used.map(number).max().unwrap_or(0));
         let cells =
             Cells::new(|family, cell| classes.identity(Nature::World, None, cell, &super::cells::whole(family)).0);
-        let sets = maps.endpoints.values().flatten().flat_map(|e| [e.ingress.set, e.egress.set]);
+        let sets = maps.endpoints.values().flatten().flat_map(|e| [e.ingress, e.egress]).flatten().map(|side| side.set);
         let sets = sets.chain(maps.peers.keys().map(|(set, _)| *set));
         let reasons = maps.rows.values().flatten().map(|entry| entry.decision.reason());
-        let sides = maps.endpoints.values().flatten().flat_map(|e| [&e.ingress, &e.egress]);
+        let sides = maps.endpoints.values().flatten().flat_map(|e| [&e.ingress, &e.egress]).flatten();
         let inline = maps.peers.values().flatten().chain(sides.flat_map(|side| &side.defaults));
         let inline = inline.filter_map(|target| target.resolve().ok()).map(|d| d.reason());
         let mut compiler = Self {

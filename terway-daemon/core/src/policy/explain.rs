@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use super::compiler::Compiler;
 use super::number::{Decision, Identity, Nature, RowId};
 use super::peers::Who;
-use super::pods::{PodId, key_of};
-use super::reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, Reasons, UNKNOWN_POD};
+use super::pods::{PodId, keys_of};
+use super::reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, Reasons, UNDECIDED, UNKNOWN_POD};
 use super::row::RowEntry;
 use super::set::{NewRows, Set};
 use crate::ident::Family;
@@ -128,11 +128,10 @@ impl Compiler {
         let (policies, live, answer) = match who {
             Subject::Endpoint(slot) => {
                 let endpoint = self.endpoints.get(&slot);
-                let set = endpoint.map(|e| e.sets[usize::from(direction == Direction::Egress)]);
-                let answer = set.and_then(|set| self.sets.get(&set)).map(|set| {
-                    let decision = read(set, identity, protocol, port);
-                    (decision, self.reasons.get(decision.reason()).cloned())
-                });
+                let sets = endpoint.map(|e| e.sets[usize::from(direction == Direction::Egress)]).unwrap_or_default();
+                let said =
+                    sets.iter().filter_map(|set| self.sets.get(set)).map(|set| read(set, identity, protocol, port));
+                let answer = decided(said).map(|decision| (decision, self.reasons.get(decision.reason()).cloned()));
                 (endpoint.map(|e| e.policies.clone()).unwrap_or_default(), true, answer)
             }
             Subject::Pod(pod) => {
@@ -168,11 +167,20 @@ impl Compiler {
         let Some(profile) = profile else { return (Vec::new(), None) };
         let policies = self.selecting(&profile.namespace, &profile.labels);
         let names = policies.iter().map(|policy| policy.key.clone()).collect();
-        let Some(key) = key_of(direction, &policies, &profile.ports) else { return (names, None) };
-        let concerned: Vec<_> = policies.into_iter().filter(|p| key.policies.contains(&p.version)).collect();
         let mut reasons = Reasons::new(0);
-        let mut set = Set::new(key, super::SetId(1), &concerned, &self.peers, &mut reasons);
-        let Some(meaning) = self.classes.meaning(peer) else { return (names, None) };
+        let keys = keys_of(direction, &policies, &profile.ports).into_iter().flatten();
+        let said = keys.filter_map(|key| {
+            let concerned: Vec<_> = policies.iter().filter(|p| key.policies.contains(&p.version)).cloned().collect();
+            let mut set = Set::new(key, super::SetId(1), &concerned, &self.peers, &mut reasons);
+            self.about(&mut set, peer).then(|| read(&set, peer, protocol, port))
+        });
+        let decision = decided(said.collect::<Vec<_>>().into_iter());
+        (names, decision.map(|decision| (decision, reasons.get(decision.reason()).cloned())))
+    }
+
+    /// Has a set say what it says about an identity; whether there is such an identity.
+    fn about(&self, set: &mut Set, peer: Identity) -> bool {
+        let Some(meaning) = self.classes.meaning(peer) else { return false };
         let class = meaning.class.and_then(|class| self.classes.get(class));
         let deviating = class.map_or_else(Vec::new, |class| {
             let (namespace, space) = (&class.like.namespace, self.namespace_labels(&class.like.namespace));
@@ -190,8 +198,7 @@ impl Compiler {
         let rows = &mut NewRows { number: &mut number, made: &mut Vec::new() };
         let target = set.target(&base, &deviations, ports, rows);
         set.put(peer, target);
-        let decision = read(&set, peer, protocol, port);
-        (names, Some((decision, reasons.get(decision.reason()).cloned())))
+        true
     }
 }
 
@@ -199,6 +206,11 @@ impl Compiler {
 enum Subject {
     Endpoint(u32),
     Pod(PodId),
+}
+
+/// What sets say together, asked one after the other.
+fn decided(said: impl Iterator<Item = Decision>) -> Option<Decision> {
+    said.reduce(|first, next| if first == UNDECIDED { next } else { first })
 }
 
 /// What the maps hold of a set, read as the datapath reads it.

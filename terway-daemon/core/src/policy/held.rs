@@ -24,7 +24,7 @@ impl Compiler {
     #[must_use]
     pub fn held(&self) -> Vec<ObjectName> {
         let unknown = |set| self.sets.get(set).is_some_and(|set| set.key.unknown);
-        let held = self.endpoints.values().filter(|endpoint| endpoint.sets.iter().any(unknown));
+        let held = self.endpoints.values().filter(|endpoint| endpoint.sets.iter().flatten().any(unknown));
         held.map(|endpoint| endpoint.pod.clone()).collect()
     }
 }

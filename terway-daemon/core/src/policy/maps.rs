@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::number::{Decision, Identity, Nature, ReasonId, RowId, SetId, Target};
-use super::op::{EndpointPolicy, Op, Pair, Side};
-use super::reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE};
+use super::op::{EndpointPolicy, Op, Pair, Side, Sides};
+use super::reason::{DISABLED, LOOPBACK, RESIDENT_NODE, UNDECIDED};
 use super::row::RowEntry;
 use super::rule::host;
 use crate::ident::Family;
@@ -99,11 +99,16 @@ impl Maps {
         }
     }
 
-    /// One direction of one endpoint: at most one lookup by identity and one by port.
+    /// One direction of one endpoint: for each of its sets at most one lookup by identity and one by port.
     #[must_use]
-    pub fn decide(&self, side: &Side, peer: Identity, protocol: u8, port: u16, phase: usize) -> Decision {
+    pub fn decide(&self, sides: &Sides, peer: Identity, protocol: u8, port: u16, phase: usize) -> Decision {
+        let decisions = sides.iter().map(|side| self.ask(side, peer, protocol, port, phase));
+        decisions.into_iter().find(|decision| *decision != UNDECIDED).unwrap_or(UNDECIDED)
+    }
+
+    fn ask(&self, side: &Side, peer: Identity, protocol: u8, port: u16, phase: usize) -> Decision {
         if side.set == SetId(0) {
-            return Decision::allow(NO_POLICY);
+            return UNDECIDED;
         }
         let target = match self.peers.get(&(side.set, peer)) {
             Some(pair) if pair[phase] != Target::NONE => pair[phase],

@@ -9,8 +9,8 @@
 //!
 //! An *identity* is a class of addresses that no rule can tell apart: pods of one namespace with the same values of every label key and
 //! port name that rules look at, in the same *cell* of the address space as cut by all ipBlocks. A *set* is what some policies say in one
-//! direction about every identity: all tiers, priorities and the isolation flattened into one *target*, a decision or a port table. Endpoints that
-//! the same policies select share a set. Every decision carries the number of its [`Reason`].
+//! direction about every identity: priorities and the isolation flattened into one *target*, a decision or a port table. Endpoints that the same
+//! policies select share a set. The admin tier has sets of its own, which are asked first. Every decision carries the number of its [`Reason`].
 //!
 //! Each selector and block that rules name is a *peer*, one for the whole cluster; of those in use it is kept which identities they select. So no
 //! change asks more than what it alters: a set is put together from what its peers select, a new identity asks each peer once.
@@ -44,6 +44,6 @@ pub use compiler::{Compiler, Effort, Event, Stats};
 pub use explain::{Explanation, Judgement, Party, Unexplained};
 pub use maps::{Maps, Packet};
 pub use number::{Decision, Identity, Nature, ReasonId, RowId, SetId, Target};
-pub use op::{EndpointPolicy, Op, Pair, Side, Stale};
+pub use op::{EndpointPolicy, Op, Pair, Side, Sides, Stale};
 pub use reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, ReasonChanges, UNKNOWN_POD};
 pub use row::RowEntry;

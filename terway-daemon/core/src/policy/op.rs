@@ -19,15 +19,19 @@ pub struct Side {
     pub defaults: [Target; 4],
 }
 
+/// What holds for an endpoint in one direction: first what policies of the admin tier say, then, where none of those decides
+/// ([`super::NO_POLICY`]), what those of the other tiers do.
+pub type Sides = [Side; 2];
+
 /// A local endpoint in the policy maps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct EndpointPolicy {
     /// Identity of its IPv4 address, then of its IPv6 address; 0 where it has none. Other endpoints of the node see it by these.
     pub identities: [Identity; 2],
     /// For traffic to it.
-    pub ingress: Side,
+    pub ingress: Sides,
     /// For traffic by it.
-    pub egress: Side,
+    pub egress: Sides,
 }
 
 /// Whose flows are to be decided anew: the epochs to raise, after the maps are written.

@@ -8,7 +8,7 @@ use super::compiler::Compiler;
 use super::number::{Identity, SetId};
 use super::op::{EndpointPolicy, Op, Side, Stale};
 use super::plan::Item;
-use super::rule::{Policy, Ports};
+use super::rule::{Policy, Ports, Stage};
 use super::set::SetKey;
 use crate::ident::{Addresses, Family, PodRef};
 use crate::objects::{Direction, ObjectKey, ObjectName, Phase, Pod};
@@ -57,8 +57,8 @@ pub(super) struct Endpoint {
     pub(super) pod: ObjectName,
     uid: String,
     pub(super) addresses: Addresses,
-    /// Ingress, egress.
-    pub(super) sets: [SetId; 2],
+    /// Ingress, egress; of each that of the admin tier, then that of the others.
+    pub(super) sets: [[SetId; 2]; 2],
     pub(super) value: EndpointPolicy,
     /// Who selects it.
     pub(super) policies: Vec<ObjectKey>,
@@ -168,7 +168,7 @@ impl Compiler {
             pod: name.clone(),
             uid: pod.uid,
             addresses,
-            sets: [SetId(0); 2],
+            sets: [[SetId(0); 2]; 2],
             value: EndpointPolicy::default(),
             policies: Vec::new(),
         };
@@ -201,7 +201,7 @@ impl Compiler {
         }
         self.later.settled(Item::Endpoint(slot));
         self.change.endpoints.remove(&slot);
-        for set in endpoint.sets {
+        for set in endpoint.sets.into_iter().flatten() {
             self.leave(set);
         }
         self.endpoint_addresses(&endpoint.pod, endpoint.addresses);
@@ -237,21 +237,19 @@ impl Compiler {
         let policies = profile.as_ref().map_or_else(Vec::new, |p| self.selecting(&namespace, &p.labels));
         self.effort.selectors += self.asked_about(&namespace) as u64;
         let mut value = EndpointPolicy::default();
-        let mut sets = [SetId(0); 2];
+        let mut sets = [[SetId(0); 2]; 2];
         for (n, direction) in [Direction::Ingress, Direction::Egress].into_iter().enumerate() {
-            let key = match &profile {
-                Some(profile) => key_of(direction, &policies, &profile.ports),
-                None => self.key_of_unknown(&namespace, direction),
+            let keys = match &profile {
+                Some(profile) => keys_of(direction, &policies, &profile.ports),
+                None => [None, self.key_of_unknown(&namespace, direction)],
             };
-            if let Some(key) = key {
-                sets[n] = self.join(key, &policies);
-            }
+            sets[n] = keys.map(|key| key.map_or(SetId(0), |key| self.join(key, &policies)));
         }
-        for set in old {
+        for set in old.into_iter().flatten() {
             self.leave(set);
         }
         let side = |set: SetId| self.sets.get(&set).map_or_else(Side::default, super::set::Set::side);
-        (value.ingress, value.egress) = (side(sets[0]), side(sets[1]));
+        [value.ingress, value.egress] = sets.map(|both| both.map(side));
         for address in addresses.iter() {
             value.identities[Family::of(address) as usize] = self.seen(address);
         }
@@ -276,7 +274,7 @@ impl Compiler {
         let id = match self.set_keys.get(&key) {
             Some(id) => *id,
             None => {
-                let says = |policy: &&Arc<Policy>| !key.unknown && policy.concerns(key.direction);
+                let says = |policy: &&Arc<Policy>| key.policies.contains(&policy.version);
                 let concerned: Vec<_> = policies.iter().filter(says).cloned().collect();
                 self.make_set(key, &concerned)
             }
@@ -296,19 +294,24 @@ impl Compiler {
     }
 }
 
-/// The set that holds for a pod with these ports, if any policy says anything about the direction.
-pub(super) fn key_of(direction: Direction, policies: &[Arc<Policy>], ports: &[NamedPort]) -> Option<SetKey> {
-    let concerned: Vec<_> = policies.iter().filter(|policy| policy.concerns(direction)).collect();
-    if concerned.is_empty() {
-        return None;
-    }
-    let named = |name: &Arc<str>| {
-        let rules = concerned.iter().flat_map(|policy| policy.rules(direction));
-        rules.flat_map(|rule| rule.ports.iter().flatten()).any(|p| matches!(p, Ports::Named(_, own) if own == name))
-    };
-    let ports = match direction {
-        Direction::Ingress => ports.iter().filter(|(name, ..)| named(name)).cloned().collect(),
-        Direction::Egress => Vec::new(),
-    };
-    Some(SetKey { direction, policies: concerned.iter().map(|policy| policy.version).collect(), ports, unknown: false })
+/// The sets that hold for a pod with these ports, as far as policies say anything about the direction: that of the admin tier, and that of the
+/// others. They are two so that a cluster's admin policy is one set for all pods that it selects, whatever else selects them.
+pub(super) fn keys_of(direction: Direction, policies: &[Arc<Policy>], ports: &[NamedPort]) -> [Option<SetKey>; 2] {
+    [true, false].map(|admin| {
+        let of_tier = |policy: &&Arc<Policy>| (policy.rank.stage == Stage::Admin) == admin;
+        let concerned: Vec<_> = policies.iter().filter(of_tier).filter(|policy| policy.concerns(direction)).collect();
+        if concerned.is_empty() {
+            return None;
+        }
+        let named = |name: &Arc<str>| {
+            let rules = concerned.iter().flat_map(|policy| policy.rules(direction));
+            rules.flat_map(|rule| rule.ports.iter().flatten()).any(|p| matches!(p, Ports::Named(_, own) if own == name))
+        };
+        let ports = match direction {
+            Direction::Ingress => ports.iter().filter(|(name, ..)| named(name)).cloned().collect(),
+            Direction::Egress => Vec::new(),
+        };
+        let policies = concerned.iter().map(|policy| policy.version).collect();
+        Some(SetKey { direction, policies, ports, unknown: false })
+    })
 }

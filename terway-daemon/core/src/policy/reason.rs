@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::compiler::Compiler;
-use super::number::{Counter, ReasonId};
+use super::number::{Counter, Decision, ReasonId};
 use crate::objects::{Action, Direction, ObjectKey};
 
 /// No policy says anything about the endpoint in this direction.
@@ -18,6 +18,9 @@ pub const LOOPBACK: ReasonId = ReasonId(3);
 pub const RESIDENT_NODE: ReasonId = ReasonId(4);
 /// The pod's labels are not known yet, and a policy may select it.
 pub const UNKNOWN_POD: ReasonId = ReasonId(5);
+
+/// No policy that was asked decides: those of the next tier are asked, and after the last one the packet passes.
+pub(super) const UNDECIDED: Decision = Decision::allow(NO_POLICY);
 
 /// Numbers up to this one are fixed.
 const FIXED: u32 = 15;

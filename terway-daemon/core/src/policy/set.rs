@@ -1,7 +1,7 @@
 //! Sets: what a list of policies says, in one direction, about every identity. Endpoints that the same policies select share one.
 //!
 //! A set is made once and keeps its rules; only its entries follow the identities that come and go and the labels of namespaces. Of each
-//! identity it says one target, which is the whole answer: nothing is merged at the time of a packet. It asks no selector: it is told whose
+//! identity it says one target, which is its whole answer: rules are not merged at the time of a packet. It asks no selector: it is told whose
 //! answers are not those about nobody ([`super::peers`]).
 
 use std::collections::{BTreeMap, HashMap};
@@ -15,7 +15,7 @@ use super::hash::Mix;
 use super::number::{Decision, Identity, Nature, PolicyVersion, RowId, SetId, Target};
 use super::op::Side;
 use super::peers::{PeerId, Peers};
-use super::reason::{NO_POLICY, Reason, Reasons, UNKNOWN_POD};
+use super::reason::{Reason, Reasons, UNDECIDED, UNKNOWN_POD};
 use super::row::{Matched, RowEntry, flatten};
 use super::rule::{Match, Policy, Ports, Stage, holds};
 use crate::objects::{Action, Direction};
@@ -119,7 +119,7 @@ impl Set {
             used.push(reason);
             Decision::deny(reason)
         } else {
-            Decision::allow(NO_POLICY)
+            UNDECIDED
         };
         let mut rules: Vec<SetRule> = Vec::new();
         for policy in policies {

@@ -56,10 +56,11 @@ fn a_change_asks_for_what_it_changes_and_not_for_what_there_is() {
     }
     let [_, few, _] = large["policy_of_pods_here"];
     assert!(few <= 100, "{few}");
-    // One look at every namespace and class of the cluster, though 67 sets of this node use the selector.
+    // One look at every namespace and class of the cluster, and one set for all pods of this node that it selects, whatever 67 other sets of theirs
+    // say: an entry for each of their identities.
     let [operations, selectors, _] = large["cluster_policy_of_a_third"];
     assert!(selectors <= 240 * 10 + 200 * 11, "{selectors}");
-    assert!(operations > 10_000, "{operations}: the change is meant to be a big one");
+    assert!((500..2_000).contains(&operations), "{operations}");
 }
 
 #[test]

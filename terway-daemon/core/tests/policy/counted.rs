@@ -46,7 +46,7 @@ fn reasons(maps: &Maps, slots: impl Fn(u32) -> bool) -> BTreeSet<ReasonId> {
     let rows = maps.rows.values().flatten().map(|entry| entry.decision);
     let peers = maps.peers.values().flatten().copied();
     let endpoints = maps.endpoints.iter().filter(|(slot, _)| slots(**slot)).flat_map(|(_, values)| values);
-    let sides = endpoints.flat_map(|endpoint| [endpoint.ingress, endpoint.egress]);
+    let sides = endpoints.flat_map(|endpoint| [endpoint.ingress, endpoint.egress]).flatten();
     let targets = peers.chain(sides.flat_map(|side| side.defaults)).filter_map(|target| target.resolve().ok());
     rows.chain(targets).map(Decision::reason).filter(|reason| reason.0 > 15).collect()
 }

@@ -31,8 +31,8 @@ impl<'a> Kernel<'a> {
         let side = |side: Side| PolicySide { set: side.set.0, defaults: side.defaults.map(|target| target.0) };
         let endpoint = |value: terway_core::policy::EndpointPolicy| PolicyEndpoint {
             identities: value.identities.map(|identity| identity.0),
-            ingress: side(value.ingress),
-            egress: side(value.egress),
+            ingress: value.ingress.map(side),
+            egress: value.egress.map(side),
         };
         Self {
             maps,
@@ -131,8 +131,8 @@ fn compare(maps: &Maps, packets: &[Packet], local: &dyn Fn(IpAddr) -> Option<u32
             let expected = match expected {
                 // The node is not asked for where no policy applies.
                 Some(it) if it.reason() == RESIDENT_NODE => {
-                    let set = maps.endpoints[&slots[1]][maps.phase].ingress.set;
-                    Decision::allow(if set == SetId(0) { NO_POLICY } else { RESIDENT_NODE }).0
+                    let none = maps.endpoints[&slots[1]][maps.phase].ingress.iter().all(|side| side.set == SetId(0));
+                    Decision::allow(if none { NO_POLICY } else { RESIDENT_NODE }).0
                 }
                 Some(it) => it.0,
                 None if always => found,
