@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
+#[path = "prog_policy/early.rs"]
+mod early;
 #[path = "prog_policy/told.rs"]
 mod told;
 

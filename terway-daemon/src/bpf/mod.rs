@@ -216,6 +216,14 @@ impl Datapath {
         error::lock(&self.policies).read()
     }
 
+    /// The identity that the maps of policies give an address which is no local endpoint's, in the phase that counts; none = 0.
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    pub fn identity(&self, address: IpAddr) -> Result<policy::Identity, BpfError> {
+        error::lock(&self.policies).identity(address)
+    }
+
     /// Runs an operation on the maps of policies. [`policy::Op::Fence`] is [`fence`].
     ///
     /// # Errors

@@ -151,6 +151,26 @@ impl Policies {
         Ok(maps)
     }
 
+    /// As the datapath looks it up.
+    pub(super) fn identity(&self, address: IpAddr) -> Result<Identity, BpfError> {
+        let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))?;
+        let phase = (gate & GATE_PHASE) as usize;
+        let exact = match address {
+            IpAddr::V4(v4) => found(self.exact_v4.get(&word(v4), 0), names::IPCACHE_V4)?,
+            IpAddr::V6(v6) => found(self.exact_v6.get(&words(v6), 0), names::IPCACHE_V6)?,
+        };
+        if let Some(pair) = exact
+            && pair[phase] != 0
+        {
+            return Ok(Identity(pair[phase]));
+        }
+        let block = match address {
+            IpAddr::V4(v4) => found(self.net_v4.get(&Key::new(32, word(v4)), 0), names::IPCACHE_NET_V4)?,
+            IpAddr::V6(v6) => found(self.net_v6.get(&Key::new(128, words(v6)), 0), names::IPCACHE_NET_V6)?,
+        };
+        Ok(Identity(block.map_or(0, |pair| pair[phase])))
+    }
+
     /// Writes what one operation says; those on flows and on time are the caller's.
     pub(super) fn write(&mut self, op: &Op) -> Result<(), BpfError> {
         match op {
@@ -241,6 +261,14 @@ impl Policies {
         let blocks = blocks + count(self.net_v6.keys(), names::IPCACHE_NET_V6)?;
         let peers = count(self.peers.keys(), names::POLICY_PEERS)?;
         Ok([addresses, blocks, peers, count(self.ports.keys(), names::POLICY_PORTS)?])
+    }
+}
+
+fn found(value: Result<Phases, MapError>, name: &'static str) -> Result<Option<Phases>, BpfError> {
+    match value {
+        Ok(pair) => Ok(Some(pair)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(BpfError::map(name)(error)),
     }
 }
 

@@ -64,6 +64,8 @@ pub(super) struct State {
     compiler: Option<Compiler>,
     /// What came before that, in order.
     early: Vec<Event>,
+    /// What a compiler makes of the first so many of these, if a pod has asked.
+    guess: Option<(Compiler, usize)>,
     attached: BTreeMap<u32, Attached>,
     /// What is not written yet, in order. Not empty only after the kernel refused the first of it.
     backlog: VecDeque<Op>,
@@ -105,6 +107,7 @@ impl State {
             policy_gone: false,
             compiler: None,
             early: Vec::new(),
+            guess: None,
             attached: BTreeMap::new(),
             backlog: VecDeque::new(),
             failure: None,
@@ -158,6 +161,7 @@ impl State {
         let (pods, blocks) = (found.addresses.len(), found.blocks.len());
         let known = [Event::NodeAddresses(self.node.clone()), Event::Enforce(self.enforce)];
         let events = known.into_iter().chain(std::mem::take(&mut self.early));
+        self.guess = None;
         let (mut compiler, ops) = Compiler::take_over(&without_held(found), events);
         let stats = compiler.stats();
         self.ledger.follow(&mut compiler);
@@ -264,22 +268,20 @@ impl State {
 
     /// Denies a new pod, before the view is complete, what any policy known so far might deny it.
     fn hold(&mut self, slot: u32, addresses: Addresses) {
-        let (mut guess, _) = Compiler::new();
-        for event in &self.early {
-            guess.step(event.clone());
-        }
-        let mut value = guess.maps().endpoints.get(&slot).map(|values| values[0]).unwrap_or_default();
+        let (guess, heard) = self.guess.get_or_insert_with(|| (Compiler::new().0, 0));
+        guess.steps(self.early.iter().skip(*heard).cloned());
+        *heard = self.early.len();
+        let mut value = guess.endpoint(slot).unwrap_or_default();
         let held = Side { set: HELD, defaults: [Target::decision(Decision::deny(UNKNOWN_POD)); 4] };
         for sides in [&mut value.ingress, &mut value.egress] {
             let free = sides.iter().all(|side| side.set == SetId(0));
             *sides = [Side::default(), if free { Side::default() } else { held }];
         }
-        let found = match self.datapath.policies() {
-            Ok(found) => found,
-            Err(error) => return self.failed(&error),
-        };
         for address in addresses.iter() {
-            value.identities[Family::of(address) as usize] = found.identity(address, found.phase);
+            value.identities[Family::of(address) as usize] = match self.datapath.identity(address) {
+                Ok(identity) => identity,
+                Err(error) => return self.failed(&error),
+            };
         }
         self.run([0, 1].map(|phase| Op::Endpoint { slot, phase, value: Box::new(value) }).to_vec());
     }

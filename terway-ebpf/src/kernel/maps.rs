@@ -191,7 +191,7 @@ pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::with_max_en
 #[map]
 pub static POLICY_GATE: Array<u32> = Array::with_max_entries(1, 0);
 
-/// What policies say about pods, for each phase: 400 KiB.
+/// What policies say about pods, for each phase: 704 KiB.
 #[map]
 pub static POLICY_ENDPOINTS: Array<PolicyEndpoint> = Array::with_max_entries(2 * MAX_ENDPOINTS, 0);
 

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use super::compiler::{Compiler, Event};
 use super::maps::Maps;
 use super::number::Identity;
-use super::op::{Op, Stale};
+use super::op::{EndpointPolicy, Op, Stale};
 
 impl Compiler {
     /// What the maps are to hold, both phases alike.
@@ -37,6 +37,12 @@ impl Compiler {
             phase: self.phase,
             enforce: self.enforce,
         }
+    }
+
+    /// What the maps are to hold of a local endpoint; none if no interface has this slot.
+    #[must_use]
+    pub fn endpoint(&self, slot: u32) -> Option<EndpointPolicy> {
+        self.endpoints.get(&slot).map(|endpoint| endpoint.value)
     }
 
     /// A compiler that has taken in `events` and comes after one that left `found` in the maps, with the operations between the two. None of its
