@@ -25,7 +25,7 @@ const RULES_AT: usize = 10_000;
 const KINDS: [Kind; 3] = [Kind::TcpRr, Kind::TcpCrr, Kind::UdpRr];
 /// Turns of two ways, one right after the other.
 /// Rounds of one way differ by a tenth on a machine that is somebody's guest, and the bar is three hundredths.
-const TURNS: Turns = Turns { count: 40, length: Duration::from_millis(250) };
+const TURNS: Turns = Turns { count: 120, length: Duration::from_millis(100) };
 /// Longest time until the maps hold what the folder does.
 const PATIENCE: Duration = Duration::from_secs(240);
 /// The Service that is used by packets; the others stand around it.
