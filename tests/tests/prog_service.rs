@@ -79,9 +79,11 @@ fn a_pod_reaches_a_service_and_the_answers_come_from_it() {
 fn checksums_stay_right_and_none_stays_none() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
-    for (number, family) in (1..).zip(BOTH) {
-        serve(&stage, number, &at(family.vip, 53, UDP), &[backend(family.b, 5353, UDP)], Frontend::default());
-        let query = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40000, 53);
+    // For the second of each family what is added to the address is taken from the port.
+    let services = [(V4, V4.vip, 53), (V6, V6.vip, 53), (V4, "10.0.0.7", 5348), (V6, "fd00::7", 5348)];
+    for (number, (family, vip, port)) in (1..).zip(services) {
+        serve(&stage, number, &at(vip, port, UDP), &[backend(family.b, 5353, UDP)], Frontend::default());
+        let query = stage.sent_by(&stage.a).ip(family.a, vip).udp(40000, port);
         let plain = query.clone().payload(&[0; 2]).build();
         let check = plain.len() - 4..plain.len() - 2;
         let translated = |packet: &[u8]| {

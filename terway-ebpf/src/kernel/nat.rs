@@ -48,7 +48,7 @@ pub(super) fn rewrite<F: Family>(
 const TCP_CHECK: u32 = 16;
 const UDP_CHECK: u32 = 6;
 
-/// Writes ports and checksum; the addresses are written. Where they usually stand plain stores do what they can: each helper takes 30 ns.
+/// Writes ports and checksum; the addresses are written. Where they usually stand plain stores do what they can: a helper takes 30 ns.
 #[inline(always)]
 fn transport<F: Family, const CHECK: u32>(
     skb: Skb,
@@ -59,32 +59,40 @@ fn transport<F: Family, const CHECK: u32>(
 ) -> bool {
     if at != F::TRANSPORT {
         return tell_addresses::<F>(skb, flow, at + CHECK, flags)
-            && tell_ports(skb, flow.sum_ports, at + CHECK, flags)
+            && tell(skb, flow.sum_ports, at + CHECK, flags)
             // SAFETY: valid context; the helper checks the offset, and the pointer is to four readable bytes.
             && unsafe { bpf_skb_store_bytes(skb.0, at, (&raw const flow.ports).cast(), 4, 0) } >= 0;
     }
     let check = F::TRANSPORT + CHECK;
     let Some(before) = window.read::<u16>(check as usize) else { return false };
-    if window.write(F::TRANSPORT as usize, flow.ports).is_none() || !tell_addresses::<F>(skb, flow, check, flags) {
+    if window.write(F::TRANSPORT as usize, flow.ports).is_none() {
+        return false;
+    }
+    if CHECK == UDP_CHECK && before == 0 {
+        return true;
+    }
+    // Told like this of addresses and ports at once, the kernel alters a whole checksum, and leaves alone what the NIC is to complete.
+    let grown = nat::total(flow.sum_addresses, flow.sum_ports);
+    if !tell(skb, grown, check, flags) {
         return false;
     }
     // The helper has made the old one void.
     let mut window = skb.window();
     let Some(after) = window.read::<u16>(check as usize) else { return false };
-    match nat::was_whole(before, after, flow.sum_addresses) {
-        // The NIC will have read the new ports.
-        Some(false) => true,
-        Some(true) => {
-            // Zero's other form: as itself it would say that there is no checksum.
-            let whole = match nat::adjust(after, flow.sum_ports) {
-                0 => u16::MAX,
-                whole => whole,
-            };
-            window.write(check as usize, whole).is_some()
+    if after != before {
+        if F::VERSION == 4 {
+            // The NIC's sum over the packet (`CHECKSUM_COMPLETE`): the IP header adds up to nothing, and the change of ports to that of the
+            // checksum. The addresses are left over, which in an IPv6 header make up for each other with the checksum.
+            // SAFETY: valid context.
+            unsafe { bpf_csum_update(skb.0, !flow.sum_addresses) };
         }
-        // No checksum, or addresses that add up to the same.
-        None => tell_ports(skb, flow.sum_ports, check, flags),
+        return true;
     }
+    if nat::is_nothing(grown) {
+        return tell_addresses::<F>(skb, flow, check, flags) && tell(skb, flow.sum_ports, check, flags);
+    }
+    // `CHECKSUM_PARTIAL`: the sum of the pseudo header, in which the ports are not.
+    window.write(check as usize, nat::grow(before, flow.sum_addresses)).is_some()
 }
 
 /// Has the kernel bring addresses into a checksum, and into what the NIC has summed up.
@@ -104,9 +112,9 @@ fn tell_addresses<F: Family>(skb: Skb, flow: &Flow<F::Addr>, check: u32, flags: 
     true
 }
 
-/// Has the kernel bring ports into a checksum.
+/// Has the kernel bring into a checksum that what it is about has grown by this sum.
 #[inline(always)]
-fn tell_ports(skb: Skb, grown: u32, check: u32, flags: u32) -> bool {
+fn tell(skb: Skb, grown: u32, check: u32, flags: u32) -> bool {
     // SAFETY: valid context; the helper checks the offset.
     unsafe { bpf_l4_csum_replace(skb.0, check, 0, u64::from(grown), u64::from(flags)) >= 0 }
 }

@@ -170,7 +170,7 @@ impl Compiler {
         let mut reasons = Reasons::new(0);
         let keys = keys_of(direction, &policies, &profile.ports).into_iter().flatten();
         let said = keys.filter_map(|key| {
-            let concerned: Vec<_> = policies.iter().filter(|p| key.policies.contains(&p.version)).cloned().collect();
+            let concerned = key.of(&policies);
             let mut set = Set::new(key, super::SetId(1), &concerned, &self.peers, &mut reasons);
             self.about(&mut set, peer).then(|| read(&set, peer, protocol, port))
         });

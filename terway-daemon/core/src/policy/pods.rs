@@ -274,8 +274,7 @@ impl Compiler {
         let id = match self.set_keys.get(&key) {
             Some(id) => *id,
             None => {
-                let says = |policy: &&Arc<Policy>| key.policies.contains(&policy.version);
-                let concerned: Vec<_> = policies.iter().filter(says).cloned().collect();
+                let concerned = key.of(policies);
                 self.make_set(key, &concerned)
             }
         };

@@ -32,6 +32,14 @@ pub(super) struct SetKey {
     pub(super) unknown: bool,
 }
 
+impl SetKey {
+    /// Its policies, among those that select an endpoint. Both are in the order of their ranks.
+    pub(super) fn of(&self, policies: &[Arc<Policy>]) -> Vec<Arc<Policy>> {
+        let mut own = self.policies.iter().peekable();
+        policies.iter().filter(|policy| own.next_if_eq(&&policy.version).is_some()).cloned().collect()
+    }
+}
+
 type Range = (u8, u16, u16);
 
 #[derive(Debug)]
