@@ -224,7 +224,10 @@ where
         let (key, from_high) = flow::key::<F>(come.src, come.dst, come.ports, protocol);
         reply.maker = from_high;
         nat::translate::<F>(reply, come, back);
-        if F::flows().insert(&key, &*reply, u64::from(BPF_NOEXIST)).is_ok() {
+        // An insertion that is refused takes as long as one that is not.
+        // SAFETY: only whether there is one counts.
+        let taken = unsafe { F::flows().get(&key) }.is_some();
+        if !taken && F::flows().insert(&key, &*reply, u64::from(BPF_NOEXIST)).is_ok() {
             return Ok(ports);
         }
         if is_free::<F>(&key, back) {
