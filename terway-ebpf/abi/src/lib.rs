@@ -44,10 +44,10 @@ pub use service::{
 pub use uplink::{MAX_UPLINKS, Uplink};
 
 /// The version of everything in this crate. Pins of different versions never meet: they live in different folders.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// The folder under the pin root that holds this version's maps and links.
-pub const PIN_DIR: &str = "v1";
+pub const PIN_DIR: &str = "v2";
 
 /// The packet mark (`skb->mark`) by which `from_pod` tells `to_vpc` that source and ENI have been checked.
 ///

@@ -6,7 +6,7 @@ use super::compiler::Compiler;
 use super::number::{Decision, Identity, Nature, RowId};
 use super::peers::Who;
 use super::pods::{PodId, keys_of};
-use super::reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, Reasons, UNDECIDED, UNKNOWN_POD};
+use super::reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, Reasons, UNKNOWN_POD, decided};
 use super::row::RowEntry;
 use super::set::{NewRows, Set};
 use crate::ident::Family;
@@ -206,11 +206,6 @@ impl Compiler {
 enum Subject {
     Endpoint(u32),
     Pod(PodId),
-}
-
-/// What sets say together, asked one after the other.
-fn decided(said: impl Iterator<Item = Decision>) -> Option<Decision> {
-    said.reduce(|first, next| if first == UNDECIDED { next } else { first })
 }
 
 /// What the maps hold of a set, read as the datapath reads it.

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::number::{Decision, Identity, Nature, ReasonId, RowId, SetId, Target};
 use super::op::{EndpointPolicy, Op, Pair, Side, Sides};
-use super::reason::{DISABLED, LOOPBACK, RESIDENT_NODE, UNDECIDED};
+use super::reason::{DISABLED, LOOPBACK, RESIDENT_NODE, UNDECIDED, decided};
 use super::row::RowEntry;
 use super::rule::host;
 use crate::ident::Family;
@@ -103,7 +103,7 @@ impl Maps {
     #[must_use]
     pub fn decide(&self, sides: &Sides, peer: Identity, protocol: u8, port: u16, phase: usize) -> Decision {
         let decisions = sides.iter().map(|side| self.ask(side, peer, protocol, port, phase));
-        decisions.into_iter().find(|decision| *decision != UNDECIDED).unwrap_or(UNDECIDED)
+        decided(decisions).unwrap_or(UNDECIDED)
     }
 
     fn ask(&self, side: &Side, peer: Identity, protocol: u8, port: u16, phase: usize) -> Decision {

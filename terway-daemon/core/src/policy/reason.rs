@@ -22,6 +22,11 @@ pub const UNKNOWN_POD: ReasonId = ReasonId(5);
 /// No policy that was asked decides: those of the next tier are asked, and after the last one the packet passes.
 pub(super) const UNDECIDED: Decision = Decision::allow(NO_POLICY);
 
+/// What sets say together that are asked one after the other.
+pub(super) fn decided(said: impl Iterator<Item = Decision>) -> Option<Decision> {
+    said.reduce(|first, next| if first == UNDECIDED { next } else { first })
+}
+
 /// Numbers up to this one are fixed.
 const FIXED: u32 = 15;
 /// Decisions hold 30 bits of it.
