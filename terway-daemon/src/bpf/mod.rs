@@ -19,23 +19,22 @@
 
 mod attach;
 mod clsact;
+mod counters;
 mod elements;
 mod endpoints;
 mod error;
-mod events;
+mod flow_events;
 mod flows;
-mod host;
+mod host_prefixes;
 mod object;
 mod pin;
-mod planned;
-mod policies;
-mod run;
-mod services;
+mod policy_counters;
+mod policy_maps;
+mod service_maps;
 mod sockets;
-mod stats;
 mod sys;
+mod test_run;
 mod uplinks;
-mod verdicts;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -53,15 +52,15 @@ use terway_core::service::{Kernel, Op};
 pub use self::attach::EniHook;
 pub use self::endpoints::Endpoint;
 pub use self::error::BpfError;
-pub use self::events::FlowEvents;
+pub use self::flow_events::FlowEvents;
 pub use self::flows::{FLOW_BYTES, FamilyFound, FlowFilter, FlowRow, FlowSide, FlowStats, Found, PassOptions};
 
-pub use self::planned::RETIRE_AFTER;
-pub use self::policies::fence;
-pub use self::run::{Ran, RunContext};
-pub use self::services::FrontendAt;
+pub use self::counters::Counters;
+pub use self::policy_maps::fence;
+pub use self::service_maps::FrontendAt;
+pub use self::service_maps::RETIRE_AFTER;
 pub use self::sockets::{SocketPrograms, SocketRow};
-pub use self::stats::Counters;
+pub use self::test_run::{Ran, RunContext};
 pub use self::uplinks::Uplink;
 
 /// What the datapath is made with.
@@ -117,12 +116,12 @@ pub struct Datapath {
     programs: Mutex<object::Programs>,
     netlink: Mutex<clsact::Socket>,
     endpoints: Mutex<endpoints::Table>,
-    host: Mutex<host::Prefixes>,
-    planned: Mutex<planned::Tables>,
-    services: Mutex<services::Services>,
+    host: Mutex<host_prefixes::Prefixes>,
+    planned: Mutex<service_maps::Tables>,
+    services: Mutex<service_maps::frontends::Services>,
     sockets: Mutex<sockets::Table>,
-    policies: Mutex<policies::Policies>,
-    verdicts: Mutex<verdicts::Verdicts>,
+    policies: Mutex<policy_maps::Policies>,
+    verdicts: Mutex<policy_counters::Verdicts>,
     uplinks: Mutex<uplinks::Uplinks>,
     flows: flows::Tables,
     counters: PerCpuArray<MapData, Counter>,
@@ -160,12 +159,12 @@ impl Datapath {
             features: Features { tcx: features.tcx && !config.force_clsact, ..features },
             netlink: Mutex::new(clsact::Socket::open()?),
             endpoints: Mutex::new(endpoints),
-            host: Mutex::new(host::Prefixes::new(&mut loaded)?),
-            planned: Mutex::new(planned::Tables::open(&pins)?),
-            services: Mutex::new(services::Services::new(&mut loaded)?),
+            host: Mutex::new(host_prefixes::Prefixes::new(&mut loaded)?),
+            planned: Mutex::new(service_maps::Tables::open(&pins)?),
+            services: Mutex::new(service_maps::frontends::Services::new(&mut loaded)?),
             sockets: Mutex::new(sockets::Table::open(&pins)?),
-            policies: Mutex::new(policies::Policies::new(&mut loaded)?),
-            verdicts: Mutex::new(verdicts::Verdicts::new(&mut loaded)?),
+            policies: Mutex::new(policy_maps::Policies::new(&mut loaded)?),
+            verdicts: Mutex::new(policy_counters::Verdicts::new(&mut loaded)?),
             uplinks: Mutex::new(uplinks::Uplinks::new(&mut loaded)?),
             flows,
             counters: object::take(&mut loaded, terway_abi::names::COUNTERS)?,
@@ -574,7 +573,7 @@ impl Datapath {
     /// # Errors
     /// [`BpfError::Map`].
     pub fn counters(&self) -> Result<Counters, BpfError> {
-        stats::read(&self.counters)
+        counters::read(&self.counters)
     }
 
     /// Entries of the flow tables, IPv4 and IPv6, void ones included.
@@ -650,7 +649,7 @@ impl Datapath {
     /// # Errors
     /// [`BpfError::Program`].
     pub fn run(&self, program: Program, packet: &[u8], context: RunContext) -> Result<Ran, BpfError> {
-        run::run(&error::lock(&self.programs), program, packet, context)
+        test_run::run(&error::lock(&self.programs), program, packet, context)
     }
 
     fn program_fd(&self, program: Program) -> Result<RawFd, BpfError> {

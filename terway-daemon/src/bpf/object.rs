@@ -12,7 +12,7 @@ use aya::{Ebpf, EbpfLoader};
 use terway_abi::{Program, names};
 
 use super::error::BpfError;
-use super::events::FlowEvents;
+use super::flow_events::FlowEvents;
 use super::{Config, Features};
 
 /// The object file with all programs; empty if the build skipped it.

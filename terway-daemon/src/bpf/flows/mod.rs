@@ -3,10 +3,10 @@
 //! Programs write them; user space reads and deletes. Nothing here holds a lock while it reads: the tables may hold a million entries,
 //! and a pod must not wait for somebody who looks at them.
 
-mod carry;
-mod gone;
-mod partner;
-mod pass;
+mod gc;
+mod resize;
+mod reverse_entry;
+mod validity;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -24,8 +24,8 @@ use super::elements::Elements;
 use super::endpoints::{address_v4, address_v6};
 use super::error::BpfError;
 
-use gone::Facts;
-pub use pass::{FamilyFound, Found, PassOptions};
+pub use gc::{FamilyFound, Found, PassOptions};
+use validity::Facts;
 
 /// A flow table.
 type FlowMap<A> = Elements<FlowKey<A>, Flow<A>>;

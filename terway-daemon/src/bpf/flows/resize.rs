@@ -13,8 +13,8 @@ use aya::Pod;
 use terway_abi::{Flow, FlowKey, names};
 use terway_core::conntrack::Standing;
 
-use super::gone::Facts;
-use super::partner::{self, Order};
+use super::reverse_entry::{self, Order};
+use super::validity::Facts;
 use super::{FlowMap, Tables, translates};
 use crate::bpf::elements::{Elements, NOEXIST};
 use crate::bpf::error::BpfError;
@@ -77,7 +77,7 @@ impl Tables {
             let halves = live.iter().filter(|(_, flow)| translates(flow));
             let halves: HashMap<FlowKey<A>, u32> = halves.map(|(key, flow)| (*key, age(flow))).collect();
             live.sort_by_cached_key(|(key, flow)| {
-                let others = translates(flow).then(|| partner::keys(key, flow)).into_iter().flatten();
+                let others = translates(flow).then(|| reverse_entry::keys(key, flow)).into_iter().flatten();
                 others.filter_map(|other| halves.get(&other).copied()).fold(age(flow), u32::min)
             });
             live.truncate(room);

@@ -12,10 +12,10 @@ use terway_abi::{
     filter_v6, frontend_class, names,
 };
 
-use super::elements::Elements;
-use super::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
-use super::error::BpfError;
-use super::object::take;
+use crate::bpf::elements::Elements;
+use crate::bpf::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
+use crate::bpf::error::BpfError;
+use crate::bpf::object::take;
 
 /// Where a Service is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -92,7 +92,7 @@ enum Key {
 }
 
 /// The maps, and which frontends and addresses the filter counts.
-pub(super) struct Services {
+pub(in crate::bpf) struct Services {
     v4: HashMap<MapData, FrontendKeyV4, Frontend>,
     v6: HashMap<MapData, FrontendKeyV6, Frontend>,
     filters: Elements<u32, u32>,
@@ -119,7 +119,7 @@ impl Services {
     /// Takes the maps and reads which frontends an earlier daemon wrote.
     ///
     /// The filter is left as it is until [`Services::set_node_addresses`] has told what else belongs into it.
-    pub(super) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+    pub(in crate::bpf) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
         let v4: HashMap<MapData, FrontendKeyV4, Frontend> = take(loaded, names::FRONTENDS_V4)?;
         let v6: HashMap<MapData, FrontendKeyV6, Frontend> = take(loaded, names::FRONTENDS_V6)?;
         let filters: Array<MapData, u32> = take(loaded, names::FILTERS)?;
@@ -151,7 +151,7 @@ impl Services {
     }
 
     /// Sets which addresses of the node have NodePorts, and makes the filter right; returns those that changed.
-    pub(super) fn set_node_addresses(&mut self, addresses: &[IpAddr]) -> Result<Vec<IpAddr>, BpfError> {
+    pub(in crate::bpf) fn set_node_addresses(&mut self, addresses: &[IpAddr]) -> Result<Vec<IpAddr>, BpfError> {
         let wanted: BTreeSet<IpAddr> = addresses.iter().copied().collect();
         let (added, removed): (Vec<_>, Vec<_>) =
             (wanted.difference(&self.node).copied().collect(), self.node.difference(&wanted).copied().collect());
@@ -185,7 +185,7 @@ impl Services {
     }
 
     /// Writes many frontends, then what the filter says of their addresses; returns the addresses that are new.
-    pub(super) fn set_frontends(&mut self, all: &[(FrontendAt, Frontend)]) -> Result<Vec<IpAddr>, BpfError> {
+    pub(in crate::bpf) fn set_frontends(&mut self, all: &[(FrontendAt, Frontend)]) -> Result<Vec<IpAddr>, BpfError> {
         let (mut keys_v4, mut values_v4, mut keys_v6, mut values_v6) = (vec![], vec![], vec![], vec![]);
         for (at, value) in all {
             match at.key() {
@@ -216,7 +216,7 @@ impl Services {
     }
 
     /// Writes a frontend; whether it is a new one.
-    pub(super) fn set_frontend(&mut self, at: &FrontendAt, value: &Frontend) -> Result<bool, BpfError> {
+    pub(in crate::bpf) fn set_frontend(&mut self, at: &FrontendAt, value: &Frontend) -> Result<bool, BpfError> {
         match at.key() {
             Key::V4(key) => self.v4.insert(key, value, 0).map_err(BpfError::map(names::FRONTENDS_V4))?,
             Key::V6(key) => self.v6.insert(key, value, 0).map_err(BpfError::map(names::FRONTENDS_V6))?,
@@ -230,7 +230,7 @@ impl Services {
     }
 
     /// Removes a frontend; whether there was one.
-    pub(super) fn remove_frontend(&mut self, at: &FrontendAt) -> Result<bool, BpfError> {
+    pub(in crate::bpf) fn remove_frontend(&mut self, at: &FrontendAt) -> Result<bool, BpfError> {
         match at.key() {
             Key::V4(key) => absent_is_fine(self.v4.remove(&key)).map_err(BpfError::map(names::FRONTENDS_V4))?,
             Key::V6(key) => absent_is_fine(self.v6.remove(&key)).map_err(BpfError::map(names::FRONTENDS_V6))?,
@@ -243,17 +243,17 @@ impl Services {
         Ok(old)
     }
 
-    pub(super) fn frontends(&self) -> Vec<FrontendAt> {
+    pub(in crate::bpf) fn frontends(&self) -> Vec<FrontendAt> {
         self.frontends.iter().copied().collect()
     }
 
-    pub(super) fn set_members(&mut self, first: u32, members: &[Member]) -> Result<(), BpfError> {
+    pub(in crate::bpf) fn set_members(&mut self, first: u32, members: &[Member]) -> Result<(), BpfError> {
         (first..)
             .zip(members)
             .try_for_each(|(index, member)| self.members.set(index, *member, 0).map_err(BpfError::map(names::MEMBERS)))
     }
 
-    pub(super) fn set_backend(&mut self, number: u32, backend: &Backend) -> Result<(), BpfError> {
+    pub(in crate::bpf) fn set_backend(&mut self, number: u32, backend: &Backend) -> Result<(), BpfError> {
         self.backends.set(number, *backend, 0).map_err(BpfError::map(names::BACKENDS))
     }
 }

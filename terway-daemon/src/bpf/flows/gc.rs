@@ -13,8 +13,8 @@ use aya::Pod;
 use terway_abi::{Flow, FlowKey, NO_BACKEND, Side, backend_flags, flow_flags};
 use terway_core::conntrack::{Connection, Seen, Standing, Timeouts};
 
-use super::gone::Facts;
-use super::partner::{self, Order};
+use super::reverse_entry::{self, Order};
+use super::validity::Facts;
 use super::{FlowMap, Tables, idle, now, translates};
 use crate::bpf::error::BpfError;
 
@@ -85,7 +85,7 @@ struct Loads {
     places: HashMap<([u32; 4], u16, u8), u32>,
 }
 
-/// After so many backends without a generation no other follows; see `planned::NEVER_USED`.
+/// After so many backends without a generation no other follows; see `service_maps::NEVER_USED`.
 const NEVER_USED: u32 = 4096;
 
 impl Tables {
@@ -248,7 +248,7 @@ impl Tables {
             // The two entries of a connection are made one after the other.
             let settled = began.wrapping_sub(flow.created).cast_signed() > 0;
             if translates(flow) && asks && settled {
-                pairs.extend(partner::keys(key, flow).map(|other| (*key, other)));
+                pairs.extend(reverse_entry::keys(key, flow).map(|other| (*key, other)));
             }
             ControlFlow::Continue(())
         })?;
@@ -256,7 +256,7 @@ impl Tables {
         for (key, other) in pairs {
             let answers = map.get(&other)?;
             let paired =
-                answers.is_some_and(|flow| translates(&flow) && partner::keys(&other, &flow).any(|k| k == key));
+                answers.is_some_and(|flow| translates(&flow) && reverse_entry::keys(&other, &flow).any(|k| k == key));
             if !paired {
                 deleted += u64::from(map.delete(&key)?);
             }
@@ -280,9 +280,9 @@ impl Tables {
         let Some(flow) = map.get(key)? else { return Ok(0) };
         let mut partner = None;
         if translates(&flow) {
-            for other in partner::keys(key, &flow) {
+            for other in reverse_entry::keys(key, &flow) {
                 // It may have become another connection's.
-                let theirs = map.get(&other)?.filter(|theirs| partner::joined((key, &flow), (&other, theirs)));
+                let theirs = map.get(&other)?.filter(|theirs| reverse_entry::joined((key, &flow), (&other, theirs)));
                 partner = partner.or(theirs.map(|theirs| (other, theirs)));
             }
         }

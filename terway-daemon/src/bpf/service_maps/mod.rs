@@ -3,6 +3,7 @@
 //! The planner (`terway_core::service`) has put the operations in an order in which no packet meets half a Service; they are run one by one in that order.
 //! Writes of what is there already are left out, so that after a restart only what differs is touched.
 
+pub(super) mod frontends;
 #[cfg(test)]
 mod tests;
 
@@ -26,11 +27,11 @@ use terway_core::service::{
     PortId, Runs, Selection, Table, TableId,
 };
 
+pub use self::frontends::FrontendAt;
 use super::elements::Elements;
 use super::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
 use super::error::BpfError;
-use super::policies::fence;
-use super::services::FrontendAt;
+use super::policy_maps::fence;
 
 /// How long after the last operation of a plan its operations for later are run. A program runs for microseconds; a second leaves no doubt.
 pub const RETIRE_AFTER: Duration = Duration::from_secs(1);
