@@ -326,7 +326,7 @@ async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Ho
         Some((name, link)) => {
             nic_mtu = link.mtu;
             for (_, net) in state.addresses.iter().filter(|(dev, _)| dev == name) {
-                match net.addr() {
+                match net.ip() {
                     std::net::IpAddr::V4(v4) if config.ip_stack.v4() => addresses.v4 = addresses.v4.or(Some(v4)),
                     std::net::IpAddr::V6(v6) if config.ip_stack.v6() && !v6.is_unicast_link_local() => {
                         addresses.v6 = addresses.v6.or(Some(v6));

@@ -4,12 +4,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use tokio::sync::watch;
 
 /// The node's addresses as they are now; those that come later are news again.
-pub(crate) fn addresses(of: &mut watch::Receiver<Arc<Vec<IpNet>>>) -> Vec<IpAddr> {
-    of.borrow_and_update().iter().map(IpNet::addr).collect()
+pub(crate) fn addresses(of: &mut watch::Receiver<Arc<Vec<IpNetwork>>>) -> Vec<IpAddr> {
+    of.borrow_and_update().iter().map(IpNetwork::ip).collect()
 }
 
 /// The first piece of news with all that wait behind it, so that a burst is one step.

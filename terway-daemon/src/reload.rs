@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_core::config::{Config, POOL_OPERATIONS};
 use terway_core::errors::{self, Error};
 use terway_core::ipam::{Backoff, PoolConfig, Reclaim};
@@ -85,9 +85,9 @@ pub(crate) fn pod_defaults(options: &Options, config: &Config) -> PodOptions {
 ///
 /// # Errors
 /// When the map cannot be written.
-pub(crate) fn host_stack(config: &Config, addresses: &[IpNet], datapath: &Datapath) -> Result<(), Error> {
-    let hosts = addresses.iter().map(|net| IpNet::from(net.addr()));
-    let all: Vec<IpNet> = hosts.chain(config.host_stack_cidrs.iter().copied()).collect();
+pub(crate) fn host_stack(config: &Config, addresses: &[IpNetwork], datapath: &Datapath) -> Result<(), Error> {
+    let hosts = addresses.iter().map(|net| IpNetwork::from(net.ip()));
+    let all: Vec<IpNetwork> = hosts.chain(config.host_stack_cidrs.iter().copied()).collect();
     datapath
         .set_host_addresses(&all)
         .map_err(|error| Error::new(errors::BPF_FAILED, format!("host addresses: {error}")))
@@ -114,7 +114,7 @@ pub(crate) struct Followers {
 
 impl Followers {
     /// Applies every change of the configuration and of the node's addresses. Runs as long as the daemon.
-    pub(crate) async fn follow(self, mut config: Receiver<Arc<Config>>, mut addresses: Receiver<Arc<Vec<IpNet>>>) {
+    pub(crate) async fn follow(self, mut config: Receiver<Arc<Config>>, mut addresses: Receiver<Arc<Vec<IpNetwork>>>) {
         let mut present = Arc::clone(&config.borrow_and_update());
         loop {
             let changed = tokio::select! {

@@ -190,7 +190,7 @@ fn node(sandbox: &terway_tests::sandbox::Sandbox) -> (Datapath, Cgroup) {
     ip("addr add 10.0.0.100/32 dev lo").unwrap();
     ip("-6 addr add fd00::100/128 dev lo nodad").unwrap();
     let own: Vec<IpAddr> = ["10.0.0.100", "fd00::100"].map(|text| text.parse().unwrap()).to_vec();
-    datapath.set_host_addresses(&own.iter().copied().map(ipnet::IpNet::from).collect::<Vec<_>>()).unwrap();
+    datapath.set_host_addresses(&own.iter().copied().map(ipnetwork::IpNetwork::from).collect::<Vec<_>>()).unwrap();
     datapath.set_node_addresses(&own).unwrap();
     let cgroup = Cgroup::enter();
     let programs = datapath.attach_sockets(&cgroup.own).unwrap();

@@ -5,7 +5,7 @@ mod error;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use serde::{Deserialize, Serialize};
 
 pub use self::error::{CloudError, ErrorClass};
@@ -62,10 +62,10 @@ pub struct Eni {
     pub v6: Vec<Ipv6Addr>,
     /// IPv4 prefixes, /28 each; their addresses are not in `v4`.
     #[serde(default)]
-    pub v4_prefixes: Vec<Ipv4Net>,
+    pub v4_prefixes: Vec<Ipv4Network>,
     /// IPv6 prefixes, /80 each; their addresses are not in `v6`.
     #[serde(default)]
-    pub v6_prefixes: Vec<Ipv6Net>,
+    pub v6_prefixes: Vec<Ipv6Network>,
     /// Security groups.
     pub security_groups: Vec<SecurityGroupId>,
     /// Tags.
@@ -76,11 +76,11 @@ pub struct Eni {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subnet {
     /// The vSwitch's IPv4 block.
-    pub cidr_v4: Ipv4Net,
+    pub cidr_v4: Ipv4Network,
     /// Its IPv4 gateway.
     pub gateway_v4: Ipv4Addr,
     /// The vSwitch's IPv6 block, if it has one.
-    pub cidr_v6: Option<Ipv6Net>,
+    pub cidr_v6: Option<Ipv6Network>,
     /// Its IPv6 gateway, if it has one.
     pub gateway_v6: Option<Ipv6Addr>,
 }
@@ -95,9 +95,9 @@ pub struct VSwitch {
     /// IPv4 addresses not yet handed out (`AvailableIpAddressCount`).
     pub available: u32,
     /// Its IPv4 block.
-    pub cidr_v4: Ipv4Net,
+    pub cidr_v4: Ipv4Network,
     /// Its IPv6 block.
-    pub cidr_v6: Option<Ipv6Net>,
+    pub cidr_v6: Option<Ipv6Network>,
 }
 
 /// What an instance type can carry (`DescribeInstanceTypes`).

@@ -2,6 +2,7 @@
 //! effects, plans and documents as data. `terway-daemon` runs them. This crate has no tokio, no netlink, no aya and no clock,
 //! so a restart is a replay and every rule is an ordinary unit test.
 
+pub mod cidr;
 pub mod clock;
 pub mod cloud;
 pub mod cni;

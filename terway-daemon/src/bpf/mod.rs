@@ -43,7 +43,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use aya::maps::{MapData, PerCpuArray};
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 pub use object::OBJECT;
 use terway_abi::{Counter, Program};
 use terway_core::policy;
@@ -486,7 +486,7 @@ impl Datapath {
     ///
     /// # Errors
     /// [`BpfError::Map`]; calling again completes it.
-    pub fn set_host_addresses(&self, prefixes: &[IpNet]) -> Result<(), BpfError> {
+    pub fn set_host_addresses(&self, prefixes: &[IpNetwork]) -> Result<(), BpfError> {
         let changed = error::lock(&self.host).set(prefixes)?;
         if changed { error::lock(&self.endpoints).void_unowned() } else { Ok(()) }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, MapData, MapError};
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_abi::{
     GATE_ENFORCE, GATE_PHASE, GATE_SAMPLE, MAX_ENDPOINTS, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, names,
     policy_index,
@@ -209,24 +209,24 @@ impl Policies {
                 absent_is_fine(self.exact_v6.remove(&words(*v6))).map_err(BpfError::map(names::IPCACHE_V6))
             }
             Op::Block { net, identities } => {
-                let (identities, bits) = (numbers(*identities, |identity| identity.0), net.prefix_len().into());
+                let (identities, bits) = (numbers(*identities, |identity| identity.0), net.prefix().into());
                 match net {
-                    IpNet::V4(net) => self
+                    IpNetwork::V4(net) => self
                         .net_v4
                         .insert(&Key::new(bits, word(net.network())), identities, 0)
                         .map_err(BpfError::map(names::IPCACHE_NET_V4)),
-                    IpNet::V6(net) => self
+                    IpNetwork::V6(net) => self
                         .net_v6
                         .insert(&Key::new(bits, words(net.network())), identities, 0)
                         .map_err(BpfError::map(names::IPCACHE_NET_V6)),
                 }
             }
-            Op::DropBlock(IpNet::V4(net)) => {
-                let key = Key::new(net.prefix_len().into(), word(net.network()));
+            Op::DropBlock(IpNetwork::V4(net)) => {
+                let key = Key::new(net.prefix().into(), word(net.network()));
                 absent_is_fine(self.net_v4.remove(&key)).map_err(BpfError::map(names::IPCACHE_NET_V4))
             }
-            Op::DropBlock(IpNet::V6(net)) => {
-                let key = Key::new(net.prefix_len().into(), words(net.network()));
+            Op::DropBlock(IpNetwork::V6(net)) => {
+                let key = Key::new(net.prefix().into(), words(net.network()));
                 absent_is_fine(self.net_v6.remove(&key)).map_err(BpfError::map(names::IPCACHE_NET_V6))
             }
             Op::Endpoint { slot, phase, value } => self.write_endpoint(*slot, *phase, value),
@@ -281,8 +281,8 @@ fn count<K>(keys: impl Iterator<Item = Result<K, MapError>>, name: &'static str)
     Ok(n)
 }
 
-fn net(address: IpAddr, bits: u32) -> Option<IpNet> {
-    IpNet::new(address, u8::try_from(bits).ok()?).ok()
+fn net(address: IpAddr, bits: u32) -> Option<IpNetwork> {
+    IpNetwork::new(address, u8::try_from(bits).ok()?).ok()
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use terway_core::cloud::{
     CloudError, Eni, EniKind, EniStatus, ErrorClass, InstanceLimits, NodeIdentity, Subnet, VSwitch,
 };
@@ -346,25 +346,25 @@ impl Cloud for Aliyun {
         self.unassign("UnassignIpv6Addresses", "Ipv6Address", eni, addresses, |eni| &eni.v6).await
     }
 
-    async fn assign_v4_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv4Net>> {
+    async fn assign_v4_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv4Network>> {
         let action = "AssignPrivateIpAddresses";
         let parameters = assign(action, eni, "Ipv4PrefixCount", count, token)?;
         let reply: AssignPrivateIpAddresses = self.rpc.call(Service::Ecs, action, parameters).await?;
         Ok(reply.assigned_private_ip_addresses_set.ipv4_prefix_set.ipv4_prefixes)
     }
 
-    async fn assign_v6_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv6Net>> {
+    async fn assign_v6_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv6Network>> {
         let action = "AssignIpv6Addresses";
         let parameters = assign(action, eni, "Ipv6PrefixCount", count, token)?;
         let reply: AssignIpv6Addresses = self.rpc.call(Service::Ecs, action, parameters).await?;
         Ok(reply.ipv6_prefix_sets.ipv6_prefix)
     }
 
-    async fn unassign_v4_prefixes(&self, eni: &EniId, prefixes: &[Ipv4Net]) -> Result<()> {
+    async fn unassign_v4_prefixes(&self, eni: &EniId, prefixes: &[Ipv4Network]) -> Result<()> {
         self.unassign("UnassignPrivateIpAddresses", "Ipv4Prefix", eni, prefixes, |eni| &eni.v4_prefixes).await
     }
 
-    async fn unassign_v6_prefixes(&self, eni: &EniId, prefixes: &[Ipv6Net]) -> Result<()> {
+    async fn unassign_v6_prefixes(&self, eni: &EniId, prefixes: &[Ipv6Network]) -> Result<()> {
         self.unassign("UnassignIpv6Addresses", "Ipv6Prefix", eni, prefixes, |eni| &eni.v6_prefixes).await
     }
 

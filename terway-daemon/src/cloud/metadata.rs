@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::StatusCode;
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use reqwest::Url;
 use serde::Deserialize;
+use terway_core::cidr::{Cidr, Strict};
 use terway_core::cloud::{CloudError, ErrorClass, NodeIdentity, Subnet};
 use terway_core::ident::{EniId, InstanceId, Mac, VSwitchId};
 use tokio::sync::Mutex;
@@ -42,9 +43,9 @@ pub struct Nic {
     /// Its IPv6 addresses.
     pub v6: Vec<Ipv6Addr>,
     /// Its IPv4 prefixes.
-    pub v4_prefixes: Vec<Ipv4Net>,
+    pub v4_prefixes: Vec<Ipv4Network>,
     /// Its IPv6 prefixes.
-    pub v6_prefixes: Vec<Ipv6Net>,
+    pub v6_prefixes: Vec<Ipv6Network>,
 }
 
 /// A client of the metadata service.
@@ -138,8 +139,8 @@ impl Metadata {
             primary_v4,
             v4: list(&v4, &v4s)?,
             v6: list(&v6, &v6s.unwrap_or_default())?,
-            v4_prefixes: list(&prefixes4, &v4_prefixes.unwrap_or_default())?,
-            v6_prefixes: list(&prefixes6, &v6_prefixes.unwrap_or_default())?,
+            v4_prefixes: blocks(&prefixes4, &v4_prefixes.unwrap_or_default())?,
+            v6_prefixes: blocks(&prefixes6, &v6_prefixes.unwrap_or_default())?,
         })
     }
 
@@ -152,14 +153,14 @@ impl Metadata {
         let (block4, gateway4, block6, gateway6) =
             (path("vswitch-cidr-block"), path("gateway"), path("vswitch-ipv6-cidr-block"), path("ipv6-gateway"));
         let (cidr_v4, gateway_v4, cidr_v6, gateway_v6) = tokio::try_join!(
-            self.parsed(&block4),
+            self.parsed::<Strict<_>>(&block4),
             self.parsed(&gateway4),
             self.optional(&block6),
             self.optional(&gateway6)
         )?;
-        let cidr_v6 = cidr_v6.map(|text| parse(&block6, &text)).transpose()?;
+        let cidr_v6 = cidr_v6.map(|text| parse::<Strict<_>>(&block6, &text)).transpose()?.map(|Strict(block)| block);
         let gateway_v6 = gateway_v6.map(|text| parse(&gateway6, &text)).transpose()?;
-        Ok(Subnet { cidr_v4, gateway_v4, cidr_v6, gateway_v6 })
+        Ok(Subnet { cidr_v4: cidr_v4.0, gateway_v4, cidr_v6, gateway_v6 })
     }
 
     /// The instance's RAM role.
@@ -349,6 +350,11 @@ fn list<T: FromStr<Err: std::fmt::Display>>(path: &str, text: &str) -> Result<Ve
         .filter(|item| !item.is_empty())
         .map(|item| parse(path, item))
         .collect()
+}
+
+/// A list of CIDR blocks.
+fn blocks<T: Cidr>(path: &str, text: &str) -> Result<Vec<T>> {
+    list::<Strict<T>>(path, text).map(|list| list.into_iter().map(|Strict(block)| block).collect())
 }
 
 fn parse<T: FromStr<Err: std::fmt::Display>>(path: &str, text: &str) -> Result<T> {

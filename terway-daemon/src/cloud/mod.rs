@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use terway_core::cloud::{CloudError, Eni, EniKind, EniStatus, InstanceLimits, NodeIdentity, Subnet, VSwitch};
 use terway_core::ident::{EniId, InstanceId, Mac, SecurityGroupId, VSwitchId};
 
@@ -148,16 +148,16 @@ pub trait Cloud: Send + Sync {
     /// [`Cloud::assign_v4`]. A prefix takes the place of one address in the instance type's limit.
     ///
     /// A vSwitch without a whole free block refuses with `VSwitchExhausted`, although it may have single addresses left.
-    async fn assign_v4_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv4Net>>;
+    async fn assign_v4_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv4Network>>;
 
     /// Adds IPv6 prefixes, /80 each; as [`Cloud::assign_v4_prefixes`].
-    async fn assign_v6_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv6Net>>;
+    async fn assign_v6_prefixes(&self, eni: &EniId, count: u32, token: &str) -> Result<Vec<Ipv6Network>>;
 
     /// Takes IPv4 prefixes (at most [`MAX_PREFIXES_PER_CALL`]) away from an ENI. Those it does not have are passed over.
-    async fn unassign_v4_prefixes(&self, eni: &EniId, prefixes: &[Ipv4Net]) -> Result<()>;
+    async fn unassign_v4_prefixes(&self, eni: &EniId, prefixes: &[Ipv4Network]) -> Result<()>;
 
     /// Takes IPv6 prefixes away; as [`Cloud::unassign_v4_prefixes`].
-    async fn unassign_v6_prefixes(&self, eni: &EniId, prefixes: &[Ipv6Net]) -> Result<()>;
+    async fn unassign_v6_prefixes(&self, eni: &EniId, prefixes: &[Ipv6Network]) -> Result<()>;
 
     /// The subnet of the attached ENI with this MAC, from the metadata service. `NotFound` until the NIC has arrived.
     async fn subnet(&self, mac: Mac) -> Result<Subnet>;

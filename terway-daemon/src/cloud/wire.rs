@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use serde::Deserialize;
+use terway_core::cidr;
 use terway_core::cloud::{Eni, EniKind, EniStatus, InstanceLimits, VSwitch};
 use terway_core::ident::{EniId, InstanceId, Mac, SecurityGroupId, VSwitchId};
 
@@ -68,7 +69,8 @@ pub(super) struct VSwitches {
 pub(super) struct WireVSwitch {
     v_switch_id: String,
     zone_id: String,
-    cidr_block: Ipv4Net,
+    #[serde(deserialize_with = "cidr::deserialize")]
+    cidr_block: Ipv4Network,
     #[serde(default)]
     ipv6_cidr_block: String,
     available_ip_address_count: u32,
@@ -79,7 +81,9 @@ impl WireVSwitch {
     pub(super) fn checked(self) -> Result<VSwitch, String> {
         let cidr_v6 = match self.ipv6_cidr_block.as_str() {
             "" => None,
-            block => Some(block.parse::<Ipv6Net>().map_err(|error| format!("Ipv6CidrBlock `{block}`: {error}"))?),
+            block => {
+                Some(cidr::parse::<Ipv6Network>(block).map_err(|error| format!("Ipv6CidrBlock `{block}`: {error}"))?)
+            }
         };
         Ok(VSwitch {
             id: VSwitchId::new(self.v_switch_id),
@@ -174,7 +178,8 @@ struct Ipv4PrefixSets {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Ipv4Prefix {
-    ipv4_prefix: Ipv4Net,
+    #[serde(deserialize_with = "cidr::deserialize")]
+    ipv4_prefix: Ipv4Network,
 }
 
 #[derive(Default, Deserialize)]
@@ -187,7 +192,8 @@ struct Ipv6PrefixSets {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Ipv6Prefix {
-    ipv6_prefix: Ipv6Net,
+    #[serde(deserialize_with = "cidr::deserialize")]
+    ipv6_prefix: Ipv6Network,
 }
 
 #[derive(Default, Deserialize)]
@@ -295,8 +301,8 @@ pub(super) struct AssignedV4 {
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct AssignedV4Prefixes {
-    #[serde(default)]
-    pub(super) ipv4_prefixes: Vec<Ipv4Net>,
+    #[serde(default, deserialize_with = "cidr::deserialize_list")]
+    pub(super) ipv4_prefixes: Vec<Ipv4Network>,
 }
 
 #[derive(Deserialize)]
@@ -318,8 +324,8 @@ pub(super) struct AssignedV6 {
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct AssignedV6Prefixes {
-    #[serde(default)]
-    pub(super) ipv6_prefix: Vec<Ipv6Net>,
+    #[serde(default, deserialize_with = "cidr::deserialize_list")]
+    pub(super) ipv6_prefix: Vec<Ipv6Network>,
 }
 
 #[cfg(test)]

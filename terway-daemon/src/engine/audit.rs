@@ -241,11 +241,11 @@ impl Engine {
                 let known = self.core().pool.list();
                 known.iter().any(|view| Some(alias(&view.key)) == *owner)
             }
-            Leftover::Route(route) if route.dst.prefix_len() == 0 => {
+            Leftover::Route(route) if route.dst.prefix() == 0 => {
                 self.links.nics().iter().any(|nic| nic.name == route.dev)
             }
-            Leftover::Route(route) => self.known_addresses().contains(&route.dst.addr()),
-            Leftover::Rule(rule) => self.known_addresses().contains(&rule.selector.net().addr()),
+            Leftover::Route(route) => self.known_addresses().contains(&route.dst.ip()),
+            Leftover::Rule(rule) => self.known_addresses().contains(&rule.selector.net().ip()),
         }
     }
 }

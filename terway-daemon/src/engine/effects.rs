@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_core::cloud::{CloudError, EniStatus, ErrorClass};
 use terway_core::errors::{self, Error};
 use terway_core::ident::{EniId, Family};
@@ -230,9 +230,11 @@ impl Engine {
         Ok(())
     }
 
-    async fn unassign_prefixes(&self, eni: &EniId, prefixes: &[IpNet]) -> Result<(), CloudError> {
-        let v4: Vec<_> = prefixes.iter().filter_map(|p| if let IpNet::V4(p) = p { Some(*p) } else { None }).collect();
-        let v6: Vec<_> = prefixes.iter().filter_map(|p| if let IpNet::V6(p) = p { Some(*p) } else { None }).collect();
+    async fn unassign_prefixes(&self, eni: &EniId, prefixes: &[IpNetwork]) -> Result<(), CloudError> {
+        let v4: Vec<_> =
+            prefixes.iter().filter_map(|p| if let IpNetwork::V4(p) = p { Some(*p) } else { None }).collect();
+        let v6: Vec<_> =
+            prefixes.iter().filter_map(|p| if let IpNetwork::V6(p) = p { Some(*p) } else { None }).collect();
         if !v4.is_empty() {
             self.cloud.unassign_v4_prefixes(eni, &v4).await?;
         }
@@ -260,6 +262,6 @@ fn any<A: Into<IpAddr>>(addresses: Vec<A>) -> Vec<IpAddr> {
     addresses.into_iter().map(Into::into).collect()
 }
 
-fn any_net<N: Into<IpNet>>(prefixes: Vec<N>) -> Vec<IpNet> {
+fn any_net<N: Into<IpNetwork>>(prefixes: Vec<N>) -> Vec<IpNetwork> {
     prefixes.into_iter().map(Into::into).collect()
 }

@@ -25,7 +25,7 @@ pub struct PodOptions {
     pub mtu: Option<u32>,
     /// Destinations the pod gets routes to besides the default one (`extra_routes`).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub extra_routes: Vec<ipnet::IpNet>,
+    pub extra_routes: Vec<ipnetwork::IpNetwork>,
 }
 
 impl PodOptions {
@@ -170,7 +170,7 @@ impl Engine {
         let plan = self.plan(key, pod, grant, options);
         let addresses = grant.addresses.iter().map(|address| {
             let gateway = gateway(Family::of(address)).to_string();
-            v1::Address { cidr: ipnet::IpNet::from(address).to_string(), gateway }
+            v1::Address { cidr: ipnetwork::IpNetwork::from(address).to_string(), gateway }
         });
         let routes = grant.addresses.iter().map(|address| {
             let family = Family::of(address);

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteScope, RouteType};
@@ -85,7 +85,7 @@ pub(super) fn link_of(answer: Option<Vec<u8>>) -> Option<NamedLink> {
 }
 
 /// An address with the index of its interface. The local end, where the two ends of a point-to-point link differ.
-pub(super) fn address(message: &AddressMessage) -> Option<(u32, IpNet)> {
+pub(super) fn address(message: &AddressMessage) -> Option<(u32, IpNetwork)> {
     let (mut local, mut other) = (None, None);
     for attribute in &message.attributes {
         match attribute {
@@ -94,7 +94,7 @@ pub(super) fn address(message: &AddressMessage) -> Option<(u32, IpNet)> {
             _ => {}
         }
     }
-    let net = IpNet::new(local.or(other)?, message.header.prefix_len).ok()?;
+    let net = IpNetwork::new(local.or(other)?, message.header.prefix_len).ok()?;
     Some((message.header.index, net))
 }
 
@@ -134,7 +134,7 @@ pub(super) fn route(message: &RouteMessage) -> Option<(u32, terway_core::route::
         return None;
     }
     let route = terway_core::route::Route {
-        dst: IpNet::new(dst, header.destination_prefix_length).ok()?,
+        dst: IpNetwork::new(dst, header.destination_prefix_length).ok()?,
         via,
         dev: String::new(),
         table,
@@ -163,8 +163,8 @@ pub(super) fn rule(message: &RuleMessage) -> Option<Rule> {
         (None, None, 0, u32::from(header.table), None);
     for attribute in &message.attributes {
         match attribute {
-            RuleAttribute::Source(address) => source = Some(IpNet::new(*address, header.src_len).ok()?),
-            RuleAttribute::Destination(address) => destination = Some(IpNet::new(*address, header.dst_len).ok()?),
+            RuleAttribute::Source(address) => source = Some(IpNetwork::new(*address, header.src_len).ok()?),
+            RuleAttribute::Destination(address) => destination = Some(IpNetwork::new(*address, header.dst_len).ok()?),
             RuleAttribute::Priority(number) => priority = *number,
             RuleAttribute::Table(number) => table = *number,
             RuleAttribute::Protocol(number) => protocol = Some(*number),

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::os::fd::RawFd;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
@@ -136,35 +136,35 @@ pub(super) fn set_up(index: u32, up: bool) -> Request {
     (Message::SetLink(link), 0)
 }
 
-fn address(index: u32, net: IpNet) -> AddressMessage {
+fn address(index: u32, net: IpNetwork) -> AddressMessage {
     let mut message = AddressMessage::default();
-    message.header.family = family(net.addr());
-    message.header.prefix_len = net.prefix_len();
+    message.header.family = family(net.ip());
+    message.header.prefix_len = net.prefix();
     message.header.scope = AddressScope::Universe;
     message.header.index = index;
-    message.attributes = vec![AddressAttribute::Local(net.addr()), AddressAttribute::Address(net.addr())];
+    message.attributes = vec![AddressAttribute::Local(net.ip()), AddressAttribute::Address(net.ip())];
     message
 }
 
-pub(super) fn add_address(index: u32, net: IpNet) -> Request {
+pub(super) fn add_address(index: u32, net: IpNetwork) -> Request {
     let mut message = address(index, net);
     // Duplicate detection would hold the address back for a second; the cloud has made sure of it.
     message.header.flags = AddressHeaderFlags::Nodad;
     (Message::NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
-pub(super) fn delete_address(index: u32, net: IpNet) -> Request {
+pub(super) fn delete_address(index: u32, net: IpNetwork) -> Request {
     (Message::DelAddress(address(index, net)), 0)
 }
 
 fn route(route: &Route, index: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
-    message.header.address_family = family(route.dst.addr());
-    message.header.destination_prefix_length = route.dst.prefix_len();
+    message.header.address_family = family(route.dst.ip());
+    message.header.destination_prefix_length = route.dst.prefix();
     // Numbers above 255 stand in the attribute alone.
     message.header.table = u8::try_from(route.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
     message.attributes = vec![RouteAttribute::Table(route.table), RouteAttribute::Oif(index)];
-    if route.dst.prefix_len() > 0 {
+    if route.dst.prefix() > 0 {
         message.attributes.push(RouteAttribute::Destination(RouteAddress::from(route.dst.network())));
     }
     if let Some(via) = route.via {
@@ -201,7 +201,7 @@ pub(super) fn delete_route(planned: &Route, index: u32) -> Request {
 pub(super) fn get_route(address: IpAddr) -> Request {
     let mut message = RouteMessage::default();
     message.header.address_family = family(address);
-    message.header.destination_prefix_length = IpNet::from(address).max_prefix_len();
+    message.header.destination_prefix_length = IpNetwork::from(address).prefix();
     message.attributes = vec![RouteAttribute::Destination(RouteAddress::from(address))];
     (Message::GetRoute(message), 0)
 }
@@ -213,12 +213,12 @@ fn rule(rule: &Rule) -> RuleMessage {
     message.attributes = vec![RuleAttribute::Priority(rule.priority)];
     match rule.selector {
         Selector::To(_) => {
-            message.header.dst_len = net.prefix_len();
-            message.attributes.push(RuleAttribute::Destination(net.addr()));
+            message.header.dst_len = net.prefix();
+            message.attributes.push(RuleAttribute::Destination(net.ip()));
         }
         Selector::From(_) => {
-            message.header.src_len = net.prefix_len();
-            message.attributes.push(RuleAttribute::Source(net.addr()));
+            message.header.src_len = net.prefix();
+            message.attributes.push(RuleAttribute::Source(net.ip()));
         }
     }
     message

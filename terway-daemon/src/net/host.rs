@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_core::route::{
     Difference, EniInputs, EniPlan, KernelState, Leftover, NetOp, NodePlan, Observed, Place, PodPlan, Step, alias, diff,
 };
@@ -343,12 +343,12 @@ impl Host {
     ///
     /// # Errors
     /// When they cannot be listed.
-    pub async fn host_addresses(&self) -> Result<Vec<IpNet>, NetError> {
+    pub async fn host_addresses(&self) -> Result<Vec<IpNetwork>, NetError> {
         self.pool
             .run(|worker| {
                 let all = observe::addresses(worker.host()?)?;
                 let mut nets: Vec<_> =
-                    all.into_iter().map(|(_, net)| net).filter(|net| observe::reachable(net.addr())).collect();
+                    all.into_iter().map(|(_, net)| net).filter(|net| observe::reachable(net.ip())).collect();
                 nets.sort_unstable();
                 nets.dedup();
                 Ok(nets)
@@ -400,12 +400,12 @@ fn named(host: &mut Netlink, plan: &EniPlan) -> Result<NamedLink, NetError> {
 
 /// Removes addresses from an ENI that the plan does not have.
 fn strip(host: &mut Netlink, plan: &EniPlan) -> Result<(), NetError> {
-    let planned: Vec<_> = plan.inputs.node.iter().map(IpNet::from).collect();
+    let planned: Vec<_> = plan.inputs.node.iter().map(IpNetwork::from).collect();
     let dev = &plan.inputs.ifname;
     let all = observe::addresses(host)?;
-    let surplus = all.into_iter().filter(|(index, net)| {
-        *index == plan.inputs.ifindex && observe::reachable(net.addr()) && !planned.contains(net)
-    });
+    let surplus = all
+        .into_iter()
+        .filter(|(index, net)| *index == plan.inputs.ifindex && observe::reachable(net.ip()) && !planned.contains(net));
     let steps: Vec<_> =
         surplus.map(|(_, address)| Step::host(NetOp::DelAddress { dev: dev.clone(), address })).collect();
     for step in &steps {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use netlink_packet_route::address::{AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
 use netlink_packet_route::neighbour::NeighbourMessage;
@@ -81,7 +81,7 @@ pub(super) fn links(netlink: &mut Netlink) -> Result<Vec<NamedLink>, NetError> {
     Ok(answers.iter().filter_map(|answer| decode::link(answer)).collect())
 }
 
-pub(super) fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNet)>, NetError> {
+pub(super) fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNetwork)>, NetError> {
     let answers = netlink.dump("list addresses", Message::GetAddress(AddressMessage::default()))?;
     Ok(answers
         .iter()
@@ -98,7 +98,7 @@ pub(super) fn may_solicit(netlink: &mut Netlink, index: u32) -> Result<bool, Net
     Ok(answers.iter().any(|answer| match inner(answer) {
         Some(Message::NewAddress(message)) if message.header.index == index => {
             let settled = !message.header.flags.contains(AddressHeaderFlags::Tentative);
-            let local = |net: IpNet| matches!(net.addr(), IpAddr::V6(v6) if v6.is_unicast_link_local());
+            let local = |net: IpNetwork| matches!(net.ip(), IpAddr::V6(v6) if v6.is_unicast_link_local());
             settled && decode::address(&message).is_some_and(|(_, net)| local(net))
         }
         _ => false,

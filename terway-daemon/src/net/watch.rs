@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -62,7 +62,7 @@ struct Shared {
     /// Counts changes of `nics`.
     version: watch::Sender<u64>,
     events: broadcast::Sender<NicEvent>,
-    addresses: watch::Sender<Arc<Vec<IpNet>>>,
+    addresses: watch::Sender<Arc<Vec<IpNetwork>>>,
 }
 
 impl Shared {
@@ -128,7 +128,7 @@ impl Watch {
 
     /// The node's addresses that others can reach, sorted; now and after every change.
     #[must_use]
-    pub fn addresses(&self) -> watch::Receiver<Arc<Vec<IpNet>>> {
+    pub fn addresses(&self) -> watch::Receiver<Arc<Vec<IpNetwork>>> {
         self.shared.addresses.subscribe()
     }
 }
@@ -138,7 +138,7 @@ struct Listener {
     events: Netlink,
     dumps: Netlink,
     shared: Arc<Shared>,
-    addresses: BTreeSet<(u32, IpNet)>,
+    addresses: BTreeSet<(u32, IpNetwork)>,
 }
 
 impl Listener {
@@ -266,8 +266,8 @@ impl Listener {
     }
 
     fn publish_addresses(&self) {
-        let mut nets: Vec<IpNet> =
-            self.addresses.iter().map(|(_, net)| *net).filter(|net| observe::reachable(net.addr())).collect();
+        let mut nets: Vec<IpNetwork> =
+            self.addresses.iter().map(|(_, net)| *net).filter(|net| observe::reachable(net.ip())).collect();
         nets.sort_unstable();
         nets.dedup();
         self.shared.addresses.send_if_modified(|old| {

@@ -14,7 +14,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_core::config::Config;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, PodRef};
@@ -63,7 +63,7 @@ pub struct Setup {
     /// The kernel's side.
     pub datapath: Arc<Datapath>,
     /// The node's own addresses, which always reach its pods.
-    pub addresses: watch::Receiver<Arc<Vec<IpNet>>>,
+    pub addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
     /// Whether policies are enforced.
     pub config: watch::Receiver<Arc<Config>>,
     /// Counters.
@@ -187,7 +187,7 @@ impl Policies {
     async fn follow(
         self: Arc<Self>,
         mut news: mpsc::UnboundedReceiver<News>,
-        mut addresses: watch::Receiver<Arc<Vec<IpNet>>>,
+        mut addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
         mut config: watch::Receiver<Arc<Config>>,
     ) {
         let mut due = None;

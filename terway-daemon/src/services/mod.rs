@@ -17,7 +17,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_core::errors::{self, Error};
 use terway_core::objects::Objects;
 use terway_core::service::{EndSockets, NodeFacts, Settings};
@@ -72,7 +72,7 @@ pub struct Setup {
     /// The kernel's side.
     pub datapath: Arc<Datapath>,
     /// The node's addresses, where node ports are served.
-    pub addresses: watch::Receiver<Arc<Vec<IpNet>>>,
+    pub addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
     /// Counters.
     pub metrics: ServiceMetrics,
     /// The cgroup whose processes are served at the socket; by default the root.
@@ -194,7 +194,11 @@ impl Services {
         }
     }
 
-    async fn follow(self: Arc<Self>, mut news: mpsc::Receiver<Batch>, mut addresses: watch::Receiver<Arc<Vec<IpNet>>>) {
+    async fn follow(
+        self: Arc<Self>,
+        mut news: mpsc::Receiver<Batch>,
+        mut addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
+    ) {
         let first = follow::addresses(&mut addresses);
         let mut due = self.step(Work::Addresses(first)).await;
         loop {

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use nix::fcntl::Flock;
 use serde::Serialize;
 use serde_json::Value;
@@ -294,7 +294,7 @@ impl Cluster {
 
     /// The blocks that pods' addresses come from.
     #[must_use]
-    pub const fn pod_blocks(&self) -> (Ipv4Net, Ipv6Net) {
+    pub const fn pod_blocks(&self) -> (Ipv4Network, Ipv6Network) {
         (setup::PODS_V4, setup::PODS_V6)
     }
 

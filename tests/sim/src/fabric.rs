@@ -7,7 +7,7 @@ pub mod vpc;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use terway_core::ident::{EniId, Mac, VSwitchId};
 
 /// All that the wire has to know of an ENI.
@@ -22,11 +22,11 @@ pub struct FabricEni {
     /// The vSwitch it stands in.
     pub vswitch: VSwitchId,
     /// The vSwitch's IPv4 block.
-    pub cidr_v4: Ipv4Net,
+    pub cidr_v4: Ipv4Network,
     /// The IPv4 gateway, in the block and answered by the VPC.
     pub gateway_v4: Ipv4Addr,
     /// The vSwitch's IPv6 block, if it has one.
-    pub cidr_v6: Option<Ipv6Net>,
+    pub cidr_v6: Option<Ipv6Network>,
     /// The IPv6 gateway, if there is a block.
     pub gateway_v6: Option<Ipv6Addr>,
     /// The IPv4 addresses it may send from and receives for; the primary address comes first.
@@ -62,7 +62,7 @@ pub trait Fabric: Send + Sync {
     ///
     /// # Errors
     /// When the old set is still in force.
-    fn set_prefixes(&self, _eni: &EniId, _v4: &[Ipv4Net], _v6: &[Ipv6Net]) -> anyhow::Result<()> {
+    fn set_prefixes(&self, _eni: &EniId, _v4: &[Ipv4Network], _v6: &[Ipv6Network]) -> anyhow::Result<()> {
         Ok(())
     }
 }

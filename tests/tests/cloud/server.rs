@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use serde_json::{Value, json};
 use terway_core::cloud::{EniStatus, ErrorClass};
 use terway_core::ident::{EniId, Mac};
@@ -31,7 +31,7 @@ impl Fabric for Recorder {
         Ok(())
     }
 
-    fn set_prefixes(&self, _eni: &EniId, v4: &[Ipv4Net], v6: &[Ipv6Net]) -> anyhow::Result<()> {
+    fn set_prefixes(&self, _eni: &EniId, v4: &[Ipv4Network], v6: &[Ipv6Network]) -> anyhow::Result<()> {
         self.0.lock().unwrap().push(format!("prefixes {}+{}", v4.len(), v6.len()));
         Ok(())
     }

@@ -7,8 +7,9 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
+use terway_core::cidr;
 use terway_core::cloud::EniKind;
 use terway_sim::cloud::{CloudConfig, EniRecord, Fault, FaultKind, Order, VSwitchConfig};
 use terway_sim::cluster::{Cluster, Options};
@@ -110,7 +111,7 @@ fn alive<'a>(cluster: &Cluster, pods: impl IntoIterator<Item = &'a Pod>) -> Resu
 }
 
 fn is_in(pod: &Pod, block: &str) -> Result<bool> {
-    Ok(block.parse::<IpNet>()?.contains(&pod.v4()?))
+    Ok(cidr::parse::<IpNetwork>(block)?.contains(pod.v4()?))
 }
 
 /// The ENIs of pods in the cloud.

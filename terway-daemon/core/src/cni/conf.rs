@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde_json::{Map, Value};
 
 use super::env::is_identifier;
@@ -16,6 +16,7 @@ use super::result::{CniResult, Dns, dns};
 use super::runtime::RuntimeConfig;
 use super::version::Version;
 use super::{DEFAULT_QUEUE_DIR, DEFAULT_SOCKET};
+use crate::cidr;
 use crate::errors::{CNI_DECODE, CNI_VERSION, Error, GC_NO_LIST};
 
 /// A network configuration of a version that is spoken here, with a valid name.
@@ -48,7 +49,7 @@ pub struct Options {
     /// `eniip_virtual_type`.
     pub virtual_type: VirtualType,
     /// `host_stack_cidrs`: destinations that pods reach through the node's own stack.
-    pub host_stack_cidrs: Vec<IpNet>,
+    pub host_stack_cidrs: Vec<IpNetwork>,
     /// `disable_host_peer`: no link between the node and a pod with its own NIC.
     pub disable_host_peer: bool,
     /// `vlan_strip_type`: whether the datapath (`false`, "filter") or a VLAN device (`true`, "vlan") strips the tag.
@@ -191,8 +192,9 @@ impl NetConf {
             "tc" => false,
             _ => return Err(root.wrong("bandwidth_mode", "edt or tc")),
         };
-        let cidr =
-            |text: String| text.parse().map_err(|_no_cidr| root.wrong("host_stack_cidrs", "a list of CIDR blocks"));
+        let cidr = |text: String| {
+            cidr::parse(&text).map_err(|_no_cidr| root.wrong("host_stack_cidrs", "a list of CIDR blocks"))
+        };
         let host_stack_cidrs = root.strings("host_stack_cidrs")?.into_iter().map(cidr).collect::<Result<_, _>>()?;
         let runtime = RuntimeConfig::read(&root)?;
         let dns = match runtime.dns.clone() {
@@ -326,7 +328,7 @@ mod tests {
         let options = conf.unwrap().options().unwrap();
         assert_eq!((options.mtu, options.virtual_type), (Some(1500), VirtualType::IpVlan));
         assert_eq!(options.veth_prefix.as_deref(), Some("cali"));
-        assert_eq!(options.host_stack_cidrs, ["169.254.20.10/32".parse::<IpNet>().unwrap()]);
+        assert_eq!(options.host_stack_cidrs, ["169.254.20.10/32".parse::<IpNetwork>().unwrap()]);
         assert!(options.disable_host_peer && options.vlan_device && options.network_priority && !options.bandwidth_edt);
         let routing = options.symmetric_routing.unwrap();
         assert_eq!((routing.interface.as_str(), routing.mark, routing.mask, routing.table_id), ("eth1", 32, 16, 100));

@@ -12,11 +12,12 @@
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde_json::{Map, Value, json};
 
 use super::json::Object;
 use super::version::Version;
+use crate::cidr;
 use crate::errors::{CNI_CONFIG, Error};
 use crate::ident::Mac;
 
@@ -54,7 +55,7 @@ pub struct Interface {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IpConfig {
     /// Address and prefix length.
-    pub address: IpNet,
+    pub address: IpNetwork,
     /// Next hop of the subnet.
     pub gateway: Option<IpAddr>,
     /// Index into `interfaces`.
@@ -65,7 +66,7 @@ pub struct IpConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Destination.
-    pub dst: IpNet,
+    pub dst: IpNetwork,
     /// Next hop; `None` is a link route, or the plugin's default.
     pub gw: Option<IpAddr>,
     /// Bytes.
@@ -124,7 +125,7 @@ impl CniResult {
 
     /// Addresses of the interface `ifname` inside a sandbox. An address without index counts: some plugins (the reference
     /// project's CNI among them) leave it out when there is one interface.
-    pub fn addresses_of<'a>(&'a self, ifname: &'a str) -> impl Iterator<Item = IpNet> + 'a {
+    pub fn addresses_of<'a>(&'a self, ifname: &'a str) -> impl Iterator<Item = IpNetwork> + 'a {
         let ours = move |ip: &&IpConfig| match ip.interface {
             None => true,
             Some(index) => self
@@ -241,7 +242,7 @@ impl IpConfig {
             document.insert("interface".into(), interface.into());
         }
         if version < Version::V1_0_0 {
-            let family = if matches!(self.address, IpNet::V4(_)) { "4" } else { "6" };
+            let family = if matches!(self.address, IpNetwork::V4(_)) { "4" } else { "6" };
             document.insert("version".into(), family.into());
         }
         document.into()
@@ -251,7 +252,7 @@ impl IpConfig {
 impl Route {
     /// A plain route.
     #[must_use]
-    pub const fn new(dst: IpNet, gw: Option<IpAddr>) -> Self {
+    pub const fn new(dst: IpNetwork, gw: Option<IpAddr>) -> Self {
         Self { dst, gw, mtu: None, advmss: None, priority: None, table: None, scope: None }
     }
 
@@ -317,8 +318,9 @@ fn text(object: &Object<'_>, key: &str) -> Result<String, Error> {
     Ok(object.string(key)?.unwrap_or_default().to_owned())
 }
 
-fn required_net(object: &Object<'_>, key: &str) -> Result<IpNet, Error> {
-    object.parsed(key, A_NET)?.ok_or_else(|| object.wrong(key, A_NET))
+fn required_net(object: &Object<'_>, key: &str) -> Result<IpNetwork, Error> {
+    let text = object.string(key)?.filter(|text| !text.is_empty()).ok_or_else(|| object.wrong(key, A_NET))?;
+    cidr::parse(text).map_err(|_no_cidr| object.wrong(key, A_NET))
 }
 
 fn route(object: &Object<'_>) -> Result<Route, Error> {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -12,6 +12,7 @@ use super::keys::{self, Key, closest};
 use super::raw::Reader;
 use super::units::{Ratio, parse_period};
 use super::{AccessKey, BackoffOverride, Config, Conntrack, Prefixes, Reclaim, Secret, Tag};
+use crate::cidr::{self, Cidr};
 use crate::ident::{IpStack, SecurityGroupId, VSwitchId};
 use crate::ipam::{ALWAYS_BLOCKED, Degradation, EniSelection, VSwitchSelection};
 
@@ -287,21 +288,22 @@ fn prefixes(reader: &mut Reader, stack: IpStack) -> Prefixes {
     prefixes
 }
 
-fn cidr(reader: &mut Reader, key: &Key, text: &str) -> Option<IpNet> {
+fn block(reader: &mut Reader, key: &Key, text: &str) -> Option<IpNetwork> {
     // A bare address is what people write for a single host.
-    let net = text.parse::<IpNet>().ok().or_else(|| Some(IpNet::from(text.parse::<std::net::IpAddr>().ok()?)));
+    let net =
+        cidr::parse::<IpNetwork>(text).ok().or_else(|| Some(IpNetwork::from(text.parse::<std::net::IpAddr>().ok()?)));
     if net.is_none() {
         reader.refuse(key, &text.into(), "is not a CIDR such as 172.16.0.0/16");
     }
-    net.map(|net| net.trunc())
+    net.map(|net| net.truncated())
 }
 
-fn service_cidrs(reader: &mut Reader, stack: IpStack) -> Vec<IpNet> {
+fn service_cidrs(reader: &mut Reader, stack: IpStack) -> Vec<IpNetwork> {
     let text = reader.text(keys::SERVICE_CIDR).unwrap_or_default();
-    let mut nets: Vec<IpNet> = Vec::new();
+    let mut nets: Vec<IpNetwork> = Vec::new();
     for text in text.split(',').map(str::trim).filter(|t| !t.is_empty()) {
-        let Some(net) = cidr(reader, keys::SERVICE_CIDR, text) else { continue };
-        if !(if net.addr().is_ipv4() { stack.v4() } else { stack.v6() }) {
+        let Some(net) = block(reader, keys::SERVICE_CIDR, text) else { continue };
+        if !(if net.ip().is_ipv4() { stack.v4() } else { stack.v6() }) {
             reader.warn(keys::SERVICE_CIDR.name, format!("{net} is of a family that ip_stack does not have"));
         }
         if !nets.contains(&net) {
@@ -311,11 +313,11 @@ fn service_cidrs(reader: &mut Reader, stack: IpStack) -> Vec<IpNet> {
     nets
 }
 
-fn host_stack_cidrs(reader: &mut Reader, beside: &[IpNet]) -> Vec<IpNet> {
+fn host_stack_cidrs(reader: &mut Reader, beside: &[IpNetwork]) -> Vec<IpNetwork> {
     let listed: Vec<String> = reader.many(keys::HOST_STACK_CIDRS);
-    let listed: Vec<IpNet> =
-        listed.iter().filter_map(|text| cidr(reader, keys::HOST_STACK_CIDRS, text.trim())).collect();
-    let all: BTreeSet<IpNet> = listed.into_iter().chain(beside.iter().map(IpNet::trunc)).collect();
+    let listed: Vec<IpNetwork> =
+        listed.iter().filter_map(|text| block(reader, keys::HOST_STACK_CIDRS, text.trim())).collect();
+    let all: BTreeSet<IpNetwork> = listed.into_iter().chain(beside.iter().map(Cidr::truncated)).collect();
     all.into_iter().collect()
 }
 
@@ -324,10 +326,10 @@ struct RawRoute {
     dst: String,
 }
 
-fn extra_routes(reader: &mut Reader) -> Vec<IpNet> {
+fn extra_routes(reader: &mut Reader) -> Vec<IpNetwork> {
     let listed: Vec<RawRoute> = reader.many(keys::EXTRA_ROUTES);
-    let listed: BTreeSet<IpNet> =
-        listed.iter().filter_map(|route| cidr(reader, keys::EXTRA_ROUTES, route.dst.trim())).collect();
+    let listed: BTreeSet<IpNetwork> =
+        listed.iter().filter_map(|route| block(reader, keys::EXTRA_ROUTES, route.dst.trim())).collect();
     listed.into_iter().collect()
 }
 

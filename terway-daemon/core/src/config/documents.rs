@@ -42,7 +42,7 @@ pub(super) struct Beside {
     pub(super) policy_enabled: bool,
     pub(super) in_cluster_loadbalance: bool,
     pub(super) mtu: Option<u32>,
-    pub(super) host_stack_cidrs: Vec<ipnet::IpNet>,
+    pub(super) host_stack_cidrs: Vec<ipnetwork::IpNetwork>,
 }
 
 impl Documents {

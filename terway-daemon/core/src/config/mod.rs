@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use crate::ident::{IpStack, SecurityGroupId, VSwitchId};
 use crate::ipam::{Degradation, EniSelection, VSwitchSelection};
@@ -136,11 +136,11 @@ pub struct Config {
     /// Prefix mode (`enable_ip_prefix`, `ipv4_prefix_count`, `ipv6_prefix_count`).
     pub prefixes: Prefixes,
     /// Service address ranges (`service_cidr`).
-    pub service_cidrs: Vec<IpNet>,
+    pub service_cidrs: Vec<IpNetwork>,
     /// Destinations handed to the host stack rather than to the VPC (`host_stack_cidrs`, there and in the CNI configuration).
-    pub host_stack_cidrs: Vec<IpNet>,
+    pub host_stack_cidrs: Vec<IpNetwork>,
     /// Destinations that pods get routes to besides (`extra_routes`).
-    pub extra_routes: Vec<IpNet>,
+    pub extra_routes: Vec<IpNetwork>,
     /// MTU of pods in bytes (`mtu` of the CNI configuration).
     pub mtu: Option<u32>,
     /// Region; `None` asks the metadata service (`region_id`).

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::config::prefix_slots;
 use super::effect::Effect;
@@ -11,6 +11,7 @@ use super::lifecycle::explain;
 use super::pool::{Pool, Timer};
 use super::record::{AddressRecord, AssignmentRecord, Hold, PrefixRecord, Record, RecordKey};
 use super::slot::{Call, CallKind, SlotState};
+use crate::cidr::Cidr as _;
 use crate::clock::Moment;
 use crate::cloud::{CloudError, ErrorClass};
 use crate::ident::{EniId, Family};
@@ -19,7 +20,7 @@ use crate::ident::{EniId, Family};
 #[derive(Debug)]
 pub(super) enum Gain {
     Addresses(Vec<IpAddr>),
-    Prefixes(Vec<IpNet>),
+    Prefixes(Vec<IpNetwork>),
 }
 
 impl Pool {
@@ -173,7 +174,7 @@ impl Pool {
                 }
             }
             Gain::Prefixes(prefixes) => {
-                for prefix in prefixes.into_iter().filter(|prefix| Family::of(prefix.addr()) == family) {
+                for prefix in prefixes.into_iter().filter(|prefix| Family::of(prefix.ip()) == family) {
                     self.received_prefix(id, family, prefix);
                 }
             }
@@ -190,7 +191,7 @@ impl Pool {
         }
     }
 
-    fn received_prefix(&mut self, id: &EniId, family: Family, prefix: IpNet) {
+    fn received_prefix(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
         let Some(state) = self.enis.get_mut(id) else { return };
         let slots = state.slots_mut(family);
         if slots.enter_prefix(prefix, prefix_slots(family)) && slots.prefix_ghosts.remove(&prefix).is_some() {
@@ -200,7 +201,7 @@ impl Pool {
     }
 
     /// Starts the rest of all addresses of a prefix: somebody may have had them a moment ago.
-    pub(super) fn cool_prefix(&mut self, id: &EniId, family: Family, prefix: IpNet) {
+    pub(super) fn cool_prefix(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
         let inside = self.enis.get(id).map(|state| state.slots(family).inside(prefix)).unwrap_or_default();
         for address in inside {
             self.cool(id, address);
@@ -222,7 +223,7 @@ impl Pool {
     }
 
     /// Marks a prefix that no pod uses as going back.
-    pub(super) fn retire_prefix(&mut self, id: &EniId, family: Family, prefix: IpNet) {
+    pub(super) fn retire_prefix(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
         let Some(state) = self.enis.get_mut(id) else { return };
         if state.slots_mut(family).release_prefix(prefix) {
             let record = PrefixRecord { eni: id.clone(), prefix, hold: Hold::Releasing };
@@ -293,11 +294,11 @@ impl Pool {
         slots.remove(address);
         slots.ghosts.insert(address, until);
         slots.one_by_one &= slots.to_give_back();
-        self.wake(until, Timer::Ghost(id.clone(), IpNet::from(address)));
+        self.wake(until, Timer::Ghost(id.clone(), IpNetwork::from(address)));
     }
 
     /// A prefix is gone; as [`Pool::gave_back`].
-    pub(super) fn gave_back_prefix(&mut self, id: &EniId, family: Family, prefix: IpNet) {
+    pub(super) fn gave_back_prefix(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
         let until = self.now.after(self.config.settle);
         let Some(state) = self.enis.get_mut(id) else { return };
         let slots = state.slots_mut(family);
@@ -307,14 +308,14 @@ impl Pool {
         self.wake(until, Timer::Ghost(id.clone(), prefix));
     }
 
-    pub(super) fn ghost_faded(&mut self, id: &EniId, what: IpNet) {
+    pub(super) fn ghost_faded(&mut self, id: &EniId, what: IpNetwork) {
         let now = self.now;
         let Some(state) = self.enis.get_mut(id) else { return };
-        let slots = state.slots_mut(Family::of(what.addr()));
+        let slots = state.slots_mut(Family::of(what.ip()));
         let faded = |until: &Moment| *until <= now;
-        if slots.ghosts.get(&what.addr()).is_some_and(faded) && what.prefix_len() == what.max_prefix_len() {
-            slots.ghosts.remove(&what.addr());
-            self.out.delete_lazily(RecordKey::Address(id.clone(), what.addr()));
+        if slots.ghosts.get(&what.ip()).is_some_and(faded) && what.is_host() {
+            slots.ghosts.remove(&what.ip());
+            self.out.delete_lazily(RecordKey::Address(id.clone(), what.ip()));
         } else if slots.prefix_ghosts.get(&what).is_some_and(faded) {
             slots.prefix_ghosts.remove(&what);
             self.out.delete_lazily(RecordKey::Prefix(id.clone(), what));

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::event::{OpId, Ticket, Token};
@@ -145,7 +145,7 @@ pub enum Effect {
         /// Which family all of them are of.
         family: Family,
         /// Which.
-        prefixes: Vec<IpNet>,
+        prefixes: Vec<IpNetwork>,
     },
     /// Undo `ConfigureNic`, `DetachNetworkInterface`, and wait for `Available`. Report: `Detached`.
     Detach {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::config::PoolConfig;
@@ -174,7 +174,7 @@ pub enum Event {
         /// The family asked for.
         family: Family,
         /// The prefixes this call (or an earlier one with the same token) added.
-        result: Result<Vec<IpNet>, CloudError>,
+        result: Result<Vec<IpNetwork>, CloudError>,
     },
     /// Report of [`Effect::UnassignPrefixes`](super::Effect::UnassignPrefixes).
     PrefixesUnassigned {

@@ -1,6 +1,6 @@
 //! The life of an ENI: created, attached, configured, and the way back.
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::TOKEN_TAG;
 use super::config::{PoolConfig, prefix_slots};
@@ -196,7 +196,7 @@ impl Pool {
             state.slots_mut(Family::of(address)).enter(address, SlotState::Idle);
         }
         for prefix in prefixes(eni) {
-            let family = Family::of(prefix.addr());
+            let family = Family::of(prefix.ip());
             state.slots_mut(family).enter_prefix(prefix, prefix_slots(family));
         }
         state.changed = Some(self.now);
@@ -391,7 +391,7 @@ pub(super) fn addresses(eni: &Eni) -> impl Iterator<Item = std::net::IpAddr> {
 }
 
 /// All prefixes of an ENI.
-pub(super) fn prefixes(eni: &Eni) -> impl Iterator<Item = IpNet> {
-    let v4 = eni.v4_prefixes.iter().copied().map(IpNet::V4);
-    v4.chain(eni.v6_prefixes.iter().copied().map(IpNet::V6))
+pub(super) fn prefixes(eni: &Eni) -> impl Iterator<Item = IpNetwork> {
+    let v4 = eni.v4_prefixes.iter().copied().map(IpNetwork::V4);
+    v4.chain(eni.v6_prefixes.iter().copied().map(IpNetwork::V6))
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use sha1::{Digest, Sha1};
 
 use super::addresses::Gain;
@@ -76,7 +76,7 @@ pub(super) enum Place {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Timer {
     Cooled(EniId, IpAddr),
-    Ghost(EniId, IpNet),
+    Ghost(EniId, IpNetwork),
     Creation(Token),
     Call(EniId, Family),
     Eni(EniId),

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::config::prefix_slots;
 use super::effect::Effect;
@@ -16,6 +16,7 @@ use super::lifecycle::{addresses, prefixes};
 use super::pool::{Pool, Timer};
 use super::record::{Record, RecordKey};
 use super::slot::SlotState;
+use crate::cidr::Cidr as _;
 use crate::clock::Moment;
 use crate::cloud::{CloudError, Eni, EniKind, EniStatus};
 use crate::ident::{EniId, Family};
@@ -191,16 +192,17 @@ impl Pool {
 
     fn reconcile_slots(&mut self, eni: &Eni, asked: Option<Moment>) {
         // A single address is a prefix of full length here.
-        let all: BTreeSet<_> = addresses(eni).map(IpNet::from).chain(prefixes(eni)).collect();
+        let all: BTreeSet<_> = addresses(eni).map(IpNetwork::from).chain(prefixes(eni)).collect();
         let settle = self.config.settle;
         let mut altered = false;
         for family in [Family::V4, Family::V6] {
             let Some(state) = self.enis.get_mut(&eni.id) else { return };
             let slots = state.slots_mut(family);
-            let listed: Vec<_> = all.iter().copied().filter(|net| Family::of(net.addr()) == family).collect();
+            let listed: Vec<_> = all.iter().copied().filter(|net| Family::of(net.ip()) == family).collect();
             slots.strange.retain(|net, _| all.contains(net));
             let fresh: Vec<_> = listed.into_iter().filter(|net| slots.lacks(*net)).collect();
-            let singles = slots.singles().filter(|(_, slot)| !slot.missing).map(|(address, _)| IpNet::from(address));
+            let singles =
+                slots.singles().filter(|(_, slot)| !slot.missing).map(|(address, _)| IpNetwork::from(address));
             let blocks = slots.prefixes().iter().filter(|(_, prefix)| !prefix.missing).map(|(prefix, _)| *prefix);
             let lost: Vec<_> = singles.chain(blocks).filter(|net| !all.contains(net)).collect();
             if fresh.is_empty() && lost.is_empty() {
@@ -228,13 +230,13 @@ impl Pool {
     }
 
     /// The list has something that the table lacks, or that had been missing from an earlier list.
-    fn found(&mut self, id: &EniId, family: Family, net: IpNet, asked: Option<Moment>) {
+    fn found(&mut self, id: &EniId, family: Family, net: IpNetwork, asked: Option<Moment>) {
         let (now, settle) = (self.now, self.config.settle);
         let Some(slots) = self.enis.get_mut(id).map(|eni| eni.slots_mut(family)) else { return };
-        let single = net.prefix_len() == net.max_prefix_len();
-        if single && slots.get(net.addr()).is_some() {
-            slots.enter(net.addr(), SlotState::Idle);
-            return self.unfence(id, Some(&[net.addr()]));
+        let single = net.is_host();
+        if single && slots.get(net.ip()).is_some() {
+            slots.enter(net.ip(), SlotState::Idle);
+            return self.unfence(id, Some(&[net.ip()]));
         }
         if slots.prefixes().contains_key(&net) {
             slots.enter_prefix(net, prefix_slots(family));
@@ -249,8 +251,8 @@ impl Pool {
         }
         slots.strange.remove(&net);
         if single {
-            slots.enter(net.addr(), SlotState::Idle);
-            self.cool(id, net.addr());
+            slots.enter(net.ip(), SlotState::Idle);
+            self.cool(id, net.ip());
         } else {
             slots.enter_prefix(net, prefix_slots(family));
             self.cool_prefix(id, family, net);
@@ -258,9 +260,9 @@ impl Pool {
     }
 
     /// The list lacks an address or a prefix.
-    fn lost(&mut self, id: &EniId, family: Family, net: IpNet) {
+    fn lost(&mut self, id: &EniId, family: Family, net: IpNetwork) {
         let Some(slots) = self.enis.get_mut(id).map(|eni| eni.slots_mut(family)) else { return };
-        let address = net.addr();
+        let address = net.ip();
         if let Some(prefix) = slots.prefixes().get(&net) {
             if prefix.releasing {
                 return self.gave_back_prefix(id, family, net);

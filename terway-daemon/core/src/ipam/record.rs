@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::effect::{Grant, Nic};
@@ -102,7 +102,7 @@ pub struct EniRecord {
     pub addresses: Vec<IpAddr>,
     /// All its prefixes, likewise.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub prefixes: Vec<IpNet>,
+    pub prefixes: Vec<IpNetwork>,
     /// Its NIC when it was last configured.
     pub nic: Option<Nic>,
     /// How far it is.
@@ -142,7 +142,7 @@ pub struct PrefixRecord {
     /// Its ENI.
     pub eni: EniId,
     /// The prefix.
-    pub prefix: IpNet,
+    pub prefix: IpNetwork,
     /// Why it must not be handed out from.
     pub hold: Hold,
 }
@@ -215,7 +215,7 @@ pub enum RecordKey {
     /// By ENI and address.
     Address(EniId, IpAddr),
     /// By ENI and prefix.
-    Prefix(EniId, IpNet),
+    Prefix(EniId, IpNetwork),
     /// By token.
     Creation(Token),
     /// By token.

@@ -151,7 +151,7 @@ impl Pool {
             eni.slots_mut(Family::of(address)).enter(address, SlotState::Idle);
         }
         for prefix in record.prefixes {
-            let family = Family::of(prefix.addr());
+            let family = Family::of(prefix.ip());
             eni.slots_mut(family).enter_prefix(prefix, prefix_slots(family));
         }
         eni.mismatch = self.mismatch(&eni).map(|mismatch| (mismatch, self.now));
@@ -198,7 +198,7 @@ impl Pool {
     }
 
     fn restore_prefix(&mut self, record: &PrefixRecord) {
-        let family = Family::of(record.prefix.addr());
+        let family = Family::of(record.prefix.ip());
         let slots = self.enis.get_mut(&record.eni).map(|state| state.slots_mut(family));
         // A pod on it wins, as for single addresses.
         let released = slots.is_some_and(|slots| {

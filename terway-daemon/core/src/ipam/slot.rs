@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::event::{OpId, Token};
+use crate::cidr::Cidr as _;
 use crate::clock::Moment;
 use crate::cloud::CloudError;
 
@@ -59,7 +60,7 @@ pub(super) enum CallKind {
         each: u32,
     },
     UnassignPrefixes {
-        prefixes: Vec<IpNet>,
+        prefixes: Vec<IpNetwork>,
     },
 }
 
@@ -99,7 +100,7 @@ pub(super) struct Counts {
 #[derive(Debug, Default)]
 pub(super) struct Slots {
     map: BTreeMap<IpAddr, Slot>,
-    prefixes: BTreeMap<IpNet, Prefix>,
+    prefixes: BTreeMap<IpNetwork, Prefix>,
     /// Single ones, least recently used first.
     idle: BTreeSet<(u64, IpAddr)>,
     /// Single ones.
@@ -110,9 +111,9 @@ pub(super) struct Slots {
     /// Given back so lately that the cloud's lists may still show them.
     pub(super) ghosts: BTreeMap<IpAddr, Moment>,
     /// The same for prefixes.
-    pub(super) prefix_ghosts: BTreeMap<IpNet, Moment>,
+    pub(super) prefix_ghosts: BTreeMap<IpNetwork, Moment>,
     /// What the cloud lists and nobody here asked for, since when. Only what stays on the list is real.
-    pub(super) strange: BTreeMap<IpNet, Moment>,
+    pub(super) strange: BTreeMap<IpNetwork, Moment>,
     /// No assign call until then, and why.
     pub(super) blocked: Option<(Moment, CloudError)>,
     /// When the last call ended: lists taken before, or shortly after, say nothing about this table.
@@ -144,13 +145,13 @@ impl Slots {
         self.map.get(&address).copied()
     }
 
-    pub(super) const fn prefixes(&self) -> &BTreeMap<IpNet, Prefix> {
+    pub(super) const fn prefixes(&self) -> &BTreeMap<IpNetwork, Prefix> {
         &self.prefixes
     }
 
     /// The prefix that an address belongs to.
-    pub(super) fn prefix_of(&self, address: IpAddr) -> Option<IpNet> {
-        self.prefixes.keys().find(|prefix| prefix.contains(&address)).copied()
+    pub(super) fn prefix_of(&self, address: IpAddr) -> Option<IpNetwork> {
+        self.prefixes.keys().find(|prefix| prefix.contains(address)).copied()
     }
 
     /// Addresses that came one by one.
@@ -232,7 +233,7 @@ impl Slots {
 
     /// Enters a prefix with the `count` addresses that are handed out of it; those that are here already stay as they are, except that they
     /// are known not to be missing. Says whether it is new.
-    pub(super) fn enter_prefix(&mut self, prefix: IpNet, count: u32) -> bool {
+    pub(super) fn enter_prefix(&mut self, prefix: IpNetwork, count: u32) -> bool {
         if let Some(known) = self.prefixes.get_mut(&prefix) {
             known.missing = false;
             if known.releasing {
@@ -257,16 +258,16 @@ impl Slots {
     }
 
     /// Whether something on the cloud's list is not here, or was thought missing. What was given back a moment ago is not lacking.
-    pub(super) fn lacks(&self, net: IpNet) -> bool {
-        if net.prefix_len() == net.max_prefix_len() {
-            !self.ghosts.contains_key(&net.addr()) && self.get(net.addr()).is_none_or(|slot| slot.missing)
+    pub(super) fn lacks(&self, net: IpNetwork) -> bool {
+        if net.is_host() {
+            !self.ghosts.contains_key(&net.ip()) && self.get(net.ip()).is_none_or(|slot| slot.missing)
         } else {
             !self.prefix_ghosts.contains_key(&net) && self.prefixes.get(&net).is_none_or(|prefix| prefix.missing)
         }
     }
 
     /// Marks a prefix that no pod uses as going back.
-    pub(super) fn release_prefix(&mut self, prefix: IpNet) -> bool {
+    pub(super) fn release_prefix(&mut self, prefix: IpNetwork) -> bool {
         if !self.prefixes.get(&prefix).is_some_and(|known| known.in_use == 0 && !known.releasing) {
             return false;
         }
@@ -280,7 +281,7 @@ impl Slots {
     }
 
     /// Strikes a prefix with all its slots.
-    pub(super) fn remove_prefix(&mut self, prefix: IpNet) {
+    pub(super) fn remove_prefix(&mut self, prefix: IpNetwork) {
         for address in self.inside(prefix) {
             self.remove(address);
         }
@@ -288,7 +289,7 @@ impl Slots {
     }
 
     /// The cloud's list lacks a prefix: what no pod has of it goes, the rest is flagged. Returns what a pod has.
-    pub(super) fn lose_prefix(&mut self, prefix: IpNet) -> Vec<IpAddr> {
+    pub(super) fn lose_prefix(&mut self, prefix: IpNetwork) -> Vec<IpAddr> {
         if let Some(known) = self.prefixes.get_mut(&prefix) {
             known.missing = true;
         }
@@ -307,7 +308,7 @@ impl Slots {
         bound
     }
 
-    pub(super) fn inside(&self, prefix: IpNet) -> Vec<IpAddr> {
+    pub(super) fn inside(&self, prefix: IpNetwork) -> Vec<IpAddr> {
         self.map.range(prefix.network()..=prefix.broadcast()).map(|(address, _)| *address).collect()
     }
 
@@ -342,7 +343,7 @@ impl Slots {
     }
 
     fn count(&mut self, address: IpAddr, used: u64, state: SlotState, add: bool) {
-        let prefix = self.prefixes.iter_mut().find(|(prefix, _)| prefix.contains(&address)).map(|(_, prefix)| prefix);
+        let prefix = self.prefixes.iter_mut().find(|(prefix, _)| prefix.contains(address)).map(|(_, prefix)| prefix);
         let adjust = |n: &mut u32| *n = if add { *n + 1 } else { *n - 1 };
         match (state, add) {
             _ if prefix.is_some() => {
@@ -385,7 +386,7 @@ impl Slots {
 }
 
 /// The addresses of a prefix that are handed out, in order. The first of an IPv6 prefix is the routers' anycast address (RFC 4291, 2.6.1).
-fn usable(prefix: IpNet) -> impl Iterator<Item = IpAddr> {
+fn usable(prefix: IpNetwork) -> impl Iterator<Item = IpAddr> {
     let first = prefix.network();
     (0u128..).map_while(move |n| match first {
         IpAddr::V4(first) => Some(IpAddr::V4(std::net::Ipv4Addr::from_bits(first.to_bits() + u32::try_from(n).ok()?))),
@@ -436,7 +437,7 @@ mod tests {
     fn a_prefix_fills_before_the_next_and_goes_only_when_all_of_it_is_free() {
         let mut slots = Slots::default();
         slots.enter([10, 0, 9, 9].into(), SlotState::Idle);
-        let prefixes: [IpNet; 2] = ["10.0.0.0/28".parse().unwrap(), "10.0.0.16/28".parse().unwrap()];
+        let prefixes: [IpNetwork; 2] = ["10.0.0.0/28".parse().unwrap(), "10.0.0.16/28".parse().unwrap()];
         // The pod that a restart found before it knew of the prefix.
         slots.enter(ip(3), SlotState::Bound);
         assert!(prefixes.iter().all(|prefix| slots.enter_prefix(*prefix, 16)));

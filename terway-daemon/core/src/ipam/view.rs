@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::demand::degraded;
 use super::effect::Grant;
@@ -99,7 +99,7 @@ pub struct EniView {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PrefixView {
     /// The block.
-    pub prefix: IpNet,
+    pub prefix: IpNetwork,
     /// How many of its addresses pods have, or had a moment ago.
     pub in_use: u32,
     /// How many addresses are handed out of it.
@@ -145,7 +145,7 @@ pub struct AddressView {
     /// Its ENI.
     pub eni: EniId,
     /// The prefix it came with, if it did.
-    pub prefix: Option<IpNet>,
+    pub prefix: Option<IpNetwork>,
     /// What it is doing.
     pub state: AddressState,
     /// Who has it.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::Deserialize;
 
 use super::Protocol;
@@ -72,7 +72,7 @@ pub enum ClusterEgressPeer {
     /// Addresses of the selected nodes.
     Nodes(LabelSelector),
     /// Addresses, inside the cluster or out.
-    Networks(Vec<IpNet>),
+    Networks(Vec<IpNetwork>),
     /// Names, of `Accept` rules only.
     DomainNames(Vec<Arc<str>>),
     /// A form that this code does not know, or none: fail closed, so `Accept` matches nothing and `Deny` and `Pass` deny everything.
@@ -154,7 +154,7 @@ struct RawPeer {
     pods: Option<NamespacedPod>,
     nodes: Option<LabelSelector>,
     #[serde(deserialize_with = "cidrs")]
-    networks: Vec<IpNet>,
+    networks: Vec<IpNetwork>,
     #[serde(deserialize_with = "null_is_default")]
     domain_names: Vec<Arc<str>>,
 }

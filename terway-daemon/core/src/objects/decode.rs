@@ -4,8 +4,10 @@ use std::fmt::Display;
 use std::net::IpAddr;
 use std::str::FromStr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Deserializer, de::Error};
+
+use crate::cidr::{self, Cidr as _};
 
 /// `null` means the same as an absent field: Go writes it for an empty list (`endpoints: null`).
 pub(super) fn null_is_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
@@ -30,14 +32,19 @@ pub(super) fn ip<'de, D: Deserializer<'de>>(from: D) -> Result<Option<IpAddr>, D
     if text.is_empty() { Ok(None) } else { parse("an IP address", &text).map(Some) }
 }
 
+fn block<E: Error>(text: &str) -> Result<IpNetwork, E> {
+    let parsed = cidr::parse::<IpNetwork>(text.trim());
+    parsed.map(|net| net.truncated()).map_err(|error| E::custom(format_args!("`{text}` is not a CIDR block: {error}")))
+}
+
 /// A block, with bits behind the prefix cut off as Kubernetes does.
-pub(super) fn cidr<'de, D: Deserializer<'de>>(from: D) -> Result<IpNet, D::Error> {
+pub(super) fn cidr<'de, D: Deserializer<'de>>(from: D) -> Result<IpNetwork, D::Error> {
     let text = String::deserialize(from)?;
-    parse::<IpNet, _>("a CIDR block", &text).map(|net| net.trunc())
+    block(&text)
 }
 
 /// A list of blocks.
-pub(super) fn cidrs<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<IpNet>, D::Error> {
+pub(super) fn cidrs<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<IpNetwork>, D::Error> {
     let list: Vec<String> = null_is_default(from)?;
-    list.iter().map(|text| parse::<IpNet, _>("a CIDR block", text).map(|net| net.trunc())).collect()
+    list.iter().map(|text| block(text)).collect()
 }

@@ -1,6 +1,6 @@
 //! `networking.k8s.io/v1 NetworkPolicy`.
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::Deserialize;
 
 use super::decode::{cidr, cidrs, null_is_default};
@@ -22,10 +22,10 @@ pub enum Direction {
 pub struct IpBlock {
     /// The block.
     #[serde(deserialize_with = "cidr")]
-    pub cidr: IpNet,
+    pub cidr: IpNetwork,
     /// The holes.
     #[serde(default, deserialize_with = "cidrs")]
-    pub except: Vec<IpNet>,
+    pub except: Vec<IpNetwork>,
 }
 
 /// Whom a rule speaks of. The API allows either a block or one or two selectors.

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Deserializer};
 
 use super::decode::{cidrs, ip, ips, null_is_default};
@@ -134,7 +134,7 @@ struct RawSpec {
     #[serde(rename = "externalIPs", deserialize_with = "ips")]
     external_ips: Vec<IpAddr>,
     #[serde(rename = "loadBalancerSourceRanges", deserialize_with = "cidrs")]
-    source_ranges: Vec<IpNet>,
+    source_ranges: Vec<IpNetwork>,
     #[serde(deserialize_with = "null_is_default")]
     internal_traffic_policy: TrafficPolicy,
     #[serde(deserialize_with = "null_is_default")]
@@ -193,7 +193,7 @@ pub struct Service {
     /// What its load balancer reported.
     pub ingress: Vec<LoadBalancerIngress>,
     /// Clients that may use the load balancer's addresses; empty = all.
-    pub source_ranges: Vec<IpNet>,
+    pub source_ranges: Vec<IpNetwork>,
     /// Which endpoints clients at the cluster address get.
     pub internal_policy: TrafficPolicy,
     /// Which endpoints clients from outside get.

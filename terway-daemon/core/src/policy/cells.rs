@@ -2,13 +2,14 @@
 //! cell of an address says which blocks hold it. Blocks nest or are disjoint; the longest one wins, as in the kernel's LPM trie.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::hash::NumberMap;
 use super::number::{Counter, Identity};
 use super::rule::{host, within};
+use crate::cidr::{self, Cidr as _};
 use crate::ident::Family;
 
 /// A cell. It keeps its number while blocks come and go, if most of its addresses stay.
@@ -26,7 +27,7 @@ struct Block {
 #[derive(Debug)]
 pub(super) struct Cell {
     /// The block it belongs to.
-    pub(super) net: IpNet,
+    pub(super) net: IpNetwork,
     /// The identity of its addresses that are nobody's.
     pub(super) world: Identity,
     /// Addresses in it that have an identity of their own.
@@ -37,7 +38,7 @@ pub(super) struct Cell {
 
 #[derive(Debug)]
 pub(super) struct Cells {
-    blocks: BTreeMap<IpNet, Block>,
+    blocks: BTreeMap<IpNetwork, Block>,
     /// How many blocks have a prefix of each length, by family.
     lengths: [BTreeMap<u8, usize>; 2],
     cells: NumberMap<CellId, Cell>,
@@ -47,17 +48,17 @@ pub(super) struct Cells {
 }
 
 /// The whole of a family.
-pub(super) fn whole(family: Family) -> IpNet {
+pub(super) fn whole(family: Family) -> IpNetwork {
     match family {
-        Family::V4 => IpNet::new_assert(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
-        Family::V6 => IpNet::new_assert(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0),
+        Family::V4 => IpNetwork::V4(cidr::ALL_V4),
+        Family::V6 => IpNetwork::V6(cidr::ALL_V6),
     }
 }
 
-pub(super) const fn family(net: &IpNet) -> Family {
+pub(super) const fn family(net: &IpNetwork) -> Family {
     match net {
-        IpNet::V4(_) => Family::V4,
-        IpNet::V6(_) => Family::V6,
+        IpNetwork::V4(_) => Family::V4,
+        IpNetwork::V6(_) => Family::V6,
     }
 }
 
@@ -80,7 +81,7 @@ impl Cells {
     }
 
     /// A new cell without a block; its world identity is to be set.
-    pub(super) fn fresh(&mut self, net: IpNet) -> CellId {
+    pub(super) fn fresh(&mut self, net: IpNetwork) -> CellId {
         let number = CellId(self.counter.next(|n| self.cells.contains_key(&CellId(n))));
         self.cells.insert(number, Cell { net, world: Identity::NONE, members: 0, pods: BTreeSet::new() });
         number
@@ -121,14 +122,14 @@ impl Cells {
     }
 
     /// The cells of a block, whether it is in use or not, and of all blocks in it.
-    pub(super) fn within(&self, net: IpNet) -> impl Iterator<Item = &Cell> {
-        let last = IpNet::from(net.broadcast());
-        let inner = self.blocks.range(net.trunc()..=last).map(|(_, block)| self.get(block.cell));
+    pub(super) fn within(&self, net: IpNetwork) -> impl Iterator<Item = &Cell> {
+        let last = IpNetwork::from(net.broadcast());
+        let inner = self.blocks.range(net.truncated()..=last).map(|(_, block)| self.get(block.cell));
         inner.filter(move |cell| within(cell.net, net))
     }
 
     /// Blocks with the identity of their addresses that are nobody's.
-    pub(super) fn blocks(&self) -> impl Iterator<Item = (IpNet, Identity)> {
+    pub(super) fn blocks(&self) -> impl Iterator<Item = (IpNetwork, Identity)> {
         self.blocks.iter().map(|(net, block)| (*net, self.get(block.cell).world))
     }
 
@@ -140,14 +141,14 @@ impl Cells {
     }
 
     /// The longest block that holds `net` and, if `strictly`, is not `net` itself.
-    pub(super) fn longest(&self, net: IpNet, strictly: bool) -> IpNet {
+    pub(super) fn longest(&self, net: IpNetwork, strictly: bool) -> IpNetwork {
         let family = family(&net);
-        for (length, _) in self.lengths[family as usize].range(..=net.prefix_len()).rev() {
-            if strictly && *length == net.prefix_len() {
+        for (length, _) in self.lengths[family as usize].range(..=net.prefix()).rev() {
+            if strictly && *length == net.prefix() {
                 continue;
             }
-            if let Ok(block) = IpNet::new(net.network(), *length)
-                && let block = block.trunc()
+            if let Ok(block) = IpNetwork::new(net.network(), *length)
+                && let block = block.truncated()
                 && self.blocks.contains_key(&block)
             {
                 return block;
@@ -157,11 +158,11 @@ impl Cells {
     }
 
     #[expect(clippy::expect_used, reason = "`longest` returns blocks that are there; the whole families never go")]
-    pub(super) fn cell_of_block(&self, net: IpNet) -> CellId {
+    pub(super) fn cell_of_block(&self, net: IpNetwork) -> CellId {
         self.blocks.get(&net).expect("the block exists").cell
     }
 
-    pub(super) fn set_cell(&mut self, net: IpNet, cell: CellId) {
+    pub(super) fn set_cell(&mut self, net: IpNetwork, cell: CellId) {
         if let Some(block) = self.blocks.get_mut(&net) {
             block.cell = cell;
         }
@@ -174,7 +175,7 @@ impl Cells {
     }
 
     /// One user more; whether the block is new and must be [`Cells::insert`]ed.
-    pub(super) fn enlist(&mut self, net: IpNet) -> bool {
+    pub(super) fn enlist(&mut self, net: IpNetwork) -> bool {
         match self.blocks.get_mut(&net) {
             Some(block) => {
                 block.users += 1;
@@ -185,7 +186,7 @@ impl Cells {
     }
 
     /// One user less; whether that was the last.
-    pub(super) fn release(&mut self, net: IpNet) -> bool {
+    pub(super) fn release(&mut self, net: IpNetwork) -> bool {
         self.blocks.get_mut(&net).is_some_and(|block| {
             block.users = block.users.saturating_sub(1);
             block.users == 0
@@ -193,24 +194,24 @@ impl Cells {
     }
 
     /// Whether nobody uses the block.
-    pub(super) fn unused(&self, net: IpNet) -> bool {
+    pub(super) fn unused(&self, net: IpNetwork) -> bool {
         self.blocks.get(&net).is_some_and(|block| block.users == 0)
     }
 
     /// A new block with one user.
-    pub(super) fn insert(&mut self, net: IpNet, cell: CellId) {
-        *self.lengths[family(&net) as usize].entry(net.prefix_len()).or_default() += 1;
+    pub(super) fn insert(&mut self, net: IpNetwork, cell: CellId) {
+        *self.lengths[family(&net) as usize].entry(net.prefix()).or_default() += 1;
         self.blocks.insert(net, Block { cell, users: 1 });
         self.get_mut(cell).net = net;
     }
 
-    pub(super) fn remove(&mut self, net: IpNet) {
+    pub(super) fn remove(&mut self, net: IpNetwork) {
         if self.blocks.remove(&net).is_some() {
             let lengths = &mut self.lengths[family(&net) as usize];
-            if let Some(count) = lengths.get_mut(&net.prefix_len()) {
+            if let Some(count) = lengths.get_mut(&net.prefix()) {
                 *count -= 1;
                 if *count == 0 {
-                    lengths.remove(&net.prefix_len());
+                    lengths.remove(&net.prefix());
                 }
             }
         }

@@ -14,7 +14,7 @@ use super::number::{Counter, Identity, Nature};
 use super::pods::PodId;
 use crate::ident::Family;
 use crate::objects::{Labels, Pod, Protocol};
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 /// A port that a container names.
 pub(super) type NamedPort = (Arc<str>, Protocol, u16);
@@ -355,7 +355,7 @@ impl Classes {
         nature: Nature,
         class: Option<ClassId>,
         cell: CellId,
-        net: &IpNet,
+        net: &IpNetwork,
     ) -> (Identity, bool) {
         let of: Family = family(net);
         if let Some(id) = self.identities.get(&(nature, class, cell))

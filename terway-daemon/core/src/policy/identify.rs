@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::cells::CellId;
 use super::class::{ClassId, ProfileId};
@@ -124,7 +124,7 @@ impl Compiler {
     }
 
     /// Brings a block into use that is not.
-    pub(super) fn insert_block(&mut self, net: IpNet) {
+    pub(super) fn insert_block(&mut self, net: IpNetwork) {
         let parent = self.cells.longest(net, true);
         let outer = self.cells.cell_of_block(parent);
         // The larger part keeps the cell, so that fewer addresses are written anew.
@@ -150,7 +150,7 @@ impl Compiler {
     }
 
     /// Takes a block out of use that no policy names, if none has come to name it again.
-    pub(super) fn remove_block(&mut self, net: IpNet) {
+    pub(super) fn remove_block(&mut self, net: IpNetwork) {
         if !self.cells.unused(net) {
             return;
         }
@@ -176,7 +176,7 @@ impl Compiler {
         self.cells.drop_cell(gone);
     }
 
-    fn write_block(&mut self, net: IpNet, identity: Identity) {
+    fn write_block(&mut self, net: IpNetwork, identity: Identity) {
         self.change.neutral.push(Op::Block { net, identities: [identity; 2] });
     }
 
@@ -186,12 +186,12 @@ impl Compiler {
         self.claims.range(range).filter_map(move |(address, claim)| Some((*address, cell(claim)?)))
     }
 
-    fn inside(&self, net: IpNet) -> impl Iterator<Item = (IpAddr, CellId)> {
+    fn inside(&self, net: IpNetwork) -> impl Iterator<Item = (IpAddr, CellId)> {
         self.identified(net.network()..=net.broadcast())
     }
 
     /// Those of a block that are not in one of its parts.
-    fn outside(&self, part: IpNet, block: IpNet) -> impl Iterator<Item = (IpAddr, CellId)> {
+    fn outside(&self, part: IpNetwork, block: IpNetwork) -> impl Iterator<Item = (IpAddr, CellId)> {
         let after = (Bound::Excluded(part.broadcast()), Bound::Included(block.broadcast()));
         // Without this, a part that ends where the block does would be a range that ends before it begins.
         let after = (part.broadcast() < block.broadcast()).then(|| self.identified(after));
@@ -200,7 +200,7 @@ impl Compiler {
 
     /// Of the addresses of a cell, those inside `net` or those outside, whichever are fewer, and whether these are those outside. Walks both at
     /// once and stops with the shorter one: a block around all pods of the cluster costs as little as one around none.
-    fn smaller_part(&self, net: IpNet, parent: IpNet, cell: CellId) -> (Vec<IpAddr>, bool) {
+    fn smaller_part(&self, net: IpNetwork, parent: IpNetwork, cell: CellId) -> (Vec<IpAddr>, bool) {
         let (mut inner, mut outer) = (self.inside(net), self.outside(net, parent));
         let (mut moving, mut staying) = (Vec::new(), Vec::new());
         loop {
@@ -260,7 +260,7 @@ impl Compiler {
     }
 
     /// The block and identity of every part of the address space.
-    pub(super) fn blocks(&self) -> impl Iterator<Item = (IpNet, Identity)> {
+    pub(super) fn blocks(&self) -> impl Iterator<Item = (IpNetwork, Identity)> {
         self.cells.blocks()
     }
 }

@@ -3,13 +3,14 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::number::{Decision, Identity, Nature, ReasonId, RowId, SetId, Target};
 use super::op::{EndpointPolicy, Op, Pair, Side, Sides};
 use super::reason::{DISABLED, LOOPBACK, RESIDENT_NODE, UNDECIDED, decided};
 use super::row::RowEntry;
 use super::rule::host;
+use crate::cidr::Cidr as _;
 use crate::ident::Family;
 
 /// The contents of the policy maps.
@@ -18,7 +19,7 @@ pub struct Maps {
     /// Identity by address.
     pub addresses: HashMap<IpAddr, Pair<Identity>>,
     /// Identity by block, the longest counts.
-    pub blocks: HashMap<IpNet, Pair<Identity>>,
+    pub blocks: HashMap<IpNetwork, Pair<Identity>>,
     /// What sets say about identities.
     pub peers: HashMap<(SetId, Identity), Pair<Target>>,
     /// Port tables: by table, the prefixes.
@@ -90,10 +91,10 @@ impl Maps {
             Some(pair) if pair[phase] != Identity::NONE => pair[phase],
             _ => {
                 let net = host(address);
-                let lengths = (0..=net.prefix_len()).rev();
+                let lengths = (0..=net.prefix()).rev();
                 lengths
-                    .filter_map(|length| IpNet::new(address, length).ok())
-                    .find_map(|net| self.blocks.get(&net.trunc()).map(|pair| pair[phase]))
+                    .filter_map(|length| IpNetwork::new(address, length).ok())
+                    .find_map(|net| self.blocks.get(&net.truncated()).map(|pair| pair[phase]))
                     .unwrap_or_default()
             }
         }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::number::{Identity, RowId, SetId, Target};
 use super::row::RowEntry;
@@ -90,12 +90,12 @@ pub enum Op {
     /// Writes the identity of the addresses of a block that have none of their own.
     Block {
         /// The block.
-        net: IpNet,
+        net: IpNetwork,
         /// Their identity, never 0: a phase in which the block is not there has that of the next longer block.
         identities: Pair<Identity>,
     },
     /// Removes it: the next longer block counts.
-    DropBlock(IpNet),
+    DropBlock(IpNetwork),
     /// Writes an endpoint's entry for one phase.
     Endpoint {
         /// The endpoint's slot.

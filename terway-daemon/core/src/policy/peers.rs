@@ -8,7 +8,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::class::Classes;
 use super::hash::NumberMap;
@@ -281,7 +281,7 @@ impl Peers {
 
     /// Blocks in use that hold a cell, given its block, or, if it is not about `pods`, have it in one of their holes: the default for the rest of
     /// the world may be that of a block around everything.
-    pub(super) fn around(&self, net: IpNet, pods: bool) -> impl Iterator<Item = PeerId> {
+    pub(super) fn around(&self, net: IpNetwork, pods: bool) -> impl Iterator<Item = PeerId> {
         let concerned = move |block: &IpBlock| if pods { holds(block, net) } else { within(net, block.cidr) };
         let all = self.blocks.iter().copied();
         all.filter(move |id| matches!(self.get(*id), Match::Block(block) if concerned(block)))

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::compiler::Compiler;
 use super::number::{Identity, ReasonId, SetId, Target};
@@ -74,7 +74,7 @@ pub(super) struct Later {
     /// Reasons of sets that are gone: events that name them may still be on their way.
     pub(super) reasons: Vec<ReasonId>,
     /// Blocks that no policy names any more.
-    pub(super) blocks: BTreeSet<IpNet>,
+    pub(super) blocks: BTreeSet<IpNetwork>,
 }
 
 impl Later {

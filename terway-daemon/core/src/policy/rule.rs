@@ -3,10 +3,11 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::number::PolicyVersion;
 use super::peers::{PeerId, Peers};
+use crate::cidr::Cidr as _;
 use crate::objects::{
     Action, ClusterEgressPeer, ClusterIngressPeer, ClusterNetworkPolicy, ClusterProtocol, ClusterRule, Direction,
     IntOrString, IpBlock, Kind, LabelSelector, NamespacedPod, NetworkPolicy, ObjectKey, Peer, PolicyPort, PolicyRule,
@@ -130,7 +131,7 @@ impl Policy {
     }
 
     /// Blocks and their holes.
-    pub(super) fn nets(&self, peers: &Peers) -> impl Iterator<Item = IpNet> {
+    pub(super) fn nets(&self, peers: &Peers) -> impl Iterator<Item = IpNetwork> {
         self.peers()
             .filter_map(|peer| match peers.get(peer) {
                 Match::Block(block) => Some(block),
@@ -183,26 +184,22 @@ impl Policy {
 }
 
 /// An IPv4-mapped IPv6 block stays what it is; bits behind the prefix are cut off, or equal blocks would differ.
-pub(super) fn canonical(net: IpNet) -> IpNet {
-    net.trunc()
+pub(super) fn canonical(net: IpNetwork) -> IpNetwork {
+    net.truncated()
 }
 
 /// Whether one block lies in another, both of one family.
-pub(super) fn within(inner: IpNet, outer: IpNet) -> bool {
-    match (inner, outer) {
-        (IpNet::V4(inner), IpNet::V4(outer)) => outer.contains(&inner),
-        (IpNet::V6(inner), IpNet::V6(outer)) => outer.contains(&inner),
-        _ => false,
-    }
+pub(super) fn within(inner: IpNetwork, outer: IpNetwork) -> bool {
+    outer.covers(&inner)
 }
 
 /// The block of one address.
-pub(super) fn host(address: IpAddr) -> IpNet {
-    IpNet::from(address)
+pub(super) fn host(address: IpAddr) -> IpNetwork {
+    IpNetwork::from(address)
 }
 
 /// Whether a block holds every address of `net`, given that `net` is the longest block in use that they are in.
-pub(super) fn holds(block: &IpBlock, net: IpNet) -> bool {
+pub(super) fn holds(block: &IpBlock, net: IpNetwork) -> bool {
     within(net, block.cidr) && !block.except.iter().any(|hole| within(net, *hole))
 }
 

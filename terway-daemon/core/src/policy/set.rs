@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::class::NamedPort;
 use super::hash::Mix;
@@ -235,7 +235,7 @@ impl Set {
     }
 
     /// Whether one of its blocks holds a cell, given its block.
-    pub(super) fn held(&self, net: IpNet, peers: &Peers) -> bool {
+    pub(super) fn held(&self, net: IpNetwork, peers: &Peers) -> bool {
         self.blocks.iter().any(|(peer, _)| matches!(peers.get(*peer), Match::Block(block) if holds(block, net)))
     }
 
@@ -314,7 +314,7 @@ impl Set {
     }
 
     /// What holds for addresses of a kind in a cell, given its block, as far as no selector deviates.
-    pub(super) fn base(&self, nature: Nature, net: IpNet, peers: &Peers) -> Base {
+    pub(super) fn base(&self, nature: Nature, net: IpNetwork, peers: &Peers) -> Base {
         let held = |(peer, _): &&(PeerId, u32)| matches!(peers.get(*peer), Match::Block(block) if holds(block, net));
         let mut firm: Vec<u32> = self.blocks.iter().filter(held).map(|(_, rule)| *rule).collect();
         firm.sort_unstable();

@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::compiler::{Compiler, Event};
 use super::maps::Maps;
 use super::number::Identity;
 use super::op::{EndpointPolicy, Op, Stale};
+use crate::cidr::Cidr as _;
 
 impl Compiler {
     /// What the maps are to hold, both phases alike.
@@ -66,10 +67,10 @@ impl Compiler {
             ops.push(Op::Peer { set: *set, identity: *identity, targets: *targets });
         }
         let mut after = vec![Op::Fence];
-        let nets: BTreeSet<IpNet> = found.blocks.keys().chain(wanted.blocks.keys()).copied().collect();
+        let nets: BTreeSet<IpNetwork> = found.blocks.keys().chain(wanted.blocks.keys()).copied().collect();
         // The shorter first: a block that is not written yet is answered for by the one around it.
-        let mut nets: Vec<IpNet> = nets.into_iter().collect();
-        nets.sort_by_key(IpNet::prefix_len);
+        let mut nets: Vec<IpNetwork> = nets.into_iter().collect();
+        nets.sort_by_key(IpNetwork::prefix);
         for net in nets {
             let (now, next) = (longest(found, net, old), longest(&wanted, net, new));
             ops.push(Op::Block { net, identities: pair(now, next) });
@@ -107,7 +108,7 @@ impl Compiler {
 }
 
 /// The identity of the addresses of a block that have none of their own.
-fn longest(maps: &Maps, net: IpNet, phase: usize) -> Identity {
-    let lengths = (0..=net.prefix_len()).rev().filter_map(|length| IpNet::new(net.addr(), length).ok());
-    lengths.map(|net| net.trunc()).find_map(|net| maps.blocks.get(&net)).map_or(Identity::NONE, |pair| pair[phase])
+fn longest(maps: &Maps, net: IpNetwork, phase: usize) -> Identity {
+    let lengths = (0..=net.prefix()).rev().filter_map(|length| IpNetwork::new(net.ip(), length).ok());
+    lengths.map(|net| net.truncated()).find_map(|net| maps.blocks.get(&net)).map_or(Identity::NONE, |pair| pair[phase])
 }

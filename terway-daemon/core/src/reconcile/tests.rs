@@ -170,8 +170,8 @@ impl Break {
                     link.up = false;
                 }
             }
-            Kind::RouteMissing => kernel.routes.retain(|route| route.dst.addr() != IpAddr::V4(v4)),
-            Kind::RuleMissing => kernel.rules.retain(|rule| rule.selector.net().addr() != IpAddr::V4(v4)),
+            Kind::RouteMissing => kernel.routes.retain(|route| route.dst.ip() != IpAddr::V4(v4)),
+            Kind::RuleMissing => kernel.rules.retain(|rule| rule.selector.net().ip() != IpAddr::V4(v4)),
             Kind::NeighbourMissing => kernel.neighbours.retain(|neighbour| neighbour.dev != name),
             Kind::EndpointMissing => endpoints.retain(|endpoint| endpoint.ifindex != index),
             Kind::EndpointDiffers => {
@@ -321,8 +321,8 @@ proptest! {
         for action in freeing(&world) {
             let held = match &action {
                 Action::Remove(Leftover::Link { alias, .. }) => alias.as_ref().is_some_and(|a| aliases.contains(a)),
-                Action::Remove(Leftover::Route(route)) => addresses.contains(&route.dst.addr()),
-                Action::Remove(Leftover::Rule(rule)) => addresses.contains(&rule.selector.net().addr()),
+                Action::Remove(Leftover::Route(route)) => addresses.contains(&route.dst.ip()),
+                Action::Remove(Leftover::Rule(rule)) => addresses.contains(&rule.selector.net().ip()),
                 Action::Unplug(_, of) => !of.is_disjoint(&addresses),
                 _ => false,
             };

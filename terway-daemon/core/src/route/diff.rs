@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::{KernelState, NetOp, Place, Route, Rule, Step, TABLE_BASE, TABLE_MAIN};
+use crate::cidr::Cidr as _;
 
 /// What the kernel holds on either side.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -182,7 +183,7 @@ pub enum Leftover {
 /// `host` must hold only rules and routes with the kernel's protocol number, as `terway_daemon::net` observes them.
 #[must_use]
 pub fn leftovers(host: &KernelState, known: &Known) -> Vec<Leftover> {
-    let unknown = |net: IpNet| net.prefix_len() == net.max_prefix_len() && !known.addresses.contains(&net.addr());
+    let unknown = |net: IpNetwork| net.is_host() && !known.addresses.contains(&net.ip());
     let mut found = Vec::new();
     found.extend(host.rules.iter().filter(|rule| unknown(rule.selector.net())).cloned().map(Leftover::Rule));
     for route in &host.routes {
@@ -191,7 +192,7 @@ pub fn leftovers(host: &KernelState, known: &Known) -> Vec<Leftover> {
             link.is_ours() && unknown(route.dst)
         } else {
             route.table.checked_sub(TABLE_BASE) == Some(link.index)
-                && route.dst.prefix_len() == 0
+                && route.dst.prefix() == 0
                 && !known.enis.contains(&link.index)
         };
         if stale {

@@ -2,10 +2,11 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::{NetOp, Route, Step, eni_table};
+use crate::cidr;
 use crate::ident::Addresses;
 
 /// What an ENI's plan depends on.
@@ -56,15 +57,15 @@ impl EniPlan {
             ops.push(sysctl(format!("net/ipv6/conf/{dev}/accept_dad"), "0"));
         }
         for address in inputs.node.iter() {
-            ops.push(NetOp::AddAddress { dev: dev.clone(), address: IpNet::from(address) });
+            ops.push(NetOp::AddAddress { dev: dev.clone(), address: IpNetwork::from(address) });
         }
         ops.push(NetOp::SetUp { dev: dev.clone() });
         if let Some(gateway) = inputs.gateway_v4 {
-            ops.push(NetOp::AddRoute(Route::via(Ipv4Net::default().into(), gateway.into(), dev, table)));
+            ops.push(NetOp::AddRoute(Route::via(cidr::ALL_V4.into(), gateway.into(), dev, table)));
         }
         if let Some(gateway) = inputs.gateway_v6 {
             // `onlink` spares the gateway a route of its own, which in the main table all ENIs of a vSwitch would share.
-            ops.push(NetOp::AddRoute(Route::via(Ipv6Net::default().into(), gateway.into(), dev, table)));
+            ops.push(NetOp::AddRoute(Route::via(cidr::ALL_V6.into(), gateway.into(), dev, table)));
         }
         let steps = ops.into_iter().map(Step::host).collect();
         Self { inputs, steps }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::{RULE_FROM_POD, RULE_TO_POD, TABLE_MAIN};
@@ -75,7 +75,7 @@ pub enum Scope {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Route {
     /// Destination; a prefix of length 0 is the default route.
-    pub dst: IpNet,
+    pub dst: IpNetwork,
     /// The next hop, if it is not the destination itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub via: Option<IpAddr>,
@@ -97,7 +97,7 @@ pub struct Route {
 impl Route {
     /// `dst dev … scope link` in the main table.
     #[must_use]
-    pub fn link(dst: IpNet, dev: &str) -> Self {
+    pub fn link(dst: IpNetwork, dev: &str) -> Self {
         Self {
             dst,
             via: None,
@@ -111,7 +111,7 @@ impl Route {
 
     /// `dst via … dev … onlink`.
     #[must_use]
-    pub fn via(dst: IpNet, via: IpAddr, dev: &str, table: u32) -> Self {
+    pub fn via(dst: IpNetwork, via: IpAddr, dev: &str, table: u32) -> Self {
         Self { dst, via: Some(via), dev: dev.to_owned(), table, onlink: true, scope: Scope::Global, prefsrc: None }
     }
 
@@ -147,15 +147,15 @@ impl fmt::Display for Route {
 #[serde(rename_all = "lowercase")]
 pub enum Selector {
     /// Packets to these addresses.
-    To(IpNet),
+    To(IpNetwork),
     /// Packets from these addresses.
-    From(IpNet),
+    From(IpNetwork),
 }
 
 impl Selector {
     /// The addresses, on whichever side.
     #[must_use]
-    pub const fn net(self) -> IpNet {
+    pub const fn net(self) -> IpNetwork {
         match self {
             Self::To(net) | Self::From(net) => net,
         }
@@ -177,19 +177,19 @@ impl Rule {
     /// `to <address> lookup main`.
     #[must_use]
     pub fn to_pod(address: IpAddr) -> Self {
-        Self { priority: RULE_TO_POD, selector: Selector::To(IpNet::from(address)), table: TABLE_MAIN }
+        Self { priority: RULE_TO_POD, selector: Selector::To(IpNetwork::from(address)), table: TABLE_MAIN }
     }
 
     /// `from <address> lookup <table>`.
     #[must_use]
     pub fn from_pod(address: IpAddr, table: u32) -> Self {
-        Self { priority: RULE_FROM_POD, selector: Selector::From(IpNet::from(address)), table }
+        Self { priority: RULE_FROM_POD, selector: Selector::From(IpNetwork::from(address)), table }
     }
 
     /// The family of packets it is for.
     #[must_use]
     pub fn family(&self) -> Family {
-        Family::of(self.selector.net().addr())
+        Family::of(self.selector.net().ip())
     }
 }
 
@@ -284,14 +284,14 @@ pub enum NetOp {
         /// Interface name.
         dev: String,
         /// Address and prefix length.
-        address: IpNet,
+        address: IpNetwork,
     },
     /// Removes an address.
     DelAddress {
         /// Interface name.
         dev: String,
         /// Address and prefix length.
-        address: IpNet,
+        address: IpNetwork,
     },
     /// Adds a route, in place of one to the same destination in the same table.
     AddRoute(Route),

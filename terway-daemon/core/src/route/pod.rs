@@ -5,10 +5,11 @@
 
 use std::net::IpAddr;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::{Neighbour, NetOp, Place, Route, Rule, Step, TABLE_MAIN, VethEnd, alias, eni_table, gateway};
+use crate::cidr::{self, Cidr};
 use crate::ident::{Addresses, AttachmentKey, Family, Mac};
 
 /// What a pod's plan depends on.
@@ -34,7 +35,7 @@ pub struct PodInputs {
     pub default_route: bool,
     /// Further destinations through this interface.
     #[serde(default)]
-    pub extra_routes: Vec<IpNet>,
+    pub extra_routes: Vec<IpNetwork>,
 }
 
 /// Everything the kernel must hold for one pod.
@@ -87,13 +88,13 @@ impl PodPlan {
         create.push(Step::pod(NetOp::NoAddrGen { dev: pod_dev.clone() }));
         for address in &addresses {
             let gateway = gateway(Family::of(*address));
-            create.push(Step::pod(NetOp::AddAddress { dev: pod_dev.clone(), address: IpNet::from(*address) }));
+            create.push(Step::pod(NetOp::AddAddress { dev: pod_dev.clone(), address: IpNetwork::from(*address) }));
             create.push(neighbour(Place::Pod, gateway, inputs.host_mac, pod_dev));
         }
 
         let mut enable = vec![Step::host(NetOp::SetUp { dev: host_dev.clone() })];
         for address in &addresses {
-            enable.push(Step::host(NetOp::AddRoute(Route::link(IpNet::from(*address), host_dev))));
+            enable.push(Step::host(NetOp::AddRoute(Route::link(IpNetwork::from(*address), host_dev))));
         }
         for address in &addresses {
             enable.push(Step::host(NetOp::AddRule(Rule::to_pod(*address))));
@@ -101,7 +102,7 @@ impl PodPlan {
         }
         enable.push(Step::pod(NetOp::SetUp { dev: pod_dev.clone() }));
         for dst in inputs.destinations() {
-            let via = gateway(Family::of(dst.addr()));
+            let via = gateway(Family::of(dst.ip()));
             enable.push(Step::pod(NetOp::AddRoute(Route::via(dst, via, pod_dev, TABLE_MAIN))));
         }
         Self { create, enable, inputs }
@@ -133,15 +134,15 @@ impl PodPlan {
 
 impl PodInputs {
     /// Destinations that the pod reaches through this interface, as far as it has an address of their family.
-    fn destinations(&self) -> Vec<IpNet> {
+    fn destinations(&self) -> Vec<IpNetwork> {
         let mut all = Vec::new();
         if self.default_route {
-            all.extend(self.addresses.v4.map(|_| IpNet::V4(Ipv4Net::default())));
-            all.extend(self.addresses.v6.map(|_| IpNet::V6(Ipv6Net::default())));
+            all.extend(self.addresses.v4.map(|_| IpNetwork::V4(cidr::ALL_V4)));
+            all.extend(self.addresses.v6.map(|_| IpNetwork::V6(cidr::ALL_V6)));
         }
-        all.extend(self.extra_routes.iter().map(IpNet::trunc).filter(|dst| match dst {
-            IpNet::V4(_) => self.addresses.v4.is_some(),
-            IpNet::V6(_) => self.addresses.v6.is_some(),
+        all.extend(self.extra_routes.iter().map(Cidr::truncated).filter(|dst| match dst {
+            IpNetwork::V4(_) => self.addresses.v4.is_some(),
+            IpNetwork::V6(_) => self.addresses.v6.is_some(),
         }));
         all
     }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::{ALIAS_PREFIX, LINK_GROUP, LINK_GROUP_DOOMED, Neighbour, Route, Rule};
@@ -45,7 +45,7 @@ pub struct KernelState {
     /// Interfaces by name.
     pub links: BTreeMap<String, Link>,
     /// Addresses with the name of their interface.
-    pub addresses: BTreeSet<(String, IpNet)>,
+    pub addresses: BTreeSet<(String, IpNetwork)>,
     /// Unicast routes of the main table and of the tables from 1000 on.
     pub routes: BTreeSet<Route>,
     /// Rules of exactly the shape that plans use, at their priorities.

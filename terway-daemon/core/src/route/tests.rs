@@ -190,7 +190,7 @@ fn leftovers_are_ours_and_unknown() {
     let foreign = Link { group: 0, alias: Some("calico".into()), ..world.host.links[&plan.inputs.host_ifname].clone() };
     world.host.links.insert("cali00000000000".into(), foreign);
     world.host.routes.insert(Route::link("10.9.9.9/32".parse().unwrap(), "cali00000000000"));
-    let subnet: ipnet::IpNet = "10.9.0.0/16".parse().unwrap();
+    let subnet: ipnetwork::IpNetwork = "10.9.0.0/16".parse().unwrap();
     world.host.rules.insert(Rule { priority: 512, selector: Selector::To(subnet), table: TABLE_MAIN });
     world.host.routes.insert(Route::via("0.0.0.0/0".parse().unwrap(), "10.0.0.1".parse().unwrap(), "eth1", 1700));
 
@@ -243,8 +243,8 @@ proptest! {
             run(&mut world, down.detach.iter());
             // Unreachable already: no route, rule or neighbour speaks of the pod.
             let pod: Vec<IpAddr> = plan.inputs.addresses.iter().collect();
-            prop_assert!(!world.host.routes.iter().any(|route| pod.contains(&route.dst.addr())));
-            prop_assert!(!world.host.rules.iter().any(|rule| pod.contains(&rule.selector.net().addr())));
+            prop_assert!(!world.host.routes.iter().any(|route| pod.contains(&route.dst.ip())));
+            prop_assert!(!world.host.rules.iter().any(|rule| pod.contains(&rule.selector.net().ip())));
         }
         run(&mut world, down.delete.iter());
         run(&mut world, down.delete.iter());

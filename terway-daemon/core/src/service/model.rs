@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use crate::ident::Family;
 use crate::objects::{ObjectKey, ObjectName, Protocol};
@@ -242,9 +242,9 @@ pub enum Op {
     /// Takes a table away.
     RemoveTable(TableId),
     /// Allows clients of a block.
-    PutRange(PortId, IpNet),
+    PutRange(PortId, IpNetwork),
     /// Takes that back.
-    RemoveRange(PortId, IpNet),
+    RemoveRange(PortId, IpNetwork),
     /// Writes a frontend.
     PutFrontend(FrontendKey, Frontend),
     /// Takes a frontend away.
@@ -292,7 +292,7 @@ pub struct Kernel {
     /// Tables.
     pub tables: BTreeMap<TableId, Arc<Table>>,
     /// Source ranges.
-    pub ranges: BTreeSet<(PortId, IpNet)>,
+    pub ranges: BTreeSet<(PortId, IpNetwork)>,
     /// Frontends.
     pub frontends: BTreeMap<FrontendKey, Frontend>,
     /// The highest generation that any backend has or had.

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use smallvec::SmallVec;
 
 use self::complaints::Complaints;
@@ -44,8 +44,8 @@ struct Touched {
     backends: Vec<BackendKey>,
     tables: Vec<Arc<Table>>,
     frontends: Vec<FrontendKey>,
-    ranges_added: Vec<(PortId, IpNet)>,
-    ranges_gone: Vec<(PortId, IpNet)>,
+    ranges_added: Vec<(PortId, IpNetwork)>,
+    ranges_gone: Vec<(PortId, IpNetwork)>,
     ports_gone: Vec<PortId>,
 }
 
@@ -75,7 +75,7 @@ pub struct Planner {
     taken_ports: BTreeSet<PortId>,
     /// What was in the maps twice: a daemon ended between two operations.
     leftovers: Vec<Op>,
-    found_ranges: BTreeSet<(PortId, IpNet)>,
+    found_ranges: BTreeSet<(PortId, IpNetwork)>,
     generation: u32,
 }
 
@@ -456,7 +456,7 @@ impl Planner {
         for (key, frontend) in frontends {
             self.claim(key, Claim { owner: Arc::clone(owner), place, frontend }, touched);
         }
-        let ranges: BTreeSet<IpNet> = wanted.ranges.into_iter().collect();
+        let ranges: BTreeSet<IpNetwork> = wanted.ranges.into_iter().collect();
         let before = held.map(|held| held.ranges).unwrap_or_default();
         touched.ranges_added.extend(ranges.difference(&before).map(|net| (id, *net)));
         touched.ranges_gone.extend(before.difference(&ranges).map(|net| (id, *net)));
@@ -547,7 +547,7 @@ impl Planner {
         touched.ports_gone.extend(free);
         self.taken_ports.clear();
         touched.ranges_added.retain(|range| !found.contains(range));
-        let held: BTreeSet<(PortId, IpNet)> =
+        let held: BTreeSet<(PortId, IpNetwork)> =
             self.ports().flat_map(|(_, p)| p.ranges.iter().map(|net| (p.id, *net))).collect();
         touched.ranges_gone.extend(found.difference(&held).copied());
     }

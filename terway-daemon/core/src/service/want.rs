@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 
 use super::endpoints::{Candidate, Choice, candidates, choose, ignored};
 use super::model::{Algorithm, BackendKey, BackendState, FrontendKey, FrontendKind};
@@ -54,7 +54,7 @@ pub(super) struct WantedPort {
     pub(super) name: Arc<str>,
     pub(super) protocol: Protocol,
     pub(super) affinity_seconds: u32,
-    pub(super) ranges: Vec<IpNet>,
+    pub(super) ranges: Vec<IpNetwork>,
     pub(super) tables: Vec<WantedTable>,
     pub(super) frontends: Vec<WantedFrontend>,
 }

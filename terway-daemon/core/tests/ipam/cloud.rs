@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use terway_core::clock::Moment;
 use terway_core::cloud::{CloudError, Eni, EniKind, EniStatus, ErrorClass, Subnet, VSwitch};
 use terway_core::ident::{EniId, Family, Mac, VSwitchId};
@@ -33,7 +33,7 @@ pub(crate) struct Cloud {
     next_eni: u8,
     created: BTreeMap<Token, EniId>,
     assigned: BTreeMap<Token, Vec<IpAddr>>,
-    assigned_prefixes: BTreeMap<Token, Vec<IpNet>>,
+    assigned_prefixes: BTreeMap<Token, Vec<IpNetwork>>,
     next_v6_prefix: u16,
     /// ENIs, and addresses of ENIs, that somebody took away behind the pool's back. The addresses are nobody's from then on.
     pub(crate) taken: BTreeSet<(EniId, Option<IpAddr>)>,
@@ -98,14 +98,14 @@ impl Cloud {
     }
 
     /// Whole blocks only, so a vSwitch can have addresses and no prefix.
-    fn take_prefixes(&mut self, vswitch: &VSwitchId, count: u32) -> Result<Vec<Ipv4Net>, CloudError> {
+    fn take_prefixes(&mut self, vswitch: &VSwitchId, count: u32) -> Result<Vec<Ipv4Network>, CloudError> {
         let free =
             self.free.get_mut(vswitch).ok_or_else(|| error(ErrorClass::NotFound, "InvalidVSwitchId.NotFound"))?;
         let whole = |a: &&Ipv4Addr| {
             a.octets()[3].is_multiple_of(16) && (0..16).all(|n| free.contains(&Ipv4Addr::from_bits(a.to_bits() + n)))
         };
         let found: Vec<_> =
-            free.iter().filter(whole).take(count as usize).map(|a| Ipv4Net::new_assert(*a, 28)).collect();
+            free.iter().filter(whole).take(count as usize).map(|a| Ipv4Network::new(*a, 28).unwrap()).collect();
         if found.len() < count as usize {
             return Err(error(ErrorClass::VSwitchExhausted, "InvalidVSwitchId.IpNotEnough"));
         }
@@ -115,11 +115,11 @@ impl Cloud {
         Ok(found)
     }
 
-    fn take_v6_prefixes(&mut self, count: u32) -> Vec<Ipv6Net> {
+    fn take_v6_prefixes(&mut self, count: u32) -> Vec<Ipv6Network> {
         (0..count)
             .map(|_| {
                 self.next_v6_prefix += 1;
-                Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0, 0, 1, self.next_v6_prefix, 0, 0, 0), 80)
+                Ipv6Network::new(Ipv6Addr::new(0xfd00, 0, 0, 1, self.next_v6_prefix, 0, 0, 0), 80).unwrap()
             })
             .collect()
     }
@@ -262,7 +262,7 @@ impl Cloud {
         id: &EniId,
         family: Family,
         count: u32,
-    ) -> Result<Vec<IpNet>, CloudError> {
+    ) -> Result<Vec<IpNetwork>, CloudError> {
         *self.calls.entry("assign").or_default() += 1;
         if let Some(prefixes) = self.assigned_prefixes.get(token) {
             return Ok(prefixes.clone());
@@ -279,32 +279,32 @@ impl Cloud {
         if held + count as usize > most as usize {
             return Err(error(ErrorClass::Quota, "InvalidOperation.Ipv4CountExceeded"));
         }
-        let new: Vec<IpNet> = match family {
+        let new: Vec<IpNetwork> = match family {
             Family::V4 => {
                 let new = self.take_prefixes(&eni.vswitch, count)?;
                 self.eni(id)?.v4_prefixes.extend(&new);
-                new.into_iter().map(IpNet::V4).collect()
+                new.into_iter().map(IpNetwork::V4).collect()
             }
             Family::V6 => {
                 let new = self.take_v6_prefixes(count);
                 self.eni(id)?.v6_prefixes.extend(&new);
-                new.into_iter().map(IpNet::V6).collect()
+                new.into_iter().map(IpNetwork::V6).collect()
             }
         };
         self.assigned_prefixes.insert(token.clone(), new.clone());
         Ok(new)
     }
 
-    pub(crate) fn unassign_prefixes(&mut self, id: &EniId, prefixes: &[IpNet]) -> Result<(), CloudError> {
+    pub(crate) fn unassign_prefixes(&mut self, id: &EniId, prefixes: &[IpNetwork]) -> Result<(), CloudError> {
         *self.calls.entry("unassign").or_default() += 1;
         let eni = self.eni(id)?;
         if !prefixes.iter().all(|prefix| prefixes_of(eni).contains(prefix)) {
             return Err(error(ErrorClass::NotFound, "InvalidIp.IpUnassigned"));
         }
-        eni.v4_prefixes.retain(|p| !prefixes.contains(&IpNet::V4(*p)));
-        eni.v6_prefixes.retain(|p| !prefixes.contains(&IpNet::V6(*p)));
+        eni.v4_prefixes.retain(|p| !prefixes.contains(&IpNetwork::V4(*p)));
+        eni.v6_prefixes.retain(|p| !prefixes.contains(&IpNetwork::V6(*p)));
         let vswitch = eni.vswitch.clone();
-        let freed = prefixes.iter().filter_map(|p| if let IpNet::V4(p) = p { Some(*p) } else { None });
+        let freed = prefixes.iter().filter_map(|p| if let IpNetwork::V4(p) = p { Some(*p) } else { None });
         self.free.entry(vswitch).or_default().extend(freed.flat_map(|p| of(&p).collect::<Vec<_>>()));
         Ok(())
     }
@@ -372,18 +372,18 @@ impl Cloud {
     }
 }
 
-fn of(prefix: &Ipv4Net) -> impl Iterator<Item = Ipv4Addr> + use<> {
+fn of(prefix: &Ipv4Network) -> impl Iterator<Item = Ipv4Addr> + use<> {
     let first = prefix.network().to_bits();
     (0..16).map(move |n| Ipv4Addr::from_bits(first + n))
 }
 
-pub(crate) fn prefixes_of(eni: &Eni) -> Vec<IpNet> {
-    let v4 = eni.v4_prefixes.iter().map(|p| IpNet::V4(*p));
-    v4.chain(eni.v6_prefixes.iter().map(|p| IpNet::V6(*p))).collect()
+pub(crate) fn prefixes_of(eni: &Eni) -> Vec<IpNetwork> {
+    let v4 = eni.v4_prefixes.iter().map(|p| IpNetwork::V4(*p));
+    v4.chain(eni.v6_prefixes.iter().map(|p| IpNetwork::V6(*p))).collect()
 }
 
 fn holds(eni: &Eni, address: IpAddr) -> bool {
-    if prefixes_of(eni).iter().any(|prefix| prefix.contains(&address)) {
+    if prefixes_of(eni).iter().any(|prefix| prefix.contains(address)) {
         return true;
     }
     match address {

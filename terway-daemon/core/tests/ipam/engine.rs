@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_core::cloud::{CloudError, EniStatus, ErrorClass};
 use terway_core::errors::{self, Error};
 use terway_core::ident::AttachmentKey;
@@ -71,7 +71,7 @@ impl World {
                 vec![Event::Assigned { op: *op, eni: eni.clone(), family: *family, result }]
             }
             Effect::Unassign { op, eni, family, addresses } => {
-                let nets: Vec<_> = addresses.iter().map(|a| IpNet::from(*a)).collect();
+                let nets: Vec<_> = addresses.iter().map(|a| IpNetwork::from(*a)).collect();
                 self.check_unheld(eni, &nets);
                 let result = self.call(outcome, |cloud| cloud.unassign(eni, addresses));
                 vec![Event::Unassigned { op: *op, eni: eni.clone(), family: *family, result }]
@@ -97,8 +97,8 @@ impl World {
                     .get(eni)
                     .into_iter()
                     .flat_map(|e| {
-                        let v4 = e.v4.iter().map(|a| IpNet::from(IpAddr::V4(*a)));
-                        v4.chain(e.v6.iter().map(|a| IpNet::from(IpAddr::V6(*a)))).chain(prefixes_of(e))
+                        let v4 = e.v4.iter().map(|a| IpNetwork::from(IpAddr::V4(*a)));
+                        v4.chain(e.v6.iter().map(|a| IpNetwork::from(IpAddr::V6(*a)))).chain(prefixes_of(e))
                     })
                     .collect();
                 self.check_unheld(eni, &held);

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_core::cloud::Eni;
 use terway_core::ident::{Family, IpStack};
 use terway_core::ipam::{
@@ -224,15 +224,15 @@ pub(crate) fn check_at_rest(world: &World, scarce: bool) {
     let mut ours = BTreeSet::new();
     for eni in world.pool.enis() {
         let id = eni.id.expect("nothing is being created");
-        let single = |a: &&IpAddr| eni.prefixes.iter().all(|p| !p.prefix.contains(*a));
-        ours.extend(eni.addresses.iter().filter(single).map(|address| (id.clone(), IpNet::from(*address))));
+        let single = |a: &&IpAddr| eni.prefixes.iter().all(|p| !p.prefix.contains(**a));
+        ours.extend(eni.addresses.iter().filter(single).map(|address| (id.clone(), IpNetwork::from(*address))));
         ours.extend(eni.prefixes.iter().map(|p| (id.clone(), p.prefix)));
         assert_eq!(eni.phase, EniPhase::InUse, "{id}");
     }
     let mut theirs = BTreeSet::new();
     for eni in world.cloud.enis.values() {
-        theirs.extend(eni.v4.iter().map(|a| (eni.id.clone(), IpNet::from(IpAddr::V4(*a)))));
-        theirs.extend(eni.v6.iter().map(|a| (eni.id.clone(), IpNet::from(IpAddr::V6(*a)))));
+        theirs.extend(eni.v4.iter().map(|a| (eni.id.clone(), IpNetwork::from(IpAddr::V4(*a)))));
+        theirs.extend(eni.v6.iter().map(|a| (eni.id.clone(), IpNetwork::from(IpAddr::V6(*a)))));
         theirs.extend(prefixes_of(eni).into_iter().map(|prefix| (eni.id.clone(), prefix)));
     }
     assert_eq!(ours, theirs, "the pool's addresses and the cloud's");

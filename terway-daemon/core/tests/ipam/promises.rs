@@ -1,6 +1,6 @@
 //! What the pool promises, checked on what each step changes.
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_core::errors::Error;
 use terway_core::ident::{AttachmentKey, EniId, Family};
 use terway_core::ipam::{Answer, Change, Effect, Grant, Phase, Record, RecordKey, Ticket};
@@ -10,7 +10,7 @@ use crate::world::{Asked, Task, World};
 impl World {
     /// Nothing on the node holds these addresses of this ENI: no pod in the kernel, no binding in the pool or on disk. (An address that a
     /// call took from the ENI without our hearing of it may be on another one by now.)
-    pub(crate) fn check_unheld(&self, eni: &EniId, nets: &[IpNet]) {
+    pub(crate) fn check_unheld(&self, eni: &EniId, nets: &[IpNetwork]) {
         self.check_unbound(eni, nets);
         for record in self.store.values() {
             if let Record::Attachment(a) = record {
@@ -20,7 +20,7 @@ impl World {
     }
 
     /// The same, but the end of a binding may still be on its way to the disk.
-    fn check_unbound(&self, eni: &EniId, nets: &[IpNet]) {
+    fn check_unbound(&self, eni: &EniId, nets: &[IpNetwork]) {
         for (key, wired) in &self.kernel {
             assert!(!within(&wired.grant, eni, nets), "an address of {key} is given back");
         }
@@ -102,7 +102,7 @@ impl World {
     /// an answer is for somebody who waits.
     pub(crate) fn check_order(&self, effect: &Effect) {
         if let Effect::Unassign { eni, addresses, .. } = effect {
-            self.check_unbound(eni, &addresses.iter().map(|a| IpNet::from(*a)).collect::<Vec<_>>());
+            self.check_unbound(eni, &addresses.iter().map(|a| IpNetwork::from(*a)).collect::<Vec<_>>());
         }
         if let Effect::UnassignPrefixes { eni, prefixes, .. } = effect {
             self.check_unbound(eni, prefixes);
@@ -141,8 +141,8 @@ impl World {
 }
 
 /// Whether one of these addresses of this ENI is in the grant.
-fn within(grant: &Grant, eni: &EniId, nets: &[IpNet]) -> bool {
-    grant.eni == *eni && grant.addresses.iter().any(|address| nets.iter().any(|net| net.contains(&address)))
+fn within(grant: &Grant, eni: &EniId, nets: &[IpNetwork]) -> bool {
+    grant.eni == *eni && grant.addresses.iter().any(|address| nets.iter().any(|net| net.contains(address)))
 }
 
 /// The table that a call is about.

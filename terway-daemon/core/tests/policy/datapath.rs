@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_abi::{DECISION_ALLOW, GATE_ENFORCE, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, policy_reason};
+use terway_core::cidr::Cidr as _;
 use terway_core::policy::{
     DISABLED, Decision, LOOPBACK, Maps, NO_POLICY, Nature, Packet, RESIDENT_NODE, ReasonId, RowId, SetId, Side,
 };
@@ -22,7 +23,7 @@ struct Kernel<'a> {
     gate: u32,
     endpoints: HashMap<u32, [PolicyEndpoint; 2]>,
     exact: HashMap<IpAddr, Phases>,
-    blocks: HashMap<IpNet, Phases>,
+    blocks: HashMap<IpNetwork, Phases>,
     peers: HashMap<PeerKey, Phases>,
 }
 
@@ -75,9 +76,11 @@ impl<F: Family> Policies<F> for Kernel<'_> {
     }
 
     fn block(&self, address: &F::Addr) -> Option<&Phases> {
-        let net = IpNet::from(ip::<F>(address));
-        let lengths = (0..=net.prefix_len()).rev();
-        lengths.filter_map(|length| IpNet::new(net.addr(), length).ok()).find_map(|net| self.blocks.get(&net.trunc()))
+        let net = IpNetwork::from(ip::<F>(address));
+        let lengths = (0..=net.prefix()).rev();
+        lengths
+            .filter_map(|length| IpNetwork::new(net.ip(), length).ok())
+            .find_map(|net| self.blocks.get(&net.truncated()))
     }
 
     fn peer(&self, key: &PeerKey) -> Option<&Phases> {

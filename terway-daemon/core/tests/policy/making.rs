@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_core::ident::{Addresses, PodRef};
 use terway_core::objects::{
     Action, ClusterEgressPeer, ClusterIngressPeer, ClusterNetworkPolicy, ClusterPort, ClusterProtocol, ClusterRule,
@@ -169,12 +169,12 @@ fn namespace_selector(dice: &mut Dice) -> LabelSelector {
     selector(dice)
 }
 
-fn net(dice: &mut Dice) -> IpNet {
+fn net(dice: &mut Dice) -> IpNetwork {
     let fixed =
         ["0.0.0.0/0", "::/0", "10.0.0.0/8", "10.0.0.0/28", "10.0.0.4/30", "fd00::/64", "fd00::4/126", "192.0.2.0/24"];
     if dice.chance(25) {
         let address = home(dice.below(HOMES))[dice.below(2)];
-        return IpNet::from(address);
+        return IpNetwork::from(address);
     }
     dice.pick(&fixed).parse().unwrap()
 }

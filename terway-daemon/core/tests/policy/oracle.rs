@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use terway_core::objects::{
     Action, ClusterEgressPeer, ClusterIngressPeer, ClusterNetworkPolicy, ClusterProtocol, ClusterRule, Direction,
     IntOrString, LabelSelector, Labels, NetworkPolicy, Operator, Peer, Phase, Pod, PolicyPort, PortMatch, Protocol,
@@ -223,15 +223,15 @@ fn selects(selector: &LabelSelector, labels: &Labels) -> bool {
 }
 
 /// By arithmetic on the addresses' bits.
-fn contains(net: &IpNet, address: IpAddr) -> bool {
+fn contains(net: &IpNetwork, address: IpAddr) -> bool {
     match (net, address) {
-        (IpNet::V4(net), IpAddr::V4(address)) => {
+        (IpNetwork::V4(net), IpAddr::V4(address)) => {
             let differs = u32::from(net.network()) ^ u32::from(address);
-            u64::from(differs) >> (32 - net.prefix_len()) == 0
+            u64::from(differs) >> (32 - net.prefix()) == 0
         }
-        (IpNet::V6(net), IpAddr::V6(address)) => {
+        (IpNetwork::V6(net), IpAddr::V6(address)) => {
             let differs = u128::from(net.network()) ^ u128::from(address);
-            net.prefix_len() == 0 || differs >> (128 - net.prefix_len()) == 0
+            net.prefix() == 0 || differs >> (128 - net.prefix()) == 0
         }
         _ => false,
     }

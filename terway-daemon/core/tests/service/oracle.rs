@@ -31,7 +31,7 @@ pub(crate) struct Expected {
     pub(crate) inside: Answer,
     pub(crate) outside: Answer,
     pub(crate) masquerade: bool,
-    pub(crate) ranges: Option<Vec<ipnet::IpNet>>,
+    pub(crate) ranges: Option<Vec<ipnetwork::IpNetwork>>,
     pub(crate) affinity: u32,
 }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, Map, MapData, MapError};
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use terway_abi::{
     Frontend as AbiFrontend, FrontendKeyV4, FrontendKeyV6, Member as AbiMember, Run, SourceRangeV4, SourceRangeV6,
     backend_flags, frontend_flags, names,
@@ -45,7 +45,7 @@ pub(super) struct Tables {
     /// Mirrors of the maps.
     known_frontends: BTreeMap<FrontendKey, AbiFrontend>,
     known_backends: Backends,
-    known_ranges: BTreeSet<(PortId, IpNet)>,
+    known_ranges: BTreeSet<(PortId, IpNetwork)>,
     runs: Runs,
     placed: BTreeMap<TableId, (Run, Algorithm)>,
     /// Writes to maps so far.
@@ -216,13 +216,13 @@ impl Tables {
         for key in self.maps.ranges_v4.keys() {
             let key = key.map_err(BpfError::map(names::RANGES_V4))?;
             let ([service, address], bits) = (key.data(), key.prefix_len().saturating_sub(32));
-            let net = Ipv4Net::new(address_v4(address), bits as u8).map(IpNet::V4);
+            let net = Ipv4Network::new(address_v4(address), bits as u8).map(IpNetwork::V4);
             self.known_ranges.extend(net.map(|net| (PortId(service), net)));
         }
         for key in self.maps.ranges_v6.keys() {
             let key = key.map_err(BpfError::map(names::RANGES_V6))?;
             let ([service, a, b, c, d], bits) = (key.data(), key.prefix_len().saturating_sub(32));
-            let net = Ipv6Net::new(address_v6([a, b, c, d]), bits as u8).map(IpNet::V6);
+            let net = Ipv6Network::new(address_v6([a, b, c, d]), bits as u8).map(IpNetwork::V6);
             self.known_ranges.extend(net.map(|net| (PortId(service), net)));
         }
         Ok(())
@@ -313,13 +313,13 @@ impl Tables {
         self.maps.members.put_all(&places, &members)
     }
 
-    fn put_range(&mut self, port: PortId, net: IpNet) -> Result<(), BpfError> {
+    fn put_range(&mut self, port: PortId, net: IpNetwork) -> Result<(), BpfError> {
         self.writes += 1;
         match net {
-            IpNet::V4(net) => {
+            IpNetwork::V4(net) => {
                 self.maps.ranges_v4.insert(&range_v4(port, net), 1, 0).map_err(BpfError::map(names::RANGES_V4))
             }
-            IpNet::V6(net) => {
+            IpNetwork::V6(net) => {
                 self.maps.ranges_v6.insert(&range_v6(port, net), 1, 0).map_err(BpfError::map(names::RANGES_V6))
             }
         }?;
@@ -327,11 +327,11 @@ impl Tables {
         Ok(())
     }
 
-    fn remove_range(&mut self, port: PortId, net: IpNet) -> Result<(), BpfError> {
+    fn remove_range(&mut self, port: PortId, net: IpNetwork) -> Result<(), BpfError> {
         match net {
-            IpNet::V4(net) => absent_is_fine(self.maps.ranges_v4.remove(&range_v4(port, net)))
+            IpNetwork::V4(net) => absent_is_fine(self.maps.ranges_v4.remove(&range_v4(port, net)))
                 .map_err(BpfError::map(names::RANGES_V4)),
-            IpNet::V6(net) => absent_is_fine(self.maps.ranges_v6.remove(&range_v6(port, net)))
+            IpNetwork::V6(net) => absent_is_fine(self.maps.ranges_v6.remove(&range_v6(port, net)))
                 .map_err(BpfError::map(names::RANGES_V6)),
         }?;
         self.known_ranges.remove(&(port, net));
@@ -486,11 +486,11 @@ fn backend_from(found: &terway_abi::Backend) -> Option<Backend> {
     })
 }
 
-fn range_v4(port: PortId, net: Ipv4Net) -> Key<SourceRangeV4> {
-    Key::new(32 + u32::from(net.prefix_len()), [port.0, word(net.network())])
+fn range_v4(port: PortId, net: Ipv4Network) -> Key<SourceRangeV4> {
+    Key::new(32 + u32::from(net.prefix()), [port.0, word(net.network())])
 }
 
-fn range_v6(port: PortId, net: Ipv6Net) -> Key<SourceRangeV6> {
+fn range_v6(port: PortId, net: Ipv6Network) -> Key<SourceRangeV6> {
     let [a, b, c, d] = words(net.network());
-    Key::new(32 + u32::from(net.prefix_len()), [port.0, a, b, c, d])
+    Key::new(32 + u32::from(net.prefix()), [port.0, a, b, c, d])
 }

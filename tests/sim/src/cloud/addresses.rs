@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
+use terway_core::cidr;
 
 use super::config::VSwitchConfig;
 use super::reply::Refusal;
@@ -19,7 +20,7 @@ const FIRST_V6_BLOCK: u16 = 0x8000;
 #[derive(Default)]
 pub(super) struct Addresses {
     used: BTreeSet<IpAddr>,
-    v6_blocks: BTreeSet<Ipv6Net>,
+    v6_blocks: BTreeSet<Ipv6Network>,
     /// Where the search for a free address goes on: an address is reused as late as possible.
     next_v4: BTreeMap<String, u32>,
     next_v6: BTreeMap<String, u128>,
@@ -55,7 +56,11 @@ impl Addresses {
     /// Takes `count` whole free blocks, all or none.
     ///
     /// The references name no code of its own for a vSwitch that has addresses but no block; the one for an empty vSwitch is assumed.
-    pub(super) fn take_v4_prefixes(&mut self, vswitch: &VSwitchConfig, count: u32) -> Result<Vec<Ipv4Net>, Refusal> {
+    pub(super) fn take_v4_prefixes(
+        &mut self,
+        vswitch: &VSwitchConfig,
+        count: u32,
+    ) -> Result<Vec<Ipv4Network>, Refusal> {
         let taken: Vec<u32> = self.free_blocks(vswitch).take(count as usize).collect();
         if taken.len() < count as usize {
             return Err(not_enough(vswitch, "contiguous IpAddress for a prefix"));
@@ -63,7 +68,7 @@ impl Addresses {
         for start in &taken {
             self.used.extend((*start..start + BLOCK).map(|bits| IpAddr::from(Ipv4Addr::from_bits(bits))));
         }
-        Ok(taken.into_iter().map(|start| Ipv4Net::new_assert(Ipv4Addr::from_bits(start), 28)).collect())
+        Ok(taken.into_iter().map(|start| cidr::v4(Ipv4Addr::from_bits(start), 28)).collect())
     }
 
     fn free_blocks(&self, vswitch: &VSwitchConfig) -> impl Iterator<Item = u32> {
@@ -91,7 +96,11 @@ impl Addresses {
     }
 
     /// Takes `count` free IPv6 prefixes.
-    pub(super) fn take_v6_prefixes(&mut self, vswitch: &VSwitchConfig, count: u32) -> Result<Vec<Ipv6Net>, Refusal> {
+    pub(super) fn take_v6_prefixes(
+        &mut self,
+        vswitch: &VSwitchConfig,
+        count: u32,
+    ) -> Result<Vec<Ipv6Network>, Refusal> {
         let block = v6_of(vswitch)?;
         let next = self.next_block.entry(vswitch.id.clone()).or_insert(FIRST_V6_BLOCK);
         let mut taken = Vec::new();
@@ -102,7 +111,7 @@ impl Addresses {
             }
             let bits = block.network().to_bits() | u128::from(*next) << 48;
             *next = next.checked_add(1).unwrap_or(FIRST_V6_BLOCK);
-            let prefix = Ipv6Net::new_assert(Ipv6Addr::from_bits(bits), V6_PREFIX);
+            let prefix = cidr::v6(Ipv6Addr::from_bits(bits), V6_PREFIX);
             if self.v6_blocks.insert(prefix) {
                 taken.push(prefix);
             }
@@ -120,14 +129,14 @@ impl Addresses {
         }
     }
 
-    pub(super) fn give_back_v4_prefixes(&mut self, prefixes: &[Ipv4Net]) {
+    pub(super) fn give_back_v4_prefixes(&mut self, prefixes: &[Ipv4Network]) {
         for prefix in prefixes {
             let start = prefix.network().to_bits();
             self.give_back((start..start + BLOCK).map(|bits| IpAddr::from(Ipv4Addr::from_bits(bits))));
         }
     }
 
-    pub(super) fn give_back_v6_prefixes(&mut self, prefixes: &[Ipv6Net]) {
+    pub(super) fn give_back_v6_prefixes(&mut self, prefixes: &[Ipv6Network]) {
         for prefix in prefixes {
             self.v6_blocks.remove(prefix);
         }
@@ -168,7 +177,7 @@ fn not_enough(vswitch: &VSwitchConfig, what: &str) -> Refusal {
     Refusal::new(403, "InvalidVSwitchId.IpNotEnough", message)
 }
 
-fn v6_of(vswitch: &VSwitchConfig) -> Result<Ipv6Net, Refusal> {
+fn v6_of(vswitch: &VSwitchConfig) -> Result<Ipv6Network, Refusal> {
     vswitch.cidr_v6.ok_or_else(|| {
         let message = format!("IPv6 is not turned on for the VSwitch {}.", vswitch.id);
         Refusal::new(400, "InvalidVSwitch.IPv6NotTurnOn", message)

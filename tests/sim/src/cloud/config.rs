@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use serde::{Deserialize, Serialize};
+use terway_core::cidr;
 
 use super::faults::Fault;
 
@@ -17,7 +18,7 @@ pub struct CloudConfig {
     /// The VPC's id.
     pub vpc: String,
     /// The VPC's block.
-    pub vpc_cidr: Ipv4Net,
+    pub vpc_cidr: Ipv4Network,
     /// Its vSwitches.
     pub vswitches: Vec<VSwitchConfig>,
     /// The security groups that exist. They filter nothing.
@@ -70,7 +71,7 @@ impl Default for CloudConfig {
         Self {
             region: "cn-sim".to_owned(),
             vpc: "vpc-sim".to_owned(),
-            vpc_cidr: Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
+            vpc_cidr: cidr::v4(Ipv4Addr::new(10, 0, 0, 0), 8),
             vswitches: Vec::new(),
             security_groups: Vec::new(),
             instance_types: Vec::new(),
@@ -106,10 +107,10 @@ pub struct VSwitchConfig {
     /// Its zone.
     pub zone: String,
     /// Its IPv4 block, /16 to /29. The first and the last three addresses are the cloud's own; the gateway is the last but two.
-    pub cidr_v4: Ipv4Net,
+    pub cidr_v4: Ipv4Network,
     /// Its IPv6 block, a /64, if IPv6 is turned on. The first and the last nine addresses are the cloud's own.
     #[serde(default)]
-    pub cidr_v6: Option<Ipv6Net>,
+    pub cidr_v6: Option<Ipv6Network>,
 }
 
 /// An instance type.

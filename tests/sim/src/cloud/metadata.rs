@@ -165,7 +165,7 @@ fn macs(vpc: &Vpc, node: &str, path: &str) -> Option<String> {
         "ipv6s" if !bare.is_empty() => format!("[{}]", bare.join(",")),
         "ipv4-prefixes" if !eni.v4_prefixes.is_empty() => lines(&eni.v4_prefixes),
         "ipv6-prefixes" if !eni.v6_prefixes.is_empty() => lines(&eni.v6_prefixes),
-        "netmask" => vswitch.cidr_v4.netmask().to_string(),
+        "netmask" => vswitch.cidr_v4.mask().to_string(),
         "gateway" => vswitch.gateway_v4().to_string(),
         "ipv6-gateway" => vswitch.gateway_v6()?.to_string(),
         "vswitch-id" => eni.vswitch.clone(),

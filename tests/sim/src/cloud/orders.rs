@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, bail};
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
+use terway_core::cidr;
 use terway_core::cloud::{EniKind, EniStatus};
 use terway_core::ident::EniId;
 
@@ -281,17 +282,17 @@ fn unassign(vpc: &mut Vpc, eni: &str, what: &str) -> anyhow::Result<()> {
     let id = find(vpc, eni)?;
     let eni = vpc.enis.get_mut(&id).with_context(|| format!("no ENI {id}"))?;
     let before = eni.count();
-    match (what.parse::<IpAddr>(), what.parse::<IpNet>()) {
+    match (what.parse::<IpAddr>(), cidr::parse::<IpNetwork>(what)) {
         (Ok(address), _) if eni.v4.first().copied().map(IpAddr::V4) != Some(address) => {
             eni.v4.retain(|own| IpAddr::V4(*own) != address);
             eni.v6.retain(|own| IpAddr::V6(*own) != address);
             vpc.addresses.give_back([address]);
         }
-        (_, Ok(IpNet::V4(prefix))) => {
+        (_, Ok(IpNetwork::V4(prefix))) => {
             eni.v4_prefixes.retain(|own| *own != prefix);
             vpc.addresses.give_back_v4_prefixes(&[prefix]);
         }
-        (_, Ok(IpNet::V6(prefix))) => {
+        (_, Ok(IpNetwork::V6(prefix))) => {
             eni.v6_prefixes.retain(|own| *own != prefix);
             vpc.addresses.give_back_v6_prefixes(&[prefix]);
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use serde::Serialize;
 use serde_json::Value;
 use terway_core::cloud::{EniKind, EniStatus};
@@ -41,9 +41,9 @@ pub struct EniRecord {
     /// IPv6 addresses.
     pub v6: Vec<Ipv6Addr>,
     /// IPv4 prefixes.
-    pub v4_prefixes: Vec<Ipv4Net>,
+    pub v4_prefixes: Vec<Ipv4Network>,
     /// IPv6 prefixes.
-    pub v6_prefixes: Vec<Ipv6Net>,
+    pub v6_prefixes: Vec<Ipv6Network>,
     /// Security groups.
     pub security_groups: Vec<String>,
     /// Tags.
@@ -115,7 +115,7 @@ impl Vpc {
         }
         let vswitch = self.vswitch(&instance.vswitch).context("unknown vSwitch")?.clone();
         let v4 = match instance.primary_v4 {
-            Some(address) if vswitch.cidr_v4.contains(&address) && self.addresses.take(address) => vec![address],
+            Some(address) if vswitch.cidr_v4.contains(address) && self.addresses.take(address) => vec![address],
             Some(address) => bail!("{address} is taken or not in {}", vswitch.cidr_v4),
             None => self.addresses.take_v4(&vswitch, 1).map_err(|refusal| anyhow::anyhow!(refusal.message))?,
         };

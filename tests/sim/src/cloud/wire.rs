@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, mpsc};
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use terway_core::ident::{EniId, Mac};
 use tokio::sync::oneshot;
 use tracing::error;
@@ -27,8 +27,8 @@ pub(super) enum Command {
     },
     Prefixes {
         eni: EniId,
-        v4: Vec<Ipv4Net>,
-        v6: Vec<Ipv6Net>,
+        v4: Vec<Ipv4Network>,
+        v6: Vec<Ipv6Network>,
     },
     /// Nothing; its answer says that all before it is done.
     Barrier,

@@ -7,8 +7,9 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use serde_json::{Value, json};
+use terway_core::cidr;
 use terway_core::config::merge;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
@@ -27,12 +28,12 @@ const ENDPOINT: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 201);
 pub(super) const ENDPOINT_URL: &str = "http://100.100.100.201";
 
 /// The blocks of the pods' vSwitch.
-pub(super) const PODS_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 4, 0), 22);
-pub(super) const PODS_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0, 4, 0, 0, 0, 0), 64);
+pub(super) const PODS_V4: Ipv4Network = cidr::v4(Ipv4Addr::new(10, 0, 4, 0), 22);
+pub(super) const PODS_V6: Ipv6Network = cidr::v6(Ipv6Addr::new(0x2001, 0xdb8, 0, 4, 0, 0, 0, 0), 64);
 
 /// The blocks of the nodes' vSwitch.
-const NODES_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 24);
-const NODES_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 64);
+const NODES_V4: Ipv4Network = cidr::v4(Ipv4Addr::new(10, 0, 0, 0), 24);
+const NODES_V6: Ipv6Network = cidr::v6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 64);
 
 /// The host of the VPC that is no node.
 pub(super) const EXTERNAL_V4: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 5);
@@ -101,7 +102,7 @@ pub(super) fn start_cloud(options: &Options, nodes: &[Node], vpc: &Arc<Vpc>, run
     };
     let (attach, nic_delay) = options.attach;
     let mut config = CloudConfig {
-        vpc_cidr: Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
+        vpc_cidr: cidr::v4(Ipv4Addr::new(10, 0, 0, 0), 8),
         vswitches: vec![vswitch("vsw-nodes", NODES_V4, NODES_V6), vswitch("vsw-pods", PODS_V4, PODS_V6)],
         security_groups: vec!["sg-sim".to_owned()],
         instance_types: vec![InstanceTypeConfig {

@@ -128,8 +128,7 @@ fn connectivity(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
     report.check("pods have addresses of the pods' vSwitch, and nothing else in their namespace", || {
         let (v4, v6) = cluster.pod_blocks();
         for pod in pods {
-            let inside =
-                matches!((pod.v4, pod.v6), (IpAddr::V4(a), IpAddr::V6(b)) if v4.contains(&a) && v6.contains(&b));
+            let inside = matches!((pod.v4, pod.v6), (IpAddr::V4(a), IpAddr::V6(b)) if v4.contains(a) && v6.contains(b));
             ensure!(inside, "{} has {} and {}", pod.spec.name, pod.v4, pod.v6);
             let links = pod.run(cluster, &["ip", "-o", "link"])?;
             ensure!(links.lines().count() == 2, "links of {}:\n{links}", pod.spec.name);

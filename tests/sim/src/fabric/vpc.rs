@@ -10,7 +10,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use terway_core::cidr::Cidr as _;
 use terway_core::ident::{EniId, Mac, VSwitchId};
 
 use super::{Fabric, FabricEni};
@@ -83,7 +84,7 @@ struct Plugged {
     veth: String,
     mac: Mac,
     addresses: BTreeSet<IpAddr>,
-    prefixes: BTreeSet<IpNet>,
+    prefixes: BTreeSet<IpNetwork>,
 }
 
 impl Vpc {
@@ -155,9 +156,9 @@ impl Vpc {
             mac: Mac::derived(&[b"external", name.as_bytes()]),
             primary: true,
             vswitch: VSwitchId::new(format!("vsw-{name}")),
-            cidr_v4: Ipv4Net::new(v4, 24)?.trunc(),
+            cidr_v4: Ipv4Network::new(v4, 24)?.truncated(),
             gateway_v4: Ipv4Addr::new(a, b, c, 253),
-            cidr_v6: Some(Ipv6Net::new(v6, 64)?.trunc()),
+            cidr_v6: Some(Ipv6Network::new(v6, 64)?.truncated()),
             gateway_v6: Some(Ipv6Addr::from(u128::from(v6) | 0xffff)),
             v4: vec![v4],
             v6: vec![v6],
@@ -312,11 +313,12 @@ impl Fabric for Vpc {
         Ok(())
     }
 
-    fn set_prefixes(&self, eni: &EniId, v4: &[Ipv4Net], v6: &[Ipv6Net]) -> Result<()> {
+    fn set_prefixes(&self, eni: &EniId, v4: &[Ipv4Network], v6: &[Ipv6Network]) -> Result<()> {
         let mut state = self.state();
         let Plugged { veth, mac, prefixes, .. } =
             state.enis.get_mut(eni).with_context(|| format!("{eni} is not plugged"))?;
-        let new: BTreeSet<IpNet> = v4.iter().copied().map(IpNet::V4).chain(v6.iter().copied().map(IpNet::V6)).collect();
+        let new: BTreeSet<IpNetwork> =
+            v4.iter().copied().map(IpNetwork::V4).chain(v6.iter().copied().map(IpNetwork::V6)).collect();
         // One neighbour for all addresses of all prefixes, of either family: an /80 has too many for one each.
         let mut ip = format!("neigh replace {BEHIND} lladdr {mac} dev {veth} nud permanent\n");
         let mut nft = String::new();
@@ -348,7 +350,7 @@ const BEHIND: &str = "fe80::2";
 pub fn configure_primary(ns: &NetNs, eni: &FabricEni) -> Result<()> {
     let mut ip = String::from("link set eth0 up\n");
     if let Some(address) = eni.v4.first() {
-        let (bits, gateway) = (eni.cidr_v4.prefix_len(), eni.gateway_v4);
+        let (bits, gateway) = (eni.cidr_v4.prefix(), eni.gateway_v4);
         write!(ip, "addr add {address}/{bits} dev eth0\nroute add default via {gateway} dev eth0\n")?;
     }
     if let (Some(address), Some(gateway)) = (eni.v6.first(), eni.gateway_v6) {
@@ -369,10 +371,10 @@ const fn set_of(address: IpAddr) -> &'static str {
     if address.is_ipv4() { "v4" } else { "v6" }
 }
 
-const fn prefixes_of(prefix: IpNet) -> &'static str {
+const fn prefixes_of(prefix: IpNetwork) -> &'static str {
     match prefix {
-        IpNet::V4(_) => "prefixes4",
-        IpNet::V6(_) => "prefixes6",
+        IpNetwork::V4(_) => "prefixes4",
+        IpNetwork::V6(_) => "prefixes6",
     }
 }
 

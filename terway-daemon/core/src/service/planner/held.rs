@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnetwork::IpNetwork;
 use smallvec::SmallVec;
 
 use crate::objects::Protocol;
@@ -25,7 +25,7 @@ pub(super) struct HeldPort {
     pub(super) name: Arc<str>,
     pub(super) protocol: Protocol,
     pub(super) id: PortId,
-    pub(super) ranges: BTreeSet<IpNet>,
+    pub(super) ranges: BTreeSet<IpNetwork>,
     pub(super) tables: Vec<Arc<Table>>,
     pub(super) frontends: Vec<FrontendKey>,
 }

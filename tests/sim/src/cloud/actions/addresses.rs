@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::str::FromStr;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use serde_json::{Value, json};
 use terway_core::cloud::{EniKind, EniStatus};
 
@@ -186,7 +186,7 @@ pub(super) fn unassign(
 ) -> Result<Value, Refusal> {
     let mut eni = settled(vpc, parameters)?.clone();
     let gone: BTreeSet<IpAddr> = parsed(parameters, addresses)?;
-    let gone_prefixes: BTreeSet<IpNet> = parsed(parameters, prefixes)?;
+    let gone_prefixes: BTreeSet<IpNetwork> = parsed(parameters, prefixes)?;
     if gone.is_empty() && gone_prefixes.is_empty() {
         return Err(Refusal::missing(&format!("{addresses}.1")));
     }
@@ -202,9 +202,9 @@ pub(super) fn unassign(
         IpAddr::V4(v4) => eni.v4.contains(v4),
         IpAddr::V6(v6) => eni.v6.contains(v6),
     };
-    let has_prefix = |prefix: &IpNet| match prefix {
-        IpNet::V4(v4) => eni.v4_prefixes.contains(v4),
-        IpNet::V6(v6) => eni.v6_prefixes.contains(v6),
+    let has_prefix = |prefix: &IpNetwork| match prefix {
+        IpNetwork::V4(v4) => eni.v4_prefixes.contains(v4),
+        IpNetwork::V6(v6) => eni.v6_prefixes.contains(v6),
     };
     if let Some(absent) = gone.iter().find(|address| !has(address)) {
         return unassigned(absent.to_string());
@@ -219,8 +219,10 @@ pub(super) fn unassign(
         vpc.addresses.give_back(gone);
     }
     if !gone_prefixes.is_empty() {
-        let v4: Vec<Ipv4Net> = eni.v4_prefixes.extract_if(.., |own| gone_prefixes.contains(&IpNet::V4(*own))).collect();
-        let v6: Vec<Ipv6Net> = eni.v6_prefixes.extract_if(.., |own| gone_prefixes.contains(&IpNet::V6(*own))).collect();
+        let v4: Vec<Ipv4Network> =
+            eni.v4_prefixes.extract_if(.., |own| gone_prefixes.contains(&IpNetwork::V4(*own))).collect();
+        let v6: Vec<Ipv6Network> =
+            eni.v6_prefixes.extract_if(.., |own| gone_prefixes.contains(&IpNetwork::V6(*own))).collect();
         vpc.announce_prefixes(&eni);
         vpc.addresses.give_back_v4_prefixes(&v4);
         vpc.addresses.give_back_v6_prefixes(&v6);
