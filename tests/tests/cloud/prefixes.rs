@@ -17,7 +17,7 @@ async fn prefixes_come_with_an_eni_and_later_and_go() {
     let wanted = CreateEni { v4_prefixes: 2, v6_prefixes: 1, ..request("t1", "vsw-a", 1) };
     let eni = cloud.create_eni(&wanted).await.unwrap();
     assert_eq!((eni.v4.len(), eni.v6.len(), eni.v4_prefixes.len(), eni.v6_prefixes.len()), (1, 0, 2, 1));
-    assert!(eni.v4_prefixes.iter().all(|prefix| prefix.prefix() == 28 && !prefix.contains(&eni.primary_v4)));
+    assert!(eni.v4_prefixes.iter().all(|prefix| prefix.prefix() == 28 && !prefix.contains(eni.primary_v4)));
     assert!(eni.v6_prefixes.iter().all(|prefix| prefix.prefix() == 80));
     assert_eq!(cloud.vswitches(&["vsw-a".into()]).await.unwrap()[0].available, before[0].available - 1 - 32);
     cloud.attach_eni(&eni.id, &one()).await.unwrap();
