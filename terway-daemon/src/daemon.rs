@@ -78,7 +78,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let records = store.load().map_err(|error| failed(errors::STORE_FAILED, "load", &error))?;
 
     let host = Arc::new(Host::new()?);
-    let links = host.watch()?;
+    let links = host.monitor()?;
     let datapath = Arc::new(open_datapath(&options, &config)?);
     metrics::register_datapath(&mut registry, &datapath);
 

@@ -24,15 +24,15 @@ pub enum EniHook {
     Clsact,
 }
 
-const SIDES: [(TcAttachType, Program, &str); 2] =
+const HOOKS: [(TcAttachType, Program, &str); 2] =
     [(TcAttachType::Ingress, Program::FromVpc, "ingress"), (TcAttachType::Egress, Program::ToVpc, "egress")];
 
-fn pin_path(links: &Path, ifindex: u32, side: &str) -> PathBuf {
-    links.join(format!("eni-{ifindex}-{side}"))
+fn pin_path(links: &Path, ifindex: u32, hook: &str) -> PathBuf {
+    links.join(format!("eni-{ifindex}-{hook}"))
 }
 
 pub(super) fn tcx(programs: &mut Programs, links: &Path, ifindex: u32) -> Result<(), BpfError> {
-    for (side, program, name) in SIDES {
+    for (hook, program, name) in HOOKS {
         let pin = pin_path(links, ifindex, name);
         if adopt(programs, program, &pin)? {
             continue;
@@ -45,7 +45,7 @@ pub(super) fn tcx(programs: &mut Programs, links: &Path, ifindex: u32) -> Result
         let failed = |source| BpfError::program(program.name())(source);
         let classifier = programs.get_mut(program)?;
         let id = classifier
-            .attach_with_options(&interface, side, TcAttachOptions::TcxOrder(LinkOrder::default()))
+            .attach_with_options(&interface, hook, TcAttachOptions::TcxOrder(LinkOrder::default()))
             .map_err(failed)?;
         let link = classifier.take_link(id).map_err(failed)?;
         let link = FdLink::try_from(link).map_err(|source| BpfError::Link { ifindex, source })?;
@@ -63,7 +63,7 @@ fn adopt(programs: &mut Programs, program: Program, pin: &Path) -> Result<bool, 
     };
     let classifier = programs.get_mut(program)?;
     let updated = SchedClassifierLink::try_from(FdLink::from(link))
-        .map_err(ProgramError::from_link)
+        .map_err(ProgramError::from_link_error)
         .and_then(|link| classifier.attach_to_link(link))
         // Taken and closed: the pin holds the link.
         .and_then(|id| classifier.take_link(id));
@@ -82,23 +82,23 @@ fn adopt(programs: &mut Programs, program: Program, pin: &Path) -> Result<bool, 
 }
 
 /// A link error as a program error, so that both kinds of failure are handled in one place.
-trait FromLink {
-    fn from_link(error: LinkError) -> Self;
+trait FromLinkError {
+    fn from_link_error(error: LinkError) -> Self;
 }
 
-impl FromLink for ProgramError {
-    fn from_link(error: LinkError) -> Self {
+impl FromLinkError for ProgramError {
+    fn from_link_error(error: LinkError) -> Self {
         Self::IOError(io::Error::other(error))
     }
 }
 
 /// Unpins, and thereby detaches, the links of an interface.
-pub(super) fn release(links: &Path, ifindex: u32) -> Result<(), BpfError> {
-    SIDES.iter().try_for_each(|(_, _, name)| unlink(&pin_path(links, ifindex, name)))
+pub(super) fn detach(links: &Path, ifindex: u32) -> Result<(), BpfError> {
+    HOOKS.iter().try_for_each(|(_, _, name)| unlink(&pin_path(links, ifindex, name)))
 }
 
 /// The interfaces that have pinned links.
-pub(super) fn pinned(links: &Path) -> Result<Vec<u32>, BpfError> {
+pub(super) fn pinned_ifindexes(links: &Path) -> Result<Vec<u32>, BpfError> {
     let failed = |source| BpfError::Pin { path: links.to_owned(), source };
     let mut found = Vec::new();
     for entry in fs::read_dir(links).map_err(failed)? {

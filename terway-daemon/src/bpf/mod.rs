@@ -359,7 +359,7 @@ impl Datapath {
         }
         let (from, to) = (self.program_fd(Program::FromVpc)?, self.program_fd(Program::ToVpc)?);
         error::lock(&self.netlink).attach(ifindex, from, to)?;
-        attach::release(&self.links, ifindex)?;
+        attach::detach(&self.links, ifindex)?;
         Ok(EniHook::Clsact)
     }
 
@@ -368,7 +368,7 @@ impl Datapath {
     /// # Errors
     /// [`BpfError`], which says which step failed.
     pub fn detach_eni(&self, ifindex: u32) -> Result<(), BpfError> {
-        attach::release(&self.links, ifindex)?;
+        attach::detach(&self.links, ifindex)?;
         error::lock(&self.netlink).detach(ifindex)
     }
 
@@ -386,7 +386,7 @@ impl Datapath {
     /// # Errors
     /// [`BpfError::Pin`].
     pub fn attached_enis(&self) -> Result<Vec<u32>, BpfError> {
-        attach::pinned(&self.links)
+        attach::pinned_ifindexes(&self.links)
     }
 
     /// Removes the maps of other versions of the daemon, and flow tables of another size. To be called once every pod and ENI is

@@ -183,7 +183,7 @@ impl Engine {
                 let Some(view) = self.steady(world, finding.key.as_ref()) else { return Ok(false) };
                 let plan = self.plan(&view.key, &view.pod, &view.grant, &PodOptions::decode(&view.options));
                 self.with_datapath(crate::bpf::Datapath::reread).await?;
-                self.plug(Self::endpoint(&plan, &view.grant, *ifindex), &view.pod).await?;
+                self.install_datapath(Self::endpoint(&plan, &view.grant, *ifindex), &view.pod).await?;
                 Ok(true)
             }
             Action::Remove(leftover) => {

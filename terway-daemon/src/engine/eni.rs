@@ -39,7 +39,7 @@ impl Engine {
             self.audit.eni_is_set_up(mac, plan.clone());
         }
         // An audit that waits to write would hold up every ADD behind this.
-        self.host.await_link_local(&plan).await.map_err(net_error)?;
+        self.host.wait_link_local(&plan).await.map_err(net_error)?;
         info!(%mac, ifindex, name = nic.name, gateway = %subnet.gateway_v4, "ENI is ready");
         Ok((ifindex, subnet))
     }

@@ -30,7 +30,7 @@ use tokio::sync::{RwLock, oneshot, watch};
 use crate::bpf::Datapath;
 use crate::cloud::Cloud;
 use crate::metrics::Metrics;
-use crate::net::{Host, Watch};
+use crate::net::{Host, NetMonitor};
 use crate::policy::Policies;
 use crate::store::Store;
 
@@ -69,7 +69,7 @@ pub struct Engine {
     datapath: Arc<Datapath>,
     policies: Arc<Policies>,
     host: Arc<Host>,
-    links: Watch,
+    links: NetMonitor,
     reaper: Reaper,
     audit: audit::Audit,
     /// Wiring and unwiring pods and ENIs hold it shared, corrections of an audit alone.

@@ -89,22 +89,23 @@ impl Engine {
         // Between its creation and the opening of the way both ends are down: programs and maps are complete before the first packet.
         let (endpoint, datapath) = (Self::endpoint(&plan, grant, 0), Arc::clone(&self.datapath));
         let (policies, pod) = (Arc::clone(&self.policies), pod.clone());
-        let plug = move |host_ifindex| plug(&datapath, &policies, &pod, &Endpoint { host_ifindex, ..endpoint });
+        let install_datapath =
+            move |host_ifindex| install_datapath(&datapath, &policies, &pod, &Endpoint { host_ifindex, ..endpoint });
         let gate = || match gate.map_or(Ok(()), Gate::wait) {
             Ok(()) => Ok(()),
             Err(error) => Err(Error::new(errors::STORE_FAILED, error.to_string())),
         };
-        let took = self.host.connect_pod(&plan, &netns, gate, plug).await?;
-        self.metrics.phase(Verb::Add, Phase::Links, took.create);
-        self.metrics.phase(Verb::Add, Phase::Datapath, took.plug);
-        self.metrics.phase(Verb::Add, Phase::Host, took.enable);
+        let timings = self.host.connect_pod(&plan, &netns, gate, install_datapath).await?;
+        self.metrics.phase(Verb::Add, Phase::Links, timings.create);
+        self.metrics.phase(Verb::Add, Phase::Datapath, timings.datapath);
+        self.metrics.phase(Verb::Add, Phase::Host, timings.enable);
         Ok(())
     }
 
     /// Writes an endpoint and attaches the programs of its interface.
-    pub(super) async fn plug(&self, endpoint: Endpoint, pod: &PodRef) -> Result<(), Error> {
+    pub(super) async fn install_datapath(&self, endpoint: Endpoint, pod: &PodRef) -> Result<(), Error> {
         let (policies, pod) = (Arc::clone(&self.policies), pod.clone());
-        self.with_datapath(move |datapath| Ok(plug(datapath, &policies, &pod, &endpoint))).await?
+        self.with_datapath(move |datapath| Ok(install_datapath(datapath, &policies, &pod, &endpoint))).await?
     }
 
     /// Takes the policies of pods out of the maps whose endpoints have been removed.
@@ -190,15 +191,15 @@ impl Engine {
 }
 
 /// The policies first, then the endpoint, by which others find the pod, then its own programs.
-fn plug(datapath: &Datapath, policies: &Policies, pod: &PodRef, endpoint: &Endpoint) -> Result<(), Error> {
-    let plugged = policies.attach(endpoint.host_ifindex, pod, endpoint.addresses).and_then(|()| {
+fn install_datapath(datapath: &Datapath, policies: &Policies, pod: &PodRef, endpoint: &Endpoint) -> Result<(), Error> {
+    let installed = policies.attach(endpoint.host_ifindex, pod, endpoint.addresses).and_then(|()| {
         datapath.upsert_endpoint(endpoint).map_err(bpf_error)?;
         datapath.attach_pod(endpoint.host_ifindex).map_err(bpf_error)
     });
-    if plugged.is_err() {
+    if installed.is_err() {
         datapath.unreserve_slot(endpoint.host_ifindex);
     }
-    plugged
+    installed
 }
 
 /// Removes the endpoint that has these addresses, if there is one: found by address, since after a restart nobody remembers an index.

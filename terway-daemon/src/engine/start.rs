@@ -23,7 +23,7 @@ use super::{Core, Engine};
 use crate::bpf::Datapath;
 use crate::cloud::Cloud;
 use crate::metrics::Metrics;
-use crate::net::{Host, NetError, Watch};
+use crate::net::{Host, NetError, NetMonitor};
 use crate::policy::Policies;
 use crate::store::Store;
 
@@ -66,8 +66,8 @@ pub struct Parts {
     pub policies: Arc<Policies>,
     /// The kernel's network.
     pub host: Arc<Host>,
-    /// News of NICs and addresses.
-    pub links: Watch,
+    /// Reports rtnetlink events of NICs and addresses.
+    pub links: NetMonitor,
     /// What does not change.
     pub facts: Facts,
     /// What pods get unless their network configuration says otherwise.
@@ -140,7 +140,7 @@ impl Engine {
             let detail = format!("the interface {} is missing", plan.inputs.host_ifname);
             return Err(Error::new(terway_core::errors::CHECK_FAILED, detail));
         };
-        self.plug(Self::endpoint(&plan, grant, link.index), pod).await
+        self.install_datapath(Self::endpoint(&plan, grant, link.index), pod).await
     }
 
     /// Removes links, rules, routes and endpoints that are ours and belong to nobody.

@@ -1,4 +1,4 @@
-//! Carries out steps: groups neighbouring ones into batches, and knows which refusals mean "it is so already".
+//! Executes the steps of plans: groups consecutive ones into netlink batches, and maps errors that mean "already done" to success.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
@@ -9,13 +9,13 @@ use terway_core::route::{NetOp, Place, Rule, Selector, Step};
 use super::socket::{Netlink, Refusal, Request};
 use super::{NetError, decode, encode};
 
-/// A network namespace with the interface indices known in it.
-struct Side<'a> {
+/// A netlink socket in a network namespace, with the interface indices known there.
+struct Netns<'a> {
     netlink: &'a mut Netlink,
     indices: Vec<(String, u32)>,
 }
 
-impl Side<'_> {
+impl Netns<'_> {
     fn index_of(&mut self, dev: &str) -> Result<u32, Refusal> {
         if let Some((_, index)) = self.indices.iter().find(|(name, _)| name == dev) {
             return Ok(*index);
@@ -30,24 +30,24 @@ impl Side<'_> {
     }
 }
 
-/// The namespaces that steps happen in.
-pub(super) struct Sides<'a> {
-    host: Side<'a>,
-    pod: Option<Side<'a>>,
+/// The network namespaces in which steps are executed.
+pub(super) struct StepContext<'a> {
+    host: Netns<'a>,
+    pod: Option<Netns<'a>>,
 }
 
-impl<'a> Sides<'a> {
-    /// Only the node's, with interface indices that are known.
+impl<'a> StepContext<'a> {
+    /// The node's namespace, with known interface indices.
     pub(super) fn host(netlink: &'a mut Netlink, indices: Vec<(String, u32)>) -> Self {
-        Self { host: Side { netlink, indices }, pod: None }
+        Self { host: Netns { netlink, indices }, pod: None }
     }
 
-    /// And the pod's. The calling thread must be in it.
+    /// Adds the pod's namespace. The calling thread must be in it.
     pub(super) fn and_pod(self, netlink: &'a mut Netlink, indices: Vec<(String, u32)>) -> Self {
-        Self { pod: Some(Side { netlink, indices }), ..self }
+        Self { pod: Some(Netns { netlink, indices }), ..self }
     }
 
-    fn at(&mut self, place: Place) -> Result<&mut Side<'a>, NetError> {
+    fn netns(&mut self, place: Place) -> Result<&mut Netns<'a>, NetError> {
         match place {
             Place::Host => Ok(&mut self.host),
             Place::Pod => self.pod.as_mut().ok_or_else(|| NetError::Netns {
@@ -58,80 +58,83 @@ impl<'a> Sides<'a> {
     }
 }
 
-/// One request of a batch.
+/// A request of the current batch and the operation it belongs to.
 struct Pending<'a> {
     op: &'a NetOp,
-    kind: Kind,
+    part: Part,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// Does the operation.
-    Whole,
-    /// Clears the way for the operation, which follows.
-    Rival,
+enum Part {
+    /// Performs the operation.
+    Operation,
+    /// Deletes a conflicting rule; the request that adds ours follows.
+    ConflictingRule,
 }
 
-/// Carries out `steps` in order. Sysctls are written by the calling thread, which must be in the namespace they are meant for.
-pub(super) fn run<'s>(steps: impl IntoIterator<Item = &'s Step>, sides: &mut Sides<'_>) -> Result<(), NetError> {
+/// Executes `steps` in order. Sysctls are written by the calling thread, which must be in their namespace.
+pub(super) fn run<'s>(
+    steps: impl IntoIterator<Item = &'s Step>,
+    context: &mut StepContext<'_>,
+) -> Result<(), NetError> {
     let mut batch: Vec<Request> = Vec::new();
     let mut pending: Vec<Pending<'s>> = Vec::new();
     let mut place = Place::Host;
     for step in steps {
         let op = &step.op;
         if step.place != place || matches!(op, NetOp::Sysctl { .. }) {
-            flush(sides.at(place)?, &mut batch, &mut pending)?;
+            flush(context.netns(place)?, &mut batch, &mut pending)?;
             place = step.place;
         }
-        let side = sides.at(place)?;
+        let netns = context.netns(place)?;
         if let NetOp::Sysctl { path, value } = op {
             write_sysctl(path, value).map_err(|source| NetError::io(step.to_string(), source))?;
             continue;
         }
-        match requests(op, side) {
+        match requests(op, netns) {
             Ok(list) => {
-                for (kind, request) in list {
+                for (part, request) in list {
                     batch.push(request);
-                    pending.push(Pending { op, kind });
+                    pending.push(Pending { op, part });
                 }
             }
-            Err(refusal) if fine(op, refusal.errno) => {}
+            Err(refusal) if already_done(op, refusal.errno) => {}
             Err(refusal) => return Err(refusal.during(step.to_string())),
         }
     }
-    flush(sides.at(place)?, &mut batch, &mut pending)
+    flush(context.netns(place)?, &mut batch, &mut pending)
 }
 
-fn flush(side: &mut Side<'_>, batch: &mut Vec<Request>, pending: &mut Vec<Pending<'_>>) -> Result<(), NetError> {
+fn flush(netns: &mut Netns<'_>, batch: &mut Vec<Request>, pending: &mut Vec<Pending<'_>>) -> Result<(), NetError> {
     if batch.is_empty() {
         return Ok(());
     }
-    let answers = side.netlink.batch(std::mem::take(batch))?;
-    let mut rivals = Vec::new();
+    let answers = netns.netlink.batch(std::mem::take(batch))?;
+    let mut conflicting = Vec::new();
     let mut failure = None;
-    for (Pending { op, kind }, answer) in pending.drain(..).zip(answers) {
-        match (kind, answer) {
-            (Kind::Whole, Err(refusal)) if failure.is_none() && !fine(op, refusal.errno) => {
+    for (Pending { op, part }, answer) in pending.drain(..).zip(answers) {
+        match (part, answer) {
+            (Part::Operation, Err(refusal)) if failure.is_none() && !already_done(op, refusal.errno) => {
                 failure = Some(refusal.during(op.to_string()));
             }
-            (Kind::Rival, Ok(_)) => {
+            (Part::ConflictingRule, Ok(_)) => {
                 if let NetOp::AddRule(rule) = op {
-                    rivals.push(rule);
+                    conflicting.push(rule);
                 }
             }
             _ => {}
         }
     }
-    for rule in rivals {
-        settle(side.netlink, rule)?;
+    for rule in conflicting {
+        remove_conflicting_rules(netns.netlink, rule)?;
     }
     failure.map_or(Ok(()), Err)
 }
 
-/// There was a rule with this priority and selector before, so there may be more, in front of ours: removes all, and adds ours again.
-fn settle(netlink: &mut Netlink, rule: &Rule) -> Result<(), NetError> {
+/// Deletes all rules with this priority and selector, then adds ours again. Called after one such rule was found: others may precede ours.
+fn remove_conflicting_rules(netlink: &mut Netlink, rule: &Rule) -> Result<(), NetError> {
     loop {
-        let (message, flags) = encode::delete_rival(rule);
+        let (message, flags) = encode::delete_conflicting_rule(rule);
         match netlink.request(message, flags)? {
             Ok(_) => {}
             Err(refusal) if refusal.errno == libc::ENOENT => break,
@@ -145,39 +148,39 @@ fn settle(netlink: &mut Netlink, rule: &Rule) -> Result<(), NetError> {
     }
 }
 
-/// The requests of an operation. Links are made and deleted elsewhere, with a look at their owner.
-fn requests(op: &NetOp, side: &mut Side<'_>) -> Result<Vec<(Kind, Request)>, Refusal> {
+/// The netlink requests of an operation. Links are created and deleted in `pod.rs`, which checks their owner.
+fn requests(op: &NetOp, netns: &mut Netns<'_>) -> Result<Vec<(Part, Request)>, Refusal> {
     let request = match op {
-        NetOp::SetMac { dev, mac } => encode::set_mac(side.index_of(dev)?, *mac),
-        NetOp::SetMtu { dev, mtu } => encode::set_mtu(side.index_of(dev)?, *mtu),
-        NetOp::NoAddrGen { dev } => encode::no_addr_gen(side.index_of(dev)?),
-        NetOp::SetUp { dev } => encode::set_up(side.index_of(dev)?, true),
-        NetOp::SetDown { dev } => encode::set_up(side.index_of(dev)?, false),
-        NetOp::AddAddress { dev, address } => encode::add_address(side.index_of(dev)?, *address),
-        NetOp::DelAddress { dev, address } => encode::delete_address(side.index_of(dev)?, *address),
-        NetOp::AddRoute(route) => encode::add_route(route, side.index_of(&route.dev)?),
-        NetOp::DelRoute(route) => encode::delete_route(route, side.index_of(&route.dev)?),
+        NetOp::SetMac { dev, mac } => encode::set_mac(netns.index_of(dev)?, *mac),
+        NetOp::SetMtu { dev, mtu } => encode::set_mtu(netns.index_of(dev)?, *mtu),
+        NetOp::NoAddrGen { dev } => encode::no_addr_gen(netns.index_of(dev)?),
+        NetOp::SetUp { dev } => encode::set_up(netns.index_of(dev)?, true),
+        NetOp::SetDown { dev } => encode::set_up(netns.index_of(dev)?, false),
+        NetOp::AddAddress { dev, address } => encode::add_address(netns.index_of(dev)?, *address),
+        NetOp::DelAddress { dev, address } => encode::delete_address(netns.index_of(dev)?, *address),
+        NetOp::AddRoute(route) => encode::add_route(route, netns.index_of(&route.dev)?),
+        NetOp::DelRoute(route) => encode::delete_route(route, netns.index_of(&route.dev)?),
         NetOp::AddRule(rule) => {
-            let add = (Kind::Whole, encode::add_rule(rule));
-            // A packet takes the first rule that fits: one left over from another ENI must not stand before ours.
+            let add = (Part::Operation, encode::add_rule(rule));
+            // The first matching rule wins: a leftover rule to another ENI's table must not precede ours.
             return Ok(match rule.selector {
-                Selector::From(_) => vec![(Kind::Rival, encode::delete_rival(rule)), add],
+                Selector::From(_) => vec![(Part::ConflictingRule, encode::delete_conflicting_rule(rule)), add],
                 Selector::To(_) => vec![add],
             });
         }
         NetOp::DelRule(rule) => encode::delete_rule(rule),
-        NetOp::AddNeighbour(neighbour) => encode::add_neighbour(neighbour, side.index_of(&neighbour.dev)?),
-        NetOp::DelNeighbour(neighbour) => encode::delete_neighbour(neighbour, side.index_of(&neighbour.dev)?),
+        NetOp::AddNeighbour(neighbour) => encode::add_neighbour(neighbour, netns.index_of(&neighbour.dev)?),
+        NetOp::DelNeighbour(neighbour) => encode::delete_neighbour(neighbour, netns.index_of(&neighbour.dev)?),
         NetOp::AddVeth { .. } | NetOp::DelLink { .. } | NetOp::Sysctl { .. } => return Ok(Vec::new()),
     };
-    Ok(vec![(Kind::Whole, request)])
+    Ok(vec![(Part::Operation, request)])
 }
 
-/// Whether this refusal of `op` means that nothing is left to do.
-fn fine(op: &NetOp, errno: i32) -> bool {
+/// Whether this error for `op` means that its goal is reached already.
+fn already_done(op: &NetOp, errno: i32) -> bool {
     match op {
         NetOp::AddRule(_) => errno == libc::EEXIST,
-        // A kernel without IPv6 makes no link-local addresses.
+        // A kernel without IPv6 adds no link-local addresses.
         NetOp::NoAddrGen { .. } => matches!(errno, libc::EAFNOSUPPORT | libc::EOPNOTSUPP),
         NetOp::DelAddress { .. }
         | NetOp::DelRoute(_)
@@ -190,7 +193,7 @@ fn fine(op: &NetOp, errno: i32) -> bool {
     }
 }
 
-/// Writes a sysctl in the calling thread's namespace, unless it has the value already.
+/// Writes a sysctl in the calling thread's namespace, unless it already has the value.
 fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
     if read_sysctl(path).is_ok_and(|found| found == value) {
         return Ok(());
@@ -204,7 +207,7 @@ pub(super) fn read_sysctl(path: &str) -> io::Result<String> {
 }
 
 fn sysctl_path(path: &str) -> io::Result<std::path::PathBuf> {
-    // Interface names stand in paths.
+    // The path contains an interface name, which others choose.
     if path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not the path of a sysctl"));
     }

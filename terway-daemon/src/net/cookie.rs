@@ -1,4 +1,4 @@
-//! The number by which the kernel's programs know a network namespace.
+//! Network namespace cookies, by which eBPF programs identify namespaces.
 
 use std::io;
 use std::os::fd::AsRawFd as _;
@@ -7,12 +7,12 @@ use std::os::unix::net::UnixDatagram;
 /// `SO_NETNS_COOKIE` (include/uapi/asm-generic/socket.h).
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
-/// The cookie of the calling thread's network namespace; none where the kernel does not tell it (before Linux 5.14).
+/// The cookie of the calling thread's network namespace; `None` before Linux 5.14, which does not report it.
 ///
 /// # Errors
 /// When no socket can be opened.
 pub fn netns_cookie() -> io::Result<Option<u64>> {
-    // Any socket knows it, also one that takes no port.
+    // Every socket reports it; this kind needs no port.
     let socket = UnixDatagram::unbound()?;
     let (mut cookie, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
     // SAFETY: both pointers are to live variables, and `length` is the size of the first.

@@ -1,4 +1,4 @@
-//! From rtnetlink messages to the types of `terway_core::route`.
+//! Converts rtnetlink messages to the types of `terway_core::route`.
 
 use std::net::IpAddr;
 
@@ -27,13 +27,14 @@ const IF_OPER_UP: u8 = 6;
 pub(super) struct NamedLink {
     pub(super) name: String,
     pub(super) link: Link,
-    pub(super) loopback: bool,
-    /// `IFLA_OPERSTATE` is up: the kernel has done all that follows from the carrier.
-    pub(super) operational: bool,
+    /// Whether it is the loopback interface.
+    pub(super) is_loopback: bool,
+    /// Whether `IFLA_OPERSTATE` is up: the kernel has processed the carrier event.
+    pub(super) is_operational: bool,
 }
 
-/// Reads `RTM_NEWLINK`. By hand, because a link comes with a kilobyte of things that do not matter here, and because a single attribute of a
-/// newer kernel must never make a link invisible.
+/// Parses `RTM_NEWLINK`. By hand: a link has a kilobyte of attributes of which few matter here, and one attribute that a newer kernel encodes
+/// differently must never hide a link.
 pub(super) fn link(message: &[u8]) -> Option<NamedLink> {
     if u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?) != libc::RTM_NEWLINK {
         return None;
@@ -42,7 +43,7 @@ pub(super) fn link(message: &[u8]) -> Option<NamedLink> {
     let info = message.get(NLMSGHDR..NLMSGHDR + IFINFOMSG)?;
     let number = |bytes: &[u8]| <[u8; 4]>::try_from(bytes).ok().map(u32::from_ne_bytes);
     let flags = number(&info[8..12])?;
-    let (mut name, mut operational) = (String::new(), false);
+    let (mut name, mut is_operational) = (String::new(), false);
     let mut link = Link {
         index: number(&info[4..8])?,
         mac: None,
@@ -61,7 +62,7 @@ pub(super) fn link(message: &[u8]) -> Option<NamedLink> {
             libc::IFLA_GROUP => link.group = number(value)?,
             libc::IFLA_IFALIAS => link.alias = Some(text(value)),
             libc::IFLA_LINK => link.peer = number(value),
-            libc::IFLA_OPERSTATE => operational = value == [IF_OPER_UP],
+            libc::IFLA_OPERSTATE => is_operational = value == [IF_OPER_UP],
             libc::IFLA_LINKINFO => {
                 link.kind =
                     attributes(value).find(|(kind, _)| *kind == libc::IFLA_INFO_KIND).map(|(_, kind)| text(kind));
@@ -69,7 +70,7 @@ pub(super) fn link(message: &[u8]) -> Option<NamedLink> {
             _ => {}
         }
     }
-    Some(NamedLink { name, link, loopback: flags & libc::IFF_LOOPBACK as u32 != 0, operational })
+    Some(NamedLink { name, link, is_loopback: flags & libc::IFF_LOOPBACK as u32 != 0, is_operational })
 }
 
 /// The index in an `RTM_DELLINK`.
@@ -79,12 +80,12 @@ pub(super) fn deleted_link(message: &[u8]) -> Option<u32> {
     (kind == libc::RTM_DELLINK).then_some(u32::from_ne_bytes(index.try_into().ok()?))
 }
 
-/// The link that an answer speaks of.
+/// The link in a reply.
 pub(super) fn link_of(answer: Option<Vec<u8>>) -> Option<NamedLink> {
     link(answer.as_deref()?)
 }
 
-/// An address with the index of its interface. The local end, where the two ends of a point-to-point link differ.
+/// An address with its interface index; the local one where the two ends of a point-to-point link differ.
 pub(super) fn address(message: &AddressMessage) -> Option<(u32, IpNetwork)> {
     let (mut local, mut other) = (None, None);
     for attribute in &message.attributes {
@@ -106,8 +107,8 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
-/// A route as plans have it, with `dev` still empty and the interface's index beside it. `None` for everything that a plan cannot say, and for
-/// routes of others in the tables from 1000 on.
+/// A route in the form of plans, with its interface index; `dev` is still empty. `None` for routes that a plan cannot express, and for foreign
+/// routes in the tables from 1000 on.
 pub(super) fn route(message: &RouteMessage) -> Option<(u32, terway_core::route::Route)> {
     let header = &message.header;
     if header.kind != RouteType::Unicast || header.flags.contains(RouteFlags::Cloned) {
@@ -145,7 +146,7 @@ pub(super) fn route(message: &RouteMessage) -> Option<(u32, terway_core::route::
     Some((oif?, route))
 }
 
-/// Whether this answer to [`super::encode::get_route`] says that the address is the namespace's own.
+/// Whether the reply to [`super::encode::get_route`] says that the address is local.
 pub(super) fn is_local(answer: &[u8]) -> bool {
     match inner(answer) {
         Some(Message::NewRoute(message)) => message.header.kind == RouteType::Local,
@@ -153,7 +154,7 @@ pub(super) fn is_local(answer: &[u8]) -> bool {
     }
 }
 
-/// A rule of exactly the shape that plans make. Anything else at the same priorities belongs to somebody else.
+/// A rule of exactly the form that plans create. Anything else with the same priority is foreign.
 pub(super) fn rule(message: &RuleMessage) -> Option<Rule> {
     let header = &message.header;
     if header.action != RuleAction::ToTable || header.tos != 0 || header.flags.contains(RuleFlags::Invert) {
@@ -168,7 +169,7 @@ pub(super) fn rule(message: &RuleMessage) -> Option<Rule> {
             RuleAttribute::Priority(number) => priority = *number,
             RuleAttribute::Table(number) => table = *number,
             RuleAttribute::Protocol(number) => protocol = Some(*number),
-            // The kernel always says this one; all ones is "no".
+            // The kernel always reports this attribute; all ones means unset.
             RuleAttribute::SuppressPrefixLen(u32::MAX) => {}
             _ => return None,
         }
@@ -181,7 +182,7 @@ pub(super) fn rule(message: &RuleMessage) -> Option<Rule> {
     (protocol == Some(PROTOCOL)).then_some(Rule { priority, selector, table })
 }
 
-/// A permanent neighbour entry, with the index of its interface; its `dev` is still empty.
+/// A permanent neighbour entry with its interface index; `dev` is still empty.
 pub(super) fn neighbour(message: &NeighbourMessage) -> Option<(u32, terway_core::route::Neighbour)> {
     if message.header.state != NeighbourState::Permanent {
         return None;

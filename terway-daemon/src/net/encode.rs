@@ -17,7 +17,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 use terway_core::ident::{Family, Mac};
-use terway_core::route::{LINK_GROUP, LINK_GROUP_DOOMED, Neighbour, Route, Rule, Scope, Selector, VethEnd};
+use terway_core::route::{LINK_GROUP, LINK_GROUP_DELETE, Neighbour, Route, Rule, Scope, Selector, VethEnd};
 
 use super::socket::Request;
 
@@ -90,15 +90,15 @@ pub(super) fn delete_link(index: u32) -> Request {
     (Message::DelLink(link), 0)
 }
 
-/// Marks a link for [`delete_doomed`].
-pub(super) fn doom(index: u32) -> Request {
-    change_link(index, LinkAttribute::Group(LINK_GROUP_DOOMED))
+/// Marks a link for [`delete_marked_group`].
+pub(super) fn mark_for_group_delete(index: u32) -> Request {
+    change_link(index, LinkAttribute::Group(LINK_GROUP_DELETE))
 }
 
 /// Deletes all marked links at once.
-pub(super) fn delete_doomed() -> Request {
+pub(super) fn delete_marked_group() -> Request {
     let mut link = LinkMessage::default();
-    link.attributes = vec![LinkAttribute::Group(LINK_GROUP_DOOMED)];
+    link.attributes = vec![LinkAttribute::Group(LINK_GROUP_DELETE)];
     (Message::DelLink(link), 0)
 }
 
@@ -238,7 +238,7 @@ pub(super) fn delete_rule(planned: &Rule) -> Request {
 }
 
 /// Deletes a rule with this priority and selector, whatever its table.
-pub(super) fn delete_rival(planned: &Rule) -> Request {
+pub(super) fn delete_conflicting_rule(planned: &Rule) -> Request {
     (Message::DelRule(rule(planned)), 0)
 }
 

@@ -1,13 +1,13 @@
-//! What can go wrong between a plan and the kernel.
+//! Errors of network configuration.
 
 use std::io;
 
 use terway_core::errors::{self, Error};
 
-/// A failed step.
+/// An error of network configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
-    /// The kernel refused, or a system call failed.
+    /// A netlink request or another system call failed.
     #[error("{op}: {source}{}", extack.as_ref().map(|text| format!(" ({text})")).unwrap_or_default())]
     Kernel {
         /// The step, in words.
@@ -17,13 +17,13 @@ pub enum NetError {
         /// The kernel's own explanation (`NLMSGERR_ATTR_MSG`), where it gave one.
         extack: Option<String>,
     },
-    /// The kernel's answer got lost, so that the outcome is unknown. Doing it again is safe.
-    #[error("{op}: the kernel's answer got lost")]
+    /// The kernel's reply was lost (receive buffer overrun or time-out), so the outcome is unknown. Repeating the step is safe.
+    #[error("{op}: the kernel's reply was lost")]
     NoAnswer {
         /// The step, in words.
         op: String,
     },
-    /// A path does not lead to the network namespace of a pod.
+    /// A path is not the network namespace of a pod.
     #[error("{path}: {reason}")]
     Netns {
         /// The path.
@@ -53,13 +53,13 @@ pub enum NetError {
         /// The name it has, or "gone".
         found: String,
     },
-    /// The thread that worked on it ended.
-    #[error("the network thread ended in the middle of the work")]
+    /// The job panicked, or its thread ended.
+    #[error("the network thread panicked or ended before the work was done")]
     Worker,
 }
 
 impl NetError {
-    /// The last system call's error, as a failure of `op`.
+    /// A system call's error during `op`.
     pub(super) fn io(op: impl Into<String>, source: impl Into<io::Error>) -> Self {
         Self::Kernel { op: op.into(), source: source.into(), extack: None }
     }

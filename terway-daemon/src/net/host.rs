@@ -1,4 +1,4 @@
-//! The node's network: plans go in, the kernel changes.
+//! Executor of network plans, in the node's network namespace and in those of pods.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsRawFd as _;
@@ -9,17 +9,18 @@ use terway_core::route::{
     Difference, EniInputs, EniPlan, KernelState, Leftover, NetOp, NodePlan, Observed, Place, PodPlan, Step, alias, diff,
 };
 
-use super::apply::{self, Sides};
+use super::apply::{self, StepContext};
 use super::decode::NamedLink;
 use super::netns::{NetnsPool, PodNetns, Worker};
 use super::socket::Netlink;
-use super::{NetError, Watch, decode, encode, observe, pod};
+use super::{NetError, NetMonitor, decode, encode, observe, pod};
 
-/// Threads: RTNL lets one change the kernel at a time, so a few are enough to prepare and to read.
+/// Number of threads. The RTNL mutex serialises changes anyway; a few threads suffice to prepare requests and to read.
 const THREADS: usize = 4;
 
-/// How long a link that was brought up may take to get its link-local address. Link events may be a second late (net/core/link_watch.c).
-const LINK_LOCAL: Duration = Duration::from_secs(2);
+/// Time limit for a link to get its IPv6 link-local address after it was brought up. The kernel processes carrier events up to a second
+/// late (net/core/link_watch.c).
+const LINK_LOCAL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Interface indices of a pod's veth pair, each in its own namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,26 +31,26 @@ pub struct Links {
     pub pod_ifindex: u32,
 }
 
-/// How long the parts of [`Host::connect_pod`] took.
+/// Durations of the phases of [`Host::connect_pod`].
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Took {
-    /// Making the pair.
+pub struct ConnectTimings {
+    /// Creating the veth pair.
     pub create: Duration,
-    /// What the caller had to do in between.
-    pub plug: Duration,
-    /// Opening the way.
+    /// Installing endpoint, policies and programs (`install_datapath`).
+    pub datapath: Duration,
+    /// Links up, routes and rules.
     pub enable: Duration,
 }
 
-/// Executes plans in the network namespace of the thread that made it, and in those of pods.
+/// Executes plans in the network namespace of the thread that created it (the node's) and in the namespaces of pods.
 ///
-/// All methods are idempotent, may run at the same time, and finish even if their future is dropped.
+/// All methods are idempotent and may run concurrently. The work of a method finishes even if its future is dropped.
 pub struct Host {
     pool: NetnsPool,
 }
 
 impl Host {
-    /// Takes the calling thread's network namespace for the node's.
+    /// Creates an executor. The calling thread's network namespace becomes the node's.
     ///
     /// # Errors
     /// When the own namespace cannot be opened or no thread can be started.
@@ -57,15 +58,15 @@ impl Host {
         Ok(Self { pool: NetnsPool::new(THREADS)? })
     }
 
-    /// Starts to watch the node's links and addresses.
+    /// Starts a monitor of the node's NICs and addresses.
     ///
     /// # Errors
     /// When the sockets cannot be opened.
-    pub fn watch(&self) -> Result<Watch, NetError> {
-        Watch::start(self.pool.home())
+    pub fn monitor(&self) -> Result<NetMonitor, NetError> {
+        NetMonitor::start(self.pool.host_netns())
     }
 
-    /// The threads, for other work inside of pods.
+    /// The thread pool, for other work inside pods' namespaces.
     #[must_use]
     pub const fn pool(&self) -> &NetnsPool {
         &self.pool
@@ -77,17 +78,17 @@ impl Host {
     /// [`NetError::Netns`].
     pub fn open_netns(&self, path: &str) -> Result<PodNetns, NetError> {
         let netns = PodNetns::open(path)?;
-        self.foreign(&netns)?;
+        self.refuse_host_netns(&netns)?;
         Ok(netns)
     }
 
-    /// Makes a pod's veth pair, both ends down, with addresses and neighbours. A link of the same name that another of our attachments
+    /// Creates a pod's veth pair, both ends down, with addresses and neighbours. A link of the same name that another attachment of ours
     /// left behind is deleted first.
     ///
     /// # Errors
     /// [`NetError::IfnameTaken`], [`NetError::ForeignLink`], or what the kernel refused. The plan's teardown cleans up.
     pub async fn create_pod(&self, plan: &PodPlan, netns: &PodNetns) -> Result<Links, NetError> {
-        self.foreign(netns)?;
+        self.refuse_host_netns(netns)?;
         let (plan, netns) = (plan.clone(), netns.clone());
         self.pool
             .run(move |worker| {
@@ -96,53 +97,57 @@ impl Host {
             .await
     }
 
-    /// Opens the way: links up, routes, rules. When it returns, the pod can be reached.
+    /// Sets the links up and adds routes and rules. When it returns, the pod is reachable.
     ///
     /// # Errors
     /// What the kernel refused; the plan's teardown cleans up.
     pub async fn enable_pod(&self, plan: &PodPlan, netns: &PodNetns, links: Links) -> Result<(), NetError> {
-        self.foreign(netns)?;
+        self.refuse_host_netns(netns)?;
         let (plan, netns) = (plan.clone(), netns.clone());
         self.pool
             .run(move |worker| worker.inside(&netns, |host| pod::enable(host, &mut Netlink::open()?, &plan, links)))
             .await
     }
 
-    /// [`Self::create_pod`], `plug` with the host end's index, [`Self::enable_pod`], in one go on one thread: each change of threads would cost an ADD
-    /// more than most of its system calls do. Nothing is changed before `gate` has returned, which may block. `plug` runs in the node's
-    /// namespace and may wait for RTNL.
+    /// [`Self::create_pod`], then `install_datapath` with the host end's interface index, then [`Self::enable_pod`], all on one thread: a change
+    /// of threads would cost an ADD more than most of its system calls do. Nothing is changed before `wait_until_persisted` has returned,
+    /// which may block. `install_datapath` runs in the node's namespace and may wait for RTNL.
     ///
     /// # Errors
-    /// Those of the five; the plan's teardown cleans up.
+    /// Those of the steps, and [`NetError::Worker`] if one of them panicked; the plan's teardown cleans up.
     pub async fn connect_pod<E: From<NetError> + Send + 'static>(
         &self,
         plan: &PodPlan,
         netns: &PodNetns,
-        gate: impl FnOnce() -> Result<(), E> + Send + 'static,
-        plug: impl FnOnce(u32) -> Result<(), E> + Send + 'static,
-    ) -> Result<Took, E> {
-        self.foreign(netns)?;
+        wait_until_persisted: impl FnOnce() -> Result<(), E> + Send + 'static,
+        install_datapath: impl FnOnce(u32) -> Result<(), E> + Send + 'static,
+    ) -> Result<ConnectTimings, E> {
+        self.refuse_host_netns(netns)?;
         let (plan, netns) = (plan.clone(), netns.clone());
         let job = move |worker: &mut Worker| {
             // A socket belongs to the namespace in which it was opened.
             let mut pod = worker.inside(&netns, |_| Netlink::open())?;
-            if let Err(error) = gate() {
+            if let Err(error) = wait_until_persisted() {
                 return Ok(Err(error));
             }
             let start = Instant::now();
             let links = worker.inside(&netns, |host| pod::create(host, &mut pod, &plan, netns.as_raw_fd()))?;
             let created = Instant::now();
-            if let Err(error) = plug(links.host_ifindex) {
+            if let Err(error) = install_datapath(links.host_ifindex) {
                 return Ok(Err(error));
             }
-            let plugged = Instant::now();
+            let installed = Instant::now();
             worker.inside(&netns, |host| pod::enable(host, &mut pod, &plan, links))?;
-            Ok(Ok(Took { create: created - start, plug: plugged - created, enable: plugged.elapsed() }))
+            Ok(Ok(ConnectTimings {
+                create: created - start,
+                datapath: installed - created,
+                enable: installed.elapsed(),
+            }))
         };
         self.pool.run(job).await?
     }
 
-    /// Makes a pod unreachable, quickly: rules, routes and neighbours of the node's side go. Needs nothing of the pod to be there.
+    /// Makes a pod unreachable: removes its rules, routes and neighbours in the node's namespace. The pod's own namespace is not needed.
     ///
     /// # Errors
     /// What the kernel refused.
@@ -151,10 +156,10 @@ impl Host {
         self.pool.run(move |worker| pod::detach(worker.host()?, &plan)).await
     }
 
-    /// Deletes the veth pairs of these pods, as far as they are there and their names do not belong to other attachments by now.
+    /// Deletes the veth pairs of these pods. Pairs that are gone, or whose names belong to other attachments by now, are skipped.
     ///
-    /// It takes some 25 ms however many they are, and no interface can be made meanwhile: collect for a second what is to be deleted. Most of
-    /// it is gone by then, with its namespace, which the runtime removes after DEL.
+    /// It holds RTNL for about 25 ms, however many pairs there are, and no interface can be created meanwhile: callers collect deletions for
+    /// a second. Most pairs are gone by then, with their namespace, which the container runtime removes after DEL.
     ///
     /// # Errors
     /// What the kernel refused.
@@ -170,8 +175,8 @@ impl Host {
         self.delete_links(vec![plan.clone()]).await
     }
 
-    /// Sets up an ENI. Addresses that others (DHCP, cloud-init) put on it are removed: their subnet route would draw the node's own
-    /// traffic to it.
+    /// Configures an ENI. Addresses that others (DHCP, cloud-init) added to it are removed: their subnet route would attract the node's own
+    /// traffic.
     ///
     /// # Errors
     /// [`NetError::Renamed`] if the plan's name and index do not belong together, or what the kernel refused.
@@ -180,33 +185,33 @@ impl Host {
         self.pool
             .run(move |worker| {
                 let host = worker.host()?;
-                let indices = vec![(plan.inputs.ifname.clone(), named(host, &plan)?.link.index)];
-                strip(host, &plan)?;
-                apply::run(&plan.steps, &mut Sides::host(host, indices))
+                let indices = vec![(plan.inputs.ifname.clone(), eni_link(host, &plan)?.link.index)];
+                remove_unplanned_addresses(host, &plan)?;
+                apply::run(&plan.steps, &mut StepContext::host(host, indices))
             })
             .await
     }
 
-    /// Waits until an ENI that is set up can ask for its IPv6 gateway, if it has one: the kernel makes the link-local address, without which
-    /// it asks for no neighbour, some time after the link came up. No thread is held meanwhile; it should be no lock either.
+    /// Waits until an ENI can send neighbour solicitations to its IPv6 gateway, if it has one. The kernel adds the link-local address that
+    /// it solicits from some time after the link came up. No thread is blocked meanwhile; callers should hold no lock.
     ///
     /// # Errors
     /// When addresses cannot be listed.
-    pub async fn await_link_local(&self, plan: &EniPlan) -> Result<(), NetError> {
+    pub async fn wait_link_local(&self, plan: &EniPlan) -> Result<(), NetError> {
         let EniInputs { ifindex, ref ifname, gateway_v6: Some(_), .. } = plan.inputs else { return Ok(()) };
-        let deadline = Instant::now() + LINK_LOCAL;
-        while !self.pool.run(move |worker| observe::may_solicit(worker.host()?, ifindex)).await? {
+        let deadline = Instant::now() + LINK_LOCAL_TIMEOUT;
+        while !self.pool.run(move |worker| observe::has_usable_link_local(worker.host()?, ifindex)).await? {
             if Instant::now() >= deadline {
-                // The rest of the set-up is good, and somebody may have turned link-local addresses off on purpose.
+                // Not an error: an administrator may have disabled link-local addresses on purpose.
                 tracing::warn!(ifname, "the ENI has no IPv6 link-local address yet");
                 break;
             }
-            tokio::time::sleep(LINK_LOCAL / 200).await;
+            tokio::time::sleep(LINK_LOCAL_TIMEOUT / 200).await;
         }
         Ok(())
     }
 
-    /// Takes an ENI's set-up back, as far as it is there.
+    /// Removes an ENI's configuration. What is absent is skipped.
     ///
     /// # Errors
     /// What the kernel refused.
@@ -215,19 +220,19 @@ impl Host {
         self.pool
             .run(move |worker| {
                 let host = worker.host()?;
-                let name = match named(host, &plan) {
+                let name = match eni_link(host, &plan) {
                     Ok(link) => link.name,
-                    // Unplugged: the kernel has cleaned up.
+                    // The NIC was detached: the kernel has removed its addresses and routes.
                     Err(NetError::Renamed { .. }) => return Ok(()),
                     Err(error) => return Err(error),
                 };
                 let indices = vec![(name, plan.inputs.ifindex)];
-                apply::run(&plan.teardown(), &mut Sides::host(host, indices))
+                apply::run(&plan.teardown(), &mut StepContext::host(host, indices))
             })
             .await
     }
 
-    /// Makes the node forward.
+    /// Enables forwarding on the node.
     ///
     /// # Errors
     /// The sysctl that could not be written.
@@ -235,32 +240,33 @@ impl Host {
         self.repair(plan.steps.clone(), None).await
     }
 
-    /// Interfaces that learn their routes from router advertisements and would stop when the node forwards (`accept_ra` 1).
+    /// Names of interfaces that learn routes from router advertisements and would stop doing so once the node forwards (`accept_ra` = 1).
     ///
     /// # Errors
     /// When links cannot be listed.
     pub async fn ra_links(&self) -> Result<Vec<String>, NetError> {
         self.pool
             .run(|worker| {
-                let names =
-                    observe::links(worker.host()?)?.into_iter().filter(|link| !link.loopback && !link.link.is_ours());
-                let learns = |name: &String| {
+                let names = observe::links(worker.host()?)?
+                    .into_iter()
+                    .filter(|link| !link.is_loopback && !link.link.is_ours());
+                let learns_routes = |name: &String| {
                     apply::read_sysctl(&format!("net/ipv6/conf/{name}/accept_ra")).is_ok_and(|value| value == "1")
                 };
-                Ok(names.map(|link| link.name).filter(learns).collect())
+                Ok(names.map(|link| link.name).filter(learns_routes).collect())
             })
             .await
     }
 
-    /// What the node's namespace holds, with these sysctls.
+    /// Reads the state of the node's namespace, with these sysctls.
     ///
     /// # Errors
     /// When it cannot be read.
     pub async fn observe(&self, sysctls: BTreeSet<String>) -> Result<KernelState, NetError> {
-        self.pool.run(move |worker| observe::state(worker.host()?, sysctls.iter().map(String::as_str))).await
+        self.pool.run(move |worker| observe::read_state(worker.host()?, sysctls.iter().map(String::as_str))).await
     }
 
-    /// What a pod's namespace holds, with these sysctls.
+    /// Reads the state of a pod's namespace, with these sysctls.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -268,12 +274,13 @@ impl Host {
         let netns = netns.clone();
         self.pool
             .run(move |worker| {
-                worker.inside(&netns, |_| observe::state(&mut Netlink::open()?, sysctls.iter().map(String::as_str)))
+                worker
+                    .inside(&netns, |_| observe::read_state(&mut Netlink::open()?, sysctls.iter().map(String::as_str)))
             })
             .await
     }
 
-    /// Compares a pod's plan with the kernel. `netns` is `None` when the pod's namespace is gone, which is one of the differences.
+    /// Compares a pod's plan with the kernel's state. `netns` is `None` when the pod's namespace is gone, which is reported as a difference.
     ///
     /// # Errors
     /// When the kernel cannot be read.
@@ -282,7 +289,7 @@ impl Host {
         self.check(steps, netns).await
     }
 
-    /// Compares what `steps` set up with the kernel.
+    /// Compares the result of `steps` with the kernel's state.
     ///
     /// # Errors
     /// When the kernel cannot be read.
@@ -295,32 +302,35 @@ impl Host {
         Ok(diff(&steps, &Observed { host, pod }))
     }
 
-    /// Carries out single steps, such as the repairs of [`Difference`]s.
+    /// Executes single steps, such as the repairs of [`Difference`]s.
     ///
     /// # Errors
     /// What the kernel refused; [`NetError::Netns`] for steps in the pod without `netns`.
     pub async fn repair(&self, steps: Vec<Step>, netns: Option<&PodNetns>) -> Result<(), NetError> {
         let Some(netns) = netns.cloned() else {
-            return self.pool.run(move |worker| apply::run(&steps, &mut Sides::host(worker.host()?, Vec::new()))).await;
+            return self
+                .pool
+                .run(move |worker| apply::run(&steps, &mut StepContext::host(worker.host()?, Vec::new())))
+                .await;
         };
-        self.foreign(&netns)?;
+        self.refuse_host_netns(&netns)?;
         self.pool
             .run(move |worker| {
-                // The node's sysctls cannot be written from inside of the pod.
+                // The node's sysctls cannot be written by a thread in the pod's namespace.
                 let (inside, outside): (Vec<_>, Vec<_>) = steps.into_iter().partition(|step| step.place == Place::Pod);
-                apply::run(&outside, &mut Sides::host(worker.host()?, Vec::new()))?;
+                apply::run(&outside, &mut StepContext::host(worker.host()?, Vec::new()))?;
                 worker.inside(&netns, |host| {
                     let mut pod = Netlink::open()?;
-                    apply::run(&inside, &mut Sides::host(host, Vec::new()).and_pod(&mut pod, Vec::new()))
+                    apply::run(&inside, &mut StepContext::host(host, Vec::new()).and_pod(&mut pod, Vec::new()))
                 })
             })
             .await
     }
 
-    /// Removes what [`terway_core::route::leftovers`] found.
+    /// Removes leftovers that [`terway_core::route::leftovers`] found.
     ///
     /// # Errors
-    /// The first thing that could not be removed; the rest has been tried.
+    /// The first leftover that could not be removed; the others have been tried.
     pub async fn remove(&self, leftovers: Vec<Leftover>) -> Result<(), NetError> {
         self.pool
             .run(move |worker| {
@@ -328,8 +338,8 @@ impl Host {
                 let mut outcome = Ok(());
                 for leftover in leftovers {
                     let one = match leftover {
-                        Leftover::Rule(rule) => single(host, NetOp::DelRule(rule)),
-                        Leftover::Route(route) => single(host, NetOp::DelRoute(route)),
+                        Leftover::Rule(rule) => apply_one(host, NetOp::DelRule(rule)),
+                        Leftover::Route(route) => apply_one(host, NetOp::DelRoute(route)),
                         Leftover::Link { index, alias, .. } => pod::delete_stale(host, index, alias.as_deref()),
                     };
                     outcome = outcome.and(one);
@@ -339,7 +349,7 @@ impl Host {
             .await
     }
 
-    /// The node's addresses that others can reach.
+    /// The node's addresses that are reachable from other hosts.
     ///
     /// # Errors
     /// When they cannot be listed.
@@ -356,9 +366,9 @@ impl Host {
             .await
     }
 
-    /// Refuses the node's own namespace, into which a pod's plan must never go.
-    fn foreign(&self, netns: &PodNetns) -> Result<(), NetError> {
-        if netns.id() == self.pool.home().id() {
+    /// Refuses the node's own namespace, in which a pod's plan must never be executed.
+    fn refuse_host_netns(&self, netns: &PodNetns) -> Result<(), NetError> {
+        if netns.id() == self.pool.host_netns().id() {
             let reason = "this is the node's own network namespace".to_owned();
             return Err(NetError::Netns { path: "CNI_NETNS".to_owned(), reason });
         }
@@ -366,8 +376,8 @@ impl Host {
     }
 }
 
-/// The alias of a plan's host end.
-pub(super) fn owner(plan: &PodPlan) -> String {
+/// The link alias (`IFLA_IFALIAS`) of a plan's host end, which names the attachment that owns it.
+pub(super) fn owner_alias(plan: &PodPlan) -> String {
     alias(&plan.inputs.key)
 }
 
@@ -379,12 +389,12 @@ fn sysctl_paths(steps: &[Step], place: Place) -> BTreeSet<String> {
     paths.collect()
 }
 
-fn single(host: &mut Netlink, op: NetOp) -> Result<(), NetError> {
-    apply::run(&[Step::host(op)], &mut Sides::host(host, Vec::new()))
+fn apply_one(host: &mut Netlink, op: NetOp) -> Result<(), NetError> {
+    apply::run(&[Step::host(op)], &mut StepContext::host(host, Vec::new()))
 }
 
-/// The ENI's link, if it has the name that the plan's sysctls and routes were made for.
-fn named(host: &mut Netlink, plan: &EniPlan) -> Result<NamedLink, NetError> {
+/// The link of an ENI, if its name is still the one in the plan.
+fn eni_link(host: &mut Netlink, plan: &EniPlan) -> Result<NamedLink, NetError> {
     let (index, planned) = (plan.inputs.ifindex, plan.inputs.ifname.clone());
     let (message, flags) = encode::get_link_at(index);
     match host.request(message, flags)?.map(decode::link_of) {
@@ -398,8 +408,8 @@ fn named(host: &mut Netlink, plan: &EniPlan) -> Result<NamedLink, NetError> {
     }
 }
 
-/// Removes addresses from an ENI that the plan does not have.
-fn strip(host: &mut Netlink, plan: &EniPlan) -> Result<(), NetError> {
+/// Removes addresses from an ENI that are not in its plan.
+fn remove_unplanned_addresses(host: &mut Netlink, plan: &EniPlan) -> Result<(), NetError> {
     let planned: Vec<_> = plan.inputs.node.iter().map(IpNetwork::from).collect();
     let dev = &plan.inputs.ifname;
     let all = observe::addresses(host)?;
@@ -409,7 +419,7 @@ fn strip(host: &mut Netlink, plan: &EniPlan) -> Result<(), NetError> {
     let steps: Vec<_> =
         surplus.map(|(_, address)| Step::host(NetOp::DelAddress { dev: dev.clone(), address })).collect();
     for step in &steps {
-        tracing::warn!(%step, "the ENI had an address that is not planned");
+        tracing::warn!(%step, "removing an address from the ENI that is not in its plan");
     }
-    apply::run(&steps, &mut Sides::host(host, vec![(dev.clone(), plan.inputs.ifindex)]))
+    apply::run(&steps, &mut StepContext::host(host, vec![(dev.clone(), plan.inputs.ifindex)]))
 }

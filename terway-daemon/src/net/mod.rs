@@ -1,9 +1,12 @@
-//! The node's and the pods' network, by rtnetlink alone. Plans come from `terway_core::route`; nothing is decided here but what it
-//! takes to carry them out: what "exists already" means, whose a link is, and which thread may enter a pod.
+//! Network configuration of the node and its pods by netlink. The plans come from `terway_core::route`. What is decided here is only how
+//! to execute them: which error means "already done", which attachment owns a link, and which thread may enter a pod's network namespace.
 //!
-//! - [`Host`] executes plans, compares them with the kernel and removes what is left over;
-//! - [`Watch`] tells when NICs and addresses come and go;
-//! - [`PodNetns`] is a pod's open network namespace, [`NetnsPool`] the threads that may enter one.
+//! - [`Host`] executes plans, compares them with the kernel's state and removes leftovers;
+//! - [`NetMonitor`] reports rtnetlink events of NICs and addresses;
+//! - [`PodNetns`] is an open network namespace of a pod, [`NetnsPool`] the threads that may enter one;
+//! - [`SockDiag`] lists and destroys sockets.
+//!
+//! ADR 9 says which netlink library is used where.
 
 mod apply;
 mod cookie;
@@ -11,16 +14,16 @@ mod decode;
 mod encode;
 mod error;
 mod host;
+mod monitor;
 mod netns;
 mod observe;
 mod pod;
 mod sockdiag;
 mod socket;
-mod watch;
 
 pub use cookie::netns_cookie;
 pub use error::NetError;
-pub use host::{Host, Links, Took};
+pub use host::{ConnectTimings, Host, Links};
+pub use monitor::{NetMonitor, Nic, NicEvent};
 pub use netns::{NetnsPool, PodNetns, Worker};
-pub use sockdiag::{Ended, Seen, SockDiag};
-pub use watch::{Nic, NicEvent, Watch};
+pub use sockdiag::{DestroyOutcome, SockDiag, SocketInfo};

@@ -1,8 +1,11 @@
-//! Pods' network namespaces, and the threads that enter them.
+//! Network namespaces of pods, and the thread pool that enters them.
 //!
-//! A thread that has called `setns(2)` must never run anything else, so that work is done by a few threads of its own kind, and no runtime
-//! thread is ever moved. Work in the node's namespace runs there too: it waits for the kernel's RTNL mutex, which a runtime thread
-//! should not.
+//! `setns(2)` changes the namespace of one thread. A runtime thread must never be moved, because its other tasks would run in the wrong
+//! namespace; so this work runs on threads of its own. Work in the node's namespace runs there, too: it blocks on the kernel's RTNL mutex,
+//! which a runtime thread must not do.
+//!
+//! A panic in a job is caught: its caller gets [`NetError::Worker`], the thread returns to the node's namespace and drops its socket, on which
+//! replies may be pending. A thread that cannot return is replaced.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -23,10 +26,10 @@ use super::socket::Netlink;
 
 /// `NSFS_MAGIC` (include/uapi/linux/magic.h).
 const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
-/// Where a thread finds the namespace it is in itself; `/proc/self` would be the process's first thread.
+/// Path of the calling thread's own namespace; `/proc/self` would be that of the process's main thread.
 const OWN_NETNS: &str = "/proc/thread-self/ns/net";
 
-/// An open network namespace. As long as one is held, the kernel keeps the namespace, whatever becomes of its path.
+/// An open network namespace. The open file keeps the namespace alive, even if its path is removed.
 #[derive(Clone, Debug)]
 pub struct PodNetns {
     file: Arc<File>,
@@ -66,7 +69,7 @@ impl PodNetns {
         Ok(Self { file: Arc::new(file), id: (meta.dev(), meta.ino()) })
     }
 
-    /// Device and inode number: two paths lead to one namespace if these are equal.
+    /// Device and inode number of the namespace; equal for all paths to one namespace.
     #[must_use]
     pub const fn id(&self) -> (u64, u64) {
         self.id
@@ -92,13 +95,13 @@ impl AsFd for PodNetns {
 
 type Job = Box<dyn FnOnce(&mut Worker) + Send>;
 
-/// The threads. Dropping the pool lets them finish what is queued.
+/// The thread pool. Dropping it lets the threads finish the queued jobs.
 pub struct NetnsPool {
     shared: Arc<Shared>,
 }
 
 struct Shared {
-    home: PodNetns,
+    host_netns: PodNetns,
     queue: Mutex<Queue>,
     wake: Condvar,
 }
@@ -111,11 +114,11 @@ struct Queue {
 
 impl Shared {
     fn queue(&self) -> MutexGuard<'_, Queue> {
-        // No job runs under the lock, so that a panic leaves the queue whole.
+        // No job runs under the lock, so a panic cannot leave the queue inconsistent.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives up: what is queued, and what will be, fails with [`NetError::Worker`] instead of waiting for ever.
+    /// Closes the pool after its threads could not be replaced: queued and later jobs fail with [`NetError::Worker`] instead of waiting forever.
     fn close(&self) {
         let abandoned = {
             let mut queue = self.queue();
@@ -127,30 +130,31 @@ impl Shared {
     }
 }
 
-/// What a thread of the pool has at hand.
+/// State of one thread of the pool.
 pub struct Worker {
-    home: PodNetns,
+    host_netns: PodNetns,
+    /// Socket in the node's namespace, opened on first use.
     host: Option<Netlink>,
-    /// The thread could not return to the node's namespace and must end.
-    stray: bool,
+    /// Set when the thread could not return to the node's namespace; it must end.
+    cannot_return: bool,
 }
 
 impl NetnsPool {
-    /// Starts `threads` threads whose home is the calling thread's network namespace.
+    /// Starts a pool of `threads` threads. The calling thread's network namespace becomes the node's.
     ///
     /// # Errors
     /// When the own namespace cannot be opened or no thread can be started.
     pub fn new(threads: usize) -> Result<Self, NetError> {
-        let shared = Arc::new(Shared { home: PodNetns::own()?, queue: Mutex::default(), wake: Condvar::new() });
+        let shared = Arc::new(Shared { host_netns: PodNetns::own()?, queue: Mutex::default(), wake: Condvar::new() });
         for _ in 0..threads {
             start(&shared, false).map_err(|source| NetError::io("start a network thread", source))?;
         }
         Ok(Self { shared })
     }
 
-    /// The namespace that the threads come from: the node's.
-    pub(super) fn home(&self) -> &PodNetns {
-        &self.shared.home
+    /// The node's network namespace.
+    pub(super) fn host_netns(&self) -> &PodNetns {
+        &self.shared.host_netns
     }
 
     /// Runs `job` on one of the threads.
@@ -160,7 +164,7 @@ impl NetnsPool {
     ) -> Result<T, NetError> {
         let (done, result) = oneshot::channel();
         self.push(Box::new(move |worker| {
-            // The caller may have lost its patience; the work is done all the same.
+            // The caller's future may have been dropped; the job is finished all the same.
             let _ = done.send(job(worker));
         }));
         result.await.unwrap_or(Err(NetError::Worker))
@@ -183,7 +187,7 @@ impl NetnsPool {
     ///
     /// # Errors
     /// [`NetError::Worker`] if the job panicked.
-    pub async fn run_at_home<T: Send + 'static>(
+    pub async fn run_in_host<T: Send + 'static>(
         &self,
         job: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, NetError> {
@@ -195,7 +199,7 @@ impl NetnsPool {
         if !queue.closed {
             queue.jobs.push_back(job);
         }
-        // A thread that wakes must not find the lock still held.
+        // Unlock first, so that the woken thread does not block on the mutex.
         drop(queue);
         self.shared.wake.notify_one();
     }
@@ -218,7 +222,7 @@ impl Worker {
         self.host.as_mut().ok_or(NetError::Worker)
     }
 
-    /// Runs `job` with this thread inside `netns`, and the socket in the node's namespace at hand.
+    /// Runs `job` with this thread inside `netns`; `job` gets the socket of the node's namespace.
     pub(super) fn inside<T>(
         &mut self,
         netns: &PodNetns,
@@ -226,22 +230,22 @@ impl Worker {
     ) -> Result<T, NetError> {
         self.host()?;
         netns.enter()?;
-        let _way_back = WayBack { home: &self.home, stray: &mut self.stray };
+        let _return = ReturnToHost { host_netns: &self.host_netns, cannot_return: &mut self.cannot_return };
         self.host.as_mut().map_or(Err(NetError::Worker), job)
     }
 }
 
-/// Brings the thread home, be it by return or by panic.
-struct WayBack<'a> {
-    home: &'a PodNetns,
-    stray: &'a mut bool,
+/// Guard that moves the thread back into the node's namespace, after a panic, too.
+struct ReturnToHost<'a> {
+    host_netns: &'a PodNetns,
+    cannot_return: &'a mut bool,
 }
 
-impl Drop for WayBack<'_> {
+impl Drop for ReturnToHost<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.home.enter() {
+        if let Err(error) = self.host_netns.enter() {
             tracing::error!(%error, "a network thread cannot return to the node's namespace and ends");
-            *self.stray = true;
+            *self.cannot_return = true;
         }
     }
 }
@@ -253,20 +257,20 @@ fn start(shared: &Arc<Shared>, replacement: bool) -> io::Result<()> {
 }
 
 fn serve(shared: &Arc<Shared>, replacement: bool) {
-    // A thread starts where its parent is, and the parent of a replacement is astray.
-    if replacement && let Err(error) = shared.home.enter() {
+    // A thread inherits the namespace of its parent, and the parent of a replacement is in the wrong one.
+    if replacement && let Err(error) = shared.host_netns.enter() {
         tracing::error!(%error, "a network thread cannot enter the node's namespace");
         shared.close();
         return;
     }
-    let mut worker = Worker { home: shared.home.clone(), host: None, stray: false };
+    let mut worker = Worker { host_netns: shared.host_netns.clone(), host: None, cannot_return: false };
     while let Some(job) = next(shared) {
         if catch_unwind(AssertUnwindSafe(|| job(&mut worker))).is_err() {
-            tracing::error!("a network job panicked");
-            // It may have left half an exchange behind.
+            tracing::error!("a job of the network thread pool panicked");
+            // Replies to a half-finished exchange may be pending in it.
             worker.host = None;
         }
-        if worker.stray {
+        if worker.cannot_return {
             if let Err(error) = start(shared, true) {
                 tracing::error!(%error, "cannot replace a network thread");
                 shared.close();

@@ -1,4 +1,4 @@
-//! What one network namespace holds, read with dumps.
+//! Reads the state of one network namespace by netlink dumps.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -18,8 +18,8 @@ use super::{NetError, apply, decode};
 
 const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
 
-/// Reads everything but sysctls, of which only those in `sysctls` are read, by the calling thread, which must be in the same namespace.
-pub(super) fn state<'a>(
+/// Reads links, addresses, routes, rules and neighbours, and the listed sysctls. The calling thread must be in the socket's namespace.
+pub(super) fn read_state<'a>(
     netlink: &mut Netlink,
     sysctls: impl IntoIterator<Item = &'a str>,
 ) -> Result<KernelState, NetError> {
@@ -29,7 +29,7 @@ pub(super) fn state<'a>(
         names.insert(link.index, name.clone());
         state.links.insert(name, link);
     }
-    // What belongs to a link that has come or gone between two dumps is left out.
+    // Entries of a link that appeared or vanished between two dumps are skipped.
     for (index, address) in addresses(netlink)? {
         if let Some(name) = names.get(&index) {
             state.addresses.insert((name.clone(), address));
@@ -92,21 +92,21 @@ pub(super) fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNetwork)>, 
         .collect())
 }
 
-/// Whether an interface has a link-local address that it may ask for neighbours with (`ndisc_send_ns` takes no tentative one).
-pub(super) fn may_solicit(netlink: &mut Netlink, index: u32) -> Result<bool, NetError> {
+/// Whether an interface has a link-local address for neighbour solicitations (`ndisc_send_ns` uses no tentative one).
+pub(super) fn has_usable_link_local(netlink: &mut Netlink, index: u32) -> Result<bool, NetError> {
     let answers = netlink.dump("list addresses", Message::GetAddress(AddressMessage::default()))?;
     Ok(answers.iter().any(|answer| match inner(answer) {
         Some(Message::NewAddress(message)) if message.header.index == index => {
-            let settled = !message.header.flags.contains(AddressHeaderFlags::Tentative);
+            let is_assigned = !message.header.flags.contains(AddressHeaderFlags::Tentative);
             let local = |net: IpNetwork| matches!(net.ip(), IpAddr::V6(v6) if v6.is_unicast_link_local());
-            settled && decode::address(&message).is_some_and(|(_, net)| local(net))
+            is_assigned && decode::address(&message).is_some_and(|(_, net)| local(net))
         }
         _ => false,
     }))
 }
 
-/// Whether others can reach the node under this address: neither loopback nor IPv6 link-local. (IPv4 link-local addresses count: node-local
-/// DNS caches use them.)
+/// Whether an address can be reached from elsewhere: neither loopback nor IPv6 link-local. (IPv4 link-local addresses count: node-local DNS
+/// caches use them.)
 pub(super) fn reachable(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => !address.is_loopback() && !address.is_unspecified(),

@@ -28,7 +28,7 @@ const ANSWER_BYTES: usize = 32 * 1024;
 
 /// A socket as the kernel lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
+pub struct SocketInfo {
     /// Its cookie, the same that programs see.
     pub cookie: u64,
     /// IP protocol number.
@@ -41,13 +41,13 @@ pub struct Seen {
 
 /// What became of the wish to end a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
+pub enum DestroyOutcome {
     /// Its owner gets `ECONNABORTED`.
-    Done,
+    Destroyed,
     /// It ended by itself, or has another peer by now.
-    Gone,
+    NotFound,
     /// The kernel cannot (`CONFIG_INET_DIAG_DESTROY`).
-    Unsupported,
+    NotSupported,
 }
 
 /// A socket to ask by.
@@ -73,12 +73,12 @@ impl SockDiag {
     ///
     /// # Errors
     /// The kernel's, `ENOENT` if it has no listing of this protocol (`CONFIG_INET_UDP_DIAG`).
-    pub fn connected(&mut self, protocol: u8) -> io::Result<Vec<Seen>> {
+    pub fn connected(&mut self, protocol: u8) -> io::Result<Vec<SocketInfo>> {
         let mut found = Vec::new();
         for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
             let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
             self.send(SOCK_DIAG_BY_FAMILY, flags, request(family, protocol, CONNECTED, &[0; ID]))?;
-            self.answers(|body| found.extend(seen(body, protocol)))?;
+            self.answers(|body| found.extend(socket_info(body, protocol)))?;
         }
         Ok(found)
     }
@@ -86,16 +86,16 @@ impl SockDiag {
     /// Ends a socket, if it is still the one that was seen.
     ///
     /// # Errors
-    /// What the kernel says beyond what [`Ended`] names.
-    pub fn end(&mut self, socket: &Seen) -> io::Result<Ended> {
+    /// What the kernel says beyond what [`DestroyOutcome`] names.
+    pub fn destroy(&mut self, socket: &SocketInfo) -> io::Result<DestroyOutcome> {
         let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
         self.send(SOCK_DESTROY, flags, request(socket.family, socket.protocol, u32::MAX, &socket.id))?;
         match self.answers(|_| {}) {
-            Ok(()) => Ok(Ended::Done),
+            Ok(()) => Ok(DestroyOutcome::Destroyed),
             Err(error) => match error.raw_os_error() {
                 // ESTALE: another socket has its ports by now (`sock_diag_check_cookie`).
-                Some(libc::ENOENT | libc::ESTALE) => Ok(Ended::Gone),
-                Some(libc::EOPNOTSUPP) => Ok(Ended::Unsupported),
+                Some(libc::ENOENT | libc::ESTALE) => Ok(DestroyOutcome::NotFound),
+                Some(libc::EOPNOTSUPP) => Ok(DestroyOutcome::NotSupported),
                 _ => Err(error),
             },
         }
@@ -161,7 +161,7 @@ fn request(family: u8, protocol: u8, states: u32, id: &[u8; ID]) -> [u8; REQUEST
 }
 
 /// A socket out of `struct inet_diag_msg`: family, state, two bytes about timers, and the id: ports, addresses, interface, cookie.
-fn seen(body: &[u8], protocol: u8) -> Option<Seen> {
+fn socket_info(body: &[u8], protocol: u8) -> Option<SocketInfo> {
     let family = *body.first()?;
     let id: [u8; ID] = body.get(4..4 + ID)?.try_into().ok()?;
     let port = u16::from_be_bytes([id[2], id[3]]);
@@ -177,7 +177,7 @@ fn seen(body: &[u8], protocol: u8) -> Option<Seen> {
     // Two words, the low one first; the same as one number only where bytes run that way, too.
     let [a, b, c, d, e, f, g, h] = cookie;
     let cookie = u64::from(u32::from_ne_bytes([a, b, c, d])) | u64::from(u32::from_ne_bytes([e, f, g, h])) << 32;
-    Some(Seen { cookie, protocol, peer: SocketAddr::new(address, port), family, id })
+    Some(SocketInfo { cookie, protocol, peer: SocketAddr::new(address, port), family, id })
 }
 
 #[cfg(test)]
@@ -195,7 +195,7 @@ mod tests {
             println!("SKIP: this kernel lists no sockets");
             return;
         };
-        let ours = |diag: &mut SockDiag| -> Vec<Seen> {
+        let ours = |diag: &mut SockDiag| -> Vec<SocketInfo> {
             let all = diag.connected(libc::IPPROTO_UDP as u8).unwrap();
             all.into_iter().filter(|seen| seen.peer == server.local_addr().unwrap()).collect()
         };
@@ -206,7 +206,7 @@ mod tests {
         assert!(ours(&mut diag).is_empty());
         if nix::unistd::geteuid().is_root() {
             // It is gone, and where the kernel cannot end sockets at all it says so.
-            assert_ne!(diag.end(&found[0]).unwrap(), Ended::Done);
+            assert_ne!(diag.destroy(&found[0]).unwrap(), DestroyOutcome::Destroyed);
         }
     }
 }

@@ -22,7 +22,7 @@ use super::cgroup::{self, CgroupAt};
 use super::metrics::ServiceMetrics;
 use super::{Setup, lock};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER, SocketRow};
-use crate::net::{Ended, Host, PodNetns, SockDiag, netns_cookie};
+use crate::net::{DestroyOutcome, Host, PodNetns, SockDiag, netns_cookie};
 
 /// How often it is looked whether the programs are still attached.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
@@ -226,7 +226,7 @@ impl SocketPath {
         let own = self.datapath.features().host_netns;
         if own == 0 || doomed.netns().contains(&own) {
             let doomed = Arc::clone(&doomed);
-            let done = self.host.pool().run_at_home(move || end_here(&doomed)).await;
+            let done = self.host.pool().run_in_host(move || end_here(&doomed)).await;
             tally.take(done.map_err(io::Error::other).flatten());
         }
         for netns in self.places(&doomed, own).await {
@@ -307,10 +307,10 @@ fn end_here(doomed: &Doomed) -> io::Result<Tally> {
             if !doomed.holds(socket.cookie, *protocol, socket.peer) {
                 continue;
             }
-            let outcome = match diag.end(&socket) {
-                Ok(Ended::Done) => ENDED,
-                Ok(Ended::Gone) => "gone",
-                Ok(Ended::Unsupported) => UNSUPPORTED,
+            let outcome = match diag.destroy(&socket) {
+                Ok(DestroyOutcome::Destroyed) => ENDED,
+                Ok(DestroyOutcome::NotFound) => "gone",
+                Ok(DestroyOutcome::NotSupported) => UNSUPPORTED,
                 Err(error) => {
                     debug!(%error, peer = %socket.peer, "cannot end a socket");
                     "failed"

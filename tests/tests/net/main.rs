@@ -3,8 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, where the backtrace points at it")]
 
+mod monitor;
 mod rig;
-mod watch;
 
 use std::fs::File;
 use std::net::IpAddr;

@@ -43,7 +43,7 @@ pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// The alias, which names the attachment, can only follow in a second request.
 pub const LINK_GROUP: u32 = 0x7472_7779;
 /// Interface group of our links that are about to be deleted: the kernel deletes a group in one go, and waits once instead of for each.
-pub const LINK_GROUP_DOOMED: u32 = LINK_GROUP + 1;
+pub const LINK_GROUP_DELETE: u32 = LINK_GROUP + 1;
 /// How the alias of a host end begins; the attachment's key follows.
 pub const ALIAS_PREFIX: &str = "terway:";
 /// Longest `IFLA_IFALIAS` in bytes (`IFALIASZ` is 256 with its terminating zero, include/uapi/linux/if.h).

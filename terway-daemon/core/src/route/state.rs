@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::{ALIAS_PREFIX, LINK_GROUP, LINK_GROUP_DOOMED, Neighbour, Route, Rule};
+use super::{ALIAS_PREFIX, LINK_GROUP, LINK_GROUP_DELETE, Neighbour, Route, Rule};
 use crate::ident::Mac;
 
 /// One interface.
@@ -34,7 +34,7 @@ impl Link {
     #[must_use]
     pub fn is_ours(&self) -> bool {
         self.kind.as_deref() == Some("veth")
-            && (matches!(self.group, LINK_GROUP | LINK_GROUP_DOOMED)
+            && (matches!(self.group, LINK_GROUP | LINK_GROUP_DELETE)
                 || self.alias.as_deref().is_some_and(|alias| alias.starts_with(ALIAS_PREFIX)))
     }
 }

@@ -1,7 +1,7 @@
-//! News from the kernel about the node's NICs and addresses.
+//! Monitor of rtnetlink events: the node's NICs and addresses.
 //!
-//! One thread listens to rtnetlink's multicast groups. It subscribes first and reads everything afterwards, so that nothing falls in between;
-//! when the kernel had to drop events (`ENOBUFS`), it reads everything again.
+//! One thread receives rtnetlink's multicast groups. It subscribes first and dumps the state afterwards, so that no change is missed; when
+//! the kernel dropped events (`ENOBUFS`), it dumps the state again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd as _;
@@ -23,11 +23,11 @@ use super::netns::PodNetns;
 use super::socket::{Netlink, inner};
 use super::{NetError, decode, observe};
 
-/// Room for events while the thread is busy: some thousand links.
+/// Receive buffer for events while the thread is busy: some thousand links.
 const RECEIVE_BYTES: usize = 4 << 20;
-/// Events that a slow subscriber may lag behind before it is told so.
+/// Events that a slow subscriber may lag behind before it gets `RecvError::Lagged`.
 const EVENTS: usize = 256;
-/// When reading everything failed, it is tried again after this long, in milliseconds.
+/// Delay before a failed resync is repeated, in milliseconds.
 const RETRY_MS: u16 = 200;
 
 /// A network interface that may be an ENI.
@@ -46,20 +46,20 @@ pub struct Nic {
 pub enum NicEvent {
     /// It appeared, or its name or address changed.
     Present(Nic),
-    /// It is gone from the node.
-    Gone(Nic),
+    /// It was removed from the node.
+    Removed(Nic),
 }
 
-/// The watching thread and what it has seen. Dropping it ends the thread.
-pub struct Watch {
+/// The monitor thread and the state it has seen. Dropping it ends the thread.
+pub struct NetMonitor {
     shared: Arc<Shared>,
-    /// The thread hangs up when this end closes.
+    /// The thread ends when this end closes.
     _stop: UnixStream,
 }
 
 struct Shared {
     nics: Mutex<BTreeMap<u32, Nic>>,
-    /// Counts changes of `nics`.
+    /// Number of changes of `nics`.
     version: watch::Sender<u64>,
     events: broadcast::Sender<NicEvent>,
     addresses: watch::Sender<Arc<Vec<IpNetwork>>>,
@@ -67,42 +67,43 @@ struct Shared {
 
 impl Shared {
     fn nics(&self) -> MutexGuard<'_, BTreeMap<u32, Nic>> {
-        // Nothing that can panic happens under the lock.
+        // Nothing under the lock can panic.
         self.nics.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Watch {
-    /// Starts the thread in the namespace `home`. When this returns, the present NICs and addresses are known.
-    pub(super) fn start(home: &PodNetns) -> Result<Self, NetError> {
+impl NetMonitor {
+    /// Starts the thread in the namespace `netns`. When this returns, the present NICs and addresses are known.
+    pub(super) fn start(netns: &PodNetns) -> Result<Self, NetError> {
         let shared = Arc::new(Shared {
             nics: Mutex::default(),
             version: watch::Sender::new(0),
             events: broadcast::Sender::new(EVENTS),
             addresses: watch::Sender::new(Arc::default()),
         });
-        let (stop, hangup) = UnixStream::pair().map_err(|source| NetError::io("start the link watch", source))?;
+        let (stop, stop_signal) =
+            UnixStream::pair().map_err(|source| NetError::io("start the network monitor", source))?;
         let (started, outcome) = std::sync::mpsc::sync_channel(1);
-        let (home, seen) = (home.clone(), Arc::clone(&shared));
-        let body = move || match Listener::open(&home, seen) {
+        let (netns, seen) = (netns.clone(), Arc::clone(&shared));
+        let body = move || match Listener::open(&netns, seen) {
             Ok(listener) => {
                 let _ = started.send(Ok(()));
-                listener.listen(&hangup);
+                listener.listen(&stop_signal);
             }
             Err(error) => {
                 let _ = started.send(Err(error));
             }
         };
         thread::Builder::new()
-            .name("net-watch".to_owned())
+            .name("net-monitor".to_owned())
             .stack_size(512 * 1024)
             .spawn(body)
-            .map_err(|source| NetError::io("start the link watch", source))?;
+            .map_err(|source| NetError::io("start the network monitor", source))?;
         outcome.recv().unwrap_or(Err(NetError::Worker))?;
         Ok(Self { shared, _stop: stop })
     }
 
-    /// Waits until a NIC with this address is there, or `deadline` has passed. Any number of callers may wait at once.
+    /// Waits until a NIC with this MAC address is present, or until `deadline`. Any number of callers may wait at once.
     pub async fn wait_for_mac(&self, mac: Mac, deadline: Instant) -> Option<Nic> {
         let mut version = self.shared.version.subscribe();
         loop {
@@ -114,26 +115,26 @@ impl Watch {
         }
     }
 
-    /// The NICs that are there.
+    /// The present NICs.
     #[must_use]
     pub fn nics(&self) -> Vec<Nic> {
         self.shared.nics().values().cloned().collect()
     }
 
-    /// Changes from now on. A receiver that lags is told so, and should look at [`Watch::nics`].
+    /// Subscribes to changes from now on. A receiver that got `RecvError::Lagged` should read [`NetMonitor::nics`].
     #[must_use]
     pub fn events(&self) -> broadcast::Receiver<NicEvent> {
         self.shared.events.subscribe()
     }
 
-    /// The node's addresses that others can reach, sorted; now and after every change.
+    /// Subscribes to the node's addresses that are reachable from other hosts, sorted.
     #[must_use]
     pub fn addresses(&self) -> watch::Receiver<Arc<Vec<IpNetwork>>> {
         self.shared.addresses.subscribe()
     }
 }
 
-/// The thread's side.
+/// State of the monitor thread.
 struct Listener {
     events: Netlink,
     dumps: Netlink,
@@ -142,9 +143,9 @@ struct Listener {
 }
 
 impl Listener {
-    fn open(home: &PodNetns, shared: Arc<Shared>) -> Result<Self, NetError> {
-        if PodNetns::own()?.id() != home.id() {
-            home.enter()?;
+    fn open(netns: &PodNetns, shared: Arc<Shared>) -> Result<Self, NetError> {
+        if PodNetns::own()?.id() != netns.id() {
+            netns.enter()?;
         }
         let mut events = Netlink::open()?;
         events.set_receive_buffer(RECEIVE_BYTES)?;
@@ -152,34 +153,36 @@ impl Listener {
             events.subscribe(group)?;
         }
         let mut listener = Self { events, dumps: Netlink::open()?, shared, addresses: BTreeSet::new() };
-        listener.read_everything()?;
+        listener.resync()?;
         Ok(listener)
     }
 
-    fn listen(mut self, hangup: &UnixStream) {
-        let mut stale = false;
+    fn listen(mut self, stop_signal: &UnixStream) {
+        let mut needs_resync = false;
         loop {
-            let mut ready =
-                [PollFd::new(hangup.as_fd(), PollFlags::POLLIN), PollFd::new(self.events.as_fd(), PollFlags::POLLIN)];
-            let timeout = if stale { PollTimeout::from(RETRY_MS) } else { PollTimeout::NONE };
+            let mut ready = [
+                PollFd::new(stop_signal.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.events.as_fd(), PollFlags::POLLIN),
+            ];
+            let timeout = if needs_resync { PollTimeout::from(RETRY_MS) } else { PollTimeout::NONE };
             match poll(&mut ready, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => {
-                    tracing::error!(%errno, "the link watch ended");
+                    tracing::error!(%errno, "the network monitor failed");
                     return;
                 }
             }
-            let fired = |fd: &PollFd<'_>| fd.any().unwrap_or_default();
-            let (ended, news) = (fired(&ready[0]), fired(&ready[1]));
-            if ended {
+            let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or_default();
+            let (should_stop, has_events) = (is_ready(&ready[0]), is_ready(&ready[1]));
+            if should_stop {
                 return;
             }
-            if news {
-                stale |= !self.read_news();
+            if has_events {
+                needs_resync |= !self.read_events();
             }
-            if stale {
-                match self.read_everything() {
-                    Ok(()) => stale = false,
+            if needs_resync {
+                match self.resync() {
+                    Ok(()) => needs_resync = false,
                     Err(error) => {
                         tracing::warn!(%error, "cannot list the node's links");
                         thread::sleep(Duration::from_millis(u64::from(RETRY_MS)));
@@ -189,78 +192,80 @@ impl Listener {
         }
     }
 
-    /// Reads one datagram; false if events got lost.
-    fn read_news(&mut self) -> bool {
-        let mut news = Vec::new();
-        match self.events.events(|message| news.push(message.to_vec())) {
+    /// Processes one datagram of events; false if events were lost.
+    fn read_events(&mut self) -> bool {
+        let mut events = Vec::new();
+        match self.events.events(|message| events.push(message.to_vec())) {
             Ok(()) => {}
             Err(libc::EAGAIN) => return true,
             Err(errno) => {
-                tracing::debug!(errno, "link events got lost");
+                tracing::debug!(errno, "the kernel dropped rtnetlink events");
                 return false;
             }
         }
-        let mut moved = false;
-        for message in news {
+        let mut addresses_changed = false;
+        for message in events {
             if let Some(found) = decode::link(&message) {
-                self.present(found);
+                self.update_nic(found);
                 continue;
             }
             if let Some(index) = decode::deleted_link(&message) {
-                self.gone(index);
+                self.remove_nic(index);
                 continue;
             }
             match inner(&message) {
                 Some(Message::NewAddress(message)) => {
-                    moved |= decode::address(&message).is_some_and(|address| self.addresses.insert(address));
+                    addresses_changed |=
+                        decode::address(&message).is_some_and(|address| self.addresses.insert(address));
                 }
                 Some(Message::DelAddress(message)) => {
-                    moved |= decode::address(&message).is_some_and(|address| self.addresses.remove(&address));
+                    addresses_changed |=
+                        decode::address(&message).is_some_and(|address| self.addresses.remove(&address));
                 }
                 _ => {}
             }
         }
-        if moved {
+        if addresses_changed {
             self.publish_addresses();
         }
         true
     }
 
-    fn read_everything(&mut self) -> Result<(), NetError> {
+    fn resync(&mut self) -> Result<(), NetError> {
         let links = observe::links(&mut self.dumps)?;
         self.addresses = observe::addresses(&mut self.dumps)?.into_iter().collect();
-        let there: BTreeSet<u32> = links.iter().map(|found| found.link.index).collect();
-        let vanished: Vec<u32> = self.shared.nics().keys().copied().filter(|index| !there.contains(index)).collect();
-        vanished.into_iter().for_each(|index| self.gone(index));
-        links.into_iter().for_each(|found| self.present(found));
+        let present: BTreeSet<u32> = links.iter().map(|found| found.link.index).collect();
+        let removed: Vec<u32> = self.shared.nics().keys().copied().filter(|index| !present.contains(index)).collect();
+        removed.into_iter().for_each(|index| self.remove_nic(index));
+        links.into_iter().for_each(|found| self.update_nic(found));
         self.publish_addresses();
         Ok(())
     }
 
-    fn present(&self, found: NamedLink) {
-        // VLANs, IPvlan slaves and bridges bear the address of the NIC under them. (A veth stands for a NIC in the simulated cloud.)
-        let device = matches!(found.link.kind.as_deref(), None | Some("veth"));
+    fn update_nic(&self, found: NamedLink) {
+        // VLANs, IPvlan interfaces and bridges have the MAC address of their lower NIC. (In the simulated cloud a NIC is a veth.)
+        let is_nic = matches!(found.link.kind.as_deref(), None | Some("veth"));
         let nic = match found.link.mac {
-            Some(mac) if device && !found.loopback && !found.link.is_ours() => {
+            Some(mac) if is_nic && !found.is_loopback && !found.link.is_ours() => {
                 Nic { ifindex: found.link.index, name: found.name, mac }
             }
-            _ => return self.gone(found.link.index),
+            _ => return self.remove_nic(found.link.index),
         };
         let old = self.shared.nics().insert(nic.ifindex, nic.clone());
         if old.as_ref() != Some(&nic) {
-            self.changed(NicEvent::Present(nic));
+            self.publish_nic(NicEvent::Present(nic));
         }
     }
 
-    fn gone(&self, index: u32) {
+    fn remove_nic(&self, index: u32) {
         let old = self.shared.nics().remove(&index);
         if let Some(nic) = old {
-            self.changed(NicEvent::Gone(nic));
+            self.publish_nic(NicEvent::Removed(nic));
         }
     }
 
-    fn changed(&self, event: NicEvent) {
-        // Nobody need be listening.
+    fn publish_nic(&self, event: NicEvent) {
+        // An error only says that there is no subscriber.
         let _ = self.shared.events.send(event);
         self.shared.version.send_modify(|version| *version += 1);
     }

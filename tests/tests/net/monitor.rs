@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use terway_core::ident::Mac;
-use terway_daemon::net::{NicEvent, Watch};
+use terway_daemon::net::{NetMonitor, NicEvent};
 use tokio::time::Instant as TokioInstant;
 
 use crate::rig::{Netns, Node, Stack, ifindex, skipped};
@@ -15,7 +15,7 @@ fn nics_are_found_when_they_appear() {
         return;
     }
     let node = Node::new(Stack::V4);
-    let watch = Arc::new(node.host.watch().unwrap());
+    let watch = Arc::new(node.host.monitor().unwrap());
     let late: Mac = "00:16:3e:00:00:01".parse().unwrap();
     node.runtime.block_on(async {
         // Nothing there: the deadline counts.
@@ -25,7 +25,7 @@ fn nics_are_found_when_they_appear() {
 
         let mut events = watch.events();
         let wait = |mac: Mac| {
-            let watch: Arc<Watch> = Arc::clone(&watch);
+            let watch: Arc<NetMonitor> = Arc::clone(&watch);
             async move { watch.wait_for_mac(mac, TokioInstant::now() + Duration::from_secs(10)).await }
         };
         let waiters: Vec<_> = (0..20).map(|_| tokio::spawn(wait(late))).collect();
@@ -45,13 +45,13 @@ fn nics_are_found_when_they_appear() {
         while !seen.contains(&"ens7".to_owned()) {
             match tokio::time::timeout(Duration::from_secs(5), events.recv()).await.unwrap().unwrap() {
                 NicEvent::Present(nic) => seen.push(nic.name),
-                NicEvent::Gone(nic) => panic!("{nic:?}"),
+                NicEvent::Removed(nic) => panic!("{nic:?}"),
             }
         }
         assert!(watch.nics().iter().any(|nic| nic.name == "ens7" && nic.mac == late));
         node.vpc.ip("link del nic-peer");
         let gone = loop {
-            if let NicEvent::Gone(nic) =
+            if let NicEvent::Removed(nic) =
                 tokio::time::timeout(Duration::from_secs(5), events.recv()).await.unwrap().unwrap()
             {
                 break nic;
@@ -68,7 +68,7 @@ fn our_own_links_are_no_nics_and_floods_end_in_the_truth() {
         return;
     }
     let node = Node::ready(Stack::V4);
-    let watch = node.host.watch().unwrap();
+    let watch = node.host.monitor().unwrap();
     let (pod, plan) = (Netns::new(), node.plan(Stack::V4, "c1", "web", 7));
     node.up(&plan, &pod);
     let batch: String = (0..300)
@@ -102,7 +102,7 @@ fn addresses_are_told_as_they_change() {
         return;
     }
     let node = Node::new(Stack::Dual);
-    let watch = node.host.watch().unwrap();
+    let watch = node.host.monitor().unwrap();
     let mut addresses = watch.addresses();
     assert!(addresses.borrow_and_update().is_empty(), "neither loopback nor link-local counts");
     let mut change = || {
