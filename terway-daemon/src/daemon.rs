@@ -355,7 +355,7 @@ fn own_ports(local: Option<&str>) -> RangeInclusive<u16> {
     let mut numbers = local.into_iter().flat_map(str::split_whitespace).map_while(|text| text.parse().ok());
     // Without IPv4 there is no such sysctl, and the kernel's default holds (net/ipv4/af_inet.c, inet_init_net).
     let local = numbers.next().unwrap_or(32_768)..=numbers.next().unwrap_or(60_999);
-    let (ports, ours) = service::own_ports(&local);
+    let (ports, ours) = service::snat_port_range(&local);
     if !ours {
         warn!(
             ?local,

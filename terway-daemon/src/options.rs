@@ -8,7 +8,7 @@ use clap::Parser;
 use crate::cloud::{EndpointNetwork, KEY_FOLDER, Scheme, SignatureMethod};
 use crate::config_source::Paths;
 use crate::services::{CgroupAt, Origin};
-use terway_core::service::EndSockets;
+use terway_core::service::SocketTermination;
 
 /// The node daemon of the terway container network.
 #[derive(Clone, Debug, Parser)]
@@ -40,7 +40,7 @@ pub struct Options {
     pub cgroup: Option<CgroupAt>,
     /// Whose sockets are ended when the backend that a Service gave them is gone: none, udp, or all for udp and tcp.
     #[arg(long, default_value_t, value_name = "WHOSE")]
-    pub end_sockets: EndSockets,
+    pub end_sockets: SocketTermination,
     /// Address of /metrics, /healthz and /readyz.
     #[arg(long, default_value = "127.0.0.1:9099", value_name = "ADDR")]
     pub listen: SocketAddr,

@@ -248,7 +248,7 @@ fn send_raw(interface: &str, frame: &[u8]) {
     }
 }
 
-/// Reasons for which something was dropped, but for the chatter of IPv6 on any new interface.
+/// RuleIds for which something was dropped, but for the chatter of IPv6 on any new interface.
 fn drops(datapath: &Datapath) -> Vec<&'static str> {
     let counters = datapath.counters().unwrap();
     let dropped = terway_abi::Drop::ALL.iter().filter(|reason| counters.drop(**reason).packets > 0);
@@ -449,7 +449,7 @@ fn sctp_through_a_service_and_a_policy() {
     }
     let mut put = |kind, document: &Value| {
         let change = Change::Upsert(Box::new(Object::read(kind, document).unwrap()));
-        if let Some(event) = objects.apply(change).and_then(Event::of) {
+        if let Some(event) = objects.apply(change).and_then(Event::from_applied) {
             apply(compiler.step(event));
         }
     };

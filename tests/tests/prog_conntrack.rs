@@ -224,9 +224,9 @@ fn a_full_table_is_no_obstacle() {
     let options = PassOptions { before: Some(first.began), ..options(Timeouts::default()) };
     let found = stage.datapath.pass_flows(&options).unwrap().families[0];
     assert!(found.used <= 1024 && found.used > 512, "{found:?}");
-    let lost = terway_core::conntrack::lost(
-        &[terway_core::conntrack::Pass { left: 3, capacity: 1024 }],
-        &terway_core::conntrack::Lost {
+    let lost = terway_core::conntrack::estimate_evictions(
+        &[terway_core::conntrack::GcPass { left: 3, capacity: 1024 }],
+        &terway_core::conntrack::EvictionInputs {
             made: of(Kind::FlowNew),
             replaced: of(Kind::FlowStale),
             flushed: 0,

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use terway_abi::{Backend, Drop, Frontend, Member, Program, Run, backend_flags};
 use terway_core::ident::PodRef;
 use terway_core::objects::{Change, Kind, Object, ObjectKey, ObjectName, Objects};
-use terway_core::policy::{Compiler, Event, Reason, ReasonId};
+use terway_core::policy::{Compiler, Event, MatchedRule, RuleId};
 use terway_daemon::bpf::{Endpoint, FrontendAt, Ran, RunContext};
 use terway_tests::packet::{Frame, checksums_are_right, flags, quoted};
 use terway_tests::prog_bench::Stage;
@@ -86,9 +86,9 @@ impl Node {
 
     /// Makes counters for reasons that have come into use, as the daemon does.
     fn count(&mut self) {
-        let changes = self.compiler.reason_changes();
-        changes.made.iter().for_each(|reason| self.stage.datapath.make_policy_counter(reason.0, 7).unwrap());
-        changes.gone.iter().for_each(|reason| self.stage.datapath.remove_policy_counter(reason.0).unwrap());
+        let changes = self.compiler.take_rule_id_changes();
+        changes.added.iter().for_each(|reason| self.stage.datapath.make_policy_counter(reason.0, 7).unwrap());
+        changes.removed.iter().for_each(|reason| self.stage.datapath.remove_policy_counter(reason.0).unwrap());
     }
 
     fn attach(&mut self, pod: &Endpoint, name: &str) {
@@ -99,7 +99,7 @@ impl Node {
 
     fn put(&mut self, kind: Kind, document: &Value) {
         let change = Change::Upsert(Box::new(Object::read(kind, document).unwrap()));
-        if let Some(event) = self.objects.apply(change).and_then(Event::of) {
+        if let Some(event) = self.objects.apply(change).and_then(Event::from_applied) {
             self.step(event);
         }
     }
@@ -127,7 +127,7 @@ impl Node {
     fn no_policy(&mut self, pod: &str) {
         let name = ObjectName::new("x", &format!("of-{pod}"));
         let change = Change::Delete(ObjectKey { kind: Kind::NetworkPolicy, name });
-        if let Some(event) = self.objects.apply(change).and_then(Event::of) {
+        if let Some(event) = self.objects.apply(change).and_then(Event::from_applied) {
             self.step(event);
         }
     }
@@ -500,9 +500,10 @@ async fn a_drop_tells_what_forbids_it() {
         assert_eq!(event.reason, drop as u16);
         let [egress, ingress] = event.decisions;
         let decision = if drop == Drop::PolicyEgress { egress } else { ingress };
-        let reason = node.compiler.reason(ReasonId(decision)).unwrap();
+        let reason = node.compiler.rule(RuleId(decision)).unwrap();
         assert!(
-            matches!(reason, Reason::Rule { .. } | Reason::Isolated { .. }) && reason.to_string().contains(named),
+            matches!(reason, MatchedRule::Rule { .. } | MatchedRule::Isolated { .. })
+                && reason.to_string().contains(named),
             "{reason}"
         );
     }

@@ -47,7 +47,7 @@ use ipnetwork::IpNetwork;
 pub use object::OBJECT;
 use terway_abi::{Counter, Program};
 use terway_core::policy;
-use terway_core::service::{Kernel, Op};
+use terway_core::service::{MapContents, Op};
 
 pub use self::attach::EniHook;
 pub use self::endpoints::Endpoint;
@@ -178,7 +178,7 @@ impl Datapath {
     ///
     /// # Errors
     /// When a map cannot be read.
-    pub fn services(&self) -> Result<Kernel, BpfError> {
+    pub fn services(&self) -> Result<MapContents, BpfError> {
         error::lock(&self.planned).recover()
     }
 
@@ -223,24 +223,24 @@ impl Datapath {
         error::lock(&self.policies).identity(address)
     }
 
-    /// Runs an operation on the maps of policies. [`policy::Op::Fence`] is [`fence`].
+    /// Runs an operation on the maps of policies. [`policy::Op::RcuBarrier`] is [`fence`].
     ///
     /// # Errors
     /// When a map is full or the kernel refuses; running it again completes it.
     pub fn apply_policy(&self, op: &policy::Op) -> Result<(), BpfError> {
         let stale = match op {
-            policy::Op::Fence => {
+            policy::Op::RcuBarrier => {
                 fence();
                 return Ok(());
             }
-            policy::Op::Stale(stale) => *stale,
+            policy::Op::Revalidate(scope) => *scope,
             op => return error::lock(&self.policies).write(op),
         };
         let mut endpoints = error::lock(&self.endpoints);
         match stale {
-            policy::Stale::Endpoint(slot) => endpoints.judge_slot(slot),
-            policy::Stale::Address(address) => endpoints.judge_address(address),
-            policy::Stale::All => endpoints.judge_all(),
+            policy::FlowScope::Endpoint(slot) => endpoints.judge_slot(slot),
+            policy::FlowScope::Address(address) => endpoints.judge_address(address),
+            policy::FlowScope::All => endpoints.judge_all(),
         }
     }
 

@@ -12,7 +12,9 @@ use terway_abi::{
     GATE_ENFORCE, GATE_PHASE, GATE_SAMPLE, MAX_ENDPOINTS, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, names,
     policy_index,
 };
-use terway_core::policy::{Decision, EndpointPolicy, Identity, Maps, Op, Pair, RowEntry, RowId, SetId, Side, Target};
+use terway_core::policy::{
+    EndpointPolicy, Identity, Maps, Op, PortTableEntry, PortTableId, SetId, SetRef, Verdict, VerdictOrTable, Versioned,
+};
 
 use super::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
 use super::error::BpfError;
@@ -50,12 +52,12 @@ pub(super) struct Policies {
     net_v6: LpmTrie<MapData, [u32; 4], Phases>,
 }
 
-fn side(side: Side) -> PolicySide {
+fn side(side: SetRef) -> PolicySide {
     PolicySide { set: side.set.0, defaults: side.defaults.map(|target| target.0) }
 }
 
-fn side_of(side: PolicySide) -> Side {
-    Side { set: SetId(side.set), defaults: side.defaults.map(Target) }
+fn side_of(side: PolicySide) -> SetRef {
+    SetRef { set: SetId(side.set), defaults: side.defaults.map(VerdictOrTable) }
 }
 
 fn endpoint(value: &EndpointPolicy) -> PolicyEndpoint {
@@ -68,23 +70,23 @@ fn endpoint_of(value: &PolicyEndpoint) -> EndpointPolicy {
     EndpointPolicy { identities, ingress: value.ingress.map(side_of), egress: value.egress.map(side_of) }
 }
 
-fn port_key(row: RowId, entry: &RowEntry) -> Key<PortKey> {
+fn port_key(row: PortTableId, entry: &PortTableEntry) -> Key<PortKey> {
     let protocol = entry.protocol.unwrap_or(0);
     Key::new(32 + u32::from(entry.prefix_len()), PortKey::new(row.0, protocol, entry.port.to_be()))
 }
 
-fn row_entry(prefix: u32, key: PortKey, decision: u32) -> RowEntry {
+fn row_entry(prefix: u32, key: PortKey, decision: u32) -> PortTableEntry {
     let [protocol, high, low, _] = key.class.to_ne_bytes();
     let bits = prefix.saturating_sub(40);
-    RowEntry {
+    PortTableEntry {
         protocol: (prefix >= 40).then_some(protocol),
         port: u16::from_be_bytes([high, low]),
         bits: u8::try_from(bits).unwrap_or(16),
-        decision: Decision(decision),
+        verdict: Verdict(decision),
     }
 }
 
-fn numbers<T>(pair: Pair<T>, number: impl Fn(T) -> u32) -> Phases {
+fn numbers<T>(pair: Versioned<T>, number: impl Fn(T) -> u32) -> Phases {
     pair.map(number)
 }
 
@@ -108,7 +110,7 @@ impl Policies {
     pub(super) fn read(&self) -> Result<Maps, BpfError> {
         let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))?;
         let mut maps =
-            Maps { phase: (gate & GATE_PHASE) as usize, enforce: gate & GATE_ENFORCE != 0, ..Maps::default() };
+            Maps { version: (gate & GATE_PHASE) as usize, enforce: gate & GATE_ENFORCE != 0, ..Maps::default() };
         for slot in 0..MAX_ENDPOINTS {
             let value = |phase| {
                 let at = policy_index(slot, phase);
@@ -121,11 +123,11 @@ impl Policies {
         }
         for entry in self.peers.iter() {
             let (key, targets) = entry.map_err(BpfError::map(names::POLICY_PEERS))?;
-            maps.peers.insert((SetId(key.set), Identity(key.identity)), targets.map(Target));
+            maps.peers.insert((SetId(key.set), Identity(key.identity)), targets.map(VerdictOrTable));
         }
         for entry in self.ports.iter() {
             let (key, decision) = entry.map_err(BpfError::map(names::POLICY_PORTS))?;
-            let row = maps.rows.entry(RowId(key.data().table)).or_default();
+            let row = maps.port_tables.entry(PortTableId(key.data().table)).or_default();
             row.insert(row_entry(key.prefix_len(), key.data(), decision));
         }
         for entry in self.exact_v4.iter() {
@@ -139,13 +141,13 @@ impl Policies {
         for entry in self.net_v4.iter() {
             let (key, identities) = entry.map_err(BpfError::map(names::IPCACHE_NET_V4))?;
             if let Some(net) = net(address_v4(key.data()).into(), key.prefix_len()) {
-                maps.blocks.insert(net, identities.map(Identity));
+                maps.cidrs.insert(net, identities.map(Identity));
             }
         }
         for entry in self.net_v6.iter() {
             let (key, identities) = entry.map_err(BpfError::map(names::IPCACHE_NET_V6))?;
             if let Some(net) = net(address_v6(key.data()).into(), key.prefix_len()) {
-                maps.blocks.insert(net, identities.map(Identity));
+                maps.cidrs.insert(net, identities.map(Identity));
             }
         }
         Ok(maps)
@@ -174,24 +176,24 @@ impl Policies {
     /// Writes what one operation says; those on flows and on time are the caller's.
     pub(super) fn write(&mut self, op: &Op) -> Result<(), BpfError> {
         match op {
-            Op::Row { row, entries } => entries.iter().try_for_each(|entry| {
+            Op::PutPortTable { table, entries } => entries.iter().try_for_each(|entry| {
                 self.ports
-                    .insert(&port_key(*row, entry), entry.decision.0, 0)
+                    .insert(&port_key(*table, entry), entry.verdict.0, 0)
                     .map_err(BpfError::map(names::POLICY_PORTS))
             }),
-            Op::DropRow { row, entries } => entries.iter().try_for_each(|entry| {
-                absent_is_fine(self.ports.remove(&port_key(*row, entry))).map_err(BpfError::map(names::POLICY_PORTS))
+            Op::RemovePortTable { table, entries } => entries.iter().try_for_each(|entry| {
+                absent_is_fine(self.ports.remove(&port_key(*table, entry))).map_err(BpfError::map(names::POLICY_PORTS))
             }),
-            Op::Peer { set, identity, targets } => {
+            Op::PutPeer { set, identity, verdicts } => {
                 let key = PeerKey { set: set.0, identity: identity.0 };
-                let targets = numbers(*targets, |target| target.0);
-                self.peers.insert(key, targets, 0).map_err(BpfError::map(names::POLICY_PEERS))
+                let verdicts = numbers(*verdicts, |target| target.0);
+                self.peers.insert(key, verdicts, 0).map_err(BpfError::map(names::POLICY_PEERS))
             }
-            Op::DropPeer { set, identity } => {
+            Op::RemovePeer { set, identity } => {
                 let key = PeerKey { set: set.0, identity: identity.0 };
                 absent_is_fine(self.peers.remove(&key)).map_err(BpfError::map(names::POLICY_PEERS))
             }
-            Op::Address { address, identities } => {
+            Op::PutAddress { address, identities } => {
                 let identities = numbers(*identities, |identity| identity.0);
                 match address {
                     IpAddr::V4(v4) => {
@@ -202,13 +204,13 @@ impl Policies {
                     }
                 }
             }
-            Op::DropAddress(IpAddr::V4(v4)) => {
+            Op::RemoveAddress(IpAddr::V4(v4)) => {
                 absent_is_fine(self.exact_v4.remove(&word(*v4))).map_err(BpfError::map(names::IPCACHE_V4))
             }
-            Op::DropAddress(IpAddr::V6(v6)) => {
+            Op::RemoveAddress(IpAddr::V6(v6)) => {
                 absent_is_fine(self.exact_v6.remove(&words(*v6))).map_err(BpfError::map(names::IPCACHE_V6))
             }
-            Op::Block { net, identities } => {
+            Op::PutCidr { net, identities } => {
                 let (identities, bits) = (numbers(*identities, |identity| identity.0), net.prefix().into());
                 match net {
                     IpNetwork::V4(net) => self
@@ -221,21 +223,21 @@ impl Policies {
                         .map_err(BpfError::map(names::IPCACHE_NET_V6)),
                 }
             }
-            Op::DropBlock(IpNetwork::V4(net)) => {
+            Op::RemoveCidr(IpNetwork::V4(net)) => {
                 let key = Key::new(net.prefix().into(), word(net.network()));
                 absent_is_fine(self.net_v4.remove(&key)).map_err(BpfError::map(names::IPCACHE_NET_V4))
             }
-            Op::DropBlock(IpNetwork::V6(net)) => {
+            Op::RemoveCidr(IpNetwork::V6(net)) => {
                 let key = Key::new(net.prefix().into(), words(net.network()));
                 absent_is_fine(self.net_v6.remove(&key)).map_err(BpfError::map(names::IPCACHE_NET_V6))
             }
-            Op::Endpoint { slot, phase, value } => self.write_endpoint(*slot, *phase, value),
-            Op::Gate { phase, enforce } => {
+            Op::PutEndpoint { slot, version, value } => self.write_endpoint(*slot, *version, value),
+            Op::SetControlWord { version, enforce } => {
                 let enforce = if *enforce { GATE_ENFORCE } else { 0 };
-                let gate = (*phase as u32 & GATE_PHASE) | enforce | self.one_in << GATE_SAMPLE;
+                let gate = (*version as u32 & GATE_PHASE) | enforce | self.one_in << GATE_SAMPLE;
                 self.gate.set(0, gate, 0).map_err(BpfError::map(names::POLICY_GATE))
             }
-            Op::Stale(_) | Op::Fence => Ok(()),
+            Op::Revalidate(_) | Op::RcuBarrier => Ok(()),
         }
     }
 
@@ -287,17 +289,17 @@ fn net(address: IpAddr, bits: u32) -> Option<IpNetwork> {
 
 #[cfg(test)]
 mod tests {
-    use terway_core::policy::ReasonId;
+    use terway_core::policy::RuleId;
 
     use super::*;
 
     #[test]
     fn prefixes_of_ports_survive_the_way_through_the_map() {
-        let decision = Decision::allow(ReasonId(20));
+        let verdict = Verdict::allow(RuleId(20));
         for (protocol, port, bits) in [(None, 0, 0), (Some(6), 0, 0), (Some(17), 80, 16), (Some(132), 0x8000, 1)] {
-            let entry = RowEntry { protocol, port, bits, decision };
-            let key = port_key(RowId(7), &entry);
-            assert_eq!(row_entry(key.prefix_len(), key.data(), decision.0), entry);
+            let entry = PortTableEntry { protocol, port, bits, verdict };
+            let key = port_key(PortTableId(7), &entry);
+            assert_eq!(row_entry(key.prefix_len(), key.data(), verdict.0), entry);
         }
     }
 

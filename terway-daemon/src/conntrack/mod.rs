@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use terway_abi::Kind;
 use terway_core::config::{self, Config};
-use terway_core::conntrack::{Lost, Pace, Pass, lost};
+use terway_core::conntrack::{EvictionInputs, GcInterval, GcPass, estimate_evictions};
 use terway_proto::v1;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
@@ -41,7 +41,7 @@ pub struct Conntrack {
 #[derive(Debug)]
 struct State {
     settings: config::Conntrack,
-    pace: Pace,
+    pace: GcInterval,
     last: Option<Last>,
     /// The last pass that deleted.
     collected: Option<Instant>,
@@ -90,7 +90,7 @@ impl Conntrack {
     ) -> Arc<Self> {
         let settings = config.borrow_and_update().conntrack;
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-        let pace = Pace::new(settings.gc_interval, settings.gc_max_interval);
+        let pace = GcInterval::new(settings.gc_interval, settings.gc_max_interval);
         let state =
             State { settings, pace, last: None, collected: None, totals: Totals::default(), nearly_full: false };
         let this = Arc::new(Self { datapath, metrics, cpus, state: Mutex::new(state) });
@@ -113,7 +113,7 @@ impl Conntrack {
                     None
                 }
             };
-            if !delete && found.is_some_and(|found| hurries(&found)) {
+            if !delete && found.is_some_and(|found| is_urgent(&found)) {
                 lock(&self.state).collected = None;
                 continue;
             }
@@ -244,22 +244,22 @@ fn pressure(family: &FamilyFound) -> f64 {
     family.used.saturating_sub(family.deleted()) as f64 / family.capacity.max(1) as f64
 }
 
-fn hurries(found: &Found) -> bool {
-    found.families.iter().any(|f| Pace::hurries(f.used, f.void + f.expired, f.capacity))
+fn is_urgent(found: &Found) -> bool {
+    found.families.iter().any(|f| GcInterval::is_urgent(f.used, f.void + f.expired, f.capacity))
 }
 
 /// The estimate of entries that the kernel took away between two passes.
 fn disappeared(last: &Last, found: &Found, counters: &Counted, cpus: u64) -> u64 {
-    let before = last.found.families.map(|family| Pass {
+    let before = last.found.families.map(|family| GcPass {
         left: (family.old + family.young).saturating_sub(family.deleted()),
         capacity: family.capacity,
     });
-    let since = Lost {
+    let since = EvictionInputs {
         made: counters.made.saturating_sub(last.counters.made),
         replaced: counters.replaced.saturating_sub(last.counters.replaced),
         flushed: counters.flushed.saturating_sub(last.counters.flushed),
         old: found.families.iter().map(|family| family.old).sum(),
         young: found.families.iter().map(|family| family.young).sum(),
     };
-    lost(&before, &since, cpus)
+    estimate_evictions(&before, &since, cpus)
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use terway_core::objects::{Action, Direction, ObjectKey};
-use terway_core::policy::{Compiler, Reason, ReasonId};
+use terway_core::policy::{Compiler, MatchedRule, RuleId};
 use tracing::warn;
 
 use crate::bpf::{BpfError, Datapath};
@@ -53,7 +53,7 @@ impl Verdicts {
 /// One reason, and how often it decided.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Counted {
-    pub(super) reason: Reason,
+    pub(super) reason: MatchedRule,
     pub(super) direction: Direction,
     pub(super) allows: bool,
     pub(super) tally: Tally,
@@ -70,18 +70,22 @@ impl Counted {
 pub(super) type Sums = BTreeMap<(ObjectKey, Direction), Verdicts>;
 
 /// What a reason is for, and whether it allows; none for those that are no policy's.
-fn subject(reason: &Reason) -> Option<(&[ObjectKey], Direction, bool)> {
+fn subject(reason: &MatchedRule) -> Option<(&[ObjectKey], Direction, bool)> {
     match reason {
-        Reason::Rule { policy, direction, action, .. } => {
+        MatchedRule::Rule { policy, direction, action, .. } => {
             Some((std::slice::from_ref(policy), *direction, *action == Action::Accept))
         }
-        Reason::Isolated { direction, policies } => Some((policies, *direction, false)),
-        Reason::NoPolicy | Reason::Disabled | Reason::Loopback | Reason::ResidentNode | Reason::UnknownPod => None,
+        MatchedRule::Isolated { direction, policies } => Some((policies, *direction, false)),
+        MatchedRule::NoPolicy
+        | MatchedRule::Disabled
+        | MatchedRule::Loopback
+        | MatchedRule::LocalNode
+        | MatchedRule::UnknownPod => None,
     }
 }
 
 /// What stands for a reason in the kernel: its text, by FNV-1a. It must be the same in each version, or sums begin anew.
-fn tag(reason: &Reason) -> u64 {
+fn tag(reason: &MatchedRule) -> u64 {
     let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     reason.to_string().bytes().fold(0xcbf2_9ce4_8422_2325, step)
 }
@@ -96,8 +100,8 @@ pub(super) struct Ledger {
 
 #[derive(Debug, Default)]
 struct Book {
-    /// Reasons with a counter, and what was counted before it was made.
-    live: BTreeMap<u32, (Reason, Tally)>,
+    /// RuleIds with a counter, and what was counted before it was made.
+    live: BTreeMap<u32, (MatchedRule, Tally)>,
     /// What reasons counted that are gone.
     past: Sums,
     /// What an earlier daemon's reasons counted, by tag, until it is taken over.
@@ -125,13 +129,13 @@ impl Ledger {
 
     /// Follows what has changed about reasons: after a step of the compiler and before its operations run, or after it has settled.
     pub(super) fn follow(&self, compiler: &mut Compiler) {
-        let changes = compiler.reason_changes();
-        if changes.made.is_empty() && changes.gone.is_empty() {
+        let changes = compiler.take_rule_id_changes();
+        if changes.added.is_empty() && changes.removed.is_empty() {
             return;
         }
         let mut book = self.book();
-        for ReasonId(number) in changes.made {
-            let Some(reason) = compiler.reason(ReasonId(number)) else { continue };
+        for RuleId(number) in changes.added {
+            let Some(reason) = compiler.rule(RuleId(number)) else { continue };
             // An earlier daemon may have left one under this number, of a reason that stood in no map when this one took over.
             self.keep(&mut book, number);
             match self.datapath.make_policy_counter(number, tag(reason)) {
@@ -139,7 +143,7 @@ impl Ledger {
                 Err(error) => book.complain(&error),
             }
         }
-        for ReasonId(number) in changes.gone {
+        for RuleId(number) in changes.removed {
             let Some((reason, before)) = book.live.remove(&number) else { continue };
             let tally = self.take(&mut book, number, before);
             let Some((policies, direction, allows)) = subject(&reason) else { continue };
@@ -212,7 +216,7 @@ impl Ledger {
     }
 
     fn counted_in(&self, book: &mut Book) -> Vec<Counted> {
-        let live: Vec<(u32, Reason, Tally)> =
+        let live: Vec<(u32, MatchedRule, Tally)> =
             book.live.iter().map(|(number, (reason, before))| (*number, reason.clone(), *before)).collect();
         let mut all = Vec::with_capacity(live.len());
         for (number, reason, before) in live {
@@ -253,9 +257,9 @@ mod tests {
 
     use super::*;
 
-    fn rule(name: &str, index: u32, action: Action) -> Reason {
+    fn rule(name: &str, index: u32, action: Action) -> MatchedRule {
         let policy = ObjectKey { kind: Kind::NetworkPolicy, name: ObjectName::new("shop", name) };
-        Reason::Rule { policy, direction: Direction::Ingress, index, name: "".into(), action }
+        MatchedRule::Rule { policy, direction: Direction::Ingress, index, name: "".into(), action }
     }
 
     #[test]
@@ -264,8 +268,8 @@ mod tests {
             subject(&rule("web", 0, Action::Accept)).map(|(p, d, a)| (p.len(), d, a)).unwrap();
         assert_eq!((policies, direction, allows), (1, Direction::Ingress, true));
         assert!(!subject(&rule("web", 0, Action::Deny)).unwrap().2);
-        assert!(!subject(&Reason::Isolated { direction: Direction::Egress, policies: Vec::new() }).unwrap().2);
-        assert_eq!(subject(&Reason::NoPolicy), None);
+        assert!(!subject(&MatchedRule::Isolated { direction: Direction::Egress, policies: Vec::new() }).unwrap().2);
+        assert_eq!(subject(&MatchedRule::NoPolicy), None);
     }
 
     #[test]

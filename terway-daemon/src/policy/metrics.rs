@@ -88,16 +88,16 @@ impl PolicyMetrics {
 
     /// Sets how much there is.
     pub(super) fn stats(&self, stats: &Stats, held: usize) {
-        let Stats { policies, pods, classes, identities, blocks, sets, entries, rows, endpoints } = *stats;
+        let Stats { policies, pods, classes, identities, cidrs, sets, entries, port_tables, endpoints } = *stats;
         for (kind, count) in [
             ("policies", policies),
             ("pods", pods),
             ("classes", classes),
             ("identities", identities),
-            ("blocks", blocks),
+            ("cidrs", cidrs),
             ("sets", sets),
             ("set_entries", entries),
-            ("port_tables", rows),
+            ("port_tables", port_tables),
             ("endpoints", endpoints),
         ] {
             self.entries.get_or_create(&KindLabels { kind }).set(i64::try_from(count).unwrap_or(i64::MAX));

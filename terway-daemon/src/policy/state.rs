@@ -9,7 +9,7 @@ use std::time::Instant;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, Family, PodRef};
 use terway_core::policy::{
-    Compiler, Decision, EndpointPolicy, Event, Maps, Op, Reason, SetId, Side, Target, UNKNOWN_POD,
+    Compiler, EndpointPolicy, Event, Maps, MatchedRule, Op, SetId, SetRef, UNKNOWN_POD, Verdict, VerdictOrTable,
 };
 use terway_proto::v1;
 use tracing::{error, info};
@@ -94,7 +94,7 @@ impl State {
         enforce: bool,
     ) -> Result<Self, BpfError> {
         // Maps that nobody has filled enforce nothing yet. What is written here says nothing about anybody, but is in force.
-        if datapath.policies()?.blocks.is_empty() {
+        if datapath.policies()?.cidrs.is_empty() {
             let (mut compiler, mut ops) = Compiler::new();
             ops.extend(compiler.step(Event::Enforce(enforce)));
             ops.iter().try_for_each(|op| datapath.apply_policy(op))?;
@@ -124,7 +124,7 @@ impl State {
                 let mut complete = false;
                 let mut events = Vec::new();
                 for News { changes, complete: told } in all {
-                    events.extend(changes.into_iter().filter_map(Event::of));
+                    events.extend(changes.into_iter().filter_map(Event::from_applied));
                     complete |= told;
                 }
                 self.events(events);
@@ -158,7 +158,7 @@ impl State {
             Ok(found) => found,
             Err(error) => return self.failed(&error),
         };
-        let (pods, blocks) = (found.addresses.len(), found.blocks.len());
+        let (pods, blocks) = (found.addresses.len(), found.cidrs.len());
         let known = [Event::NodeAddresses(self.node.clone()), Event::Enforce(self.enforce)];
         let events = known.into_iter().chain(std::mem::take(&mut self.early));
         self.guess = None;
@@ -220,7 +220,7 @@ impl State {
 
     /// If something can be done now that nothing happens, the generation in which that is so.
     pub(super) fn unsettled(&self) -> Option<u64> {
-        let unsettled = self.compiler.as_ref().is_some_and(Compiler::unsettled);
+        let unsettled = self.compiler.as_ref().is_some_and(Compiler::has_deferred);
         (self.backlog.is_empty() && unsettled).then_some(self.generation)
     }
 
@@ -230,7 +230,7 @@ impl State {
         if generation == self.generation
             && let Some(compiler) = &mut self.compiler
         {
-            let ops = compiler.settle().into_iter().filter(|op| *op != Op::Fence).collect();
+            let ops = compiler.run_deferred().into_iter().filter(|op| *op != Op::RcuBarrier).collect();
             self.ledger.follow(compiler);
             if std::mem::take(&mut self.policy_gone) {
                 self.ledger.forget(compiler);
@@ -244,7 +244,7 @@ impl State {
     pub(super) fn awaits(&self, pod: &PodRef) -> Option<Awaited> {
         match &self.compiler {
             None => Some(Awaited::View),
-            Some(compiler) => (self.enforce && compiler.awaits(pod)).then_some(Awaited::Pod),
+            Some(compiler) => (self.enforce && compiler.lacks_labels(pod)).then_some(Awaited::Pod),
         }
     }
 
@@ -272,10 +272,10 @@ impl State {
         guess.steps(self.early.iter().skip(*heard).cloned());
         *heard = self.early.len();
         let mut value = guess.endpoint(slot).unwrap_or_default();
-        let held = Side { set: HELD, defaults: [Target::decision(Decision::deny(UNKNOWN_POD)); 4] };
+        let held = SetRef { set: HELD, defaults: [VerdictOrTable::verdict(Verdict::deny(UNKNOWN_POD)); 4] };
         for sides in [&mut value.ingress, &mut value.egress] {
             let free = sides.iter().all(|side| side.set == SetId(0));
-            *sides = [Side::default(), if free { Side::default() } else { held }];
+            *sides = [SetRef::default(), if free { SetRef::default() } else { held }];
         }
         for address in addresses.iter() {
             value.identities[Family::of(address) as usize] = match self.datapath.identity(address) {
@@ -283,7 +283,7 @@ impl State {
                 Err(error) => return self.failed(&error),
             };
         }
-        self.run([0, 1].map(|phase| Op::Endpoint { slot, phase, value: Box::new(value) }).to_vec());
+        self.run([0, 1].map(|version| Op::PutEndpoint { slot, version, value: Box::new(value) }).to_vec());
     }
 
     pub(super) fn forget_gone(&mut self) {
@@ -298,12 +298,12 @@ impl State {
 
     fn measure(&self) {
         if let Some(compiler) = &self.compiler {
-            self.metrics.stats(&compiler.stats(), compiler.held().len());
+            self.metrics.stats(&compiler.stats(), compiler.pods_without_labels().len());
         }
     }
 
     pub(super) fn problems(&self) -> Vec<Error> {
-        let held = self.compiler.as_ref().map(Compiler::held).unwrap_or_default();
+        let held = self.compiler.as_ref().map(Compiler::pods_without_labels).unwrap_or_default();
         let held = (!held.is_empty() && self.enforce).then(|| {
             let names: Vec<String> = held.iter().take(5).map(ToString::to_string).collect();
             let more = if held.len() > names.len() {
@@ -318,7 +318,7 @@ impl State {
 
     pub(super) fn status(&self) -> v1::PolicyStatus {
         let stats = self.compiler.as_ref().map(Compiler::stats).unwrap_or_default();
-        let held = self.compiler.as_ref().map(Compiler::held).unwrap_or_default();
+        let held = self.compiler.as_ref().map(Compiler::pods_without_labels).unwrap_or_default();
         view::status(&stats, &held, self.enforce, self.compiler.is_some())
     }
 
@@ -344,19 +344,19 @@ impl State {
 
     /// What a decision of an event says; none if this node decides nothing there.
     pub(super) fn decision(&self, decision: u32) -> Option<v1::FlowDecision> {
-        let decision = Decision(decision);
-        let number = decision.reason();
+        let decision = Verdict(decision);
+        let number = decision.rule_id();
         let (reason, policies) = if number == UNKNOWN_POD {
-            (Reason::UnknownPod.to_string(), Vec::new())
+            (MatchedRule::UnknownPod.to_string(), Vec::new())
         } else {
-            let reason = self.compiler.as_ref().and_then(|compiler| compiler.reason(number));
+            let reason = self.compiler.as_ref().and_then(|compiler| compiler.rule(number));
             match reason {
                 Some(reason) => (reason.to_string(), view::policies(reason)),
                 None if number.0 == 0 => return None,
                 None => ("a rule that is no more".to_owned(), Vec::new()),
             }
         };
-        Some(v1::FlowDecision { allowed: decision.allowed(), reason, policies })
+        Some(v1::FlowDecision { allowed: decision.is_allowed(), reason, policies })
     }
 
     pub(super) fn explain(&self, request: &v1::ExplainPolicyRequest) -> v1::ExplainPolicyResponse {
@@ -376,7 +376,7 @@ fn without_held(mut found: Maps) -> Maps {
         let EndpointPolicy { ingress, egress, .. } = value;
         for side in ingress.iter_mut().chain(egress) {
             if side.set == HELD {
-                *side = Side::default();
+                *side = SetRef::default();
             }
         }
     }

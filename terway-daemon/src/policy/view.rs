@@ -2,7 +2,7 @@
 
 use terway_core::ident::PodRef;
 use terway_core::objects::{Direction, ObjectKey, ObjectName};
-use terway_core::policy::{Compiler, Explanation, Judgement, Party, Reason, Stats};
+use terway_core::policy::{Compiler, DirectionVerdict, Explanation, FlowEnd, MatchedRule, Stats};
 use terway_proto::v1;
 
 use super::ledger::{Counted, Ledger, Verdicts, word};
@@ -24,10 +24,10 @@ pub(super) fn status(stats: &Stats, held: &[ObjectName], enforced: bool, complet
 const TOLD: usize = 16;
 
 /// The policies that a reason names, the first of them.
-pub(super) fn policies(reason: &Reason) -> Vec<String> {
+pub(super) fn policies(reason: &MatchedRule) -> Vec<String> {
     match reason {
-        Reason::Rule { policy, .. } => vec![policy.to_string()],
-        Reason::Isolated { policies, .. } => policies.iter().take(TOLD).map(ToString::to_string).collect(),
+        MatchedRule::Rule { policy, .. } => vec![policy.to_string()],
+        MatchedRule::Isolated { policies, .. } => policies.iter().take(TOLD).map(ToString::to_string).collect(),
         _ => Vec::new(),
     }
 }
@@ -80,12 +80,12 @@ fn count(counted: &Counted) -> v1::PolicyCount {
     }
 }
 
-fn party(party: Option<&v1::PolicyParty>) -> Result<Party, String> {
+fn party(party: Option<&v1::PolicyParty>) -> Result<FlowEnd, String> {
     let v1::PolicyParty { namespace, name, address } = party.cloned().unwrap_or_default();
     if address.is_empty() {
-        return Ok(Party::Pod(ObjectName::new(&namespace, &name)));
+        return Ok(FlowEnd::Pod(ObjectName::new(&namespace, &name)));
     }
-    address.parse().map(Party::Address).map_err(|error| format!("{address}: {error}"))
+    address.parse().map(FlowEnd::Address).map_err(|error| format!("{address}: {error}"))
 }
 
 pub(super) fn explain(compiler: &Compiler, request: &v1::ExplainPolicyRequest) -> v1::ExplainPolicyResponse {
@@ -110,15 +110,15 @@ fn explanation(explanation: &Explanation) -> v1::PolicyExplanation {
         destination: explanation.destination.to_string(),
         egress: explanation.egress.as_ref().map(judgement),
         ingress: explanation.ingress.as_ref().map(judgement),
-        allowed: explanation.allowed(),
+        allowed: explanation.is_allowed(),
     }
 }
 
-fn judgement(judgement: &Judgement) -> v1::PolicyJudgement {
+fn judgement(judgement: &DirectionVerdict) -> v1::PolicyJudgement {
     v1::PolicyJudgement {
         allowed: judgement.allowed,
-        reason: judgement.reason.to_string(),
+        reason: judgement.rule.to_string(),
         policies: judgement.policies.iter().map(ToString::to_string).collect(),
-        live: judgement.live,
+        live: judgement.is_local,
     }
 }

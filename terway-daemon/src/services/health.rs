@@ -56,7 +56,7 @@ impl Refused {
     }
 }
 
-/// Opens and closes ports as Services come and go. Runs until the sender is gone.
+/// Opens and closes ports as Services come and go. RangeAllocator until the sender is gone.
 pub(super) async fn serve(mut news: watch::Receiver<Health>, refused: Arc<Refused>) {
     let mut open: BTreeMap<u16, JoinHandle<()>> = BTreeMap::new();
     loop {

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use terway_core::errors::{self, Error};
 use terway_core::objects::Objects;
-use terway_core::service::{EndSockets, NodeFacts, Settings};
+use terway_core::service::{NodeFacts, Settings, SocketTermination};
 use terway_proto::v1;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, warn};
@@ -78,7 +78,7 @@ pub struct Setup {
     /// The cgroup whose processes are served at the socket; by default the root.
     pub cgroup: Option<CgroupAt>,
     /// Whose sockets end with their backend.
-    pub end_sockets: EndSockets,
+    pub end_sockets: SocketTermination,
     /// Who can enter network namespaces.
     pub host: Arc<Host>,
     /// Who else wants to know what changes.

@@ -1,6 +1,6 @@
 //! Services at the socket: the programs on the cgroup, and the sockets that end with their backend.
 //!
-//! Which sockets end is decided by `terway_core::service::Doomed`. They are looked for twice: at once when a backend's life has ended, and again a
+//! Which sockets end is decided by `terway_core::service::StaleSockets`. They are looked for twice: at once when a backend's life has ended, and again a
 //! second later, because a program that was just running may have written one meanwhile. Then what the table holds of dead
 //! backends is forgotten.
 
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use terway_core::service::{Doomed, EndSockets, Translated};
+use terway_core::service::{SocketTermination, StaleSockets, TranslatedSocket};
 use terway_proto::v1;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -35,7 +35,7 @@ pub struct SocketPath {
     datapath: Arc<Datapath>,
     /// Where, if it was said.
     wanted: Option<CgroupAt>,
-    whose: EndSockets,
+    whose: SocketTermination,
     host: Arc<Host>,
     pods: Pods,
     metrics: ServiceMetrics,
@@ -202,7 +202,7 @@ impl SocketPath {
         if dead.is_empty() {
             return;
         }
-        let doomed = Doomed::of(dead.iter().filter(|row| !row.note).map(translated), self.whose);
+        let doomed = StaleSockets::of(dead.iter().filter(|row| !row.note).map(translated), self.whose);
         if !doomed.is_empty() && !self.unable.load(Ordering::Relaxed) {
             self.end(Arc::new(doomed)).await;
         }
@@ -220,7 +220,7 @@ impl SocketPath {
     }
 
     /// Enters each network namespace that has some, and ends them there.
-    async fn end(&self, doomed: Arc<Doomed>) {
+    async fn end(&self, doomed: Arc<StaleSockets>) {
         let mut tally = Tally::default();
         // 0: the kernel tells no cookies, so every namespace may have some.
         let own = self.datapath.features().host_netns;
@@ -250,7 +250,7 @@ impl SocketPath {
     }
 
     /// The network namespaces of pods that have doomed sockets.
-    async fn places(&self, doomed: &Doomed, own: u64) -> Vec<PodNetns> {
+    async fn places(&self, doomed: &StaleSockets, own: u64) -> Vec<PodNetns> {
         if own != 0 && doomed.netns().iter().all(|netns| *netns == own) {
             return Vec::new();
         }
@@ -299,12 +299,12 @@ impl Tally {
 }
 
 /// Ends the doomed sockets of the calling thread's network namespace.
-fn end_here(doomed: &Doomed) -> io::Result<Tally> {
+fn end_here(doomed: &StaleSockets) -> io::Result<Tally> {
     let mut tally = Tally::default();
     let mut diag = SockDiag::open()?;
     for protocol in doomed.protocols() {
         for socket in diag.connected(*protocol)? {
-            if !doomed.holds(socket.cookie, *protocol, socket.peer) {
+            if !doomed.contains(socket.cookie, *protocol, socket.peer) {
                 continue;
             }
             let outcome = match diag.destroy(&socket) {
@@ -322,8 +322,14 @@ fn end_here(doomed: &Doomed) -> io::Result<Tally> {
     Ok(tally)
 }
 
-fn translated(row: &SocketRow) -> Translated {
-    Translated { cookie: row.cookie, netns: row.netns, protocol: row.protocol, backend: row.backend, alive: row.alive }
+fn translated(row: &SocketRow) -> TranslatedSocket {
+    TranslatedSocket {
+        cookie: row.cookie,
+        netns: row.netns,
+        protocol: row.protocol,
+        backend: row.backend,
+        backend_alive: row.alive,
+    }
 }
 
 /// An error with its causes, on one line: the verifier's words would fill pages.

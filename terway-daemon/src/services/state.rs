@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use terway_core::errors::{self, Error};
 use terway_core::objects::{ObjectKey, Objects};
-use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Settings, ends_lives};
+use terway_core::service::{MapContents, NodeFacts, Op, Plan, Planner, Settings, invalidates_backend};
 use terway_proto::v1;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
@@ -162,7 +162,7 @@ impl State {
     fn due(&mut self, now: Instant) -> Result<(), BpfError> {
         while let Some((_, ops)) = self.retire.pop_front_if(|(due, _)| *due <= now) {
             self.datapath.apply_services(&ops)?;
-            self.lives_ended |= ops.iter().any(ends_lives);
+            self.lives_ended |= ops.iter().any(invalidates_backend);
             if let Some(planner) = &mut self.planner {
                 planner.retired(&ops);
             }
@@ -191,7 +191,7 @@ impl State {
         let plan = planner.sync(&self.objects);
         let (now, later) = (plan.ops.len(), plan.retire.len());
         // What was wrong and no longer is, is in no news of a planner that has only begun.
-        let wrong = planner.problems();
+        let wrong = planner.object_errors();
         self.complaints.retain(|object, _| wrong.contains_key(object));
         self.planner = Some(planner);
         self.carry_out(plan, start)?;
@@ -208,9 +208,9 @@ impl State {
         Ok(())
     }
 
-    /// Runs a plan; what is newly wrong goes to the log.
+    /// RangeAllocator a plan; what is newly wrong goes to the log.
     fn carry_out(&mut self, plan: Plan, start: Instant) -> Result<(), BpfError> {
-        for (object, messages) in plan.problems {
+        for (object, messages) in plan.object_errors {
             let known = self.complaints.remove(&object).unwrap_or_default();
             for message in messages.difference(&known) {
                 warn!(%object, "{message}");
@@ -226,7 +226,7 @@ impl State {
             return Ok(());
         }
         self.datapath.apply_services(&plan.ops)?;
-        self.lives_ended |= plan.ops.iter().any(ends_lives);
+        self.lives_ended |= plan.ops.iter().any(invalidates_backend);
         self.metrics.synced(start.elapsed());
         if !plan.retire.is_empty() {
             self.retire.push_back((Instant::now() + RETIRE_AFTER, plan.retire));
@@ -286,7 +286,7 @@ impl State {
     /// What is served.
     pub(super) fn list(&self, namespace: &str, name: &str) -> v1::ListServicesResponse {
         let Some(planner) = &self.planner else { return v1::ListServicesResponse::default() };
-        let kernel: Kernel = planner.kernel();
+        let kernel: MapContents = planner.map_contents();
         let wanted = |part: &str, filter: &str| filter.is_empty() || part == filter;
         let ports = planner.views().filter(|view| {
             let owner = view::name(&view.owner);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use terway_core::objects::ObjectName;
-use terway_core::service::{BackendId, BackendState, FrontendKind, Kernel, Owner, PortView, Selection};
+use terway_core::service::{BackendId, BackendState, FrontendKind, MapContents, Owner, PortView, Selection};
 use terway_proto::v1;
 
 /// The owner's name, whatever its kind.
@@ -13,7 +13,7 @@ pub(super) const fn name(owner: &Owner) -> &ObjectName {
     }
 }
 
-pub(super) fn port(view: &PortView, kernel: &Kernel) -> v1::ServicePort {
+pub(super) fn port(view: &PortView, kernel: &MapContents) -> v1::ServicePort {
     let owner = name(&view.owner);
     // A frontend that another owner has won is not this one's.
     let held = view.frontends.iter().filter_map(|key| Some((key, kernel.frontends.get(key)?)));
@@ -50,7 +50,7 @@ const fn kind(kind: FrontendKind) -> &'static str {
     }
 }
 
-fn choice(selection: Selection, kernel: &Kernel) -> v1::ServiceChoice {
+fn choice(selection: Selection, kernel: &MapContents) -> v1::ServiceChoice {
     let verdict = match selection {
         Selection::Table(id) => {
             let Some(table) = kernel.tables.get(&id) else { return v1::ServiceChoice::default() };

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use terway_abi::{FlowEvent, PolicyCounter};
-use terway_core::policy::{Decision, NO_POLICY};
+use terway_core::policy::{NO_POLICY, Verdict};
 use terway_daemon::bpf::{Config, FlowEvents};
 
 use super::*;
@@ -30,9 +30,9 @@ fn all(events: &mut FlowEvents) -> Vec<FlowEvent> {
 
 /// The reason that decided in a direction: 0 egress, 1 ingress.
 fn reason(node: &Node, event: &FlowEvent, side: usize) -> (bool, String) {
-    let decision = Decision(event.decisions[side]);
-    let text = node.compiler.reason(decision.reason()).map(ToString::to_string);
-    (decision.allowed(), text.unwrap_or_default())
+    let decision = Verdict(event.decisions[side]);
+    let text = node.compiler.rule(decision.rule_id()).map(ToString::to_string);
+    (decision.is_allowed(), text.unwrap_or_default())
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn a_new_connection_is_told_once_with_what_let_it_pass() {
             assert_eq!(event.src[0].to_ne_bytes(), [10, 0, 0, 1]);
             assert_eq!((event.dst, event.target), ([event.dst[0], 0, 0, 0], event.dst));
             assert_eq!(Ipv4Addr::from(event.dst[0].to_ne_bytes()), Ipv4Addr::new(10, 0, 0, 2));
-            assert_eq!(Decision(event.decisions[0]), Decision::allow(NO_POLICY));
+            assert_eq!(Verdict(event.decisions[0]), Verdict::allow(NO_POLICY));
             assert_eq!(reason(&node, event, 1), (true, "NetworkPolicy x/of-b, ingress rule 0: Accept".to_owned()));
 
             // Established packets, both ways, a retransmitted SYN among them, tell nothing; nor does a flow that is judged again.
@@ -75,7 +75,7 @@ fn a_new_connection_is_told_once_with_what_let_it_pass() {
             let told = all(&mut events);
             let [event] = &told[..] else { panic!("{told:?}") };
             assert_eq!(event.reason, Drop::PolicyIngress as u16);
-            assert_eq!(Decision(event.decisions[0]), Decision::allow(NO_POLICY));
+            assert_eq!(Verdict(event.decisions[0]), Verdict::allow(NO_POLICY));
             let isolated = "isolated in ingress by NetworkPolicy x/of-b, none of whose rules allows it";
             assert_eq!(reason(&node, event, 1), (false, isolated.to_owned()));
 
@@ -218,7 +218,7 @@ fn reasons_count_connections_and_dropped_packets_exactly() {
         let one = |reason: u32| {
             let PolicyCounter { packets, bytes, tag } = node.stage.datapath.policy_counter(reason).unwrap();
             assert_eq!(tag, 7);
-            (node.compiler.reason(ReasonId(reason)).unwrap().to_string(), (packets, bytes))
+            (node.compiler.rule(RuleId(reason)).unwrap().to_string(), (packets, bytes))
         };
         reasons.into_iter().map(one).collect()
     };
@@ -277,11 +277,11 @@ fn reasons_count_connections_and_dropped_packets_exactly() {
     let now = counted(&node);
     assert_eq!(now[never], (1, 54));
     assert_eq!(now[isolated], expected[isolated]);
-    // Reasons that have gone have no counters once that is settled.
+    // RuleIds that have gone have no counters once that is settled.
     node.no_policy("a");
     node.no_policy("b");
     for _ in 0..2 {
-        let ops = node.compiler.settle();
+        let ops = node.compiler.run_deferred();
         node.count();
         ops.iter().for_each(|op| node.stage.datapath.apply_policy(op).unwrap());
     }

@@ -39,7 +39,7 @@ impl Default for Timeouts {
 
 /// What was seen of one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
+pub struct DirectionState {
     /// Whether there was a packet at all.
     pub any: bool,
     /// Time since the last one, or since the entry was made.
@@ -57,7 +57,7 @@ pub struct Connection {
     /// IP protocol number.
     pub protocol: u8,
     /// The two directions, in any order.
-    pub sides: [Seen; 2],
+    pub sides: [DirectionState; 2],
 }
 
 /// How far a connection has come.
@@ -73,13 +73,13 @@ pub enum Phase {
 
 /// Whether what an entry was decided by still holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Standing {
+pub enum Validity {
     /// It does.
-    Holds,
+    Current,
     /// Something has changed: the next packet is decided anew, and asks the entry who began the connection.
-    Moved,
+    Rerouted,
     /// One of its ends is no more, or nobody will ask it any more.
-    Gone,
+    Dead,
 }
 
 const TCP: u8 = 6;
@@ -133,11 +133,11 @@ impl Timeouts {
     /// Whether its entry is to be deleted. One that has moved is of use for as long as its connection may live, unless the table is
     /// crowded.
     #[must_use]
-    pub fn over(&self, connection: &Connection, standing: Standing, crowded: bool) -> bool {
+    pub fn should_delete(&self, connection: &Connection, standing: Validity, crowded: bool) -> bool {
         match standing {
-            Standing::Gone => true,
-            Standing::Moved if crowded && connection.idle() > self.tcp_fin => true,
-            Standing::Moved | Standing::Holds => self.expired(connection),
+            Validity::Dead => true,
+            Validity::Rerouted if crowded && connection.idle() > self.tcp_fin => true,
+            Validity::Rerouted | Validity::Current => self.expired(connection),
         }
     }
 }
@@ -148,19 +148,21 @@ mod tests {
 
     use super::*;
 
-    fn seen() -> impl Strategy<Value = Seen> {
+    fn seen() -> impl Strategy<Value = DirectionState> {
         // Around every limit of the defaults, and far beyond the largest.
         let around = prop::sample::select(vec![0_u64, 10, 30, 60, 8_000, 100_000]);
-        (any::<bool>(), around, 0..3_u64, any::<bool>(), any::<bool>()).prop_map(|(any, at, off, fin, rst)| Seen {
-            any,
-            idle: Duration::from_millis((at * 1000 + off).saturating_sub(1)),
-            fin: fin && any,
-            rst: rst && any,
+        (any::<bool>(), around, 0..3_u64, any::<bool>(), any::<bool>()).prop_map(|(any, at, off, fin, rst)| {
+            DirectionState {
+                any,
+                idle: Duration::from_millis((at * 1000 + off).saturating_sub(1)),
+                fin: fin && any,
+                rst: rst && any,
+            }
         })
     }
 
     /// The table of docs/conntrack.md, row by row, in seconds.
-    fn documented(protocol: u8, [a, b]: [Seen; 2]) -> u64 {
+    fn documented(protocol: u8, [a, b]: [DirectionState; 2]) -> u64 {
         let rows: [(bool, u64); 9] = [
             (protocol == 6 && (a.rst || b.rst), 10),
             (protocol == 6 && a.fin && b.fin, 10),
@@ -194,13 +196,13 @@ mod tests {
         #[test]
         fn standing_only_shortens_a_life(a in seen(), b in seen(), protocol in prop::sample::select(vec![6_u8, 17]), crowded: bool) {
             let (timeouts, connection) = (Timeouts::default(), Connection { protocol, sides: [a, b] });
-            let over = |standing, crowded| timeouts.over(&connection, standing, crowded);
-            prop_assert_eq!(over(Standing::Holds, crowded), timeouts.expired(&connection));
-            prop_assert!(over(Standing::Gone, crowded));
-            prop_assert!(!over(Standing::Holds, crowded) || over(Standing::Moved, crowded));
-            prop_assert!(!over(Standing::Moved, false) || over(Standing::Moved, true));
+            let should_delete = |standing, crowded| timeouts.should_delete(&connection, standing, crowded);
+            prop_assert_eq!(should_delete(Validity::Current, crowded), timeouts.expired(&connection));
+            prop_assert!(should_delete(Validity::Dead, crowded));
+            prop_assert!(!should_delete(Validity::Current, crowded) || should_delete(Validity::Rerouted, crowded));
+            prop_assert!(!should_delete(Validity::Rerouted, false) || should_delete(Validity::Rerouted, true));
             // Whoever asks who began finds it for as long as anybody may ask.
-            prop_assert!(timeouts.expired(&connection) || !over(Standing::Moved, false));
+            prop_assert!(timeouts.expired(&connection) || !should_delete(Validity::Rerouted, false));
         }
 
         /// What lives under some timeouts lives under longer ones.

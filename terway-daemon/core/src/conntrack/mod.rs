@@ -9,7 +9,7 @@ mod pace;
 mod pressure;
 mod size;
 
-pub use expiry::{Connection, Phase, Seen, Standing, Timeouts};
-pub use pace::{FLOOR, Pace, START};
-pub use pressure::{Lost, Pass, lost};
+pub use expiry::{Connection, DirectionState, Phase, Timeouts, Validity};
+pub use pace::{FLOOR, GcInterval, START};
+pub use pressure::{EvictionInputs, GcPass, estimate_evictions};
 pub use size::{CEILING, Cost, LEAST, SHARE_FLOOR, Sizing};

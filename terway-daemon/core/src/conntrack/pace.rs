@@ -18,13 +18,13 @@ const TIGHT: f64 = 0.85;
 
 /// The pace of collecting.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Pace {
+pub struct GcInterval {
     pinned: Option<Duration>,
     longest: Duration,
     interval: Duration,
 }
 
-impl Pace {
+impl GcInterval {
     /// A pace that adapts itself up to `longest`, or is always `pinned`.
     #[must_use]
     pub fn new(pinned: Option<Duration>, longest: Duration) -> Self {
@@ -61,7 +61,7 @@ impl Pace {
 
     /// Whether a table of `capacity` with `used` entries, `dead` of them, should not wait for the next pass.
     #[must_use]
-    pub fn hurries(used: u64, dead: u64, capacity: u64) -> bool {
+    pub fn is_urgent(used: u64, dead: u64, capacity: u64) -> bool {
         let capacity = capacity.max(1) as f64;
         dead > 0 && (dead as f64 > MUCH * capacity || used as f64 > TIGHT * capacity)
     }
@@ -78,7 +78,7 @@ mod tests {
     proptest! {
         #[test]
         fn it_stays_in_its_bounds_and_moves_the_right_way(passes in prop::collection::vec((0..2000_u64, 1..4000_u64), 1..60)) {
-            let mut pace = Pace::new(None, LONGEST);
+            let mut pace = GcInterval::new(None, LONGEST);
             for (deleted, since) in passes {
                 let before = pace.interval();
                 let since = Duration::from_secs(since);
@@ -96,24 +96,24 @@ mod tests {
 
     #[test]
     fn a_flood_brings_it_to_the_floor_and_quiet_back() {
-        let mut pace = Pace::new(None, LONGEST);
+        let mut pace = GcInterval::new(None, LONGEST);
         (0..3).for_each(|_| pace.passed(900, 1000, pace.interval()));
         assert_eq!(pace.interval(), FLOOR);
         (0..20).for_each(|_| pace.passed(1, 1000, pace.interval()));
         assert_eq!(pace.interval(), LONGEST);
         // An idle node's table says nothing.
-        let mut idle = Pace::new(None, LONGEST);
+        let mut idle = GcInterval::new(None, LONGEST);
         idle.passed(0, 1000, START);
         assert_eq!(idle.interval(), START);
-        let mut pinned = Pace::new(Some(Duration::from_secs(7)), LONGEST);
+        let mut pinned = GcInterval::new(Some(Duration::from_secs(7)), LONGEST);
         pinned.passed(900, 1000, START);
         assert_eq!(pinned.interval(), Duration::from_secs(7));
     }
 
     #[test]
     fn a_tight_table_does_not_wait() {
-        assert!(!Pace::hurries(1000, 0, 1000), "nothing is to be had");
-        assert!(Pace::hurries(900, 1, 1000) && !Pace::hurries(500, 100, 1000));
-        assert!(Pace::hurries(500, 300, 1000));
+        assert!(!GcInterval::is_urgent(1000, 0, 1000), "nothing is to be had");
+        assert!(GcInterval::is_urgent(900, 1, 1000) && !GcInterval::is_urgent(500, 100, 1000));
+        assert!(GcInterval::is_urgent(500, 300, 1000));
     }
 }

@@ -9,7 +9,7 @@ const IN_HAND: u64 = 128;
 
 /// What a pass over one table saw.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Pass {
+pub struct GcPass {
     /// Entries that it left.
     pub left: u64,
     /// Entries that it can hold.
@@ -18,7 +18,7 @@ pub struct Pass {
 
 /// What happened from one pass to the next, over all tables.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Lost {
+pub struct EvictionInputs {
     /// Connections that got entries, one or two each.
     pub made: u64,
     /// Entries that were met void, and so were replaced.
@@ -35,9 +35,9 @@ pub struct Lost {
 /// otherwise what is missing of the old entries, and of one entry for each connection since. A connection that replaced a closed one
 /// on the same ports counts as well, which the tables do not tell apart.
 #[must_use]
-pub fn lost(before: &[Pass], since: &Lost, cpus: u64) -> u64 {
+pub fn estimate_evictions(before: &[GcPass], since: &EvictionInputs, cpus: u64) -> u64 {
     let may_have_been_full =
-        |pass: &Pass| pass.left + 2 * since.made + IN_HAND * cpus > pass.capacity && pass.capacity > 0;
+        |pass: &GcPass| pass.left + 2 * since.made + IN_HAND * cpus > pass.capacity && pass.capacity > 0;
     if !before.iter().any(may_have_been_full) {
         return 0;
     }
@@ -54,9 +54,16 @@ mod tests {
 
     #[test]
     fn a_roomy_table_has_lost_nothing() {
-        let before = [Pass { left: 1000, capacity: 65_536 }, Pass { left: 10, capacity: 65_536 }];
+        let before = [GcPass { left: 1000, capacity: 65_536 }, GcPass { left: 10, capacity: 65_536 }];
         // Half of the old ones were replaced by connections on the same ports: nobody can tell, but the table was never full.
-        assert_eq!(lost(&before, &Lost { made: 500, old: 505, young: 500, ..Lost::default() }, 8), 0);
+        assert_eq!(
+            estimate_evictions(
+                &before,
+                &EvictionInputs { made: 500, old: 505, young: 500, ..EvictionInputs::default() },
+                8
+            ),
+            0
+        );
     }
 
     proptest! {
@@ -69,8 +76,8 @@ mod tests {
             // Any of them may have gone.
             let old_gone = kept.index(usize::try_from(gone.min(left)).unwrap() + 1) as u64;
             let old_gone = old_gone.max(gone.saturating_sub(made));
-            let since = Lost { made, old: left - old_gone, young: made - (gone - old_gone), ..Lost::default() };
-            let found = lost(&[Pass { left, capacity }], &since, 0);
+            let since = EvictionInputs { made, old: left - old_gone, young: made - (gone - old_gone), ..EvictionInputs::default() };
+            let found = estimate_evictions(&[GcPass { left, capacity }], &since, 0);
             prop_assert_eq!(found, gone);
         }
     }

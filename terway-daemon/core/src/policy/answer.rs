@@ -4,15 +4,15 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::cells::{CellId, family};
+use super::cells::{RegionId, family};
 use super::compiler::Compiler;
 use super::hash::{NumberMap, NumberSet};
 use super::identify::labels_of;
-use super::number::{Identity, Nature, RowId, SetId, Target};
-use super::op::{Op, Stale};
+use super::number::{Identity, IdentityKind, PortTableId, SetId, VerdictOrTable};
+use super::op::{FlowScope, Op};
 use super::peers::Who;
 use super::rule::{Match, Policy};
-use super::set::{Base, Deviation, NewRows, Set, SetKey};
+use super::set::{Base, Deviation, NewPortTables, Set, SetKey};
 use crate::ident::Family;
 use crate::objects::Labels;
 
@@ -20,39 +20,39 @@ use crate::objects::Labels;
 const NO_DEVIATION: Deviation = (u32::MAX, false);
 
 /// An identity that was asked about: its cell, where that counts, its deviations, and the answer.
-type Asked<'a> = (Option<CellId>, &'a [(Identity, Deviation)], Target);
+type Asked<'a> = (Option<RegionId>, &'a [(Identity, Deviation)], VerdictOrTable);
 
 impl Compiler {
     /// Asks about a new identity: each selector once, then the sets that use one of those with an answer of their own.
     pub(super) fn announce(&mut self, identity: Identity) {
         let Some(meaning) = self.classes.meaning(identity) else { return };
-        let (nature, net) = (identity.nature(), self.cells.get(meaning.cell).net);
+        let (kind, net) = (identity.kind(), self.cells.get(meaning.cell).net);
         let class = meaning.class.and_then(|class| self.classes.get(class));
         let deviating = class.map_or_else(Vec::new, |class| {
             let (namespace, space) = (&class.like.namespace, labels_of(&self.namespaces, &class.like.namespace));
             self.peers.meet(identity, Who { namespace, space: &space, labels: &class.like.labels })
         });
         let ports = class.map_or(&[][..], |class| &class.like.ports);
-        let mut concerned = if nature == Nature::Pod { self.curious.clone() } else { BTreeSet::new() };
-        for peer in deviating.iter().copied().chain(self.peers.around(net, nature == Nature::Pod)) {
+        let mut concerned = if kind == IdentityKind::Pod { self.wildcard_sets.clone() } else { BTreeSet::new() };
+        for peer in deviating.iter().copied().chain(self.peers.around(net, kind == IdentityKind::Pod)) {
             concerned.extend(self.peers.users(peer));
         }
         let mut made = Vec::new();
         let mut entries = Vec::new();
-        let mut number = || number_row(&mut self.row_counter, &mut self.rows);
+        let mut number = || next_port_table_id(&mut self.port_table_counter, &mut self.port_tables);
         for id in &concerned {
             let Some(set) = self.sets.get_mut(id) else { continue };
-            let base = set.base(nature, net, &self.peers);
+            let base = set.base(kind, net, &self.peers);
             let deviations = set.deviations(&deviating, &self.peers);
-            let mut rows = NewRows { number: &mut number, made: &mut made };
-            let target = set.target(&base, &deviations, ports, &mut rows);
-            let (_, new) = set.put(identity, target);
-            if new != Target::NONE {
-                entries.push(Op::Peer { set: *id, identity, targets: [new; 2] });
+            let mut tables = NewPortTables { number: &mut number, made: &mut made };
+            let result = set.evaluate(&base, &deviations, ports, &mut tables);
+            let (_, new) = set.put(identity, result);
+            if new != VerdictOrTable::NONE {
+                entries.push(Op::PutPeer { set: *id, identity, verdicts: [new; 2] });
             }
         }
-        self.effort.answers += concerned.len() as u64;
-        self.change.fresh.extend(made.into_iter().map(|(row, entries)| Op::Row { row, entries }));
+        self.effort.set_evaluations += concerned.len() as u64;
+        self.change.fresh.extend(made.into_iter().map(|(table, entries)| Op::PutPortTable { table, entries }));
         self.change.fresh.extend(entries);
     }
 
@@ -65,7 +65,7 @@ impl Compiler {
         }
         let mut made = Vec::new();
         let mut changed: NumberSet<SetId> = NumberSet::default();
-        let mut number = || number_row(&mut self.row_counter, &mut self.rows);
+        let mut number = || next_port_table_id(&mut self.port_table_counter, &mut self.port_tables);
         for class in self.classes.members_of(namespace) {
             let selected = |what: &Match| matches!(what, Match::Pods(pods) if pods.pods.matches(&class.like.labels));
             let turned: Vec<_> = turned.iter().filter(|(_, what)| selected(what)).map(|(peer, _)| *peer).collect();
@@ -80,22 +80,22 @@ impl Compiler {
                 let net = self.cells.get(*cell).net;
                 for id in &concerned {
                     let Some(set) = self.sets.get_mut(id) else { continue };
-                    let base = set.base(Nature::Pod, net, &self.peers);
+                    let base = set.base(IdentityKind::Pod, net, &self.peers);
                     let deviations = set.deviations(&deviating, &self.peers);
-                    let mut rows = NewRows { number: &mut number, made: &mut made };
-                    let target = set.target(&base, &deviations, &class.like.ports, &mut rows);
-                    let (old, new) = set.put(*identity, target);
+                    let mut tables = NewPortTables { number: &mut number, made: &mut made };
+                    let result = set.evaluate(&base, &deviations, &class.like.ports, &mut tables);
+                    let (old, new) = set.put(*identity, result);
                     if old != new {
                         self.change.peers.insert((*id, *identity), (old, new));
                         changed.insert(*id);
                     }
                 }
-                self.effort.answers += concerned.len() as u64;
+                self.effort.set_evaluations += concerned.len() as u64;
             }
         }
         let users = self.endpoints.iter().filter(|(_, e)| e.sets.iter().flatten().any(|set| changed.contains(set)));
-        self.change.stale.extend(users.map(|(slot, _)| Stale::Endpoint(*slot)));
-        self.change.fresh.extend(made.into_iter().map(|(row, entries)| Op::Row { row, entries }));
+        self.change.stale.extend(users.map(|(slot, _)| FlowScope::Endpoint(*slot)));
+        self.change.fresh.extend(made.into_iter().map(|(table, entries)| Op::PutPortTable { table, entries }));
     }
 
     /// Makes a set and everything it says.
@@ -106,24 +106,24 @@ impl Compiler {
             self.peers.employ(peer, id, &self.classes, &self.namespaces);
         }
         let mut made = Vec::new();
-        let mut number = || number_row(&mut self.row_counter, &mut self.rows);
-        let mut rows = NewRows { number: &mut number, made: &mut made };
+        let mut number = || next_port_table_id(&mut self.port_table_counter, &mut self.port_tables);
+        let mut tables = NewPortTables { number: &mut number, made: &mut made };
         // What holds for a pod that no selector says anything in particular about, where most pods are, and for the rest of the world.
-        let mut curious = set.names_for_all();
-        let everyone = curious;
+        let mut wildcard_sets = set.names_for_all();
+        let everyone = wildcard_sets;
         for of in [Family::V4, Family::V6] {
             let home = self.cells.get(self.cells.home(of)).net;
-            curious |= set.held(home, &self.peers);
-            for (nature, net) in [(Nature::World, super::cells::whole(of)), (Nature::Pod, home)] {
-                let base = set.base(nature, net, &self.peers);
-                let target = set.target(&base, &[], &[], &mut rows);
-                set.set_default(Identity::new(nature, of, 0).default_index(), target);
+            wildcard_sets |= set.held(home, &self.peers);
+            for (kind, net) in [(IdentityKind::World, super::cells::whole(of)), (IdentityKind::Pod, home)] {
+                let base = set.base(kind, net, &self.peers);
+                let result = set.evaluate(&base, &[], &[], &mut tables);
+                set.set_default(Identity::new(kind, of, 0).default_index(), result);
             }
         }
-        let mut said: Vec<(Identity, Target)> = Vec::new();
+        let mut said: Vec<(Identity, VerdictOrTable)> = Vec::new();
 
         // Outside of all its blocks the world is like the default: one that holds a whole family is around everything.
-        let mut cells: Vec<(Identity, CellId)> = Vec::new();
+        let mut cells: Vec<(Identity, RegionId)> = Vec::new();
         for (peer, _) in set.blocks() {
             if let Match::Block(block) = self.peers.get(*peer) {
                 let worlds = self.cells.within(block.cidr).map(|cell| cell.world);
@@ -135,8 +135,8 @@ impl Compiler {
         cells.sort_unstable();
         cells.dedup();
         for (identity, cell) in &cells {
-            let base = set.base(Nature::World, self.cells.get(*cell).net, &self.peers);
-            said.push((*identity, set.target(&base, &[], &[], &mut rows)));
+            let base = set.base(IdentityKind::World, self.cells.get(*cell).net, &self.peers);
+            said.push((*identity, set.evaluate(&base, &[], &[], &mut tables)));
         }
 
         // Pods: those about which one of its selectors deviates, and those of cells in which another answer holds than at home.
@@ -145,14 +145,14 @@ impl Compiler {
             let selected = !self.peers.inverted(*peer);
             asked.extend(self.peers.odd(*peer).iter().map(|identity| (*identity, (*rule, selected))));
         }
-        let mut bases: NumberMap<CellId, Base> = NumberMap::default();
-        let anywhere = set.base(Nature::Pod, super::cells::whole(Family::V4), &self.peers);
+        let mut bases: NumberMap<RegionId, Base> = NumberMap::default();
+        let anywhere = set.base(IdentityKind::Pod, super::cells::whole(Family::V4), &self.peers);
         let by_cell = !set.blocks().is_empty();
         if by_cell || everyone {
             for (id, cell, pods) in self.cells.populated() {
-                let base = set.base(Nature::Pod, cell.net, &self.peers);
-                let index = Identity::new(Nature::Pod, family(&cell.net), 0).default_index();
-                if everyone || set.target(&base, &[], &[], &mut rows) != set.default(index) {
+                let base = set.base(IdentityKind::Pod, cell.net, &self.peers);
+                let index = Identity::new(IdentityKind::Pod, family(&cell.net), 0).default_index();
+                if everyone || set.evaluate(&base, &[], &[], &mut tables) != set.default(index) {
                     asked.extend(pods.iter().map(|identity| (*identity, NO_DEVIATION)));
                 }
                 bases.insert(id, base);
@@ -169,33 +169,33 @@ impl Compiler {
             let like = |(of, before, _): &Asked<'_>| {
                 *of == cell && before.iter().map(|(_, d)| d).eq(about.iter().map(|(_, d)| d))
             };
-            let target = match last.filter(like) {
-                Some((.., target)) if !set.by_port_name => target,
+            let result = match last.filter(like) {
+                Some((.., result)) if !set.by_port_name => result,
                 _ => {
                     deviations.clear();
                     deviations.extend(about.iter().map(|(_, deviation)| *deviation));
                     let class = meaning.and_then(|meaning| meaning.class).and_then(|class| self.classes.get(class));
                     let ports = class.map_or(&[][..], |class| &class.like.ports);
                     let base = cell.and_then(|cell| bases.get(&cell)).unwrap_or(&anywhere);
-                    set.target(base, &deviations, ports, &mut rows)
+                    set.evaluate(base, &deviations, ports, &mut tables)
                 }
             };
-            last = Some((cell, about, target));
-            said.push((identity, target));
+            last = Some((cell, about, result));
+            said.push((identity, result));
         }
-        self.effort.answers += said.len() as u64;
+        self.effort.set_evaluations += said.len() as u64;
         set.begin(said);
 
         let entries = set.entries().iter();
         self.change.fresh.reserve(made.len() + entries.len());
-        self.change.fresh.extend(made.into_iter().map(|(row, entries)| Op::Row { row, entries }));
-        self.change.fresh.extend(entries.map(|(identity, target)| Op::Peer {
+        self.change.fresh.extend(made.into_iter().map(|(table, entries)| Op::PutPortTable { table, entries }));
+        self.change.fresh.extend(entries.map(|(identity, result)| Op::PutPeer {
             set: id,
             identity: *identity,
-            targets: [*target; 2],
+            verdicts: [*result; 2],
         }));
-        if curious {
-            self.curious.insert(id);
+        if wildcard_sets {
+            self.wildcard_sets.insert(id);
         }
         self.set_keys.insert(set.key.clone(), id);
         self.sets.insert(id, set);
@@ -206,31 +206,31 @@ impl Compiler {
     pub(super) fn drop_set(&mut self, id: SetId) {
         let Some(mut set) = self.sets.remove(&id) else { return };
         self.set_keys.remove(&set.key);
-        self.curious.remove(&id);
+        self.wildcard_sets.remove(&id);
         for peer in set.peers() {
             self.peers.dismiss(peer, id);
         }
-        self.later.settled_entries(id, |identity| set.has(identity));
+        self.deferred.settled_entries(id, |identity| set.has(identity));
         // Entries that this event removed have not been written yet, and need not be.
         let gone: Vec<_> =
             self.change.peers.range((id, Identity(0))..=(id, Identity(u32::MAX))).map(|(k, v)| (*k, *v)).collect();
         for (key, (old, _)) in gone {
             self.change.peers.remove(&key);
-            if old != Target::NONE && !set.has(key.1) {
-                self.change.garbage.push(Op::DropPeer { set: id, identity: key.1 });
+            if old != VerdictOrTable::NONE && !set.has(key.1) {
+                self.change.garbage.push(Op::RemovePeer { set: id, identity: key.1 });
             }
         }
-        for (row, entries) in set.tables() {
-            self.rows.remove(row);
-            self.change.garbage.push(Op::DropRow { row: *row, entries: entries.clone() });
+        for (table, entries) in set.tables() {
+            self.port_tables.remove(table);
+            self.change.garbage.push(Op::RemovePortTable { table: *table, entries: entries.clone() });
         }
-        self.later.reasons.extend_from_slice(set.reasons());
+        self.deferred.reasons.extend_from_slice(set.reasons());
         self.change.sets.push((id, set.end()));
     }
 }
 
-fn number_row(counter: &mut super::number::Counter, live: &mut NumberSet<RowId>) -> RowId {
-    let row = RowId(counter.next(|n| live.contains(&RowId(n))));
-    live.insert(row);
-    row
+fn next_port_table_id(counter: &mut super::number::Counter, live: &mut NumberSet<PortTableId>) -> PortTableId {
+    let table = PortTableId(counter.next(|n| live.contains(&PortTableId(n))));
+    live.insert(table);
+    table
 }

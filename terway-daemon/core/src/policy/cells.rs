@@ -14,18 +14,18 @@ use crate::ident::Family;
 
 /// A cell. It keeps its number while blocks come and go, if most of its addresses stay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct CellId(pub(super) u32);
+pub(super) struct RegionId(pub(super) u32);
 
 #[derive(Debug)]
 struct Block {
-    cell: CellId,
+    cell: RegionId,
     /// Policies that name it, once for each time; the two whole families have one for ever.
     users: u32,
 }
 
 /// What is known of a cell.
 #[derive(Debug)]
-pub(super) struct Cell {
+pub(super) struct CidrRegion {
     /// The block it belongs to.
     pub(super) net: IpNetwork,
     /// The identity of its addresses that are nobody's.
@@ -37,13 +37,13 @@ pub(super) struct Cell {
 }
 
 #[derive(Debug)]
-pub(super) struct Cells {
+pub(super) struct CidrRegions {
     blocks: BTreeMap<IpNetwork, Block>,
     /// How many blocks have a prefix of each length, by family.
     lengths: [BTreeMap<u8, usize>; 2],
-    cells: NumberMap<CellId, Cell>,
-    /// Cells with pods.
-    populated: BTreeSet<CellId>,
+    cells: NumberMap<RegionId, CidrRegion>,
+    /// CidrRegions with pods.
+    populated: BTreeSet<RegionId>,
     counter: Counter,
 }
 
@@ -62,9 +62,9 @@ pub(super) const fn family(net: &IpNetwork) -> Family {
     }
 }
 
-impl Cells {
+impl CidrRegions {
     /// The two families, each one cell, with the identities of their addresses.
-    pub(super) fn new(mut world: impl FnMut(Family, CellId) -> Identity) -> Self {
+    pub(super) fn new(mut world: impl FnMut(Family, RegionId) -> Identity) -> Self {
         let mut cells = Self {
             blocks: BTreeMap::new(),
             lengths: Default::default(),
@@ -81,39 +81,39 @@ impl Cells {
     }
 
     /// A new cell without a block; its world identity is to be set.
-    pub(super) fn fresh(&mut self, net: IpNetwork) -> CellId {
-        let number = CellId(self.counter.next(|n| self.cells.contains_key(&CellId(n))));
-        self.cells.insert(number, Cell { net, world: Identity::NONE, members: 0, pods: BTreeSet::new() });
+    pub(super) fn fresh(&mut self, net: IpNetwork) -> RegionId {
+        let number = RegionId(self.counter.next(|n| self.cells.contains_key(&RegionId(n))));
+        self.cells.insert(number, CidrRegion { net, world: Identity::NONE, members: 0, pods: BTreeSet::new() });
         number
     }
 
     #[expect(clippy::expect_used, reason = "cells are named by those who hold them; a dead one is a defect here")]
-    pub(super) fn get(&self, cell: CellId) -> &Cell {
+    pub(super) fn get(&self, cell: RegionId) -> &CidrRegion {
         self.cells.get(&cell).expect("the cell exists")
     }
 
     #[expect(clippy::expect_used, reason = "as for `get`")]
-    pub(super) fn get_mut(&mut self, cell: CellId) -> &mut Cell {
+    pub(super) fn get_mut(&mut self, cell: RegionId) -> &mut CidrRegion {
         self.cells.get_mut(&cell).expect("the cell exists")
     }
 
-    pub(super) fn drop_cell(&mut self, cell: CellId) {
+    pub(super) fn drop_cell(&mut self, cell: RegionId) {
         self.cells.remove(&cell);
     }
 
-    /// Cells with pods, and the identities of these.
-    pub(super) fn populated(&self) -> impl Iterator<Item = (CellId, &Cell, &BTreeSet<Identity>)> {
+    /// CidrRegions with pods, and the identities of these.
+    pub(super) fn populated(&self) -> impl Iterator<Item = (RegionId, &CidrRegion, &BTreeSet<Identity>)> {
         self.populated.iter().map(|id| (*id, self.get(*id))).map(|(id, cell)| (id, cell, &cell.pods))
     }
 
     /// An identity of pods in a cell has come to be.
-    pub(super) fn settle_in(&mut self, cell: CellId, identity: Identity) {
+    pub(super) fn settle_in(&mut self, cell: RegionId, identity: Identity) {
         self.get_mut(cell).pods.insert(identity);
         self.populated.insert(cell);
     }
 
     /// An identity of pods in a cell is gone.
-    pub(super) fn move_out(&mut self, cell: CellId, identity: Identity) {
+    pub(super) fn move_out(&mut self, cell: RegionId, identity: Identity) {
         let pods = &mut self.get_mut(cell).pods;
         pods.remove(&identity);
         if pods.is_empty() {
@@ -122,7 +122,7 @@ impl Cells {
     }
 
     /// The cells of a block, whether it is in use or not, and of all blocks in it.
-    pub(super) fn within(&self, net: IpNetwork) -> impl Iterator<Item = &Cell> {
+    pub(super) fn within(&self, net: IpNetwork) -> impl Iterator<Item = &CidrRegion> {
         let last = IpNetwork::from(net.broadcast());
         let inner = self.blocks.range(net.truncated()..=last).map(|(_, block)| self.get(block.cell));
         inner.filter(move |cell| within(cell.net, net))
@@ -134,7 +134,7 @@ impl Cells {
     }
 
     /// The cell with most members: what holds there holds for most pods.
-    pub(super) fn home(&self, of: Family) -> CellId {
+    pub(super) fn home(&self, of: Family) -> RegionId {
         let populated = self.populated().filter(|(_, cell, _)| family(&cell.net) == of);
         let most = populated.max_by_key(|(id, cell, _)| (cell.members, std::cmp::Reverse(*id)));
         most.map_or_else(|| self.cell_of_block(whole(of)), |(id, ..)| id)
@@ -158,11 +158,11 @@ impl Cells {
     }
 
     #[expect(clippy::expect_used, reason = "`longest` returns blocks that are there; the whole families never go")]
-    pub(super) fn cell_of_block(&self, net: IpNetwork) -> CellId {
+    pub(super) fn cell_of_block(&self, net: IpNetwork) -> RegionId {
         self.blocks.get(&net).expect("the block exists").cell
     }
 
-    pub(super) fn set_cell(&mut self, net: IpNetwork, cell: CellId) {
+    pub(super) fn set_cell(&mut self, net: IpNetwork, cell: RegionId) {
         if let Some(block) = self.blocks.get_mut(&net) {
             block.cell = cell;
         }
@@ -170,11 +170,11 @@ impl Cells {
     }
 
     /// The cell of an address.
-    pub(super) fn of(&self, address: IpAddr) -> CellId {
+    pub(super) fn of(&self, address: IpAddr) -> RegionId {
         self.cell_of_block(self.longest(host(address), false))
     }
 
-    /// One user more; whether the block is new and must be [`Cells::insert`]ed.
+    /// One user more; whether the block is new and must be [`CidrRegions::insert`]ed.
     pub(super) fn enlist(&mut self, net: IpNetwork) -> bool {
         match self.blocks.get_mut(&net) {
             Some(block) => {
@@ -199,7 +199,7 @@ impl Cells {
     }
 
     /// A new block with one user.
-    pub(super) fn insert(&mut self, net: IpNetwork, cell: CellId) {
+    pub(super) fn insert(&mut self, net: IpNetwork, cell: RegionId) {
         *self.lengths[family(&net) as usize].entry(net.prefix()).or_default() += 1;
         self.blocks.insert(net, Block { cell, users: 1 });
         self.get_mut(cell).net = net;

@@ -8,9 +8,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::cells::{CellId, family};
+use super::cells::{RegionId, family};
 use super::hash::{NumberMap, NumberSet};
-use super::number::{Counter, Identity, Nature};
+use super::number::{Counter, Identity, IdentityKind};
 use super::pods::PodId;
 use crate::ident::Family;
 use crate::objects::{Labels, Pod, Protocol};
@@ -67,14 +67,14 @@ pub(super) struct Class {
     pub(super) like: Profile,
     profiles: NumberSet<ProfileId>,
     /// Those of its addresses, one for each cell they are in.
-    pub(super) identities: Vec<(Identity, CellId)>,
+    pub(super) identities: Vec<(Identity, RegionId)>,
 }
 
 /// What an identity stands for.
 #[derive(Clone, Debug)]
 pub(super) struct Meaning {
     pub(super) class: Option<ClassId>,
-    pub(super) cell: CellId,
+    pub(super) cell: RegionId,
     /// Addresses that have it; a cell's world counts as one.
     addresses: usize,
 }
@@ -101,7 +101,7 @@ pub(super) struct Classes {
     /// How many times it has come to look at more.
     looks: u64,
     meanings: NumberMap<Identity, Meaning>,
-    identities: NumberMap<(Nature, Option<ClassId>, CellId), Identity>,
+    identities: NumberMap<(IdentityKind, Option<ClassId>, RegionId), Identity>,
     profile_counter: Counter,
     class_counter: Counter,
     identity_counter: Counter,
@@ -352,21 +352,21 @@ impl Classes {
     /// The identity of a class in a cell, counted once more, and whether it is new.
     pub(super) fn identity(
         &mut self,
-        nature: Nature,
+        kind: IdentityKind,
         class: Option<ClassId>,
-        cell: CellId,
+        cell: RegionId,
         net: &IpNetwork,
     ) -> (Identity, bool) {
         let of: Family = family(net);
-        if let Some(id) = self.identities.get(&(nature, class, cell))
+        if let Some(id) = self.identities.get(&(kind, class, cell))
             && let Some(meaning) = self.meanings.get_mut(id)
         {
             meaning.addresses += 1;
             return (*id, false);
         }
-        let taken = |n: u32| self.meanings.contains_key(&Identity::new(nature, of, n));
-        let id = Identity::new(nature, of, self.identity_counter.next(taken));
-        self.identities.insert((nature, class, cell), id);
+        let taken = |n: u32| self.meanings.contains_key(&Identity::new(kind, of, n));
+        let id = Identity::new(kind, of, self.identity_counter.next(taken));
+        self.identities.insert((kind, class, cell), id);
         self.meanings.insert(id, Meaning { class, cell, addresses: 1 });
         if let Some(class) = class.and_then(|class| self.classes.get_mut(&class)) {
             class.identities.push((id, cell));
@@ -382,7 +382,7 @@ impl Classes {
             return false;
         }
         if let Some(meaning) = self.meanings.remove(&id) {
-            self.identities.remove(&(id.nature(), meaning.class, meaning.cell));
+            self.identities.remove(&(id.kind(), meaning.class, meaning.cell));
             if let Some(class) = meaning.class {
                 if let Some(state) = self.classes.get_mut(&class) {
                     state.identities.retain(|(other, _)| *other != id);

@@ -4,17 +4,17 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::cells::Cells;
+use super::cells::CidrRegions;
 use super::class::Classes;
 use super::hash::{NumberMap, NumberSet};
 use super::identify::with_name;
 use super::maps::Maps;
-use super::number::{Counter, Identity, Nature, PolicyVersion, ReasonId, RowId, SetId};
-use super::op::{Op, Stale};
+use super::number::{Counter, Identity, IdentityKind, PolicyVersion, PortTableId, RuleId, SetId};
+use super::op::{FlowScope, Op};
 use super::peers::Peers;
-use super::plan::{Change, Later, append};
+use super::plan::{Change, Deferred, append};
 use super::pods::{Claim, Endpoint, PodId, PodState};
-use super::reason::{Reason, Reasons};
+use super::reason::{MatchedRule, RuleIds};
 use super::rule::{Namespaces, Pods, Policy};
 use super::set::{Set, SetKey};
 use crate::ident::{Addresses, PodRef};
@@ -56,13 +56,13 @@ pub enum Event {
 impl Event {
     /// Whether it is about a policy, and not about whom policies select.
     #[must_use]
-    pub const fn is_of_policy(&self) -> bool {
+    pub const fn is_policy_change(&self) -> bool {
         matches!(self, Self::NetworkPolicy(..) | Self::ClusterNetworkPolicy(..))
     }
 
     /// The event of a changed object, if it is of a kind that policies look at.
     #[must_use]
-    pub fn of(applied: Applied) -> Option<Self> {
+    pub fn from_applied(applied: Applied) -> Option<Self> {
         match applied {
             Applied::Namespace(delta) => Some(Self::Namespace(delta.name.name, delta.new)),
             Applied::Pod(delta) => Some(Self::Pod(delta.name, delta.new)),
@@ -85,13 +85,13 @@ pub struct Stats {
     /// Identities in use.
     pub identities: usize,
     /// Blocks, the two whole families among them.
-    pub blocks: usize,
+    pub cidrs: usize,
     /// Sets in use.
     pub sets: usize,
     /// Entries of all sets.
     pub entries: usize,
     /// Port tables of all sets.
-    pub rows: usize,
+    pub port_tables: usize,
     /// Local endpoints.
     pub endpoints: usize,
 }
@@ -100,9 +100,9 @@ pub struct Stats {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Effort {
     /// Questions to selectors: of subjects, of peers about pods, of peers about namespaces.
-    pub selectors: u64,
+    pub selector_evaluations: u64,
     /// Questions to sets: what one says about one identity.
-    pub answers: u64,
+    pub set_evaluations: u64,
 }
 
 /// Compiles policies to the contents of maps, one change at a time.
@@ -115,16 +115,16 @@ pub struct Compiler {
 
     pub(super) peers: Peers,
     pub(super) classes: Classes,
-    pub(super) cells: Cells,
-    pub(super) reasons: Reasons,
+    pub(super) cells: CidrRegions,
+    pub(super) reasons: RuleIds,
     pub(super) sets: BTreeMap<SetId, Set>,
     pub(super) set_keys: HashMap<SetKey, SetId>,
-    pub(super) rows: NumberSet<RowId>,
+    pub(super) port_tables: NumberSet<PortTableId>,
     /// Sets that are to be asked about every pod.
-    pub(super) curious: BTreeSet<SetId>,
+    pub(super) wildcard_sets: BTreeSet<SetId>,
     pub(super) effort: Effort,
     pub(super) set_counter: Counter,
-    pub(super) row_counter: Counter,
+    pub(super) port_table_counter: Counter,
 
     pub(super) pods: NumberMap<PodId, PodState>,
     pub(super) names: HashMap<ObjectName, PodId>,
@@ -135,12 +135,12 @@ pub struct Compiler {
     pub(super) slots: HashMap<ObjectName, BTreeSet<u32>>,
     pub(super) addresses: HashMap<IpAddr, u32>,
 
-    pub(super) phase: usize,
+    pub(super) version: usize,
     pub(super) enforce: bool,
     pub(super) change: Change,
     /// Policies have changed since endpoints were selected: those of these namespaces, or of any.
     reselect: Option<Option<BTreeSet<Arc<str>>>>,
-    pub(super) later: Later,
+    pub(super) deferred: Deferred,
 }
 
 impl Compiler {
@@ -153,33 +153,34 @@ impl Compiler {
     /// A compiler that continues after maps which another has filled: it gives out none of their numbers.
     pub(super) fn after(maps: &Maps) -> (Self, Vec<Op>) {
         let number = |identity: &Identity| identity.0 & (Identity::NUMBERS - 1);
-        let used = maps.addresses.values().chain(maps.blocks.values()).flatten();
+        let used = maps.addresses.values().chain(maps.cidrs.values()).flatten();
         let used = used.chain(maps.peers.keys().map(|(_, identity)| identity));
         let mut classes = Classes::new(used.map(number).max().unwrap_or(0));
-        let cells =
-            Cells::new(|family, cell| classes.identity(Nature::World, None, cell, &super::cells::whole(family)).0);
+        let cells = CidrRegions::new(|family, cell| {
+            classes.identity(IdentityKind::World, None, cell, &super::cells::whole(family)).0
+        });
         let sets = maps.endpoints.values().flatten().flat_map(|e| [e.ingress, e.egress]).flatten().map(|side| side.set);
         let sets = sets.chain(maps.peers.keys().map(|(set, _)| *set));
-        let reasons = maps.rows.values().flatten().map(|entry| entry.decision.reason());
+        let reasons = maps.port_tables.values().flatten().map(|entry| entry.verdict.rule_id());
         let sides = maps.endpoints.values().flatten().flat_map(|e| [&e.ingress, &e.egress]).flatten();
         let inline = maps.peers.values().flatten().chain(sides.flat_map(|side| &side.defaults));
-        let inline = inline.filter_map(|target| target.resolve().ok()).map(|d| d.reason());
+        let inline = inline.filter_map(|target| target.resolve().ok()).map(|d| d.rule_id());
         let mut compiler = Self {
             namespaces: HashMap::new(),
             network: HashMap::new(),
             cluster: BTreeMap::new(),
             versions: 0,
             peers: Peers::new(),
-            curious: BTreeSet::new(),
+            wildcard_sets: BTreeSet::new(),
             effort: Effort::default(),
             classes,
             cells,
-            reasons: Reasons::new(reasons.chain(inline).map(|reason| reason.0).max().unwrap_or(0)),
+            reasons: RuleIds::new(reasons.chain(inline).map(|reason| reason.0).max().unwrap_or(0)),
             set_counter: Counter::new(sets.map(|set| set.0).max().unwrap_or(0), u32::MAX),
-            row_counter: Counter::new(maps.rows.keys().map(|row| row.0).max().unwrap_or(0), 1 << 31),
+            port_table_counter: Counter::new(maps.port_tables.keys().map(|table| table.0).max().unwrap_or(0), 1 << 31),
             sets: BTreeMap::new(),
             set_keys: HashMap::new(),
-            rows: NumberSet::default(),
+            port_tables: NumberSet::default(),
             pods: NumberMap::default(),
             names: HashMap::new(),
             pod_counter: Counter::new(0, u32::MAX),
@@ -188,17 +189,17 @@ impl Compiler {
             endpoints: BTreeMap::new(),
             slots: HashMap::new(),
             addresses: HashMap::new(),
-            phase: maps.phase,
+            version: maps.version,
             enforce: maps.enforce,
             change: Change::default(),
             reselect: None,
-            later: Later::default(),
+            deferred: Deferred::default(),
         };
         let blocks: Vec<_> = compiler.blocks().collect();
-        let writes = blocks.into_iter().map(|(net, identity)| Op::Block { net, identities: [identity; 2] });
+        let writes = blocks.into_iter().map(|(net, identity)| Op::PutCidr { net, identities: [identity; 2] });
         compiler.change.fresh.extend(writes);
         let mut ops = std::mem::take(&mut compiler.change).fresh;
-        ops.push(Op::Gate { phase: compiler.phase, enforce: compiler.enforce });
+        ops.push(Op::SetControlWord { version: compiler.version, enforce: compiler.enforce });
         (compiler, ops)
     }
 
@@ -212,7 +213,7 @@ impl Compiler {
     pub fn steps(&mut self, events: impl IntoIterator<Item = Event>) -> Vec<Op> {
         let mut all = Vec::new();
         for event in events {
-            if event.is_of_policy() {
+            if event.is_policy_change() {
                 self.take(event);
                 continue;
             }
@@ -237,7 +238,7 @@ impl Compiler {
             Event::Namespace(name, namespace) => self.namespace(name, namespace.as_deref()),
             Event::Pod(name, pod) => self.pod(name, pod.as_deref()),
             Event::NetworkPolicy(name, policy) => {
-                let version = self.version();
+                let version = self.next_policy_version();
                 let new = policy.map(|policy| Arc::new(Policy::network(version, &policy, &mut self.peers)));
                 let all = self.network.entry(Arc::clone(&name.namespace)).or_default();
                 let old = all.get(&name.name).cloned();
@@ -256,7 +257,7 @@ impl Compiler {
                 self.retire(old.as_deref());
             }
             Event::ClusterNetworkPolicy(name, policy) => {
-                let version = self.version();
+                let version = self.next_policy_version();
                 let new = policy.map(|policy| Arc::new(Policy::cluster(version, &policy, &mut self.peers)));
                 self.prepare(new.as_deref());
                 let old = match &new {
@@ -272,13 +273,13 @@ impl Compiler {
             Event::Enforce(enforce) => {
                 if enforce != self.enforce {
                     self.change.enforce = Some(enforce);
-                    self.change.stale.insert(Stale::All);
+                    self.change.stale.insert(FlowScope::All);
                 }
             }
         }
     }
 
-    fn version(&mut self) -> PolicyVersion {
+    fn next_policy_version(&mut self) -> PolicyVersion {
         self.versions += 1;
         PolicyVersion(self.versions)
     }
@@ -292,7 +293,7 @@ impl Compiler {
             if self.cells.enlist(net) {
                 self.insert_block(net);
             }
-            self.later.blocks.remove(&net);
+            self.deferred.blocks.remove(&net);
         }
         self.refresh_identities();
     }
@@ -302,7 +303,7 @@ impl Compiler {
         let Some(policy) = old else { return };
         for net in policy.nets(&self.peers) {
             if self.cells.release(net) {
-                self.later.blocks.insert(net);
+                self.deferred.blocks.insert(net);
             }
         }
         for peer in policy.peers() {
@@ -368,9 +369,9 @@ impl Compiler {
         own.chain(self.cluster.values()).any(|policy| policy.concerns(direction))
     }
 
-    /// What the number of a decision means. Numbers of what is no longer in force are known until [`Compiler::settle`].
+    /// What the number of a verdict means. Numbers of what is no longer in force are known until [`Compiler::run_deferred`].
     #[must_use]
-    pub fn reason(&self, id: ReasonId) -> Option<&Reason> {
+    pub fn rule(&self, id: RuleId) -> Option<&MatchedRule> {
         self.reasons.get(id)
     }
 
@@ -402,7 +403,7 @@ impl Compiler {
     /// What it has taken so far.
     #[must_use]
     pub fn effort(&self) -> Effort {
-        Effort { selectors: self.effort.selectors + self.peers.asked, ..self.effort }
+        Effort { selector_evaluations: self.effort.selector_evaluations + self.peers.asked, ..self.effort }
     }
 
     /// How much there is.
@@ -414,10 +415,10 @@ impl Compiler {
             pods: self.pods.len(),
             classes,
             identities,
-            blocks: self.blocks().count(),
+            cidrs: self.blocks().count(),
             sets: self.sets.len(),
             entries: self.sets.values().map(|set| set.entries().len()).sum(),
-            rows: self.rows.len(),
+            port_tables: self.port_tables.len(),
             endpoints: self.endpoints.len(),
         }
     }

@@ -3,18 +3,18 @@
 use std::net::IpAddr;
 
 use super::compiler::Compiler;
-use super::number::{Decision, Identity, Nature, RowId};
+use super::number::{Identity, IdentityKind, PortTableId, Verdict};
 use super::peers::Who;
 use super::pods::{PodId, keys_of};
-use super::reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, Reasons, UNKNOWN_POD, decided};
-use super::row::RowEntry;
-use super::set::{NewRows, Set};
+use super::reason::{DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, RuleIds, UNKNOWN_POD, decided};
+use super::row::PortTableEntry;
+use super::set::{NewPortTables, Set};
 use crate::ident::Family;
 use crate::objects::{Direction, ObjectKey, ObjectName};
 
 /// One end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Party {
+pub enum FlowEnd {
     /// A pod by name: its addresses are asked about.
     Pod(ObjectName),
     /// An address, whoever has it.
@@ -23,7 +23,7 @@ pub enum Party {
 
 /// Why there is nothing to explain.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unexplained {
+pub enum ExplainError {
     /// No object of that name has been seen.
     #[error("no pod {0} is known")]
     NoPod(ObjectName),
@@ -37,15 +37,15 @@ pub enum Unexplained {
 
 /// What one direction says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Judgement {
+pub struct DirectionVerdict {
     /// Whether it lets the packet pass.
     pub allowed: bool,
     /// Why.
-    pub reason: Reason,
+    pub rule: MatchedRule,
     /// The policies that select the pod whose side this is, in the order in which they are asked.
     pub policies: Vec<ObjectKey>,
     /// Whether it is read from this node's compiled state; else the pod is on another node, which decides by the same rules.
-    pub live: bool,
+    pub is_local: bool,
 }
 
 /// What is decided about the first packet of a connection.
@@ -56,15 +56,15 @@ pub struct Explanation {
     /// Destination address.
     pub destination: IpAddr,
     /// The source's side, if the source is a pod.
-    pub egress: Option<Judgement>,
+    pub egress: Option<DirectionVerdict>,
     /// The destination's side, if the destination is a pod.
-    pub ingress: Option<Judgement>,
+    pub ingress: Option<DirectionVerdict>,
 }
 
 impl Explanation {
     /// Whether the packet passes on both sides.
     #[must_use]
-    pub fn allowed(&self) -> bool {
+    pub fn is_allowed(&self) -> bool {
         self.egress.iter().chain(&self.ingress).all(|side| side.allowed)
     }
 }
@@ -74,7 +74,13 @@ impl Compiler {
     ///
     /// # Errors
     /// When a named pod is not known or has no address.
-    pub fn explain(&self, from: &Party, to: &Party, protocol: u8, port: u16) -> Result<Vec<Explanation>, Unexplained> {
+    pub fn explain(
+        &self,
+        from: &FlowEnd,
+        to: &FlowEnd,
+        protocol: u8,
+        port: u16,
+    ) -> Result<Vec<Explanation>, ExplainError> {
         let (sources, destinations) = (self.party(from)?, self.party(to)?);
         let mut found = Vec::new();
         for family in [Family::V4, Family::V6] {
@@ -92,18 +98,18 @@ impl Compiler {
                 ingress: side(receiver, source, Direction::Ingress),
             });
         }
-        if found.is_empty() { Err(Unexplained::NoFamily) } else { Ok(found) }
+        if found.is_empty() { Err(ExplainError::NoFamily) } else { Ok(found) }
     }
 
-    fn party(&self, party: &Party) -> Result<Vec<IpAddr>, Unexplained> {
+    fn party(&self, party: &FlowEnd) -> Result<Vec<IpAddr>, ExplainError> {
         match party {
-            Party::Address(address) => Ok(vec![*address]),
-            Party::Pod(name) => {
-                let id = self.names.get(name).ok_or_else(|| Unexplained::NoPod(name.clone()))?;
+            FlowEnd::Address(address) => Ok(vec![*address]),
+            FlowEnd::Pod(name) => {
+                let id = self.names.get(name).ok_or_else(|| ExplainError::NoPod(name.clone()))?;
                 let slots = self.slots.get(name).into_iter().flatten().filter_map(|slot| self.endpoints.get(slot));
                 let mut all: Vec<IpAddr> = slots.flat_map(|endpoint| endpoint.addresses.iter()).collect();
                 all.extend(self.pods.get(id).into_iter().flat_map(|state| state.ips.iter().copied()));
-                if all.is_empty() { Err(Unexplained::NoAddress(name.clone())) } else { Ok(all) }
+                if all.is_empty() { Err(ExplainError::NoAddress(name.clone())) } else { Ok(all) }
             }
         }
     }
@@ -112,7 +118,13 @@ impl Compiler {
         if let Some(slot) = self.addresses.get(&address) {
             return Some(Subject::Endpoint(*slot));
         }
-        self.claims.get(&address).filter(|c| c.identity.nature() == Nature::Pod)?.pods.last().copied().map(Subject::Pod)
+        self.claims
+            .get(&address)
+            .filter(|c| c.identity.kind() == IdentityKind::Pod)?
+            .pods
+            .last()
+            .copied()
+            .map(Subject::Pod)
     }
 
     fn judge(
@@ -123,15 +135,15 @@ impl Compiler {
         direction: Direction,
         protocol: u8,
         port: u16,
-    ) -> Judgement {
+    ) -> DirectionVerdict {
         let identity = self.seen(peer);
-        let (policies, live, answer) = match who {
+        let (policies, is_local, answer) = match who {
             Subject::Endpoint(slot) => {
                 let endpoint = self.endpoints.get(&slot);
                 let sets = endpoint.map(|e| e.sets[usize::from(direction == Direction::Egress)]).unwrap_or_default();
                 let said =
                     sets.iter().filter_map(|set| self.sets.get(set)).map(|set| read(set, identity, protocol, port));
-                let answer = decided(said).map(|decision| (decision, self.reasons.get(decision.reason()).cloned()));
+                let answer = decided(said).map(|verdict| (verdict, self.reasons.get(verdict.rule_id()).cloned()));
                 (endpoint.map(|e| e.policies.clone()).unwrap_or_default(), true, answer)
             }
             Subject::Pod(pod) => {
@@ -139,19 +151,19 @@ impl Compiler {
                 (policies, false, answer)
             }
         };
-        let fixed = |decision: Decision| (decision, self.reasons.get(decision.reason()).cloned());
-        let (decision, reason) = if !self.enforce {
-            fixed(Decision::allow(DISABLED))
+        let fixed = |verdict: Verdict| (verdict, self.reasons.get(verdict.rule_id()).cloned());
+        let (verdict, rule) = if !self.enforce {
+            fixed(Verdict::allow(DISABLED))
         } else if same {
-            fixed(Decision::allow(LOOPBACK))
-        } else if live && direction == Direction::Ingress && identity.nature() == Nature::Node {
-            fixed(Decision::allow(RESIDENT_NODE))
+            fixed(Verdict::allow(LOOPBACK))
+        } else if is_local && direction == Direction::Ingress && identity.kind() == IdentityKind::LocalNode {
+            fixed(Verdict::allow(LOCAL_NODE))
         } else {
-            answer.unwrap_or_else(|| fixed(Decision::allow(NO_POLICY)))
+            answer.unwrap_or_else(|| fixed(Verdict::allow(NO_POLICY)))
         };
-        let reason = reason.unwrap_or(if decision.allowed() { Reason::NoPolicy } else { Reason::UnknownPod });
-        debug_assert!(decision.reason() != UNKNOWN_POD || reason == Reason::UnknownPod);
-        Judgement { allowed: decision.allowed(), reason, policies, live }
+        let rule = rule.unwrap_or(if verdict.is_allowed() { MatchedRule::NoPolicy } else { MatchedRule::UnknownPod });
+        debug_assert!(verdict.rule_id() != UNKNOWN_POD || rule == MatchedRule::UnknownPod);
+        DirectionVerdict { allowed: verdict.is_allowed(), rule, policies, is_local }
     }
 
     /// What the node of another pod says, by compiling for that pod.
@@ -162,20 +174,20 @@ impl Compiler {
         direction: Direction,
         protocol: u8,
         port: u16,
-    ) -> (Vec<ObjectKey>, Option<(Decision, Option<Reason>)>) {
+    ) -> (Vec<ObjectKey>, Option<(Verdict, Option<MatchedRule>)>) {
         let profile = self.pods.get(&pod).and_then(|state| self.classes.profile(state.profile));
         let Some(profile) = profile else { return (Vec::new(), None) };
         let policies = self.selecting(&profile.namespace, &profile.labels);
         let names = policies.iter().map(|policy| policy.key.clone()).collect();
-        let mut reasons = Reasons::new(0);
+        let mut reasons = RuleIds::new(0);
         let keys = keys_of(direction, &policies, &profile.ports).into_iter().flatten();
         let said = keys.filter_map(|key| {
             let concerned = key.of(&policies);
             let mut set = Set::new(key, super::SetId(1), &concerned, &self.peers, &mut reasons);
             self.about(&mut set, peer).then(|| read(&set, peer, protocol, port))
         });
-        let decision = decided(said.collect::<Vec<_>>().into_iter());
-        (names, decision.map(|decision| (decision, reasons.get(decision.reason()).cloned())))
+        let verdict = decided(said.collect::<Vec<_>>().into_iter());
+        (names, verdict.map(|verdict| (verdict, reasons.get(verdict.rule_id()).cloned())))
     }
 
     /// Has a set say what it says about an identity; whether there is such an identity.
@@ -188,16 +200,16 @@ impl Compiler {
             set.peers().into_iter().filter(|id| self.peers.deviates(*id, who)).collect()
         });
         let deviations = set.deviations(&deviating, &self.peers);
-        let base = set.base(peer.nature(), self.cells.get(meaning.cell).net, &self.peers);
+        let base = set.base(peer.kind(), self.cells.get(meaning.cell).net, &self.peers);
         let ports = class.map_or(&[][..], |class| &class.like.ports);
         let mut last = 0;
         let mut number = || {
             last += 1;
-            RowId(last)
+            PortTableId(last)
         };
-        let rows = &mut NewRows { number: &mut number, made: &mut Vec::new() };
-        let target = set.target(&base, &deviations, ports, rows);
-        set.put(peer, target);
+        let tables = &mut NewPortTables { number: &mut number, made: &mut Vec::new() };
+        let result = set.evaluate(&base, &deviations, ports, tables);
+        set.put(peer, result);
         true
     }
 }
@@ -209,13 +221,13 @@ enum Subject {
 }
 
 /// What the maps hold of a set, read as the datapath reads it.
-fn read(set: &Set, peer: Identity, protocol: u8, port: u16) -> Decision {
+fn read(set: &Set, peer: Identity, protocol: u8, port: u16) -> Verdict {
     match set.says(peer).resolve() {
-        Ok(decision) => decision,
-        Err(row) => {
-            let entries = set.tables().get(&row).into_iter().flatten();
+        Ok(verdict) => verdict,
+        Err(table) => {
+            let entries = set.tables().get(&table).into_iter().flatten();
             let longest = entries.filter(|e| e.covers(protocol, port)).max_by_key(|e| e.prefix_len());
-            longest.map_or(Decision::deny(super::ReasonId(0)), |entry: &RowEntry| entry.decision)
+            longest.map_or(Verdict::deny(super::RuleId(0)), |entry: &PortTableEntry| entry.verdict)
         }
     }
 }

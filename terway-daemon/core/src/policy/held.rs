@@ -9,7 +9,7 @@ use crate::objects::{Direction, ObjectName};
 impl Compiler {
     /// Whether a pod would be held back if it got its interface now: its object is not known, and a policy may restrict it.
     #[must_use]
-    pub fn awaits(&self, pod: &PodRef) -> bool {
+    pub fn lacks_labels(&self, pod: &PodRef) -> bool {
         if pod.namespace.is_empty() {
             return false;
         }
@@ -22,7 +22,7 @@ impl Compiler {
 
     /// The pods that are held back.
     #[must_use]
-    pub fn held(&self) -> Vec<ObjectName> {
+    pub fn pods_without_labels(&self) -> Vec<ObjectName> {
         let unknown = |set| self.sets.get(set).is_some_and(|set| set.key.unknown);
         let held = self.endpoints.values().filter(|endpoint| endpoint.sets.iter().flatten().any(unknown));
         held.map(|endpoint| endpoint.pod.clone()).collect()

@@ -1,4 +1,4 @@
-//! Which identity an address has, and how blocks and label keys that come into use split identities without changing any decision.
+//! Which identity an address has, and how blocks and label keys that come into use split identities without changing any verdict.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::cells::CellId;
+use super::cells::RegionId;
 use super::class::{ClassId, ProfileId};
 use super::compiler::Compiler;
-use super::number::{Identity, Nature};
+use super::number::{Identity, IdentityKind};
 use super::op::Op;
 use super::plan::Item;
 use super::pods::Claim;
@@ -40,17 +40,19 @@ impl Compiler {
         labels_of(&self.namespaces, namespace)
     }
 
-    /// Settles what identity an address has. `neutral`: it is known that no decision changes by it.
+    /// Settles what identity an address has. `neutral`: it is known that no verdict changes by it.
     pub(super) fn resolve(&mut self, address: IpAddr, neutral: bool) {
         let old = self.claims.get(&address).map_or(Identity::NONE, |claim| claim.identity);
         let who = if self.node.contains(&address) {
-            Some((Nature::Node, None))
+            Some((IdentityKind::LocalNode, None))
         } else {
-            self.holder(address).and_then(|pod| self.classes.class_of(pod)).map(|class| (Nature::Pod, Some(class)))
+            self.holder(address)
+                .and_then(|pod| self.classes.class_of(pod))
+                .map(|class| (IdentityKind::Pod, Some(class)))
         };
-        let new = who.map_or(Identity::NONE, |(nature, class)| {
+        let new = who.map_or(Identity::NONE, |(kind, class)| {
             let cell = self.cells.of(address);
-            self.acquire(nature, class, cell)
+            self.acquire(kind, class, cell)
         });
         if new == old {
             if new != Identity::NONE {
@@ -58,8 +60,8 @@ impl Compiler {
             }
         } else {
             if neutral {
-                self.change.neutral.push(Op::Address { address, identities: [new; 2] });
-                self.later.settled(Item::Address(address));
+                self.change.neutral.push(Op::PutAddress { address, identities: [new; 2] });
+                self.deferred.settled(Item::Address(address));
             } else {
                 self.change.address(address, old, new);
             }
@@ -86,14 +88,14 @@ impl Compiler {
     }
 
     /// The identity of one more address.
-    pub(super) fn acquire(&mut self, nature: Nature, class: Option<ClassId>, cell: CellId) -> Identity {
+    pub(super) fn acquire(&mut self, kind: IdentityKind, class: Option<ClassId>, cell: RegionId) -> Identity {
         let net = self.cells.get(cell).net;
-        let (identity, new) = self.classes.identity(nature, class, cell, &net);
-        if nature != Nature::World {
+        let (identity, new) = self.classes.identity(kind, class, cell, &net);
+        if kind != IdentityKind::World {
             self.cells.get_mut(cell).members += 1;
         }
         if new {
-            if nature == Nature::Pod {
+            if kind == IdentityKind::Pod {
                 self.cells.settle_in(cell, identity);
             }
             self.announce(identity);
@@ -107,7 +109,7 @@ impl Compiler {
         let cell = meaning.cell;
         let class = meaning.class.and_then(|class| self.classes.get(class));
         let namespace = class.map(|class| Arc::clone(&class.like.namespace));
-        if identity.nature() != Nature::World {
+        if identity.kind() != IdentityKind::World {
             self.cells.get_mut(cell).members -= 1;
         }
         if self.classes.forget(identity) {
@@ -117,7 +119,7 @@ impl Compiler {
             }
             for (id, set) in &mut self.sets {
                 if set.forget(identity) {
-                    self.change.garbage.push(Op::DropPeer { set: *id, identity });
+                    self.change.garbage.push(Op::RemovePeer { set: *id, identity });
                 }
             }
         }
@@ -137,7 +139,7 @@ impl Compiler {
         } else {
             self.cells.insert(net, fresh);
         }
-        let (world, _) = self.classes.identity(Nature::World, None, fresh, &around);
+        let (world, _) = self.classes.identity(IdentityKind::World, None, fresh, &around);
         self.cells.get_mut(fresh).world = world;
         self.announce(world);
         if majority {
@@ -167,7 +169,7 @@ impl Compiler {
             self.cells.set_cell(parent, inner);
             self.write_block(parent, self.cells.get(inner).world);
         }
-        self.change.neutral.push(Op::DropBlock(net));
+        self.change.neutral.push(Op::RemoveCidr(net));
         for address in movers {
             self.resolve(address, true);
         }
@@ -177,21 +179,21 @@ impl Compiler {
     }
 
     fn write_block(&mut self, net: IpNetwork, identity: Identity) {
-        self.change.neutral.push(Op::Block { net, identities: [identity; 2] });
+        self.change.neutral.push(Op::PutCidr { net, identities: [identity; 2] });
     }
 
     /// Addresses that have an identity of their own, with their cells.
-    fn identified(&self, range: impl RangeBounds<IpAddr>) -> impl Iterator<Item = (IpAddr, CellId)> {
+    fn identified(&self, range: impl RangeBounds<IpAddr>) -> impl Iterator<Item = (IpAddr, RegionId)> {
         let cell = |claim: &Claim| self.classes.meaning(claim.identity).map(|meaning| meaning.cell);
         self.claims.range(range).filter_map(move |(address, claim)| Some((*address, cell(claim)?)))
     }
 
-    fn inside(&self, net: IpNetwork) -> impl Iterator<Item = (IpAddr, CellId)> {
+    fn inside(&self, net: IpNetwork) -> impl Iterator<Item = (IpAddr, RegionId)> {
         self.identified(net.network()..=net.broadcast())
     }
 
     /// Those of a block that are not in one of its parts.
-    fn outside(&self, part: IpNetwork, block: IpNetwork) -> impl Iterator<Item = (IpAddr, CellId)> {
+    fn outside(&self, part: IpNetwork, block: IpNetwork) -> impl Iterator<Item = (IpAddr, RegionId)> {
         let after = (Bound::Excluded(part.broadcast()), Bound::Included(block.broadcast()));
         // Without this, a part that ends where the block does would be a range that ends before it begins.
         let after = (part.broadcast() < block.broadcast()).then(|| self.identified(after));
@@ -200,7 +202,7 @@ impl Compiler {
 
     /// Of the addresses of a cell, those inside `net` or those outside, whichever are fewer, and whether these are those outside. Walks both at
     /// once and stops with the shorter one: a block around all pods of the cluster costs as little as one around none.
-    fn smaller_part(&self, net: IpNetwork, parent: IpNetwork, cell: CellId) -> (Vec<IpAddr>, bool) {
+    fn smaller_part(&self, net: IpNetwork, parent: IpNetwork, cell: RegionId) -> (Vec<IpAddr>, bool) {
         let (mut inner, mut outer) = (self.inside(net), self.outside(net, parent));
         let (mut moving, mut staying) = (Vec::new(), Vec::new());
         loop {
@@ -237,7 +239,7 @@ impl Compiler {
         }
     }
 
-    /// Identities of local endpoints that changed without changing a decision.
+    /// Identities of local endpoints that changed without changing a verdict.
     pub(super) fn refresh_identities(&mut self) {
         let slots: Vec<u32> = self.endpoints.keys().copied().collect();
         for slot in slots {
@@ -252,9 +254,9 @@ impl Compiler {
             if let Some(endpoint) = self.endpoints.get_mut(&slot) {
                 endpoint.value = value;
             }
-            self.later.settled(Item::Endpoint(slot));
-            for phase in [0, 1] {
-                self.change.neutral.push(Op::Endpoint { slot, phase, value: Box::new(value) });
+            self.deferred.settled(Item::Endpoint(slot));
+            for version in [0, 1] {
+                self.change.neutral.push(Op::PutEndpoint { slot, version, value: Box::new(value) });
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Network policies: from Kubernetes objects to the contents of the datapath's maps, one change at a time.
 //!
 //! ```text
-//! address ──► identity ──► target ──► decision        the datapath's way: ADR 0008
+//! address ──► identity ──► target ──► verdict        the datapath's way: ADR 0008
 //!   exact, or   (set, identity),  port table:
 //!   longest     or the set's      longest prefix
 //!   block       default
@@ -9,8 +9,8 @@
 //!
 //! An *identity* is a class of addresses that no rule can tell apart: pods of one namespace with the same values of every label key and
 //! port name that rules look at, in the same *cell* of the address space as cut by all ipBlocks. A *set* is what some policies say in one
-//! direction about every identity: priorities and the isolation flattened into one *target*, a decision or a port table. Endpoints that the same
-//! policies select share a set. The admin tier has sets of its own, which are asked first. Every decision carries the number of its [`Reason`].
+//! direction about every identity: priorities and the isolation flattened into one *target*, a verdict or a port table. Endpoints that the same
+//! policies select share a set. The admin tier has sets of its own, which are asked first. Every verdict carries the number of its [`MatchedRule`].
 //!
 //! Each selector and block that rules name is a *peer*, one for the whole cluster; of those in use it is kept which identities they select. So no
 //! change asks more than what it alters: a set is put together from what its peers select, a new identity asks each peer once.
@@ -41,9 +41,9 @@ mod set;
 mod takeover;
 
 pub use compiler::{Compiler, Effort, Event, Stats};
-pub use explain::{Explanation, Judgement, Party, Unexplained};
+pub use explain::{DirectionVerdict, ExplainError, Explanation, FlowEnd};
 pub use maps::{Maps, Packet};
-pub use number::{Decision, Identity, Nature, ReasonId, RowId, SetId, Target};
-pub use op::{EndpointPolicy, Op, Pair, Side, Sides, Stale};
-pub use reason::{DISABLED, LOOPBACK, NO_POLICY, RESIDENT_NODE, Reason, ReasonChanges, UNKNOWN_POD};
-pub use row::RowEntry;
+pub use number::{Identity, IdentityKind, PortTableId, RuleId, SetId, Verdict, VerdictOrTable};
+pub use op::{DirectionPolicy, EndpointPolicy, FlowScope, Op, SetRef, Versioned};
+pub use reason::{DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, RuleIdChanges, UNKNOWN_POD};
+pub use row::PortTableEntry;

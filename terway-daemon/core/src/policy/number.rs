@@ -1,5 +1,5 @@
-//! The numbers that stand for things in the maps. None is given out twice until its counter has gone all the way round, so nothing that
-//! still runs with an old number can meet a new meaning.
+//! Ids in the policy maps. An id is not used again until its counter has wrapped around, so a program that still runs with an old id cannot meet
+//! a new meaning of it.
 
 use std::fmt;
 
@@ -20,32 +20,32 @@ macro_rules! number {
 }
 
 number! {
-    /// The rules that hold for some endpoints in one direction. 0 = none: all traffic passes.
+    /// Id of a set: the compiled rules of some policies in one direction. 0 = none: all traffic passes.
     SetId;
-    /// A table of ports.
-    RowId;
-    /// What decided, as an index into [`super::Compiler::reason`].
-    ReasonId;
+    /// Id of a port table.
+    PortTableId;
+    /// Id of the rule that a verdict comes from ([`super::Compiler::rule`]).
+    RuleId;
 }
 
-/// One version of one policy.
+/// A version of a policy object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct PolicyVersion(pub(super) u64);
 
-/// What an address is.
+/// The kind of addresses that an identity stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Nature {
-    /// Neither of the others: outside the cluster, another node, a pod in a node's network.
+pub enum IdentityKind {
+    /// Neither of the others: outside the cluster, another node, a pod in the network namespace of its node.
     World = 0,
     /// A pod.
     Pod = 1,
-    /// The resident node, which may always talk to its pods.
-    Node = 2,
+    /// The local node, which may always connect to its pods.
+    LocalNode = 2,
 }
 
-/// A class of addresses that no rule tells apart. 0 = none.
+/// A security identity: a class of addresses that no rule distinguishes. 0 = none.
 ///
-/// Bits 31-30 are the [`Nature`], bit 29 the family (1 = IPv6), the rest counts up.
+/// Bits 31-30 are the [`IdentityKind`], bit 29 the family (1 = IPv6), the rest is a counter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Identity(pub u32);
 
@@ -53,99 +53,99 @@ impl Identity {
     /// No identity.
     pub const NONE: Self = Self(0);
 
-    /// Numbers that one nature and family can have.
+    /// Number of identities that one kind and family can have.
     pub const NUMBERS: u32 = 1 << 29;
 
-    pub(super) const fn new(nature: Nature, family: Family, number: u32) -> Self {
+    pub(super) const fn new(kind: IdentityKind, family: Family, number: u32) -> Self {
         let six = match family {
             Family::V4 => 0,
             Family::V6 => 1 << 29,
         };
-        Self((nature as u32) << 30 | six | number)
+        Self((kind as u32) << 30 | six | number)
     }
 
-    /// What the addresses are.
+    /// The kind of its addresses.
     #[must_use]
-    pub const fn nature(self) -> Nature {
+    pub const fn kind(self) -> IdentityKind {
         match self.0 >> 30 {
-            1 => Nature::Pod,
-            2 => Nature::Node,
-            _ => Nature::World,
+            1 => IdentityKind::Pod,
+            2 => IdentityKind::LocalNode,
+            _ => IdentityKind::World,
         }
     }
 
-    /// Which of [`super::Side::defaults`] holds for it: bit 0 says IPv6, bit 1 says pod.
+    /// Index into [`super::SetRef::defaults`]: bit 0 = IPv6, bit 1 = pod.
     #[must_use]
     pub const fn default_index(self) -> usize {
-        let pod = matches!(self.nature(), Nature::Pod) as usize;
+        let pod = matches!(self.kind(), IdentityKind::Pod) as usize;
         pod << 1 | (self.0 >> 29 & 1) as usize
     }
 }
 
-/// Allowed or not, and why. What the port table holds: bit 30 = allowed, below it the reason.
+/// A policy verdict with the id of its rule, as a port table holds it: bit 30 = allow, below it the rule id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Decision(pub u32);
+pub struct Verdict(pub u32);
 
 const ALLOW: u32 = 1 << 30;
 
-impl Decision {
-    /// Passes.
+impl Verdict {
+    /// The verdict that lets a packet pass.
     #[must_use]
-    pub const fn allow(reason: ReasonId) -> Self {
-        Self(ALLOW | reason.0)
+    pub const fn allow(rule: RuleId) -> Self {
+        Self(ALLOW | rule.0)
     }
 
-    /// Is dropped.
+    /// The verdict that drops a packet.
     #[must_use]
-    pub const fn deny(reason: ReasonId) -> Self {
-        Self(reason.0)
+    pub const fn deny(rule: RuleId) -> Self {
+        Self(rule.0)
     }
 
-    /// Whether it passes.
+    /// Whether the packet passes.
     #[must_use]
-    pub const fn allowed(self) -> bool {
+    pub const fn is_allowed(self) -> bool {
         self.0 & ALLOW != 0
     }
 
-    /// What decided.
+    /// The rule that decided.
     #[must_use]
-    pub const fn reason(self) -> ReasonId {
-        ReasonId(self.0 & !ALLOW)
+    pub const fn rule_id(self) -> RuleId {
+        RuleId(self.0 & !ALLOW)
     }
 }
 
-/// Where the lookup by identity leads. Bit 31 set: a [`Decision`], whatever the ports; else a port table. 0 = nothing is said.
+/// The result of a set's lookup by peer identity. Bit 31 set: a [`Verdict`] for all ports; else the id of a port table. 0 = no entry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Target(pub u32);
+pub struct VerdictOrTable(pub u32);
 
 const INLINE: u32 = 1 << 31;
 
-impl Target {
-    /// Nothing is said.
+impl VerdictOrTable {
+    /// No entry.
     pub const NONE: Self = Self(0);
 
-    /// One decision for all ports.
+    /// A verdict for all ports.
     #[must_use]
-    pub const fn decision(decision: Decision) -> Self {
-        Self(INLINE | decision.0)
+    pub const fn verdict(verdict: Verdict) -> Self {
+        Self(INLINE | verdict.0)
     }
 
-    /// A table of ports.
+    /// A port table that has the verdict.
     #[must_use]
-    pub const fn row(row: RowId) -> Self {
-        Self(row.0)
+    pub const fn table(table: PortTableId) -> Self {
+        Self(table.0)
     }
 
-    /// The decision, or the table to ask.
+    /// The verdict, if it does not depend on the port.
     ///
     /// # Errors
-    /// The table to ask.
-    pub const fn resolve(self) -> Result<Decision, RowId> {
-        if self.0 & INLINE != 0 { Ok(Decision(self.0 & !INLINE)) } else { Err(RowId(self.0)) }
+    /// The port table to look up.
+    pub const fn resolve(self) -> Result<Verdict, PortTableId> {
+        if self.0 & INLINE != 0 { Ok(Verdict(self.0 & !INLINE)) } else { Err(PortTableId(self.0)) }
     }
 }
 
-/// Counts up, and after the last number starts again with what is free.
+/// A wrapping id counter that skips ids in use.
 #[derive(Clone, Debug)]
 pub(super) struct Counter {
     last: u32,
@@ -153,7 +153,7 @@ pub(super) struct Counter {
 }
 
 impl Counter {
-    /// Gives out `after + 1` first, and nothing from `limit` on.
+    /// A counter whose first id is `after + 1`, and whose ids are below `limit`.
     pub(super) const fn new(after: u32, limit: u32) -> Self {
         Self { last: after, limit }
     }

@@ -1,42 +1,43 @@
-//! What the maps hold, as values, and the operations that change them.
+//! Entries of the policy maps as values, and the operations that change them.
 
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::number::{Identity, RowId, SetId, Target};
-use super::row::RowEntry;
+use super::number::{Identity, PortTableId, SetId, VerdictOrTable};
+use super::row::PortTableEntry;
 
-/// A value for each of the two phases; [`Op::Gate`] says which of them counts. So one write changes any number of values at once.
-pub type Pair<T> = [T; 2];
+/// The values of one map entry in both versions of the policy maps. [`Op::SetControlWord`] selects the version that the datapath reads, so one
+/// write puts any number of changed entries into force at once.
+pub type Versioned<T> = [T; 2];
 
-/// What an endpoint's map entry says about one direction.
+/// A reference to a set from an endpoint's map entry, with the set's default verdicts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Side {
-    /// Whose entries to look up; 0 = none: all traffic passes.
+pub struct SetRef {
+    /// The set whose entries are looked up; 0 = none: all traffic passes.
     pub set: SetId,
-    /// Where it leads when the set has no entry for the identity, by [`Identity::default_index`].
-    pub defaults: [Target; 4],
+    /// The result for identities without an entry in the set, by [`Identity::default_index`].
+    pub defaults: [VerdictOrTable; 4],
 }
 
-/// What holds for an endpoint in one direction: first what policies of the admin tier say, then, where none of those decides
-/// ([`super::NO_POLICY`]), what those of the other tiers do.
-pub type Sides = [Side; 2];
+/// The sets of an endpoint in one direction: first that of the admin tier, then, where no admin policy decides ([`super::NO_POLICY`]), that of
+/// the other tiers.
+pub type DirectionPolicy = [SetRef; 2];
 
-/// A local endpoint in the policy maps.
+/// The policy map entry of a local endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct EndpointPolicy {
-    /// Identity of its IPv4 address, then of its IPv6 address; 0 where it has none. Other endpoints of the node see it by these.
+    /// Identity of its IPv4 address, then of its IPv6 address; 0 where it has none. Other endpoints of the node read them here.
     pub identities: [Identity; 2],
     /// For traffic to it.
-    pub ingress: Sides,
-    /// For traffic by it.
-    pub egress: Sides,
+    pub ingress: DirectionPolicy,
+    /// For traffic from it.
+    pub egress: DirectionPolicy,
 }
 
-/// Whose flows are to be decided anew: the epochs to raise, after the maps are written.
+/// The flows whose policy verdict is to be revalidated: the datapath's epochs to raise after the maps are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Stale {
+pub enum FlowScope {
     /// Flows of a local endpoint, by its slot.
     Endpoint(u32),
     /// Flows with an address.
@@ -45,75 +46,75 @@ pub enum Stale {
     All,
 }
 
-/// One operation on the maps. They are run in order.
+/// An operation on the policy maps. Operations are run in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// Writes a port table of a number that nothing refers to yet.
-    Row {
-        /// Its number.
-        row: RowId,
+    /// Writes a port table that nothing refers to yet.
+    PutPortTable {
+        /// Its id.
+        table: PortTableId,
         /// Its prefixes.
-        entries: Vec<RowEntry>,
+        entries: Vec<PortTableEntry>,
     },
     /// Removes a port table that nothing refers to any more.
-    DropRow {
-        /// Its number.
-        row: RowId,
+    RemovePortTable {
+        /// Its id.
+        table: PortTableId,
         /// Its prefixes.
-        entries: Vec<RowEntry>,
+        entries: Vec<PortTableEntry>,
     },
-    /// Writes what a set says about an identity.
-    Peer {
+    /// Writes a set's entry for a peer identity.
+    PutPeer {
         /// The set.
         set: SetId,
-        /// The identity.
+        /// The peer's identity.
         identity: Identity,
-        /// Where it leads; none = as if there were no entry.
-        targets: Pair<Target>,
+        /// The result of the lookup; none = as if there were no entry.
+        verdicts: Versioned<VerdictOrTable>,
     },
-    /// Removes it.
-    DropPeer {
+    /// Removes a set's entry for a peer identity.
+    RemovePeer {
         /// The set.
         set: SetId,
-        /// The identity.
+        /// The peer's identity.
         identity: Identity,
     },
-    /// Writes the identity of one address.
-    Address {
+    /// Writes the identity of an address.
+    PutAddress {
         /// The address.
         address: IpAddr,
-        /// Its identity; 0 = that of the longest block it is in.
-        identities: Pair<Identity>,
+        /// Its identity; 0 = that of the longest CIDR that contains it.
+        identities: Versioned<Identity>,
     },
-    /// Removes it.
-    DropAddress(IpAddr),
-    /// Writes the identity of the addresses of a block that have none of their own.
-    Block {
-        /// The block.
+    /// Removes the identity of an address.
+    RemoveAddress(IpAddr),
+    /// Writes the identity of a CIDR's addresses that have no entry of their own.
+    PutCidr {
+        /// The CIDR.
         net: IpNetwork,
-        /// Their identity, never 0: a phase in which the block is not there has that of the next longer block.
-        identities: Pair<Identity>,
+        /// Its identity, never 0: in a version without this CIDR it is that of the next shorter prefix.
+        identities: Versioned<Identity>,
     },
-    /// Removes it: the next longer block counts.
-    DropBlock(IpNetwork),
-    /// Writes an endpoint's entry for one phase.
-    Endpoint {
+    /// Removes a CIDR: the next shorter prefix counts.
+    RemoveCidr(IpNetwork),
+    /// Writes an endpoint's entry for one version.
+    PutEndpoint {
         /// The endpoint's slot.
         slot: u32,
-        /// The phase it is written for.
-        phase: usize,
-        /// The entry. The rarest operation, and the largest: in a box, or each of the others would be twice as large.
+        /// The version it is written for.
+        version: usize,
+        /// The entry. Boxed, because it is the rarest operation and twice as large as the others.
         value: Box<EndpointPolicy>,
     },
-    /// Says which phase counts, and whether policies are enforced at all.
-    Gate {
-        /// The phase.
-        phase: usize,
+    /// Writes the control word: the version that the datapath reads, and whether policies are enforced.
+    SetControlWord {
+        /// The version.
+        version: usize,
         /// Whether policies are enforced.
         enforce: bool,
     },
-    /// Makes flows be decided anew.
-    Stale(Stale),
-    /// Waits until no program runs that was running before (an RCU grace period).
-    Fence,
+    /// Has the policy verdict of established flows revalidated.
+    Revalidate(FlowScope),
+    /// Waits for an RCU grace period: no program runs any more that was running before.
+    RcuBarrier,
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::class::{NamedPort, Profile, ProfileId};
 use super::compiler::Compiler;
 use super::number::{Identity, SetId};
-use super::op::{EndpointPolicy, Op, Side, Stale};
+use super::op::{EndpointPolicy, FlowScope, Op, SetRef};
 use super::plan::Item;
 use super::rule::{Policy, Ports, Stage};
 use super::set::SetKey;
@@ -175,14 +175,14 @@ impl Compiler {
         self.endpoints.insert(slot, endpoint);
         self.slots.entry(name.clone()).or_default().insert(slot);
         self.addresses.extend(addresses.iter().map(|address| (address, slot)));
-        self.later.settled(Item::Endpoint(slot));
+        self.deferred.settled(Item::Endpoint(slot));
         self.endpoint_addresses(&name, addresses);
         self.select(slot);
         // Nothing finds the endpoint yet, so both of its entries may be written.
         self.change.endpoints.remove(&slot);
         if let Some(endpoint) = self.endpoints.get(&slot) {
             let value = endpoint.value;
-            self.change.fresh.extend([0, 1].map(|phase| Op::Endpoint { slot, phase, value: Box::new(value) }));
+            self.change.fresh.extend([0, 1].map(|version| Op::PutEndpoint { slot, version, value: Box::new(value) }));
         }
     }
 
@@ -199,7 +199,7 @@ impl Compiler {
                 self.addresses.remove(&address);
             }
         }
-        self.later.settled(Item::Endpoint(slot));
+        self.deferred.settled(Item::Endpoint(slot));
         self.change.endpoints.remove(&slot);
         for set in endpoint.sets.into_iter().flatten() {
             self.leave(set);
@@ -235,7 +235,7 @@ impl Compiler {
         let profile = self.known_pod(endpoint).and_then(|pod| self.pods.get(&pod)).map(|state| state.profile);
         let profile = profile.and_then(|id| self.classes.profile(id)).cloned();
         let policies = profile.as_ref().map_or_else(Vec::new, |p| self.selecting(&namespace, &p.labels));
-        self.effort.selectors += self.asked_about(&namespace) as u64;
+        self.effort.selector_evaluations += self.asked_about(&namespace) as u64;
         let mut value = EndpointPolicy::default();
         let mut sets = [[SetId(0); 2]; 2];
         for (n, direction) in [Direction::Ingress, Direction::Egress].into_iter().enumerate() {
@@ -248,7 +248,7 @@ impl Compiler {
         for set in old.into_iter().flatten() {
             self.leave(set);
         }
-        let side = |set: SetId| self.sets.get(&set).map_or_else(Side::default, super::set::Set::side);
+        let side = |set: SetId| self.sets.get(&set).map_or_else(SetRef::default, super::set::Set::side);
         [value.ingress, value.egress] = sets.map(|both| both.map(side));
         for address in addresses.iter() {
             value.identities[Family::of(address) as usize] = self.seen(address);
@@ -260,7 +260,7 @@ impl Compiler {
         }
         if value != before {
             self.change.endpoints.insert(slot, value);
-            self.change.stale.insert(Stale::Endpoint(slot));
+            self.change.stale.insert(FlowScope::Endpoint(slot));
         }
     }
 

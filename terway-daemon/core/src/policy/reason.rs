@@ -1,29 +1,29 @@
-//! Why a packet passes or not: each decision in the maps carries the number of its reason.
+//! Why a packet passes or not: each verdict in the maps carries the number of its reason.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
 use super::compiler::Compiler;
-use super::number::{Counter, Decision, ReasonId};
+use super::number::{Counter, RuleId, Verdict};
 use crate::objects::{Action, Direction, ObjectKey};
 
 /// No policy says anything about the endpoint in this direction.
-pub const NO_POLICY: ReasonId = ReasonId(1);
+pub const NO_POLICY: RuleId = RuleId(1);
 /// Policies are switched off.
-pub const DISABLED: ReasonId = ReasonId(2);
+pub const DISABLED: RuleId = RuleId(2);
 /// A pod speaks with itself.
-pub const LOOPBACK: ReasonId = ReasonId(3);
+pub const LOOPBACK: RuleId = RuleId(3);
 /// The resident node speaks with its pod.
-pub const RESIDENT_NODE: ReasonId = ReasonId(4);
+pub const LOCAL_NODE: RuleId = RuleId(4);
 /// The pod's labels are not known yet, and a policy may select it.
-pub const UNKNOWN_POD: ReasonId = ReasonId(5);
+pub const UNKNOWN_POD: RuleId = RuleId(5);
 
 /// No policy that was asked decides: those of the next tier are asked, and after the last one the packet passes.
-pub(super) const UNDECIDED: Decision = Decision::allow(NO_POLICY);
+pub(super) const UNDECIDED: Verdict = Verdict::allow(NO_POLICY);
 
 /// What sets say together that are asked one after the other.
-pub(super) fn decided(said: impl Iterator<Item = Decision>) -> Option<Decision> {
+pub(super) fn decided(said: impl Iterator<Item = Verdict>) -> Option<Verdict> {
     said.reduce(|first, next| if first == UNDECIDED { next } else { first })
 }
 
@@ -34,7 +34,7 @@ const LIMIT: u32 = 1 << 30;
 
 /// Why.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Reason {
+pub enum MatchedRule {
     /// No policy says anything about the pod in this direction, or those that do leave this traffic alone.
     NoPolicy,
     /// Policies are switched off (`disable_network_policy`).
@@ -42,7 +42,7 @@ pub enum Reason {
     /// A pod always reaches itself.
     Loopback,
     /// The resident node always reaches its pods.
-    ResidentNode,
+    LocalNode,
     /// The pod's labels are not known yet, and a policy may select it.
     UnknownPod,
     /// One rule decided.
@@ -70,13 +70,13 @@ pub enum Reason {
 /// So many policies that isolate a pod together are named; a namespace may have a thousand.
 const NAMED: usize = 4;
 
-impl fmt::Display for Reason {
+impl fmt::Display for MatchedRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoPolicy => f.write_str("no policy decides about it"),
             Self::Disabled => f.write_str("network policies are switched off"),
             Self::Loopback => f.write_str("a pod always reaches itself"),
-            Self::ResidentNode => f.write_str("a node always reaches its own pods"),
+            Self::LocalNode => f.write_str("a node always reaches its own pods"),
             Self::UnknownPod => f.write_str("the pod's labels are not known yet, and a policy may select it"),
             Self::Rule { policy, direction, index, name, action } => {
                 let direction = if *direction == Direction::Ingress { "ingress" } else { "egress" };
@@ -103,60 +103,60 @@ impl fmt::Display for Reason {
 
 /// Which numbers have come into use since it was last asked, and which are in use no more.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ReasonChanges {
+pub struct RuleIdChanges {
     /// They stand in the maps as soon as the operations of the event have run.
-    pub made: BTreeSet<ReasonId>,
+    pub added: BTreeSet<RuleId>,
     /// Nothing refers to them: they stood in sets that were removed behind a fence.
-    pub gone: BTreeSet<ReasonId>,
+    pub removed: BTreeSet<RuleId>,
 }
 
 impl Compiler {
     /// What has changed about the numbers of reasons, those that are fixed apart. To be asked after each step, before its operations run, and
-    /// after [`Compiler::settle`].
-    pub fn reason_changes(&mut self) -> ReasonChanges {
+    /// after [`Compiler::run_deferred`].
+    pub fn take_rule_id_changes(&mut self) -> RuleIdChanges {
         std::mem::take(&mut self.reasons.changes)
     }
 }
 
-/// Reasons in use, each with one number and how many sets use it.
+/// RuleIds in use, each with one number and how many sets use it.
 #[derive(Debug)]
-pub(super) struct Reasons {
-    numbers: HashMap<Reason, (ReasonId, usize)>,
-    reasons: HashMap<ReasonId, Reason>,
+pub(super) struct RuleIds {
+    numbers: HashMap<MatchedRule, (RuleId, usize)>,
+    reasons: HashMap<RuleId, MatchedRule>,
     counter: Counter,
-    changes: ReasonChanges,
+    changes: RuleIdChanges,
 }
 
-impl Reasons {
+impl RuleIds {
     pub(super) fn new(after: u32) -> Self {
         let fixed = [
-            (NO_POLICY, Reason::NoPolicy),
-            (DISABLED, Reason::Disabled),
-            (LOOPBACK, Reason::Loopback),
-            (RESIDENT_NODE, Reason::ResidentNode),
-            (UNKNOWN_POD, Reason::UnknownPod),
+            (NO_POLICY, MatchedRule::NoPolicy),
+            (DISABLED, MatchedRule::Disabled),
+            (LOOPBACK, MatchedRule::Loopback),
+            (LOCAL_NODE, MatchedRule::LocalNode),
+            (UNKNOWN_POD, MatchedRule::UnknownPod),
         ];
         Self {
             numbers: HashMap::new(),
             reasons: fixed.into_iter().collect(),
             counter: Counter::new(after.max(FIXED), LIMIT),
-            changes: ReasonChanges::default(),
+            changes: RuleIdChanges::default(),
         }
     }
 
-    pub(super) fn enlist(&mut self, reason: Reason) -> ReasonId {
+    pub(super) fn enlist(&mut self, reason: MatchedRule) -> RuleId {
         if let Some((id, users)) = self.numbers.get_mut(&reason) {
             *users += 1;
             return *id;
         }
-        let id = ReasonId(self.counter.next(|n| n <= FIXED || self.reasons.contains_key(&ReasonId(n))));
+        let id = RuleId(self.counter.next(|n| n <= FIXED || self.reasons.contains_key(&RuleId(n))));
         self.numbers.insert(reason.clone(), (id, 1));
         self.reasons.insert(id, reason);
-        self.changes.made.insert(id);
+        self.changes.added.insert(id);
         id
     }
 
-    pub(super) fn release(&mut self, id: ReasonId) {
+    pub(super) fn release(&mut self, id: RuleId) {
         let Some(reason) = self.reasons.get(&id) else { return };
         if let Some((_, users)) = self.numbers.get_mut(reason) {
             *users -= 1;
@@ -164,14 +164,14 @@ impl Reasons {
                 self.numbers.remove(reason);
                 self.reasons.remove(&id);
                 // What nobody has heard of need not go.
-                if !self.changes.made.remove(&id) {
-                    self.changes.gone.insert(id);
+                if !self.changes.added.remove(&id) {
+                    self.changes.removed.insert(id);
                 }
             }
         }
     }
 
-    pub(super) fn get(&self, id: ReasonId) -> Option<&Reason> {
+    pub(super) fn get(&self, id: RuleId) -> Option<&MatchedRule> {
         self.reasons.get(&id)
     }
 }
@@ -185,7 +185,7 @@ mod tests {
     fn a_thousand_isolating_policies_are_one_sentence() {
         let key = |n: u32| ObjectKey { kind: Kind::NetworkPolicy, name: ObjectName::new("x", &format!("p{n}")) };
         let says = |many: u32| {
-            Reason::Isolated { direction: Direction::Ingress, policies: (1..=many).map(key).collect() }.to_string()
+            MatchedRule::Isolated { direction: Direction::Ingress, policies: (1..=many).map(key).collect() }.to_string()
         };
         assert_eq!(says(1), format!("isolated in ingress by {}, none of whose rules allows it", key(1)));
         let four = [1, 2, 3, 4].map(|n| key(n).to_string()).join(", ");

@@ -1,15 +1,15 @@
-//! Port tables: an ordered list of rules becomes one decision for each protocol and port, as prefixes of which the longest counts.
+//! Port tables: an ordered list of rules becomes one verdict for each protocol and port, as prefixes of which the longest counts.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
-use super::number::Decision;
+use super::number::Verdict;
 use super::rule::Stage;
 use crate::objects::Action;
 
 /// One prefix of a port table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RowEntry {
+pub struct PortTableEntry {
     /// The IP protocol number; none = all of them.
     pub protocol: Option<u8>,
     /// The first port.
@@ -17,10 +17,10 @@ pub struct RowEntry {
     /// Leading bits of the port that must agree, 0 to 16; 0 without a protocol.
     pub bits: u8,
     /// What holds there.
-    pub decision: Decision,
+    pub verdict: Verdict,
 }
 
-impl RowEntry {
+impl PortTableEntry {
     /// Whether it covers a packet. ICMP and other protocols without ports ask with port 0.
     #[must_use]
     pub fn covers(&self, protocol: u8, port: u16) -> bool {
@@ -37,35 +37,35 @@ impl RowEntry {
 
 /// A rule that matches the peer, as far as ports and order go.
 #[derive(Clone, Debug)]
-pub(super) struct Matched<'a> {
+pub(super) struct MatchedPorts<'a> {
     pub(super) stage: Stage,
     pub(super) action: Action,
     /// Protocol, first and last port; none = all traffic.
     pub(super) ports: Option<&'a [(u8, u16, u16)]>,
     /// Of `Accept` and `Deny`.
-    pub(super) decision: Decision,
+    pub(super) verdict: Verdict,
 }
 
-/// The decision for a packet that these rules hit, in their order.
-fn decide<'a>(hits: impl Iterator<Item = &'a Matched<'a>>, otherwise: Decision) -> Decision {
+/// The verdict for a packet that these rules hit, in their order.
+fn decide<'a>(hits: impl Iterator<Item = &'a MatchedPorts<'a>>, otherwise: Verdict) -> Verdict {
     let mut passed = None;
     for rule in hits {
         match rule.action {
             _ if passed == Some(rule.stage) => {}
             Action::Pass => passed = Some(rule.stage),
-            Action::Accept | Action::Deny => return rule.decision,
+            Action::Accept | Action::Deny => return rule.verdict,
         }
     }
     otherwise
 }
 
 /// Flattens rules in their order; `otherwise` holds where none decides. The first entry is always the one for all protocols.
-pub(super) fn flatten(rules: &[Matched<'_>], otherwise: Decision) -> Vec<RowEntry> {
+pub(super) fn flatten(rules: &[MatchedPorts<'_>], otherwise: Verdict) -> Vec<PortTableEntry> {
     let every_port: BTreeMap<usize, u32> =
         rules.iter().enumerate().filter(|(_, rule)| rule.ports.is_none()).map(|(n, _)| (n, 1)).collect();
     let decide = |hits: &BTreeMap<usize, u32>| decide(hits.keys().filter_map(|n| rules.get(*n)), otherwise);
     let rest = decide(&every_port);
-    let mut entries = vec![RowEntry { protocol: None, port: 0, bits: 0, decision: rest }];
+    let mut entries = vec![PortTableEntry { protocol: None, port: 0, bits: 0, verdict: rest }];
     // Where a rule begins to hit, and where it ends.
     let mut edges: Vec<(u8, u32, usize, bool)> = Vec::new();
     for (n, rule) in rules.iter().enumerate() {
@@ -80,11 +80,11 @@ pub(super) fn flatten(rules: &[Matched<'_>], otherwise: Decision) -> Vec<RowEntr
         let protocol = own[0].0;
         // From one edge to the next. Ranges of one rule may overlap, so hits are counted.
         let mut hits = every_port.clone();
-        let mut segments: Vec<(u32, u32, Decision)> = Vec::new();
-        let mut segment = |start: u32, end: u32, decision: Decision| match segments.last_mut() {
+        let mut segments: Vec<(u32, u32, Verdict)> = Vec::new();
+        let mut segment = |start: u32, end: u32, verdict: Verdict| match segments.last_mut() {
             _ if start == end => {}
-            Some(last) if last.2 == decision => last.1 = end,
-            _ => segments.push((start, end, decision)),
+            Some(last) if last.2 == verdict => last.1 = end,
+            _ => segments.push((start, end, verdict)),
         };
         let mut start = 0;
         for there in own.chunk_by(|a, b| a.1 == b.1) {
@@ -106,11 +106,11 @@ pub(super) fn flatten(rules: &[Matched<'_>], otherwise: Decision) -> Vec<RowEntr
             None => segments.iter().max_by_key(|s| s.1 - s.0).map_or(rest, |s| s.2),
         };
         if base != rest {
-            entries.push(RowEntry { protocol: Some(protocol), port: 0, bits: 0, decision: base });
+            entries.push(PortTableEntry { protocol: Some(protocol), port: 0, bits: 0, verdict: base });
         }
-        for (start, end, decision) in segments.into_iter().filter(|s| s.2 != base) {
+        for (start, end, verdict) in segments.into_iter().filter(|s| s.2 != base) {
             prefixes(start, end, |port, bits| {
-                entries.push(RowEntry { protocol: Some(protocol), port, bits, decision });
+                entries.push(PortTableEntry { protocol: Some(protocol), port, bits, verdict });
             });
         }
     }
@@ -130,43 +130,44 @@ fn prefixes(mut start: u32, end: u32, mut each: impl FnMut(u16, u8)) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::number::ReasonId;
+    use super::super::number::RuleId;
     use super::*;
 
-    fn probe(row: &[RowEntry], protocol: u8, port: u16) -> Decision {
-        row.iter().filter(|e| e.covers(protocol, port)).max_by_key(|e| e.prefix_len()).unwrap().decision
+    fn probe(table: &[PortTableEntry], protocol: u8, port: u16) -> Verdict {
+        table.iter().filter(|e| e.covers(protocol, port)).max_by_key(|e| e.prefix_len()).unwrap().verdict
     }
 
     #[test]
     fn every_range_becomes_prefixes_that_cover_exactly_it() {
-        let (yes, no) = (Decision::allow(ReasonId(20)), Decision::deny(ReasonId(21)));
+        let (yes, no) = (Verdict::allow(RuleId(20)), Verdict::deny(RuleId(21)));
         let edges = [0u16, 1, 2, 79, 80, 81, 1023, 1024, 32767, 32768, 65533, 65534, 65535];
         for (n, first) in edges.iter().enumerate() {
             for last in &edges[n..] {
                 let ranges = [(6u8, *first, *last)];
                 let rule =
-                    Matched { stage: Stage::Network, action: Action::Accept, ports: Some(&ranges), decision: yes };
-                let row = flatten(&[rule], no);
-                assert!(row.len() <= 32, "{first}-{last}: {}", row.len());
+                    MatchedPorts { stage: Stage::Network, action: Action::Accept, ports: Some(&ranges), verdict: yes };
+                let table = flatten(&[rule], no);
+                assert!(table.len() <= 32, "{first}-{last}: {}", table.len());
                 for port in 0..=u16::MAX {
                     let expected = if (*first..=*last).contains(&port) { yes } else { no };
                     // All near the edges, some elsewhere.
                     if port.abs_diff(*first) < 3 || port.abs_diff(*last) < 3 || port % 997 == 0 {
-                        assert_eq!(probe(&row, 6, port), expected, "{first}-{last} at {port}");
+                        assert_eq!(probe(&table, 6, port), expected, "{first}-{last} at {port}");
                     }
                 }
-                assert_eq!(probe(&row, 17, *first), no);
-                assert_eq!(probe(&row, 1, 0), no);
+                assert_eq!(probe(&table, 17, *first), no);
+                assert_eq!(probe(&table, 1, 0), no);
             }
         }
     }
 
     #[test]
     fn ranges_of_a_rule_may_overlap_touch_or_be_empty() {
-        let (yes, no) = (Decision::allow(ReasonId(20)), Decision::deny(ReasonId(21)));
+        let (yes, no) = (Verdict::allow(RuleId(20)), Verdict::deny(RuleId(21)));
         let ports = [(6u8, 80, 90), (6, 90, 90), (6, 91, 95), (6, 200, 100), (17, 65_535, 65_535)];
-        let rule = Matched { stage: Stage::Network, action: Action::Accept, ports: Some(&ports[..]), decision: yes };
-        let row = flatten(&[rule], no);
+        let rule =
+            MatchedPorts { stage: Stage::Network, action: Action::Accept, ports: Some(&ports[..]), verdict: yes };
+        let table = flatten(&[rule], no);
         for (protocol, port, expected) in [
             (6, 79, no),
             (6, 80, yes),
@@ -182,21 +183,21 @@ mod tests {
             (17, 65_535, yes),
             (17, 0, no),
         ] {
-            assert_eq!(probe(&row, protocol, port), expected, "{protocol} {port}");
+            assert_eq!(probe(&table, protocol, port), expected, "{protocol} {port}");
         }
     }
 
     #[test]
     fn pass_leaves_its_tier_and_the_first_match_wins() {
-        let (a, b, end) = (Decision::allow(ReasonId(20)), Decision::deny(ReasonId(21)), Decision::deny(ReasonId(22)));
+        let (a, b, end) = (Verdict::allow(RuleId(20)), Verdict::deny(RuleId(21)), Verdict::deny(RuleId(22)));
         let web = [(6, 80, 80)];
-        let rule = |stage, action, ports, decision| Matched { stage, action, ports, decision };
+        let rule = |stage, action, ports, verdict| MatchedPorts { stage, action, ports, verdict };
         let rules = [
             rule(Stage::Admin, Action::Pass, Some(&web[..]), end),
             rule(Stage::Admin, Action::Deny, None, b),
             rule(Stage::Network, Action::Accept, None, a),
         ];
-        let row = flatten(&rules, end);
-        assert_eq!((probe(&row, 6, 80), probe(&row, 6, 81), probe(&row, 1, 0)), (a, b, b));
+        let table = flatten(&rules, end);
+        assert_eq!((probe(&table, 6, 80), probe(&table, 6, 81), probe(&table, 1, 0)), (a, b, b));
     }
 }

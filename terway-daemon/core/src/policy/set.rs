@@ -1,7 +1,7 @@
 //! Sets: what a list of policies says, in one direction, about every identity. Endpoints that the same policies select share one.
 //!
 //! A set is made once and keeps its rules; only its entries follow the identities that come and go and the labels of namespaces. Of each
-//! identity it says one target, which is its whole answer: rules are not merged at the time of a packet. It asks no selector: it is told whose
+//! identity it says one result, which is its whole answer: rules are not merged at the time of a packet. It asks no selector: it is told whose
 //! answers are not those about nobody ([`super::peers`]).
 
 use std::collections::{BTreeMap, HashMap};
@@ -12,11 +12,11 @@ use ipnetwork::IpNetwork;
 
 use super::class::NamedPort;
 use super::hash::Mix;
-use super::number::{Decision, Identity, Nature, PolicyVersion, RowId, SetId, Target};
-use super::op::Side;
+use super::number::{Identity, IdentityKind, PolicyVersion, PortTableId, SetId, Verdict, VerdictOrTable};
+use super::op::SetRef;
 use super::peers::{PeerId, Peers};
-use super::reason::{Reason, Reasons, UNDECIDED, UNKNOWN_POD};
-use super::row::{Matched, RowEntry, flatten};
+use super::reason::{MatchedRule, RuleIds, UNDECIDED, UNKNOWN_POD};
+use super::row::{MatchedPorts, PortTableEntry, flatten};
 use super::rule::{Match, Policy, Ports, Stage, holds};
 use crate::objects::{Action, Direction};
 
@@ -46,7 +46,7 @@ type Range = (u8, u16, u16);
 struct SetRule {
     stage: Stage,
     action: Action,
-    decision: Decision,
+    verdict: Verdict,
     policy: Arc<Policy>,
     index: usize,
     /// None = all traffic.
@@ -78,23 +78,23 @@ pub(super) struct Set {
     selectors: Vec<(PeerId, u32)>,
     /// Blocks, and the rules that have them; by block.
     blocks: Vec<(PeerId, u32)>,
-    otherwise: Decision,
-    defaults: [Target; 4],
+    otherwise: Verdict,
+    defaults: [VerdictOrTable; 4],
     /// Sorted: sets are made in order, and have few changes afterwards.
-    entries: Vec<(Identity, Target)>,
-    rows: HashMap<Vec<Hit>, Target, BuildHasherDefault<Mix>>,
+    entries: Vec<(Identity, VerdictOrTable)>,
+    results: HashMap<Vec<Hit>, VerdictOrTable, BuildHasherDefault<Mix>>,
     /// Room for the question that is being asked.
     scratch: Vec<Hit>,
-    tables: BTreeMap<RowId, Vec<RowEntry>>,
-    reasons: Vec<super::ReasonId>,
+    tables: BTreeMap<PortTableId, Vec<PortTableEntry>>,
+    reasons: Vec<super::RuleId>,
     /// Has names that are looked up in the peer.
     pub(super) by_port_name: bool,
 }
 
 /// Port tables that have come to be, and how the next one is numbered.
-pub(super) struct NewRows<'a> {
-    pub(super) number: &'a mut dyn FnMut() -> RowId,
-    pub(super) made: &'a mut Vec<(RowId, Vec<RowEntry>)>,
+pub(super) struct NewPortTables<'a> {
+    pub(super) number: &'a mut dyn FnMut() -> PortTableId,
+    pub(super) made: &'a mut Vec<(PortTableId, Vec<PortTableEntry>)>,
 }
 
 /// The number of a port in a pod, for one protocol or any.
@@ -114,18 +114,18 @@ fn resolve<'a>(spec: &'a Ports, ports: &'a [NamedPort]) -> impl Iterator<Item = 
 
 impl Set {
     /// A set of a key; `policies` are those of the key, in its order.
-    pub(super) fn new(key: SetKey, id: SetId, policies: &[Arc<Policy>], peers: &Peers, reasons: &mut Reasons) -> Self {
+    pub(super) fn new(key: SetKey, id: SetId, policies: &[Arc<Policy>], peers: &Peers, reasons: &mut RuleIds) -> Self {
         let direction = key.direction;
         let (mut selectors, mut blocks) = (Vec::new(), Vec::new());
         let mut used = Vec::new();
         let isolating: Vec<_> = policies.iter().filter(|p| p.isolates(direction)).map(|p| p.key.clone()).collect();
         let isolated = !isolating.is_empty();
         let otherwise = if key.unknown {
-            Decision::deny(UNKNOWN_POD)
+            Verdict::deny(UNKNOWN_POD)
         } else if isolated {
-            let reason = reasons.enlist(Reason::Isolated { direction, policies: isolating });
+            let reason = reasons.enlist(MatchedRule::Isolated { direction, policies: isolating });
             used.push(reason);
-            Decision::deny(reason)
+            Verdict::deny(reason)
         } else {
             UNDECIDED
         };
@@ -136,7 +136,7 @@ impl Set {
                 continue;
             }
             for (index, rule) in policy.rules(direction).iter().enumerate() {
-                let reason = reasons.enlist(Reason::Rule {
+                let reason = reasons.enlist(MatchedRule::Rule {
                     policy: policy.key.clone(),
                     direction,
                     index: u32::try_from(index).unwrap_or(u32::MAX),
@@ -162,11 +162,7 @@ impl Set {
                 rules.push(SetRule {
                     stage: policy.rank.stage,
                     action: rule.action,
-                    decision: if rule.action == Action::Accept {
-                        Decision::allow(reason)
-                    } else {
-                        Decision::deny(reason)
-                    },
+                    verdict: if rule.action == Action::Accept { Verdict::allow(reason) } else { Verdict::deny(reason) },
                     policy: Arc::clone(policy),
                     index,
                     ports,
@@ -194,9 +190,9 @@ impl Set {
             selectors,
             blocks,
             otherwise,
-            defaults: [Target::decision(otherwise); 4],
+            defaults: [VerdictOrTable::verdict(otherwise); 4],
             entries: Vec::new(),
-            rows: HashMap::default(),
+            results: HashMap::default(),
             scratch: Vec::new(),
             tables: BTreeMap::new(),
             reasons: used,
@@ -204,27 +200,27 @@ impl Set {
         }
     }
 
-    pub(super) fn side(&self) -> Side {
-        Side { set: self.id, defaults: self.defaults }
+    pub(super) fn side(&self) -> SetRef {
+        SetRef { set: self.id, defaults: self.defaults }
     }
 
-    pub(super) fn reasons(&self) -> &[super::ReasonId] {
+    pub(super) fn reasons(&self) -> &[super::RuleId] {
         &self.reasons
     }
 
-    pub(super) fn tables(&self) -> &BTreeMap<RowId, Vec<RowEntry>> {
+    pub(super) fn tables(&self) -> &BTreeMap<PortTableId, Vec<PortTableEntry>> {
         &self.tables
     }
 
     /// What differs from the defaults, by identity.
-    pub(super) fn entries(&self) -> &[(Identity, Target)] {
+    pub(super) fn entries(&self) -> &[(Identity, VerdictOrTable)] {
         &self.entries
     }
 
     /// What it says about an identity.
-    pub(super) fn says(&self, identity: Identity) -> Target {
+    pub(super) fn says(&self, identity: Identity) -> VerdictOrTable {
         match self.place(identity) {
-            Ok(at) => self.entries.get(at).map_or(Target::NONE, |(_, target)| *target),
+            Ok(at) => self.entries.get(at).map_or(VerdictOrTable::NONE, |(_, result)| *result),
             Err(_) => self.defaults[identity.default_index()],
         }
     }
@@ -265,12 +261,12 @@ impl Set {
     }
 
     /// Says what holds for most: fixed before the first entry, because entries are what differs from it.
-    pub(super) fn set_default(&mut self, index: usize, target: Target) {
-        self.defaults[index] = target;
+    pub(super) fn set_default(&mut self, index: usize, result: VerdictOrTable) {
+        self.defaults[index] = result;
     }
 
     /// What it says about identities without an entry, by [`Identity::default_index`].
-    pub(super) const fn default(&self, index: usize) -> Target {
+    pub(super) const fn default(&self, index: usize) -> VerdictOrTable {
         self.defaults[index]
     }
 
@@ -279,29 +275,29 @@ impl Set {
     }
 
     /// What it said about an identity and what it now says, both none where that is what the default says.
-    pub(super) fn put(&mut self, identity: Identity, target: Target) -> (Target, Target) {
-        let special = target != self.defaults[identity.default_index()];
+    pub(super) fn put(&mut self, identity: Identity, result: VerdictOrTable) -> (VerdictOrTable, VerdictOrTable) {
+        let special = result != self.defaults[identity.default_index()];
         match (self.place(identity), special) {
-            (Ok(at), true) => (std::mem::replace(&mut self.entries[at].1, target), target),
-            (Ok(at), false) => (self.entries.remove(at).1, Target::NONE),
+            (Ok(at), true) => (std::mem::replace(&mut self.entries[at].1, result), result),
+            (Ok(at), false) => (self.entries.remove(at).1, VerdictOrTable::NONE),
             (Err(at), true) => {
-                self.entries.insert(at, (identity, target));
-                (Target::NONE, target)
+                self.entries.insert(at, (identity, result));
+                (VerdictOrTable::NONE, result)
             }
-            (Err(_), false) => (Target::NONE, Target::NONE),
+            (Err(_), false) => (VerdictOrTable::NONE, VerdictOrTable::NONE),
         }
     }
 
     /// Says the first words about identities, in any order.
-    pub(super) fn begin(&mut self, mut all: Vec<(Identity, Target)>) {
-        all.retain(|(identity, target)| *target != self.defaults[identity.default_index()]);
+    pub(super) fn begin(&mut self, mut all: Vec<(Identity, VerdictOrTable)>) {
+        all.retain(|(identity, result)| *result != self.defaults[identity.default_index()]);
         all.sort_by_key(|(identity, _)| *identity);
         all.shrink_to_fit();
         self.entries = all;
     }
 
     /// Its entries, when nobody uses it any more.
-    pub(super) fn end(&mut self) -> Vec<(Identity, Target)> {
+    pub(super) fn end(&mut self) -> Vec<(Identity, VerdictOrTable)> {
         std::mem::take(&mut self.entries)
     }
 
@@ -314,11 +310,11 @@ impl Set {
     }
 
     /// What holds for addresses of a kind in a cell, given its block, as far as no selector deviates.
-    pub(super) fn base(&self, nature: Nature, net: IpNetwork, peers: &Peers) -> Base {
+    pub(super) fn base(&self, kind: IdentityKind, net: IpNetwork, peers: &Peers) -> Base {
         let held = |(peer, _): &&(PeerId, u32)| matches!(peers.get(*peer), Match::Block(block) if holds(block, net));
         let mut firm: Vec<u32> = self.blocks.iter().filter(held).map(|(_, rule)| *rule).collect();
         firm.sort_unstable();
-        let pod = nature == Nature::Pod;
+        let pod = kind == IdentityKind::Pod;
         let rules = self.rules.iter().zip(0..).filter_map(|(rule, place)| {
             let firm = rule.always || firm.binary_search(&place).is_ok();
             (firm || pod && rule.inverted > 0).then_some((place, firm))
@@ -340,32 +336,32 @@ impl Set {
     }
 
     /// Where the lookup of a peer leads. `deviations` are sorted; `ports` are those that it names.
-    pub(super) fn target(
+    pub(super) fn evaluate(
         &mut self,
         base: &Base,
         deviations: &[Deviation],
         ports: &[NamedPort],
-        rows: &mut NewRows<'_>,
-    ) -> Target {
+        tables: &mut NewPortTables<'_>,
+    ) -> VerdictOrTable {
         let mut hits = std::mem::take(&mut self.scratch);
         hits.clear();
         self.hits(base, deviations, ports, &mut hits);
-        if let Some(target) = self.rows.get(&hits[..]) {
+        if let Some(result) = self.results.get(&hits[..]) {
             self.scratch = hits;
-            return *target;
+            return *result;
         }
         let entries = self.flatten(&hits);
-        let target = match &entries[..] {
-            [only] => Target::decision(only.decision),
+        let result = match &entries[..] {
+            [only] => VerdictOrTable::verdict(only.verdict),
             _ => {
-                let row = (rows.number)();
-                rows.made.push((row, entries.clone()));
-                self.tables.insert(row, entries);
-                Target::row(row)
+                let table = (tables.number)();
+                tables.made.push((table, entries.clone()));
+                self.tables.insert(table, entries);
+                VerdictOrTable::table(table)
             }
         };
-        self.rows.insert(hits, target);
-        target
+        self.results.insert(hits, result);
+        result
     }
 
     fn hits(&self, base: &Base, deviations: &[Deviation], ports: &[NamedPort], hits: &mut Vec<Hit>) {
@@ -402,7 +398,7 @@ impl Set {
         }
     }
 
-    fn flatten(&self, hits: &[Hit]) -> Vec<RowEntry> {
+    fn flatten(&self, hits: &[Hit]) -> Vec<PortTableEntry> {
         let ports: Vec<Option<Vec<Range>>> = hits
             .iter()
             .map(|(n, named)| {
@@ -410,16 +406,16 @@ impl Set {
                 Some(fixed.iter().chain(named).copied().collect())
             })
             .collect();
-        let matched: Vec<Matched<'_>> = hits
+        let matched: Vec<MatchedPorts<'_>> = hits
             .iter()
             .zip(&ports)
             .filter_map(|((n, _), ports)| {
                 let rule = self.rules.get(*n)?;
-                Some(Matched {
+                Some(MatchedPorts {
                     stage: rule.stage,
                     action: rule.action,
                     ports: ports.as_deref(),
-                    decision: rule.decision,
+                    verdict: rule.verdict,
                 })
             })
             .collect();

@@ -21,14 +21,16 @@ mod want;
 
 pub use maglev::{MAGLEV_SIZES, maglev};
 pub use model::{
-    Algorithm, Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op,
-    Owner, Plan, PortId, Selection, Table, TableId, UnknownAlgorithm,
+    Algorithm, Backend, BackendId, BackendKey, BackendRef, BackendState, Frontend, FrontendKey, FrontendKind,
+    MapContents, Op, Owner, Plan, PortId, Selection, Table, TableId, UnknownAlgorithm,
 };
 pub use planner::{Planner, PortView};
-pub use ports::own_ports;
-pub use runs::Runs;
+pub use ports::snat_port_range;
+pub use runs::RangeAllocator;
 pub use settings::{NodeFacts, Settings};
-pub use sockets::{Doomed, EndSockets, Translated, Unknown as UnknownEndSockets, ends_lives};
+pub use sockets::{
+    SocketTermination, StaleSockets, TranslatedSocket, Unknown as UnknownSocketTermination, invalidates_backend,
+};
 
 /// Annotation of a Service: how a backend is chosen. One of `random`, `least-connections`, `maglev`.
 pub const ALGORITHM: &str = "terway.alibabacloud.com/load-balancing";

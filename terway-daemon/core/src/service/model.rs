@@ -117,12 +117,12 @@ pub struct Table {
     /// How a slot is chosen.
     pub algorithm: Algorithm,
     /// The slots. Weights are in how often a backend stands here.
-    pub slots: Vec<Member>,
+    pub slots: Vec<BackendRef>,
 }
 
 /// A backend in one of its lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Member {
+pub struct BackendRef {
     /// Which.
     pub backend: BackendId,
     /// [`Backend::generation`].
@@ -232,9 +232,9 @@ pub enum Op {
     /// Writes a backend.
     PutBackend(BackendId, Backend),
     /// Waits until no program runs that may have read what stood there before.
-    Fence,
+    RcuBarrier,
     /// Voids whatever leads to a backend, whose id stays taken until it is removed.
-    EndBackend(BackendId, Backend),
+    InvalidateBackend(BackendId, Backend),
     /// Takes a backend away. The last value tells whose sockets are to be destroyed.
     RemoveBackend(BackendId, Backend),
     /// Writes a table.
@@ -262,7 +262,7 @@ pub struct Plan {
     /// When they have been run, [`super::Planner::retired`] is to be told: only then do ids get new owners.
     pub retire: Vec<Op>,
     /// What is wrong with objects, one sentence each, for those objects where that has changed; none = nothing is wrong any more.
-    pub problems: BTreeMap<ObjectKey, BTreeSet<String>>,
+    pub object_errors: BTreeMap<ObjectKey, BTreeSet<String>>,
     /// Health-check ports that changed: port → Service and its ready endpoints on this node; none = no longer served.
     pub health: BTreeMap<u16, Option<(ObjectName, u32)>>,
 }
@@ -286,7 +286,7 @@ pub enum Owner {
 
 /// What the maps hold. Kept by the planner as what it has planned so far; read from the kernel when the daemon starts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Kernel {
+pub struct MapContents {
     /// Backends.
     pub backends: BTreeMap<BackendId, Backend>,
     /// Tables.
@@ -299,7 +299,7 @@ pub struct Kernel {
     pub generation: u32,
 }
 
-impl Kernel {
+impl MapContents {
     /// Does what the operation says.
     pub fn apply(&mut self, op: &Op) {
         match op {
@@ -307,14 +307,14 @@ impl Kernel {
                 self.generation = self.generation.max(backend.generation);
                 self.backends.insert(*id, *backend);
             }
-            Op::EndBackend(id, _) | Op::RemoveBackend(id, _) => drop(self.backends.remove(id)),
+            Op::InvalidateBackend(id, _) | Op::RemoveBackend(id, _) => drop(self.backends.remove(id)),
             Op::PutTable(id, table) => drop(self.tables.insert(*id, Arc::clone(table))),
             Op::RemoveTable(id) => drop(self.tables.remove(id)),
             Op::PutRange(port, net) => drop(self.ranges.insert((*port, *net))),
             Op::RemoveRange(port, net) => drop(self.ranges.remove(&(*port, *net))),
             Op::PutFrontend(key, frontend) => drop(self.frontends.insert(*key, *frontend)),
             Op::RemoveFrontend(key) => drop(self.frontends.remove(key)),
-            Op::Fence | Op::ReleasePort(_) => {}
+            Op::RcuBarrier | Op::ReleasePort(_) => {}
         }
     }
 }

@@ -15,7 +15,8 @@ use self::complaints::Complaints;
 use self::held::{BackendEntry, Claim, FrontendEntry, HeldPort, Holding, Life, TableEntry};
 use super::ids::Ids;
 use super::model::{
-    BackendId, BackendKey, Frontend, FrontendKey, Kernel, Member, Op, Owner, Plan, PortId, Selection, Table, TableId,
+    BackendId, BackendKey, BackendRef, Frontend, FrontendKey, MapContents, Op, Owner, Plan, PortId, Selection, Table,
+    TableId,
 };
 use super::settings::{Here, NodeFacts, Settings};
 use super::want::{self, BackendFacts, Wanted, WantedPort, WantedSelection, Weights};
@@ -83,12 +84,12 @@ impl Planner {
     /// A planner for maps that are empty.
     #[must_use]
     pub fn new(facts: NodeFacts, settings: Settings) -> Self {
-        Self::restore(facts, settings, Kernel::default())
+        Self::restore(facts, settings, MapContents::default())
     }
 
     /// A planner for maps that hold something already. Ids and generations of what stays are kept, so that running flows are.
     #[must_use]
-    pub fn restore(facts: NodeFacts, settings: Settings, kernel: Kernel) -> Self {
+    pub fn restore(facts: NodeFacts, settings: Settings, kernel: MapContents) -> Self {
         let known = kernel.backends.values().map(|b| b.generation).max().unwrap_or(0);
         let generation = known.max(kernel.generation);
         let ports: BTreeSet<u32> = kernel.frontends.values().map(|f| f.port.0).collect();
@@ -194,8 +195,8 @@ impl Planner {
 
     /// What the maps hold once all plans so far have been run.
     #[must_use]
-    pub fn kernel(&self) -> Kernel {
-        Kernel {
+    pub fn map_contents(&self) -> MapContents {
+        MapContents {
             backends: self.backends.iter().filter_map(|(key, e)| Some((e.id, e.written?.at(*key)))).collect(),
             tables: self.tables.iter().filter(|(_, e)| e.written).map(|(t, e)| (e.id, Arc::clone(t))).collect(),
             ranges: self.ports().flat_map(|(_, p)| p.ranges.iter().map(|net| (p.id, *net))).collect(),
@@ -229,7 +230,7 @@ impl Planner {
 
     /// What is wrong with objects as they are, by object.
     #[must_use]
-    pub fn problems(&self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
+    pub fn object_errors(&self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
         self.complaints.all()
     }
 
@@ -339,7 +340,7 @@ impl Planner {
             self.finish_restore(touched);
         }
         self.write(touched, &mut plan, worse);
-        plan.problems = self.complaints.news();
+        plan.object_errors = self.complaints.news();
         plan.retire.append(&mut self.leftovers);
         plan
     }
@@ -417,9 +418,9 @@ impl Planner {
         for table in &wanted.tables {
             let slots = table.slots.iter().filter_map(|key| {
                 let entry = self.backends.get(key)?;
-                Some(Member { backend: entry.id, generation: entry.written?.generation })
+                Some(BackendRef { backend: entry.id, generation: entry.written?.generation })
             });
-            let mut slots: Vec<Member> = slots.collect();
+            let mut slots: Vec<BackendRef> = slots.collect();
             slots.shrink_to_fit();
             let content = Table { algorithm: table.algorithm, slots };
             tables.push(self.use_table(content, touched));

@@ -14,7 +14,7 @@ const FEW: usize = 1024;
 /// The longest range of ports that are neither the host's own clients' (`net.ipv4.ip_local_port_range`), nor node ports, nor
 /// privileged; and whether it is true of it. It is not where `local` leaves no room.
 #[must_use]
-pub fn own_ports(local: &RangeInclusive<u16>) -> (RangeInclusive<u16>, bool) {
+pub fn snat_port_range(local: &RangeInclusive<u16>) -> (RangeInclusive<u16>, bool) {
     let taken = [local, &NODE_PORTS];
     let free = |port: &u16| taken.iter().all(|range| !range.contains(port));
     let (mut longest, mut first) = (LAST_RESORT, None);
@@ -41,17 +41,17 @@ mod tests {
 
     #[test]
     fn what_linux_leaves() {
-        assert_eq!(own_ports(&(32_768..=60_999)), (1024..=29_999, true));
-        assert_eq!(own_ports(&(1024..=60_999)), (61_000..=65_535, true));
-        assert_eq!(own_ports(&(10_000..=65_535)), (1024..=9_999, true));
-        assert_eq!(own_ports(&(1024..=65_535)), (LAST_RESORT, false));
+        assert_eq!(snat_port_range(&(32_768..=60_999)), (1024..=29_999, true));
+        assert_eq!(snat_port_range(&(1024..=60_999)), (61_000..=65_535, true));
+        assert_eq!(snat_port_range(&(10_000..=65_535)), (1024..=9_999, true));
+        assert_eq!(snat_port_range(&(1024..=65_535)), (LAST_RESORT, false));
     }
 
     proptest! {
         #[test]
         fn no_port_is_anybody_elses(first in 1_u16..65_535, length in 0_u16..65_535) {
             let local = first..=first.saturating_add(length);
-            let (ports, ours) = own_ports(&local);
+            let (ports, ours) = snat_port_range(&local);
             prop_assert!(ports.len() >= FEW && *ports.start() >= 1024);
             prop_assert!(!ours || ports.into_iter().all(|port| !local.contains(&port) && !NODE_PORTS.contains(&port)));
         }

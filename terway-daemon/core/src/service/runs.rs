@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Which stretches of the array are free.
 #[derive(Debug)]
-pub struct Runs {
+pub struct RangeAllocator {
     /// First index → length.
     free: BTreeMap<u32, u32>,
     /// Length, first index: the smallest stretch that fits is taken, so that large ones stay whole.
     by_length: BTreeSet<(u32, u32)>,
 }
 
-impl Runs {
+impl RangeAllocator {
     /// An array of so many members, all free.
     #[must_use]
     pub fn new(capacity: u32) -> Self {
@@ -83,7 +83,7 @@ mod tests {
             steps in prop::collection::vec((1..20u32, any::<bool>(), any::<prop::sample::Index>()), 1..200),
         ) {
             const CAPACITY: u32 = 300;
-            let mut runs = Runs::new(CAPACITY);
+            let mut runs = RangeAllocator::new(CAPACITY);
             let mut held: Vec<(u32, u32)> = Vec::new();
             for (count, take, which) in steps {
                 if take {
@@ -102,7 +102,7 @@ mod tests {
                 prop_assert_eq!(runs.left() + held.iter().map(|(_, c)| c).sum::<u32>(), CAPACITY);
             }
             // What a restart finds can be reserved anew, each stretch once.
-            let mut again = Runs::new(CAPACITY);
+            let mut again = RangeAllocator::new(CAPACITY);
             for (first, count) in &held {
                 prop_assert!(again.reserve(*first, *count));
                 prop_assert!(!again.reserve(*first, *count));

@@ -14,7 +14,7 @@ use crate::objects::Protocol;
 
 /// Whose sockets are ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum EndSockets {
+pub enum SocketTermination {
     /// Nobody's.
     None,
     /// Those of UDP.
@@ -24,7 +24,7 @@ pub enum EndSockets {
     All,
 }
 
-impl EndSockets {
+impl SocketTermination {
     const NAMES: [(Self, &'static str); 3] = [(Self::None, "none"), (Self::Udp, "udp"), (Self::All, "all")];
 
     /// The protocols, by IP protocol number.
@@ -39,19 +39,19 @@ impl EndSockets {
     }
 }
 
-impl fmt::Display for EndSockets {
+impl fmt::Display for SocketTermination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = Self::NAMES.iter().find(|(value, _)| value == self).map_or("", |(_, name)| name);
         f.write_str(name)
     }
 }
 
-/// Not the name of an [`EndSockets`].
+/// Not the name of an [`SocketTermination`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("is none of none, udp and all")]
 pub struct Unknown;
 
-impl FromStr for EndSockets {
+impl FromStr for SocketTermination {
     type Err = Unknown;
 
     fn from_str(text: &str) -> Result<Self, Unknown> {
@@ -61,7 +61,7 @@ impl FromStr for EndSockets {
 
 /// A socket that the datapath has sent to a backend at some time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Translated {
+pub struct TranslatedSocket {
     /// The socket's cookie. No two sockets have one, at no time.
     pub cookie: u64,
     /// The cookie of its network namespace.
@@ -71,36 +71,36 @@ pub struct Translated {
     /// The backend.
     pub backend: SocketAddr,
     /// Whether the backend still lives as it did then.
-    pub alive: bool,
+    pub backend_alive: bool,
 }
 
 /// The sockets that are to be ended if they still talk to whom they did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Doomed {
+pub struct StaleSockets {
     /// By cookie: protocol and dead backend.
     sockets: BTreeMap<u64, BTreeSet<(u8, SocketAddr)>>,
     netns: BTreeSet<u64>,
     protocols: BTreeSet<u8>,
 }
 
-impl Doomed {
+impl StaleSockets {
     /// Whom to look for.
     #[must_use]
-    pub fn of(all: impl IntoIterator<Item = Translated>, whose: EndSockets) -> Self {
-        let mut doomed = Self::default();
+    pub fn of(all: impl IntoIterator<Item = TranslatedSocket>, whose: SocketTermination) -> Self {
+        let mut stale = Self::default();
         for socket in all {
-            if !socket.alive && whose.protocols().contains(&socket.protocol) {
-                doomed.sockets.entry(socket.cookie).or_default().insert((socket.protocol, socket.backend));
-                doomed.netns.insert(socket.netns);
-                doomed.protocols.insert(socket.protocol);
+            if !socket.backend_alive && whose.protocols().contains(&socket.protocol) {
+                stale.sockets.entry(socket.cookie).or_default().insert((socket.protocol, socket.backend));
+                stale.netns.insert(socket.netns);
+                stale.protocols.insert(socket.protocol);
             }
         }
-        doomed
+        stale
     }
 
     /// Whether a socket that the kernel lists is one of them: the same, of the same protocol, with the dead backend for a peer.
     #[must_use]
-    pub fn holds(&self, cookie: u64, protocol: u8, peer: SocketAddr) -> bool {
+    pub fn contains(&self, cookie: u64, protocol: u8, peer: SocketAddr) -> bool {
         self.sockets.get(&cookie).is_some_and(|peers| peers.contains(&(protocol, peer)))
     }
 
@@ -125,9 +125,9 @@ impl Doomed {
 
 /// Whether an operation ends the life of a backend, so that sockets may have to go with it.
 #[must_use]
-pub fn ends_lives(op: &Op) -> bool {
+pub fn invalidates_backend(op: &Op) -> bool {
     match op {
-        Op::EndBackend(..) | Op::RemoveBackend(..) => true,
+        Op::InvalidateBackend(..) | Op::RemoveBackend(..) => true,
         // Its generation was raised with this (see `Backend::generation`).
         Op::PutBackend(_, backend) => backend.state == BackendState::Unready && backend.key.protocol == Protocol::Udp,
         _ => false,
@@ -142,16 +142,22 @@ mod tests {
 
     #[test]
     fn names_are_read_as_they_are_written() {
-        for (value, name) in EndSockets::NAMES {
+        for (value, name) in SocketTermination::NAMES {
             assert_eq!((name.parse(), value.to_string().as_str()), (Ok(value), name));
         }
-        assert_eq!("tcp".parse::<EndSockets>(), Err(Unknown));
+        assert_eq!("tcp".parse::<SocketTermination>(), Err(Unknown));
     }
 
-    fn translated() -> impl Strategy<Value = Translated> {
+    fn translated() -> impl Strategy<Value = TranslatedSocket> {
         // Few of each, so that cookies, peers and namespaces coincide.
         (0..4_u64, 0..3_u64, prop_oneof![Just(6_u8), Just(17), Just(132)], peer(), any::<bool>()).prop_map(
-            |(cookie, netns, protocol, backend, alive)| Translated { cookie, netns, protocol, backend, alive },
+            |(cookie, netns, protocol, backend, backend_alive)| TranslatedSocket {
+                cookie,
+                netns,
+                protocol,
+                backend,
+                backend_alive,
+            },
         )
     }
 
@@ -166,28 +172,28 @@ mod tests {
     proptest! {
         /// Against the definition, for every socket that the kernel might list.
         #[test]
-        fn who_is_doomed_is_who_still_talks_to_the_dead(
+        fn sockets_to_destroy_are_those_still_connected_to_a_removed_backend(
             all in prop::collection::vec(translated(), 0..24),
-            whose in prop_oneof![Just(EndSockets::None), Just(EndSockets::Udp), Just(EndSockets::All)],
+            whose in prop_oneof![Just(SocketTermination::None), Just(SocketTermination::Udp), Just(SocketTermination::All)],
             listed in prop::collection::vec((0..4_u64, prop_oneof![Just(6_u8), Just(17), Just(132)], peer()), 0..24),
         ) {
-            let doomed = Doomed::of(all.clone(), whose);
+            let stale = StaleSockets::of(all.clone(), whose);
             let named = match whose {
-                EndSockets::None => vec![],
-                EndSockets::Udp => vec![17],
-                EndSockets::All => vec![6, 17],
+                SocketTermination::None => vec![],
+                SocketTermination::Udp => vec![17],
+                SocketTermination::All => vec![6, 17],
             };
-            let dead = |t: &&Translated| !t.alive && named.contains(&t.protocol);
+            let dead = |t: &&TranslatedSocket| !t.backend_alive && named.contains(&t.protocol);
             for (cookie, protocol, peer) in listed {
                 let wanted =
                     all.iter().filter(dead).any(|t| (t.cookie, t.protocol, t.backend) == (cookie, protocol, peer));
-                prop_assert_eq!(doomed.holds(cookie, protocol, peer), wanted);
+                prop_assert_eq!(stale.contains(cookie, protocol, peer), wanted);
             }
             // Wherever one is, and whatever it speaks, it is looked for; and nowhere else.
             let (netns, protocols): (BTreeSet<u64>, BTreeSet<u8>) =
                 all.iter().filter(dead).map(|t| (t.netns, t.protocol)).unzip();
-            prop_assert_eq!((doomed.netns(), doomed.protocols()), (&netns, &protocols));
-            prop_assert_eq!(doomed.is_empty(), netns.is_empty());
+            prop_assert_eq!((stale.netns(), stale.protocols()), (&netns, &protocols));
+            prop_assert_eq!(stale.is_empty(), netns.is_empty());
         }
     }
 }

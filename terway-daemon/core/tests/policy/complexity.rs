@@ -18,7 +18,7 @@ fn most(spaces: usize) -> BTreeMap<&'static str, Most> {
     for event in cluster.rules().into_iter().chain(pods).chain(cluster.interfaces()) {
         compiler.step(event);
     }
-    compiler.settle();
+    compiler.run_deferred();
     let mut all = BTreeMap::new();
     for changes in cluster.changes() {
         let most: &mut Most = all.entry(changes.kind).or_default();
@@ -26,10 +26,14 @@ fn most(spaces: usize) -> BTreeMap<&'static str, Most> {
             let before = compiler.effort();
             let ops = compiler.step(event);
             let after = compiler.effort();
-            let operations = ops.iter().filter(|op| !matches!(op, Op::Stale(_) | Op::Fence)).count() as u64;
-            let now = [operations, after.selectors - before.selectors, after.answers - before.answers];
+            let operations = ops.iter().filter(|op| !matches!(op, Op::Revalidate(_) | Op::RcuBarrier)).count() as u64;
+            let now = [
+                operations,
+                after.selector_evaluations - before.selector_evaluations,
+                after.set_evaluations - before.set_evaluations,
+            ];
             most.iter_mut().zip(now).for_each(|(most, now)| *most = now.max(*most));
-            compiler.settle();
+            compiler.run_deferred();
         }
     }
     all
@@ -75,8 +79,10 @@ fn policies_that_come_together_are_compiled_once() {
         network_policy(0, &format!("p{n}"), &json!({"podSelector": {}, "ingress": ingress}))
     };
     let ops = compiler.steps((0..1_000).map(policy));
-    let tables: Vec<usize> =
-        ops.iter().filter_map(|op| if let Op::Row { entries, .. } = op { Some(entries.len()) } else { None }).collect();
+    let tables: Vec<usize> = ops
+        .iter()
+        .filter_map(|op| if let Op::PutPortTable { entries, .. } = op { Some(entries.len()) } else { None })
+        .collect();
     // All four pods of the namespace share one set, which has one table.
     assert_eq!(tables, [1_001]);
     assert_eq!(compiler.policies().len(), 1_000);

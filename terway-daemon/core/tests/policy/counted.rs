@@ -3,23 +3,23 @@
 
 use std::collections::BTreeSet;
 
-use terway_core::policy::{Compiler, Decision, Maps, ReasonId};
+use terway_core::policy::{Compiler, Maps, RuleId, Verdict};
 
 use crate::world::World;
 
 /// The reasons that a counter is there for.
 #[derive(Debug, Default)]
-pub(crate) struct Counted(BTreeSet<ReasonId>);
+pub(crate) struct Counted(BTreeSet<RuleId>);
 
 impl Counted {
     /// Does as the compiler says; to be called before its operations run.
     pub(crate) fn follow(&mut self, compiler: &mut Compiler, label: &str) {
-        let changes = compiler.reason_changes();
-        for reason in changes.made {
+        let changes = compiler.take_rule_id_changes();
+        for reason in changes.added {
             assert!(self.0.insert(reason), "{label}: {reason} is made twice");
-            assert!(compiler.reason(reason).is_some(), "{label}: {reason} is nothing");
+            assert!(compiler.rule(reason).is_some(), "{label}: {reason} is nothing");
         }
-        for reason in changes.gone {
+        for reason in changes.removed {
             assert!(self.0.remove(&reason), "{label}: {reason} goes without having come");
         }
     }
@@ -42,11 +42,11 @@ impl Counted {
 }
 
 /// The numbers of all decisions, those that are fixed apart.
-fn reasons(maps: &Maps, slots: impl Fn(u32) -> bool) -> BTreeSet<ReasonId> {
-    let rows = maps.rows.values().flatten().map(|entry| entry.decision);
+fn reasons(maps: &Maps, slots: impl Fn(u32) -> bool) -> BTreeSet<RuleId> {
+    let rows = maps.port_tables.values().flatten().map(|entry| entry.verdict);
     let peers = maps.peers.values().flatten().copied();
     let endpoints = maps.endpoints.iter().filter(|(slot, _)| slots(**slot)).flat_map(|(_, values)| values);
     let sides = endpoints.flat_map(|endpoint| [endpoint.ingress, endpoint.egress]).flatten();
     let targets = peers.chain(sides.flat_map(|side| side.defaults)).filter_map(|target| target.resolve().ok());
-    rows.chain(targets).map(Decision::reason).filter(|reason| reason.0 > 15).collect()
+    rows.chain(targets).map(Verdict::rule_id).filter(|reason| reason.0 > 15).collect()
 }

@@ -7,7 +7,7 @@ use ipnetwork::IpNetwork;
 use terway_abi::{DECISION_ALLOW, GATE_ENFORCE, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, policy_reason};
 use terway_core::cidr::Cidr as _;
 use terway_core::policy::{
-    DISABLED, Decision, LOOPBACK, Maps, NO_POLICY, Nature, Packet, RESIDENT_NODE, ReasonId, RowId, SetId, Side,
+    DISABLED, IdentityKind, LOCAL_NODE, LOOPBACK, Maps, NO_POLICY, Packet, PortTableId, RuleId, SetId, SetRef, Verdict,
 };
 use terway_ebpf::family::{Family, V4, V6};
 use terway_ebpf::policy::{Case, ELSEWHERE, Policies, verdict};
@@ -29,7 +29,7 @@ struct Kernel<'a> {
 
 impl<'a> Kernel<'a> {
     fn of(maps: &'a Maps) -> Self {
-        let side = |side: Side| PolicySide { set: side.set.0, defaults: side.defaults.map(|target| target.0) };
+        let side = |side: SetRef| PolicySide { set: side.set.0, defaults: side.defaults.map(|target| target.0) };
         let endpoint = |value: terway_core::policy::EndpointPolicy| PolicyEndpoint {
             identities: value.identities.map(|identity| identity.0),
             ingress: value.ingress.map(side),
@@ -37,10 +37,10 @@ impl<'a> Kernel<'a> {
         };
         Self {
             maps,
-            gate: maps.phase as u32 | if maps.enforce { GATE_ENFORCE } else { 0 },
+            gate: maps.version as u32 | if maps.enforce { GATE_ENFORCE } else { 0 },
             endpoints: maps.endpoints.iter().map(|(slot, values)| (*slot, values.map(endpoint))).collect(),
             exact: maps.addresses.iter().map(|(a, pair)| (*a, pair.map(|identity| identity.0))).collect(),
-            blocks: maps.blocks.iter().map(|(net, pair)| (*net, pair.map(|identity| identity.0))).collect(),
+            blocks: maps.cidrs.iter().map(|(net, pair)| (*net, pair.map(|identity| identity.0))).collect(),
             peers: maps
                 .peers
                 .iter()
@@ -91,8 +91,8 @@ impl<F: Family> Policies<F> for Kernel<'_> {
         let [protocol, high, low, zero] = key.class.to_ne_bytes();
         assert_eq!(zero, 0);
         let port = u16::from_be_bytes([high, low]);
-        let entries = self.maps.rows.get(&RowId(key.table))?.iter();
-        entries.filter(|e| e.covers(protocol, port)).max_by_key(|e| e.prefix_len()).map(|e| e.decision.0)
+        let entries = self.maps.port_tables.get(&PortTableId(key.table))?.iter();
+        entries.filter(|e| e.covers(protocol, port)).max_by_key(|e| e.prefix_len()).map(|e| e.verdict.0)
     }
 }
 
@@ -126,16 +126,16 @@ fn compare(maps: &Maps, packets: &[Packet], local: &dyn Fn(IpAddr) -> Option<u32
             IpAddr::V4(_) => asked::<V4>(&kernel, packet, slots),
             IpAddr::V6(_) => asked::<V6>(&kernel, packet, slots),
         };
-        let [egress, ingress] = maps.verdict(packet, local, maps.phase);
+        let [egress, ingress] = maps.verdict(packet, local, maps.version);
         // What is forbidden to send need not be asked about any further.
-        let ingress = ingress.filter(|_| egress.is_none_or(Decision::allowed));
+        let ingress = ingress.filter(|_| egress.is_none_or(Verdict::is_allowed));
         let always = !maps.enforce || slots[0] == slots[1];
         for (side, (found, expected)) in found.into_iter().zip([egress, ingress]).enumerate() {
             let expected = match expected {
                 // The node is not asked for where no policy applies.
-                Some(it) if it.reason() == RESIDENT_NODE => {
-                    let none = maps.endpoints[&slots[1]][maps.phase].ingress.iter().all(|side| side.set == SetId(0));
-                    Decision::allow(if none { NO_POLICY } else { RESIDENT_NODE }).0
+                Some(it) if it.rule_id() == LOCAL_NODE => {
+                    let none = maps.endpoints[&slots[1]][maps.version].ingress.iter().all(|side| side.set == SetId(0));
+                    Verdict::allow(if none { NO_POLICY } else { LOCAL_NODE }).0
                 }
                 Some(it) => it.0,
                 None if always => found,
@@ -150,10 +150,10 @@ fn compare(maps: &Maps, packets: &[Packet], local: &dyn Fn(IpAddr) -> Option<u32
 #[test]
 fn the_datapath_reads_the_maps_as_they_are_meant() {
     assert_eq!(
-        [NO_POLICY, DISABLED, LOOPBACK, RESIDENT_NODE].map(|ReasonId(n)| n),
+        [NO_POLICY, DISABLED, LOOPBACK, LOCAL_NODE].map(|RuleId(n)| n),
         [policy_reason::NO_POLICY, policy_reason::DISABLED, policy_reason::LOOPBACK, policy_reason::RESIDENT_NODE]
     );
-    assert_eq!(Nature::Node as u32, terway_abi::IDENTITY_NODE >> 30);
+    assert_eq!(IdentityKind::LocalNode as u32, terway_abi::IDENTITY_NODE >> 30);
     let (worlds, seed) = (setting("POLICY_WORLDS", 500), setting("POLICY_SEED", 1));
     for n in 0..worlds {
         let mut dice = Dice::new(seed.wrapping_add(n).wrapping_mul(0x1000_0000_01b3));
@@ -164,9 +164,9 @@ fn the_datapath_reads_the_maps_as_they_are_meant() {
         // Whatever is missing, both miss the same.
         for _ in 0..3 {
             maps.peers.retain(|_, _| dice.chance(90));
-            maps.rows.retain(|_, _| dice.chance(90));
+            maps.port_tables.retain(|_, _| dice.chance(90));
             maps.addresses.retain(|_, _| dice.chance(90));
-            maps.phase = 1 - maps.phase;
+            maps.version = 1 - maps.version;
         }
         compare(&maps, &packets, &finder(&world));
     }

@@ -56,13 +56,13 @@ impl Node {
     pub(crate) fn object(&mut self, kind: Kind, document: &Value) -> Vec<Op> {
         let object = Object::read(kind, document).unwrap();
         let applied = self.objects.apply(terway_core::objects::Change::Upsert(Box::new(object)));
-        applied.and_then(Event::of).map_or_else(Vec::new, |event| self.step(event))
+        applied.and_then(Event::from_applied).map_or_else(Vec::new, |event| self.step(event))
     }
 
     pub(crate) fn delete(&mut self, kind: Kind, full: &str) -> Vec<Op> {
         let key = terway_core::objects::ObjectKey { kind, name: name(full) };
         let applied = self.objects.apply(terway_core::objects::Change::Delete(key));
-        applied.and_then(Event::of).map_or_else(Vec::new, |event| self.step(event))
+        applied.and_then(Event::from_applied).map_or_else(Vec::new, |event| self.step(event))
     }
 
     pub(crate) fn namespace(&mut self, name: &str, labels: Value) -> Vec<Op> {

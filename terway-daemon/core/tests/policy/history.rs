@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use terway_core::objects::{ObjectName, Phase};
-use terway_core::policy::{Compiler, Event, Maps, Op, Packet, Stale};
+use terway_core::policy::{Compiler, Event, FlowScope, Maps, Op, Packet};
 
 use crate::counted::Counted;
 use crate::dice::Dice;
@@ -178,10 +178,10 @@ fn run(seed: u64, steps: usize) {
         };
         // Policies that come together come into force together.
         let mut events = vec![event];
-        while events.iter().all(Event::is_of_policy) && dice.chance(40) {
+        while events.iter().all(Event::is_policy_change) && dice.chance(40) {
             let so_far = world.clone();
             match change(&mut world, &mut dice, &mut uid) {
-                Some(event) if event.is_of_policy() => events.push(event),
+                Some(event) if event.is_policy_change() => events.push(event),
                 _ => {
                     world = so_far;
                     break;
@@ -201,21 +201,21 @@ fn run(seed: u64, steps: usize) {
             .collect();
         let ops = compiler.steps(events);
         counted.follow(&mut compiler, &label);
-        let mut gates: Vec<(usize, bool)> = vec![(maps.phase, maps.enforce)];
+        let mut gates: Vec<(usize, bool)> = vec![(maps.version, maps.enforce)];
         for op in &ops {
             maps.apply(op);
-            if *op == Op::Fence {
+            if *op == Op::RcuBarrier {
                 gates.clear();
             }
-            let now = (maps.phase, maps.enforce);
+            let now = (maps.version, maps.enforce);
             if !gates.contains(&now) {
                 gates.push(now);
             }
             // Programs that read the gate before this operation may read everything else after it.
             for gate in &gates {
-                (maps.phase, maps.enforce) = *gate;
+                (maps.version, maps.enforce) = *gate;
                 for checked in &packets {
-                    let found = said(maps.verdict(&checked.packet, &found_now, maps.phase));
+                    let found = said(maps.verdict(&checked.packet, &found_now, maps.version));
                     assert!(
                         fits(found, checked, apart),
                         "{label}\nafter {op:?} of {ops:#?}\n{:?}: maps say {found:?}, before {:?}, then {:?}\n{before:#?}",
@@ -225,13 +225,13 @@ fn run(seed: u64, steps: usize) {
                     );
                 }
             }
-            (maps.phase, maps.enforce) = now;
+            (maps.version, maps.enforce) = now;
         }
         counted.covers(&maps, &world, &label);
         check_stale(&ops, &before, &world, &packets, &label);
         agree(&maps, &world, &packets, &label);
         if dice.chance(30) {
-            for op in compiler.settle() {
+            for op in compiler.run_deferred() {
                 maps.apply(&op);
                 agree(&maps, &world, &packets, &format!("{label}, settling by {op:?}"));
             }
@@ -257,21 +257,21 @@ fn run(seed: u64, steps: usize) {
     }
     let label = format!("seed {seed}, at the end");
     for _ in 0..2 {
-        compiler.settle().iter().for_each(|op| maps.apply(op));
+        compiler.run_deferred().iter().for_each(|op| maps.apply(op));
     }
-    assert!(!compiler.unsettled(), "{label}");
+    assert!(!compiler.has_deferred(), "{label}");
     let packets = world.packets();
     let (_, fresh) = compile(&world);
     let local = finder(&world);
     for packet in &packets {
         let expected = oracle::judge(&world, packet);
         assert_eq!(
-            said(maps.verdict(packet, &local, maps.phase)),
+            said(maps.verdict(packet, &local, maps.version)),
             expected,
             "{label}, incremental: {packet:?}\n{world:#?}"
         );
         assert_eq!(
-            said(fresh.verdict(packet, &local, fresh.phase)),
+            said(fresh.verdict(packet, &local, fresh.version)),
             expected,
             "{label}, at once: {packet:?}\n{world:#?}"
         );
@@ -282,24 +282,24 @@ fn run(seed: u64, steps: usize) {
 fn agree(maps: &Maps, world: &World, packets: &[Checked], label: &str) {
     let local = finder(world);
     for checked in packets {
-        let found = said(maps.verdict(&checked.packet, &local, maps.phase));
+        let found = said(maps.verdict(&checked.packet, &local, maps.version));
         assert_eq!(found, checked.new, "{label}\n{:?}\n{world:#?}", checked.packet);
     }
 }
 
 /// Flows whose verdict changes are told to be stale.
 fn check_stale(ops: &[Op], before: &World, world: &World, packets: &[Checked], label: &str) {
-    let stale: BTreeSet<Stale> =
-        ops.iter().filter_map(|op| if let Op::Stale(stale) = op { Some(*stale) } else { None }).collect();
+    let stale: BTreeSet<FlowScope> =
+        ops.iter().filter_map(|op| if let Op::Revalidate(stale) = op { Some(*stale) } else { None }).collect();
     let (old, new) = (finder(before), finder(world));
     for checked in packets.iter().filter(|c| c.old != c.new) {
         let ends = [checked.packet.source, checked.packet.destination];
         // The flows of an interface that comes or goes are ended by the endpoint's own epoch.
         let moved = ends.iter().any(|a| old(*a) != new(*a));
-        let hit = |s: &Stale| match s {
-            Stale::All => true,
-            Stale::Address(address) => ends.contains(address),
-            Stale::Endpoint(slot) => ends.iter().any(|a| new(*a) == Some(*slot)),
+        let hit = |s: &FlowScope| match s {
+            FlowScope::All => true,
+            FlowScope::Address(address) => ends.contains(address),
+            FlowScope::Endpoint(slot) => ends.iter().any(|a| new(*a) == Some(*slot)),
         };
         assert!(moved || stale.iter().any(hit), "{label}\n{:?} changed, stale are only {stale:?}", checked.packet);
     }
@@ -311,11 +311,11 @@ fn clean(compiler: &Compiler, maps: &Maps, world: &World, label: &str) {
     found.endpoints.retain(|slot, _| world.locals.contains_key(slot));
     let wanted = compiler.maps();
     assert_eq!(found.addresses, wanted.addresses, "{label}");
-    assert_eq!(found.blocks, wanted.blocks, "{label}");
+    assert_eq!(found.cidrs, wanted.cidrs, "{label}");
     assert_eq!(found.peers, wanted.peers, "{label}");
-    assert_eq!(found.rows, wanted.rows, "{label}");
+    assert_eq!(found.port_tables, wanted.port_tables, "{label}");
     assert_eq!(found.endpoints, wanted.endpoints, "{label}");
-    assert_eq!((found.phase, found.enforce), (wanted.phase, wanted.enforce), "{label}");
+    assert_eq!((found.version, found.enforce), (wanted.version, wanted.enforce), "{label}");
     assert_eq!(found, wanted, "{label}");
 }
 

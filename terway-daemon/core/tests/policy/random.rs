@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use terway_core::policy::{Compiler, Decision, Maps, Packet};
+use terway_core::policy::{Compiler, Maps, Packet, Verdict};
 
 use crate::dice::Dice;
 use crate::making::random;
@@ -24,8 +24,8 @@ pub(crate) fn compile(world: &World) -> (Compiler, Maps) {
     (compiler, maps)
 }
 
-pub(crate) fn said(verdict: [Option<Decision>; 2]) -> [Option<bool>; 2] {
-    verdict.map(|side| side.map(Decision::allowed))
+pub(crate) fn said(verdict: [Option<Verdict>; 2]) -> [Option<bool>; 2] {
+    verdict.map(|side| side.map(Verdict::is_allowed))
 }
 
 /// A packet, what the maps say of its two sides, and what the oracle says.
@@ -36,14 +36,14 @@ fn difference(world: &World) -> Option<Difference> {
     let (compiler, maps) = compile(world);
     let local = finder(world);
     for packet in world.packets() {
-        let verdict = maps.verdict(&packet, &local, maps.phase);
+        let verdict = maps.verdict(&packet, &local, maps.version);
         let (found, expected) = (said(verdict), oracle::judge(world, &packet));
         if found != expected {
             return Some((packet, found, expected));
         }
         for decision in verdict.into_iter().flatten() {
             assert!(
-                compiler.reason(decision.reason()).is_some(),
+                compiler.rule(decision.rule_id()).is_some(),
                 "a decision without a reason: {packet:?} {decision:?}"
             );
         }

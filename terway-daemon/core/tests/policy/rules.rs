@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 use terway_core::objects::{Kind, Namespace, ObjectMeta, ObjectName};
-use terway_core::policy::{Event, Op, Party, Reason};
+use terway_core::policy::{Event, FlowEnd, MatchedRule, Op};
 
 use crate::fixture::{ICMP, Node, SCTP, TCP, UDP, ip, name};
 
@@ -243,10 +243,10 @@ fn the_switch_works_at_once_and_both_ways() {
     node.policy("x/p", json!({"podSelector": {}}));
     let ops = node.step(Event::Enforce(false));
     assert!(node.tcp("y/a3", "x/a1", 80));
-    assert_eq!(ops.iter().filter(|op| matches!(op, Op::Gate { .. })).count(), 1);
+    assert_eq!(ops.iter().filter(|op| matches!(op, Op::SetControlWord { .. })).count(), 1);
     assert_eq!(
         ops.len(),
-        2 + usize::from(ops.contains(&Op::Fence)) * (ops.len() - 2),
+        2 + usize::from(ops.contains(&Op::RcuBarrier)) * (ops.len() - 2),
         "one write and a word about flows: {ops:?}"
     );
     node.step(Event::Enforce(true));
@@ -264,24 +264,24 @@ fn an_explanation_names_policy_rule_and_direction() {
     );
     node.policy("y/out", json!({"podSelector": {"matchLabels": {"app": "b"}}, "policyTypes": ["Egress"]}));
     let explain = |node: &Node, from: &str, to: &str, port| {
-        let party = |text: &str| text.parse().map_or_else(|_| Party::Pod(name(text)), Party::Address);
+        let party = |text: &str| text.parse().map_or_else(|_| FlowEnd::Pod(name(text)), FlowEnd::Address);
         node.compiler.explain(&party(from), &party(to), TCP, port).unwrap().remove(0)
     };
     let said = explain(&node, "y/a3", "x/a1", 80);
-    assert!(said.allowed());
-    assert_eq!(said.egress.unwrap().reason, Reason::NoPolicy);
+    assert!(said.is_allowed());
+    assert_eq!(said.egress.unwrap().rule, MatchedRule::NoPolicy);
     let side = said.ingress.unwrap();
-    assert_eq!(side.reason.to_string(), "NetworkPolicy x/web, ingress rule 1: Accept");
-    assert!(side.live);
+    assert_eq!(side.rule.to_string(), "NetworkPolicy x/web, ingress rule 1: Accept");
+    assert!(side.is_local);
     let side = explain(&node, "192.0.2.1", "x/a1", 81).ingress.unwrap();
     assert!(!side.allowed);
     let text = "isolated in ingress by NetworkPolicy x/deny, NetworkPolicy x/web, none of whose rules allows it";
-    assert_eq!(side.reason.to_string(), text);
+    assert_eq!(side.rule.to_string(), text);
     // A pod of another node, by the same rules.
     let side = explain(&node, "y/far8", "x/a1", 80).egress.unwrap();
-    assert!(!side.allowed && !side.live);
-    assert_eq!(side.reason.to_string(), "isolated in egress by NetworkPolicy y/out, none of whose rules allows it");
-    assert!(node.compiler.explain(&Party::Pod(name("x/nobody")), &Party::Address(ip("x/a1")), TCP, 80).is_err());
+    assert!(!side.allowed && !side.is_local);
+    assert_eq!(side.rule.to_string(), "isolated in egress by NetworkPolicy y/out, none of whose rules allows it");
+    assert!(node.compiler.explain(&FlowEnd::Pod(name("x/nobody")), &FlowEnd::Address(ip("x/a1")), TCP, 80).is_err());
 }
 
 /// One label of a namespace turns both sides of two connections round, in opposite senses: whichever side were written first, one of them would be open
@@ -329,21 +329,24 @@ fn small_changes_write_little() {
     }
     node.policy("x/p", json!({"podSelector": {}, "ingress": [{"from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "b"}}}]}]}));
     for _ in 0..2 {
-        let ops = node.compiler.settle();
+        let ops = node.compiler.run_deferred();
         ops.iter().for_each(|op| node.maps.apply(op));
     }
-    let writes = |ops: &[Op]| ops.iter().filter(|op| !matches!(op, Op::Stale(_))).cloned().collect::<Vec<_>>();
+    let writes = |ops: &[Op]| ops.iter().filter(|op| !matches!(op, Op::Revalidate(_))).cloned().collect::<Vec<_>>();
     let ops = writes(&node.pod("y/far70", json!({"app": "b"})));
-    assert!(ops.len() == 2 && ops.iter().all(|op| matches!(op, Op::Address { .. })), "one for each address: {ops:?}");
+    assert!(
+        ops.len() == 2 && ops.iter().all(|op| matches!(op, Op::PutAddress { .. })),
+        "one for each address: {ops:?}"
+    );
     let ops = writes(&node.pod("y/far70", json!({"app": "b", "pod-template-hash": "1234"})));
     assert!(ops.is_empty(), "nobody looks at that label: {ops:?}");
     let ops = writes(&node.pod("y/far70", json!({"app": "c"})));
-    assert!(ops.iter().filter(|op| matches!(op, Op::Address { .. })).count() == 2 && ops.len() <= 5, "{ops:?}");
+    assert!(ops.iter().filter(|op| matches!(op, Op::PutAddress { .. })).count() == 2 && ops.len() <= 5, "{ops:?}");
     // A block around all pods takes over their identities instead of giving them new ones.
     let block = json!({"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}});
     let ops =
         writes(&node.policy("y/q", json!({"podSelector": {"matchLabels": {"app": "z"}}, "egress": [{"to": [block]}]})));
-    let addresses = ops.iter().filter(|op| matches!(op, Op::Address { .. })).count();
+    let addresses = ops.iter().filter(|op| matches!(op, Op::PutAddress { .. })).count();
     assert!(addresses <= 1, "the node's own at most: {ops:?}");
     assert!(node.tcp("y/far20", "x/a1", 80) && !node.tcp("y/a3", "x/a1", 80));
 }
@@ -361,7 +364,7 @@ fn a_set_that_goes_leaves_nothing_of_what_it_said_in_one_phase_only() {
     node.namespace("y", json!({}));
     node.delete(Kind::NetworkPolicy, "x/p");
     for _ in 0..2 {
-        node.compiler.settle().iter().for_each(|op| node.maps.apply(op));
+        node.compiler.run_deferred().iter().for_each(|op| node.maps.apply(op));
     }
     assert_eq!(node.maps.peers, node.compiler.maps().peers);
 }

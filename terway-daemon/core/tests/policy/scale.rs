@@ -32,9 +32,9 @@ fn scale() {
         let (mut operations, before) = (0, compiler.effort());
         for event in changes.events {
             let (took, ops) = timed(|| compiler.step(event));
-            operations += ops.iter().filter(|op| !matches!(op, Op::Stale(_))).count();
+            operations += ops.iter().filter(|op| !matches!(op, Op::Revalidate(_))).count();
             times.push(took);
-            compiler.settle();
+            compiler.run_deferred();
         }
         let (after, count) = (compiler.effort(), times.len());
         times.sort_unstable();
@@ -44,8 +44,8 @@ fn scale() {
             times[count / 2],
             times[count - 1],
             operations / count,
-            (after.selectors - before.selectors) / count as u64,
-            (after.answers - before.answers) / count as u64,
+            (after.selector_evaluations - before.selector_evaluations) / count as u64,
+            (after.set_evaluations - before.set_evaluations) / count as u64,
         );
     }
 }

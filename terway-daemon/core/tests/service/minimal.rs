@@ -45,7 +45,10 @@ fn flows_to_a_udp_endpoint_end_with_it_and_not_before_all_packets_meet_the_other
     world.put(slice("e", "dns", UDP, vec![endpoint("10.0.0.1", ME), endpoint("10.0.0.2", ME)]));
     let plan = world.put(slice("e", "dns", UDP, vec![endpoint("10.0.0.2", ME)]));
     let ops = &plan.ops[..];
-    assert!(matches!(ops, [Op::PutTable(..), Op::PutFrontend(..), Op::Fence, Op::EndBackend(..)]), "{ops:?}");
+    assert!(
+        matches!(ops, [Op::PutTable(..), Op::PutFrontend(..), Op::RcuBarrier, Op::InvalidateBackend(..)]),
+        "{ops:?}"
+    );
     assert!(matches!(&plan.retire[..], [Op::RemoveTable(_), Op::RemoveBackend(..)]), "{:?}", plan.retire);
     world.check();
 }

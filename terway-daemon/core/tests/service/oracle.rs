@@ -10,7 +10,7 @@ use terway_core::objects::{
     IpMode, Kind, ObjectKey, ObjectName, Objects, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
 };
 use terway_core::service::{
-    ALGORITHM, Algorithm, BACKEND_TYPE, BackendKey, BackendState, FrontendKey, FrontendKind, HEADLESS, Kernel,
+    ALGORITHM, Algorithm, BACKEND_TYPE, BackendKey, BackendState, FrontendKey, FrontendKind, HEADLESS, MapContents,
     NodeFacts, PROXY_NAME, Selection, Settings, WEIGHT,
 };
 
@@ -311,7 +311,7 @@ fn host_ports(
 pub(crate) const TCP: Protocol = Protocol::Tcp;
 
 /// What the maps give a client: follows frontend, table and backends, and refuses anything that dangles.
-pub(crate) fn resolve(kernel: &Kernel, selection: Selection) -> Answer {
+pub(crate) fn resolve(kernel: &MapContents, selection: Selection) -> Answer {
     let id = match selection {
         Selection::Table(id) => id,
         Selection::Reject => return Answer::Reject,
@@ -334,7 +334,7 @@ pub(crate) fn resolve(kernel: &Kernel, selection: Selection) -> Answer {
 }
 
 /// What the maps say, in the oracle's words.
-pub(crate) fn seen(kernel: &Kernel) -> BTreeMap<FrontendKey, Expected> {
+pub(crate) fn seen(kernel: &MapContents) -> BTreeMap<FrontendKey, Expected> {
     let ranges = |port| kernel.ranges.iter().filter(|(p, _)| *p == port).map(|(_, net)| *net).collect::<Vec<_>>();
     let frontends = kernel.frontends.iter().map(|(key, f)| {
         let expected = Expected {

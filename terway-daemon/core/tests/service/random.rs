@@ -5,7 +5,7 @@ use terway_core::objects::{
     AddressKind, Change, Endpoint, Hints, IpMode, Kind, LoadBalancerIngress, Node, Object, ObjectKey, ObjectName, Pod,
     PodPort, Protocol, Service, ServiceType, TargetRef, TrafficPolicy,
 };
-use terway_core::service::{ALGORITHM, BACKEND_TYPE, HEADLESS, Kernel, Op, PROXY_NAME, Planner, Settings, WEIGHT};
+use terway_core::service::{ALGORITHM, BACKEND_TYPE, HEADLESS, MapContents, Op, PROXY_NAME, Planner, Settings, WEIGHT};
 
 use crate::oracle;
 use crate::world::{ME, World, endpoint, facts, ip, meta, names, pod, service, slice};
@@ -196,7 +196,7 @@ proptest! {
             world.check();
         } else {
             prop_assert!(plan.is_empty(), "{:?}", plan);
-            prop_assert_eq!(again.kernel(), world.kernel);
+            prop_assert_eq!(again.map_contents(), world.kernel);
         }
     }
 
@@ -218,7 +218,7 @@ proptest! {
         for change in later {
             world.objects.apply(change);
         }
-        let found: Kernel = world.kernel.clone();
+        let found: MapContents = world.kernel.clone();
         world.planner = Planner::restore(facts(), world.settings.clone(), found.clone());
         let plan = world.planner.sync(&world.objects);
         world.health.clear();

@@ -175,9 +175,9 @@ fn host_ports_lead_to_their_pod_and_yield_to_node_ports() {
         "the Service has no endpoints, and the port"
     );
     assert!(
-        plan.problems.values().flatten().any(|p| p.contains("belongs to Service ns/s already")),
+        plan.object_errors.values().flatten().any(|p| p.contains("belongs to Service ns/s already")),
         "{:?}",
-        plan.problems
+        plan.object_errors
     );
 }
 
@@ -187,8 +187,8 @@ fn an_unknown_algorithm_is_told_and_not_obeyed() {
     let mut s = service("s", "10.96.0.1", &[("", 80, TCP)]);
     s.meta.annotations = [(ALGORITHM, "fastest")].into_iter().collect();
     let plan = world.put(s);
-    let told = |plan: &terway_core::service::Plan| plan.problems.values().flatten().cloned().collect::<Vec<_>>();
-    assert!(told(&plan)[0].contains("`fastest` is none of random"), "{:?}", plan.problems);
+    let told = |plan: &terway_core::service::Plan| plan.object_errors.values().flatten().cloned().collect::<Vec<_>>();
+    assert!(told(&plan)[0].contains("`fastest` is none of random"), "{:?}", plan.object_errors);
     let plan = world.put(service("s", "10.96.0.1", &[("", 80, TCP)]));
-    assert!(plan.problems.len() == 1 && told(&plan).is_empty(), "it is taken back: {:?}", plan.problems);
+    assert!(plan.object_errors.len() == 1 && told(&plan).is_empty(), "it is taken back: {:?}", plan.object_errors);
 }

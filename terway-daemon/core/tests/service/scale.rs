@@ -38,7 +38,7 @@ fn scale() {
     let plan = planner.sync(&objects);
     let full = clock() - start;
     assert_eq!(plan.ops.len(), SERVICES * (4 + 1 + 2));
-    let kernel = planner.kernel();
+    let kernel = planner.map_contents();
     let start = clock();
     let mut again = Planner::restore(facts(), Settings::default(), kernel);
     assert!(again.sync(&objects).is_empty());

@@ -8,7 +8,7 @@ use terway_core::objects::{
     AddressType, Applied, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, ObjectMeta, ObjectName,
     Objects, Pod, Protocol, Service, ServicePort,
 };
-use terway_core::service::{Kernel, NodeFacts, Op, Plan, Planner, Settings};
+use terway_core::service::{MapContents, NodeFacts, Op, Plan, Planner, Settings};
 
 use crate::oracle::{self, Everything, Expected};
 
@@ -89,7 +89,7 @@ pub(crate) struct World {
     pub(crate) facts: NodeFacts,
     pub(crate) settings: Settings,
     pub(crate) planner: Planner,
-    pub(crate) kernel: Kernel,
+    pub(crate) kernel: MapContents,
     pub(crate) health: BTreeMap<u16, u32>,
     /// What plans said is wrong, taken together.
     pub(crate) problems: BTreeMap<ObjectKey, BTreeSet<String>>,
@@ -110,7 +110,7 @@ impl World {
             facts: facts(),
             settings,
             planner,
-            kernel: Kernel::default(),
+            kernel: MapContents::default(),
             health: BTreeMap::new(),
             problems: BTreeMap::new(),
             pending: Vec::new(),
@@ -136,7 +136,7 @@ impl World {
         self.change([Change::Upsert(Box::new(object.into().0))])
     }
 
-    /// Runs a plan; after each operation every frontend leads to its old or its new backends, and nothing dangles.
+    /// RangeAllocator a plan; after each operation every frontend leads to its old or its new backends, and nothing dangles.
     pub(crate) fn run(&mut self, plan: &Plan) {
         let before = oracle::seen(&self.kernel);
         let after = oracle::seen(&{
@@ -149,7 +149,7 @@ impl World {
             check_step(op, &before, &oracle::seen(&self.kernel), &after);
         }
         self.pending.extend(plan.retire.iter().cloned());
-        for (object, messages) in &plan.problems {
+        for (object, messages) in &plan.object_errors {
             match messages.is_empty() {
                 true => drop(self.problems.remove(object)),
                 false => drop(self.problems.insert(object.clone(), messages.clone())),
@@ -193,7 +193,7 @@ impl World {
         }
         assert_eq!(seen, wanted);
         assert_eq!(self.problems, expected.problems);
-        assert_eq!(self.planner.problems(), expected.problems);
+        assert_eq!(self.planner.object_errors(), expected.problems);
     }
 
     /// The maps say what the oracle says, and the planner knows what they hold. Nothing may be left for later.
@@ -206,7 +206,7 @@ impl World {
         assert_eq!(self.health, expected.health);
         let health: BTreeMap<u16, u32> = self.planner.health().into_iter().map(|(port, (_, n))| (port, n)).collect();
         assert_eq!(health, expected.health);
-        assert_eq!(self.kernel, self.planner.kernel());
+        assert_eq!(self.kernel, self.planner.map_contents());
         let used: BTreeSet<_> = self
             .kernel
             .frontends

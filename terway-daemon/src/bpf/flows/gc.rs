@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use aya::Pod;
 use terway_abi::{Flow, FlowKey, NO_BACKEND, Side, backend_flags, flow_flags};
-use terway_core::conntrack::{Connection, Seen, Standing, Timeouts};
+use terway_core::conntrack::{Connection, DirectionState, Timeouts, Validity};
 
 use super::reverse_entry::{self, Order};
 use super::validity::Facts;
@@ -179,18 +179,18 @@ impl Tables {
                     return ControlFlow::Break(());
                 }
             };
-            found.void += u64::from(standing != Standing::Holds);
+            found.void += u64::from(standing != Validity::Current);
             match standing {
-                Standing::Gone => {
+                Validity::Dead => {
                     gone.push(*key);
                     return ControlFlow::Continue(());
                 }
-                Standing::Moved => moved.push(*key),
-                Standing::Holds => {}
+                Validity::Rerouted => moved.push(*key),
+                Validity::Current => {}
             }
             // Of a translated connection half is seen here. It is dead at the soonest if the other half is silent and reset it.
             let own = connection(key, flow, None, now(self.hz), self.hz);
-            if standing == Standing::Holds && options.timeouts.expired(&own) {
+            if standing == Validity::Current && options.timeouts.expired(&own) {
                 found.expired += 1;
             }
             if could_be_expired(&options.timeouts, &own, translates(flow)) {
@@ -215,18 +215,18 @@ impl Tables {
         }
         for key in gone {
             if let Some(flow) = map.get(&key)?
-                && facts.standing_now(&flow)? == Standing::Gone
+                && facts.standing_now(&flow)? == Validity::Dead
                 && map.delete_if(&key, |now| is_as_it_was(&flow, now))?
             {
                 found.deleted_void += 1;
             }
         }
         for key in suspects {
-            found.deleted_expired += self.delete_if_over(map, &key, &options.timeouts, Standing::Holds)?;
+            found.deleted_expired += self.delete_if_over(map, &key, &options.timeouts, Validity::Current)?;
         }
         for key in if crowded { moved } else { Vec::new() } {
             let moved = map.get(&key)?.map(|flow| facts.standing_now(&flow)).transpose()?;
-            let standing = moved.unwrap_or(Standing::Holds);
+            let standing = moved.unwrap_or(Validity::Current);
             found.deleted_void += self.delete_if_over(map, &key, &options.timeouts, standing)?;
         }
         Ok(found)
@@ -271,7 +271,7 @@ impl Tables {
         map: &FlowMap<A>,
         key: &FlowKey<A>,
         timeouts: &Timeouts,
-        standing: Standing,
+        standing: Validity,
     ) -> Result<u64, BpfError>
     where
         FlowKey<A>: Pod,
@@ -287,7 +287,7 @@ impl Tables {
             }
         }
         let whole = connection(key, &flow, partner.as_ref().map(|(_, theirs)| &theirs.sides[0]), now(self.hz), self.hz);
-        if !timeouts.over(&whole, standing, standing == Standing::Moved) {
+        if !timeouts.should_delete(&whole, standing, standing == Validity::Rerouted) {
             return Ok(0);
         }
         let deleted = map.delete_if(key, |now| is_as_it_was(&flow, now))?;
@@ -308,7 +308,7 @@ fn is_as_it_was<A>(then: &Flow<A>, now: &Flow<A>) -> bool {
 
 /// The connection that an entry stands for; `partner` is the other direction's side if that has an entry of its own.
 fn connection<A>(key: &FlowKey<A>, flow: &Flow<A>, partner: Option<&Side>, now: u32, hz: u32) -> Connection {
-    let seen = |side: &Side| Seen {
+    let seen = |side: &Side| DirectionState {
         any: side.packets > 0,
         idle: idle(side.last_seen, now, hz),
         fin: side.flags & flow_flags::FIN != 0,
@@ -318,7 +318,7 @@ fn connection<A>(key: &FlowKey<A>, flow: &Flow<A>, partner: Option<&Side>, now: 
     let sides = if translates(flow) {
         let own = seen(own);
         // Without a partner there is nothing to wait for but this direction.
-        [own, partner.map_or(Seen { any: false, idle: own.idle, fin: false, rst: false }, seen)]
+        [own, partner.map_or(DirectionState { any: false, idle: own.idle, fin: false, rst: false }, seen)]
     } else {
         [seen(own), seen(other)]
     };
@@ -331,10 +331,10 @@ fn could_be_expired(timeouts: &Timeouts, own: &Connection, half: bool) -> bool {
         return timeouts.expired(own);
     }
     let [seen, _] = own.sides;
-    let with = |other: Seen| timeouts.expired(&Connection { sides: [seen, other], ..*own });
-    let silent = Seen { any: false, idle: seen.idle, fin: false, rst: false };
-    let answered = Seen { any: true, ..silent };
-    with(silent) || with(answered) || with(Seen { fin: true, rst: true, ..answered })
+    let with = |other: DirectionState| timeouts.expired(&Connection { sides: [seen, other], ..*own });
+    let silent = DirectionState { any: false, idle: seen.idle, fin: false, rst: false };
+    let answered = DirectionState { any: true, ..silent };
+    with(silent) || with(answered) || with(DirectionState { fin: true, rst: true, ..answered })
 }
 
 /// Whether the connection is being closed or was reset, as far as this entry knows: no load any more. Of a translated one the client's

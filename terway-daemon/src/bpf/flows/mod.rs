@@ -18,7 +18,7 @@ use std::time::Duration;
 use aya::Pod;
 use terway_abi::{Backend, Endpoint, Flow, FlowKey, flow_flags, jiffies_at, names};
 
-use terway_core::conntrack::Standing;
+use terway_core::conntrack::Validity;
 
 use super::elements::Elements;
 use super::endpoints::{address_v4, address_v6};
@@ -217,7 +217,7 @@ impl Tables {
             }
             left -= 1;
             let valid = match facts.standing(flow) {
-                Ok(standing) => standing == Standing::Holds,
+                Ok(standing) => standing == Validity::Current,
                 Err(error) => {
                     failed = Err(error);
                     return ControlFlow::Break(());
@@ -302,7 +302,7 @@ where
         *stats.protocols.entry(key.protocol()).or_default() += 1;
         stats.translated += u64::from(translates(flow));
         match facts.standing(flow) {
-            Ok(standing) => stats.void += u64::from(standing != Standing::Holds),
+            Ok(standing) => stats.void += u64::from(standing != Validity::Current),
             Err(error) => {
                 failed = Err(error);
                 return ControlFlow::Break(());

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use aya::Pod;
 use terway_abi::{Flow, FlowKey, names};
-use terway_core::conntrack::Standing;
+use terway_core::conntrack::Validity;
 
 use super::reverse_entry::{self, Order};
 use super::validity::Facts;
@@ -61,7 +61,7 @@ impl Tables {
         let mut live: Vec<(FlowKey<A>, Flow<A>)> = Vec::new();
         from.each(|key, flow| {
             // One that has moved still says who began.
-            if facts.standing(flow).is_ok_and(|standing| standing != Standing::Gone) {
+            if facts.standing(flow).is_ok_and(|standing| standing != Validity::Dead) {
                 live.push((*key, *flow));
             }
             ControlFlow::Continue(())

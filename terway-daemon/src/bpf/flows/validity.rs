@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use terway_abi::{Flow, MAX_ENDPOINTS, NO_BACKEND, NO_SLOT, flow_flags, same_way};
-use terway_core::conntrack::Standing;
+use terway_core::conntrack::Validity;
 
 use super::{Tables, idle, now, translates};
 use crate::bpf::error::BpfError;
@@ -43,7 +43,7 @@ impl<'a> Facts<'a> {
     }
 
     /// By what was read at the beginning.
-    pub(super) fn standing<A>(&self, flow: &Flow<A>) -> Result<Standing, BpfError> {
+    pub(super) fn standing<A>(&self, flow: &Flow<A>) -> Result<Validity, BpfError> {
         let epoch = |slot: u32| Ok(self.epochs.get(slot as usize).copied());
         self.judge(flow, epoch, |backend| {
             let known = self.generations.borrow().get(&backend).copied();
@@ -58,7 +58,7 @@ impl<'a> Facts<'a> {
 
     /// By what the maps hold at this moment: epochs and generations only ever move on, so an entry, read before, that does not carry
     /// them never will again.
-    pub(super) fn standing_now<A>(&self, flow: &Flow<A>) -> Result<Standing, BpfError> {
+    pub(super) fn standing_now<A>(&self, flow: &Flow<A>) -> Result<Validity, BpfError> {
         self.judge(flow, |slot| self.tables.epochs.get(&slot), |backend| self.generation(backend))
     }
 
@@ -71,16 +71,16 @@ impl<'a> Facts<'a> {
         flow: &Flow<A>,
         epoch: impl Fn(u32) -> Result<Option<u32>, BpfError>,
         generation: impl Fn(u32) -> Result<u32, BpfError>,
-    ) -> Result<Standing, BpfError> {
+    ) -> Result<Validity, BpfError> {
         let [source, _] = flow.slots;
         if source == NO_SLOT {
-            return Ok(Standing::Gone);
+            return Ok(Validity::Dead);
         }
         if flow.backend != NO_BACKEND && generation(flow.backend)? != flow.generation {
             let [side, _] = &flow.sides;
             let answers = translates(flow) && side.flags & flow_flags::REVERSE != 0;
             let owes = answers && idle(side.last_seen, now(self.tables.hz), self.tables.hz) < OWED;
-            return Ok(if owes { Standing::Moved } else { Standing::Gone });
+            return Ok(if owes { Validity::Rerouted } else { Validity::Dead });
         }
         for (slot, at) in flow.slots.iter().zip(flow.epochs) {
             // One whose policies have changed is judged again by its next packet, and may go on.
@@ -89,8 +89,8 @@ impl<'a> Facts<'a> {
             }
             // A slot that no pod has was a pod's that is gone.
             let pod_is_gone = *slot < MAX_ENDPOINTS && !self.pods.contains(slot);
-            return Ok(if pod_is_gone { Standing::Gone } else { Standing::Moved });
+            return Ok(if pod_is_gone { Validity::Dead } else { Validity::Rerouted });
         }
-        Ok(Standing::Holds)
+        Ok(Validity::Current)
     }
 }

@@ -23,8 +23,8 @@ use terway_abi::{
 };
 use terway_core::objects::Protocol;
 use terway_core::service::{
-    Algorithm, Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Kernel, Member, Op,
-    PortId, Runs, Selection, Table, TableId,
+    Algorithm, Backend, BackendId, BackendKey, BackendRef, BackendState, Frontend, FrontendKey, FrontendKind,
+    MapContents, Op, PortId, RangeAllocator, Selection, Table, TableId,
 };
 
 pub use self::frontends::FrontendAt;
@@ -46,7 +46,7 @@ pub(super) struct Tables {
     known_frontends: BTreeMap<FrontendKey, AbiFrontend>,
     known_backends: Backends,
     known_ranges: BTreeSet<(PortId, IpNetwork)>,
-    runs: Runs,
+    runs: RangeAllocator,
     placed: BTreeMap<TableId, (Run, Algorithm)>,
     /// Writes to maps so far.
     writes: u64,
@@ -112,7 +112,7 @@ impl Tables {
 
     fn over(maps: Maps) -> Self {
         Self {
-            runs: Runs::new(maps.members.capacity()),
+            runs: RangeAllocator::new(maps.members.capacity()),
             maps,
             known_frontends: BTreeMap::new(),
             known_backends: Backends::default(),
@@ -123,11 +123,11 @@ impl Tables {
     }
 
     /// Reads what an earlier daemon wrote.
-    pub(super) fn recover(&mut self) -> Result<Kernel, BpfError> {
+    pub(super) fn recover(&mut self) -> Result<MapContents, BpfError> {
         self.read_frontends()?;
         self.read_ranges()?;
         self.known_backends = Backends::default();
-        let mut kernel = Kernel { ranges: self.known_ranges.clone(), ..Kernel::default() };
+        let mut kernel = MapContents { ranges: self.known_ranges.clone(), ..MapContents::default() };
         let mut unused = 0;
         let known = &mut self.known_backends;
         self.maps.backends.each(|index, found| {
@@ -142,7 +142,7 @@ impl Tables {
             }
             ControlFlow::Continue(())
         })?;
-        self.runs = Runs::new(self.maps.members.capacity());
+        self.runs = RangeAllocator::new(self.maps.members.capacity());
         self.placed.clear();
         let mut tables: BTreeMap<(u32, u32, Algorithm), Selection> = BTreeMap::new();
         let frontends: Vec<_> = self.known_frontends.iter().map(|(key, found)| (*key, *found)).collect();
@@ -181,14 +181,14 @@ impl Tables {
     }
 
     /// A run that a frontend names becomes a table. One that cannot be right is not adopted: its frontend gets a new one.
-    fn adopt(&mut self, run: Run, algorithm: Algorithm, kernel: &mut Kernel) -> Result<Selection, BpfError> {
+    fn adopt(&mut self, run: Run, algorithm: Algorithm, kernel: &mut MapContents) -> Result<Selection, BpfError> {
         if !self.runs.reserve(run.first, run.count) {
             return Ok(Selection::Reject);
         }
         let mut slots = Vec::with_capacity(run.count as usize);
         for index in run.first..run.first + run.count {
             let member = self.maps.members.get(&index)?.unwrap_or_default();
-            slots.push(Member { backend: BackendId(member.backend), generation: member.generation });
+            slots.push(BackendRef { backend: BackendId(member.backend), generation: member.generation });
         }
         let id = TableId(self.placed.len() as u32 + 1);
         self.placed.insert(id, (run, algorithm));
@@ -228,7 +228,7 @@ impl Tables {
         Ok(())
     }
 
-    /// Runs operations in their order, up to the first that fails. Then the maps are to be recovered and the planner to be made anew.
+    /// RangeAllocator operations in their order, up to the first that fails. Then the maps are to be recovered and the planner to be made anew.
     ///
     /// Operations of one kind that follow each other are one batch, which changes nothing about what a packet can meet: those of one kind
     /// do not depend on each other. Frontends are written by `write`, or removed if there is no value: the filter and the flows of their
@@ -248,11 +248,11 @@ impl Tables {
     fn step(&mut self, op: &Op, write: &mut WriteFrontends<'_>) -> Result<(), BpfError> {
         match op {
             Op::PutBackend(..) | Op::PutTable(..) | Op::PutFrontend(..) | Op::ReleasePort(_) => Ok(()),
-            Op::Fence => {
+            Op::RcuBarrier => {
                 fence();
                 Ok(())
             }
-            Op::EndBackend(id, backend) | Op::RemoveBackend(id, backend) => {
+            Op::InvalidateBackend(id, backend) | Op::RemoveBackend(id, backend) => {
                 // Whatever still names this life finds another one.
                 let grave =
                     terway_abi::Backend { generation: backend.generation.wrapping_add(1).max(1), ..Default::default() };
@@ -306,7 +306,7 @@ impl Tables {
             let first = self.runs.take(count).ok_or(BpfError::NoRoom { what: "slots of backend tables", limit })?;
             self.placed.insert(*id, (Run { first, count }, table.algorithm));
             places.extend(first..first + count);
-            let member = |slot: &Member| AbiMember { backend: slot.backend.0, generation: slot.generation };
+            let member = |slot: &BackendRef| AbiMember { backend: slot.backend.0, generation: slot.generation };
             members.extend(table.slots.iter().map(member));
         }
         self.writes += places.len() as u64;

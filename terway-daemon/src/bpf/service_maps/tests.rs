@@ -38,7 +38,7 @@ fn class(at: &FrontendAt) -> (IpAddr, u32) {
     }
 }
 
-/// Runs operations, with frontends written straight into the maps.
+/// RangeAllocator operations, with frontends written straight into the maps.
 fn run(tables: &mut Tables, ops: &[Op]) -> Result<(), BpfError> {
     let mut pending: Vec<(FrontendAt, Option<AbiFrontend>)> = Vec::new();
     for op in ops {
@@ -181,7 +181,7 @@ fn slice(i: usize, endpoints: &[usize], node: &str) -> Change {
     object(Kind::EndpointSlice, &json)
 }
 
-fn planner(kernel: Kernel) -> Planner {
+fn planner(kernel: MapContents) -> Planner {
     let facts = NodeFacts { name: "me".into(), zone: None };
     Planner::restore(facts, Settings { maglev_size: 251, ..Settings::default() }, kernel)
 }
@@ -271,7 +271,7 @@ fn a_full_map_is_told_by_name() {
     let backend = Backend { key, state: BackendState::Ready, local: false, generation: 1 };
     let error = run(&mut tables, &[Op::PutBackend(BackendId(131_072), backend)]).unwrap_err();
     assert_eq!(error.to_string(), "the datapath holds at most 131071 backends");
-    let slots = vec![Member { backend: BackendId(1), generation: 1 }; 1_048_577];
+    let slots = vec![BackendRef { backend: BackendId(1), generation: 1 }; 1_048_577];
     let table = Arc::new(Table { algorithm: Algorithm::Random, slots });
     let error = run(&mut tables, &[Op::PutTable(TableId(1), table)]).unwrap_err();
     assert_eq!(error.to_string(), "the datapath holds at most 1048576 slots of backend tables");

@@ -95,7 +95,7 @@ fn obey(stage: &Stage, policies: u16) -> Result<()> {
     };
     for (kind, document) in documents {
         let change = Change::Upsert(Box::new(Object::read(kind, &document)?));
-        objects.apply(change).and_then(Event::of).map_or(Ok(()), &mut step)?;
+        objects.apply(change).and_then(Event::from_applied).map_or(Ok(()), &mut step)?;
     }
     // Last, so that the rules are compiled once.
     for (endpoint, name) in [(stage.a, "a"), (stage.b, "b")] {

@@ -67,7 +67,7 @@ pub fn compile() -> Result<Vec<Figure>> {
             let operations = compiler.step(event);
             times.push(start.elapsed().as_secs_f64() * 1e3);
             drop(operations);
-            compiler.settle();
+            compiler.run_deferred();
         }
         figures.push(figure(format!("{}_ms", changes.kind), percentile(&times, 50.0), Bar::AtMost(CHANGE)));
     }

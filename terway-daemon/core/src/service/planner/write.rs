@@ -47,12 +47,12 @@ impl Planner {
         // packet meets the new frontends, else one finds nobody.
         let ended = touched.backends.iter().filter(|key| key.protocol == Protocol::Udp).filter_map(|key| {
             let entry = self.backends.get(key).filter(|entry| entry.claims.is_empty())?;
-            entry.written.map(|written| Op::EndBackend(entry.id, written.at(*key)))
+            entry.written.map(|written| Op::InvalidateBackend(entry.id, written.at(*key)))
         });
         let mut ended: Vec<Op> = ended.collect();
         let silent = |op: &Op| matches!(op, Op::PutBackend(_, b) if b.key.protocol == Protocol::Udp && b.state == BackendState::Unready);
         if !ended.is_empty() || worse.iter().any(silent) {
-            plan.ops.push(Op::Fence);
+            plan.ops.push(Op::RcuBarrier);
         }
         plan.ops.append(&mut worse);
         plan.ops.append(&mut ended);
