@@ -33,7 +33,7 @@ use crate::net::Host;
 use crate::options::Options;
 use crate::policy::{self, Policies, PolicyMetrics};
 use crate::queue;
-use crate::reload::{self, Followers};
+use crate::reload::{self, ConfigSubscribers};
 use crate::server::Service;
 use crate::services::{self, ServiceMetrics, Services};
 use crate::socket::{self, InstanceLock};
@@ -82,7 +82,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let datapath = Arc::new(open_datapath(&options, &config)?);
     metrics::register_datapath(&mut registry, &datapath);
 
-    let (node, aliyun) = meet_cloud(&options, &config, &metrics).await?;
+    let (node, aliyun) = identify_node(&options, &config, &metrics).await?;
     let facts = prepare_node(&options, &config, &node, &host).await?;
     let addresses = links.addresses();
     reload::host_stack(&config, &addresses.borrow().clone(), &datapath)?;
@@ -131,18 +131,19 @@ pub async fn run(options: Options) -> Result<(), Error> {
     forget_older_maps(&datapath).await;
     let pods = Arc::clone(&engine);
     let services = Services::start(services, move || pods.pod_namespaces());
-    tokio::spawn(Arc::clone(&engine).serve_clients());
+    tokio::spawn(Arc::clone(&engine).serve_external_clients());
     let conntrack = Conntrack::start(
         Arc::clone(&datapath),
         source.subscribe(),
         ConntrackMetrics::new(&mut registry),
-        options.hurry,
+        options.time_scale,
     );
     tokio::spawn(Arc::clone(&engine).tick());
-    tokio::spawn(Arc::clone(&engine).log_flows(Arc::clone(&services)));
-    let followers = Followers { options: options.clone(), node, cloud: aliyun, engine: Arc::clone(&engine), datapath };
-    tokio::spawn(followers.follow(source.subscribe(), addresses));
-    tokio::spawn(Arc::clone(&source).follow());
+    tokio::spawn(Arc::clone(&engine).run_flow_log(Arc::clone(&services)));
+    let subscribers =
+        ConfigSubscribers { options: options.clone(), node, cloud: aliyun, engine: Arc::clone(&engine), datapath };
+    tokio::spawn(subscribers.run(source.subscribe(), addresses));
+    tokio::spawn(Arc::clone(&source).run());
 
     // Listening comes before reading the queue: see terway_core::cni::queue for why nothing falls in between.
     let listener = socket::bind(&options.socket)
@@ -196,7 +197,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
         }
     };
     // Pods keep their network: programs stay attached, maps and links stay pinned, the conflist stays in place.
-    engine.stop_following();
+    engine.close_flow_streams();
     let _ = stop.send(());
     if tokio::time::timeout(STOP_WITHIN, server).await.is_err() {
         warn!("some calls did not finish in time; the next start takes them up");
@@ -259,7 +260,7 @@ fn memory() -> std::io::Result<u64> {
 }
 
 /// Learns who this node is and makes the client of its cloud.
-async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Result<(Node, Arc<Aliyun>), Error> {
+async fn identify_node(options: &Options, config: &Config, metrics: &Metrics) -> Result<(Node, Arc<Aliyun>), Error> {
     let bad = |error: &dyn std::error::Error| failed(errors::CONFIG_INVALID, "endpoint", error);
     let observer: crate::cloud::CallObserver = {
         let metrics = metrics.clone();
@@ -273,7 +274,7 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
         let metadata =
             Metadata::new(metadata_url.clone(), Duration::from_secs(5), Retry::default(), Some(Arc::clone(&observer)))
                 .map_err(|e| failed(errors::CLOUD_FAILED, "metadata", &e))?;
-        identity::insist("metadata service: who is this node", || metadata.node_identity()).await
+        identity::retry_forever("metadata service: who is this node", || metadata.node_identity()).await
     };
 
     let region = config.region.as_deref().unwrap_or(&identity.region);
@@ -296,7 +297,7 @@ async fn meet_cloud(options: &Options, config: &Config, metrics: &Metrics) -> Re
     let node = match kept {
         Some(node) => node,
         None => {
-            let limits = identity::insist("ECS: what the instance type carries", || {
+            let limits = identity::retry_forever("ECS: what the instance type carries", || {
                 cloud.instance_limits(&identity.instance_type)
             })
             .await;
@@ -346,7 +347,7 @@ async fn prepare_node(options: &Options, config: &Config, node: &Node, host: &Ho
         subnets: options.subnets_path(),
         services: options.objects.is_some(),
         own_ports: own_ports(state.sysctls.get(LOCAL_PORTS).map(String::as_str)),
-        nic_within: NIC_WITHIN / options.hurry,
+        nic_within: NIC_WITHIN / options.time_scale,
     })
 }
 

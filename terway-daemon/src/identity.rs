@@ -52,7 +52,7 @@ pub fn token_seed(identity: &NodeIdentity) -> std::io::Result<String> {
 }
 
 /// Repeats a question until the cloud answers it, with pauses up to half a minute; says each time why it waits.
-pub async fn insist<T, F>(what: &str, mut ask: impl FnMut() -> F) -> T
+pub async fn retry_forever<T, F>(what: &str, mut ask: impl FnMut() -> F) -> T
 where
     F: Future<Output = Result<T, CloudError>>,
 {

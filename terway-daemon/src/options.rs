@@ -83,7 +83,7 @@ pub struct Options {
     /// Divides the waiting times that have no key of their own (rests after refusals, the NIC's arrival, how long lists may lag) by this:
     /// for tests, whose cloud is as fast as they want.
     #[arg(long, hide = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    pub hurry: u32,
+    pub time_scale: u32,
     /// Log filter, such as info or terway_daemon=debug.
     #[arg(long, env = "TERWAY_LOG", default_value = "info", value_name = "FILTER")]
     pub log: String,

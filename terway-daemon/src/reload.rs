@@ -54,10 +54,10 @@ pub(crate) fn pool(options: &Options, config: &Config, node: &Node) -> PoolConfi
         cooling: Duration::from_secs(options.cooling),
         resync: config.sync_period,
         retry: backoff(config, base.retry),
-        shrink_after: base.shrink_after / options.hurry,
-        settle: base.settle / options.hurry,
-        vswitch_rest: base.vswitch_rest / options.hurry,
-        refusal_rest: base.refusal_rest / options.hurry,
+        shrink_after: base.shrink_after / options.time_scale,
+        settle: base.settle / options.time_scale,
+        vswitch_rest: base.vswitch_rest / options.time_scale,
+        refusal_rest: base.refusal_rest / options.time_scale,
         ..base
     }
 }
@@ -104,7 +104,7 @@ pub(crate) fn flow_events(config: &Config, datapath: &Datapath) -> Result<(), Er
 }
 
 /// Everything that takes a new configuration while it runs.
-pub(crate) struct Followers {
+pub(crate) struct ConfigSubscribers {
     pub(crate) options: Options,
     pub(crate) node: Node,
     pub(crate) cloud: Arc<Aliyun>,
@@ -112,9 +112,9 @@ pub(crate) struct Followers {
     pub(crate) datapath: Arc<Datapath>,
 }
 
-impl Followers {
+impl ConfigSubscribers {
     /// Applies every change of the configuration and of the node's addresses. Runs as long as the daemon.
-    pub(crate) async fn follow(self, mut config: Receiver<Arc<Config>>, mut addresses: Receiver<Arc<Vec<IpNetwork>>>) {
+    pub(crate) async fn run(self, mut config: Receiver<Arc<Config>>, mut addresses: Receiver<Arc<Vec<IpNetwork>>>) {
         let mut present = Arc::clone(&config.borrow_and_update());
         loop {
             let changed = tokio::select! {

@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use crate::config_source::{ConfigSource, ConfigStatus};
 use crate::conntrack::Conntrack;
-use crate::engine::{AddRequest, Engine, Filter, Told, dropped_packet};
+use crate::engine::{AddRequest, Engine, Filter, RecentAndLive, dropped_packet};
 use crate::metrics::{Metrics, Phase, Verb};
 use crate::policy::Policies;
 use crate::services::Services;
@@ -154,7 +154,7 @@ pub(crate) fn pod(pod: &PodRef) -> v1::Pod {
 /// What is remembered, and, if wished, what comes that the filter takes. A follower that lags misses some; drops are counted whether
 /// anybody follows or not.
 fn follow(
-    (recent, live): Told,
+    (recent, live): RecentAndLive,
     wished: bool,
     filter: Filter,
 ) -> Pin<Box<dyn Stream<Item = Arc<v1::FlowEvent>> + Send>> {

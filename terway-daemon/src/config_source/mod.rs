@@ -98,7 +98,7 @@ impl ConfigSource {
     }
 
     /// Follows the files as long as the daemon runs.
-    pub async fn follow(self: Arc<Self>) {
+    pub async fn run(self: Arc<Self>) {
         loop {
             // Watch first, read then: what happens in between is seen.
             let watch = Watch::new(&self.paths.sources());

@@ -36,7 +36,7 @@ impl Bench {
         let mut registry = Registry::default();
         let metrics = ConfigMetrics::new(&mut registry);
         let source = Arc::new(ConfigSource::open(Self::paths(dir.path(), config), metrics).unwrap());
-        tokio::spawn(Arc::clone(&source).follow());
+        tokio::spawn(Arc::clone(&source).run());
         Self { dir, registry, source }
     }
 
@@ -201,7 +201,7 @@ async fn the_nodes_own_layer_comes_and_goes() {
     let paths = Paths { overlay: Some(dir.path().join("own")), ..Bench::paths(dir.path(), "eni_conf") };
     let source = Arc::new(ConfigSource::open(paths, ConfigMetrics::default()).unwrap());
     assert_eq!(source.config().max_idle, 9);
-    tokio::spawn(Arc::clone(&source).follow());
+    tokio::spawn(Arc::clone(&source).run());
     let bench = Bench { dir, registry: Registry::default(), source };
     fs::write(bench.path("own/eni_conf"), r#"{"max_pool_size": null, "min_pool_size": 1}"#).unwrap();
     bench.until("deleted by null", |c, _| (c.min_idle, c.max_idle) == (1, 5)).await;

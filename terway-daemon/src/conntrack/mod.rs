@@ -86,7 +86,7 @@ impl Conntrack {
         datapath: Arc<Datapath>,
         mut config: watch::Receiver<Arc<Config>>,
         metrics: ConntrackMetrics,
-        hurry: u32,
+        time_scale: u32,
     ) -> Arc<Self> {
         let settings = config.borrow_and_update().conntrack;
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
@@ -94,7 +94,7 @@ impl Conntrack {
         let state =
             State { settings, pace, last: None, collected: None, totals: Totals::default(), nearly_full: false };
         let this = Arc::new(Self { datapath, metrics, cpus, state: Mutex::new(state) });
-        tokio::spawn(Arc::clone(&this).follow(config, COUNT_EVERY / hurry.max(1)));
+        tokio::spawn(Arc::clone(&this).follow(config, COUNT_EVERY / time_scale.max(1)));
         this
     }
 

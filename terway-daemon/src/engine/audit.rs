@@ -60,7 +60,7 @@ pub(super) struct Observation {
 impl Engine {
     /// Reads every source. The store comes first and last: only what it says both times is compared with what was read in between.
     pub(super) async fn look(&self, ask_cloud: bool) -> Observation {
-        let before = self.core().pool.list();
+        let before = self.pool_state().pool.list();
         let plans: BTreeMap<Mac, EniPlan> = lock(&self.audit.plans).clone();
 
         let kernel = self.host.observe(sysctls(plans.values())).await.map_err(net_error);
@@ -77,8 +77,8 @@ impl Engine {
         };
 
         let (after, enis) = {
-            let core = self.core();
-            (core.pool.list(), core.pool.enis())
+            let state = self.pool_state();
+            (state.pool.list(), state.pool.enis())
         };
         let mut attachments = Vec::new();
         for view in &after {
@@ -218,7 +218,7 @@ impl Engine {
 
     /// The attachment, if it is ready and has the addresses it had when the world was looked at.
     fn steady(&self, world: &World, key: Option<&AttachmentKey>) -> Option<AttachmentView> {
-        let view = self.core().pool.get(key?)?;
+        let view = self.pool_state().pool.get(key?)?;
         let held = world.attachments.iter().find(|held| held.plan.inputs.key == view.key)?;
         let same = held.plan.inputs.addresses == view.grant.addresses && held.eni == view.grant.eni;
         (same && view.phase == Phase::Ready).then_some(view)
@@ -232,13 +232,18 @@ impl Engine {
     }
 
     fn known_addresses(&self) -> BTreeSet<IpAddr> {
-        self.core().pool.list().into_iter().flat_map(|view| view.grant.addresses.iter().collect::<Vec<_>>()).collect()
+        self.pool_state()
+            .pool
+            .list()
+            .into_iter()
+            .flat_map(|view| view.grant.addresses.iter().collect::<Vec<_>>())
+            .collect()
     }
 
     fn is_known(&self, leftover: &Leftover) -> bool {
         match leftover {
             Leftover::Link { alias: owner, .. } => {
-                let known = self.core().pool.list();
+                let known = self.pool_state().pool.list();
                 known.iter().any(|view| Some(alias(&view.key)) == *owner)
             }
             Leftover::Route(route) if route.dst.prefix() == 0 => {

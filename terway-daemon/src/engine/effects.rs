@@ -11,14 +11,14 @@ use terway_core::ident::{EniId, Family};
 use terway_core::ipam::{Effect, Event};
 use tracing::{debug, error, info, warn};
 
-use super::{Core, Engine};
+use super::{Engine, PoolState};
 use crate::cloud::{CreateEni, EniFilter};
 use crate::store::Gate;
 
 /// How long an attach or detach may take until the cloud is asked anew. Terway's own bound for ECS is two minutes.
 const ATTACH_WITHIN: Duration = Duration::from_secs(120);
 
-impl Core {
+impl PoolState {
     /// Answers the request that waits, if the effect is an answer. The caller may be gone; the attachment stays for its DEL.
     fn answer(&mut self, effect: &Effect) -> bool {
         let Effect::Answer { ticket, result } = effect else { return false };
@@ -31,14 +31,14 @@ impl Core {
 
 impl Engine {
     /// Hands writes to the store in order, then starts the rest when they are durable.
-    pub(super) fn dispatch(self: &Arc<Self>, core: &mut Core, effects: Vec<Effect>) {
+    pub(super) fn dispatch(self: &Arc<Self>, state: &mut PoolState, effects: Vec<Effect>) {
         let (mut write, mut gate) = (None, None);
         let mut rest = Vec::with_capacity(effects.len());
         let connects = effects.iter().any(|effect| matches!(effect, Effect::Connect { .. }));
         for effect in effects {
             match effect {
                 Effect::Persist(changes) => {
-                    core.written += 1;
+                    state.written += 1;
                     if connects {
                         let (commit, opens) = self.store.commit_gated(changes);
                         (write, gate) = (Some(commit), Some(opens));
@@ -53,10 +53,10 @@ impl Engine {
                 effect => rest.push(effect),
             }
         }
-        let number = core.written;
+        let number = state.written;
         // With nothing left to wait for, an answer needs no task of its own: each one costs a thread's wake-up on the way of an ADD.
         if write.is_none() && *self.durable.borrow() >= number {
-            rest.retain(|effect| !core.answer(effect));
+            rest.retain(|effect| !state.answer(effect));
         }
         if write.is_none() && rest.is_empty() {
             return;
@@ -97,7 +97,7 @@ impl Engine {
     /// Ends the daemon: what it promises could not be kept. Requests that wait are told why.
     fn fail(&self, reason: Error) {
         error!(code = reason.code.id, detail = reason.detail, "cannot go on");
-        for (_, waiting) in self.core().waiting.drain() {
+        for (_, waiting) in self.pool_state().waiting.drain() {
             let _ = waiting.send(Err(reason.clone()));
         }
         self.fatal.send_replace(Some(reason));
@@ -105,7 +105,7 @@ impl Engine {
 
     /// Runs an effect whose write is on disk, or, with a gate, will be when that opens.
     async fn run(self: &Arc<Self>, effect: Effect, gate: Option<Gate>) {
-        if self.fatal.borrow().is_some() || self.core().answer(&effect) {
+        if self.fatal.borrow().is_some() || self.pool_state().answer(&effect) {
             return;
         }
         debug!(?effect, "effect");
@@ -127,8 +127,8 @@ impl Engine {
                 }
             }
             Effect::Disconnect { op, key, pod, netns: _, grant } => {
-                let unplugged = || self.feed(Event::Unplugged { op, key: key.clone() });
-                match self.disconnect(&key, &pod, &grant, unplugged).await {
+                let datapath_removed = || self.feed(Event::Unplugged { op, key: key.clone() });
+                match self.disconnect(&key, &pod, &grant, datapath_removed).await {
                     Ok(()) => Event::Disconnected { op, key },
                     Err(error) => Event::DisconnectFailed { op, key, error },
                 }

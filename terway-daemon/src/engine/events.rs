@@ -75,7 +75,7 @@ impl FlowLog {
     }
 
     /// The latest `last` of those that a filter takes.
-    fn told(&self, filter: &Filter, last: usize) -> Told {
+    fn recent_and_live(&self, filter: &Filter, last: usize) -> RecentAndLive {
         let state = self.state();
         let mut all: Vec<_> = state.recent.iter().flatten().filter(|(_, event)| filter.takes(event)).cloned().collect();
         let live = state.live.as_ref().map(broadcast::Sender::subscribe);
@@ -86,11 +86,11 @@ impl FlowLog {
 }
 
 /// Those that are remembered, oldest first, and a receiver of those to come; `None` when the daemon is stopping.
-pub(crate) type Told = (Vec<Arc<v1::FlowEvent>>, Option<broadcast::Receiver<Arc<v1::FlowEvent>>>);
+pub(crate) type RecentAndLive = (Vec<Arc<v1::FlowEvent>>, Option<broadcast::Receiver<Arc<v1::FlowEvent>>>);
 
 impl Engine {
     /// Reads flow events as long as the daemon lives.
-    pub async fn log_flows(self: Arc<Self>, services: Arc<Services>) {
+    pub async fn run_flow_log(self: Arc<Self>, services: Arc<Services>) {
         let mut events = match self.datapath.take_events() {
             Ok(events) => events,
             Err(error) => {
@@ -114,7 +114,7 @@ impl Engine {
             }
             let (this, services) = (Arc::clone(&self), Arc::clone(&services));
             // A step of policies or Services may hold its lock for a second; the kernel's buffer takes what comes meanwhile.
-            let named = tokio::task::spawn_blocking(move || this.tell(&batch, &services));
+            let named = tokio::task::spawn_blocking(move || this.annotate_and_publish(&batch, &services));
             if let Err(error) = named.await {
                 warn!(%error, "some flow events are lost");
             }
@@ -122,21 +122,21 @@ impl Engine {
     }
 
     /// The latest events that a filter takes.
-    pub(crate) fn flow_events(&self, filter: &Filter, last: usize) -> Told {
-        self.events.told(filter, last)
+    pub(crate) fn flow_events(&self, filter: &Filter, last: usize) -> RecentAndLive {
+        self.events.recent_and_live(filter, last)
     }
 
     /// The latest drops.
-    pub(crate) fn drops(&self) -> Told {
+    pub(crate) fn drops(&self) -> RecentAndLive {
         self.flow_events(&Filter::drops(), DROPS_SHOWN)
     }
 
     /// Ends every follower, so that the server can end.
-    pub fn stop_following(&self) {
+    pub fn close_flow_streams(&self) {
         self.events.state().live = None;
     }
 
-    fn tell(&self, batch: &[FlowEvent], services: &Services) {
+    fn annotate_and_publish(&self, batch: &[FlowEvent], services: &Services) {
         let at_ms = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
@@ -169,7 +169,7 @@ impl Interfaces<'_> {
     fn pod(&mut self, ifindex: u32) -> Option<v1::Pod> {
         let engine = self.engine;
         let pods = self.pods.get_or_insert_with(|| {
-            let attachments = engine.core().pool.list();
+            let attachments = engine.pool_state().pool.list();
             let endpoints = engine.datapath.endpoints().into_iter();
             let pod = |endpoint: &crate::bpf::Endpoint| {
                 let own = attachments.iter().find(|a| a.grant.addresses == endpoint.addresses)?;
@@ -303,8 +303,9 @@ mod tests {
             log.push(event(ALLOWED, n));
         }
         log.push(event(DROPPED, 10_000));
-        let lengths =
-            |last| -> Vec<u32> { log.told(&Filter::default(), last).0.iter().map(|event| event.length).collect() };
+        let lengths = |last| -> Vec<u32> {
+            log.recent_and_live(&Filter::default(), last).0.iter().map(|event| event.length).collect()
+        };
         let all = lengths(usize::MAX);
         assert_eq!(all.len(), REMEMBERED[0] + 3);
         assert!(all.is_sorted() && all.starts_with(&[0, 1, 6928]) && all.ends_with(&[9999, 10_000]), "{all:?}");
@@ -312,8 +313,8 @@ mod tests {
         for n in 0..REMEMBERED[1] as u32 {
             log.push(event(DROPPED, n));
         }
-        assert_eq!(log.told(&Filter::drops(), usize::MAX).0.len(), REMEMBERED[1]);
-        assert_eq!(log.told(&Filter::drops(), 1).0[0].length, REMEMBERED[1] as u32 - 1);
+        assert_eq!(log.recent_and_live(&Filter::drops(), usize::MAX).0.len(), REMEMBERED[1]);
+        assert_eq!(log.recent_and_live(&Filter::drops(), 1).0[0].length, REMEMBERED[1] as u32 - 1);
     }
 
     #[test]

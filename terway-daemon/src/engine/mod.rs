@@ -36,7 +36,7 @@ use crate::store::Store;
 
 use reaper::Reaper;
 
-pub(crate) use events::{Filter, Told, dropped_packet};
+pub(crate) use events::{Filter, RecentAndLive, dropped_packet};
 
 pub use pod::PodOptions;
 pub use start::{Facts, Parts, gone};
@@ -56,7 +56,7 @@ pub struct AddRequest {
 
 /// See the [module](self).
 pub struct Engine {
-    core: Mutex<Core>,
+    pool_state: Mutex<PoolState>,
     /// Number of the last write that is on disk.
     durable: watch::Sender<u64>,
     /// When the pool wants its next tick.
@@ -82,7 +82,7 @@ pub struct Engine {
     metrics: Metrics,
 }
 
-struct Core {
+struct PoolState {
     pool: Pool,
     waiting: HashMap<Ticket, oneshot::Sender<Result<Answer, Error>>>,
     next_ticket: u64,
@@ -96,15 +96,15 @@ impl Engine {
     }
 
     /// A panic while the lock was held cannot leave the pool torn: `step` either returned or the process is ending.
-    fn core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    fn pool_state(&self) -> MutexGuard<'_, PoolState> {
+        self.pool_state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Steps the pool and starts the effects.
     fn feed(self: &Arc<Self>, event: Event) {
-        let mut core = self.core();
-        let effects = core.pool.step(event, self.now());
-        self.dispatch(&mut core, effects);
+        let mut state = self.pool_state();
+        let effects = state.pool.step(event, self.now());
+        self.dispatch(&mut state, effects);
     }
 
     /// Feeds a request and waits for its answer. When the caller goes away, the request is cancelled; work under way goes on.
@@ -113,13 +113,13 @@ impl Engine {
             return Err(error);
         }
         let (ticket, answer) = {
-            let mut core = self.core();
-            core.next_ticket += 1;
-            let ticket = Ticket(core.next_ticket);
+            let mut state = self.pool_state();
+            state.next_ticket += 1;
+            let ticket = Ticket(state.next_ticket);
             let (sender, answer) = oneshot::channel();
-            core.waiting.insert(ticket, sender);
-            let effects = core.pool.step(event(ticket), self.now());
-            self.dispatch(&mut core, effects);
+            state.waiting.insert(ticket, sender);
+            let effects = state.pool.step(event(ticket), self.now());
+            self.dispatch(&mut state, effects);
             (ticket, answer)
         };
         let mut cancel = CancelOnDrop { engine: self, ticket: Some(ticket) };
@@ -233,7 +233,7 @@ struct CancelOnDrop<'a> {
 impl Drop for CancelOnDrop<'_> {
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket {
-            self.engine.core().waiting.remove(&ticket);
+            self.engine.pool_state().waiting.remove(&ticket);
             self.engine.feed(Event::Cancel { ticket });
         }
     }

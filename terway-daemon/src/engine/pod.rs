@@ -115,13 +115,13 @@ impl Engine {
         let _ = tokio::task::spawn_blocking(move || policies.forget_gone()).await;
     }
 
-    /// Unwires a pod, whatever of it is there. Calls `unplugged` when no packet can come or go any more; the links take longer.
+    /// Unwires a pod, whatever of it is there. Calls `datapath_removed` when no packet can come or go any more; the links take longer.
     pub(super) async fn disconnect(
         &self,
         key: &AttachmentKey,
         pod: &PodRef,
         grant: &Grant,
-        unplugged: impl FnOnce(),
+        datapath_removed: impl FnOnce(),
     ) -> Result<(), Error> {
         let plan = self.plan(key, pod, grant, &PodOptions::default());
         let addresses = grant.addresses;
@@ -140,7 +140,7 @@ impl Engine {
         self.host.detach_pod(&plan).await.map_err(net_error)?;
         self.metrics.phase(Verb::Del, Phase::Host, removed.elapsed());
         drop(wiring);
-        unplugged();
+        datapath_removed();
 
         let detached = Instant::now();
         self.reaper.delete(plan).await?;

@@ -19,7 +19,7 @@ use tracing::{info, warn};
 use super::pod::{PodOptions, net_error};
 use super::reaper::Reaper;
 use super::subnets::Subnets;
-use super::{Core, Engine};
+use super::{Engine, PoolState};
 use crate::bpf::Datapath;
 use crate::cloud::Cloud;
 use crate::metrics::Metrics;
@@ -81,10 +81,10 @@ impl Engine {
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
         let Parts { pool, origin, store, cloud, datapath, policies, host, links, facts, defaults, metrics } = parts;
-        let core = Core { pool, waiting: HashMap::new(), next_ticket: 0, written: 0 };
+        let pool_state = PoolState { pool, waiting: HashMap::new(), next_ticket: 0, written: 0 };
         let reaper = Reaper::start(Arc::clone(&host));
         Arc::new(Self {
-            core: Mutex::new(core),
+            pool_state: Mutex::new(pool_state),
             durable: watch::Sender::new(0),
             wake: watch::Sender::new(None),
             fatal: watch::Sender::new(None),
@@ -123,8 +123,8 @@ impl Engine {
             }
         }
         {
-            let mut core = self.core();
-            self.dispatch(&mut core, effects);
+            let mut state = self.pool_state();
+            self.dispatch(&mut state, effects);
         }
         info!(attachments = attachments.len(), "restored");
         self.feed(Event::Tick);

@@ -20,7 +20,7 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_
 impl Engine {
     /// Opens the primary ENI to clients of Services; or closes what an earlier daemon opened, if this one serves none. Ends when that is
     /// done.
-    pub async fn serve_clients(self: Arc<Self>) {
+    pub async fn serve_external_clients(self: Arc<Self>) {
         let mut pause = RETRY.0;
         loop {
             let outcome = if self.facts.services { self.open_primary().await } else { self.close_uplinks().await };

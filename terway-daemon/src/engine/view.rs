@@ -34,7 +34,7 @@ impl Engine {
         netns: String,
         addresses: Vec<String>,
     ) -> Result<(), Error> {
-        let attachment = self.core().pool.get(&key);
+        let attachment = self.pool_state().pool.get(&key);
         let Some(attachment) = attachment.filter(|a| a.phase != Phase::Releasing) else {
             return Err(Error::new(errors::UNKNOWN_ATTACHMENT, key.to_string()));
         };
@@ -74,12 +74,12 @@ impl Engine {
         if let Some(error) = self.fatal.borrow().clone() {
             return Err(error);
         }
-        let core = self.core();
-        let stats = core.pool.stats();
+        let state = self.pool_state();
+        let stats = state.pool.stats();
         if stats.bound + stats.idle + stats.pending + stats.cooling > 0 {
             return Ok(());
         }
-        core.pool.problems().into_iter().next().map_or(Ok(()), Err)
+        state.pool.problems().into_iter().next().map_or(Ok(()), Err)
     }
 
     /// Cloud calls that are being repeated.
@@ -108,8 +108,8 @@ impl Engine {
     #[must_use]
     pub fn status(&self) -> v1::StatusResponse {
         let (stats, enis, mut problems) = {
-            let core = self.core();
-            (core.pool.stats(), core.pool.enis(), core.pool.problems())
+            let state = self.pool_state();
+            (state.pool.stats(), state.pool.enis(), state.pool.problems())
         };
         problems.extend(self.fatal.borrow().clone());
         problems.extend(self.audit.problems());
@@ -129,7 +129,7 @@ impl Engine {
             problems: problems.iter().map(detail).collect(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.facts.node.clone(),
-            pool: Some(numbers(&stats)),
+            pool: Some(pool_counts(&stats)),
             enis: enis.collect(),
             datapath: Some(self.datapath_view()),
             configuration: None,
@@ -142,7 +142,7 @@ impl Engine {
     pub async fn pool(&self, ask_cloud: bool) -> v1::GetPoolResponse {
         let now = self.now();
         let (stats, views, addresses, vswitches, problems) = {
-            let pool = &self.core().pool;
+            let pool = &self.pool_state().pool;
             let enis: Vec<EniView> = pool.enis().into_iter().chain(pool.foreign_enis()).collect();
             (pool.stats(), enis, pool.addresses(), pool.vswitches(), pool.problems())
         };
@@ -168,7 +168,7 @@ impl Engine {
         }
         enis.extend(listed.into_values().map(|eni| {
             let interface = nics.get(&eni.mac).cloned().unwrap_or_default();
-            stranger_row(eni, interface)
+            unmanaged_eni_row(eni, interface)
         }));
         enis.sort_by(|a, b| {
             (a.role != "primary", a.id.is_empty(), &a.id).cmp(&(b.role != "primary", b.id.is_empty(), &b.id))
@@ -190,7 +190,7 @@ impl Engine {
             }
         }
         v1::GetPoolResponse {
-            pool: Some(numbers(&stats)),
+            pool: Some(pool_counts(&stats)),
             enis,
             vswitches: vswitches.into_values().collect(),
             problems: problems.into_iter().chain(self.delayed()).map(|problem| detail(&problem)).collect(),
@@ -213,13 +213,13 @@ impl Engine {
     /// Paths of the network namespaces of this node's pods.
     #[must_use]
     pub fn pod_namespaces(&self) -> Vec<String> {
-        self.core().pool.list().into_iter().map(|attachment| attachment.netns).collect()
+        self.pool_state().pool.list().into_iter().map(|attachment| attachment.netns).collect()
     }
 
     /// The attachments of this node.
     #[must_use]
     pub fn list(&self) -> Vec<v1::PodState> {
-        let attachments = self.core().pool.list();
+        let attachments = self.pool_state().pool.list();
         attachments
             .into_iter()
             .map(|a| v1::PodState {
@@ -236,8 +236,8 @@ impl Engine {
     /// Brings the gauges up to date; called before each scrape.
     pub fn refresh_gauges(&self) {
         let (stats, enis) = {
-            let core = self.core();
-            (core.pool.stats(), core.pool.enis())
+            let state = self.pool_state();
+            (state.pool.stats(), state.pool.enis())
         };
         for (state, count) in
             [("idle", stats.idle), ("bound", stats.bound), ("cooling", stats.cooling), ("pending", stats.pending)]
@@ -254,7 +254,7 @@ impl Engine {
     }
 }
 
-fn numbers(stats: &Stats) -> v1::Pool {
+fn pool_counts(stats: &Stats) -> v1::Pool {
     v1::Pool {
         capacity: stats.capacity,
         idle: stats.idle,
@@ -285,14 +285,14 @@ fn eni_row(view: EniView, own: &[&AddressView], known: Option<cloud::Eni>, ifnam
         prefixes: view.prefixes.iter().map(|prefix| prefix.prefix.to_string()).collect(),
         security_groups: known.iter().flat_map(|k| &k.security_groups).map(ToString::to_string).collect(),
         tags: known.map(|known| known.tags).unwrap_or_default(),
-        reason: view.reason.map_or_else(|| why_not(view.phase).to_owned(), |reason| reason.detail),
+        reason: view.reason.map_or_else(|| reason_unused(view.phase).to_owned(), |reason| reason.detail),
         resting_seconds: seconds_until(view.resting_until, now),
         error: view.error.as_ref().map(detail),
     }
 }
 
 /// An ENI that only the cloud tells of: the primary one, or one that came after the pool's last look.
-fn stranger_row(eni: cloud::Eni, ifname: String) -> v1::Eni {
+fn unmanaged_eni_row(eni: cloud::Eni, ifname: String) -> v1::Eni {
     let primary = eni.kind == EniKind::Primary;
     let addresses = eni.v4.iter().copied().map(IpAddr::V4).chain(eni.v6.iter().copied().map(IpAddr::V6));
     let prefixes = eni.v4_prefixes.iter().map(ToString::to_string);
@@ -320,7 +320,7 @@ fn seconds_until(moment: Option<Moment>, now: Moment) -> u32 {
 }
 
 /// Why an ENI of the pool gives no address to new pods.
-const fn why_not(phase: EniPhase) -> &'static str {
+const fn reason_unused(phase: EniPhase) -> &'static str {
     match phase {
         EniPhase::InUse => "",
         EniPhase::Creating | EniPhase::Attaching | EniPhase::Configuring => "not ready yet",

@@ -67,7 +67,7 @@ pub struct Options {
     /// Changes the cloud before anything is switched on.
     pub cloud: fn(&mut CloudConfig),
     /// By what the daemon's own waiting times are divided.
-    pub hurry: u32,
+    pub time_scale: u32,
     /// The binaries of the containerd that every node gets, if any.
     pub containerd: Option<PathBuf>,
     /// Whether the daemons have Services, from each node's folder of manifests.
@@ -101,7 +101,7 @@ impl Options {
             attach: (Duration::from_millis(100), Duration::from_millis(50)),
             conf: Value::Null,
             cloud: |_| {},
-            hurry: 1,
+            time_scale: 1,
             containerd: None,
             objects: true,
             sockets: false,
@@ -203,7 +203,7 @@ impl Cluster {
             endpoint: setup::ENDPOINT_URL.to_owned(),
             cooling: options.cooling,
             audit: options.audit,
-            hurry: options.hurry,
+            time_scale: options.time_scale,
             objects: options.objects,
             cgroups: self.work.join(CGROUPS),
             sockets: options.sockets,

@@ -1,7 +1,7 @@
 //! What clouds, admins and recycled machines do to a node's addresses, and that it shows, heals and harms no running pod.
 //!
 //! Each test is a row of complaints as users of such networks tell them. The daemon's own waiting times (rests, grace, lag of lists) are
-//! divided by 30 here (`--hurry`), those with a key of their own are set by it.
+//! divided by 30 here (`--time-scale`), those with a key of their own are set by it.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -42,7 +42,7 @@ fn small(options: &mut Options, enis: u32) {
     options.addresses_per_adapter = 4;
     options.pool = (0, 5);
     options.cooling = 0;
-    options.hurry = 30;
+    options.time_scale = 30;
     options.cloud = another_vswitch;
     options.attach = (Duration::from_millis(20), Duration::from_millis(20));
 }

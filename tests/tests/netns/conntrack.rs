@@ -23,7 +23,7 @@ fn flows_end_as_configured_and_are_counted() -> Result<()> {
         |options| {
             options.nodes = 1;
             // Counted, and collected, every second.
-            options.hurry = 30;
+            options.time_scale = 30;
             options.conf =
                 json!({"conntrack_gc_interval": "1s", "bpf_ct_max_v4": 4096, "bpf_ct_timeout_tcp_fin": "1s"});
         },

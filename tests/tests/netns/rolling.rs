@@ -205,7 +205,7 @@ fn rolling_an_application_and_dns_loses_nothing() -> Result<()> {
         |options| {
             options.pool = (6, 30);
             // Dead entries are collected every second, among them those of an address that a new pod gets.
-            options.hurry = 30;
+            options.time_scale = 30;
             options.conf = json!({"conntrack_gc_interval": "1s", "bpf_ct_timeout_tcp_fin": "1s"});
         },
         |cluster| {

@@ -136,7 +136,7 @@ fn two_thousand_adds_and_deletes_while_every_fifth_call_fails() -> Result<()> {
             options.addresses_per_adapter = 10;
             options.pool = (2, 6);
             options.cooling = 0;
-            options.hurry = 60;
+            options.time_scale = 60;
             options.attach = (Duration::from_millis(50), Duration::from_millis(20));
         },
         |cluster| soak(cluster, cluster.node(1), seed),

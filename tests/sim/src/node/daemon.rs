@@ -33,7 +33,7 @@ pub struct DaemonOptions {
     /// Time between two audits, in seconds.
     pub audit: u64,
     /// By what its own waiting times are divided.
-    pub hurry: u32,
+    pub time_scale: u32,
     /// Whether it watches the node's folder of manifests.
     pub objects: bool,
     /// Where the cgroup hierarchy is mounted.
@@ -166,7 +166,7 @@ impl Node {
             .args(["--vpc-endpoint", &self.options.endpoint])
             .args(["--cooling", &self.options.cooling.to_string()])
             .args(["--audit-interval", &self.options.audit.to_string()])
-            .args(["--hurry", &self.options.hurry.to_string()])
+            .args(["--time-scale", &self.options.time_scale.to_string()])
             .args(["--log", &self.options.log])
             .current_dir(&self.work)
             .env("RUST_BACKTRACE", "1")
