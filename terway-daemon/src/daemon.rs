@@ -17,7 +17,7 @@ use terway_core::ipam::{NodeFacts, Pool, Record, Snapshot};
 use terway_core::route::{NodeInputs, NodePlan};
 use terway_core::service;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::atomic_file;
 use crate::bpf::{self, Datapath};
@@ -38,6 +38,7 @@ use crate::server::Service;
 use crate::services::{self, ServiceMetrics, Services};
 use crate::socket::{self, InstanceLock};
 use crate::store::Store;
+use crate::supervise;
 
 /// How long a NIC may stay away once its ENI is attached: hot-plugging takes up to some ten seconds.
 const NIC_WITHIN: Duration = Duration::from_secs(20);
@@ -131,38 +132,50 @@ pub async fn run(options: Options) -> Result<(), Error> {
     forget_older_maps(&datapath).await;
     let pods = Arc::clone(&engine);
     let services = Services::start(services, move || pods.pod_namespaces());
-    tokio::spawn(Arc::clone(&engine).serve_external_clients());
+    supervise::spawn("uplink", Arc::clone(&engine).serve_external_clients());
     let conntrack = Conntrack::start(
         Arc::clone(&datapath),
         source.subscribe(),
         ConntrackMetrics::new(&mut registry),
         options.time_scale,
     );
-    tokio::spawn(Arc::clone(&engine).tick());
-    tokio::spawn(Arc::clone(&engine).run_flow_log(Arc::clone(&services)));
+    supervise::spawn("engine-timer", Arc::clone(&engine).tick());
+    supervise::spawn_restarting("flow-log", {
+        let (engine, services) = (Arc::clone(&engine), Arc::clone(&services));
+        move || Arc::clone(&engine).run_flow_log(Arc::clone(&services))
+    });
     let subscribers =
         ConfigSubscribers { options: options.clone(), node, cloud: aliyun, engine: Arc::clone(&engine), datapath };
-    tokio::spawn(subscribers.run(source.subscribe(), addresses));
-    tokio::spawn(Arc::clone(&source).run());
+    supervise::spawn("config-subscribers", subscribers.run(source.subscribe(), addresses));
+    supervise::spawn_restarting("config-source", {
+        let source = Arc::clone(&source);
+        move || Arc::clone(&source).run()
+    });
 
     // Listening comes before reading the queue: see terway_core::cni::queue for why nothing falls in between.
     let listener = socket::bind(&options.socket)
         .map_err(|error| failed(errors::INTERNAL, &options.socket.display().to_string(), &error))?;
     work_off_queue(&engine, &options.spool_dir(), &metrics).await;
-    tokio::spawn(repeat(Duration::from_secs(options.audit_interval.max(1)), {
-        let engine = Arc::clone(&engine);
-        move || {
+    supervise::spawn(
+        "audit",
+        repeat(Duration::from_secs(options.audit_interval.max(1)), {
             let engine = Arc::clone(&engine);
-            async move { engine.audit().await }
-        }
-    }));
-    tokio::spawn(repeat(QUEUE_EVERY, {
-        let (engine, dir, metrics) = (Arc::clone(&engine), options.spool_dir(), metrics.clone());
-        move || {
-            let (engine, dir, metrics) = (Arc::clone(&engine), dir.clone(), metrics.clone());
-            async move { work_off_queue(&engine, &dir, &metrics).await }
-        }
-    }));
+            move || {
+                let engine = Arc::clone(&engine);
+                async move { engine.audit().await }
+            }
+        }),
+    );
+    supervise::spawn(
+        "del-queue",
+        repeat(QUEUE_EVERY, {
+            let (engine, dir, metrics) = (Arc::clone(&engine), options.spool_dir(), metrics.clone());
+            move || {
+                let (engine, dir, metrics) = (Arc::clone(&engine), dir.clone(), metrics.clone());
+                async move { work_off_queue(&engine, &dir, &metrics).await }
+            }
+        }),
+    );
     let ready: http::Ready = {
         let engine = Arc::clone(&engine);
         Arc::new(move || {
@@ -170,20 +183,26 @@ pub async fn run(options: Options) -> Result<(), Error> {
             engine.ready().map_err(|error| error.to_string())
         })
     };
-    tokio::spawn(serve_http(options.listen, Arc::new(registry), ready));
+    let http = http::Server::new(options.listen, Arc::new(registry), ready);
+    supervise::spawn_restarting("http", {
+        let http = Arc::clone(&http);
+        move || Arc::clone(&http).run()
+    });
 
     // Before it serves: who asks it to stop as soon as it does gets an orderly stop.
     let signalled = signalled();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let service =
-        Service::server(Arc::clone(&engine), Arc::clone(&source), services, conntrack, policies, metrics.clone());
-    let mut server =
-        tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
+        Service::server(Arc::clone(&engine), Arc::clone(&source), services, conntrack, policies, http, metrics.clone());
+    let mut server = supervise::spawn(
+        "grpc-server",
+        tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
             socket::trusted(listener),
             async {
                 let _ = stopped.await;
             },
-        ));
+        ),
+    );
     write_conflist(&options)?;
     metrics.started(start.elapsed());
     info!(took = ?start.elapsed(), node = options.node_name(), "serving");
@@ -213,10 +232,8 @@ fn failed(code: errors::Code, what: &str, error: &dyn std::error::Error) -> Erro
 /// Every pod and ENI has this daemon's programs now. What is left of older ones is only memory: no reason not to start.
 async fn forget_older_maps(datapath: &Arc<Datapath>) {
     let datapath = Arc::clone(datapath);
-    match tokio::task::spawn_blocking(move || datapath.remove_other_versions()).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => warn!(%error, "maps of another version or size stay"),
-        Err(error) => warn!(%error, "maps of another version or size stay"),
+    if let Err(error) = supervise::blocking(move || datapath.remove_other_versions()).await {
+        warn!(%error, "failed to remove the maps of another version or size");
     }
 }
 
@@ -224,17 +241,6 @@ async fn repeat<F: Future<Output = ()>>(every: Duration, mut work: impl FnMut() 
     loop {
         tokio::time::sleep(every).await;
         work().await;
-    }
-}
-
-async fn serve_http(
-    listen: std::net::SocketAddr,
-    registry: Arc<prometheus_client::registry::Registry>,
-    ready: http::Ready,
-) {
-    // Metrics are worth a log line, not a node without pods.
-    if let Err(error) = http::serve(listen, registry, ready).await {
-        error!(%listen, %error, "metrics and health are not served");
     }
 }
 

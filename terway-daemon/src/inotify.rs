@@ -1,12 +1,14 @@
 //! An inotify descriptor that tokio can wait on, and whose end delays nobody.
 
 use std::os::fd::{AsFd as _, AsRawFd, RawFd};
-use std::{io, mem, thread};
+use std::{io, mem};
 
 use nix::errno::Errno;
 use nix::sys::inotify::{InitFlags, Inotify, InotifyEvent};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+use crate::supervise::{self, OnPanic};
 
 /// Closing one waits for a grace period of SRCU (fs/notify/group.c, `fsnotify_destroy_group`): milliseconds mostly, seconds on a busy machine.
 /// So that is done on a thread of its own, never on one of the runtime's.
@@ -41,6 +43,6 @@ impl Drop for Descriptor {
     fn drop(&mut self) {
         let inotify = mem::take(&mut self.0);
         // Without a thread it is closed here, as the closure is dropped.
-        let _detached = thread::Builder::new().name("inotify".to_owned()).spawn(move || drop(inotify));
+        let _detached = supervise::spawn_thread("inotify-close", OnPanic::Contain, move || drop(inotify));
     }
 }

@@ -1,4 +1,5 @@
-//! The daemon's rooms. Each acts on one thing outside; what to do is decided in `terway-core`.
+//! The modules of the node daemon. Each acts on one thing outside the process; what to do is decided in `terway-core`.
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a panic in a test is the test's failure"))]
 
 pub mod atomic_file;
 pub mod bpf;
@@ -24,3 +25,4 @@ pub mod server;
 pub mod services;
 pub mod socket;
 pub mod store;
+pub mod supervise;

@@ -17,6 +17,7 @@ use std::sync::atomic::AtomicU64;
 use terway_abi::{Drop, Kind};
 
 use crate::bpf::Datapath;
+use crate::supervise;
 
 /// A step of an ADD or DEL that has a histogram of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -152,6 +153,7 @@ impl Metrics {
             metrics.start.clone(),
         );
         registry.register("terway_spooled_dels", "DELs taken over from the plugin's queue", metrics.spooled.clone());
+        supervise::register_metrics(registry);
         metrics
     }
 

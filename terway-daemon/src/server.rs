@@ -17,11 +17,13 @@ use tracing::{info, warn};
 use crate::config_source::{ConfigSource, ConfigStatus};
 use crate::conntrack::Conntrack;
 use crate::engine::{AddRequest, Engine, Filter, RecentAndLive, dropped_packet};
+use crate::http;
 use crate::metrics::{Metrics, Phase, Verb};
 use crate::policy::Policies;
 use crate::services::Services;
+use crate::supervise;
 
-/// How long an ADD waits for the first sync of Services: the largest takes two seconds, and the runtime tries again in any case.
+/// The limit for which an ADD waits for the first sync of Services: the largest sync takes two seconds, and the runtime retries anyway.
 const SYNC_WITHIN: Duration = Duration::from_secs(10);
 
 /// The service on top of an engine.
@@ -32,6 +34,7 @@ pub struct Service {
     services: Arc<Services>,
     conntrack: Arc<Conntrack>,
     policies: Arc<Policies>,
+    http: Arc<http::Server>,
     metrics: Metrics,
 }
 
@@ -44,13 +47,26 @@ impl Service {
         services: Arc<Services>,
         conntrack: Arc<Conntrack>,
         policies: Arc<Policies>,
+        http: Arc<http::Server>,
         metrics: Metrics,
     ) -> NodeNetworkServer<Self> {
-        NodeNetworkServer::new(Self { engine, source, services, conntrack, policies, metrics })
+        NodeNetworkServer::new(Self { engine, source, services, conntrack, policies, http, metrics })
     }
 
-    fn done<T>(&self, api: &'static str, start: Instant, result: Result<T, Error>) -> Result<Response<T>, Status> {
+    /// Answers one call: times it, counts it, and turns a panic in it into an error.
+    async fn call<T>(
+        &self,
+        api: &'static str,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<Response<T>, Status> {
+        let start = Instant::now();
+        let result = supervise::contain("grpc", work).await.flatten();
         let took = start.elapsed();
+        match api {
+            "AddPod" => self.metrics.phase(Verb::Add, Phase::Total, took),
+            "DelPod" => self.metrics.phase(Verb::Del, Phase::Total, took),
+            _ => {}
+        }
         match result {
             Ok(reply) => {
                 self.metrics.rpc(api, "", took);
@@ -151,15 +167,15 @@ pub(crate) fn pod(pod: &PodRef) -> v1::Pod {
     v1::Pod { namespace, name, uid }
 }
 
-/// What is remembered, and, if wished, what comes that the filter takes. A follower that lags misses some; drops are counted whether
-/// anybody follows or not.
-fn follow(
+/// The stream of flow events of one client: the recent ones, then, if `follow` is set, live ones that the filter takes. A client that
+/// lags misses some; drops are counted in any case.
+fn event_stream(
     (recent, live): RecentAndLive,
-    wished: bool,
+    follow: bool,
     filter: Filter,
 ) -> Pin<Box<dyn Stream<Item = Arc<v1::FlowEvent>> + Send>> {
     let recent = tokio_stream::iter(recent);
-    let Some(live) = live.filter(|_| wished) else { return Box::pin(recent) };
+    let Some(live) = live.filter(|_| follow) else { return Box::pin(recent) };
     let live = BroadcastStream::new(live).filter_map(Result::ok).filter(move |event| filter.takes(event));
     Box::pin(recent.chain(live))
 }
@@ -170,7 +186,7 @@ impl NodeNetwork for Service {
         let start = Instant::now();
         let request = request.into_inner();
         let pod = request.pod.unwrap_or_default();
-        let result = async {
+        let add = async {
             let add = AddRequest {
                 key: key(request.attachment)?,
                 pod: PodRef { namespace: pod.namespace, name: pod.name, uid: pod.uid },
@@ -183,115 +199,105 @@ impl NodeNetwork for Service {
             let addresses: Vec<&str> = network.addresses.iter().map(|a| a.cidr.as_str()).collect();
             info!(%pod, container = key.container_id, eni = network.eni, ?addresses, took = ?start.elapsed(), "pod added");
             Ok(v1::AddPodResponse { network: Some(network) })
-        }
-        .await;
-        self.metrics.phase(Verb::Add, Phase::Total, start.elapsed());
-        self.done("AddPod", start, result)
+        };
+        self.call("AddPod", add).await
     }
 
     async fn del_pod(&self, request: Request<v1::DelPodRequest>) -> Result<Response<v1::DelPodResponse>, Status> {
         let start = Instant::now();
-        let result = async {
+        let del = async {
             let key = key(request.into_inner().attachment)?;
             self.engine.del(key.clone()).await?;
             info!(container = key.container_id, ifname = key.ifname, took = ?start.elapsed(), "pod deleted");
             Ok(v1::DelPodResponse {})
-        }
-        .await;
-        self.metrics.phase(Verb::Del, Phase::Total, start.elapsed());
-        self.done("DelPod", start, result)
+        };
+        self.call("DelPod", del).await
     }
 
     async fn check_pod(&self, request: Request<v1::CheckPodRequest>) -> Result<Response<v1::CheckPodResponse>, Status> {
-        let start = Instant::now();
         let request = request.into_inner();
-        let result = async {
+        let check = async {
             self.engine.check(key(request.attachment)?, request.netns, request.addresses).await?;
             Ok(v1::CheckPodResponse {})
-        }
-        .await;
-        self.done("CheckPod", start, result)
+        };
+        self.call("CheckPod", check).await
     }
 
     async fn gc_pods(&self, request: Request<v1::GcPodsRequest>) -> Result<Response<v1::GcPodsResponse>, Status> {
-        let start = Instant::now();
         let request = request.into_inner();
-        let result = async {
+        let gc = async {
             let valid = request.valid.into_iter().map(|a| key(Some(a))).collect::<Result<Vec<_>, _>>()?;
             let removed = self.engine.gc(request.network, valid).await?;
             Ok(v1::GcPodsResponse { removed: removed.iter().map(attachment).collect() })
-        }
-        .await;
-        self.done("GcPods", start, result)
+        };
+        self.call("GcPods", gc).await
     }
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
-        let start = Instant::now();
-        let mut status = self.engine.status();
-        let configuration = configuration(&self.source.status());
-        status.problems.extend(configuration.failure.clone());
-        status.configuration = Some(configuration);
-        status.problems.extend(self.services.problems().iter().map(detail));
-        status.socket_path = Some(self.services.socket_path().await);
-        let policies = self.policies.status().await;
-        let status = policies.map(|(policy, problems)| {
+        let report = async {
+            let mut status = self.engine.status();
+            let configuration = configuration(&self.source.status());
+            status.problems.extend(configuration.failure.clone());
+            status.configuration = Some(configuration);
+            status.problems.extend(self.services.problems().iter().map(detail));
+            status.problems.extend(self.http.problem().iter().map(detail));
+            status.problems.extend(supervise::problems().iter().map(detail));
+            status.socket_path = Some(self.services.socket_path().await);
+            let (policy, problems) = self.policies.status().await?;
             status.problems.extend(problems.iter().map(detail));
             status.policy = Some(policy);
-            status
-        });
-        self.done("Status", start, status)
+            Ok(status)
+        };
+        self.call("Status", report).await
     }
 
     async fn list_services(
         &self,
         request: Request<v1::ListServicesRequest>,
     ) -> Result<Response<v1::ListServicesResponse>, Status> {
-        let start = Instant::now();
         let v1::ListServicesRequest { namespace, name } = request.into_inner();
-        self.done("ListServices", start, self.services.list(namespace, name).await)
+        self.call("ListServices", self.services.list(namespace, name)).await
     }
 
     async fn list_policies(
         &self,
         request: Request<v1::ListPoliciesRequest>,
     ) -> Result<Response<v1::ListPoliciesResponse>, Status> {
-        let start = Instant::now();
-        self.done("ListPolicies", start, self.policies.list(request.into_inner()).await)
+        self.call("ListPolicies", self.policies.list(request.into_inner())).await
     }
 
     async fn explain_policy(
         &self,
         request: Request<v1::ExplainPolicyRequest>,
     ) -> Result<Response<v1::ExplainPolicyResponse>, Status> {
-        let start = Instant::now();
-        self.done("ExplainPolicy", start, self.policies.explain(request.into_inner()).await)
+        self.call("ExplainPolicy", self.policies.explain(request.into_inner())).await
     }
 
     async fn list_flows(
         &self,
         request: Request<v1::ListFlowsRequest>,
     ) -> Result<Response<v1::ListFlowsResponse>, Status> {
-        let start = Instant::now();
-        self.done("ListFlows", start, self.engine.flows(request.into_inner()).await)
+        self.call("ListFlows", self.engine.flows(request.into_inner())).await
     }
 
     async fn flush_flows(
         &self,
         request: Request<v1::FlushFlowsRequest>,
     ) -> Result<Response<v1::FlushFlowsResponse>, Status> {
-        let start = Instant::now();
-        let result = self.engine.flush_flows(request.into_inner().filter).await;
-        if let Ok(reply) = &result {
+        let flush = async {
+            let reply = self.engine.flush_flows(request.into_inner().filter).await?;
             info!(deleted = reply.deleted, "flows flushed");
-        }
-        self.done("FlushFlows", start, result)
+            Ok(reply)
+        };
+        self.call("FlushFlows", flush).await
     }
 
     async fn flow_stats(&self, _: Request<v1::FlowStatsRequest>) -> Result<Response<v1::FlowStatsResponse>, Status> {
-        let start = Instant::now();
-        let tracking = Some(self.conntrack.view());
-        let stats = self.engine.flow_stats().await.map(|stats| v1::FlowStatsResponse { tracking, ..stats });
-        self.done("FlowStats", start, stats)
+        let stats = async {
+            let tracking = Some(self.conntrack.view());
+            Ok(v1::FlowStatsResponse { tracking, ..self.engine.flow_stats().await? })
+        };
+        self.call("FlowStats", stats).await
     }
 
     type WatchDropsStream = Pin<Box<dyn Stream<Item = Result<v1::DroppedPacket, Status>> + Send>>;
@@ -300,8 +306,7 @@ impl NodeNetwork for Service {
         &self,
         request: Request<v1::WatchDropsRequest>,
     ) -> Result<Response<Self::WatchDropsStream>, Status> {
-        let told = self.engine.drops();
-        let events = follow(told, request.into_inner().follow, Filter::drops());
+        let events = event_stream(self.engine.drops(), request.into_inner().follow, Filter::drops());
         Ok(Response::new(Box::pin(events.map(|event| Ok(dropped_packet(&event))))))
     }
 
@@ -317,37 +322,32 @@ impl NodeNetwork for Service {
             0 => usize::MAX,
             last => last as usize,
         };
-        let told = self.engine.flow_events(&filter, last);
-        let events = follow(told, request.follow, filter);
+        let events = event_stream(self.engine.flow_events(&filter, last), request.follow, filter);
         Ok(Response::new(Box::pin(events.map(|event| Ok(Arc::unwrap_or_clone(event))))))
     }
 
     async fn get_pool(&self, request: Request<v1::GetPoolRequest>) -> Result<Response<v1::GetPoolResponse>, Status> {
-        let start = Instant::now();
-        let reply = self.engine.pool(request.into_inner().ask_cloud).await;
-        self.done("GetPool", start, Ok(reply))
+        let pool = async { Ok(self.engine.pool(request.into_inner().ask_cloud).await) };
+        self.call("GetPool", pool).await
     }
 
     async fn get_mapping(
         &self,
         request: Request<v1::GetMappingRequest>,
     ) -> Result<Response<v1::GetMappingResponse>, Status> {
-        let start = Instant::now();
-        let reply = self.engine.mapping(!request.into_inner().skip_cloud).await;
-        self.done("GetMapping", start, Ok(reply))
+        let mapping = async { Ok(self.engine.mapping(!request.into_inner().skip_cloud).await) };
+        self.call("GetMapping", mapping).await
     }
 
     async fn get_metadata(
         &self,
         _: Request<v1::GetMetadataRequest>,
     ) -> Result<Response<v1::GetMetadataResponse>, Status> {
-        let start = Instant::now();
-        self.done("GetMetadata", start, Ok(self.engine.metadata().await))
+        self.call("GetMetadata", async { Ok(self.engine.metadata().await) }).await
     }
 
     async fn list_pods(&self, _: Request<v1::ListPodsRequest>) -> Result<Response<v1::ListPodsResponse>, Status> {
-        let start = Instant::now();
-        self.done("ListPods", start, Ok(v1::ListPodsResponse { pods: self.engine.list() }))
+        self.call("ListPods", async { Ok(v1::ListPodsResponse { pods: self.engine.list() }) }).await
     }
 }
 

@@ -91,6 +91,18 @@ catalogue! {
     GC_NO_LIST = "TW0107", "gc-no-list", 7,
         "GC was called without the list of valid attachments; taking that for an empty list would remove every pod's network.",
         "Call GC with cni.dev/valid-attachments in the configuration.";
+    /// A task of the daemon panicked.
+    PANIC = "TW0108", "panic", 999,
+        "A task of the terway daemon panicked: a bug in the daemon.",
+        "Report it with the daemon's log. The daemon, or the task alone, starts again by itself; running pods keep their network meanwhile.";
+    /// The HTTP server of metrics and probes cannot listen.
+    HTTP_FAILED = "TW0109", "http-failed", 999,
+        "Metrics and health probes are not served: the address of --listen cannot be bound.",
+        "Free the port that the message names, or give terwayd another one by --listen. The daemon tries again by itself; pods are not affected.";
+    /// Another network configuration goes before terway's.
+    CONFLIST_SHADOWED = "TW0110", "conflist-shadowed", 999,
+        "The container runtime uses another plugin's network configuration: it takes the first file of the folder by name, and that is not terway's.",
+        "Remove the files that the message names from the folder, or start terwayd with --cni-exclusive, which renames them. New pods get the other plugin's network until then.";
     /// The node has no address left and cannot get more.
     NO_ADDRESS = "TW0201", "no-address", 11,
         "No address is idle on this node, and the node has reached its limit.",

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use terway_daemon::options::Options;
+use terway_daemon::supervise;
 use tracing::error;
 use tracing_subscriber::EnvFilter;
 
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     } else {
         log.with_ansi(false).init();
     }
+    supervise::install_panic_hook();
     // One worker: the work is short, and handing it to another thread costs an ADD more than waiting its turn. What takes long has threads of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let outcome = match runtime {

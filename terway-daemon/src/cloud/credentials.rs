@@ -13,6 +13,7 @@ use super::config::CredentialSource;
 use super::metadata::Metadata;
 use super::rpc::failure;
 use super::{Result, Secret};
+use crate::supervise;
 
 /// Temporary keys are replaced this long before they expire. The metadata service has the successors half an hour ahead
 /// ("Instance RAM roles", ECS user guide).
@@ -97,7 +98,7 @@ impl Keyring {
             if due && let Ok(turn) = Arc::clone(&self.0.fetching).try_lock_owned() {
                 let keyring = self.clone();
                 // Its failure is kept and logged there.
-                drop(tokio::spawn(async move { keyring.fetch(turn).await }));
+                supervise::spawn_contained("credentials", async move { keyring.fetch(turn).await });
             }
             return Ok(credentials);
         }

@@ -11,9 +11,10 @@ use terway_core::ident::{EniId, Family};
 use terway_core::ipam::{Effect, Event};
 use tracing::{debug, error, info, warn};
 
-use super::{Engine, PoolState};
+use super::{Engine, PoolState, TASK};
 use crate::cloud::{CreateEni, EniFilter};
 use crate::store::Gate;
+use crate::supervise;
 
 /// How long an attach or detach may take until the cloud is asked anew. Terway's own bound for ECS is two minutes.
 const ATTACH_WITHIN: Duration = Duration::from_secs(120);
@@ -66,10 +67,10 @@ impl Engine {
             && let Some(at) = rest.iter().position(|effect| matches!(effect, Effect::Connect { .. }))
         {
             let (engine, effect) = (Arc::clone(self), rest.remove(at));
-            tokio::spawn(async move { engine.run(effect, gate).await });
+            supervise::spawn(TASK, async move { engine.run(effect, gate).await });
         }
         let engine = Arc::clone(self);
-        tokio::spawn(async move {
+        supervise::spawn(TASK, async move {
             if let Some(write) = write {
                 if let Err(error) = write.await {
                     engine.fail(Error::new(errors::STORE_FAILED, error.to_string()));
@@ -86,7 +87,7 @@ impl Engine {
             let last = rest.pop();
             for effect in rest {
                 let engine = Arc::clone(&engine);
-                tokio::spawn(async move { engine.run(effect, None).await });
+                supervise::spawn(TASK, async move { engine.run(effect, None).await });
             }
             if let Some(effect) = last {
                 engine.run(effect, None).await;

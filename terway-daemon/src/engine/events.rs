@@ -17,6 +17,7 @@ use self::filter::{ALLOWED, DROPPED};
 use super::Engine;
 use crate::policy::Names;
 use crate::services::Services;
+use crate::supervise;
 
 pub(crate) use self::filter::Filter;
 
@@ -91,18 +92,23 @@ pub(crate) type RecentAndLive = (Vec<Arc<v1::FlowEvent>>, Option<broadcast::Rece
 impl Engine {
     /// Reads flow events as long as the daemon lives.
     pub async fn run_flow_log(self: Arc<Self>, services: Arc<Services>) {
-        let mut events = match self.datapath.take_events() {
-            Ok(events) => events,
-            Err(error) => {
-                warn!(%error, "flow events cannot be read; drops are counted all the same");
-                return;
+        // Kept for the next run of this task, should it panic: the datapath gives the ring buffer out once.
+        let mut reader = self.flow_reader.lock().await;
+        if reader.is_none() {
+            match self.datapath.take_events() {
+                Ok(events) => *reader = Some(events),
+                Err(error) => {
+                    warn!(%error, "failed to open the ring buffer of flow events; drops are still counted");
+                    return;
+                }
             }
-        };
+        }
+        let Some(events) = reader.as_mut() else { return };
         loop {
             let first = match events.next().await {
                 Ok(first) => first,
                 Err(error) => {
-                    warn!(%error, "flow events cannot be read any more; drops are counted all the same");
+                    warn!(%error, "failed to read flow events; drops are still counted");
                     return;
                 }
             };
@@ -114,10 +120,7 @@ impl Engine {
             }
             let (this, services) = (Arc::clone(&self), Arc::clone(&services));
             // A step of policies or Services may hold its lock for a second; the kernel's buffer takes what comes meanwhile.
-            let named = tokio::task::spawn_blocking(move || this.annotate_and_publish(&batch, &services));
-            if let Err(error) = named.await {
-                warn!(%error, "some flow events are lost");
-            }
+            supervise::blocking(move || this.annotate_and_publish(&batch, &services)).await;
         }
     }
 

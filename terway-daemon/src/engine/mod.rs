@@ -27,12 +27,13 @@ use terway_core::ipam::{Add, Answer, Event, Pool, PoolConfig, Ticket};
 use terway_proto::v1;
 use tokio::sync::{RwLock, oneshot, watch};
 
-use crate::bpf::Datapath;
+use crate::bpf::{Datapath, FlowEvents};
 use crate::cloud::Cloud;
 use crate::metrics::Metrics;
 use crate::net::{Host, NetMonitor};
 use crate::policy::Policies;
 use crate::store::Store;
+use crate::supervise::{self, OnPanic};
 
 use reaper::Reaper;
 
@@ -40,6 +41,9 @@ pub(crate) use events::{Filter, RecentAndLive, dropped_packet};
 
 pub use pod::PodOptions;
 pub use start::{Facts, Parts, gone};
+
+/// The engine's name as a supervised task.
+const TASK: &str = "engine";
 
 /// An ADD as the service hands it over.
 #[derive(Clone, Debug)]
@@ -75,6 +79,7 @@ pub struct Engine {
     /// Wiring and unwiring pods and ENIs hold it shared, corrections of an audit alone.
     wiring: RwLock<()>,
     events: events::FlowLog,
+    flow_reader: tokio::sync::Mutex<Option<FlowEvents>>,
     facts: Facts,
     subnets: subnets::Subnets,
     /// What pods get unless their network configuration says otherwise.
@@ -95,7 +100,6 @@ impl Engine {
         Moment::ZERO.after(self.origin.elapsed())
     }
 
-    /// A panic while the lock was held cannot leave the pool torn: `step` either returned or the process is ending.
     fn pool_state(&self) -> MutexGuard<'_, PoolState> {
         self.pool_state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -103,8 +107,15 @@ impl Engine {
     /// Steps the pool and starts the effects.
     fn feed(self: &Arc<Self>, event: Event) {
         let mut state = self.pool_state();
-        let effects = state.pool.step(event, self.now());
-        self.dispatch(&mut state, effects);
+        self.step(&mut state, event);
+    }
+
+    /// One step of the pool, whoever causes it. A panic here ends the process while the lock is held: nobody sees the pool half-changed.
+    fn step(self: &Arc<Self>, state: &mut PoolState, event: Event) {
+        supervise::scope(TASK, OnPanic::EndDaemon, || {
+            let effects = state.pool.step(event, self.now());
+            self.dispatch(state, effects);
+        });
     }
 
     /// Feeds a request and waits for its answer. When the caller goes away, the request is cancelled; work under way goes on.
@@ -118,8 +129,7 @@ impl Engine {
             let ticket = Ticket(state.next_ticket);
             let (sender, answer) = oneshot::channel();
             state.waiting.insert(ticket, sender);
-            let effects = state.pool.step(event(ticket), self.now());
-            self.dispatch(&mut state, effects);
+            self.step(&mut state, event(ticket));
             (ticket, answer)
         };
         let mut cancel = CancelOnDrop { engine: self, ticket: Some(ticket) };

@@ -16,6 +16,7 @@ use crate::metrics::{Phase, Verb};
 use crate::net::NetError;
 use crate::policy::Policies;
 use crate::store::Gate;
+use crate::supervise::{self, OnPanic};
 
 /// What the pool keeps of an ADD for the engine, without looking at it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,8 +112,7 @@ impl Engine {
     /// Takes the policies of pods out of the maps whose endpoints have been removed.
     pub(super) async fn forget_policies(&self) {
         let policies = Arc::clone(&self.policies);
-        // It ends by itself only with the daemon.
-        let _ = tokio::task::spawn_blocking(move || policies.forget_gone()).await;
+        supervise::blocking_scope("policy-maps", OnPanic::EndDaemon, move || policies.forget_gone()).await;
     }
 
     /// Unwires a pod, whatever of it is there. Calls `datapath_removed` when no packet can come or go any more; the links take longer.
@@ -154,10 +154,8 @@ impl Engine {
         work: impl FnOnce(&Datapath) -> Result<T, BpfError> + Send + 'static,
     ) -> Result<T, Error> {
         let datapath = Arc::clone(&self.datapath);
-        match tokio::task::spawn_blocking(move || work(&datapath)).await {
-            Ok(result) => result.map_err(bpf_error),
-            Err(error) => Err(Error::new(errors::INTERNAL, error.to_string())),
-        }
+        let done = supervise::blocking_scope("datapath", OnPanic::EndDaemon, move || work(&datapath)).await;
+        done.map_err(bpf_error)
     }
 
     /// The network of a pod as the CNI result needs it.

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::pod::net_error;
 use crate::net::Host;
+use crate::supervise;
 
 /// How long links are collected. Bounds how long a deleted pod's address waits before it starts to cool.
 const COLLECT_FOR: Duration = Duration::from_millis(100);
@@ -28,7 +29,7 @@ pub(super) struct Reaper(mpsc::UnboundedSender<Job>);
 impl Reaper {
     pub(super) fn start(host: Arc<Host>) -> Self {
         let (sender, mut jobs) = mpsc::unbounded_channel::<Job>();
-        tokio::spawn(async move {
+        supervise::spawn("link-reaper", async move {
             while let Some(first) = jobs.recv().await {
                 tokio::time::sleep(COLLECT_FOR).await;
                 let mut batch = vec![first];

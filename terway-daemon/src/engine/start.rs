@@ -100,6 +100,7 @@ impl Engine {
             audit: super::audit::Audit::default(),
             wiring: RwLock::new(()),
             events: super::events::FlowLog::default(),
+            flow_reader: tokio::sync::Mutex::new(None),
             facts,
             defaults: Mutex::new(defaults),
             metrics,

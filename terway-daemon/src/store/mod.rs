@@ -26,6 +26,8 @@ use tokio::sync::oneshot;
 pub use error::StoreError;
 use writer::{Job, Writer};
 
+use crate::supervise::{self, OnPanic};
+
 /// Key: the record key's text. Value: the record's bytes.
 const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records");
 
@@ -55,9 +57,7 @@ impl Store {
         let (jobs, queue) = mpsc::channel();
         let database = Arc::new(database);
         let writer = Writer::new(path.clone(), Arc::clone(&database), queue, Arc::clone(&flushes));
-        let writer = std::thread::Builder::new()
-            .name("store".to_owned())
-            .spawn(move || writer.run())
+        let writer = supervise::spawn_thread("store", OnPanic::EndDaemon, move || writer.run())
             .map_err(|source| StoreError::Io { path: path.clone(), source })?;
         Ok(Self { path, database, jobs: Some(jobs), writer: Some(writer), flushes })
     }
@@ -235,6 +235,7 @@ fn load(path: &Path, database: &Database) -> Result<Vec<Record>, StoreError> {
 
 /// redb checks what it reads by assertions too: a panic about a damaged file is an error like the others.
 fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    let read = || supervise::scope("store-file", OnPanic::Contain, read);
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|panic| {
         let words =
             panic.downcast_ref::<&str>().map(|s| (*s).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());

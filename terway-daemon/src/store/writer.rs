@@ -11,6 +11,7 @@ use terway_core::ipam::Change;
 use tokio::sync::oneshot;
 
 use super::{RECORDS, StoreError};
+use crate::supervise;
 
 /// How long a lazy write may wait for a durable one to join.
 const LAZY: Duration = Duration::from_millis(100);
@@ -69,6 +70,7 @@ impl Writer {
 
     /// Writes all jobs in one transaction and tells who waits. Says whether it went well.
     fn flush(&self, jobs: &mut Vec<Job>) -> bool {
+        supervise::injection_point("store");
         let result = self.write(jobs);
         if let Err(error) = &result {
             tracing::error!(%error, "the state file cannot be written");
