@@ -223,7 +223,7 @@ struct DatapathCounters(Arc<Datapath>);
 impl Collector for DatapathCounters {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         // A scrape without the datapath's part is better than no scrape.
-        let Ok(counters) = self.0.counters() else { return Ok(()) };
+        let Ok(counters) = self.0.counters().read() else { return Ok(()) };
         let drops: Vec<_> = Drop::ALL.iter().map(|reason| (reason.name(), counters.drop(*reason))).collect();
         let ways: Vec<_> = Kind::ALL.iter().map(|kind| (kind.name(), counters.kind(*kind))).collect();
         for (name, help, label, rows) in [

@@ -89,7 +89,8 @@ pub(crate) fn host_stack(config: &Config, addresses: &[IpNetwork], datapath: &Da
     let hosts = addresses.iter().map(|net| IpNetwork::from(net.ip()));
     let all: Vec<IpNetwork> = hosts.chain(config.host_stack_cidrs.iter().copied()).collect();
     datapath
-        .set_host_addresses(&all)
+        .host_prefixes()
+        .set(&all)
         .map_err(|error| Error::new(errors::BPF_FAILED, format!("host addresses: {error}")))
 }
 
@@ -99,6 +100,7 @@ pub(crate) fn host_stack(config: &Config, addresses: &[IpNetwork], datapath: &Da
 /// When the map cannot be written.
 pub(crate) fn flow_events(config: &Config, datapath: &Datapath) -> Result<(), Error> {
     datapath
+        .policies()
         .sample_flows(config.flow_events_one_in)
         .map_err(|error| Error::new(errors::BPF_FAILED, format!("flow events: {error}")))
 }

@@ -7,9 +7,10 @@ use anyhow::ensure;
 use aya::maps::{HashMap, Map, MapData};
 use terway_abi::{Backend, Flow, FlowKey, Frontend, Member, Program, Run, backend_flags, flow_flags, names};
 use terway_core::ident::Addresses;
-use terway_daemon::bpf::{BpfError, Config, Datapath, Endpoint, FrontendAt, RunContext, Uplink};
+use terway_daemon::bpf::{BpfError, Config, Datapath, Endpoint, RunContext, Uplink};
 
 use crate::packet::{Frame, flags};
+use crate::prog_serve::frontend_key;
 use crate::sandbox::{Sandbox, ifindex, ip};
 
 /// Two pods and an ENI, as interfaces of the calling thread's namespace and as endpoints of a datapath.
@@ -79,9 +80,9 @@ impl Stage {
             })
         };
         let (a, b) = (endpoint("pod-a", 1)?, endpoint("pod-b", 2)?);
-        datapath.upsert_endpoint(&a)?;
-        datapath.upsert_endpoint(&b)?;
-        datapath.set_host_addresses(&[
+        datapath.endpoints().upsert(&a)?;
+        datapath.endpoints().upsert(&b)?;
+        datapath.host_prefixes().set(&[
             "10.0.0.100/32".parse()?,
             "169.254.20.10/32".parse()?,
             "fd00::100/128".parse()?,
@@ -120,7 +121,7 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
     let stage = Stage::set(&sandbox)?;
     // Frames to this pod look like frames from `a`, so that a delivered packet can be run again.
     let mirror = Endpoint { host_mac: stage.a.pod_mac, pod_mac: stage.a.host_mac, ..stage.b };
-    stage.datapath.upsert_endpoint(&mirror)?;
+    stage.datapath.endpoints().upsert(&mirror)?;
     let (a, eni) = (stage.a.host_ifindex, stage.eni);
     let cases = [
         ("from_pod local v4", Program::FromPod, a, stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.0.2")),
@@ -145,12 +146,12 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
         results.push((format!("{name} established"), established));
     }
     // Established packets are not told of, whoever has asked.
-    stage.datapath.sample_flows(1)?;
+    stage.datapath.policies().sample_flows(1)?;
     if let Some((name, program, ifindex, frame)) = cases.first() {
         let told = lowest(&stage.datapath, *program, *ifindex, frame, ESTABLISHED)?;
         results.push((format!("{name} told established"), told));
     }
-    stage.datapath.sample_flows(0)?;
+    stage.datapath.policies().sample_flows(0)?;
     unsettle(&stage.datapath)?;
     for Served { name, program, ifindex, first, .. } in &services {
         // What is passed on depends on no endpoint, so it stays settled.
@@ -183,7 +184,7 @@ struct Served {
 fn serve(stage: &Stage) -> anyhow::Result<Vec<Served>> {
     let (a, eni) = (stage.a.host_ifindex, stage.eni);
     let addresses = |v4: [u8; 4], v6: &str| anyhow::Ok(Addresses { v4: Some(v4.into()), v6: Some(v6.parse()?) });
-    stage.datapath.set_uplink(&Uplink {
+    stage.datapath.uplinks().set(&Uplink {
         ifindex: eni,
         node: addresses([10, 0, 0, 100], "fd00::100")?,
         gateway_v4: stage.a.gateway_v4,
@@ -192,7 +193,7 @@ fn serve(stage: &Stage) -> anyhow::Result<Vec<Served>> {
     })?;
     // Nobody else's packets are for this one.
     let served = Endpoint { host_ifindex: stage.other_eni, addresses: addresses([10, 0, 0, 3], "fd00::3")?, ..stage.b };
-    stage.datapath.upsert_endpoint(&served)?;
+    stage.datapath.endpoints().upsert(&served)?;
     let mut cases = Vec::new();
     for (number, (name, program, from, to, behind, first)) in (1..).zip([
         ("from_pod service v4", Program::FromPod, "10.0.0.1", "10.0.9.96", "10.0.9.98", Some("10.0.9.98")),
@@ -232,11 +233,11 @@ fn forward(
     }
     let flags = if behind.is_ipv6() { backend_flags::V6 } else { 0 };
     let backend = Backend { address, port: target.to_be(), protocol: 6, flags, generation: 1, ..Backend::default() };
-    datapath.set_backend(number, &backend)?;
-    datapath.set_members(number, &[Member { backend: number, generation: 1 }])?;
+    datapath.services().set_backend(number, &backend)?;
+    datapath.services().set_members(number, &[Member { backend: number, generation: 1 }])?;
     let run = Run { first: number, count: 1 };
     let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
-    datapath.set_frontend(&FrontendAt::Address { address: to, port, protocol: 6 }, &frontend)?;
+    datapath.services().set_frontend(&frontend_key(to, port, 6), &frontend)?;
     Ok(())
 }
 
@@ -249,10 +250,10 @@ fn there_and_back(
     frame: &Frame,
 ) -> anyhow::Result<()> {
     let packet = packet_of(frame, ESTABLISHED);
-    let there = datapath.run(program, &packet, RunContext::on(ifindex))?;
+    let there = datapath.programs().run(program, &packet, RunContext::on(ifindex))?;
     turn_back::<u32>(datapath, names::FLOWS_V4, backend)?;
     turn_back::<[u32; 4]>(datapath, names::FLOWS_V6, backend)?;
-    let back = datapath.run(program, &packet, RunContext { repeat: 2, ..RunContext::on(ifindex) })?;
+    let back = datapath.programs().run(program, &packet, RunContext { repeat: 2, ..RunContext::on(ifindex) })?;
     // Ports and checksum; the addresses stand before them, and the Ethernet header is the way's.
     let transport = packet.len() - PAYLOAD - 20;
     ensure!(there.packet[transport..] != packet[transport..], "the packet is not translated");
@@ -319,10 +320,11 @@ fn lowest(
 ) -> Result<f64, BpfError> {
     let packet = packet_of(frame, (port, flags));
     let context = RunContext { repeat: BATCH, ..RunContext::on(ifindex) };
-    datapath.run(program, &packet, context)?;
+    datapath.programs().run(program, &packet, context)?;
     let round = || -> Result<f64, BpfError> {
-        (0..BATCHES)
-            .try_fold(0.0, |sum, _| Ok(sum + datapath.run(program, &packet, context)?.duration.as_nanos() as f64))
+        (0..BATCHES).try_fold(0.0, |sum, _| {
+            Ok(sum + datapath.programs().run(program, &packet, context)?.duration.as_nanos() as f64)
+        })
     };
     (0..ROUNDS).try_fold(f64::MAX, |least, _| Ok(least.min(round()? / f64::from(BATCHES))))
 }

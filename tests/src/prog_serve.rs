@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use terway_abi::{Backend, Frontend, Member, Program, Run, backend_flags};
-use terway_daemon::bpf::{Counters, FrontendAt, Ran, RunContext};
+use terway_core::ident::Family;
+use terway_core::objects::Protocol;
+use terway_core::service::FrontendKey;
+use terway_daemon::bpf::{Counters, Ran, RunContext};
 
 use crate::packet::{Frame, checksums_are_right};
 use crate::prog_bench::Stage;
@@ -53,27 +56,57 @@ pub fn backend(address: &str, port: u16, protocol: u8) -> Backend {
     }
 }
 
-/// A frontend at an address.
+fn protocol(number: u8) -> Protocol {
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|protocol| protocol.number() == number).unwrap()
+}
+
+/// The key of a frontend: one port of an address.
+///
+/// # Panics
+/// When `number` is not the number of a protocol that Services have.
+#[must_use]
+pub fn frontend_key(address: IpAddr, port: u16, number: u8) -> FrontendKey {
+    FrontendKey::new(address, port, protocol(number))
+}
+
+/// The key of a frontend: a port of all addresses of the node.
+///
+/// # Panics
+/// When `number` is not the number of a protocol that Services have.
+#[must_use]
+pub fn node_port_key(v6: bool, port: u16, number: u8) -> FrontendKey {
+    FrontendKey::node(if v6 { Family::V6 } else { Family::V4 }, port, protocol(number))
+}
+
+/// The key of a frontend: one port of an address.
 ///
 /// # Panics
 /// When `address` is none.
 #[must_use]
-pub fn at(address: &str, port: u16, protocol: u8) -> FrontendAt {
-    FrontendAt::Address { address: ip(address), port, protocol }
+pub fn at(address: &str, port: u16, protocol: u8) -> FrontendKey {
+    frontend_key(ip(address), port, protocol)
 }
 
 /// A Service of number `service` with these backends, which get numbers and places from 10 times `service` on.
 ///
 /// # Panics
 /// When the kernel refuses.
-pub fn serve(stage: &Stage, service: u32, place: &FrontendAt, backends: &[Backend], template: Frontend) {
+pub fn serve(stage: &Stage, service: u32, place: &FrontendKey, backends: &[Backend], template: Frontend) {
     let first = 10 * service;
     for (number, backend) in (first..).zip(backends) {
-        stage.datapath.set_backend(number, backend).unwrap();
-        stage.datapath.set_members(number, &[Member { backend: number, generation: backend.generation }]).unwrap();
+        stage.datapath.services().set_backend(number, backend).unwrap();
+        stage
+            .datapath
+            .services()
+            .set_members(number, &[Member { backend: number, generation: backend.generation }])
+            .unwrap();
     }
     let run = Run { first, count: backends.len() as u32 };
-    stage.datapath.set_frontend(place, &Frontend { service, internal: run, external: run, ..template }).unwrap();
+    stage
+        .datapath
+        .services()
+        .set_frontend(place, &Frontend { service, internal: run, external: run, ..template })
+        .unwrap();
 }
 
 fn nonzero(counters: &Counters) -> BTreeMap<&'static str, u64> {
@@ -95,9 +128,9 @@ pub fn run(stage: &Stage, program: Program, ifindex: u32, packet: &[u8], expecte
 /// When a counter differs, or the kernel refuses.
 #[track_caller]
 pub fn run_in(stage: &Stage, program: Program, context: RunContext, packet: &[u8], expected: &[(&str, u64)]) -> Ran {
-    let before = stage.datapath.counters().unwrap();
-    let ran = stage.datapath.run(program, packet, context).unwrap();
-    let after = stage.datapath.counters().unwrap();
+    let before = stage.datapath.counters().read().unwrap();
+    let ran = stage.datapath.programs().run(program, packet, context).unwrap();
+    let after = stage.datapath.counters().read().unwrap();
     let (before, mut change) = (nonzero(&before), nonzero(&after));
     change.iter_mut().for_each(|(name, packets)| *packets -= before.get(name).unwrap_or(&0));
     change.retain(|_, packets| *packets > 0);

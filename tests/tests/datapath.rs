@@ -77,17 +77,17 @@ impl World {
         let eni = ifindex("eni-1").unwrap();
         let (a, pod_a) = pod(1, eni);
         let (b, pod_b) = pod(2, eni);
-        datapath.set_host_addresses(&["10.0.0.100/32".parse().unwrap(), "fd00::100/128".parse().unwrap()]).unwrap();
-        datapath.attach_eni(eni).unwrap();
+        datapath.host_prefixes().set(&["10.0.0.100/32".parse().unwrap(), "fd00::100/128".parse().unwrap()]).unwrap();
+        datapath.interfaces().attach_eni(eni).unwrap();
         for endpoint in [&pod_a, &pod_b] {
-            datapath.upsert_endpoint(endpoint).unwrap();
-            datapath.attach_pod(endpoint.host_ifindex).unwrap();
+            datapath.endpoints().upsert(endpoint).unwrap();
+            datapath.interfaces().attach_pod(endpoint.host_ifindex).unwrap();
         }
         Self { datapath, a, b, vpc, pods: [pod_a, pod_b], eni }
     }
 
     fn counter(&self, kind: Kind) -> Counter {
-        self.datapath.counters().unwrap().kind(kind)
+        self.datapath.counters().read().unwrap().kind(kind)
     }
 }
 
@@ -190,7 +190,7 @@ fn pods_reach_each_other_the_vpc_and_the_host() {
     assert!(world.counter(Kind::PodToPod).packets > 100);
     assert_eq!(world.counter(Kind::PodToHost).packets, 0);
     // The host says something about multicast groups when an interface comes up, but that makes no flow.
-    let flows = world.datapath.flows(1000).unwrap();
+    let flows = world.datapath.flows().list(1000).unwrap();
     assert!(!flows.is_empty() && flows.iter().all(|flow| flow.hook == HOOK_IN));
 
     for to in ["10.9.0.9", "fd09::9"] {
@@ -225,7 +225,7 @@ fn a_pod_cannot_reach_into_vlans() {
     let tagged = [&plain[..12], &[0x81, 0x00, 0x00, 0x07], &plain[12..]].concat();
     for (frame, reason) in [(plain, 0), (tagged, 1)] {
         world.a.spawn(move || send_raw("eth0", &frame)).unwrap().join().unwrap();
-        let counters = world.datapath.counters().unwrap();
+        let counters = world.datapath.counters().read().unwrap();
         assert_eq!(counters.drop(terway_abi::Drop::VlanTagged).packets, reason);
         assert_eq!(counters.kind(Kind::PodToVpc).packets, 1);
     }
@@ -250,7 +250,7 @@ fn send_raw(interface: &str, frame: &[u8]) {
 
 /// RuleIds for which something was dropped, but for the chatter of IPv6 on any new interface.
 fn drops(datapath: &Datapath) -> Vec<&'static str> {
-    let counters = datapath.counters().unwrap();
+    let counters = datapath.counters().read().unwrap();
     let dropped = terway_abi::Drop::ALL.iter().filter(|reason| counters.drop(**reason).packets > 0);
     dropped.filter(|reason| **reason != terway_abi::Drop::Multicast).map(|reason| reason.name()).collect()
 }
@@ -265,7 +265,7 @@ fn clsact_on_the_eni_does_the_same() {
         tcp(&world.vpc, &world.b, to);
     }
     assert!(world.counter(Kind::VpcToPod).packets > 20);
-    world.datapath.detach_eni(world.eni).unwrap();
+    world.datapath.interfaces().detach_eni(world.eni).unwrap();
     assert!(!command("tc", "filter show dev eni-1 ingress").unwrap().contains("terway"));
 }
 
@@ -334,8 +334,8 @@ fn connections_outlive_the_daemon_and_its_restart() {
     written.recv().unwrap();
 
     let World { datapath, pods, eni, a, b, vpc } = world;
-    let flows = datapath.flow_count().unwrap();
-    let made = datapath.counters().unwrap().kind(Kind::FlowNew).packets;
+    let flows = datapath.flows().count().unwrap();
+    let made = datapath.counters().read().unwrap().kind(Kind::FlowNew).packets;
     drop(datapath);
     // Nobody is there: packets flow all the same.
     ping(&a, "10.0.0.2");
@@ -343,31 +343,31 @@ fn connections_outlive_the_daemon_and_its_restart() {
     written.recv().unwrap();
 
     let datapath = Datapath::open(&config).unwrap();
-    assert_eq!(datapath.endpoints(), pods);
+    assert_eq!(datapath.endpoints().list(), pods);
     let links = if datapath.features().tcx { vec![eni] } else { vec![] };
-    assert_eq!(datapath.attached_enis().unwrap(), links);
-    datapath.attach_eni(eni).unwrap();
+    assert_eq!(datapath.interfaces().attached_enis().unwrap(), links);
+    datapath.interfaces().attach_eni(eni).unwrap();
     for endpoint in &pods {
-        datapath.upsert_endpoint(endpoint).unwrap();
-        datapath.attach_pod(endpoint.host_ifindex).unwrap();
+        datapath.endpoints().upsert(endpoint).unwrap();
+        datapath.interfaces().attach_pod(endpoint.host_ifindex).unwrap();
     }
     go.send(()).unwrap();
     written.recv().unwrap();
     go.send(()).unwrap();
     client.join().unwrap();
     assert_eq!(server.join().unwrap(), b"one two three");
-    assert!(datapath.flow_count().unwrap().0 >= flows.0);
+    assert!(datapath.flows().count().unwrap().0 >= flows.0);
     // Only the ping above was new: the restart has voided nothing.
-    let counters = datapath.counters().unwrap();
+    let counters = datapath.counters().read().unwrap();
     assert_eq!((counters.kind(Kind::FlowNew).packets - made, counters.kind(Kind::FlowStale).packets), (1, 0));
 
     // A pod that is removed is cut off at once, in the middle of its flows.
-    assert!(datapath.remove_endpoint(pods[0].host_ifindex).unwrap());
+    assert!(datapath.endpoints().remove(pods[0].host_ifindex).unwrap());
     assert!(a.run("ping -c 1 -W 0.3 10.0.0.2").is_err());
     assert!(vpc.run("ping -c 1 -W 0.3 10.0.0.2").is_ok());
     assert!(b.run("ping -c 1 -W 0.3 10.9.0.9").is_ok());
-    datapath.detach_eni(eni).unwrap();
-    assert_eq!(datapath.attached_enis().unwrap(), [0_u32; 0]);
+    datapath.interfaces().detach_eni(eni).unwrap();
+    assert_eq!(datapath.interfaces().attached_enis().unwrap(), [0_u32; 0]);
 }
 
 /// A socket of SCTP, one association at a time (`sctp(7)`), bound to one address: an end with several would tell of all of them, and be
@@ -430,20 +430,20 @@ fn sctp_through_a_service_and_a_policy() {
     for (number, (own, real, vip)) in (1..).zip(families) {
         sctp(b, at(real), a, own.parse().unwrap(), at(real)).unwrap();
         let backend = prog_serve::backend(real, 8080, SCTP);
-        datapath.set_backend(number, &backend).unwrap();
-        datapath.set_members(number, &[Member { backend: number, generation: backend.generation }]).unwrap();
+        datapath.services().set_backend(number, &backend).unwrap();
+        datapath.services().set_members(number, &[Member { backend: number, generation: backend.generation }]).unwrap();
         let run = Run { first: number, count: 1 };
         let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
-        datapath.set_frontend(&prog_serve::at(vip, 8080, SCTP), &frontend).unwrap();
+        datapath.services().set_frontend(&prog_serve::at(vip, 8080, SCTP), &frontend).unwrap();
         sctp(b, at(real), a, own.parse().unwrap(), at(vip)).unwrap();
     }
 
     let (mut compiler, ops) = Compiler::new();
-    let apply = |ops: Vec<Op>| ops.iter().for_each(|op| datapath.apply_policy(op).unwrap());
+    let apply = |ops: Vec<Op>| ops.iter().for_each(|op| datapath.policies().apply(op).unwrap());
     apply(ops);
     let mut objects = Objects::default();
     for (pod, name) in pods.iter().zip(["a", "b"]) {
-        let (slot, _) = datapath.reserve_slot(pod.host_ifindex).unwrap();
+        let (slot, _) = datapath.endpoints().reserve_slot(pod.host_ifindex).unwrap();
         let named = PodRef { namespace: "x".to_owned(), name: name.to_owned(), uid: String::new() };
         apply(compiler.step(Event::Attach { slot, pod: named, addresses: pod.addresses }));
     }

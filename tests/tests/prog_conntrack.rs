@@ -10,18 +10,18 @@ use std::time::Duration;
 use aya::maps::{Array, Map, MapData};
 use terway_abi::{Backend, Frontend, Kind, Member, Program, Run, frontend_flags, names};
 use terway_core::conntrack::Timeouts;
-use terway_daemon::bpf::{Config, Datapath, Endpoint, Found, FrontendAt, PassOptions, Ran, RunContext};
+use terway_daemon::bpf::{Config, Datapath, Endpoint, GcOptions, GcReport, Ran, RunContext};
 use terway_tests::packet::{Frame, flags};
 use terway_tests::prog_bench::Stage;
-use terway_tests::prog_serve::{REDIRECT, SHOT};
+use terway_tests::prog_serve::{REDIRECT, SHOT, frontend_key};
 use terway_tests::sandbox_or_skip;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const VIP: &str = "10.96.0.1";
 
-fn options(timeouts: Timeouts) -> PassOptions {
-    PassOptions { timeouts, delete: true, loads: false, before: None }
+fn options(timeouts: Timeouts) -> GcOptions {
+    GcOptions { timeouts, delete: true, recount_connections: false, previous_began: None }
 }
 
 /// A Service at [`VIP`]:80 with these backends, numbers 1 and up.
@@ -30,19 +30,19 @@ fn serve(stage: &Stage, protocol: u8, backends: &[(Ipv4Addr, u16)], template: Fr
     for (number, (address, port)) in (1..).zip(backends) {
         let address = [u32::from_ne_bytes(address.octets()), 0, 0, 0];
         let backend = Backend { address, port: port.to_be(), protocol, generation: 1, ..Backend::default() };
-        stage.datapath.set_backend(number, &backend).unwrap();
+        stage.datapath.services().set_backend(number, &backend).unwrap();
     }
-    stage.datapath.set_members(10, &members).unwrap();
+    stage.datapath.services().set_members(10, &members).unwrap();
     let run = Run { first: 10, count: members.len() as u32 };
-    let at = FrontendAt::Address { address: VIP.parse().unwrap(), port: 80, protocol };
+    let at = frontend_key(VIP.parse().unwrap(), 80, protocol);
     let frontend = Frontend { service: 7, internal: run, external: run, ..template };
-    stage.datapath.set_frontend(&at, &frontend).unwrap();
+    stage.datapath.services().set_frontend(&at, &frontend).unwrap();
 }
 
 const B: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 
 fn send(stage: &Stage, pod: &Endpoint, frame: &Frame) -> Ran {
-    stage.datapath.run(Program::FromPod, &frame.build(), RunContext::on(pod.host_ifindex)).unwrap()
+    stage.datapath.programs().run(Program::FromPod, &frame.build(), RunContext::on(pod.host_ifindex)).unwrap()
 }
 
 /// Source port and address of an IPv4 packet, and destination.
@@ -74,15 +74,21 @@ fn what_is_silent_goes_and_what_is_not_stays() {
         }
     }
     let left = || {
-        let mut ports: Vec<u16> =
-            stage.datapath.flows(100).unwrap().iter().map(|row| row.source.port.max(row.destination.port)).collect();
+        let mut ports: Vec<u16> = stage
+            .datapath
+            .flows()
+            .list(100)
+            .unwrap()
+            .iter()
+            .map(|row| row.source.port.max(row.destination.port))
+            .collect();
         ports.sort_unstable();
         ports.dedup();
         ports
     };
     // One timeout after the other becomes short; the others are far away, however slow the machine.
     let (none, far) = (Duration::ZERO, Timeouts::default());
-    let pass = |timeouts| stage.datapath.pass_flows(&options(timeouts)).unwrap().families[0];
+    let pass = |timeouts| stage.datapath.flows().collect_garbage(&options(timeouts)).unwrap().families[0];
     sleep(Duration::from_millis(50));
     assert_eq!(pass(far).deleted(), 0);
     assert_eq!(pass(Timeouts { tcp_fin: none, ..far }).deleted_expired, 1);
@@ -100,7 +106,8 @@ fn what_is_silent_goes_and_what_is_not_stays() {
     // Only counting takes nothing away.
     sleep(Duration::from_millis(50));
     let dead = Timeouts { udp: none, ..far };
-    let counted = stage.datapath.pass_flows(&PassOptions { delete: false, ..options(dead) }).unwrap().families[0];
+    let counted =
+        stage.datapath.flows().collect_garbage(&GcOptions { delete: false, ..options(dead) }).unwrap().families[0];
     assert_eq!((counted.used, counted.expired, counted.deleted()), (1, 1, 0));
 }
 
@@ -114,11 +121,11 @@ fn a_translated_connection_is_one() {
     let back = stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1").udp(53, 1000);
     let pass = |udp| {
         let timeouts = Timeouts { udp, udp_single: udp, ..Timeouts::default() };
-        stage.datapath.pass_flows(&options(timeouts)).unwrap().families[0]
+        stage.datapath.flows().collect_garbage(&options(timeouts)).unwrap().families[0]
     };
     for frame in [&there, &back] {
         send(&stage, &stage.a, &there);
-        assert_eq!(stage.datapath.flow_count().unwrap().0, 2);
+        assert_eq!(stage.datapath.flows().count().unwrap().0, 2);
         // One direction only, for longer than the timeout.
         for _ in 0..4 {
             sleep(Duration::from_secs(1));
@@ -129,18 +136,18 @@ fn a_translated_connection_is_one() {
         }
         sleep(Duration::from_millis(50));
         let found = pass(Duration::ZERO);
-        assert_eq!((found.deleted_expired, stage.datapath.flow_count().unwrap().0), (2, 0), "{found:?}");
+        assert_eq!((found.deleted_expired, stage.datapath.flows().count().unwrap().0), (2, 0), "{found:?}");
     }
     // Void by the backend's generation: what is asked of it at once, what it answers when it owes no answer any more.
     send(&stage, &stage.a, &there);
-    stage.datapath.set_backend(1, &Backend { generation: 2, ..Backend::default() }).unwrap();
+    stage.datapath.services().set_backend(1, &Backend { generation: 2, ..Backend::default() }).unwrap();
     let found = pass(Duration::from_secs(60));
-    assert_eq!((found.void, found.deleted_void, found.deleted_expired), (2, 1, 0));
+    assert_eq!((found.invalid, found.deleted_invalid, found.deleted_expired), (2, 1, 0));
     let (source, port, ..) = ends(&send(&stage, &stage.b, &back).packet);
     assert_eq!((source, port), ([10, 96, 0, 1], 80));
     sleep(Duration::from_millis(5_100));
     let found = pass(Duration::from_secs(60));
-    assert_eq!((found.void, found.deleted_void, found.deleted_expired), (1, 1, 0));
+    assert_eq!((found.invalid, found.deleted_invalid, found.deleted_expired), (1, 1, 0));
 }
 
 /// Nor do those of a connection that met the answers of a Service's backend, and has another source port since.
@@ -152,14 +159,14 @@ fn a_connection_with_another_port_is_one() {
     let direct = stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.0.2").udp(1000, 53);
     let pass = |udp| {
         let timeouts = Timeouts { udp, udp_single: udp, ..Timeouts::default() };
-        stage.datapath.pass_flows(&options(timeouts)).unwrap().families[0]
+        stage.datapath.flows().collect_garbage(&options(timeouts)).unwrap().families[0]
     };
     for asks in [true, false] {
         send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", VIP).udp(1000, 80));
         let (_, port, _, _) = ends(&send(&stage, &stage.a, &direct).packet);
         assert_ne!(port, 1000);
         let back = stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1").udp(53, port);
-        assert_eq!(stage.datapath.flow_count().unwrap().0, 4);
+        assert_eq!(stage.datapath.flows().count().unwrap().0, 4);
         // One direction only, for longer than the timeout.
         let mut deleted = 0;
         for _ in 0..4 {
@@ -169,12 +176,12 @@ fn a_connection_with_another_port_is_one() {
             deleted += pass(Duration::from_secs(3)).deleted();
         }
         assert_eq!(
-            (deleted, stage.datapath.flow_count().unwrap().0),
+            (deleted, stage.datapath.flows().count().unwrap().0),
             (2, 2),
             "only the Service's connection is silent"
         );
         sleep(Duration::from_millis(50));
-        assert_eq!((pass(Duration::ZERO).deleted_expired, stage.datapath.flow_count().unwrap().0), (2, 0));
+        assert_eq!((pass(Duration::ZERO).deleted_expired, stage.datapath.flows().count().unwrap().0), (2, 0));
     }
 }
 
@@ -202,9 +209,9 @@ fn a_full_table_is_no_obstacle() {
     send(&stage, &stage.a, &to("10.0.0.2").tcp(1000, 80, flags::SYN));
     send(&stage, &stage.a, &to(VIP).tcp(1001, 80, flags::SYN));
     assert_eq!(established().0, [10, 96, 0, 1]);
-    let first = stage.datapath.pass_flows(&options(Timeouts::default())).unwrap();
+    let first = stage.datapath.flows().collect_garbage(&options(Timeouts::default())).unwrap();
     assert_eq!(first.families[0].used, 3);
-    let before = stage.datapath.counters().unwrap();
+    let before = stage.datapath.counters().read().unwrap();
     for n in 0..4000_u16 {
         let (address, port) = if n % 4 == 0 { (VIP, 80) } else { ("10.9.0.9", 443) };
         let frame = to(address).tcp(20_000 + n, port, flags::SYN);
@@ -213,7 +220,7 @@ fn a_full_table_is_no_obstacle() {
             established();
         }
     }
-    let after = stage.datapath.counters().unwrap();
+    let after = stage.datapath.counters().read().unwrap();
     let of = |kind| after.kind(kind).packets - before.kind(kind).packets;
     assert_eq!(of(Kind::FlowFull), 0, "an LRU table takes everything");
     assert!(of(Kind::FlowNew) >= 4000);
@@ -221,8 +228,8 @@ fn a_full_table_is_no_obstacle() {
         terway_abi::Drop::ALL.iter().map(|drop| counters.drop(*drop).packets).sum::<u64>()
     };
     assert_eq!(drops(&after), drops(&before), "nothing is dropped");
-    let options = PassOptions { before: Some(first.began), ..options(Timeouts::default()) };
-    let found = stage.datapath.pass_flows(&options).unwrap().families[0];
+    let options = GcOptions { previous_began: Some(first.began), ..options(Timeouts::default()) };
+    let found = stage.datapath.flows().collect_garbage(&options).unwrap().families[0];
     assert!(found.used <= 1024 && found.used > 512, "{found:?}");
     let lost = terway_core::conntrack::estimate_evictions(
         &[terway_core::conntrack::GcPass { left: 3, capacity: 1024 }],
@@ -231,7 +238,7 @@ fn a_full_table_is_no_obstacle() {
             replaced: of(Kind::FlowStale),
             flushed: 0,
             old: found.old,
-            young: found.young,
+            young: found.new,
         },
         2,
     );
@@ -263,8 +270,8 @@ fn half_a_pair_does_not_last() {
         send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", "10.9.0.9").udp(20_000 + n, 53));
     }
     sleep(Duration::from_millis(20));
-    let found = stage.datapath.pass_flows(&options(Timeouts::default())).unwrap().families[0];
-    assert_eq!(found.deleted_void, 1, "{found:?}");
+    let found = stage.datapath.flows().collect_garbage(&options(Timeouts::default())).unwrap().families[0];
+    assert_eq!(found.deleted_invalid, 1, "{found:?}");
     let sent = send(&stage, &stage.a, &there);
     let (_, port, destination, _) = ends(&sent.packet);
     assert_eq!((sent.action, destination), (REDIRECT, [10, 0, 0, 2]));
@@ -283,19 +290,19 @@ fn another_size_keeps_the_flows() {
     send(&stage, &stage.a, &sent(&stage, 1000));
     send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.0.2").udp(1, 2));
     let larger = Datapath::open(&Config { flows_v4: 4096, ..config.clone() }).unwrap();
-    assert_eq!(larger.flow_count().unwrap().0, 3);
+    assert_eq!(larger.flows().count().unwrap().0, 3);
     // The old programs are still attached, and see another connection.
     send(&stage, &stage.a, &sent(&stage, 1001));
-    assert_eq!(larger.flow_count().unwrap().0, 3);
+    assert_eq!(larger.flows().count().unwrap().0, 3);
     larger.remove_other_versions().unwrap();
-    assert_eq!(larger.flow_count().unwrap().0, 5);
+    assert_eq!(larger.flows().count().unwrap().0, 5);
     assert!(!larger.pins().join("FLOWS_V4_before").exists());
     stage.datapath = larger;
-    let made = stage.datapath.counters().unwrap().kind(Kind::FlowNew);
+    let made = stage.datapath.counters().read().unwrap().kind(Kind::FlowNew);
     for port in [1000, 1001] {
         assert_eq!(ends(&send(&stage, &stage.b, &back(&stage, port)).packet).0, [10, 96, 0, 1]);
     }
-    assert_eq!(stage.datapath.counters().unwrap().kind(Kind::FlowNew), made, "known flows, all of them");
+    assert_eq!(stage.datapath.counters().read().unwrap().kind(Kind::FlowNew), made, "known flows, all of them");
 
     // Into a smaller one go those that were used last. Killed in between, the next daemon goes on.
     for n in 0..3000_u16 {
@@ -306,7 +313,7 @@ fn another_size_keeps_the_flows() {
     for _ in 0..2 {
         let smaller = Datapath::open(&Config { flows_v4: 1024, ..config.clone() }).unwrap();
         assert!(smaller.pins().join("FLOWS_V4_before").exists());
-        assert!((600..=1024).contains(&smaller.flow_count().unwrap().0));
+        assert!((600..=1024).contains(&smaller.flows().count().unwrap().0));
         stage.datapath = smaller;
         assert_eq!(ends(&send(&stage, &stage.b, &back(&stage, 1000)).packet).0, [10, 96, 0, 1]);
     }
@@ -335,14 +342,18 @@ fn loads_fall_when_connections_end() {
         );
         backend
     };
-    let pass = || -> Found {
-        stage.datapath.pass_flows(&PassOptions { loads: true, ..options(Timeouts::default()) }).unwrap()
+    let pass = || -> GcReport {
+        stage
+            .datapath
+            .flows()
+            .collect_garbage(&GcOptions { recount_connections: true, ..options(Timeouts::default()) })
+            .unwrap()
     };
     let opened: Vec<(u16, u16)> = (0..200).map(|n| (1000 + n, open(1000 + n))).collect();
     let [first, second] = loads();
     assert!(first + second == 200 && first.abs_diff(second) < 20, "{first} {second}");
     sleep(Duration::from_millis(20));
-    assert_eq!(pass().loads_corrected, 0, "what programs counted is right");
+    assert_eq!(pass().counts_corrected, 0, "what programs counted is right");
     // All connections of the first backend end.
     for (port, backend) in opened.iter().filter(|(_, backend)| *backend == 8001) {
         send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", VIP).tcp(*port, 80, flags::RST));
@@ -390,11 +401,15 @@ fn affinity_ends_with_its_backend() {
     let backend =
         Backend { address, port: held.to_be(), protocol: TCP, flags: ending, generation: 1, ..Backend::default() };
     let other = Member { backend: 3 - number, generation: 1 };
-    stage.datapath.set_members(20, &[other]).unwrap();
+    stage.datapath.services().set_members(20, &[other]).unwrap();
     let run = Run { first: 20, count: 1 };
-    let at = FrontendAt::Address { address: VIP.parse().unwrap(), port: 80, protocol: TCP };
-    stage.datapath.set_frontend(&at, &Frontend { service: 7, internal: run, external: run, ..template }).unwrap();
-    stage.datapath.set_backend(number, &backend).unwrap();
+    let at = frontend_key(VIP.parse().unwrap(), 80, TCP);
+    stage
+        .datapath
+        .services()
+        .set_frontend(&at, &Frontend { service: 7, internal: run, external: run, ..template })
+        .unwrap();
+    stage.datapath.services().set_backend(number, &backend).unwrap();
     assert_eq!(open(1000, flags::ACK), held, "what was begun goes on");
     let next = open(2000, flags::SYN);
     assert_ne!(next, held);

@@ -9,10 +9,10 @@ use std::collections::BTreeSet;
 
 use terway_abi::{Backend, Frontend, MARK_CHECKED, Program, frontend_flags};
 use terway_core::ident::Addresses;
-use terway_daemon::bpf::{Endpoint, FrontendAt, Ran, RunContext, Uplink};
+use terway_daemon::bpf::{Endpoint, Ran, RunContext, Uplink};
 use terway_tests::packet::{Frame, checksums_are_right, flags, macs, quoted};
 use terway_tests::prog_bench::{GATEWAY_MAC, Stage};
-use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, at, backend, came_out, ip, run, serve};
+use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, at, backend, came_out, ip, node_port_key, run, serve};
 use terway_tests::sandbox::Sandbox;
 use terway_tests::sandbox_or_skip;
 
@@ -73,9 +73,9 @@ fn stage(sandbox: &Sandbox) -> Stage {
         gateway_v6: Some("fd01::fd".parse().unwrap()),
         ports: PORTS,
     };
-    stage.datapath.set_uplink(&uplink).unwrap();
-    assert_eq!(stage.datapath.uplinks().unwrap(), [uplink]);
-    stage.datapath.set_node_addresses(&[ip(V4.node), ip(V6.node)]).unwrap();
+    stage.datapath.uplinks().set(&uplink).unwrap();
+    assert_eq!(stage.datapath.uplinks().list().unwrap(), [uplink]);
+    stage.datapath.services().set_node_addresses(&[ip(V4.node), ip(V6.node)]).unwrap();
     stage
 }
 
@@ -83,7 +83,7 @@ fn stage(sandbox: &Sandbox) -> Stage {
 fn node_port(stage: &Stage, family: &Family, backends: &[&str], port: u16, template: Frontend) {
     for (offset, protocol) in [(0, TCP), (1, UDP)] {
         let backends: Vec<Backend> = backends.iter().map(|address| backend(address, port, protocol)).collect();
-        let place = FrontendAt::Node { v6: family.v6, port: 30_080, protocol };
+        let place = node_port_key(family.v6, 30_080, protocol);
         serve(stage, 10 + 20 * offset + u32::from(family.v6) * 100, &place, &backends, template);
     }
 }
@@ -121,7 +121,7 @@ fn to_vpc(stage: &Stage, frame: &Frame, expected: &[(&str, u64)]) -> Ran {
 
 /// By which interface packets with this source and destination leave, as the flow table has it.
 fn way_out(stage: &Stage, source: (&str, u16), destination: (&str, u16)) -> u32 {
-    let rows = stage.datapath.flows(1000).unwrap();
+    let rows = stage.datapath.flows().list(1000).unwrap();
     let row = rows.iter().find(|row| {
         (row.source.address, row.source.port) == (ip(source.0), source.1)
             && (row.destination.address, row.destination.port) == (ip(destination.0), destination.1)
@@ -210,13 +210,13 @@ fn connections_that_are_sent_on_never_share_a_port() {
     for family in BOTH {
         node_port(&stage, &family, &[family.remote], 8080, Frontend::default());
         let no_port = || {
-            let counters = stage.datapath.counters().unwrap();
+            let counters = stage.datapath.counters().read().unwrap();
             counters.iter().find(|(name, _)| *name == "no_port").unwrap().1.packets
         };
         let (mut seen, mut refused, before) = (BTreeSet::new(), 0, no_port());
         for client in 0..300_u16 {
             let there = outside().ip(family.client, family.node).tcp(40_000 + client, 30_080, flags::SYN).build();
-            let ran = stage.datapath.run(Program::FromVpc, &there, RunContext::on(stage.other_eni)).unwrap();
+            let ran = stage.datapath.programs().run(Program::FromVpc, &there, RunContext::on(stage.other_eni)).unwrap();
             match ran.action {
                 REDIRECT => assert!(seen.insert(source_port(&family, &ran.packet)), "a port twice"),
                 SHOT => refused += 1,
@@ -443,6 +443,7 @@ fn who_talks_to_the_backend_itself_does_not_disturb_the_service() {
             // The direct connection gets another port, and keeps it.
             let ran = stage
                 .datapath
+                .programs()
                 .run(
                     Program::FromPod,
                     &first(sent(family.b), 40_000, 8080).build(),
@@ -463,14 +464,14 @@ fn who_talks_to_the_backend_itself_does_not_disturb_the_service() {
             }
             // The connection to the Service ends; the direct one goes on as it was.
             let gone = Backend { generation: 9, ..Backend::default() };
-            stage.datapath.set_backend(10 * service, &gone).unwrap();
+            stage.datapath.services().set_backend(10 * service, &gone).unwrap();
             let ran = from_pod(&stage, &stage.a, &with(protocol, sent(family.b), 40_000, 8080), &new[..1]);
             came_out(&ran, REDIRECT, &with(protocol, to_pod(&stage.b).ip(family.a, family.b), port, 8080));
             // A client outside, the same.
             node_port(&stage, &family, &[family.b], 8080, Frontend::default());
             from_vpc(&stage, &first(outside().ip(family.client, family.node), 50_000, 30_080), &TO_POD);
             let direct = first(stage.by_gateway().ip(family.client, family.b), 50_000, 8080).build();
-            let ran = stage.datapath.run(Program::FromVpc, &direct, RunContext::on(stage.eni)).unwrap();
+            let ran = stage.datapath.programs().run(Program::FromVpc, &direct, RunContext::on(stage.eni)).unwrap();
             let port = source_port(&family, &ran.packet);
             assert_ne!(port, 50_000);
             for (from, to, oif) in
@@ -494,14 +495,14 @@ fn a_connection_keeps_its_backend_when_its_way_is_decided_anew() {
     let stage = stage(&sandbox);
     for family in BOTH {
         let backends: Vec<Backend> = (1..9).map(|port| backend(family.remote, port, TCP)).collect();
-        let place = FrontendAt::Node { v6: family.v6, port: 30_080, protocol: TCP };
+        let place = node_port_key(family.v6, 30_080, TCP);
         serve(&stage, 600, &place, &backends, Frontend::default());
         let packet = |flags| outside().ip(family.client, family.node).tcp(50_000, 30_080, flags);
         let first = from_vpc(&stage, &packet(flags::SYN), &THROUGH);
         for round in 0..8_u8 {
             let other = format!("10.55.0.{round}/32");
             let hosts = ["10.0.0.100/32", "fd00::100/128", &other].map(|text| text.parse().unwrap());
-            stage.datapath.set_host_addresses(&hosts).unwrap();
+            stage.datapath.host_prefixes().set(&hosts).unwrap();
             let stale = [("vpc_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)];
             let ran = from_vpc(&stage, &packet(flags::ACK), &stale);
             let ports = family.transport..family.transport + 4;
@@ -509,7 +510,7 @@ fn a_connection_keeps_its_backend_when_its_way_is_decided_anew() {
         }
         // Unless it is gone.
         for number in 6000..6008 {
-            stage.datapath.set_backend(number, &Backend { generation: 2, ..Backend::default() }).unwrap();
+            stage.datapath.services().set_backend(number, &Backend { generation: 2, ..Backend::default() }).unwrap();
         }
         from_vpc(&stage, &packet(flags::ACK), &[("refused", 1), ("flow_stale", 1)]);
     }
@@ -524,7 +525,7 @@ fn answers_to_clients_outside_stay_answers_when_their_way_is_decided_anew() {
         let unsettle = |round: u8| {
             let other = format!("10.55.{number}.{round}/32");
             let hosts = ["10.0.0.100/32", "fd00::100/128", &other].map(|text| text.parse().unwrap());
-            stage.datapath.set_host_addresses(&hosts).unwrap();
+            stage.datapath.host_prefixes().set(&hosts).unwrap();
         };
         let again = |way| [(way, 1), ("flow_new", 1), ("flow_stale", 1)];
         node_port(&stage, &family, &[family.a], 8080, Frontend::default());
@@ -556,10 +557,10 @@ fn the_choice_for_a_client_outside() {
     let stage = stage(&sandbox);
     for family in BOTH {
         let backends: Vec<Backend> = (1..9).map(|port| backend(family.a, port, UDP)).collect();
-        let place = FrontendAt::Node { v6: family.v6, port: 30_053, protocol: UDP };
+        let place = node_port_key(family.v6, 30_053, UDP);
         let chosen = |to: &str, port: u16| {
             let there = outside().ip(family.client, to).udp(port, 30_053).build();
-            let ran = stage.datapath.run(Program::FromVpc, &there, RunContext::on(stage.other_eni)).unwrap();
+            let ran = stage.datapath.programs().run(Program::FromVpc, &there, RunContext::on(stage.other_eni)).unwrap();
             ran.packet[family.transport + 3]
         };
         // By the client's address alone.
@@ -570,12 +571,13 @@ fn the_choice_for_a_client_outside() {
         serve(&stage, 501, &place, &backends, Frontend { flags: frontend_flags::MAGLEV, ..Frontend::default() });
         stage
             .datapath
-            .set_host_addresses(&[
+            .host_prefixes()
+            .set(&[
                 format!("{}/{}", family.vip, if family.v6 { 128 } else { 32 }).parse().unwrap(),
                 format!("{}/{}", family.node, if family.v6 { 128 } else { 32 }).parse().unwrap(),
             ])
             .unwrap();
-        stage.datapath.set_node_addresses(&[ip(family.vip), ip(family.node)]).unwrap();
+        stage.datapath.services().set_node_addresses(&[ip(family.vip), ip(family.node)]).unwrap();
         let by_hash: Vec<(u8, u8)> =
             (0..100).map(|n| (chosen(family.node, 21_000 + n), chosen(family.vip, 21_000 + n))).collect();
         assert!(by_hash.iter().all(|(one, other)| one == other), "{by_hash:?}");

@@ -15,10 +15,10 @@ use terway_abi::{Backend, Drop, Frontend, Member, Program, Run, backend_flags};
 use terway_core::ident::PodRef;
 use terway_core::objects::{Change, Kind, Object, ObjectKey, ObjectName, Objects};
 use terway_core::policy::{Compiler, Event, MatchedRule, RuleId};
-use terway_daemon::bpf::{Endpoint, FrontendAt, Ran, RunContext};
+use terway_daemon::bpf::{Endpoint, Ran, RunContext};
 use terway_tests::packet::{Frame, checksums_are_right, flags, quoted};
 use terway_tests::prog_bench::Stage;
-use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, run};
+use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, frontend_key, run};
 use terway_tests::sandbox::Sandbox;
 use terway_tests::sandbox_or_skip;
 
@@ -67,7 +67,7 @@ impl Node {
 
     fn on(stage: Stage) -> Self {
         let (compiler, ops) = Compiler::new();
-        ops.iter().for_each(|op| stage.datapath.apply_policy(op).unwrap());
+        ops.iter().for_each(|op| stage.datapath.policies().apply(op).unwrap());
         let mut node = Self { stage, objects: Objects::default(), compiler };
         node.step(Event::NodeAddresses(vec!["10.0.0.100".parse().unwrap(), "fd00::100".parse().unwrap()]));
         for (pod, name) in [(node.stage.a, "a"), (node.stage.b, "b")] {
@@ -81,18 +81,18 @@ impl Node {
     fn step(&mut self, event: Event) {
         let ops = self.compiler.step(event);
         self.count();
-        ops.iter().for_each(|op| self.stage.datapath.apply_policy(op).unwrap());
+        ops.iter().for_each(|op| self.stage.datapath.policies().apply(op).unwrap());
     }
 
     /// Makes counters for reasons that have come into use, as the daemon does.
     fn count(&mut self) {
         let changes = self.compiler.take_rule_id_changes();
-        changes.added.iter().for_each(|reason| self.stage.datapath.make_policy_counter(reason.0, 7).unwrap());
-        changes.removed.iter().for_each(|reason| self.stage.datapath.remove_policy_counter(reason.0).unwrap());
+        changes.added.iter().for_each(|reason| self.stage.datapath.policy_counters().create(reason.0, 7).unwrap());
+        changes.removed.iter().for_each(|reason| self.stage.datapath.policy_counters().remove(reason.0).unwrap());
     }
 
     fn attach(&mut self, pod: &Endpoint, name: &str) {
-        let (slot, _) = self.stage.datapath.reserve_slot(pod.host_ifindex).unwrap();
+        let (slot, _) = self.stage.datapath.endpoints().reserve_slot(pod.host_ifindex).unwrap();
         let named = PodRef { namespace: "x".to_owned(), name: name.to_owned(), uid: String::new() };
         self.step(Event::Attach { slot, pod: named, addresses: pod.addresses });
     }
@@ -405,12 +405,12 @@ fn serve(stage: &Stage, service: u32, vip: &str, backend: &str) {
         generation: 1,
         spare: [0; 2],
     };
-    stage.datapath.set_backend(service, &backend).unwrap();
-    stage.datapath.set_members(service, &[Member { backend: service, generation: 1 }]).unwrap();
+    stage.datapath.services().set_backend(service, &backend).unwrap();
+    stage.datapath.services().set_members(service, &[Member { backend: service, generation: 1 }]).unwrap();
     let run = Run { first: service, count: 1 };
     let frontend = Frontend { service, internal: run, external: run, ..Frontend::default() };
-    let at = FrontendAt::Address { address: vip.parse().unwrap(), port: 80, protocol: 6 };
-    stage.datapath.set_frontend(&at, &frontend).unwrap();
+    let at = frontend_key(vip.parse().unwrap(), 80, 6);
+    stage.datapath.services().set_frontend(&at, &frontend).unwrap();
 }
 
 #[test]
@@ -468,12 +468,12 @@ fn another_pod_does_not_inherit_who_began() {
         node.by_a(answer.clone(), &OUT[..1]);
         // Its gateway changes: the way is decided anew, and it is still an answer.
         let changed = Endpoint { gateway_v4: Some("10.0.0.252".parse().unwrap()), ..node.stage.a };
-        node.stage.datapath.upsert_endpoint(&changed).unwrap();
+        node.stage.datapath.endpoints().upsert(&changed).unwrap();
         node.by_a(answer.clone(), &[("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)]);
         // Another pod gets address and slot: nobody has asked it.
-        assert!(node.stage.datapath.remove_endpoint(node.stage.a.host_ifindex).unwrap());
+        assert!(node.stage.datapath.endpoints().remove(node.stage.a.host_ifindex).unwrap());
         node.attach(&node.stage.a.clone(), "a");
-        node.stage.datapath.upsert_endpoint(&node.stage.a).unwrap();
+        node.stage.datapath.endpoints().upsert(&node.stage.a).unwrap();
         node.by_a(answer, &[("policy_egress", 1), ("flow_stale", 1)]);
         node.no_policy("a");
     }
@@ -483,7 +483,7 @@ fn another_pod_does_not_inherit_who_began() {
 async fn a_drop_tells_what_forbids_it() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
-    let mut events = node.stage.datapath.take_events().unwrap();
+    let mut events = node.stage.datapath.programs().take_events().unwrap();
     node.policy("b", deny("Ingress"));
     let cluster = json!({
         "metadata": {"name": "guard"},

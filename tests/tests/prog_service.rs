@@ -5,7 +5,8 @@
 use std::collections::BTreeMap;
 
 use terway_abi::{Backend, Frontend, Member, Program, Run, frontend_flags};
-use terway_daemon::bpf::{Config, Endpoint, FrontendAt, Ran, RunContext};
+use terway_core::service::FrontendKey;
+use terway_daemon::bpf::{Config, Endpoint, Ran, RunContext};
 use terway_tests::packet::{Frame, checksums_are_right, flags, macs, quoted};
 use terway_tests::prog_bench::Stage;
 use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, at, backend, came_out, ip, run, serve};
@@ -87,7 +88,8 @@ fn checksums_stay_right_and_none_stays_none() {
         let plain = query.clone().payload(&[0; 2]).build();
         let check = plain.len() - 4..plain.len() - 2;
         let translated = |packet: &[u8]| {
-            let ran = stage.datapath.run(Program::FromPod, packet, RunContext::on(stage.a.host_ifindex)).unwrap();
+            let ran =
+                stage.datapath.programs().run(Program::FromPod, packet, RunContext::on(stage.a.host_ifindex)).unwrap();
             assert_eq!((ran.action, packet.len()), (REDIRECT, ran.packet.len()));
             ran.packet
         };
@@ -174,7 +176,7 @@ fn answers_come_from_the_service_when_their_way_is_decided_anew() {
         let back = stage.sent_by(&stage.b).ip(family.b, family.a).tcp(8080, 40000, flags::SYN | flags::ACK);
         let returns = to_a().ip(family.vip, family.a).tcp(80, 40000, flags::SYN | flags::ACK);
         for changed in [true, false] {
-            stage.datapath.upsert_endpoint(&other_way(&stage.b, changed)).unwrap();
+            stage.datapath.endpoints().upsert(&other_way(&stage.b, changed)).unwrap();
             came_out(&from_pod(&stage, &stage.b, &back, &again("pod_to_pod")), REDIRECT, &returns);
             came_out(&from_pod(&stage, &stage.b, &back, &NEW[..1]), REDIRECT, &returns);
         }
@@ -192,7 +194,7 @@ fn answers_come_from_the_service_when_their_way_is_decided_anew() {
         let back = stage.sent_by(&stage.a).ip(family.a, family.other).tcp(8080, 40001, flags::ACK);
         let returns = to_a().ip(family.other, family.a).tcp(80, 40001, flags::ACK);
         for changed in [true, false] {
-            stage.datapath.upsert_endpoint(&other_way(&stage.a, changed)).unwrap();
+            stage.datapath.endpoints().upsert(&other_way(&stage.a, changed)).unwrap();
             came_out(&from_pod(&stage, &stage.a, &back, &again("pod_to_pod")), REDIRECT, &returns);
         }
 
@@ -204,7 +206,7 @@ fn answers_come_from_the_service_when_their_way_is_decided_anew() {
             from_pod(&stage, &stage.a, &there, &[(out, 1), ("flow_new", 1)]);
         }
         let hosts = ["10.0.0.100/32", "fd00::100/128", &format!("10.55.0.{number}/32")];
-        stage.datapath.set_host_addresses(&hosts.map(|text| text.parse().unwrap())).unwrap();
+        stage.datapath.host_prefixes().set(&hosts.map(|text| text.parse().unwrap())).unwrap();
         let back = stage.by_gateway().ip(family.remote, family.a).udp(53, 40002);
         let ran = run(&stage, Program::FromVpc, stage.eni, &back.build(), &again("vpc_to_pod"));
         came_out(&ran, REDIRECT, &to_a().ip(family.vip, family.a).udp(6053, 40002));
@@ -225,8 +227,8 @@ fn the_heir_of_an_address_does_not_answer_for_the_service() {
         let there = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40000, 53);
         from_pod(&stage, &stage.a, &there, &NEW);
     }
-    assert!(stage.datapath.remove_endpoint(stage.b.host_ifindex).unwrap());
-    stage.datapath.upsert_endpoint(&stage.b).unwrap();
+    assert!(stage.datapath.endpoints().remove(stage.b.host_ifindex).unwrap());
+    stage.datapath.endpoints().upsert(&stage.b).unwrap();
     for family in BOTH {
         let says = stage.sent_by(&stage.b).ip(family.b, family.a).udp(53, 40000);
         let arrives = Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ttl(63).ip(family.b, family.a).udp(53, 40000);
@@ -254,6 +256,7 @@ fn two_services_with_one_backend_do_not_collide() {
         let expected = [("pod_to_pod", 1), ("flow_new", 1)];
         let ran = stage
             .datapath
+            .programs()
             .run(Program::FromPod, &to(family.other).build(), RunContext::on(stage.a.host_ifindex))
             .unwrap();
         let transport = if family.a == V4.a { 34 } else { 54 };
@@ -301,7 +304,7 @@ fn what_nobody_serves_is_refused_at_once() {
         let v6 = family.a == V6.a;
         // One Service without backends, and all other ports of its address.
         serve(&stage, number, &at(family.vip, 80, TCP), &[], Frontend::default());
-        stage.datapath.set_frontend(&FrontendAt::Rest(ip(family.vip)), &Frontend::default()).unwrap();
+        stage.datapath.services().set_frontend(&FrontendKey::rest(ip(family.vip)), &Frontend::default()).unwrap();
         let back = || Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ip(family.vip, family.a).ttl(64);
         for port in [80, 81] {
             let syn = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40000, port, flags::SYN).payload(&[7; 100]);
@@ -333,7 +336,7 @@ fn what_nobody_serves_is_refused_at_once() {
         let lie = stage.sent_by(&stage.a).ip(family.b, family.vip).tcp(40000, 80, flags::SYN);
         assert_eq!(from_pod(&stage, &stage.a, &lie, &[("spoofed_source", 1)]).action, SHOT);
     }
-    assert_eq!(stage.datapath.flow_count().unwrap(), (0, 0));
+    assert_eq!(stage.datapath.flows().count().unwrap(), (0, 0));
 }
 
 #[test]
@@ -345,15 +348,19 @@ fn a_backend_that_goes_takes_its_flows_along() {
         let there = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40000, 53);
         from_pod(&stage, &stage.a, &there, &NEW);
         // Another backend takes its place, in the order of the plan.
-        stage.datapath.set_backend(10 * number + 1, &backend(family.remote, 53, UDP)).unwrap();
-        stage.datapath.set_members(10 * number + 5, &[Member { backend: 10 * number + 1, generation: 1 }]).unwrap();
+        stage.datapath.services().set_backend(10 * number + 1, &backend(family.remote, 53, UDP)).unwrap();
+        stage
+            .datapath
+            .services()
+            .set_members(10 * number + 5, &[Member { backend: 10 * number + 1, generation: 1 }])
+            .unwrap();
         let run = Run { first: 10 * number + 5, count: 1 };
         let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
-        stage.datapath.set_frontend(&at(family.vip, 53, UDP), &frontend).unwrap();
+        stage.datapath.services().set_frontend(&at(family.vip, 53, UDP), &frontend).unwrap();
         // The flow goes on as long as the old one is there (it is ending, and may finish what it began) …
         from_pod(&stage, &stage.a, &there, &NEW[..1]);
         // … and not a packet longer.
-        stage.datapath.set_backend(10 * number, &Backend { generation: 2, ..Backend::default() }).unwrap();
+        stage.datapath.services().set_backend(10 * number, &Backend { generation: 2, ..Backend::default() }).unwrap();
         let ran = from_pod(&stage, &stage.a, &there, &[("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)]);
         came_out(&ran, REDIRECT, &stage.sent_by(&stage.a).ip(family.a, family.remote).ttl(63).udp(40000, 53));
     }
@@ -393,8 +400,11 @@ fn a_client_stays_with_its_backend() {
             for port in 0..200_u16 {
                 let port = 41_000 + port + affinity as u16 + flags as u16 * 1000;
                 let there = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(port, 53);
-                let ran =
-                    stage.datapath.run(Program::FromPod, &there.build(), RunContext::on(stage.a.host_ifindex)).unwrap();
+                let ran = stage
+                    .datapath
+                    .programs()
+                    .run(Program::FromPod, &there.build(), RunContext::on(stage.a.host_ifindex))
+                    .unwrap();
                 *seen.entry(ran.packet[transport + 3]).or_insert(0) += 1;
             }
             // Of 200 connections over eight backends, none gets fewer than five but for once in a hundred million runs.

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use aya::programs::links::FdLink;
 use terway_abi::{Backend, Frontend, Member, Run, backend_flags, frontend_flags};
-use terway_daemon::bpf::{Config, Datapath, FrontendAt};
+use terway_core::service::FrontendKey;
+use terway_daemon::bpf::{Config, Datapath};
+use terway_tests::prog_serve::{frontend_key, node_port_key};
 use terway_tests::sandbox::{Namespace, ip};
 use terway_tests::sandbox_or_skip;
 
@@ -72,7 +74,7 @@ fn words(address: IpAddr) -> [u32; 4] {
 fn serve_at(
     datapath: &Datapath,
     number: u32,
-    place: &FrontendAt,
+    place: &FrontendKey,
     frontend: Frontend,
     backends: &[SocketAddr],
     protocol: u8,
@@ -82,21 +84,24 @@ fn serve_at(
         set_backend(datapath, number, *backend, protocol, 1);
         members.push(Member { backend: number, generation: 1 });
     }
-    datapath.set_members(number, &members).unwrap();
+    datapath.services().set_members(number, &members).unwrap();
     let run = Run { first: number, count: members.len() as u32 };
-    datapath.set_frontend(place, &Frontend { service: number, internal: run, external: run, ..frontend }).unwrap();
+    datapath
+        .services()
+        .set_frontend(place, &Frontend { service: number, internal: run, external: run, ..frontend })
+        .unwrap();
 }
 
 fn set_backend(datapath: &Datapath, number: u32, at: SocketAddr, protocol: u8, generation: u32) {
     let flags = if at.is_ipv6() { backend_flags::V6 } else { 0 };
     let value =
         Backend { address: words(at.ip()), port: at.port().to_be(), protocol, flags, generation, spare: [0; 2] };
-    datapath.set_backend(number, &value).unwrap();
+    datapath.services().set_backend(number, &value).unwrap();
 }
 
 /// A Service of one backend.
 fn serve(datapath: &Datapath, number: u32, at: SocketAddr, backend: SocketAddr, protocol: u8) {
-    let place = FrontendAt::Address { address: at.ip(), port: at.port(), protocol };
+    let place = frontend_key(at.ip(), at.port(), protocol);
     serve_at(datapath, number, &place, Frontend::default(), &[backend], protocol);
 }
 
@@ -149,9 +154,9 @@ fn sockets_reach_services() {
         if number == 1 {
             assert!(TcpStream::connect_timeout(&at, Duration::from_millis(200)).is_err());
         }
-        datapath.attach_sockets(&cgroup.own).unwrap();
+        datapath.sockets().attach(&cgroup.own).unwrap();
         // Attaching again, as a restarted daemon does, leaves one of each.
-        datapath.attach_sockets(&cgroup.own).unwrap();
+        datapath.sockets().attach(&cgroup.own).unwrap();
         // The application believes to talk to the Service.
         assert_eq!(answers(at, &server), at);
         assert_eq!(answers(backend, &server), backend);
@@ -179,7 +184,7 @@ fn sockets_reach_services() {
         resolving.send_to(b"answer", from).unwrap();
         assert_eq!((client.recv(&mut bytes).unwrap(), client.peer_addr().unwrap()), (6, dns));
     }
-    datapath.detach_sockets().unwrap();
+    datapath.sockets().detach().unwrap();
     let left = fs::read_dir(sandbox.pin_root().join("links")).unwrap().count();
     assert_eq!(left, 0);
 }
@@ -190,10 +195,10 @@ fn node(sandbox: &terway_tests::sandbox::Sandbox) -> (Datapath, Cgroup) {
     ip("addr add 10.0.0.100/32 dev lo").unwrap();
     ip("-6 addr add fd00::100/128 dev lo nodad").unwrap();
     let own: Vec<IpAddr> = ["10.0.0.100", "fd00::100"].map(|text| text.parse().unwrap()).to_vec();
-    datapath.set_host_addresses(&own.iter().copied().map(ipnetwork::IpNetwork::from).collect::<Vec<_>>()).unwrap();
-    datapath.set_node_addresses(&own).unwrap();
+    datapath.host_prefixes().set(&own.iter().copied().map(ipnetwork::IpNetwork::from).collect::<Vec<_>>()).unwrap();
+    datapath.services().set_node_addresses(&own).unwrap();
     let cgroup = Cgroup::enter();
-    let programs = datapath.attach_sockets(&cgroup.own).unwrap();
+    let programs = datapath.sockets().attach(&cgroup.own).unwrap();
     assert_eq!((programs.attached, programs.unprotected), (10, None));
     (datapath, cgroup)
 }
@@ -213,7 +218,7 @@ fn ports_of_the_node_are_services() {
     for (number, server) in (1..).zip(&servers) {
         let backend = server.local_addr().unwrap();
         for (protocol, base) in [(6, 0), (17, 100)] {
-            let at = FrontendAt::Node { v6: backend.is_ipv6(), port: 30_080, protocol };
+            let at = node_port_key(backend.is_ipv6(), 30_080, protocol);
             serve_at(&datapath, base + 10 * number, &at, Frontend::default(), &[backend], protocol);
         }
     }
@@ -245,13 +250,13 @@ fn ports_of_the_node_are_services() {
     assert_eq!(seen.join().unwrap(), ([None; 2], libc::ECONNREFUSED));
 
     // A port without endpoints is refused at once, and is still nobody's to bind.
-    let at = FrontendAt::Node { v6: false, port: 30_080, protocol: 6 };
-    datapath.set_frontend(&at, &Frontend::default()).unwrap();
+    let at = node_port_key(false, 30_080, 6);
+    datapath.services().set_frontend(&at, &Frontend::default()).unwrap();
     assert_eq!(connecting(address("127.0.0.1:30080")), in_vain);
     assert!(TcpListener::bind("127.0.0.1:30080").is_err());
-    datapath.remove_frontend(&at).unwrap();
+    datapath.services().remove_frontend(&at).unwrap();
     TcpListener::bind("127.0.0.1:30080").unwrap();
-    datapath.detach_sockets().unwrap();
+    datapath.sockets().detach().unwrap();
 }
 
 /// What sockets leave alone: Services that are not for clients in the cluster, and, in pods, refusals and choices that only the packets'
@@ -267,7 +272,7 @@ fn what_is_left_to_packets_is_not_translated() {
     let in_vain = if datapath.features().sets_errno { libc::ECONNREFUSED } else { libc::EPERM };
     let server = TcpListener::bind("10.0.0.100:8080").unwrap();
     let at = |number: u8| SocketAddr::from(([10, 96, 0, number], 80));
-    let place = |number: u8| FrontendAt::Address { address: at(number).ip(), port: 80, protocol: 6 };
+    let place = |number: u8| frontend_key(at(number).ip(), 80, 6);
     let flags = |flags| Frontend { flags, ..Frontend::default() };
     let backend = [server.local_addr().unwrap()];
     for (number, flags) in [
@@ -279,21 +284,21 @@ fn what_is_left_to_packets_is_not_translated() {
         serve_at(&datapath, 10 * u32::from(number), &place(number), flags, &backend, 6);
     }
     serve_at(&datapath, 50, &place(5), flags(0), &[], 6);
-    datapath.set_frontend(&FrontendAt::Rest(at(1).ip()), &Frontend::default()).unwrap();
+    datapath.services().set_frontend(&FrontendKey::rest(at(1).ip()), &Frontend::default()).unwrap();
     let nowhere = libc::ENETUNREACH;
     let closed = SocketAddr::new(at(1).ip(), 81);
     let outcomes = move || [at(1), at(2), at(3), at(4), at(5), closed].map(connecting);
     assert_eq!(outcomes(), [0, nowhere, 0, 0, in_vain, in_vain]);
     // No route leads out of this pod. One is translated, as the table tells; the others would be answered where they leave the pod.
-    let before = datapath.sockets().unwrap().len();
+    let before = datapath.sockets().list().unwrap().len();
     let pod = Namespace::new().unwrap();
     assert_eq!(pod.spawn(outcomes).unwrap().join().unwrap(), [nowhere; 6]);
-    let rows = datapath.sockets().unwrap();
+    let rows = datapath.sockets().list().unwrap();
     assert_eq!(rows.len(), before + 1);
     let of_pod: Vec<_> = rows.iter().filter(|row| row.netns != datapath.features().host_netns).collect();
     assert_eq!(of_pod.len(), 1, "{rows:?}");
     assert_eq!((of_pod[0].frontend, of_pod[0].backend, of_pod[0].alive), (at(1), backend[0], true));
-    datapath.detach_sockets().unwrap();
+    datapath.sockets().detach().unwrap();
 }
 
 /// Datagrams of a socket that is not connected stay with a backend for as long as it lives, whatever is drawn.
@@ -309,7 +314,7 @@ fn an_exchange_of_datagrams_stays_with_its_backend() {
             server.set_nonblocking(true).unwrap();
         }
         let vip = address(&format!("{vip}:53"));
-        let place = FrontendAt::Address { address: vip.ip(), port: 53, protocol: 17 };
+        let place = frontend_key(vip.ip(), 53, 17);
         serve_at(&datapath, number, &place, Frontend::default(), &backends, 17);
         // Who of the four got how many of so many datagrams; each is answered, and the answers come from the Service.
         let exchange = |client: &UdpSocket, count: usize| -> Vec<usize> {
@@ -340,10 +345,10 @@ fn an_exchange_of_datagrams_stays_with_its_backend() {
             .filter(|backend| *backend != number + chosen as u32)
             .map(|backend| Member { backend, generation: 1 })
             .collect();
-        datapath.set_members(number + 10, &others).unwrap();
+        datapath.services().set_members(number + 10, &others).unwrap();
         let run = Run { first: number + 10, count: 3 };
         let value = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
-        datapath.set_frontend(&place, &value).unwrap();
+        datapath.services().set_frontend(&place, &value).unwrap();
         assert_eq!(exchange(&one, 20)[chosen], 20);
         // Then its life ends; another member is drawn, and kept.
         set_backend(&datapath, number + chosen as u32, backends[chosen], 17, 2);
@@ -356,13 +361,14 @@ fn an_exchange_of_datagrams_stays_with_its_backend() {
         }
         assert_eq!(spread.iter().filter(|count| **count > 0).count(), 3, "{spread:?}");
         // What the table remembers of the dead can be forgotten, and nothing else is.
-        let (dead, alive): (Vec<_>, Vec<_>) = datapath.sockets().unwrap().into_iter().partition(|row| !row.alive);
+        let (dead, alive): (Vec<_>, Vec<_>) =
+            datapath.sockets().list().unwrap().into_iter().partition(|row| !row.alive);
         assert!(!dead.is_empty() && dead.iter().all(|row| row.backend == backends[chosen]), "{dead:?}");
-        datapath.forget_sockets(&dead).unwrap();
-        assert_eq!(datapath.sockets().unwrap().len(), alive.len());
-        datapath.forget_sockets(&alive).unwrap();
+        datapath.sockets().forget(&dead).unwrap();
+        assert_eq!(datapath.sockets().list().unwrap().len(), alive.len());
+        datapath.sockets().forget(&alive).unwrap();
     }
-    datapath.detach_sockets().unwrap();
+    datapath.sockets().detach().unwrap();
 }
 
 /// Clients of one network namespace stay with a backend, whatever socket they use.
@@ -374,13 +380,13 @@ fn a_namespace_is_held_to_its_backend() {
         (0..8).map(|port| TcpListener::bind(("10.0.0.100", 8080 + port)).unwrap()).collect();
     let backends: Vec<SocketAddr> = servers.iter().map(|server| server.local_addr().unwrap()).collect();
     let vip = address("10.96.0.1:80");
-    let place = FrontendAt::Address { address: vip.ip(), port: 80, protocol: 6 };
+    let place = frontend_key(vip.ip(), 80, 6);
     let held = Frontend { affinity: 100, ..Frontend::default() };
     serve_at(&datapath, 1, &place, held, &backends, 6);
     let drawn = |count| -> std::collections::BTreeSet<SocketAddr> {
         (0..count).for_each(|_| assert_eq!(connecting(vip), 0));
-        let rows = datapath.sockets().unwrap();
-        datapath.forget_sockets(&rows).unwrap();
+        let rows = datapath.sockets().list().unwrap();
+        datapath.sockets().forget(&rows).unwrap();
         rows.iter().map(|row| row.backend).collect()
     };
     let first = drawn(30);
@@ -389,7 +395,7 @@ fn a_namespace_is_held_to_its_backend() {
     // Without affinity they spread: all of 30 at one of eight has a chance of 1 in 10^26.
     serve_at(&datapath, 1, &place, Frontend::default(), &backends, 6);
     assert!(drawn(30).len() > 1);
-    datapath.detach_sockets().unwrap();
+    datapath.sockets().detach().unwrap();
 }
 
 /// The next daemon takes over the links, in place; and a cgroup that goes takes the programs with it.
@@ -410,13 +416,13 @@ fn links_are_taken_over() {
     drop(datapath);
     assert_eq!(answers(vip, &server), vip, "without a daemon");
     let next = Datapath::open(&Config::new(sandbox.pin_root())).unwrap();
-    next.attach_sockets(&cgroup.own).unwrap();
-    assert_eq!((numbers(), next.attached_sockets().unwrap()), (before.clone(), 10));
+    next.sockets().attach(&cgroup.own).unwrap();
+    assert_eq!((numbers(), next.sockets().attached().unwrap()), (before.clone(), 10));
     assert_eq!(answers(vip, &server), vip);
     // To another cgroup: the process is in the old one, and served no more.
     let other = cgroup.other();
     fs::create_dir(&other).unwrap();
-    next.attach_sockets(&other).unwrap();
+    next.sockets().attach(&other).unwrap();
     // The kernel takes links off in the background.
     eventually("the old links are gone", || connecting(vip) == libc::ENETUNREACH);
     // Connections that were made until then still wait to be accepted.
@@ -425,9 +431,9 @@ fn links_are_taken_over() {
     server.set_nonblocking(false).unwrap();
     assert!(numbers().iter().all(|number| !before.contains(number)));
     fs::remove_dir(&other).unwrap();
-    eventually("programs go with their cgroup", || next.attached_sockets().unwrap() == 0);
-    next.attach_sockets(&cgroup.own).unwrap();
-    assert_eq!((answers(vip, &server), next.attached_sockets().unwrap()), (vip, 10));
-    next.detach_sockets().unwrap();
+    eventually("programs go with their cgroup", || next.sockets().attached().unwrap() == 0);
+    next.sockets().attach(&cgroup.own).unwrap();
+    assert_eq!((answers(vip, &server), next.sockets().attached().unwrap()), (vip, 10));
+    next.sockets().detach().unwrap();
     assert_eq!(fs::read_dir(&pins).unwrap().count(), 0);
 }

@@ -12,7 +12,7 @@ use aya::programs::{ProgramError, TcAttachType};
 use terway_abi::Program;
 
 use super::error::BpfError;
-use super::object::Programs;
+use super::object::LoadedPrograms;
 use super::pin::unlink;
 
 /// How an ENI was attached.
@@ -31,7 +31,7 @@ fn pin_path(links: &Path, ifindex: u32, hook: &str) -> PathBuf {
     links.join(format!("eni-{ifindex}-{hook}"))
 }
 
-pub(super) fn tcx(programs: &mut Programs, links: &Path, ifindex: u32) -> Result<(), BpfError> {
+pub(super) fn tcx(programs: &mut LoadedPrograms, links: &Path, ifindex: u32) -> Result<(), BpfError> {
     for (hook, program, name) in HOOKS {
         let pin = pin_path(links, ifindex, name);
         if adopt(programs, program, &pin)? {
@@ -55,7 +55,7 @@ pub(super) fn tcx(programs: &mut Programs, links: &Path, ifindex: u32) -> Result
 }
 
 /// Puts the new program into the link that an earlier daemon pinned; `false` if there is none that still works.
-fn adopt(programs: &mut Programs, program: Program, pin: &Path) -> Result<bool, BpfError> {
+fn adopt(programs: &mut LoadedPrograms, program: Program, pin: &Path) -> Result<bool, BpfError> {
     let link = match PinnedLink::from_pin(pin) {
         Ok(link) => link,
         Err(LinkError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => return Ok(false),

@@ -1,28 +1,32 @@
-//! Counters, summed over CPUs.
+//! Handle of the path counters: packets and bytes by path and by drop reason.
 
+use std::fmt;
+
+use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray};
 use terway_abi::{COUNTERS, Counter, Drop, Kind, names};
 
 use super::error::BpfError;
+use super::object::take;
 
-/// Packets and bytes by way and by drop reason, since the maps were made.
+/// Packets and bytes by path and by drop reason since the maps were created, summed over CPUs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counters(Vec<Counter>);
 
 impl Counters {
-    /// Of a way.
+    /// The counter of a path.
     #[must_use]
     pub fn kind(&self, kind: Kind) -> Counter {
         self.at(kind as u32)
     }
 
-    /// Of a drop reason.
+    /// The counter of a drop reason.
     #[must_use]
     pub fn drop(&self, reason: Drop) -> Counter {
         self.at(reason.counter())
     }
 
-    /// Every counter with the name of its way or reason.
+    /// Every counter with the name of its path or drop reason.
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, Counter)> + '_ {
         let kinds = Kind::ALL.iter().map(|kind| (kind.name(), self.kind(*kind)));
         kinds.chain(Drop::ALL.iter().map(|reason| (reason.name(), self.drop(*reason))))
@@ -33,15 +37,34 @@ impl Counters {
     }
 }
 
-pub(super) fn read(map: &PerCpuArray<MapData, Counter>) -> Result<Counters, BpfError> {
-    (0..COUNTERS)
-        .map(|index| {
-            let cpus = map.get(&index, 0).map_err(BpfError::map(names::COUNTERS))?;
+/// Handle of the path counters. It has no lock: nothing here writes.
+pub struct PathCounters {
+    map: PerCpuArray<MapData, Counter>,
+}
+
+impl fmt::Debug for PathCounters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PathCounters").finish_non_exhaustive()
+    }
+}
+
+impl PathCounters {
+    pub(super) fn open(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+        Ok(Self { map: take(loaded, names::COUNTERS)? })
+    }
+
+    /// Reads all counters.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn read(&self) -> Result<Counters, BpfError> {
+        let sum = |index| {
+            let cpus = self.map.get(&index, 0).map_err(BpfError::map(names::COUNTERS))?;
             Ok(cpus.iter().fold(Counter::default(), |sum, cpu| Counter {
                 packets: sum.packets.wrapping_add(cpu.packets),
                 bytes: sum.bytes.wrapping_add(cpu.bytes),
             }))
-        })
-        .collect::<Result<_, _>>()
-        .map(Counters)
+        };
+        (0..COUNTERS).map(sum).collect::<Result<_, _>>().map(Counters)
+    }
 }

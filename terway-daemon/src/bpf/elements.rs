@@ -1,4 +1,4 @@
-//! Maps element by element and many at a time: `bpf(2)` where aya has no word for it.
+//! Typed map access by `bpf(2)` where aya has no method for it: batches, flags, and lookups that also delete.
 //!
 //! A batch is one system call for thousands of elements (Linux 5.6 for arrays and hash tables; `bpf_map_do_batch`, kernel/bpf/syscall.c).
 //! A handle may be used by several threads at once: the kernel's maps lock for themselves.
@@ -7,7 +7,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::ControlFlow;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 
 use aya::Pod;
@@ -56,10 +56,10 @@ struct Batch {
     flags: u64,
 }
 
-/// An array or hash table whose keys and values are these.
+/// An array or hash map with keys `K` and values `V`.
 #[derive(Debug)]
 pub(super) struct Elements<K, V> {
-    fd: OwnedFd,
+    map: MapData,
     name: &'static str,
     capacity: u32,
     _types: PhantomData<fn(K) -> V>,
@@ -71,7 +71,7 @@ fn address<T>(of: &T) -> u64 {
 
 fn call<T>(command: i64, attr: &mut T) -> io::Result<()> {
     // SAFETY: the kernel reads and writes no more than the given size of `attr`, and behind its pointers no more than what the map's
-    // sizes say, which `open` has compared with those of the types.
+    // sizes say, which `over` has compared with those of the types.
     let done = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -88,11 +88,11 @@ impl<K: Pod, V: Pod> Elements<K, V> {
 
     /// Opens a map that is pinned under another name than its own.
     pub(super) fn at(pin: &Path, name: &'static str) -> Result<Self, BpfError> {
-        Self::of(&MapData::from_pin(pin).map_err(BpfError::map(name))?, name)
+        Self::over(MapData::from_pin(pin).map_err(BpfError::map(name))?, name)
     }
 
-    /// A handle of its own on a map.
-    pub(super) fn of(map: &MapData, name: &'static str) -> Result<Self, BpfError> {
+    /// Takes over an open map, whose descriptor keeps its number.
+    pub(super) fn over(map: MapData, name: &'static str) -> Result<Self, BpfError> {
         let info = map.info().map_err(BpfError::map(name))?;
         let (key, value) = (info.key_size() as usize, info.value_size() as usize);
         if (key, value) != (size_of::<K>(), size_of::<V>()) {
@@ -103,18 +103,16 @@ impl<K: Pod, V: Pod> Elements<K, V> {
                 wanted: describe(size_of::<K>(), size_of::<V>()),
             });
         }
-        let fd = map.fd().as_fd().try_clone_to_owned();
-        let fd = fd.map_err(|source| BpfError::System { call: "dup of a map's descriptor", source })?;
-        Ok(Self { capacity: info.max_entries(), fd, name, _types: PhantomData })
+        Ok(Self { capacity: info.max_entries(), map, name, _types: PhantomData })
     }
 
-    /// How many elements it has or can have.
+    /// The number of elements of an array, or the most that a hash map can have (`max_entries`).
     pub(super) const fn capacity(&self) -> u32 {
         self.capacity
     }
 
     fn fd(&self) -> u32 {
-        self.fd.as_raw_fd().cast_unsigned()
+        self.map.fd().as_fd().as_raw_fd().cast_unsigned()
     }
 
     fn failed(&self, call: &'static str, io_error: io::Error) -> BpfError {
@@ -125,7 +123,7 @@ impl<K: Pod, V: Pod> Elements<K, V> {
         call(command, &mut One { map_fd: self.fd(), pad: 0, key: address(key), value, flags })
     }
 
-    /// A copy of the value; none if there is no such element.
+    /// A copy of the value of a key; none if there is no such element.
     pub(super) fn get(&self, key: &K) -> Result<Option<V>, BpfError> {
         let mut value = MaybeUninit::<V>::uninit();
         match self.one(LOOKUP, key, value.as_mut_ptr() as u64, 0) {
@@ -165,9 +163,10 @@ impl<K: Pod, V: Pod> Elements<K, V> {
         }
     }
 
-    /// Deletes an element if it still is as somebody has judged it; `false` if there is none, or it is not.
+    /// Deletes an element if `still` is true of its value; `false` if there is none, or it is not.
     ///
-    /// A program that writes it at this very moment loses it for two system calls' time; before Linux 5.14 for good.
+    /// An element that is not deleted is absent for the time of two system calls. Before Linux 5.14, which added lookup-and-delete for
+    /// hash maps, `still` is not asked.
     pub(super) fn delete_if(&self, key: &K, still: impl FnOnce(&V) -> bool) -> Result<bool, BpfError> {
         match self.take(key) {
             Ok(None) => Ok(false),

@@ -2,7 +2,8 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use aya::maps::MapError;
 
 /// A failed step of the datapath.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +65,7 @@ pub enum BpfError {
         /// Which.
         name: &'static str,
         /// Why.
-        source: aya::maps::MapError,
+        source: MapError,
     },
     /// The kernel refused a netlink request.
     #[error("{step} on interface {ifindex}: {source}")]
@@ -112,7 +113,7 @@ impl BpfError {
         }
     }
 
-    pub(super) fn map(name: &'static str) -> impl FnOnce(aya::maps::MapError) -> Self {
+    pub(super) fn map(name: &'static str) -> impl FnOnce(MapError) -> Self {
         move |source| Self::Map { name, source }
     }
 
@@ -121,7 +122,11 @@ impl BpfError {
     }
 }
 
-/// Locks. What is behind these locks mirrors the kernel's state, step by step, so a panic elsewhere leaves it usable.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// A deletion without the error that there was nothing to delete.
+pub(super) fn ignore_absent(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
 }

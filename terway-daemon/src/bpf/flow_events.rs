@@ -1,4 +1,4 @@
-//! Flow events, as they come out of the ring buffer.
+//! Flow events: the records of the programs' ring buffer.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::error::BpfError;
 
-/// The stream of flow events.
+/// The stream of flow events, read from the ring buffer.
 pub struct FlowEvents {
     buffer: AsyncFd<RingBuf<MapData>>,
 }

@@ -8,9 +8,10 @@ use std::path::Path;
 use aya::maps::{Map, MapError};
 use aya::programs::{CgroupSockAddr, ProgramError, ProgramType, SchedClassifier, TcAttachType};
 use aya::sys::{BpfHelper, is_helper_supported};
-use aya::{Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader, Pod};
 use terway_abi::{Program, names};
 
+use super::elements::Elements;
 use super::error::BpfError;
 use super::flow_events::FlowEvents;
 use super::{Config, Features};
@@ -82,14 +83,22 @@ where
     M::try_from(map).map_err(BpfError::map(name))
 }
 
-/// The verified programs.
+/// An array or hash map out of the loaded object.
+pub(super) fn take_elements<K: Pod, V: Pod>(loaded: &mut Ebpf, name: &'static str) -> Result<Elements<K, V>, BpfError> {
+    match loaded.take_map(name) {
+        Some(Map::Array(map) | Map::HashMap(map) | Map::LruHashMap(map)) => Elements::over(map, name),
+        _ => Err(BpfError::Missing(name.to_owned())),
+    }
+}
+
+/// The programs of the object, loaded into the kernel.
 #[derive(Debug)]
-pub(super) struct Programs {
+pub(super) struct LoadedPrograms {
     loaded: Ebpf,
     events: Option<Map>,
 }
 
-impl Programs {
+impl LoadedPrograms {
     /// Has the kernel verify all programs.
     pub(super) fn load(mut loaded: Ebpf) -> Result<Self, BpfError> {
         for name in names::PROGRAMS {
@@ -119,9 +128,9 @@ impl Programs {
     }
 }
 
-/// The programs on sockets, loaded when they are first wanted: a node whose Services are another's business does without.
+/// A program on sockets, loaded when it is first asked for: a node whose Services are served by another component does without.
 pub(super) fn socket_program<'a>(
-    programs: &'a mut Programs,
+    programs: &'a mut LoadedPrograms,
     name: &'static str,
 ) -> Result<&'a mut CgroupSockAddr, BpfError> {
     let found = programs.loaded.program_mut(name).ok_or_else(|| BpfError::Missing(name.to_owned()))?;

@@ -1,5 +1,5 @@
-//! Pinned maps: whether they are what this version makes. aya believes a pin blindly, and the kernel notices only at program load,
-//! after user space has read values of the wrong size.
+//! Pinned maps: checks that type and sizes are those of this version. aya does not compare them, and the kernel does so only at program
+//! load, after user space has read values of the wrong size.
 
 use std::fs;
 use std::io;
@@ -16,8 +16,8 @@ use terway_abi::{
 use super::Config;
 use super::error::BpfError;
 
-/// What is appended to the name of a flow table that has another size than is wanted. A bpffs takes no dots.
-pub(super) const ASIDE: &str = "_before";
+/// Suffix of the pin of a flow table whose size is not the configured one. Names on a bpffs have no dots.
+pub(super) const OLD_SIZE: &str = "_before";
 
 struct Layout {
     name: &'static str,
@@ -25,12 +25,12 @@ struct Layout {
     key: usize,
     value: usize,
     entries: Option<u32>,
-    /// A map of another size is put aside, and what it holds carried over.
-    carried: bool,
+    /// A map of another size is renamed and its entries are copied ([`super::flows`]).
+    is_resizable: bool,
 }
 
 const fn layout<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -> Layout {
-    Layout { name, kind, key: size_of::<K>(), value: size_of::<V>(), entries, carried: false }
+    Layout { name, kind, key: size_of::<K>(), value: size_of::<V>(), entries, is_resizable: false }
 }
 
 fn layouts(config: &Config) -> [Layout; 33] {
@@ -42,11 +42,11 @@ fn layouts(config: &Config) -> [Layout; 33] {
         layout::<[u32; 2], u32>(names::HOST_V4, MapType::LpmTrie, None),
         layout::<[u32; 5], u32>(names::HOST_V6, MapType::LpmTrie, None),
         Layout {
-            carried: true,
+            is_resizable: true,
             ..layout::<FlowKeyV4, FlowV4>(names::FLOWS_V4, MapType::LruHash, Some(config.flows_v4))
         },
         Layout {
-            carried: true,
+            is_resizable: true,
             ..layout::<FlowKeyV6, FlowV6>(names::FLOWS_V6, MapType::LruHash, Some(config.flows_v6))
         },
         layout::<FragmentKeyV4, FragmentValue>(names::FRAGMENTS_V4, MapType::LruHash, None),
@@ -92,11 +92,11 @@ pub(super) fn check(pins: &Path, config: &Config) -> Result<(), BpfError> {
         if same_shape && same_size {
             continue;
         }
-        if same_shape && wanted.carried {
-            // What is attached keeps the old table until it is attached again.
+        if same_shape && wanted.is_resizable {
+            // Programs use the old table until they are attached anew.
             tracing::info!(map = wanted.name, from = entries, to = wanted.entries, "flow table gets another size");
-            let aside = pins.join(format!("{}{ASIDE}", wanted.name));
-            fs::rename(&path, &aside).map_err(|source| BpfError::Pin { path: aside, source })?;
+            let old = pins.join(format!("{}{OLD_SIZE}", wanted.name));
+            fs::rename(&path, &old).map_err(|source| BpfError::Pin { path: old, source })?;
             continue;
         }
         let describe = |kind: &MapType, key: usize, value: usize, entries: Option<u32>| {
@@ -112,7 +112,7 @@ pub(super) fn check(pins: &Path, config: &Config) -> Result<(), BpfError> {
     Ok(())
 }
 
-/// Removes the versioned folders beside this one.
+/// Removes the map folders of other versions.
 pub(super) fn remove_others(pins: &Path) -> Result<(), BpfError> {
     let failed = |source| BpfError::Pin { path: pins.to_owned(), source };
     let Some(root) = pins.parent() else { return Ok(()) };

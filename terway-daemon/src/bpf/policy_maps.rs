@@ -1,47 +1,94 @@
-//! Network policies in the kernel's maps: what the compiler says is written, in its order.
+//! Handle of the policy maps: the operations of the compiler (`terway_core::policy`) are run in its order.
 
-use std::io;
+use std::fmt;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::sync::Arc;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, MapData, MapError};
 use ipnetwork::IpNetwork;
+use parking_lot::Mutex;
 use terway_abi::{
     GATE_ENFORCE, GATE_PHASE, GATE_SAMPLE, MAX_ENDPOINTS, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, names,
     policy_index,
 };
 use terway_core::policy::{
-    EndpointPolicy, Identity, Maps, Op, PortTableEntry, PortTableId, SetId, SetRef, Verdict, VerdictOrTable, Versioned,
+    EndpointPolicy, FlowScope, Identity, Maps, Op, PortTableEntry, PortTableId, SetId, SetRef, Verdict, VerdictOrTable,
+    Versioned,
 };
 
-use super::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
-use super::error::BpfError;
+use super::address::{address_v4, address_v6, word, words};
+use super::endpoints::EndpointMaps;
+use super::error::{BpfError, ignore_absent};
 use super::object::take;
+use super::rcu;
 
-/// `MEMBARRIER_CMD_GLOBAL` (include/uapi/linux/membarrier.h).
-const MEMBARRIER_GLOBAL: libc::c_int = 1;
-
-/// Where the kernel has no such call (`nohz_full`): programs run for microseconds, with bottom halves off.
-const LONG: Duration = Duration::from_millis(100);
-
-/// Waits until no program runs that was running before.
+/// Handle of the policy maps. There is no mirror: the compiler knows what they hold.
 ///
-/// Traffic-control programs are RCU readers, and the system call waits for a grace period (`membarrier`, kernel/sched/membarrier.c); on a
-/// single CPU no program can be running while another task is in a system call.
-pub fn fence() {
-    // SAFETY: the call takes numbers only.
-    if unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_GLOBAL, 0, 0) } != 0 {
-        tracing::debug!(error = %io::Error::last_os_error(), "no grace period to be had by membarrier; waiting instead");
-        std::thread::sleep(LONG);
+/// Its lock is held for one operation, and not while that of [`EndpointMaps`] is taken.
+pub struct PolicyMaps {
+    maps: Mutex<MapSet>,
+    endpoints: Arc<EndpointMaps>,
+}
+
+impl fmt::Debug for PolicyMaps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PolicyMaps").finish_non_exhaustive()
     }
 }
 
-/// The maps.
-pub(super) struct Policies {
+impl PolicyMaps {
+    pub(super) fn open(loaded: &mut Ebpf, endpoints: Arc<EndpointMaps>) -> Result<Self, BpfError> {
+        Ok(Self { maps: Mutex::new(MapSet::open(loaded)?), endpoints })
+    }
+
+    /// Reads the maps: where a compiler starts from ([`terway_core::policy::Compiler::take_over`]).
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    pub fn read(&self) -> Result<Maps, BpfError> {
+        self.maps.lock().read()
+    }
+
+    /// The identity that the maps give an address which is no local endpoint's, in the current version; 0 if there is none.
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    pub fn identity(&self, address: IpAddr) -> Result<Identity, BpfError> {
+        self.maps.lock().identity(address)
+    }
+
+    /// Runs one operation.
+    ///
+    /// # Errors
+    /// When a map is full or the kernel refuses; running it again completes it.
+    pub fn apply(&self, op: &Op) -> Result<(), BpfError> {
+        match op {
+            Op::RcuBarrier => {
+                rcu::synchronize();
+                Ok(())
+            }
+            Op::Revalidate(FlowScope::Endpoint(slot)) => self.endpoints.revalidate_slot(*slot),
+            Op::Revalidate(FlowScope::Address(address)) => self.endpoints.revalidate_address(*address),
+            Op::Revalidate(FlowScope::All) => self.endpoints.revalidate_all(),
+            op => self.maps.lock().write(op),
+        }
+    }
+
+    /// Has one in `one_in` new connections reported as flow event: all with 1, none with 0. Takes effect with the next packet.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn sample_flows(&self, one_in: u32) -> Result<(), BpfError> {
+        self.maps.lock().sample(one_in)
+    }
+}
+
+/// The policy maps.
+struct MapSet {
     gate: Array<MapData, u32>,
-    /// What the gate says besides: one in so many new connections is reported.
+    /// Also part of the control word: one in so many new connections is reported.
     one_in: u32,
     endpoints: Array<MapData, PolicyEndpoint>,
     peers: HashMap<MapData, PeerKey, Phases>,
@@ -90,8 +137,8 @@ fn numbers<T>(pair: Versioned<T>, number: impl Fn(T) -> u32) -> Phases {
     pair.map(number)
 }
 
-impl Policies {
-    pub(super) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+impl MapSet {
+    fn open(loaded: &mut Ebpf) -> Result<Self, BpfError> {
         let gate: Array<MapData, u32> = take(loaded, names::POLICY_GATE)?;
         Ok(Self {
             one_in: gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))? >> GATE_SAMPLE,
@@ -106,8 +153,7 @@ impl Policies {
         })
     }
 
-    /// What an earlier daemon wrote.
-    pub(super) fn read(&self) -> Result<Maps, BpfError> {
+    fn read(&self) -> Result<Maps, BpfError> {
         let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))?;
         let mut maps =
             Maps { version: (gate & GATE_PHASE) as usize, enforce: gate & GATE_ENFORCE != 0, ..Maps::default() };
@@ -153,8 +199,8 @@ impl Policies {
         Ok(maps)
     }
 
-    /// As the datapath looks it up.
-    pub(super) fn identity(&self, address: IpAddr) -> Result<Identity, BpfError> {
+    /// The lookup of the datapath.
+    fn identity(&self, address: IpAddr) -> Result<Identity, BpfError> {
         let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))?;
         let phase = (gate & GATE_PHASE) as usize;
         let exact = match address {
@@ -173,8 +219,8 @@ impl Policies {
         Ok(Identity(block.map_or(0, |pair| pair[phase])))
     }
 
-    /// Writes what one operation says; those on flows and on time are the caller's.
-    pub(super) fn write(&mut self, op: &Op) -> Result<(), BpfError> {
+    /// Runs an operation that writes a map.
+    fn write(&mut self, op: &Op) -> Result<(), BpfError> {
         match op {
             Op::PutPortTable { table, entries } => entries.iter().try_for_each(|entry| {
                 self.ports
@@ -182,16 +228,16 @@ impl Policies {
                     .map_err(BpfError::map(names::POLICY_PORTS))
             }),
             Op::RemovePortTable { table, entries } => entries.iter().try_for_each(|entry| {
-                absent_is_fine(self.ports.remove(&port_key(*table, entry))).map_err(BpfError::map(names::POLICY_PORTS))
+                ignore_absent(self.ports.remove(&port_key(*table, entry))).map_err(BpfError::map(names::POLICY_PORTS))
             }),
             Op::PutPeer { set, identity, verdicts } => {
                 let key = PeerKey { set: set.0, identity: identity.0 };
-                let verdicts = numbers(*verdicts, |target| target.0);
+                let verdicts = numbers(*verdicts, |verdict| verdict.0);
                 self.peers.insert(key, verdicts, 0).map_err(BpfError::map(names::POLICY_PEERS))
             }
             Op::RemovePeer { set, identity } => {
                 let key = PeerKey { set: set.0, identity: identity.0 };
-                absent_is_fine(self.peers.remove(&key)).map_err(BpfError::map(names::POLICY_PEERS))
+                ignore_absent(self.peers.remove(&key)).map_err(BpfError::map(names::POLICY_PEERS))
             }
             Op::PutAddress { address, identities } => {
                 let identities = numbers(*identities, |identity| identity.0);
@@ -205,10 +251,10 @@ impl Policies {
                 }
             }
             Op::RemoveAddress(IpAddr::V4(v4)) => {
-                absent_is_fine(self.exact_v4.remove(&word(*v4))).map_err(BpfError::map(names::IPCACHE_V4))
+                ignore_absent(self.exact_v4.remove(&word(*v4))).map_err(BpfError::map(names::IPCACHE_V4))
             }
             Op::RemoveAddress(IpAddr::V6(v6)) => {
-                absent_is_fine(self.exact_v6.remove(&words(*v6))).map_err(BpfError::map(names::IPCACHE_V6))
+                ignore_absent(self.exact_v6.remove(&words(*v6))).map_err(BpfError::map(names::IPCACHE_V6))
             }
             Op::PutCidr { net, identities } => {
                 let (identities, bits) = (numbers(*identities, |identity| identity.0), net.prefix().into());
@@ -225,11 +271,11 @@ impl Policies {
             }
             Op::RemoveCidr(IpNetwork::V4(net)) => {
                 let key = Key::new(net.prefix().into(), word(net.network()));
-                absent_is_fine(self.net_v4.remove(&key)).map_err(BpfError::map(names::IPCACHE_NET_V4))
+                ignore_absent(self.net_v4.remove(&key)).map_err(BpfError::map(names::IPCACHE_NET_V4))
             }
             Op::RemoveCidr(IpNetwork::V6(net)) => {
                 let key = Key::new(net.prefix().into(), words(net.network()));
-                absent_is_fine(self.net_v6.remove(&key)).map_err(BpfError::map(names::IPCACHE_NET_V6))
+                ignore_absent(self.net_v6.remove(&key)).map_err(BpfError::map(names::IPCACHE_NET_V6))
             }
             Op::PutEndpoint { slot, version, value } => self.write_endpoint(*slot, *version, value),
             Op::SetControlWord { version, enforce } => {
@@ -241,8 +287,7 @@ impl Policies {
         }
     }
 
-    /// Has one in so many new connections reported; none with 0.
-    pub(super) fn sample(&mut self, one_in: u32) -> Result<(), BpfError> {
+    fn sample(&mut self, one_in: u32) -> Result<(), BpfError> {
         let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))?;
         let rest = gate & ((1 << GATE_SAMPLE) - 1);
         self.gate.set(0, rest | one_in << GATE_SAMPLE, 0).map_err(BpfError::map(names::POLICY_GATE))?;
@@ -254,16 +299,6 @@ impl Policies {
         let at = policy_index(slot, phase as u32);
         self.endpoints.set(at, endpoint(value), 0).map_err(BpfError::map(names::POLICY_ENDPOINTS))
     }
-
-    /// How many entries the growing maps hold: identities of addresses, of blocks, what sets say, ports.
-    pub(super) fn counts(&self) -> Result<[usize; 4], BpfError> {
-        let v4 = count(self.exact_v4.keys(), names::IPCACHE_V4)?;
-        let addresses = v4 + count(self.exact_v6.keys(), names::IPCACHE_V6)?;
-        let blocks = count(self.net_v4.keys(), names::IPCACHE_NET_V4)?;
-        let blocks = blocks + count(self.net_v6.keys(), names::IPCACHE_NET_V6)?;
-        let peers = count(self.peers.keys(), names::POLICY_PEERS)?;
-        Ok([addresses, blocks, peers, count(self.ports.keys(), names::POLICY_PORTS)?])
-    }
 }
 
 fn found(value: Result<Phases, MapError>, name: &'static str) -> Result<Option<Phases>, BpfError> {
@@ -272,15 +307,6 @@ fn found(value: Result<Phases, MapError>, name: &'static str) -> Result<Option<P
         Err(MapError::KeyNotFound) => Ok(None),
         Err(error) => Err(BpfError::map(name)(error)),
     }
-}
-
-fn count<K>(keys: impl Iterator<Item = Result<K, MapError>>, name: &'static str) -> Result<usize, BpfError> {
-    let mut n = 0;
-    for key in keys {
-        key.map_err(BpfError::map(name))?;
-        n += 1;
-    }
-    Ok(n)
 }
 
 fn net(address: IpAddr, bits: u32) -> Option<IpNetwork> {
@@ -301,10 +327,5 @@ mod tests {
             let key = port_key(PortTableId(7), &entry);
             assert_eq!(row_entry(key.prefix_len(), key.data(), verdict.0), entry);
         }
-    }
-
-    #[test]
-    fn a_fence_ends() {
-        fence();
     }
 }

@@ -1,33 +1,40 @@
-//! The programs on sockets, attached to a cgroup by links that are pinned and so outlive the daemon; and the table of what they did.
+//! Handle of Service translation at the socket: programs on a cgroup, attached by links that are pinned and so outlive the daemon; and the
+//! table of sockets whose peer they translated.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use aya::Ebpf;
+use aya::maps::{HashMap, MapData};
 use aya::programs::CgroupAttachMode;
 use aya::programs::links::FdLink;
+use parking_lot::Mutex;
 use terway_abi::{Backend, SocketKey, SocketValue, TO_BACKEND, names};
 
-use super::endpoints::{absent_is_fine, address_v4, address_v6};
-use super::error::BpfError;
-use super::object::{Programs, socket_program};
+use super::address::{address_v4, address_v6};
+use super::elements::Elements;
+use super::error::{BpfError, ignore_absent};
+use super::object::{LoadedPrograms, socket_program, take};
 use super::pin::unlink;
+use super::programs::Programs;
 use super::sys;
 
-/// Entries read in one go. Reading begins again when the entry that was read last is evicted meanwhile (`htab_map_get_next_key`), so
-/// that a table in turmoil would have no end; this is four times its size.
-const ENOUGH: usize = 262_144;
+/// The most entries of one listing, four times the size of the table. Iteration starts again at the beginning when the entry that was
+/// read last is evicted meanwhile (`htab_map_get_next_key`, kernel/bpf/hashtab.c), so without a limit it might never end.
+const LIST_LIMIT: usize = 262_144;
 
-/// What came of attaching.
+/// The result of attaching the socket programs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SocketPrograms {
-    /// How many programs are attached.
+    /// The number of programs that are attached.
     pub attached: usize,
-    /// Why the node's own processes are not kept off the ports of Services, if they are not.
+    /// Why the node's own processes can still bind the ports of Services, if they can.
     pub unprotected: Option<String>,
 }
 
@@ -35,81 +42,7 @@ fn pin_path(links: &Path, name: &str) -> PathBuf {
     links.join(format!("socket-{name}"))
 }
 
-/// Attaches all programs to the cgroup. A link that an earlier daemon left there gets the new program in place of its own.
-pub(super) fn attach(programs: &mut Programs, links: &Path, cgroup: &Path) -> Result<SocketPrograms, BpfError> {
-    let folder = File::open(cgroup).map_err(|source| BpfError::Cgroup { path: cgroup.to_owned(), source })?;
-    for name in names::SOCKET_PROGRAMS {
-        attach_one(programs, links, cgroup, &folder, name)?;
-    }
-    let mut result = SocketPrograms { attached: names::SOCKET_PROGRAMS.len(), unprotected: None };
-    for name in names::BIND_PROGRAMS {
-        // Services are served without it.
-        match attach_one(programs, links, cgroup, &folder, name) {
-            Ok(()) => result.attached += 1,
-            Err(error) => result.unprotected = Some(error.to_string()),
-        }
-    }
-    Ok(result)
-}
-
-fn attach_one(
-    programs: &mut Programs,
-    links: &Path,
-    cgroup: &Path,
-    folder: &File,
-    name: &'static str,
-) -> Result<(), BpfError> {
-    let failed = |source| BpfError::Cgroup { path: cgroup.to_owned(), source };
-    // The number of a cgroup is that of its folder (fs/kernfs: `kernfs_id`).
-    let number = folder.metadata().map_err(failed)?.ino();
-    let program = socket_program(programs, name)?;
-    let pin = pin_path(links, name);
-    if let Some(link) = there_is(sys::pinned(&pin), &pin)?
-        && sys::cgroup_of(link.as_fd()).map_err(failed)? == Some(number)
-    {
-        let fd = program.fd().map_err(BpfError::program(name))?;
-        return sys::update(link.as_fd(), fd.as_fd()).map_err(failed);
-    }
-    // None yet, or of another cgroup.
-    // The other modes are refused for links, which are all that they say anyway (`cgroup_bpf_link_attach`).
-    let id = program.attach(folder, CgroupAttachMode::Single).map_err(BpfError::program(name))?;
-    let link = program.take_link(id).map_err(BpfError::program(name))?;
-    let link = FdLink::try_from(link).map_err(|source| BpfError::Link { ifindex: 0, source })?;
-    unlink(&pin)?;
-    link.pin(&pin).map(drop).map_err(|source| BpfError::Pin { path: pin, source: io::Error::other(source) })
-}
-
-/// Unpins, and thereby detaches, all programs: what translates goes before what translates back.
-pub(super) fn detach(links: &Path) -> Result<(), BpfError> {
-    all().rev().try_for_each(|name| unlink(&pin_path(links, name)))
-}
-
-/// How many of the programs are attached.
-pub(super) fn attached(links: &Path) -> Result<usize, BpfError> {
-    let mut count = 0;
-    for name in all() {
-        let pin = pin_path(links, name);
-        let Some(link) = there_is(sys::pinned(&pin), &pin)? else { continue };
-        let cgroup = sys::cgroup_of(link.as_fd()).map_err(|source| BpfError::Pin { path: pin, source })?;
-        count += usize::from(cgroup.is_some());
-    }
-    Ok(count)
-}
-
-fn all() -> impl DoubleEndedIterator<Item = &'static str> {
-    names::SOCKET_PROGRAMS.into_iter().chain(names::BIND_PROGRAMS)
-}
-
-/// What is there, and nothing if it is not.
-fn there_is<T>(found: io::Result<T>, path: &Path) -> Result<Option<T>, BpfError> {
-    match found {
-        Ok(found) => Ok(Some(found)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(BpfError::Pin { path: path.to_owned(), source }),
-    }
-}
-
-/// A socket whose peer was translated.
+/// A socket entry: a socket whose peer was translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketRow {
     key: SocketKey,
@@ -121,53 +54,171 @@ pub struct SocketRow {
     pub protocol: u8,
     /// The backend that it was sent to.
     pub backend: SocketAddr,
-    /// The frontend that its owner believes to talk to.
+    /// The frontend that its owner sees as peer.
     pub frontend: SocketAddr,
-    /// Whether that backend still lives as it did then.
+    /// Whether the backend is still of the generation that was chosen.
     pub alive: bool,
-    /// It is only a note where the next datagram of a socket goes that is not connected.
+    /// The entry only tells where the next datagram of an unconnected socket goes.
     pub note: bool,
 }
 
-/// The maps.
-pub(super) struct Table {
-    sockets: HashMap<MapData, SocketKey, SocketValue>,
-    backends: Array<MapData, Backend>,
+/// Handle of the socket programs and of the table that they write.
+///
+/// Its lock is that of the table, held for one listing; attaching takes the lock of the programs alone.
+pub struct SocketTable {
+    programs: Arc<Programs>,
+    /// Folder of pinned links.
+    links: PathBuf,
+    sockets: Mutex<HashMap<MapData, SocketKey, SocketValue>>,
+    /// Read only; [`ServiceMaps`](super::ServiceMaps) writes it.
+    backends: Elements<u32, Backend>,
 }
 
-impl Table {
-    /// Opens the maps under their pins.
-    pub(super) fn open(pins: &Path) -> Result<Self, BpfError> {
-        fn typed<M: TryFrom<Map, Error = MapError>>(
-            pins: &Path,
-            name: &'static str,
-            kind: impl FnOnce(MapData) -> Map,
-        ) -> Result<M, BpfError> {
-            let data = MapData::from_pin(pins.join(name)).map_err(BpfError::map(name))?;
-            M::try_from(kind(data)).map_err(BpfError::map(name))
-        }
-        Ok(Self {
-            sockets: typed(pins, names::SOCKETS, Map::LruHashMap)?,
-            backends: typed(pins, names::BACKENDS, Map::Array)?,
-        })
+impl fmt::Debug for SocketTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SocketTable").field("links", &self.links).finish_non_exhaustive()
+    }
+}
+
+impl SocketTable {
+    pub(super) fn open(
+        sockets: HashMap<MapData, SocketKey, SocketValue>,
+        pins: &Path,
+        programs: Arc<Programs>,
+        links: PathBuf,
+    ) -> Result<Self, BpfError> {
+        let backends = Elements::open(pins, names::BACKENDS)?;
+        Ok(Self { programs, links, sockets: Mutex::new(sockets), backends })
     }
 
-    pub(super) fn list(&self) -> Result<Vec<SocketRow>, BpfError> {
-        let (mut rows, mut lives) = (Vec::new(), std::collections::HashMap::new());
-        for entry in self.sockets.iter().take(ENOUGH) {
+    /// Attaches the programs that translate Services at the socket to a cgroup (version 2) and all below it, in place of those that an
+    /// earlier daemon attached.
+    ///
+    /// # Errors
+    /// [`BpfError`], which says which step failed; calling again completes it.
+    pub fn attach(&self, cgroup: &Path) -> Result<SocketPrograms, BpfError> {
+        attach(&mut self.programs.lock(), &self.links, cgroup)
+    }
+
+    /// The number of programs that are attached now. A cgroup that is removed takes its programs with it.
+    ///
+    /// # Errors
+    /// [`BpfError::Pin`].
+    pub fn attached(&self) -> Result<usize, BpfError> {
+        attached(&self.links)
+    }
+
+    /// Detaches the programs. Not attached is no error.
+    ///
+    /// # Errors
+    /// [`BpfError::Pin`].
+    pub fn detach(&self) -> Result<(), BpfError> {
+        detach(&self.links)
+    }
+
+    /// The sockets whose peer was translated, as far as the LRU table still has them, compared with their backend's current generation.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn list(&self) -> Result<Vec<SocketRow>, BpfError> {
+        let (mut rows, mut generations) = (Vec::new(), std::collections::HashMap::new());
+        for entry in self.sockets.lock().iter().take(LIST_LIMIT) {
             let (key, value) = entry.map_err(BpfError::map(names::SOCKETS))?;
-            let life = *lives.entry(value.member.backend).or_insert_with_key(|number| {
-                // A number beyond the map is of a map that was larger.
-                self.backends.get(number, 0).unwrap_or_default().generation
+            let generation = *generations.entry(value.member.backend).or_insert_with_key(|number| {
+                // A number beyond the map is from a map that was larger.
+                self.backends.get(number).ok().flatten().unwrap_or_default().generation
             });
-            rows.push(row(key, value, life == value.member.generation));
+            rows.push(row(key, value, generation == value.member.generation));
         }
         Ok(rows)
     }
 
-    pub(super) fn forget(&mut self, rows: &[SocketRow]) -> Result<(), BpfError> {
-        rows.iter()
-            .try_for_each(|row| absent_is_fine(self.sockets.remove(&row.key)).map_err(BpfError::map(names::SOCKETS)))
+    /// Removes entries; the next replies that these sockets receive are not translated back.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn forget(&self, rows: &[SocketRow]) -> Result<(), BpfError> {
+        let mut sockets = self.sockets.lock();
+        rows.iter().try_for_each(|row| ignore_absent(sockets.remove(&row.key)).map_err(BpfError::map(names::SOCKETS)))
+    }
+}
+
+/// The socket map out of the loaded object.
+pub(super) fn take_sockets(loaded: &mut Ebpf) -> Result<HashMap<MapData, SocketKey, SocketValue>, BpfError> {
+    take(loaded, names::SOCKETS)
+}
+
+/// Attaches all programs to the cgroup. A link of an earlier daemon is updated in place.
+fn attach(programs: &mut LoadedPrograms, links: &Path, cgroup: &Path) -> Result<SocketPrograms, BpfError> {
+    let folder = File::open(cgroup).map_err(|source| BpfError::Cgroup { path: cgroup.to_owned(), source })?;
+    for name in names::SOCKET_PROGRAMS {
+        attach_one(programs, links, cgroup, &folder, name)?;
+    }
+    let mut result = SocketPrograms { attached: names::SOCKET_PROGRAMS.len(), unprotected: None };
+    for name in names::BIND_PROGRAMS {
+        // Without it Services are still served.
+        match attach_one(programs, links, cgroup, &folder, name) {
+            Ok(()) => result.attached += 1,
+            Err(error) => result.unprotected = Some(error.to_string()),
+        }
+    }
+    Ok(result)
+}
+
+fn attach_one(
+    programs: &mut LoadedPrograms,
+    links: &Path,
+    cgroup: &Path,
+    folder: &File,
+    name: &'static str,
+) -> Result<(), BpfError> {
+    let failed = |source| BpfError::Cgroup { path: cgroup.to_owned(), source };
+    // The number of a cgroup is that of its folder (fs/kernfs: `kernfs_id`).
+    let number = folder.metadata().map_err(failed)?.ino();
+    let program = socket_program(programs, name)?;
+    let pin = pin_path(links, name);
+    if let Some(link) = if_exists(sys::pinned(&pin), &pin)?
+        && sys::cgroup_of(link.as_fd()).map_err(failed)? == Some(number)
+    {
+        let fd = program.fd().map_err(BpfError::program(name))?;
+        return sys::update(link.as_fd(), fd.as_fd()).map_err(failed);
+    }
+    // There is no link yet, or it is of another cgroup.
+    // Links only take this mode; they always allow several programs (`cgroup_bpf_link_attach`, kernel/bpf/cgroup.c).
+    let id = program.attach(folder, CgroupAttachMode::Single).map_err(BpfError::program(name))?;
+    let link = program.take_link(id).map_err(BpfError::program(name))?;
+    let link = FdLink::try_from(link).map_err(|source| BpfError::Link { ifindex: 0, source })?;
+    unlink(&pin)?;
+    link.pin(&pin).map(drop).map_err(|source| BpfError::Pin { path: pin, source: io::Error::other(source) })
+}
+
+/// Unpins, and thereby detaches, all programs; those that translate replies last.
+fn detach(links: &Path) -> Result<(), BpfError> {
+    all().rev().try_for_each(|name| unlink(&pin_path(links, name)))
+}
+
+/// The number of programs that are attached.
+fn attached(links: &Path) -> Result<usize, BpfError> {
+    let mut count = 0;
+    for name in all() {
+        let pin = pin_path(links, name);
+        let Some(link) = if_exists(sys::pinned(&pin), &pin)? else { continue };
+        let cgroup = sys::cgroup_of(link.as_fd()).map_err(|source| BpfError::Pin { path: pin, source })?;
+        count += usize::from(cgroup.is_some());
+    }
+    Ok(count)
+}
+
+fn all() -> impl DoubleEndedIterator<Item = &'static str> {
+    names::SOCKET_PROGRAMS.into_iter().chain(names::BIND_PROGRAMS)
+}
+
+/// Nothing instead of the error that there is no such file.
+fn if_exists<T>(found: io::Result<T>, path: &Path) -> Result<Option<T>, BpfError> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(BpfError::Pin { path: path.to_owned(), source }),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Running a program on a packet that goes nowhere.
+//! Test runs: a program is run on a packet that goes nowhere (`BPF_PROG_TEST_RUN`).
 
 use std::time::Duration;
 
@@ -7,28 +7,28 @@ use aya::programs::TestRun as _;
 use terway_abi::Program;
 
 use super::error::BpfError;
-use super::object::Programs;
+use super::object::LoadedPrograms;
 
-/// The circumstances of a run.
+/// The context of a test run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunContext {
     /// The interface that the packet is on; it must exist in the calling thread's network namespace.
     pub ifindex: u32,
     /// The packet's mark.
     pub mark: u32,
-    /// How many times; the packet is not reset in between.
+    /// The number of runs; the packet is not reset in between.
     pub repeat: u32,
 }
 
 impl RunContext {
-    /// Once, without a mark.
+    /// One run on an interface, without a mark.
     #[must_use]
     pub const fn on(ifindex: u32) -> Self {
         Self { ifindex, mark: 0, repeat: 1 }
     }
 }
 
-/// What came out.
+/// The result of a test run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ran {
     /// The program's answer (`TC_ACT_*`).
@@ -59,7 +59,12 @@ struct Context {
 
 const _: () = assert!(size_of::<Context>() == 192);
 
-pub(super) fn run(programs: &Programs, program: Program, packet: &[u8], context: RunContext) -> Result<Ran, BpfError> {
+pub(super) fn run(
+    programs: &LoadedPrograms,
+    program: Program,
+    packet: &[u8],
+    context: RunContext,
+) -> Result<Ran, BpfError> {
     let before = Context {
         len: 0,
         pkt_type: 0,

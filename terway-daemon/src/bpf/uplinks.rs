@@ -1,18 +1,20 @@
-//! ENIs by which clients outside reach Services of the node, in the kernel's map.
+//! Handle of the uplinks: the ENIs by which external clients reach the node's Services.
 
+use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData, MapError};
+use parking_lot::Mutex;
 use terway_abi::names;
 use terway_core::ident::Addresses;
 
-use super::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
-use super::error::BpfError;
+use super::address::{address_v4, address_v6, word, words};
+use super::error::{BpfError, ignore_absent};
 use super::object::take;
 
-/// An ENI by which clients outside reach Services.
+/// An uplink: an ENI by which external clients reach Services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Uplink {
     /// Its interface.
@@ -23,7 +25,7 @@ pub struct Uplink {
     pub gateway_v4: Option<Ipv4Addr>,
     /// Its IPv6 gateway.
     pub gateway_v6: Option<Ipv6Addr>,
-    /// Source ports for what is sent on in the node's name; the host's sockets must not have them.
+    /// Source ports for connections that are masqueraded (SNAT to the node); the host's sockets must not use them.
     pub ports: RangeInclusive<u16>,
 }
 
@@ -54,27 +56,50 @@ impl Uplink {
     }
 }
 
-/// The map. What an earlier daemon wrote is in it.
-pub(super) struct Uplinks(HashMap<MapData, u32, terway_abi::Uplink>);
+/// Handle of the uplink map. There is no mirror: what an earlier daemon wrote is in the map.
+pub struct UplinkMap {
+    map: Mutex<HashMap<MapData, u32, terway_abi::Uplink>>,
+}
 
-impl Uplinks {
-    pub(super) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
-        take(loaded, names::UPLINKS).map(Self)
+impl fmt::Debug for UplinkMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UplinkMap").finish_non_exhaustive()
+    }
+}
+
+impl UplinkMap {
+    pub(super) fn open(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+        Ok(Self { map: Mutex::new(take(loaded, names::UPLINKS)?) })
     }
 
-    pub(super) fn set(&mut self, uplink: &Uplink) -> Result<(), BpfError> {
-        self.0.insert(uplink.ifindex, uplink.to_abi(), 0).map_err(BpfError::map(names::UPLINKS))
+    /// Makes an ENI an uplink. To be called before [`Interfaces::attach_eni`](super::Interfaces::attach_eni): until then packets of
+    /// external clients are dropped there.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn set(&self, uplink: &Uplink) -> Result<(), BpfError> {
+        self.map.lock().insert(uplink.ifindex, uplink.to_abi(), 0).map_err(BpfError::map(names::UPLINKS))
     }
 
-    pub(super) fn remove(&mut self, ifindex: u32) -> Result<bool, BpfError> {
-        match self.0.get(&ifindex, 0) {
+    /// Removes an uplink; `false` if the ENI is none. Connections that use it are not ended.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn remove(&self, ifindex: u32) -> Result<bool, BpfError> {
+        let mut map = self.map.lock();
+        match map.get(&ifindex, 0) {
             Err(MapError::KeyNotFound) => Ok(false),
-            _ => absent_is_fine(self.0.remove(&ifindex)).map(|()| true).map_err(BpfError::map(names::UPLINKS)),
+            _ => ignore_absent(map.remove(&ifindex)).map(|()| true).map_err(BpfError::map(names::UPLINKS)),
         }
     }
 
-    pub(super) fn list(&self) -> Result<Vec<Uplink>, BpfError> {
-        let entries = self.0.iter().map(|entry| entry.map(|(_, uplink)| Uplink::from_abi(&uplink)));
+    /// All uplinks.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn list(&self) -> Result<Vec<Uplink>, BpfError> {
+        let map = self.map.lock();
+        let entries = map.iter().map(|entry| entry.map(|(_, uplink)| Uplink::from_abi(&uplink)));
         entries.collect::<Result<_, _>>().map_err(BpfError::map(names::UPLINKS))
     }
 }

@@ -11,7 +11,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::pressure;
-use crate::bpf::Found;
+use crate::bpf::GcReport;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct FamilyLabels {
@@ -88,14 +88,14 @@ impl ConntrackMetrics {
     }
 
     /// Takes in a pass.
-    pub(super) fn passed(&self, found: &Found, deleting: bool, interval: Duration) {
+    pub(super) fn passed(&self, found: &GcReport, deleting: bool, interval: Duration) {
         let whole = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         for (family, found) in ["ipv4", "ipv6"].into_iter().zip(&found.families) {
             let labels = FamilyLabels { family };
             self.entries.get_or_create(&labels).set(whole(found.used.saturating_sub(found.deleted())));
             self.capacity.get_or_create(&labels).set(whole(found.capacity));
             self.pressure.get_or_create(&labels).set(pressure(found));
-            self.deleted.get_or_create(&ReasonLabels { reason: "void" }).inc_by(found.deleted_void);
+            self.deleted.get_or_create(&ReasonLabels { reason: "void" }).inc_by(found.deleted_invalid);
             self.deleted.get_or_create(&ReasonLabels { reason: "expired" }).inc_by(found.deleted_expired);
         }
         self.interval.set(interval.as_secs_f64());

@@ -16,7 +16,7 @@ use terway_proto::v1;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use crate::bpf::{BpfError, Datapath, FamilyFound, Found, PassOptions};
+use crate::bpf::{BpfError, Datapath, FamilyGcReport, GcOptions, GcReport};
 
 pub use metrics::ConntrackMetrics;
 
@@ -52,7 +52,7 @@ struct State {
 /// What the next pass compares with.
 #[derive(Clone, Copy, Debug)]
 struct Last {
-    found: Found,
+    found: GcReport,
     at: Instant,
     deleting: bool,
     counters: Counted,
@@ -144,31 +144,31 @@ impl Conntrack {
     }
 
     fn counted(&self) -> Result<Counted, BpfError> {
-        let counters = self.datapath.counters()?;
+        let counters = self.datapath.counters().read()?;
         let of = |kind| counters.kind(kind).packets;
         Ok(Counted {
             made: of(Kind::FlowNew),
             replaced: of(Kind::FlowStale),
             refused: of(Kind::FlowFull),
-            flushed: self.datapath.flushed_flows(),
+            flushed: self.datapath.flows().flushed(),
         })
     }
 
     /// One pass.
-    fn run(&self, delete: bool) -> Result<Found, BpfError> {
+    fn run(&self, delete: bool) -> Result<GcReport, BpfError> {
         let (timeouts, last) = {
             let state = lock(&self.state);
             (state.settings.timeouts, state.last)
         };
         let counters = self.counted()?;
-        let options = PassOptions {
+        let options = GcOptions {
             timeouts,
             delete,
-            loads: self.datapath.wants_loads(),
-            before: last.map(|last| last.found.began),
+            recount_connections: self.datapath.services().uses_connection_counts(),
+            previous_began: last.map(|last| last.found.began),
         };
         let at = Instant::now();
-        let found = self.datapath.pass_flows(&options)?;
+        let found = self.datapath.flows().collect_garbage(&options)?;
         let gone = last.map_or(0, |last| disappeared(&last, &found, &counters, self.cpus));
         let mut state = lock(&self.state);
         if delete {
@@ -180,7 +180,7 @@ impl Conntrack {
             state.totals.passes += 1;
         }
         for family in &found.families {
-            state.totals.void += family.deleted_void;
+            state.totals.void += family.deleted_invalid;
             state.totals.expired += family.deleted_expired;
         }
         state.totals.lost += gone;
@@ -203,7 +203,7 @@ impl Conntrack {
         let state = lock(&self.state);
         let Some(last) = &state.last else { return v1::FlowTracking::default() };
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let deleted = if last.deleting { last.found.families.iter().map(FamilyFound::deleted).sum() } else { 0 };
+        let deleted = if last.deleting { last.found.families.iter().map(FamilyGcReport::deleted).sum() } else { 0 };
         let [v4, v6] = last.found.families.map(|family| pressure(&family));
         v1::FlowTracking {
             pressure_v4: v4,
@@ -224,7 +224,7 @@ impl Conntrack {
 
 impl State {
     /// Once when a table becomes nearly full, and once when it no longer is.
-    fn tell_pressure(&mut self, found: &Found) {
+    fn tell_pressure(&mut self, found: &GcReport) {
         let fullest = found.families.iter().map(pressure).fold(0.0, f64::max);
         if !self.nearly_full && fullest >= NEARLY_FULL {
             warn!(
@@ -240,18 +240,18 @@ impl State {
 }
 
 /// The part of a table that is in use after the pass.
-fn pressure(family: &FamilyFound) -> f64 {
+fn pressure(family: &FamilyGcReport) -> f64 {
     family.used.saturating_sub(family.deleted()) as f64 / family.capacity.max(1) as f64
 }
 
-fn is_urgent(found: &Found) -> bool {
-    found.families.iter().any(|f| GcInterval::is_urgent(f.used, f.void + f.expired, f.capacity))
+fn is_urgent(found: &GcReport) -> bool {
+    found.families.iter().any(|f| GcInterval::is_urgent(f.used, f.invalid + f.expired, f.capacity))
 }
 
 /// The estimate of entries that the kernel took away between two passes.
-fn disappeared(last: &Last, found: &Found, counters: &Counted, cpus: u64) -> u64 {
+fn disappeared(last: &Last, found: &GcReport, counters: &Counted, cpus: u64) -> u64 {
     let before = last.found.families.map(|family| GcPass {
-        left: (family.old + family.young).saturating_sub(family.deleted()),
+        left: (family.old + family.new).saturating_sub(family.deleted()),
         capacity: family.capacity,
     });
     let since = EvictionInputs {
@@ -259,7 +259,7 @@ fn disappeared(last: &Last, found: &Found, counters: &Counted, cpus: u64) -> u64
         replaced: counters.replaced.saturating_sub(last.counters.replaced),
         flushed: counters.flushed.saturating_sub(last.counters.flushed),
         old: found.families.iter().map(|family| family.old).sum(),
-        young: found.families.iter().map(|family| family.young).sum(),
+        young: found.families.iter().map(|family| family.new).sum(),
     };
     estimate_evictions(&before, &since, cpus)
 }

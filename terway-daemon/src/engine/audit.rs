@@ -66,8 +66,10 @@ impl Engine {
         let kernel = self.host.observe(sysctls(plans.values())).await.map_err(net_error);
         let endpoints = self
             .with_datapath(|datapath| {
-                let stored = datapath.stored_endpoints()?.into_iter();
-                stored.map(|e| datapath.pod_is_attached(e.host_ifindex).map(|attached| (e, attached))).collect()
+                let stored = datapath.endpoints().read()?.into_iter();
+                stored
+                    .map(|e| datapath.interfaces().pod_is_attached(e.host_ifindex).map(|attached| (e, attached)))
+                    .collect()
             })
             .await
             .map(|stored: Vec<_>| stored.into_iter().map(|(e, attached)| endpoint(&e, attached)).collect());
@@ -182,7 +184,7 @@ impl Engine {
             Action::Replug(ifindex) => {
                 let Some(view) = self.steady(world, finding.key.as_ref()) else { return Ok(false) };
                 let plan = self.plan(&view.key, &view.pod, &view.grant, &PodOptions::decode(&view.options));
-                self.with_datapath(crate::bpf::Datapath::reread).await?;
+                self.with_datapath(|datapath| datapath.endpoints().recover()).await?;
                 self.install_datapath(Self::endpoint(&plan, &view.grant, *ifindex), &view.pod).await?;
                 Ok(true)
             }
@@ -200,8 +202,8 @@ impl Engine {
                 }
                 let removed = self
                     .with_datapath(move |datapath| {
-                        datapath.reread()?;
-                        datapath.remove_endpoint(ifindex)
+                        datapath.endpoints().recover()?;
+                        datapath.endpoints().remove(ifindex)
                     })
                     .await;
                 self.forget_policies().await;

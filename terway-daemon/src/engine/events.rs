@@ -95,7 +95,7 @@ impl Engine {
         // Kept for the next run of this task, should it panic: the datapath gives the ring buffer out once.
         let mut reader = self.flow_reader.lock().await;
         if reader.is_none() {
-            match self.datapath.take_events() {
+            match self.datapath.programs().take_events() {
                 Ok(events) => *reader = Some(events),
                 Err(error) => {
                     warn!(%error, "failed to open the ring buffer of flow events; drops are still counted");
@@ -173,7 +173,7 @@ impl Interfaces<'_> {
         let engine = self.engine;
         let pods = self.pods.get_or_insert_with(|| {
             let attachments = engine.pool_state().pool.list();
-            let endpoints = engine.datapath.endpoints().into_iter();
+            let endpoints = engine.datapath.endpoints().list().into_iter();
             let pod = |endpoint: &crate::bpf::Endpoint| {
                 let own = attachments.iter().find(|a| a.grant.addresses == endpoint.addresses)?;
                 Some((endpoint.host_ifindex, crate::server::pod(&own.pod)))

@@ -24,7 +24,7 @@ impl Engine {
             0 => ROWS,
             given => given.min(ROWS),
         };
-        let (rows, more) = self.with_datapath(move |datapath| datapath.find_flows(&filter, limit)).await?;
+        let (rows, more) = self.with_datapath(move |datapath| datapath.flows().find(&filter, limit)).await?;
         Ok(v1::ListFlowsResponse { flows: rows.iter().map(flow).collect(), more })
     }
 
@@ -37,7 +37,7 @@ impl Engine {
         filter: Option<v1::FlowFilter>,
     ) -> Result<v1::FlushFlowsResponse, Error> {
         let filter = self.flow_filter(filter)?;
-        let deleted = self.with_datapath(move |datapath| datapath.flush_flows(&filter)).await?;
+        let deleted = self.with_datapath(move |datapath| datapath.flows().flush(&filter)).await?;
         Ok(v1::FlushFlowsResponse { deleted })
     }
 
@@ -46,14 +46,14 @@ impl Engine {
     /// # Errors
     /// When they cannot be read.
     pub async fn flow_stats(self: &Arc<Self>) -> Result<v1::FlowStatsResponse, Error> {
-        let stats = self.with_datapath(crate::bpf::Datapath::flow_stats).await?;
+        let stats = self.with_datapath(|datapath| datapath.flows().stats()).await?;
         let [used_v4, used_v6] = stats.used;
         Ok(v1::FlowStatsResponse {
             used_v4,
             used_v6,
             capacity_v4: stats.capacity[0].into(),
             capacity_v6: stats.capacity[1].into(),
-            void: stats.void,
+            void: stats.invalid,
             translated: stats.translated,
             protocols: stats.protocols.into_iter().map(|(protocol, n)| (protocol.into(), n)).collect(),
             tracking: None,

@@ -191,19 +191,19 @@ impl Engine {
 /// The policies first, then the endpoint, by which others find the pod, then its own programs.
 fn install_datapath(datapath: &Datapath, policies: &Policies, pod: &PodRef, endpoint: &Endpoint) -> Result<(), Error> {
     let installed = policies.attach(endpoint.host_ifindex, pod, endpoint.addresses).and_then(|()| {
-        datapath.upsert_endpoint(endpoint).map_err(bpf_error)?;
-        datapath.attach_pod(endpoint.host_ifindex).map_err(bpf_error)
+        datapath.endpoints().upsert(endpoint).map_err(bpf_error)?;
+        datapath.interfaces().attach_pod(endpoint.host_ifindex).map_err(bpf_error)
     });
     if installed.is_err() {
-        datapath.unreserve_slot(endpoint.host_ifindex);
+        datapath.endpoints().cancel_reservation(endpoint.host_ifindex);
     }
     installed
 }
 
 /// Removes the endpoint that has these addresses, if there is one: found by address, since after a restart nobody remembers an index.
 pub(super) fn forget(datapath: &Datapath, addresses: Addresses) -> Result<(), BpfError> {
-    for endpoint in datapath.endpoints().into_iter().filter(|endpoint| endpoint.addresses == addresses) {
-        datapath.remove_endpoint(endpoint.host_ifindex)?;
+    for endpoint in datapath.endpoints().list().into_iter().filter(|endpoint| endpoint.addresses == addresses) {
+        datapath.endpoints().remove(endpoint.host_ifindex)?;
     }
     Ok(())
 }

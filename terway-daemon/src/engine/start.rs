@@ -161,9 +161,9 @@ impl Engine {
         let stale = self
             .with_datapath(move |datapath| {
                 let mut stale = 0;
-                for endpoint in datapath.endpoints() {
+                for endpoint in datapath.endpoints().list() {
                     if !endpoint.addresses.iter().any(|address| addresses.contains(&address)) {
-                        datapath.remove_endpoint(endpoint.host_ifindex)?;
+                        datapath.endpoints().remove(endpoint.host_ifindex)?;
                         stale += 1;
                     }
                 }

@@ -54,11 +54,11 @@ impl Engine {
     async fn close_uplinks(&self) -> Result<(), Error> {
         let primary = self.links.nics().into_iter().find(|nic| nic.mac == self.facts.identity.primary_mac);
         self.with_datapath(move |datapath| {
-            for uplink in datapath.uplinks()? {
+            for uplink in datapath.uplinks().list()? {
                 if primary.as_ref().is_some_and(|primary| primary.ifindex == uplink.ifindex) {
-                    datapath.detach_eni(uplink.ifindex)?;
+                    datapath.interfaces().detach_eni(uplink.ifindex)?;
                 }
-                datapath.remove_uplink(uplink.ifindex)?;
+                datapath.uplinks().remove(uplink.ifindex)?;
             }
             Ok(())
         })
@@ -80,13 +80,13 @@ impl Engine {
 /// Attaches the programs of an ENI, which meet a complete map.
 pub(super) fn attach(datapath: &Datapath, ifindex: u32, uplink: Option<&Uplink>) -> Result<(), BpfError> {
     if let Some(uplink) = uplink {
-        datapath.set_uplink(uplink)?;
+        datapath.uplinks().set(uplink)?;
     }
-    datapath.attach_eni(ifindex).map(drop)
+    datapath.interfaces().attach_eni(ifindex).map(drop)
 }
 
 /// The way back.
 pub(super) fn detach(datapath: &Datapath, ifindex: u32) -> Result<(), BpfError> {
-    datapath.detach_eni(ifindex)?;
-    datapath.remove_uplink(ifindex).map(drop)
+    datapath.interfaces().detach_eni(ifindex)?;
+    datapath.uplinks().remove(ifindex).map(drop)
 }

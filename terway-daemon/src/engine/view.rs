@@ -53,11 +53,14 @@ impl Engine {
         wrong.extend(differences.into_iter().map(|difference| difference.sentence));
 
         let own = attachment.grant.addresses;
-        let endpoint = self.datapath.endpoints().into_iter().find(|endpoint| endpoint.addresses == own);
+        let endpoint = self.datapath.endpoints().list().into_iter().find(|endpoint| endpoint.addresses == own);
         match endpoint {
             None => wrong.push("the datapath does not know the pod".to_owned()),
             Some(endpoint) => {
-                if !self.with_datapath(move |datapath| datapath.pod_is_attached(endpoint.host_ifindex)).await? {
+                if !self
+                    .with_datapath(move |datapath| datapath.interfaces().pod_is_attached(endpoint.host_ifindex))
+                    .await?
+                {
                     wrong.push("the datapath's programs are not attached to the pod's interface".to_owned());
                 }
             }
@@ -199,13 +202,13 @@ impl Engine {
     }
 
     fn datapath_view(&self) -> v1::Datapath {
-        let counters = self.datapath.counters().unwrap_or_default();
+        let counters = self.datapath.counters().read().unwrap_or_default();
         let drops = Drop::ALL.iter().map(|reason| (reason.name().to_owned(), counters.drop(*reason).packets));
         v1::Datapath {
             pod_hook: "clsact".to_owned(),
             eni_hook: if self.datapath.features().tcx { "tcx" } else { "clsact" }.to_owned(),
             abi_version: terway_abi::ABI_VERSION,
-            endpoints: self.datapath.endpoints().len() as u64,
+            endpoints: self.datapath.endpoints().list().len() as u64,
             drops: drops.collect(),
         }
     }

@@ -138,7 +138,7 @@ impl Ledger {
             let Some(reason) = compiler.rule(RuleId(number)) else { continue };
             // An earlier daemon may have left one under this number, of a reason that stood in no map when this one took over.
             self.keep(&mut book, number);
-            match self.datapath.make_policy_counter(number, tag(reason)) {
+            match self.datapath.policy_counters().create(number, tag(reason)) {
                 Ok(()) => drop(book.live.insert(number, (reason.clone(), Tally::default()))),
                 Err(error) => book.complain(&error),
             }
@@ -156,7 +156,7 @@ impl Ledger {
 
     /// Notes what a counter of an earlier daemon holds, if there is one.
     fn keep(&self, book: &mut Book, number: u32) {
-        match self.datapath.policy_counter(number) {
+        match self.datapath.policy_counters().read(number) {
             Ok(counter) if counter.tag != 0 => {
                 let tally = Tally { packets: counter.packets, bytes: counter.bytes };
                 book.found.entry(counter.tag).or_default().add(tally);
@@ -174,13 +174,13 @@ impl Ledger {
     /// Takes over what an earlier daemon's reasons have counted, which decide nothing any more.
     pub(super) fn inherit(&self) {
         let mut book = self.book();
-        let old = match self.datapath.policy_counters() {
+        let old = match self.datapath.policy_counters().rule_ids() {
             Ok(all) => all.into_iter().filter(|number| !book.live.contains_key(number)),
             Err(error) => return book.complain(&error),
         };
         for number in old.collect::<Vec<_>>() {
             self.keep(&mut book, number);
-            if let Err(error) = self.datapath.remove_policy_counter(number) {
+            if let Err(error) = self.datapath.policy_counters().remove(number) {
                 book.complain(&error);
             }
         }
@@ -195,7 +195,7 @@ impl Ledger {
     /// Reads a counter for the last time.
     fn take(&self, book: &mut Book, number: u32, before: Tally) -> Tally {
         let tally = self.read(book, number, before);
-        if let Err(error) = self.datapath.remove_policy_counter(number) {
+        if let Err(error) = self.datapath.policy_counters().remove(number) {
             book.complain(&error);
         }
         tally
@@ -203,7 +203,7 @@ impl Ledger {
 
     fn read(&self, book: &mut Book, number: u32, before: Tally) -> Tally {
         let mut sum = before;
-        match self.datapath.policy_counter(number) {
+        match self.datapath.policy_counters().read(number) {
             Ok(counter) => sum.add(Tally { packets: counter.packets, bytes: counter.bytes }),
             Err(error) => book.complain(&error),
         }

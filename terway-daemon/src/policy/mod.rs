@@ -220,7 +220,7 @@ impl Policies {
         let work = move || {
             let before = this.state().unsettled();
             let Some(generation) = before else { return this.state().retry().then(|| Instant::now() + RETRY) };
-            bpf::fence();
+            bpf::synchronize_rcu();
             this.state().settle(generation).then(|| Instant::now() + IDLE)
         };
         tokio::task::spawn_blocking(work).await.unwrap_or(Some(Instant::now() + RETRY))

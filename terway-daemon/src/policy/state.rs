@@ -94,10 +94,10 @@ impl State {
         enforce: bool,
     ) -> Result<Self, BpfError> {
         // Maps that nobody has filled enforce nothing yet. What is written here says nothing about anybody, but is in force.
-        if datapath.policies()?.cidrs.is_empty() {
+        if datapath.policies().read()?.cidrs.is_empty() {
             let (mut compiler, mut ops) = Compiler::new();
             ops.extend(compiler.step(Event::Enforce(enforce)));
-            ops.iter().try_for_each(|op| datapath.apply_policy(op))?;
+            ops.iter().try_for_each(|op| datapath.policies().apply(op))?;
         }
         Ok(Self {
             datapath,
@@ -154,7 +154,7 @@ impl State {
 
     /// Compiles from what an earlier daemon left to what is known.
     fn take_over(&mut self, start: Instant) {
-        let found = match self.datapath.policies() {
+        let found = match self.datapath.policies().read() {
             Ok(found) => found,
             Err(error) => return self.failed(&error),
         };
@@ -191,7 +191,7 @@ impl State {
         self.generation += 1;
         self.backlog.extend(ops);
         while let Some(op) = self.backlog.front() {
-            if let Err(error) = self.datapath.apply_policy(op) {
+            if let Err(error) = self.datapath.policies().apply(op) {
                 return self.failed(&error);
             }
             self.backlog.pop_front();
@@ -250,7 +250,7 @@ impl State {
 
     pub(super) fn attach(&mut self, host_ifindex: u32, pod: &PodRef, addresses: Addresses) -> Result<(), Error> {
         let full = |error: BpfError| Error::new(errors::BPF_FAILED, error.to_string());
-        let (slot, there) = self.datapath.reserve_slot(host_ifindex).map_err(full)?;
+        let (slot, there) = self.datapath.endpoints().reserve_slot(host_ifindex).map_err(full)?;
         let new = Attached { pod: pod.clone(), addresses };
         if self.attached.get(&slot) != Some(&new) {
             self.attached.insert(slot, new);
@@ -278,7 +278,7 @@ impl State {
             *sides = [SetRef::default(), if free { SetRef::default() } else { held }];
         }
         for address in addresses.iter() {
-            value.identities[Family::of(address) as usize] = match self.datapath.identity(address) {
+            value.identities[Family::of(address) as usize] = match self.datapath.policies().identity(address) {
                 Ok(identity) => identity,
                 Err(error) => return self.failed(&error),
             };
@@ -287,12 +287,12 @@ impl State {
     }
 
     pub(super) fn forget_gone(&mut self) {
-        let there = self.datapath.slots();
+        let there = self.datapath.endpoints().slots();
         let gone: Vec<u32> = self.attached.keys().copied().filter(|slot| !there.contains(slot)).collect();
         for slot in gone {
             self.attached.remove(&slot);
             self.event(Event::Detach { slot });
-            self.datapath.release_slot(slot);
+            self.datapath.endpoints().release_slot(slot);
         }
     }
 

@@ -88,7 +88,7 @@ impl SocketPath {
     /// As the contract writes it.
     pub(super) async fn view(self: &Arc<Self>) -> v1::SocketPath {
         let this = Arc::clone(self);
-        let look = move || this.datapath.attached_sockets().unwrap_or_default();
+        let look = move || this.datapath.sockets().attached().unwrap_or_default();
         let programs = tokio::task::spawn_blocking(look).await.unwrap_or_default();
         let state = lock(&self.state);
         v1::SocketPath {
@@ -135,7 +135,7 @@ impl SocketPath {
         let cgroup = match &self.wanted {
             Some(CgroupAt::None) => {
                 // What an earlier daemon attached would go on translating what nobody keeps true.
-                let reason = match self.datapath.detach_sockets() {
+                let reason = match self.datapath.sockets().detach() {
                     Ok(()) => "not wanted".to_owned(),
                     Err(error) => error.to_string(),
                 };
@@ -152,7 +152,7 @@ impl SocketPath {
         if known.as_ref() == Some(&cgroup) && self.is_whole() {
             return;
         }
-        match self.datapath.attach_sockets(&cgroup) {
+        match self.datapath.sockets().attach(&cgroup) {
             Ok(programs) => {
                 info!(cgroup = %cgroup.display(), programs = programs.attached, "Services are resolved at the socket");
                 let reason = programs.unprotected.map(|why| format!("ports of Services are not kept free: {why}"));
@@ -164,7 +164,7 @@ impl SocketPath {
     }
 
     fn is_whole(&self) -> bool {
-        let attached = self.datapath.attached_sockets().unwrap_or_default();
+        let attached = self.datapath.sockets().attached().unwrap_or_default();
         self.metrics.socket_programs(attached);
         let state = lock(&self.state);
         // Those that could not be attached are not tried each minute.
@@ -173,7 +173,7 @@ impl SocketPath {
     }
 
     fn told(&self, cgroup: Option<PathBuf>, reason: String, bad: bool) {
-        self.metrics.socket_programs(self.datapath.attached_sockets().unwrap_or_default());
+        self.metrics.socket_programs(self.datapath.sockets().attached().unwrap_or_default());
         let mut state = lock(&self.state);
         if bad && state.reason != reason {
             match &cgroup {
@@ -191,7 +191,7 @@ impl SocketPath {
     async fn sweep(self: &Arc<Self>, forget: bool) {
         let this = Arc::clone(self);
         let dead = tokio::task::spawn_blocking(move || -> Result<Vec<SocketRow>, BpfError> {
-            let all = this.datapath.sockets()?;
+            let all = this.datapath.sockets().list()?;
             Ok(all.into_iter().filter(|row| !row.alive).collect())
         });
         let dead = match dead.await {
@@ -211,7 +211,7 @@ impl SocketPath {
         let dead: Vec<SocketRow> = dead.into_iter().filter(ending).collect();
         if forget && !self.unable.load(Ordering::Relaxed) {
             let datapath = Arc::clone(&self.datapath);
-            match tokio::task::spawn_blocking(move || datapath.forget_sockets(&dead)).await {
+            match tokio::task::spawn_blocking(move || datapath.sockets().forget(&dead)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => warn!(%error, "cannot forget sockets whose backend is gone"),
                 Err(error) => warn!(%error, "forgetting sockets ended by itself"),

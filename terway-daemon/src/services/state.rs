@@ -93,7 +93,7 @@ impl State {
         outlets: Outlets,
     ) -> Self {
         // An earlier daemon's Services are served, whoever reads objects now.
-        if !datapath.frontends().is_empty() {
+        if !datapath.services().is_empty() {
             outlets.in_force.send_replace(true);
         }
         Self {
@@ -129,14 +129,14 @@ impl State {
             Work::News(batches) => self.news(batches, start),
             Work::Addresses(addresses) => {
                 self.addresses = addresses;
-                self.datapath.set_node_addresses(&self.addresses)
+                self.datapath.services().set_node_addresses(&self.addresses)
             }
             Work::Due => self.due(start),
         };
         if let Err(error) = outcome {
             self.failed(&error);
         }
-        let (frontends, backends) = self.datapath.service_counts();
+        let (frontends, backends) = self.datapath.services().counts();
         self.metrics.entries(frontends, backends);
         self.retire.front().map(|(due, _)| *due).into_iter().chain(self.retry).chain(self.tidy).min()
     }
@@ -161,7 +161,7 @@ impl State {
 
     fn due(&mut self, now: Instant) -> Result<(), BpfError> {
         while let Some((_, ops)) = self.retire.pop_front_if(|(due, _)| *due <= now) {
-            self.datapath.apply_services(&ops)?;
+            self.datapath.services().apply(&ops)?;
             self.lives_ended |= ops.iter().any(invalidates_backend);
             if let Some(planner) = &mut self.planner {
                 planner.retired(&ops);
@@ -169,7 +169,7 @@ impl State {
         }
         if self.retry.is_some_and(|retry| retry <= now) {
             self.retry = None;
-            self.datapath.set_node_addresses(&self.addresses)?;
+            self.datapath.services().set_node_addresses(&self.addresses)?;
             if self.synced {
                 self.restore(now)?;
                 info!("Services are written again");
@@ -185,7 +185,7 @@ impl State {
     /// Plans everything from what the maps hold.
     fn restore(&mut self, start: Instant) -> Result<(), BpfError> {
         self.retire.clear();
-        let kernel = self.datapath.services()?;
+        let kernel = self.datapath.services().recover()?;
         let found = kernel.frontends.len();
         let mut planner = Planner::restore(self.facts.clone(), self.settings.clone(), kernel);
         let plan = planner.sync(&self.objects);
@@ -225,7 +225,7 @@ impl State {
         if plan.ops.is_empty() && plan.retire.is_empty() {
             return Ok(());
         }
-        self.datapath.apply_services(&plan.ops)?;
+        self.datapath.services().apply(&plan.ops)?;
         self.lives_ended |= plan.ops.iter().any(invalidates_backend);
         self.metrics.synced(start.elapsed());
         if !plan.retire.is_empty() {

@@ -3,7 +3,7 @@
 use terway_abi::flow_flags;
 use terway_core::conntrack::Timeouts;
 use terway_core::ident::{Addresses, Mac};
-use terway_daemon::bpf::{Endpoint, FamilyFound, PassOptions};
+use terway_daemon::bpf::{Endpoint, FamilyGcReport, GcOptions};
 use terway_tests::packet::flags;
 use terway_tests::prog_bench::Stage;
 use terway_tests::sandbox_or_skip;
@@ -58,7 +58,7 @@ fn who_began_outlives_what_voids_a_flow() {
         from_vpc(&stage, &there, &[("vpc_to_pod", 1), ("flow_new", 1)]);
         // The pod changes: the flow is decided anew, and the pod's next packet is still an answer.
         let changed = Endpoint { gateway_v4: Some("10.0.0.252".parse().unwrap()), ..stage.a };
-        stage.datapath.upsert_endpoint(if number % 2 == 0 { &changed } else { &stage.a }).unwrap();
+        stage.datapath.endpoints().upsert(if number % 2 == 0 { &changed } else { &stage.a }).unwrap();
         let back = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::ACK);
         from_pod(&stage, &stage.a, &back, &[("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)]);
         assert_eq!(of_a(&stage).flags & flow_flags::REVERSE, flow_flags::REVERSE);
@@ -100,13 +100,13 @@ fn a_pod_that_goes_takes_its_flows_along() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for family in BOTH {
-        stage.datapath.upsert_endpoint(&stage.b).unwrap();
+        stage.datapath.endpoints().upsert(&stage.b).unwrap();
         let to_b = stage.sent_by(&stage.a).ip(family.a, family.b).udp(1, 2);
         let of_b = stage.sent_by(&stage.b).ip(family.b, family.remote).udp(1, 2);
         from_pod(&stage, &stage.a, &to_b, &[("pod_to_pod", 1), ("flow_new", 1)]);
         from_pod(&stage, &stage.b, &of_b, &[("pod_to_vpc", 1), ("flow_new", 1)]);
-        assert!(stage.datapath.remove_endpoint(stage.b.host_ifindex).unwrap());
-        assert!(!stage.datapath.remove_endpoint(stage.b.host_ifindex).unwrap());
+        assert!(stage.datapath.endpoints().remove(stage.b.host_ifindex).unwrap());
+        assert!(!stage.datapath.endpoints().remove(stage.b.host_ifindex).unwrap());
         dropped(&from_pod(&stage, &stage.b, &of_b, &[("unknown_endpoint", 1), ("flow_stale", 1)]));
         // Its address is nobody's here: the VPC knows where it is.
         let counters = [("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)];
@@ -114,20 +114,21 @@ fn a_pod_that_goes_takes_its_flows_along() {
         from_pod(&stage, &stage.a, &to_b, &[("pod_to_vpc", 1)]);
         // Another pod gets the address: flows that went to the VPC come to it.
         let heir = Endpoint { pod_mac: Mac([2, 0, 0, 0, 0, 0x77]), ..stage.b };
-        stage.datapath.upsert_endpoint(&heir).unwrap();
+        stage.datapath.endpoints().upsert(&heir).unwrap();
         let counters = [("pod_to_pod", 1), ("flow_new", 1), ("flow_stale", 1)];
         delivered(&from_pod(&stage, &stage.a, &to_b, &counters), &heir, &to_b);
     }
-    assert_eq!(stage.datapath.endpoints().len(), 2);
-    assert!(stage.datapath.remove_endpoint(stage.b.host_ifindex).unwrap());
-    let options = PassOptions { timeouts: Timeouts::default(), delete: true, loads: false, before: None };
-    let swept = stage.datapath.pass_flows(&options).unwrap();
-    let sum = |of: fn(&FamilyFound) -> u64| swept.families.iter().map(of).sum::<u64>();
-    assert!(sum(|f| f.deleted_void) > 0 && sum(|f| f.deleted_expired) == 0, "{swept:?}");
+    assert_eq!(stage.datapath.endpoints().list().len(), 2);
+    assert!(stage.datapath.endpoints().remove(stage.b.host_ifindex).unwrap());
+    let options =
+        GcOptions { timeouts: Timeouts::default(), delete: true, recount_connections: false, previous_began: None };
+    let swept = stage.datapath.flows().collect_garbage(&options).unwrap();
+    let sum = |of: fn(&FamilyGcReport) -> u64| swept.families.iter().map(of).sum::<u64>();
+    assert!(sum(|f| f.deleted_invalid) > 0 && sum(|f| f.deleted_expired) == 0, "{swept:?}");
     assert!(rows(&stage).iter().all(|row| row.valid));
     assert_eq!(rows(&stage).len() as u64, 2 * sum(|f| f.used - f.deleted()));
-    let again = stage.datapath.pass_flows(&options).unwrap();
-    assert!(again.families.iter().all(|f| f.deleted() == 0 && f.void == 0), "{again:?}");
+    let again = stage.datapath.flows().collect_garbage(&options).unwrap();
+    assert!(again.families.iter().all(|f| f.deleted() == 0 && f.invalid == 0), "{again:?}");
 }
 
 #[test]
@@ -136,21 +137,21 @@ fn changes_are_seen_by_known_flows() {
     let stage = Stage::set(&sandbox).unwrap();
     let sent = stage.sent_by(&stage.a).ip(V4.a, "10.7.0.7").udp(1, 2);
     from_pod(&stage, &stage.a, &sent, &[("pod_to_vpc", 1), ("flow_new", 1)]);
-    stage.datapath.set_host_addresses(&["10.7.0.0/16".parse().unwrap()]).unwrap();
+    stage.datapath.host_prefixes().set(&["10.7.0.0/16".parse().unwrap()]).unwrap();
     untouched(&from_pod(&stage, &stage.a, &sent, &[("pod_to_host", 1), ("flow_new", 1), ("flow_stale", 1)]), &sent);
-    stage.datapath.set_host_addresses(&["10.7.0.0/16".parse().unwrap()]).unwrap();
+    stage.datapath.host_prefixes().set(&["10.7.0.0/16".parse().unwrap()]).unwrap();
     untouched(&from_pod(&stage, &stage.a, &sent, &[("pod_to_host", 1)]), &sent);
-    stage.datapath.set_host_addresses(&[]).unwrap();
+    stage.datapath.host_prefixes().set(&[]).unwrap();
     from_pod(&stage, &stage.a, &sent, &[("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)]);
     // The same endpoint again changes nothing; another gateway does.
-    stage.datapath.upsert_endpoint(&stage.a).unwrap();
+    stage.datapath.endpoints().upsert(&stage.a).unwrap();
     from_pod(&stage, &stage.a, &sent, &[("pod_to_vpc", 1)]);
     let moved = Endpoint { gateway_v4: None, ..stage.a };
-    stage.datapath.upsert_endpoint(&moved).unwrap();
+    stage.datapath.endpoints().upsert(&moved).unwrap();
     dropped(&from_pod(&stage, &stage.a, &sent, &[("no_gateway", 1), ("flow_stale", 1)]));
     // An address that goes over to another endpoint leaves the first one without any.
     let rival = Endpoint { addresses: Addresses { v4: stage.a.addresses.v4, v6: None }, ..stage.b };
-    stage.datapath.upsert_endpoint(&rival).unwrap();
-    assert_eq!(stage.datapath.endpoints(), [rival]);
+    stage.datapath.endpoints().upsert(&rival).unwrap();
+    assert_eq!(stage.datapath.endpoints().list(), [rival]);
     dropped(&from_pod(&stage, &stage.a, &sent, &[("unknown_endpoint", 1), ("flow_stale", 1)]));
 }

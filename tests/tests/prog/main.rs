@@ -76,7 +76,7 @@ fn dropped(ran: &Ran) {
 }
 
 fn rows(stage: &Stage) -> Vec<FlowRow> {
-    let mut rows = stage.datapath.flows(100).unwrap();
+    let mut rows = stage.datapath.flows().list(100).unwrap();
     rows.sort_by_key(|row| (row.ifindex, row.hook, row.source.address));
     rows
 }
@@ -280,8 +280,8 @@ fn drops_are_reported_within_bounds() {
     let stage = Stage::with(&config).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let mut events = stage.datapath.take_events().unwrap();
-        assert!(matches!(stage.datapath.take_events(), Err(BpfError::EventsTaken)));
+        let mut events = stage.datapath.programs().take_events().unwrap();
+        assert!(matches!(stage.datapath.programs().take_events(), Err(BpfError::EventsTaken)));
         let spoofed = stage.sent_by(&stage.a).ip(V4.b, V4.remote).tcp(40000, 443, flags::SYN);
         from_pod(&stage, &stage.a, &spoofed, &[("spoofed_source", 1)]);
         let event = events.next().await.unwrap();
@@ -300,11 +300,11 @@ fn drops_are_reported_within_bounds() {
         assert_eq!(std::net::Ipv6Addr::from(<[u8; 16]>::try_from(address).unwrap()).to_string(), V6.b);
 
         // One more is within the budget of this second, if it is still the same; then they are only counted.
-        let before = stage.datapath.counters().unwrap();
+        let before = stage.datapath.counters().read().unwrap();
         for _ in 0..20 {
-            stage.datapath.run(Program::FromVpc, &spoofed.build(), RunContext::on(stage.eni)).unwrap();
+            stage.datapath.programs().run(Program::FromVpc, &spoofed.build(), RunContext::on(stage.eni)).unwrap();
         }
-        let after = stage.datapath.counters().unwrap();
+        let after = stage.datapath.counters().read().unwrap();
         let of = |counters: &Counters, kind| counters.kind(kind).packets;
         let lost = of(&after, Kind::EventLost) - of(&before, Kind::EventLost);
         let reported = std::iter::from_fn(|| events.try_next()).count() as u64;
@@ -330,7 +330,7 @@ fn pinned_maps_are_checked_before_they_are_used() {
 
     // The same again finds everything.
     let again = Datapath::open(&config).unwrap();
-    assert_eq!((again.endpoints().len(), again.flow_count().unwrap()), (2, (1, 0)));
+    assert_eq!((again.endpoints().list().len(), again.flows().count().unwrap()), (2, (1, 0)));
     drop(again);
     // The folders of other versions go when told to; this one stays.
     std::fs::create_dir(config.pin_root.join("v0")).unwrap();
@@ -342,7 +342,7 @@ fn pinned_maps_are_checked_before_they_are_used() {
     drop(again);
     // Another size of the flow table makes a new one, and keeps the pods and the flows.
     let resized = Datapath::open(&Config { flows_v4: 1024, ..config.clone() }).unwrap();
-    assert_eq!((resized.endpoints().len(), resized.flow_count().unwrap()), (2, (1, 0)));
+    assert_eq!((resized.endpoints().list().len(), resized.flows().count().unwrap()), (2, (1, 0)));
     drop(resized);
     // Something else under the name of a map is refused, by name.
     std::fs::remove_file(pins.join(terway_abi::names::OWNERS_V4)).unwrap();

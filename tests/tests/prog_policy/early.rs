@@ -51,9 +51,9 @@ async fn a_new_pod_is_held_back_until_the_view_is_complete() {
     assert!(start.elapsed() >= Duration::from_secs(3), "an ADD waits for the view");
     for (endpoint, name) in [(&stage.a, "a"), (&stage.b, "b")] {
         // New ones: the stage has them already.
-        datapath.remove_endpoint(endpoint.host_ifindex).unwrap();
+        datapath.endpoints().remove(endpoint.host_ifindex).unwrap();
         policies.attach(endpoint.host_ifindex, &named(name), endpoint.addresses).unwrap();
-        datapath.upsert_endpoint(endpoint).unwrap();
+        datapath.endpoints().upsert(endpoint).unwrap();
     }
     let mut port = 1_000;
     let mut comes = |to: &str, expected: &[(&str, u64)]| {

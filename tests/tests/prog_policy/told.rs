@@ -19,7 +19,7 @@ fn with_events(config: impl FnOnce(&mut Config), test: impl FnOnce(Node, FlowEve
         let mut wanted = Config::new(sandbox.pin_root());
         config(&mut wanted);
         let node = Node::on(Stage::with(&wanted).unwrap());
-        let events = node.stage.datapath.take_events().unwrap();
+        let events = node.stage.datapath.programs().take_events().unwrap();
         test(node, events, &sandbox);
     });
 }
@@ -45,7 +45,7 @@ fn a_new_connection_is_told_once_with_what_let_it_pass() {
             node.by_a(syn(&node, 1000), &LOCAL);
             assert_eq!(all(&mut events), []);
 
-            node.stage.datapath.sample_flows(1).unwrap();
+            node.stage.datapath.policies().sample_flows(1).unwrap();
             node.policy("b", json!({"ingress": [{"from": [{"podSelector": {"matchLabels": {"pod": "a"}}}], "ports": [{"port": 80}]}]}));
             node.by_a(syn(&node, 1001), &LOCAL);
             let told = all(&mut events);
@@ -84,7 +84,7 @@ fn a_new_connection_is_told_once_with_what_let_it_pass() {
             node.by_a(syn(&node, 1003), &LOCAL);
             assert_eq!(all(&mut events).len(), 1);
             node.step(Event::Enforce(true));
-            node.stage.datapath.sample_flows(0).unwrap();
+            node.stage.datapath.policies().sample_flows(0).unwrap();
             node.by_a(syn(&node, 1004), &LOCAL);
             node.by_a(node.a().ip("10.0.0.1", "10.0.0.2").tcp(1005, 81, flags::SYN), &INGRESS);
             assert_eq!(all(&mut events).len(), 1);
@@ -97,7 +97,7 @@ fn every_way_tells_and_errors_do_not() {
     with_events(
         |_| {},
         |node, mut events, _| {
-            node.stage.datapath.sample_flows(1).unwrap();
+            node.stage.datapath.policies().sample_flows(1).unwrap();
             for family in BOTH {
                 node.by_a(node.a().ip(family.a, family.remote).udp(2000, 53), &OUT);
                 node.in_by_vpc(node.stage.by_gateway().ip(family.remote, family.a).tcp(2001, 80, flags::SYN), &IN);
@@ -124,7 +124,7 @@ fn a_service_is_told_with_its_backend() {
     with_events(
         |_| {},
         |mut node, mut events, _| {
-            node.stage.datapath.sample_flows(1).unwrap();
+            node.stage.datapath.policies().sample_flows(1).unwrap();
             for (number, family) in (1..).zip(BOTH) {
                 serve(&node.stage, 10 * number, family.vip, family.b);
                 node.by_a(node.a().ip(family.a, family.vip).tcp(3000, 80, flags::SYN), &LOCAL);
@@ -166,7 +166,7 @@ fn new_connections_leave_half_of_the_budget_to_drops() {
     with_events(
         |config| config.events_per_second = 10,
         |mut node, mut events, _| {
-            node.stage.datapath.sample_flows(1).unwrap();
+            node.stage.datapath.policies().sample_flows(1).unwrap();
             node.policy("b", json!({"ingress": [{"ports": [{"port": 80}]}]}));
             let cpu = nix::sched::CpuSet::new();
             let mut one = cpu;
@@ -181,6 +181,7 @@ fn new_connections_leave_half_of_the_budget_to_drops() {
             for _ in 0..20 {
                 node.stage
                     .datapath
+                    .programs()
                     .run(Program::FromPod, &spoofed.build(), RunContext::on(node.stage.a.host_ifindex))
                     .unwrap();
             }
@@ -196,11 +197,15 @@ fn a_sample_is_one_in_so_many() {
     with_events(
         |config| config.events_per_second = u32::MAX,
         |node, mut events, _| {
-            node.stage.datapath.sample_flows(8).unwrap();
+            node.stage.datapath.policies().sample_flows(8).unwrap();
             let mut told = 0;
             for port in 0..4000 {
                 let syn = node.a().ip("10.0.0.1", "10.0.0.2").tcp(5000 + port, 80, flags::SYN).build();
-                node.stage.datapath.run(Program::FromPod, &syn, RunContext::on(node.stage.a.host_ifindex)).unwrap();
+                node.stage
+                    .datapath
+                    .programs()
+                    .run(Program::FromPod, &syn, RunContext::on(node.stage.a.host_ifindex))
+                    .unwrap();
                 told += all(&mut events).len();
             }
             // 500 are expected; twelve standard deviations to each side.
@@ -214,9 +219,9 @@ fn reasons_count_connections_and_dropped_packets_exactly() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     let counted = |node: &Node| -> BTreeMap<String, (u64, u64)> {
-        let reasons = node.stage.datapath.policy_counters().unwrap();
+        let reasons = node.stage.datapath.policy_counters().rule_ids().unwrap();
         let one = |reason: u32| {
-            let PolicyCounter { packets, bytes, tag } = node.stage.datapath.policy_counter(reason).unwrap();
+            let PolicyCounter { packets, bytes, tag } = node.stage.datapath.policy_counters().read(reason).unwrap();
             assert_eq!(tag, 7);
             (node.compiler.rule(RuleId(reason)).unwrap().to_string(), (packets, bytes))
         };
@@ -283,7 +288,7 @@ fn reasons_count_connections_and_dropped_packets_exactly() {
     for _ in 0..2 {
         let ops = node.compiler.run_deferred();
         node.count();
-        ops.iter().for_each(|op| node.stage.datapath.apply_policy(op).unwrap());
+        ops.iter().for_each(|op| node.stage.datapath.policies().apply(op).unwrap());
     }
     assert_eq!(counted(&node), BTreeMap::new());
     // Without a counter, packets go the same ways.

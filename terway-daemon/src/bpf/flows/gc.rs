@@ -1,9 +1,10 @@
-//! A pass over the flow tables: counts them, takes away what is dead, and sets the loads of backends right.
+//! Garbage collection of the flow tables: counts entries, deletes dead ones, and corrects the backends' active connection counts.
 //!
-//! Reading and deleting are apart: the whole table is read in batches and what looks dead is noted; then each of those is read again,
-//! with all it depends on, and deleted if it still is dead by what is true then. Between that second reading and the deletion lie
-//! microseconds, or more if the thread has to wait for its CPU, in which a packet may use the entry or a new connection take its place:
-//! deleting tells what was there, and that is put back ([`Elements::delete_if`](crate::bpf::elements::Elements::delete_if)).
+//! Reading and deleting are apart: the whole table is read in batches and keys of candidates are collected; then each of them is read
+//! again, with all that its validity depends on, and deleted if it is still dead. Between that second lookup and the deletion lie
+//! microseconds, or more if the thread is preempted, in which a packet may use the entry or a new connection may take its place: the
+//! deletion returns the value that was deleted, and if it is another one it is inserted again
+//! ([`Elements::delete_if`](crate::bpf::elements::Elements::delete_if)).
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
@@ -13,129 +14,132 @@ use aya::Pod;
 use terway_abi::{Flow, FlowKey, NO_BACKEND, Side, backend_flags, flow_flags};
 use terway_core::conntrack::{Connection, DirectionState, Timeouts, Validity};
 
-use super::reverse_entry::{self, Order};
-use super::validity::Facts;
-use super::{FlowMap, Tables, idle, now, translates};
+use super::reverse_entry::{self, KeyOrder};
+use super::validity::ValiditySnapshot;
+use super::{FlowMap, FlowTables, has_nat, idle, now};
 use crate::bpf::error::BpfError;
+use crate::bpf::service_maps::MAX_UNUSED_BACKENDS;
 
-/// What a pass is to do.
+/// Options of a garbage collection.
 #[derive(Clone, Copy, Debug)]
-pub struct PassOptions {
-    /// When entries are dead.
+pub struct GcOptions {
+    /// Timeouts by which entries expire.
     pub timeouts: Timeouts,
-    /// Delete them, and do not only count.
+    /// Delete dead entries; otherwise they are only counted.
     pub delete: bool,
-    /// Set right how many connections each backend has ([`terway_abi::names::LOADS`]).
-    pub loads: bool,
-    /// [`Found::began`] of the pass before: entries that were made later are young.
-    pub before: Option<u32>,
+    /// Correct the active connection counts of backends ([`terway_abi::names::LOADS`]).
+    pub recount_connections: bool,
+    /// [`GcReport::began`] of the previous run: entries that were created later count as new.
+    pub previous_began: Option<u32>,
 }
 
-/// From here on a table may have been full since the last pass.
+/// Above this usage a table may have been full since the last run.
 const CROWDED: f64 = 0.7;
 
-/// What a pass found in one table.
+/// What a garbage collection found in the table of one family, in entries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FamilyFound {
-    /// Entries that it can have.
+pub struct FamilyGcReport {
+    /// The capacity of the table.
     pub capacity: u64,
-    /// Entries that it had.
+    /// Entries before the deletion.
     pub used: u64,
-    /// Entries that were void: what they were decided by has changed.
-    pub void: u64,
-    /// Other entries that nobody had used for longer than their timeout, as far as one direction alone tells.
+    /// Invalid entries: an epoch or the backend generation that they were decided by has changed.
+    pub invalid: u64,
+    /// Valid entries that were idle for longer than their timeout, as far as one direction alone tells.
     pub expired: u64,
-    /// Void entries that were deleted.
-    pub deleted_void: u64,
+    /// Invalid entries that were deleted.
+    pub deleted_invalid: u64,
     /// Expired entries that were deleted.
     pub deleted_expired: u64,
-    /// Entries that were made before the pass before this one began, and those made between the two.
+    /// Entries that were created before the previous run began.
     pub old: u64,
-    /// See `old`.
-    pub young: u64,
+    /// Entries that were created between the previous run and this one.
+    pub new: u64,
 }
 
-impl FamilyFound {
+impl FamilyGcReport {
     /// Entries that were deleted.
     #[must_use]
     pub const fn deleted(&self) -> u64 {
-        self.deleted_void + self.deleted_expired
+        self.deleted_invalid + self.deleted_expired
     }
 }
 
-/// What a pass found and did.
+/// Report of a garbage collection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Found {
+pub struct GcReport {
     /// Jiffies when it began.
     pub began: u32,
     /// How long it took.
     pub took: Duration,
     /// IPv4 and IPv6.
-    pub families: [FamilyFound; 2],
-    /// Backends whose load was set right.
-    pub loads_corrected: u64,
+    pub families: [FamilyGcReport; 2],
+    /// Backends whose active connection count was corrected.
+    pub counts_corrected: u64,
 }
 
-/// Live connections by backend.
-struct Loads {
+/// Active connections by backend, counted anew.
+struct ConnectionCounts {
     counts: BTreeMap<u32, u64>,
-    /// What the map said before the tables were read.
+    /// The map's values before the tables were read.
     before: HashMap<u32, u64>,
-    /// Backends by where they are, for connections that were translated at the socket and look direct here.
-    places: HashMap<([u32; 4], u16, u8), u32>,
+    /// Backends by address, port and protocol, for connections that were translated at the socket: their tuple has no frontend.
+    by_address: HashMap<([u32; 4], u16, u8), u32>,
 }
 
-/// After so many backends without a generation no other follows; see `service_maps::NEVER_USED`.
-const NEVER_USED: u32 = 4096;
-
-impl Tables {
-    /// Goes through both tables.
-    pub(in crate::bpf) fn pass(&self, options: &PassOptions) -> Result<Found, BpfError> {
+impl FlowTables {
+    /// Garbage collection of both tables: counts entries, and as the options say deletes dead ones and corrects the active connection
+    /// counts of backends.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn collect_garbage(&self, options: &GcOptions) -> Result<GcReport, BpfError> {
         let (start, began) = (Instant::now(), now(self.hz));
-        let mut found = Found { began, ..Found::default() };
-        let mut loads = if options.loads { Some(self.loads_before()?) } else { None };
-        // Read after the loads: a connection of a backend that is void by now is nobody's.
-        let facts = Facts::read(self)?;
+        let mut report = GcReport { began, ..GcReport::default() };
+        let mut counts = if options.recount_connections { Some(self.read_connection_counts()?) } else { None };
+        // Read after the counts: a connection of a backend that is removed meanwhile is not counted.
+        let snapshot = ValiditySnapshot::read(self)?;
         let widen_v4 = |a: u32| ([a, 0, 0, 0], 0);
         let widen_v6 = |a: [u32; 4]| (a, backend_flags::V6);
-        found.families[0] = self.pass_family(&self.v4, options, began, &facts, loads.as_mut(), widen_v4)?;
-        found.families[1] = self.pass_family(&self.v6, options, began, &facts, loads.as_mut(), widen_v6)?;
-        if let Some(loads) = loads {
-            found.loads_corrected = self.correct(&loads)?;
+        report.families[0] = self.collect_family(&self.v4, options, began, &snapshot, counts.as_mut(), widen_v4)?;
+        report.families[1] = self.collect_family(&self.v6, options, began, &snapshot, counts.as_mut(), widen_v6)?;
+        if let Some(counts) = counts {
+            report.counts_corrected = self.correct_connection_counts(&counts)?;
         }
-        found.took = start.elapsed();
-        Ok(found)
+        report.took = start.elapsed();
+        Ok(report)
     }
 
-    fn loads_before(&self) -> Result<Loads, BpfError> {
-        let mut loads = Loads { counts: BTreeMap::new(), before: HashMap::new(), places: HashMap::new() };
+    fn read_connection_counts(&self) -> Result<ConnectionCounts, BpfError> {
+        let mut counts =
+            ConnectionCounts { counts: BTreeMap::new(), before: HashMap::new(), by_address: HashMap::new() };
         let mut unused = 0;
         self.backends.each(|number, backend| {
             unused = if backend.generation == 0 && *number != NO_BACKEND { unused + 1 } else { 0 };
             if backend.protocol != 0 {
                 let family = u8::from(backend.flags & backend_flags::V6 != 0);
-                loads.places.insert((backend.address, backend.port, backend.protocol | family << 7), *number);
-                loads.counts.insert(*number, 0);
+                counts.by_address.insert((backend.address, backend.port, backend.protocol | family << 7), *number);
+                counts.counts.insert(*number, 0);
             }
-            if unused > NEVER_USED { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            if unused > MAX_UNUSED_BACKENDS { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
-        let last = loads.counts.last_key_value().map_or(0, |(last, _)| *last);
-        self.loads.each(|number, load| {
-            if *load != 0 {
-                loads.before.insert(*number, *load);
+        let last = counts.counts.last_key_value().map_or(0, |(last, _)| *last);
+        self.connection_counts.each(|number, count| {
+            if *count != 0 {
+                counts.before.insert(*number, *count);
             }
             if *number >= last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
-        Ok(loads)
+        Ok(counts)
     }
 
-    /// Writes what was counted, plus what programs have added since.
-    fn correct(&self, loads: &Loads) -> Result<u64, BpfError> {
+    /// Writes the counted connections, plus those that programs have added since; the number of backends whose count was wrong.
+    fn correct_connection_counts(&self, counts: &ConnectionCounts) -> Result<u64, BpfError> {
         let mut wrong = Vec::new();
-        let last = loads.counts.last_key_value().map_or(0, |(last, _)| *last);
-        self.loads.each(|number, present| {
-            if let Some(counted) = loads.counts.get(number) {
-                let before = loads.before.get(number).copied().unwrap_or(0);
+        let last = counts.counts.last_key_value().map_or(0, |(last, _)| *last);
+        self.connection_counts.each(|number, present| {
+            if let Some(counted) = counts.counts.get(number) {
+                let before = counts.before.get(number).copied().unwrap_or(0);
                 let right = counted + present.saturating_sub(before);
                 if *present != right {
                     wrong.push((*number, right));
@@ -143,157 +147,159 @@ impl Tables {
             }
             if *number >= last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
-        // What a program adds between reading and writing is lost until the next pass, which is as good as this counts.
-        wrong.iter().try_for_each(|(number, right)| self.loads.put(number, right, 0).map(drop))?;
+        // An increment by a program between reading and writing is lost until the next run.
+        wrong.iter().try_for_each(|(number, right)| self.connection_counts.put(number, right, 0).map(drop))?;
         Ok(wrong.len() as u64)
     }
 
-    fn pass_family<A: Order>(
+    fn collect_family<A: KeyOrder>(
         &self,
         map: &FlowMap<A>,
-        options: &PassOptions,
+        options: &GcOptions,
         began: u32,
-        facts: &Facts<'_>,
-        mut loads: Option<&mut Loads>,
+        snapshot: &ValiditySnapshot<'_>,
+        mut counts: Option<&mut ConnectionCounts>,
         widen: impl Fn(A) -> ([u32; 4], u8),
-    ) -> Result<FamilyFound, BpfError>
+    ) -> Result<FamilyGcReport, BpfError>
     where
         FlowKey<A>: Pod,
         Flow<A>: Pod,
     {
-        let mut found = FamilyFound { capacity: map.capacity().into(), ..FamilyFound::default() };
-        // Those whose ends are gone go first: nothing can come back to them.
-        let (mut gone, mut suspects, mut moved) = (Vec::new(), Vec::new(), Vec::new());
+        let mut report = FamilyGcReport { capacity: map.capacity().into(), ..FamilyGcReport::default() };
+        // Dead entries are deleted first: no packet can make them valid again.
+        let (mut dead, mut idle_candidates, mut rerouted) = (Vec::new(), Vec::new(), Vec::new());
         let mut failed = Ok(());
         map.each(|key, flow| {
-            found.used += 1;
+            report.used += 1;
             let age = began.wrapping_sub(flow.created).cast_signed();
-            let old = options.before.is_none_or(|before| before.wrapping_sub(flow.created).cast_signed() > 0);
-            // What was made while this pass reads belongs to the next.
-            found.old += u64::from(age > 0 && old);
-            found.young += u64::from(age > 0 && !old);
-            let standing = match facts.standing(flow) {
-                Ok(standing) => standing,
+            let old =
+                options.previous_began.is_none_or(|previous| previous.wrapping_sub(flow.created).cast_signed() > 0);
+            // Entries that are created while this run reads count in the next one.
+            report.old += u64::from(age > 0 && old);
+            report.new += u64::from(age > 0 && !old);
+            let validity = match snapshot.validity(flow) {
+                Ok(validity) => validity,
                 Err(error) => {
                     failed = Err(error);
                     return ControlFlow::Break(());
                 }
             };
-            found.void += u64::from(standing != Validity::Current);
-            match standing {
+            report.invalid += u64::from(validity != Validity::Current);
+            match validity {
                 Validity::Dead => {
-                    gone.push(*key);
+                    dead.push(*key);
                     return ControlFlow::Continue(());
                 }
-                Validity::Rerouted => moved.push(*key),
+                Validity::Rerouted => rerouted.push(*key),
                 Validity::Current => {}
             }
-            // Of a translated connection half is seen here. It is dead at the soonest if the other half is silent and reset it.
+            // With NAT this entry is one direction only. The connection has expired at the earliest if the other one is idle and was reset.
             let own = connection(key, flow, None, now(self.hz), self.hz);
-            if standing == Validity::Current && options.timeouts.expired(&own) {
-                found.expired += 1;
+            if validity == Validity::Current && options.timeouts.expired(&own) {
+                report.expired += 1;
             }
-            if could_be_expired(&options.timeouts, &own, translates(flow)) {
-                suspects.push(*key);
+            if could_be_expired(&options.timeouts, &own, has_nat(flow)) {
+                idle_candidates.push(*key);
             }
-            if let Some(loads) = &mut loads
+            if let Some(counts) = &mut counts
                 && age > 0
-                && !is_ending(flow)
+                && !is_closing(flow)
                 && !options.timeouts.expired(&own)
             {
-                count_load(loads, key, flow, &widen);
+                count_connection(counts, key, flow, &widen);
             }
             ControlFlow::Continue(())
         })?;
         failed?;
-        let crowded = found.used as f64 > CROWDED * found.capacity as f64;
+        let crowded = report.used as f64 > CROWDED * report.capacity as f64;
         if crowded {
-            found.deleted_void += self.delete_widowed(map, began)?;
+            report.deleted_invalid += self.delete_unpaired_nat(map, began)?;
         }
         if !options.delete {
-            return Ok(found);
+            return Ok(report);
         }
-        for key in gone {
+        for key in dead {
             if let Some(flow) = map.get(&key)?
-                && facts.standing_now(&flow)? == Validity::Dead
-                && map.delete_if(&key, |now| is_as_it_was(&flow, now))?
+                && snapshot.validity_now(&flow)? == Validity::Dead
+                && map.delete_if(&key, |current| is_unchanged(&flow, current))?
             {
-                found.deleted_void += 1;
+                report.deleted_invalid += 1;
             }
         }
-        for key in suspects {
-            found.deleted_expired += self.delete_if_over(map, &key, &options.timeouts, Validity::Current)?;
+        for key in idle_candidates {
+            report.deleted_expired += self.delete_if_over(map, &key, &options.timeouts, Validity::Current)?;
         }
-        for key in if crowded { moved } else { Vec::new() } {
-            let moved = map.get(&key)?.map(|flow| facts.standing_now(&flow)).transpose()?;
-            let standing = moved.unwrap_or(Validity::Current);
-            found.deleted_void += self.delete_if_over(map, &key, &options.timeouts, standing)?;
+        for key in if crowded { rerouted } else { Vec::new() } {
+            let validity = map.get(&key)?.map(|flow| snapshot.validity_now(&flow)).transpose()?;
+            let validity = validity.unwrap_or(Validity::Current);
+            report.deleted_invalid += self.delete_if_over(map, &key, &options.timeouts, validity)?;
         }
-        Ok(found)
+        Ok(report)
     }
 
-    /// Deletes entries that translate requests and whose answers have no entry any more; how many.
+    /// Deletes NAT entries of the original direction whose reply entry was evicted; the number of entries.
     ///
-    /// A full table takes entries away one by one, so it may take one of a pair. Answers then reach the client as they are, with an
-    /// address that it does not expect, for as long as requests keep the other entry alive. Without that one the next request is
-    /// decided anew: a datagram gets its answer, a connection its reset.
-    fn delete_widowed<A: Order>(&self, map: &FlowMap<A>, began: u32) -> Result<u64, BpfError>
+    /// A full LRU table evicts single entries, so it may evict one of a pair. Replies then reach the client without reverse NAT, with
+    /// the backend's address, for as long as packets of the original direction refresh the other entry. Without that entry the next
+    /// packet is decided anew: a datagram gets its reply, a TCP connection is reset.
+    fn delete_unpaired_nat<A: KeyOrder>(&self, map: &FlowMap<A>, began: u32) -> Result<u64, BpfError>
     where
         FlowKey<A>: Pod,
         Flow<A>: Pod,
     {
         let mut pairs = Vec::new();
         map.each(|key, flow| {
-            let asks = flow.sides[0].flags & flow_flags::REVERSE == 0;
-            // The two entries of a connection are made one after the other.
-            let settled = began.wrapping_sub(flow.created).cast_signed() > 0;
-            if translates(flow) && asks && settled {
-                pairs.extend(reverse_entry::keys(key, flow).map(|other| (*key, other)));
+            let is_original = flow.sides[0].flags & flow_flags::REVERSE == 0;
+            // The two entries of a connection are created one after the other.
+            let is_complete = began.wrapping_sub(flow.created).cast_signed() > 0;
+            if has_nat(flow) && is_original && is_complete {
+                pairs.extend(reverse_entry::keys(key, flow).map(|reverse| (*key, reverse)));
             }
             ControlFlow::Continue(())
         })?;
         let mut deleted = 0;
-        for (key, other) in pairs {
-            let answers = map.get(&other)?;
-            let paired =
-                answers.is_some_and(|flow| translates(&flow) && reverse_entry::keys(&other, &flow).any(|k| k == key));
-            if !paired {
+        for (key, reverse) in pairs {
+            let reply = map.get(&reverse)?;
+            let is_paired =
+                reply.is_some_and(|flow| has_nat(&flow) && reverse_entry::keys(&reverse, &flow).any(|k| k == key));
+            if !is_paired {
                 deleted += u64::from(map.delete(&key)?);
             }
         }
         Ok(deleted)
     }
 
-    /// Deletes an entry, and its partner, if the connection is over by what they say now; how many entries. `standing` is that of an
-    /// entry of a crowded table.
-    fn delete_if_over<A: Order>(
+    /// Deletes an entry and its reverse entry if the connection is over by what both say now; the number of entries. Rerouted entries are
+    /// passed only of a crowded table.
+    fn delete_if_over<A: KeyOrder>(
         &self,
         map: &FlowMap<A>,
         key: &FlowKey<A>,
         timeouts: &Timeouts,
-        standing: Validity,
+        validity: Validity,
     ) -> Result<u64, BpfError>
     where
         FlowKey<A>: Pod,
         Flow<A>: Pod,
     {
         let Some(flow) = map.get(key)? else { return Ok(0) };
-        let mut partner = None;
-        if translates(&flow) {
-            for other in reverse_entry::keys(key, &flow) {
-                // It may have become another connection's.
-                let theirs = map.get(&other)?.filter(|theirs| reverse_entry::joined((key, &flow), (&other, theirs)));
-                partner = partner.or(theirs.map(|theirs| (other, theirs)));
+        let mut reverse = None;
+        if has_nat(&flow) {
+            for other_key in reverse_entry::keys(key, &flow) {
+                // The key may be another connection's by now.
+                let other =
+                    map.get(&other_key)?.filter(|other| reverse_entry::are_paired((key, &flow), (&other_key, other)));
+                reverse = reverse.or(other.map(|other| (other_key, other)));
             }
         }
-        let whole = connection(key, &flow, partner.as_ref().map(|(_, theirs)| &theirs.sides[0]), now(self.hz), self.hz);
-        if !timeouts.should_delete(&whole, standing, standing == Validity::Rerouted) {
+        let whole = connection(key, &flow, reverse.as_ref().map(|(_, other)| &other.sides[0]), now(self.hz), self.hz);
+        if !timeouts.should_delete(&whole, validity, validity == Validity::Rerouted) {
             return Ok(0);
         }
-        let deleted = map.delete_if(key, |now| is_as_it_was(&flow, now))?;
-        match partner {
-            Some((other, theirs)) if deleted => {
-                Ok(1 + u64::from(map.delete_if(&other, |now| is_as_it_was(&theirs, now))?))
+        let deleted = map.delete_if(key, |current| is_unchanged(&flow, current))?;
+        match reverse {
+            Some((other_key, other)) if deleted => {
+                Ok(1 + u64::from(map.delete_if(&other_key, |current| is_unchanged(&other, current))?))
             }
             _ => Ok(deleted.into()),
         }
@@ -301,13 +307,13 @@ impl Tables {
 }
 
 /// Whether no packet has used an entry since it was read, and no other connection has taken its place.
-fn is_as_it_was<A>(then: &Flow<A>, now: &Flow<A>) -> bool {
+fn is_unchanged<A>(read: &Flow<A>, current: &Flow<A>) -> bool {
     let uses = |flow: &Flow<A>| (flow.created, flow.sides.map(|side| (side.packets, side.last_seen)));
-    uses(then) == uses(now)
+    uses(read) == uses(current)
 }
 
-/// The connection that an entry stands for; `partner` is the other direction's side if that has an entry of its own.
-fn connection<A>(key: &FlowKey<A>, flow: &Flow<A>, partner: Option<&Side>, now: u32, hz: u32) -> Connection {
+/// The connection of an entry; `reverse` is the other direction if that has an entry of its own.
+fn connection<A>(key: &FlowKey<A>, flow: &Flow<A>, reverse: Option<&Side>, now: u32, hz: u32) -> Connection {
     let seen = |side: &Side| DirectionState {
         any: side.packets > 0,
         idle: idle(side.last_seen, now, hz),
@@ -315,37 +321,42 @@ fn connection<A>(key: &FlowKey<A>, flow: &Flow<A>, partner: Option<&Side>, now: 
         rst: side.flags & flow_flags::RST != 0,
     };
     let [own, other] = &flow.sides;
-    let sides = if translates(flow) {
+    let sides = if has_nat(flow) {
         let own = seen(own);
-        // Without a partner there is nothing to wait for but this direction.
-        [own, partner.map_or(DirectionState { any: false, idle: own.idle, fin: false, rst: false }, seen)]
+        // Without a reverse entry only this direction counts.
+        [own, reverse.map_or(DirectionState { any: false, idle: own.idle, fin: false, rst: false }, seen)]
     } else {
         [seen(own), seen(other)]
     };
     Connection { protocol: key.protocol(), sides }
 }
 
-/// Whether the connection may turn out to be expired once its other direction is known.
-fn could_be_expired(timeouts: &Timeouts, own: &Connection, half: bool) -> bool {
-    if !half {
+/// Whether the connection may have expired, depending on its other direction, which is unknown if `one_sided`.
+fn could_be_expired(timeouts: &Timeouts, own: &Connection, one_sided: bool) -> bool {
+    if !one_sided {
         return timeouts.expired(own);
     }
     let [seen, _] = own.sides;
     let with = |other: DirectionState| timeouts.expired(&Connection { sides: [seen, other], ..*own });
     let silent = DirectionState { any: false, idle: seen.idle, fin: false, rst: false };
-    let answered = DirectionState { any: true, ..silent };
-    with(silent) || with(answered) || with(DirectionState { fin: true, rst: true, ..answered })
+    let replied = DirectionState { any: true, ..silent };
+    with(silent) || with(replied) || with(DirectionState { fin: true, rst: true, ..replied })
 }
 
-/// Whether the connection is being closed or was reset, as far as this entry knows: no load any more. Of a translated one the client's
-/// half is enough: it closes when it has what it wanted.
-fn is_ending<A>(flow: &Flow<A>) -> bool {
+/// Whether the connection is being closed or was reset, as far as this entry tells; then it is not counted as active. With NAT the
+/// original direction is enough: the client closes when it is done.
+fn is_closing<A>(flow: &Flow<A>) -> bool {
     let [one, other] = &flow.sides;
     (one.flags | other.flags) & (flow_flags::FIN | flow_flags::RST) != 0
 }
 
-/// Counts a live connection for the backend that it goes to. The answers' entry of a translated one is not counted again.
-fn count_load<A: Order>(loads: &mut Loads, key: &FlowKey<A>, flow: &Flow<A>, widen: &impl Fn(A) -> ([u32; 4], u8)) {
+/// Counts an active connection for its backend. Entries of replies are not counted.
+fn count_connection<A: KeyOrder>(
+    counts: &mut ConnectionCounts,
+    key: &FlowKey<A>,
+    flow: &Flow<A>,
+    widen: &impl Fn(A) -> ([u32; 4], u8),
+) {
     let [side, _] = &flow.sides;
     if side.flags & flow_flags::REVERSE != 0 {
         return;
@@ -357,9 +368,9 @@ fn count_load<A: Order>(loads: &mut Loads, key: &FlowKey<A>, flow: &Flow<A>, wid
         let (to, port) = if flow.maker == 0 { (key.high, high) } else { (key.low, low) };
         let (address, family) = widen(to);
         let family = u8::from(family & backend_flags::V6 != 0);
-        loads.places.get(&(address, port as u16, key.protocol() | family << 7)).copied()
+        counts.by_address.get(&(address, port as u16, key.protocol() | family << 7)).copied()
     };
-    if let Some(count) = backend.and_then(|backend| loads.counts.get_mut(&backend)) {
+    if let Some(count) = backend.and_then(|backend| counts.counts.get_mut(&backend)) {
         *count += 1;
     }
 }

@@ -1,7 +1,7 @@
-//! The flow tables, read out and tidied up.
+//! Handle of the flow tables (connection tracking): listing, garbage collection, deletion on request and resizing.
 //!
-//! Programs write them; user space reads and deletes. Nothing here holds a lock while it reads: the tables may hold a million entries,
-//! and a pod must not wait for somebody who looks at them.
+//! Programs write the tables; user space reads and deletes. There is no lock: a table may have a million entries, and an ADD must not
+//! wait for a listing. The kernel's maps lock for themselves.
 
 mod gc;
 mod resize;
@@ -20,14 +20,14 @@ use terway_abi::{Backend, Endpoint, Flow, FlowKey, flow_flags, jiffies_at, names
 
 use terway_core::conntrack::Validity;
 
+use super::address::{address_v4, address_v6};
 use super::elements::Elements;
-use super::endpoints::{address_v4, address_v6};
 use super::error::BpfError;
 
-pub use gc::{FamilyFound, Found, PassOptions};
-use validity::Facts;
+pub use gc::{FamilyGcReport, GcOptions, GcReport};
+use validity::ValiditySnapshot;
 
-/// A flow table.
+/// The flow table of one family.
 type FlowMap<A> = Elements<FlowKey<A>, Flow<A>>;
 
 /// Bytes that the kernel takes for an entry of each family: key and value, `struct htab_elem` (kernel/bpf/hashtab.c), and a bucket.
@@ -36,21 +36,22 @@ pub const FLOW_BYTES: [u32; 2] = [
     (size_of::<terway_abi::FlowKeyV6>() + size_of::<terway_abi::FlowV6>()) as u32 + 48 + 16,
 ];
 
-/// Both tables, and what their entries depend on.
+/// Handle of both flow tables and of the maps that the validity of their entries depends on.
 #[derive(Debug)]
-pub(super) struct Tables {
+pub struct FlowTables {
     v4: FlowMap<u32>,
     v6: FlowMap<[u32; 4]>,
     epochs: Elements<u32, u32>,
     endpoints: Elements<u32, Endpoint>,
     backends: Elements<u32, Backend>,
-    loads: Elements<u32, u64>,
+    /// Active connection counts of backends.
+    connection_counts: Elements<u32, u64>,
     hz: u32,
     /// Entries that were deleted on request.
     flushed: AtomicU64,
 }
 
-/// One end of a flow.
+/// An end of a flow: address and port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowSide {
     /// Address.
@@ -59,12 +60,12 @@ pub struct FlowSide {
     pub port: u16,
 }
 
-/// One direction of a flow.
+/// A direction of a flow entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowRow {
-    /// Where its packets come from.
+    /// Source of its packets.
     pub source: FlowSide,
-    /// Where they go.
+    /// Destination of its packets.
     pub destination: FlowSide,
     /// IP protocol number.
     pub protocol: u8,
@@ -84,11 +85,11 @@ pub struct FlowRow {
     pub bytes: u64,
     /// Time since the last packet.
     pub idle: Duration,
-    /// Whether what it was decided by still holds.
+    /// Whether the epochs and the backend generation that it was decided by are current.
     pub valid: bool,
 }
 
-/// Which flows are meant: those to which all that is set applies.
+/// A filter of flows: those match to which all that is set applies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FlowFilter {
     /// One of the ends has one of these addresses.
@@ -100,7 +101,7 @@ pub struct FlowFilter {
 }
 
 impl FlowFilter {
-    /// Whether a flow between these two is meant.
+    /// Whether a flow between these two ends matches.
     #[must_use]
     pub fn matches(&self, one: FlowSide, other: FlowSide, protocol: u8) -> bool {
         let ends = [one, other];
@@ -110,22 +111,22 @@ impl FlowFilter {
     }
 }
 
-/// The tables in numbers.
+/// Statistics of the flow tables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FlowStats {
     /// Entries of IPv4 and IPv6.
     pub used: [u64; 2],
     /// Entries that each may have.
     pub capacity: [u32; 2],
-    /// Entries that are void.
-    pub void: u64,
-    /// Entries that translate.
+    /// Invalid entries.
+    pub invalid: u64,
+    /// Entries with NAT.
     pub translated: u64,
     /// Entries by IP protocol number.
     pub protocols: BTreeMap<u8, u64>,
 }
 
-/// Jiffies now.
+/// The current time in jiffies.
 fn now(hz: u32) -> u32 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer is to a live value, which the call fills; the clock exists on every kernel.
@@ -133,14 +134,14 @@ fn now(hz: u32) -> u32 {
     jiffies_at(now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned(), hz)
 }
 
-/// Time from `last_seen` to `now`.
+/// The time since `last_seen`; both are jiffies.
 fn idle(last_seen: u32, now: u32, hz: u32) -> Duration {
-    // A packet may have come after `now` was read: that difference is negative, and means zero.
+    // A packet may have arrived after `now` was read: the difference is negative then.
     let ticks = now.wrapping_sub(last_seen).cast_signed().max(0);
     Duration::from_millis(u64::from(ticks.cast_unsigned()) * 1000 / u64::from(hz.max(1)))
 }
 
-impl Tables {
+impl FlowTables {
     /// Opens the maps under their pins.
     pub(super) fn open(pins: &Path, hz: u32) -> Result<Self, BpfError> {
         Ok(Self {
@@ -149,13 +150,18 @@ impl Tables {
             epochs: Elements::open(pins, names::EPOCHS)?,
             endpoints: Elements::open(pins, names::ENDPOINTS)?,
             backends: Elements::open(pins, names::BACKENDS)?,
-            loads: Elements::open(pins, names::LOADS)?,
+            connection_counts: Elements::open(pins, names::LOADS)?,
             hz,
             flushed: AtomicU64::new(0),
         })
     }
 
-    pub(super) fn count(&self) -> Result<(usize, usize), BpfError> {
+    /// Entries of the flow tables, IPv4 and IPv6, invalid ones included.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    #[cfg(feature = "test-api")]
+    pub fn count(&self) -> Result<(usize, usize), BpfError> {
         fn count<K: Pod, V: Pod>(map: &Elements<K, V>) -> Result<usize, BpfError> {
             let mut n = 0;
             map.each(|_, _| {
@@ -167,40 +173,48 @@ impl Tables {
         Ok((count(&self.v4)?, count(&self.v6)?))
     }
 
-    /// Entries that were deleted on request, ever.
-    pub(super) fn flushed(&self) -> u64 {
+    /// Entries that [`Self::flush`] has deleted so far.
+    #[must_use]
+    pub fn flushed(&self) -> u64 {
         self.flushed.load(Ordering::Relaxed)
     }
 
-    pub(super) fn dump(&self, limit: usize) -> Result<Vec<FlowRow>, BpfError> {
-        let facts = Facts::read(self)?;
+    /// Both directions of up to `limit` entries of each family.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    #[cfg(feature = "test-api")]
+    pub fn list(&self, limit: usize) -> Result<Vec<FlowRow>, BpfError> {
+        let snapshot = ValiditySnapshot::read(self)?;
         let mut rows = Vec::new();
-        self.dump_family(&self.v4, limit, &facts, |a| address_v4(a).into(), &mut |row| rows.push(row))?;
-        self.dump_family(&self.v6, limit, &facts, |a| address_v6(a).into(), &mut |row| rows.push(row))?;
+        self.read_family(&self.v4, limit, &snapshot, |a| address_v4(a).into(), &mut |row| rows.push(row))?;
+        self.read_family(&self.v6, limit, &snapshot, |a| address_v6(a).into(), &mut |row| rows.push(row))?;
         Ok(rows)
     }
 
-    /// Directions that saw a packet and that the filter means, `most` of them, and whether there are more. The others are read and
-    /// forgotten: a table may hold a million.
-    pub(super) fn find(&self, filter: &FlowFilter, most: usize) -> Result<(Vec<FlowRow>, bool), BpfError> {
-        let facts = Facts::read(self)?;
+    /// Directions of flows that saw a packet and match a filter, up to `limit`, and whether there are more.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn find(&self, filter: &FlowFilter, limit: usize) -> Result<(Vec<FlowRow>, bool), BpfError> {
+        let snapshot = ValiditySnapshot::read(self)?;
         let (mut rows, mut more) = (Vec::new(), false);
         let mut take = |row: FlowRow| {
-            // What never saw a packet is the shadow of the other direction.
+            // A direction without a packet is only the reverse of the other one.
             if row.packets > 0 && filter.matches(row.source, row.destination, row.protocol) {
-                if rows.len() < most { rows.push(row) } else { more = true }
+                if rows.len() < limit { rows.push(row) } else { more = true }
             }
         };
-        self.dump_family(&self.v4, usize::MAX, &facts, |a| address_v4(a).into(), &mut take)?;
-        self.dump_family(&self.v6, usize::MAX, &facts, |a| address_v6(a).into(), &mut take)?;
+        self.read_family(&self.v4, usize::MAX, &snapshot, |a| address_v4(a).into(), &mut take)?;
+        self.read_family(&self.v6, usize::MAX, &snapshot, |a| address_v6(a).into(), &mut take)?;
         Ok((rows, more))
     }
 
-    fn dump_family<A: Copy>(
+    fn read_family<A: Copy>(
         &self,
         map: &FlowMap<A>,
         limit: usize,
-        facts: &Facts<'_>,
+        snapshot: &ValiditySnapshot<'_>,
         address: impl Fn(A) -> IpAddr,
         take: &mut dyn FnMut(FlowRow),
     ) -> Result<(), BpfError>
@@ -216,8 +230,8 @@ impl Tables {
                 return ControlFlow::Break(());
             }
             left -= 1;
-            let valid = match facts.standing(flow) {
-                Ok(standing) => standing == Validity::Current,
+            let valid = match snapshot.validity(flow) {
+                Ok(validity) => validity == Validity::Current,
                 Err(error) => {
                     failed = Err(error);
                     return ControlFlow::Break(());
@@ -246,19 +260,26 @@ impl Tables {
         failed
     }
 
-    /// Deletes what the filter means.
-    pub(super) fn flush(&self, filter: &FlowFilter) -> Result<u64, BpfError> {
+    /// Deletes the flows that match a filter; the number of entries. Of a flow with NAT each entry has to match by itself.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn flush(&self, filter: &FlowFilter) -> Result<u64, BpfError> {
         let deleted =
             flush(&self.v4, filter, |a| address_v4(a).into())? + flush(&self.v6, filter, |a| address_v6(a).into())?;
         self.flushed.fetch_add(deleted, Ordering::Relaxed);
         Ok(deleted)
     }
 
-    pub(super) fn stats(&self) -> Result<FlowStats, BpfError> {
-        let facts = Facts::read(self)?;
+    /// Statistics of the flow tables.
+    ///
+    /// # Errors
+    /// [`BpfError::Map`].
+    pub fn stats(&self) -> Result<FlowStats, BpfError> {
+        let snapshot = ValiditySnapshot::read(self)?;
         let mut stats = FlowStats { capacity: [self.v4.capacity(), self.v6.capacity()], ..FlowStats::default() };
-        stats.used[0] = tally(&self.v4, &facts, &mut stats)?;
-        stats.used[1] = tally(&self.v6, &facts, &mut stats)?;
+        stats.used[0] = count_family(&self.v4, &snapshot, &mut stats)?;
+        stats.used[1] = count_family(&self.v6, &snapshot, &mut stats)?;
         Ok(stats)
     }
 }
@@ -269,7 +290,8 @@ fn ends<A: Copy>(key: &FlowKey<A>, address: impl Fn(A) -> IpAddr) -> (FlowSide, 
     (FlowSide { address: address(key.low), port: low }, FlowSide { address: address(key.high), port: high })
 }
 
-fn translates<A>(flow: &Flow<A>) -> bool {
+/// Whether an entry has NAT.
+fn has_nat<A>(flow: &Flow<A>) -> bool {
     let [one, other] = &flow.sides;
     (one.flags | other.flags) & flow_flags::TRANSLATE != 0
 }
@@ -279,18 +301,18 @@ where
     FlowKey<A>: Pod,
     Flow<A>: Pod,
 {
-    let mut meant = Vec::new();
+    let mut matching = Vec::new();
     map.each(|key, _| {
         let (low, high) = ends(key, &address);
         if filter.matches(low, high, key.protocol()) {
-            meant.push(*key);
+            matching.push(*key);
         }
         ControlFlow::Continue(())
     })?;
-    meant.iter().try_fold(0, |deleted, key| Ok(deleted + u64::from(map.delete(key)?)))
+    matching.iter().try_fold(0, |deleted, key| Ok(deleted + u64::from(map.delete(key)?)))
 }
 
-fn tally<A>(map: &FlowMap<A>, facts: &Facts<'_>, stats: &mut FlowStats) -> Result<u64, BpfError>
+fn count_family<A>(map: &FlowMap<A>, snapshot: &ValiditySnapshot<'_>, stats: &mut FlowStats) -> Result<u64, BpfError>
 where
     FlowKey<A>: Pod,
     Flow<A>: Pod,
@@ -300,9 +322,9 @@ where
     map.each(|key, flow| {
         used += 1;
         *stats.protocols.entry(key.protocol()).or_default() += 1;
-        stats.translated += u64::from(translates(flow));
-        match facts.standing(flow) {
-            Ok(standing) => stats.void += u64::from(standing != Validity::Current),
+        stats.translated += u64::from(has_nat(flow));
+        match snapshot.validity(flow) {
+            Ok(validity) => stats.invalid += u64::from(validity != Validity::Current),
             Err(error) => {
                 failed = Err(error);
                 return ControlFlow::Break(());

@@ -1,61 +1,64 @@
-//! The entry of the other direction: packets of a translated connection look different in each, so each has an entry of its own.
+//! Reverse entries: a connection with NAT has one entry for each direction, because its packets have different tuples in each.
 
 use terway_abi::{Flow, FlowKey, MOVED, flow_flags};
 
-use super::translates;
+use super::has_nat;
 
-/// An address in the order in which a flow key's ends stand: the last word counts most.
-pub(super) trait Order: Copy + PartialEq {
-    /// Whether it is the lesser one, or equal and `ports` says so.
-    fn before(&self, other: &Self, ports: bool) -> bool;
+/// The order of addresses in a flow key: the last word is the most significant.
+pub(super) trait KeyOrder: Copy + PartialEq {
+    /// Whether this address is less than the other one; `ports_are_less` decides where both are equal.
+    fn is_before(&self, other: &Self, ports_are_less: bool) -> bool;
 }
 
-impl Order for u32 {
-    fn before(&self, other: &Self, ports: bool) -> bool {
-        if self == other { ports } else { self < other }
+impl KeyOrder for u32 {
+    fn is_before(&self, other: &Self, ports_are_less: bool) -> bool {
+        if self == other { ports_are_less } else { self < other }
     }
 }
 
-impl Order for [u32; 4] {
-    fn before(&self, other: &Self, ports: bool) -> bool {
+impl KeyOrder for [u32; 4] {
+    fn is_before(&self, other: &Self, ports_are_less: bool) -> bool {
         let words = self.iter().rev().zip(other.iter().rev());
-        words.into_iter().find(|(a, b)| a != b).map_or(ports, |(a, b)| a < b)
+        words.into_iter().find(|(a, b)| a != b).map_or(ports_are_less, |(a, b)| a < b)
     }
 }
 
 /// The key of the packets that go from `src` to `dst`, and back (`terway_ebpf::flow::key`).
-pub(super) fn key<A: Order>(src: A, dst: A, ports: u32, class: u32) -> FlowKey<A> {
+pub(super) fn key<A: KeyOrder>(src: A, dst: A, ports: u32, class: u32) -> FlowKey<A> {
     let (source, destination) = (ports & 0xffff, ports >> 16);
-    if dst.before(&src, destination < source) {
+    if dst.is_before(&src, destination < source) {
         FlowKey { low: dst, high: src, ports: ports.rotate_left(16), class }
     } else {
         FlowKey { low: src, high: dst, ports, class }
     }
 }
 
-/// Keys under which the entry of the other direction may stand, of an entry that translates. Two for answers: what they answer has its
-/// own key, or, where that was another connection's already, the one with [`MOVED`].
-pub(super) fn keys<A: Order>(own: &FlowKey<A>, flow: &Flow<A>) -> impl Iterator<Item = FlowKey<A>> + use<A> {
+/// The keys under which the reverse entry of an entry with NAT may be stored. Two for an entry of replies: that of the original direction,
+/// and, where another connection had that key already, the one with [`MOVED`].
+pub(super) fn keys<A: KeyOrder>(own: &FlowKey<A>, flow: &Flow<A>) -> impl Iterator<Item = FlowKey<A>> + use<A> {
     let plain = key(flow.src, flow.dst, flow.ports, own.class & !MOVED);
-    let answers = flow.sides[0].flags & flow_flags::REVERSE != 0;
-    std::iter::once(plain).chain(answers.then_some(FlowKey { class: plain.class | MOVED, ..plain }))
+    let is_reply = flow.sides[0].flags & flow_flags::REVERSE != 0;
+    std::iter::once(plain).chain(is_reply.then_some(FlowKey { class: plain.class | MOVED, ..plain }))
 }
 
-/// Whether two entries are the two directions of one connection.
-pub(super) fn joined<A: Order>((one, its): (&FlowKey<A>, &Flow<A>), (other, others): (&FlowKey<A>, &Flow<A>)) -> bool {
-    translates(its)
-        && translates(others)
-        && keys(one, its).any(|k| k == *other)
-        && keys(other, others).any(|k| k == *one)
+/// Whether two entries are the two directions of one connection with NAT.
+pub(super) fn are_paired<A: KeyOrder>(
+    (key, flow): (&FlowKey<A>, &Flow<A>),
+    (other_key, other): (&FlowKey<A>, &Flow<A>),
+) -> bool {
+    has_nat(flow)
+        && has_nat(other)
+        && keys(key, flow).any(|reverse| reverse == *other_key)
+        && keys(other_key, other).any(|reverse| reverse == *key)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Which end is which does not depend on who sends, and the words count from the last.
+    /// Both directions have one key: the order of the ends does not depend on which one is the source.
     #[test]
-    fn ends_have_one_order() {
+    fn both_directions_have_one_key() {
         let (low, high) = (0x0100_000a_u32, 0x0200_000a_u32);
         assert_eq!(key(low, high, 0x5000_9c40, 6), FlowKey { low, high, ports: 0x5000_9c40, class: 6 });
         assert_eq!(key(high, low, 0x9c40_5000, 6), FlowKey { low, high, ports: 0x5000_9c40, class: 6 });

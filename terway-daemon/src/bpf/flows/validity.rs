@@ -1,4 +1,4 @@
-//! Whether what an entry was decided by still holds.
+//! Validity of flow entries: whether the epochs and the backend generation that an entry was decided by are still current.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -8,25 +8,26 @@ use std::time::Duration;
 use terway_abi::{Flow, MAX_ENDPOINTS, NO_BACKEND, NO_SLOT, flow_flags, same_way};
 use terway_core::conntrack::Validity;
 
-use super::{Tables, idle, now, translates};
+use super::{FlowTables, has_nat, idle, now};
 use crate::bpf::error::BpfError;
 
-/// For so long after its last one, a backend that has gone from its Service may still have an answer on its way: as long as a resolver waits.
-const OWED: Duration = Duration::from_secs(5);
+/// Replies may still be in flight after a backend is removed: so long after the last reply its entry is kept. DNS resolvers wait as long
+/// (`timeout` of resolv.conf(5)).
+const REPLY_GRACE_PERIOD: Duration = Duration::from_secs(5);
 
-/// Epochs, pods and generations as they were when somebody began to look; those of backends are read when they are first asked for.
+/// Snapshot of the epochs and of the endpoints' slots, taken before a flow table is read. Backend generations are read on first use.
 ///
-/// An entry that was made since may look void by them. Whoever deletes asks [`Facts::standing_now`].
-pub(super) struct Facts<'a> {
-    tables: &'a Tables,
+/// An entry that was created after the snapshot may look invalid by it. Before a deletion, ask [`ValiditySnapshot::validity_now`].
+pub(super) struct ValiditySnapshot<'a> {
+    tables: &'a FlowTables,
     epochs: Vec<u32>,
-    /// Slots that pods have.
-    pods: HashSet<u32>,
+    /// Slots of endpoints.
+    endpoint_slots: HashSet<u32>,
     generations: RefCell<HashMap<u32, u32>>,
 }
 
-impl<'a> Facts<'a> {
-    pub(super) fn read(tables: &'a Tables) -> Result<Self, BpfError> {
+impl<'a> ValiditySnapshot<'a> {
+    pub(super) fn read(tables: &'a FlowTables) -> Result<Self, BpfError> {
         let mut epochs = vec![0; tables.epochs.capacity() as usize];
         tables.epochs.each(|slot, epoch| {
             if let Some(place) = epochs.get_mut(*slot as usize) {
@@ -34,18 +35,18 @@ impl<'a> Facts<'a> {
             }
             ControlFlow::Continue(())
         })?;
-        let mut pods = HashSet::new();
+        let mut endpoint_slots = HashSet::new();
         tables.endpoints.each(|_, endpoint| {
-            pods.insert(endpoint.slot);
+            endpoint_slots.insert(endpoint.slot);
             ControlFlow::Continue(())
         })?;
-        Ok(Self { tables, epochs, pods, generations: RefCell::default() })
+        Ok(Self { tables, epochs, endpoint_slots, generations: RefCell::default() })
     }
 
-    /// By what was read at the beginning.
-    pub(super) fn standing<A>(&self, flow: &Flow<A>) -> Result<Validity, BpfError> {
+    /// The validity of an entry by this snapshot.
+    pub(super) fn validity<A>(&self, flow: &Flow<A>) -> Result<Validity, BpfError> {
         let epoch = |slot: u32| Ok(self.epochs.get(slot as usize).copied());
-        self.judge(flow, epoch, |backend| {
+        self.check(flow, epoch, |backend| {
             let known = self.generations.borrow().get(&backend).copied();
             if let Some(generation) = known {
                 return Ok(generation);
@@ -56,17 +57,17 @@ impl<'a> Facts<'a> {
         })
     }
 
-    /// By what the maps hold at this moment: epochs and generations only ever move on, so an entry, read before, that does not carry
-    /// them never will again.
-    pub(super) fn standing_now<A>(&self, flow: &Flow<A>) -> Result<Validity, BpfError> {
-        self.judge(flow, |slot| self.tables.epochs.get(&slot), |backend| self.generation(backend))
+    /// The validity of an entry by what the maps hold now. Epochs and generations only ever increase, so an entry that is found invalid
+    /// never becomes valid again.
+    pub(super) fn validity_now<A>(&self, flow: &Flow<A>) -> Result<Validity, BpfError> {
+        self.check(flow, |slot| self.tables.epochs.get(&slot), |backend| self.generation(backend))
     }
 
     fn generation(&self, backend: u32) -> Result<u32, BpfError> {
         Ok(self.tables.backends.get(&backend)?.map_or(0, |backend| backend.generation))
     }
 
-    fn judge<A>(
+    fn check<A>(
         &self,
         flow: &Flow<A>,
         epoch: impl Fn(u32) -> Result<Option<u32>, BpfError>,
@@ -78,18 +79,18 @@ impl<'a> Facts<'a> {
         }
         if flow.backend != NO_BACKEND && generation(flow.backend)? != flow.generation {
             let [side, _] = &flow.sides;
-            let answers = translates(flow) && side.flags & flow_flags::REVERSE != 0;
-            let owes = answers && idle(side.last_seen, now(self.tables.hz), self.tables.hz) < OWED;
-            return Ok(if owes { Validity::Rerouted } else { Validity::Dead });
+            let is_reply = has_nat(flow) && side.flags & flow_flags::REVERSE != 0;
+            let in_flight = is_reply && idle(side.last_seen, now(self.tables.hz), self.tables.hz) < REPLY_GRACE_PERIOD;
+            return Ok(if in_flight { Validity::Rerouted } else { Validity::Dead });
         }
         for (slot, at) in flow.slots.iter().zip(flow.epochs) {
-            // One whose policies have changed is judged again by its next packet, and may go on.
+            // Where only policies have changed, the next packet is checked again and may pass: the entry is not invalid.
             if epoch(*slot)?.is_some_and(|epoch| same_way(epoch, at)) {
                 continue;
             }
-            // A slot that no pod has was a pod's that is gone.
-            let pod_is_gone = *slot < MAX_ENDPOINTS && !self.pods.contains(slot);
-            return Ok(if pod_is_gone { Validity::Dead } else { Validity::Rerouted });
+            // A slot without an endpoint was that of an endpoint that is removed.
+            let endpoint_is_removed = *slot < MAX_ENDPOINTS && !self.endpoint_slots.contains(slot);
+            return Ok(if endpoint_is_removed { Validity::Dead } else { Validity::Rerouted });
         }
         Ok(Validity::Current)
     }

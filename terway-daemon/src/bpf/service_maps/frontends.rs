@@ -1,111 +1,32 @@
-//! Services in the kernel's maps. What is written when is the caller's plan (`terway_abi`: backends, members, frontend; back for
-//! removal); here each write is one atomic step, and the filter follows the frontends.
+//! Frontend maps, and the filter that tells the programs which addresses are worth a lookup in them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::ControlFlow;
 
 use aya::Ebpf;
-use aya::maps::{Array, HashMap, IterableMap, MapData};
-use terway_abi::{
-    Backend, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, SCOPE_ADDRESS, SCOPE_NODE, filter_v4,
-    filter_v6, frontend_class, names,
-};
+use terway_abi::{Frontend as AbiFrontend, FrontendKeyV4, FrontendKeyV6, filter_v4, filter_v6, names};
+use terway_core::service::FrontendKey;
 
+use super::convert::{self, AbiKey};
+use crate::bpf::address::{address_v4, address_v6, word, words};
 use crate::bpf::elements::Elements;
-use crate::bpf::endpoints::{absent_is_fine, address_v4, address_v6, word, words};
 use crate::bpf::error::BpfError;
-use crate::bpf::object::take;
+use crate::bpf::object::take_elements;
 
-/// Where a Service is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum FrontendAt {
-    /// A port of an address.
-    Address {
-        /// The address.
-        address: IpAddr,
-        /// The port.
-        port: u16,
-        /// IP protocol number.
-        protocol: u8,
-    },
-    /// All other ports of an address, which are refused.
-    Rest(IpAddr),
-    /// A port of every address of the node, of one family.
-    Node {
-        /// IPv6, not IPv4.
-        v6: bool,
-        /// The port.
-        port: u16,
-        /// IP protocol number.
-        protocol: u8,
-    },
-}
-
-impl FrontendAt {
-    /// The address, if it has one.
-    #[must_use]
-    pub const fn address(&self) -> Option<IpAddr> {
-        match self {
-            Self::Address { address, .. } | Self::Rest(address) => Some(*address),
-            Self::Node { .. } => None,
-        }
-    }
-
-    fn key(&self) -> Key {
-        let (address, class) = match *self {
-            Self::Address { address, port, protocol } => {
-                (address, frontend_class(port.to_be(), protocol, SCOPE_ADDRESS))
-            }
-            Self::Rest(address) => (address, 0),
-            Self::Node { v6, port, protocol } => {
-                let class = frontend_class(port.to_be(), protocol, SCOPE_NODE);
-                return if v6 {
-                    Key::V6(FrontendKey { address: [0; 4], class })
-                } else {
-                    Key::V4(FrontendKey { address: 0, class })
-                };
-            }
-        };
-        match address {
-            IpAddr::V4(v4) => Key::V4(FrontendKey { address: word(v4), class }),
-            IpAddr::V6(v6) => Key::V6(FrontendKey { address: words(v6), class }),
-        }
-    }
-
-    fn from_class(address: IpAddr, class: u32) -> Self {
-        let [high, low, protocol, scope] = class.to_ne_bytes();
-        let port = u16::from_be_bytes([high, low]);
-        if scope == SCOPE_NODE {
-            Self::Node { v6: address.is_ipv6(), port, protocol }
-        } else if class == 0 {
-            Self::Rest(address)
-        } else {
-            Self::Address { address, port, protocol }
-        }
-    }
-}
-
-enum Key {
-    V4(FrontendKeyV4),
-    V6(FrontendKeyV6),
-}
-
-/// The maps, and which frontends and addresses the filter counts.
-pub(in crate::bpf) struct Services {
-    v4: HashMap<MapData, FrontendKeyV4, Frontend>,
-    v6: HashMap<MapData, FrontendKeyV6, Frontend>,
-    filters: Elements<u32, u32>,
-    /// The programs are loaded with the number of this very descriptor in their code.
-    _filters: Array<MapData, u32>,
-    /// The frontends' maps, for many at once.
-    many_v4: Elements<FrontendKeyV4, Frontend>,
-    many_v6: Elements<FrontendKeyV6, Frontend>,
-    members: Array<MapData, Member>,
-    backends: Array<MapData, Backend>,
-    frontends: BTreeSet<FrontendAt>,
-    node: BTreeSet<IpAddr>,
-    counts: BTreeMap<u32, u32>,
+/// The frontend maps and the filter.
+///
+/// A bucket of the filter counts the addresses of frontends, and the node's addresses that have NodePorts, that hash to it.
+pub(super) struct FrontendMaps {
+    pub(super) v4: Elements<FrontendKeyV4, AbiFrontend>,
+    pub(super) v6: Elements<FrontendKeyV6, AbiFrontend>,
+    filter: Elements<u32, u32>,
+    /// Mirror of the frontend maps.
+    mirror: BTreeMap<FrontendKey, AbiFrontend>,
+    /// The filter as it follows from the mirror and from the node's addresses.
+    filter_counts: BTreeMap<u32, u32>,
+    /// The node's addresses that have NodePorts.
+    node_addresses: BTreeSet<IpAddr>,
 }
 
 fn bucket(address: IpAddr) -> u32 {
@@ -115,145 +36,156 @@ fn bucket(address: IpAddr) -> u32 {
     }
 }
 
-impl Services {
+/// The address that the filter counts for a frontend; none for a port of the node.
+fn filtered_address(key: &FrontendKey) -> Option<IpAddr> {
+    (!key.is_node()).then_some(key.address)
+}
+
+impl FrontendMaps {
     /// Takes the maps and reads which frontends an earlier daemon wrote.
     ///
-    /// The filter is left as it is until [`Services::set_node_addresses`] has told what else belongs into it.
-    pub(in crate::bpf) fn new(loaded: &mut Ebpf) -> Result<Self, BpfError> {
-        let v4: HashMap<MapData, FrontendKeyV4, Frontend> = take(loaded, names::FRONTENDS_V4)?;
-        let v6: HashMap<MapData, FrontendKeyV6, Frontend> = take(loaded, names::FRONTENDS_V6)?;
-        let filters: Array<MapData, u32> = take(loaded, names::FILTERS)?;
-        let mut services = Self {
-            many_v4: Elements::of(IterableMap::map(&v4), names::FRONTENDS_V4)?,
-            many_v6: Elements::of(IterableMap::map(&v6), names::FRONTENDS_V6)?,
-            v4,
-            v6,
-            filters: Elements::of(IterableMap::map(&filters), names::FILTERS)?,
-            _filters: filters,
-            members: take(loaded, names::MEMBERS)?,
-            backends: take(loaded, names::BACKENDS)?,
-            frontends: BTreeSet::new(),
-            node: BTreeSet::new(),
-            counts: BTreeMap::new(),
-        };
-        for key in services.v4.keys() {
-            let key = key.map_err(BpfError::map(names::FRONTENDS_V4))?;
-            services.frontends.insert(FrontendAt::from_class(address_v4(key.address).into(), key.class));
-        }
-        for key in services.v6.keys() {
-            let key = key.map_err(BpfError::map(names::FRONTENDS_V6))?;
-            services.frontends.insert(FrontendAt::from_class(address_v6(key.address).into(), key.class));
-        }
-        for address in services.frontends.iter().filter_map(FrontendAt::address) {
-            *services.counts.entry(bucket(address)).or_default() += 1;
-        }
-        Ok(services)
+    /// The filter is left as it is until [`Self::set_node_addresses`] has told what else it has to count.
+    pub(super) fn open(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+        let mut this = Self::new(
+            take_elements(loaded, names::FRONTENDS_V4)?,
+            take_elements(loaded, names::FRONTENDS_V6)?,
+            take_elements(loaded, names::FILTERS)?,
+        );
+        this.recover()?;
+        Ok(this)
     }
 
-    /// Sets which addresses of the node have NodePorts, and makes the filter right; returns those that changed.
-    pub(in crate::bpf) fn set_node_addresses(&mut self, addresses: &[IpAddr]) -> Result<Vec<IpAddr>, BpfError> {
+    pub(super) const fn new(
+        v4: Elements<FrontendKeyV4, AbiFrontend>,
+        v6: Elements<FrontendKeyV6, AbiFrontend>,
+        filter: Elements<u32, u32>,
+    ) -> Self {
+        Self {
+            v4,
+            v6,
+            filter,
+            mirror: BTreeMap::new(),
+            filter_counts: BTreeMap::new(),
+            node_addresses: BTreeSet::new(),
+        }
+    }
+
+    /// Reads the frontends, and counts what the filter has to hold.
+    pub(super) fn recover(&mut self) -> Result<(), BpfError> {
+        let mirror = &mut self.mirror;
+        mirror.clear();
+        self.v4.each(|key, value| {
+            let address = IpAddr::V4(address_v4(key.address));
+            mirror.extend(convert::key_from_abi(address, key.class).map(|key| (key, *value)));
+            ControlFlow::Continue(())
+        })?;
+        self.v6.each(|key, value| {
+            let address = IpAddr::V6(address_v6(key.address));
+            mirror.extend(convert::key_from_abi(address, key.class).map(|key| (key, *value)));
+            ControlFlow::Continue(())
+        })?;
+        self.filter_counts.clear();
+        let addresses = self.mirror.keys().filter_map(filtered_address).chain(self.node_addresses.iter().copied());
+        for address in addresses {
+            *self.filter_counts.entry(bucket(address)).or_default() += 1;
+        }
+        Ok(())
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.mirror.len()
+    }
+
+    pub(super) fn get(&self, key: &FrontendKey) -> Option<&AbiFrontend> {
+        self.mirror.get(key)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&FrontendKey, &AbiFrontend)> {
+        self.mirror.iter()
+    }
+
+    /// Whether a frontend has a flag.
+    pub(super) fn any_flag(&self, flag: u32) -> bool {
+        self.mirror.values().any(|frontend| frontend.flags & flag != 0)
+    }
+
+    /// Sets which addresses of the node have NodePorts, and corrects the filter; the addresses that changed.
+    pub(super) fn set_node_addresses(&mut self, addresses: &[IpAddr]) -> Result<Vec<IpAddr>, BpfError> {
         let wanted: BTreeSet<IpAddr> = addresses.iter().copied().collect();
-        let (added, removed): (Vec<_>, Vec<_>) =
-            (wanted.difference(&self.node).copied().collect(), self.node.difference(&wanted).copied().collect());
+        let added: Vec<_> = wanted.difference(&self.node_addresses).copied().collect();
+        let removed: Vec<_> = self.node_addresses.difference(&wanted).copied().collect();
         for address in &added {
-            *self.counts.entry(bucket(*address)).or_default() += 1;
+            *self.filter_counts.entry(bucket(*address)).or_default() += 1;
         }
         for address in &removed {
             self.uncount(*address);
         }
-        self.node = wanted;
+        self.node_addresses = wanted;
         let mut wrong = Vec::new();
-        self.filters.each(|number, present| {
-            if *present != self.counts.get(number).copied().unwrap_or(0) {
+        self.filter.each(|number, present| {
+            if *present != self.filter_counts.get(number).copied().unwrap_or(0) {
                 wrong.push(*number);
             }
             ControlFlow::Continue(())
         })?;
-        self.write_counts(&wrong)?;
+        self.write_filter(&wrong)?;
         Ok(added.into_iter().chain(removed).collect())
     }
 
     fn uncount(&mut self, address: IpAddr) {
-        if let Some(count) = self.counts.get_mut(&bucket(address)) {
+        if let Some(count) = self.filter_counts.get_mut(&bucket(address)) {
             *count = count.saturating_sub(1);
         }
     }
 
-    fn write_counts(&self, buckets: &[u32]) -> Result<(), BpfError> {
-        let counts: Vec<u32> = buckets.iter().map(|bucket| self.counts.get(bucket).copied().unwrap_or(0)).collect();
-        self.filters.put_all(buckets, &counts)
+    fn write_filter(&self, buckets: &[u32]) -> Result<(), BpfError> {
+        let count = |bucket| self.filter_counts.get(bucket).copied().unwrap_or(0);
+        let counts: Vec<u32> = buckets.iter().map(count).collect();
+        self.filter.put_all(buckets, &counts)
     }
 
-    /// Writes many frontends, then what the filter says of their addresses; returns the addresses that are new.
-    pub(in crate::bpf) fn set_frontends(&mut self, all: &[(FrontendAt, Frontend)]) -> Result<Vec<IpAddr>, BpfError> {
+    /// Writes frontends, then the filter of their addresses; the addresses of new frontends.
+    pub(super) fn put(&mut self, frontends: &[(FrontendKey, AbiFrontend)]) -> Result<Vec<IpAddr>, BpfError> {
         let (mut keys_v4, mut values_v4, mut keys_v6, mut values_v6) = (vec![], vec![], vec![], vec![]);
-        for (at, value) in all {
-            match at.key() {
-                Key::V4(key) => {
+        for (key, value) in frontends {
+            match convert::key_to_abi(key) {
+                AbiKey::V4(key) => {
                     keys_v4.push(key);
                     values_v4.push(*value);
                 }
-                Key::V6(key) => {
+                AbiKey::V6(key) => {
                     keys_v6.push(key);
                     values_v6.push(*value);
                 }
             }
         }
-        self.many_v4.put_all(&keys_v4, &values_v4)?;
-        self.many_v6.put_all(&keys_v6, &values_v6)?;
+        self.v4.put_all(&keys_v4, &values_v4)?;
+        self.v6.put_all(&keys_v6, &values_v6)?;
         let mut new = Vec::new();
-        for (at, _) in all {
-            if self.frontends.insert(*at)
-                && let Some(address) = at.address()
+        for (key, value) in frontends {
+            if self.mirror.insert(*key, *value).is_none()
+                && let Some(address) = filtered_address(key)
             {
-                *self.counts.entry(bucket(address)).or_default() += 1;
+                *self.filter_counts.entry(bucket(address)).or_default() += 1;
                 new.push(address);
             }
         }
         let buckets: BTreeSet<u32> = new.iter().map(|address| bucket(*address)).collect();
-        self.write_counts(&buckets.into_iter().collect::<Vec<_>>())?;
+        self.write_filter(&buckets.into_iter().collect::<Vec<_>>())?;
         Ok(new)
     }
 
-    /// Writes a frontend; whether it is a new one.
-    pub(in crate::bpf) fn set_frontend(&mut self, at: &FrontendAt, value: &Frontend) -> Result<bool, BpfError> {
-        match at.key() {
-            Key::V4(key) => self.v4.insert(key, value, 0).map_err(BpfError::map(names::FRONTENDS_V4))?,
-            Key::V6(key) => self.v6.insert(key, value, 0).map_err(BpfError::map(names::FRONTENDS_V6))?,
-        }
-        let new = self.frontends.insert(*at);
-        if new && let Some(address) = at.address() {
-            *self.counts.entry(bucket(address)).or_default() += 1;
-            self.write_counts(&[bucket(address)])?;
-        }
-        Ok(new)
-    }
-
-    /// Removes a frontend; whether there was one.
-    pub(in crate::bpf) fn remove_frontend(&mut self, at: &FrontendAt) -> Result<bool, BpfError> {
-        match at.key() {
-            Key::V4(key) => absent_is_fine(self.v4.remove(&key)).map_err(BpfError::map(names::FRONTENDS_V4))?,
-            Key::V6(key) => absent_is_fine(self.v6.remove(&key)).map_err(BpfError::map(names::FRONTENDS_V6))?,
-        }
-        let old = self.frontends.remove(at);
-        if old && let Some(address) = at.address() {
+    /// Removes a frontend, then its address from the filter; whether there was one.
+    pub(super) fn remove(&mut self, key: &FrontendKey) -> Result<bool, BpfError> {
+        match convert::key_to_abi(key) {
+            AbiKey::V4(key) => self.v4.delete(&key)?,
+            AbiKey::V6(key) => self.v6.delete(&key)?,
+        };
+        let existed = self.mirror.remove(key).is_some();
+        if existed && let Some(address) = filtered_address(key) {
             self.uncount(address);
-            self.write_counts(&[bucket(address)])?;
+            self.write_filter(&[bucket(address)])?;
         }
-        Ok(old)
-    }
-
-    pub(in crate::bpf) fn frontends(&self) -> Vec<FrontendAt> {
-        self.frontends.iter().copied().collect()
-    }
-
-    pub(in crate::bpf) fn set_members(&mut self, first: u32, members: &[Member]) -> Result<(), BpfError> {
-        (first..)
-            .zip(members)
-            .try_for_each(|(index, member)| self.members.set(index, *member, 0).map_err(BpfError::map(names::MEMBERS)))
-    }
-
-    pub(in crate::bpf) fn set_backend(&mut self, number: u32, backend: &Backend) -> Result<(), BpfError> {
-        self.backends.set(number, *backend, 0).map_err(BpfError::map(names::BACKENDS))
+        Ok(existed)
     }
 }

@@ -1,17 +1,31 @@
-//! Conversions, and plans run on real maps of this kernel.
+//! Conversions, and plans applied to maps of the running kernel.
 
+use std::ops::ControlFlow;
+use std::os::fd::AsFd as _;
+
+use aya::maps::lpm_trie::LpmTrie;
+use aya::maps::{Array, HashMap, IterableMap, MapData};
+use terway_abi::{Frontend as AbiFrontend, names};
 use terway_core::ident::Family;
-use terway_core::objects::{Change, Kind, Object, Objects};
-use terway_core::service::{NodeFacts, Planner, Settings};
+use terway_core::objects::{Change, Kind, Object, Objects, Protocol};
+use terway_core::service::{
+    Backend, BackendId, BackendKey, BackendRef, BackendState, Frontend, FrontendKey, FrontendKind, NodeFacts, Planner,
+    PortId, Settings, Table, TableId,
+};
 
+use super::convert::{
+    AbiKey, backend_from_abi, backend_to_abi, frontend_from_abi, frontend_to_abi, key_from_abi, key_to_abi,
+};
 use super::*;
+use crate::bpf::address::{address_v4, address_v6};
+use crate::bpf::elements::Elements;
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
 #[test]
-fn keys_come_back_as_they_went() {
+fn frontend_keys_round_trip() {
     for key in [
         FrontendKey::new(ip("10.96.0.1"), 443, Protocol::Tcp),
         FrontendKey::new(ip("fd00::1"), 53, Protocol::Udp),
@@ -19,70 +33,33 @@ fn keys_come_back_as_they_went() {
         FrontendKey::node(Family::V4, 30_080, Protocol::Sctp),
         FrontendKey::node(Family::V6, 30_080, Protocol::Tcp),
     ] {
-        assert_eq!(key_from(key.address, class(&place_of(&key)).1), Some(key));
+        let back = match key_to_abi(&key) {
+            AbiKey::V4(abi) => key_from_abi(address_v4(abi.address).into(), abi.class),
+            AbiKey::V6(abi) => key_from_abi(address_v6(abi.address).into(), abi.class),
+        };
+        assert_eq!(back, Some(key));
     }
 }
 
-/// The key of a frontend as the writer of frontends makes it.
-fn class(at: &FrontendAt) -> (IpAddr, u32) {
-    use terway_abi::{SCOPE_ADDRESS, SCOPE_NODE, frontend_class};
-    match *at {
-        FrontendAt::Rest(address) => (address, 0),
-        FrontendAt::Address { address, port, protocol } => {
-            (address, frontend_class(port.to_be(), protocol, SCOPE_ADDRESS))
-        }
-        FrontendAt::Node { v6, port, protocol } => {
-            let family = if v6 { Family::V6 } else { Family::V4 };
-            (FrontendKey::node(family, 1, Protocol::Tcp).address, frontend_class(port.to_be(), protocol, SCOPE_NODE))
-        }
-    }
-}
-
-/// RangeAllocator operations, with frontends written straight into the maps.
-fn run(tables: &mut Tables, ops: &[Op]) -> Result<(), BpfError> {
-    let mut pending: Vec<(FrontendAt, Option<AbiFrontend>)> = Vec::new();
-    for op in ops {
-        tables.run(std::slice::from_ref(op), &mut |changes| {
-            pending.extend_from_slice(changes);
-            Ok(())
-        })?;
-        for (at, value) in pending.drain(..) {
-            let (address, class) = class(&at);
-            match (address, value) {
-                (IpAddr::V4(v4), Some(value)) => {
-                    tables.maps.frontends_v4.insert(FrontendKeyV4 { address: word(v4), class }, value, 0).unwrap();
-                }
-                (IpAddr::V6(v6), Some(value)) => {
-                    tables.maps.frontends_v6.insert(FrontendKeyV6 { address: words(v6), class }, value, 0).unwrap();
-                }
-                (IpAddr::V4(v4), None) => {
-                    absent_is_fine(tables.maps.frontends_v4.remove(&FrontendKeyV4 { address: word(v4), class }))
-                        .unwrap();
-                }
-                (IpAddr::V6(v6), None) => {
-                    absent_is_fine(tables.maps.frontends_v6.remove(&FrontendKeyV6 { address: words(v6), class }))
-                        .unwrap();
-                }
-            }
-        }
-    }
-    Ok(())
+/// Runs operations; flows are not invalidated, since there are none.
+fn run(state: &mut State, ops: &[Op]) -> Result<(), BpfError> {
+    state.apply(ops, &mut |_| Ok(()))
 }
 
 #[test]
-fn backends_come_back_as_they_went() {
+fn backends_round_trip() {
     for (address, state, local) in [("10.0.0.1", BackendState::Ready, true), ("fd00::2", BackendState::Draining, false)]
     {
         let key = BackendKey { address: ip(address), port: 8080, protocol: Protocol::Udp };
         let backend = Backend { key, state, local, generation: 7 };
-        assert_eq!(backend_from(&backend_to(&backend)), Some(backend));
+        assert_eq!(backend_from_abi(&backend_to_abi(&backend)), Some(backend));
     }
-    let grave = terway_abi::Backend { generation: 8, ..Default::default() };
-    assert_eq!(backend_from(&grave), None);
+    let tombstone = terway_abi::Backend { generation: 8, ..Default::default() };
+    assert_eq!(backend_from_abi(&tombstone), None);
 }
 
 #[test]
-fn frontends_come_back_but_for_their_kind() {
+fn frontends_round_trip_except_for_their_kind() {
     let place = |id: TableId| Some((Run { first: id.0 * 10, count: 4 }, Algorithm::Maglev));
     let table = Selection::Table(TableId(3));
     for (kind, inside, outside, masquerade) in [
@@ -100,7 +77,7 @@ fn frontends_come_back_but_for_their_kind() {
             check_source: kind == FrontendKind::LoadBalancer,
             affinity_seconds: 600,
         };
-        let abi = frontend_to(&frontend, place);
+        let abi = frontend_to_abi(&frontend, place);
         let back = |run: Run, pass: u32, silent: u32| match run.count {
             _ if abi.flags & pass != 0 => Selection::Pass,
             0 if abi.flags & silent != 0 => Selection::Drop,
@@ -110,36 +87,47 @@ fn frontends_come_back_but_for_their_kind() {
         let inside = back(abi.internal, frontend_flags::EXTERNAL, 0);
         let outside = back(abi.external, frontend_flags::INTERNAL, frontend_flags::SILENT);
         let key = FrontendKey::new(ip("47.0.0.1"), 80, Protocol::Tcp);
-        assert_eq!(frontend_from(key, &abi, inside, outside), frontend);
+        assert_eq!(frontend_from_abi(key, &abi, inside, outside), frontend);
     }
 }
 
-/// Maps of the shapes that `terway_ebpf::kernel::maps` gives them; none if this process may not make maps.
-fn maps() -> Option<Tables> {
+/// Maps of the sizes of `terway_ebpf::kernel::maps`; none if this process may not create maps.
+fn maps() -> Option<State> {
     /// `BPF_F_NO_PREALLOC` (include/uapi/linux/bpf.h): without it the kernel refuses a trie.
-    const LAZY: u32 = 1;
+    const NO_PREALLOC: u32 = 1;
     fn array<V: aya::Pod>(name: &'static str, entries: u32) -> Result<Elements<u32, V>, BpfError> {
-        let array = aya::maps::Array::<MapData, V>::create(entries, 0).map_err(BpfError::map(name))?;
-        Elements::of(aya::maps::IterableMap::map(&array), name)
+        let array = Array::<MapData, V>::create(entries, 0).map_err(BpfError::map(name))?;
+        Elements::over(unpinned(&array), name)
     }
-    fn named<T>(name: &'static str, made: Result<T, MapError>) -> Result<T, BpfError> {
-        made.map_err(BpfError::map(name))
+    fn hash<K: aya::Pod, V: aya::Pod>(name: &'static str, entries: u32) -> Result<Elements<K, V>, BpfError> {
+        let map = HashMap::<MapData, K, V>::create(entries, NO_PREALLOC).map_err(BpfError::map(name))?;
+        Elements::over(unpinned(&map), name)
     }
-    let made = || -> Result<Maps, BpfError> {
-        Ok(Maps {
-            frontends_v4: named(names::FRONTENDS_V4, HashMap::create(131_072, LAZY))?,
-            frontends_v6: named(names::FRONTENDS_V6, HashMap::create(131_072, LAZY))?,
-            members: array(names::MEMBERS, 1_048_576)?,
-            backends: array(names::BACKENDS, 131_072)?,
-            loads: array(names::LOADS, 131_072)?,
-            ranges_v4: named(names::RANGES_V4, LpmTrie::create(65_536, LAZY))?,
-            ranges_v6: named(names::RANGES_V6, LpmTrie::create(65_536, LAZY))?,
-        })
+    /// A handle of its own on a map.
+    fn unpinned<K: aya::Pod, V>(map: &impl IterableMap<K, V>) -> MapData {
+        MapData::from_fd(map.map().fd().as_fd().try_clone_to_owned().unwrap()).unwrap()
+    }
+    let create = || -> Result<State, BpfError> {
+        let frontends = FrontendMaps::new(
+            hash(names::FRONTENDS_V4, 131_072)?,
+            hash(names::FRONTENDS_V6, 131_072)?,
+            array(names::FILTERS, terway_abi::FILTER)?,
+        );
+        let backends = BackendMaps::new(
+            array(names::MEMBERS, 1_048_576)?,
+            array(names::BACKENDS, 131_072)?,
+            array(names::LOADS, 131_072)?,
+        );
+        let ranges = SourceRanges::new(
+            LpmTrie::create(65_536, NO_PREALLOC).map_err(BpfError::map(names::RANGES_V4))?,
+            LpmTrie::create(65_536, NO_PREALLOC).map_err(BpfError::map(names::RANGES_V6))?,
+        );
+        Ok(State::new(frontends, backends, ranges))
     };
-    match made() {
-        Ok(maps) => Some(Tables::over(maps)),
+    match create() {
+        Ok(state) => Some(state),
         Err(error) => {
-            println!("SKIP: this process may not make BPF maps: {error}");
+            println!("SKIP: this process may not create BPF maps: {error}");
             None
         }
     }
@@ -190,36 +178,42 @@ fn planner(kernel: MapContents) -> Planner {
 type Clients = BTreeMap<FrontendKey, (u32, u32, Vec<BackendKey>, Vec<BackendKey>)>;
 
 /// Reads the maps as the programs do.
-fn clients(tables: &Tables) -> Clients {
+fn clients(state: &State) -> Clients {
+    let (members, backends) = (&state.backends.members, &state.backends.backends);
     let side = |run: Run| -> Vec<BackendKey> {
-        let members = (run.first..run.first + run.count).map(|i| tables.maps.members.get(&i).unwrap().unwrap());
-        let backends = members.map(|m| (m.generation, tables.maps.backends.get(&m.backend).unwrap().unwrap()));
-        let alive = backends
-            .inspect(|(generation, b)| assert_eq!(*generation, b.generation, "a member of a life that is over"));
-        alive.map(|(_, b)| backend_from(&b).unwrap().key).collect()
+        let members = (run.first..run.first + run.count).map(|i| members.get(&i).unwrap().unwrap());
+        let backends = members.map(|m| (m.generation, backends.get(&m.backend).unwrap().unwrap()));
+        let current = backends
+            .inspect(|(generation, b)| assert_eq!(*generation, b.generation, "a reference to an old generation"));
+        current.map(|(_, b)| backend_from_abi(&b).unwrap().key).collect()
     };
-    let v4 = tables.maps.frontends_v4.iter().map(Result::unwrap);
-    let v4 = v4.map(|(k, f)| (key_from(IpAddr::V4(address_v4(k.address)), k.class).unwrap(), f));
-    let v6 = tables.maps.frontends_v6.iter().map(Result::unwrap);
-    let v6 = v6.map(|(k, f)| (key_from(IpAddr::V6(address_v6(k.address)), k.class).unwrap(), f));
-    v4.chain(v6).map(|(key, f)| (key, (f.flags, f.affinity, side(f.internal), side(f.external)))).collect()
+    let mut clients = Clients::new();
+    let mut insert = |key: FrontendKey, f: &AbiFrontend| {
+        clients.insert(key, (f.flags, f.affinity, side(f.internal), side(f.external)));
+        ControlFlow::Continue(())
+    };
+    let v4 = &state.frontends.v4;
+    v4.each(|k, f| insert(key_from_abi(address_v4(k.address).into(), k.class).unwrap(), f)).unwrap();
+    let v6 = &state.frontends.v6;
+    v6.each(|k, f| insert(key_from_abi(address_v6(k.address).into(), k.class).unwrap(), f)).unwrap();
+    clients
 }
 
 #[test]
-fn plans_on_real_maps_survive_restarts_and_write_only_what_differs() {
+fn recovered_planner_writes_only_differences() {
     const SERVICES: usize = 300;
-    let Some(mut tables) = maps() else { return };
+    let Some(mut state) = maps() else { return };
     let mut objects = Objects::default();
     for i in 0..SERVICES {
         objects.apply(service(i));
         objects.apply(slice(i, &[1, 2, 3], if i % 4 == 0 { "me" } else { "other" }));
     }
-    let mut first = planner(tables.recover().unwrap());
+    let mut first = planner(state.recover().unwrap());
     let plan = first.sync(&objects);
-    run(&mut tables, &plan.ops).unwrap();
-    run(&mut tables, &plan.retire).unwrap();
+    run(&mut state, &plan.ops).unwrap();
+    run(&mut state, &plan.retire).unwrap();
     first.retired(&plan.retire);
-    let seen = clients(&tables);
+    let seen = clients(&state);
     // Two ports at two cluster addresses, the rest of each, at one balancer's address, and a node port for one of them in two families.
     assert_eq!(seen.len(), SERVICES * (4 + 2 + 2 + 2));
     let web = &seen[&FrontendKey::new("10.96.0.1".parse().unwrap(), 80, Protocol::Tcp)];
@@ -227,26 +221,26 @@ fn plans_on_real_maps_survive_restarts_and_write_only_what_differs() {
     assert!(web.3.is_empty() && web.0 & frontend_flags::INTERNAL != 0);
 
     // A restart over unchanged objects.
-    let writes = tables.writes;
-    let kernel = tables.recover().unwrap();
+    let writes = state.writes;
+    let kernel = state.recover().unwrap();
     let mut second = planner(kernel);
     let plan = second.sync(&objects);
-    run(&mut tables, &plan.ops).unwrap();
-    run(&mut tables, &plan.retire).unwrap();
+    run(&mut state, &plan.ops).unwrap();
+    run(&mut state, &plan.retire).unwrap();
     second.retired(&plan.retire);
-    assert_eq!((tables.writes - writes, plan.retire.len()), (0, 0), "nothing differs, nothing is written");
-    assert_eq!(clients(&tables), seen);
+    assert_eq!((state.writes - writes, plan.retire.len()), (0, 0), "nothing differs, nothing is written");
+    assert_eq!(clients(&state), seen);
 
     // One endpoint changes while nobody looks; the next daemon writes that.
     objects.apply(slice(6, &[1, 2, 4], "other"));
-    let mut third = planner(tables.recover().unwrap());
+    let mut third = planner(state.recover().unwrap());
     let plan = third.sync(&objects);
-    let writes = tables.writes;
-    run(&mut tables, &plan.ops).unwrap();
-    run(&mut tables, &plan.retire).unwrap();
+    let writes = state.writes;
+    run(&mut state, &plan.ops).unwrap();
+    run(&mut state, &plan.retire).unwrap();
     third.retired(&plan.retire);
-    assert!(tables.writes - writes <= 30, "{} writes for one endpoint", tables.writes - writes);
-    let now = clients(&tables);
+    assert!(state.writes - writes <= 30, "{} writes for one endpoint", state.writes - writes);
+    let now = clients(&state);
     let changed: Vec<_> = now.iter().filter(|(key, value)| seen.get(key) != Some(value)).map(|(key, _)| *key).collect();
     assert!(!changed.is_empty() && changed.len() <= 10, "{changed:?}");
 
@@ -256,33 +250,33 @@ fn plans_on_real_maps_survive_restarts_and_write_only_what_differs() {
         names.into_iter().map(|name| Change::Delete(terway_core::objects::ObjectKey { kind: Kind::Service, name }));
     let applied: Vec<_> = gone.filter_map(|change| objects.apply(change)).collect();
     let plan = third.update(&objects, &applied);
-    run(&mut tables, &plan.ops).unwrap();
-    run(&mut tables, &plan.retire).unwrap();
-    assert_eq!(tables.runs.left(), tables.maps.members.capacity(), "all places are free again");
-    let left = tables.recover().unwrap();
+    run(&mut state, &plan.ops).unwrap();
+    run(&mut state, &plan.retire).unwrap();
+    assert_eq!(state.backends.runs.left(), state.backends.members.capacity(), "all places are free again");
+    let left = state.recover().unwrap();
     assert_eq!((left.frontends.len(), left.tables.len(), left.backends.len(), left.ranges.len()), (0, 0, 0, 0));
     assert!(left.generation > 0);
 }
 
 #[test]
-fn a_full_map_is_told_by_name() {
-    let Some(mut tables) = maps() else { return };
+fn full_map_is_named_in_the_error() {
+    let Some(mut state) = maps() else { return };
     let key = BackendKey { address: ip("10.0.0.1"), port: 80, protocol: Protocol::Tcp };
     let backend = Backend { key, state: BackendState::Ready, local: false, generation: 1 };
-    let error = run(&mut tables, &[Op::PutBackend(BackendId(131_072), backend)]).unwrap_err();
+    let error = run(&mut state, &[Op::PutBackend(BackendId(131_072), backend)]).unwrap_err();
     assert_eq!(error.to_string(), "the datapath holds at most 131071 backends");
     let slots = vec![BackendRef { backend: BackendId(1), generation: 1 }; 1_048_577];
     let table = Arc::new(Table { algorithm: Algorithm::Random, slots });
-    let error = run(&mut tables, &[Op::PutTable(TableId(1), table)]).unwrap_err();
+    let error = run(&mut state, &[Op::PutTable(TableId(1), table)]).unwrap_err();
     assert_eq!(error.to_string(), "the datapath holds at most 1048576 slots of backend tables");
 }
 
-/// Figures: `cargo test --release -p terway-daemon --lib -- --ignored --nocapture bpf::services`.
+/// Figures: `cargo test --release -p terway-daemon --lib -- --ignored --nocapture bpf::service_maps`.
 #[test]
 #[ignore = "a measurement, for release builds"]
 fn scale() {
     const SERVICES: usize = 30_000;
-    let Some(mut tables) = maps() else { return };
+    let Some(mut state) = maps() else { return };
     let mut objects = Objects::default();
     let plain = |i: usize| {
         let json = format!(
@@ -297,20 +291,20 @@ fn scale() {
         objects.apply(slice(i, &[1, 2, 3, 4], "me"));
     }
     let start = std::time::Instant::now();
-    let mut planner_ = planner(tables.recover().unwrap());
+    let mut planner_ = planner(state.recover().unwrap());
     let plan = planner_.sync(&objects);
     let planned = start.elapsed();
-    run(&mut tables, &plan.ops).unwrap();
+    run(&mut state, &plan.ops).unwrap();
     println!(
         "{SERVICES} Services x 4 endpoints: planned in {planned:.2?}, in the maps after {:.2?} and {} writes",
         start.elapsed(),
-        tables.writes
+        state.writes
     );
     let start = std::time::Instant::now();
-    let mut again = planner(tables.recover().unwrap());
+    let mut again = planner(state.recover().unwrap());
     let read = start.elapsed();
     let plan = again.sync(&objects);
-    run(&mut tables, &plan.ops).unwrap();
+    run(&mut state, &plan.ops).unwrap();
     println!("restart without changes: read in {read:.2?}, done after {:.2?}", start.elapsed());
     let mut times: Vec<_> = (0..1000)
         .map(|n| {
@@ -318,7 +312,7 @@ fn scale() {
             let start = std::time::Instant::now();
             let applied: Vec<_> = objects.apply(change).into_iter().collect();
             let plan = again.update(&objects, &applied);
-            run(&mut tables, &plan.ops).unwrap();
+            run(&mut state, &plan.ops).unwrap();
             start.elapsed()
         })
         .collect();

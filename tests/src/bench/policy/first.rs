@@ -46,7 +46,7 @@ fn run(policies: u16) -> Result<Vec<(&'static str, f64)>> {
     let stage = Stage::set(&sandbox)?;
     obey(&stage, policies)?;
     // As in the benchmark `prog`: frames to this pod look like frames from `a`, so that a delivered packet can be run again.
-    stage.datapath.upsert_endpoint(&Endpoint { host_mac: stage.a.pod_mac, pod_mac: stage.a.host_mac, ..stage.b })?;
+    stage.datapath.endpoints().upsert(&Endpoint { host_mac: stage.a.pod_mac, pod_mac: stage.a.host_mac, ..stage.b })?;
     unsettle(&stage.datapath)?;
     let cases = [
         ("local_v4", "10.0.0.1", "10.0.0.2"),
@@ -65,14 +65,14 @@ fn run(policies: u16) -> Result<Vec<(&'static str, f64)>> {
 }
 
 fn drops(stage: &Stage) -> Result<u64> {
-    let counters = stage.datapath.counters()?;
+    let counters = stage.datapath.counters().read()?;
     Ok(Drop::ALL.iter().map(|reason| counters.drop(*reason).packets).sum())
 }
 
 /// Puts both pods under so many policies, in which every rule means both ends but only one has the port.
 fn obey(stage: &Stage, policies: u16) -> Result<()> {
     let (mut compiler, ops) = Compiler::new();
-    ops.iter().try_for_each(|op| stage.datapath.apply_policy(op))?;
+    ops.iter().try_for_each(|op| stage.datapath.policies().apply(op))?;
     let mut objects = Objects::default();
     let mut documents = Vec::new();
     for (name, addresses) in [("a", ["10.0.0.1", "fd00::1"]), ("b", ["10.0.0.2", "fd00::2"])] {
@@ -91,7 +91,7 @@ fn obey(stage: &Stage, policies: u16) -> Result<()> {
     }
     let mut step = |event: Event| -> Result<()> {
         let ops = compiler.step(event);
-        Ok(ops.iter().try_for_each(|op| stage.datapath.apply_policy(op))?)
+        Ok(ops.iter().try_for_each(|op| stage.datapath.policies().apply(op))?)
     };
     for (kind, document) in documents {
         let change = Change::Upsert(Box::new(Object::read(kind, &document)?));
@@ -99,7 +99,7 @@ fn obey(stage: &Stage, policies: u16) -> Result<()> {
     }
     // Last, so that the rules are compiled once.
     for (endpoint, name) in [(stage.a, "a"), (stage.b, "b")] {
-        let (slot, _) = stage.datapath.reserve_slot(endpoint.host_ifindex)?;
+        let (slot, _) = stage.datapath.endpoints().reserve_slot(endpoint.host_ifindex)?;
         let pod = PodRef { namespace: "x".to_owned(), name: name.to_owned(), uid: String::new() };
         step(Event::Attach { slot, pod, addresses: endpoint.addresses })?;
     }

@@ -1,0 +1,208 @@
+//! Backend map and backend tables: which backends exist, and the ranges of references that frontends choose from.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use aya::Ebpf;
+use terway_abi::{Backend as AbiBackend, Member as AbiMember, Run, names};
+use terway_core::service::{
+    Algorithm, Backend, BackendId, BackendRef, MapContents, Op, RangeAllocator, Selection, Table, TableId,
+};
+
+use super::{MAX_UNUSED_BACKENDS, convert};
+use crate::bpf::elements::Elements;
+use crate::bpf::error::BpfError;
+use crate::bpf::object::take_elements;
+
+/// The backend map, the array of backend references, and the active connection counts.
+pub(super) struct BackendMaps {
+    pub(super) members: Elements<u32, AbiMember>,
+    pub(super) backends: Elements<u32, AbiBackend>,
+    connection_counts: Elements<u32, u64>,
+    /// Mirror of the backend map.
+    mirror: Mirror,
+    /// Free ranges of the array of references.
+    pub(super) runs: RangeAllocator,
+    /// Where tables are in that array.
+    tables: BTreeMap<TableId, (Run, Algorithm)>,
+}
+
+/// Backends by their numbers, which are dense: freed numbers are reused first.
+#[derive(Default)]
+struct Mirror {
+    /// Without a generation: no backend.
+    all: Vec<AbiBackend>,
+    count: usize,
+}
+
+impl Mirror {
+    fn get(&self, number: u32) -> Option<AbiBackend> {
+        self.all.get(number as usize).copied().filter(|backend| backend.generation != 0)
+    }
+
+    fn insert(&mut self, number: u32, backend: AbiBackend) {
+        let index = number as usize;
+        if self.all.len() <= index {
+            self.all.resize(index + 1, AbiBackend::default());
+        }
+        if let Some(place) = self.all.get_mut(index) {
+            self.count += usize::from(place.generation == 0);
+            *place = backend;
+        }
+    }
+
+    fn remove(&mut self, number: u32) {
+        if let Some(place) = self.all.get_mut(number as usize) {
+            self.count -= usize::from(place.generation != 0);
+            *place = AbiBackend::default();
+        }
+    }
+}
+
+impl BackendMaps {
+    pub(super) fn open(loaded: &mut Ebpf) -> Result<Self, BpfError> {
+        Ok(Self::new(
+            take_elements(loaded, names::MEMBERS)?,
+            take_elements(loaded, names::BACKENDS)?,
+            take_elements(loaded, names::LOADS)?,
+        ))
+    }
+
+    pub(super) fn new(
+        members: Elements<u32, AbiMember>,
+        backends: Elements<u32, AbiBackend>,
+        connection_counts: Elements<u32, u64>,
+    ) -> Self {
+        Self {
+            runs: RangeAllocator::new(members.capacity()),
+            members,
+            backends,
+            connection_counts,
+            mirror: Mirror::default(),
+            tables: BTreeMap::new(),
+        }
+    }
+
+    /// The number of backends.
+    pub(super) const fn len(&self) -> usize {
+        self.mirror.count
+    }
+
+    /// Reads the backends; tables are adopted as frontends name them ([`Self::adopt_table`]).
+    pub(super) fn recover(&mut self, contents: &mut MapContents) -> Result<(), BpfError> {
+        self.mirror = Mirror::default();
+        let mut unused = 0;
+        self.backends.each(|number, entry| {
+            unused = if entry.generation == 0 { unused + 1 } else { 0 };
+            if unused > MAX_UNUSED_BACKENDS {
+                return ControlFlow::Break(());
+            }
+            contents.generation = contents.generation.max(entry.generation);
+            if let Some(backend) = convert::backend_from_abi(entry) {
+                self.mirror.insert(*number, *entry);
+                contents.backends.insert(BackendId(*number), backend);
+            }
+            ControlFlow::Continue(())
+        })?;
+        self.runs = RangeAllocator::new(self.members.capacity());
+        self.tables.clear();
+        Ok(())
+    }
+
+    /// Makes a table of the range that a frontend names. A range that is invalid, or overlaps another, is not adopted: its frontend
+    /// gets a new one.
+    pub(super) fn adopt_table(
+        &mut self,
+        run: Run,
+        algorithm: Algorithm,
+        contents: &mut MapContents,
+    ) -> Result<Selection, BpfError> {
+        if !self.runs.reserve(run.first, run.count) {
+            return Ok(Selection::Reject);
+        }
+        let mut slots = Vec::with_capacity(run.count as usize);
+        for index in run.first..run.first + run.count {
+            let member = self.members.get(&index)?.unwrap_or_default();
+            slots.push(BackendRef { backend: BackendId(member.backend), generation: member.generation });
+        }
+        let id = TableId(self.tables.len() as u32 + 1);
+        self.tables.insert(id, (run, algorithm));
+        contents.tables.insert(id, Arc::new(Table { algorithm, slots }));
+        Ok(Selection::Table(id))
+    }
+
+    /// Where a table is.
+    pub(super) fn table(&self, id: TableId) -> Option<(Run, Algorithm)> {
+        self.tables.get(&id).copied()
+    }
+
+    /// Writes backends that differ from the map; the number of writes.
+    pub(super) fn put_backends(&mut self, batch: &[Op]) -> Result<u64, BpfError> {
+        let limit = self.backends.capacity();
+        let (mut new, mut numbers, mut entries) = (Vec::new(), Vec::new(), Vec::new());
+        for op in batch {
+            let Op::PutBackend(id, backend) = op else { continue };
+            if id.0 >= limit {
+                return Err(BpfError::NoRoom { what: "backends", limit: limit.saturating_sub(1) });
+            }
+            let (entry, old) = (convert::backend_to_abi(backend), self.mirror.get(id.0));
+            if old == Some(entry) {
+                continue;
+            }
+            if old.is_none() {
+                new.push(id.0);
+            }
+            numbers.push(id.0);
+            entries.push(entry);
+        }
+        // Programs do not count connections of a backend before it is written.
+        self.connection_counts.put_all(&new, &vec![0; new.len()])?;
+        self.backends.put_all(&numbers, &entries)?;
+        let writes = numbers.len() as u64;
+        numbers.into_iter().zip(entries).for_each(|(number, entry)| self.mirror.insert(number, entry));
+        Ok(writes)
+    }
+
+    /// Puts a tombstone in the place of a backend: another generation, so that references to it are invalid.
+    pub(super) fn remove_backend(&mut self, id: BackendId, backend: &Backend) -> Result<(), BpfError> {
+        let tombstone = AbiBackend { generation: backend.generation.wrapping_add(1).max(1), ..Default::default() };
+        self.backends.put(&id.0, &tombstone, 0)?;
+        self.mirror.remove(id.0);
+        Ok(())
+    }
+
+    /// Writes tables into free ranges; the number of writes.
+    pub(super) fn put_tables(&mut self, batch: &[Op]) -> Result<u64, BpfError> {
+        let (mut indices, mut members) = (Vec::new(), Vec::new());
+        for op in batch {
+            let Op::PutTable(id, table) = op else { continue };
+            let count = table.slots.len() as u32;
+            let limit = self.members.capacity();
+            let first = self.runs.take(count).ok_or(BpfError::NoRoom { what: "slots of backend tables", limit })?;
+            self.tables.insert(*id, (Run { first, count }, table.algorithm));
+            indices.extend(first..first + count);
+            let member = |slot: &BackendRef| AbiMember { backend: slot.backend.0, generation: slot.generation };
+            members.extend(table.slots.iter().map(member));
+        }
+        self.members.put_all(&indices, &members)?;
+        Ok(indices.len() as u64)
+    }
+
+    /// Frees the range of a table.
+    pub(super) fn remove_table(&mut self, id: TableId) {
+        if let Some((run, _)) = self.tables.remove(&id) {
+            self.runs.give_back(run.first, run.count);
+        }
+    }
+
+    #[cfg(feature = "test-api")]
+    pub(super) fn set_backend(&self, number: u32, backend: &AbiBackend) -> Result<(), BpfError> {
+        self.backends.put(&number, backend, 0).map(drop)
+    }
+
+    #[cfg(feature = "test-api")]
+    pub(super) fn set_members(&self, first: u32, members: &[AbiMember]) -> Result<(), BpfError> {
+        (first..).zip(members).try_for_each(|(index, member)| self.members.put(&index, member, 0).map(drop))
+    }
+}
