@@ -474,7 +474,7 @@ pub struct EniAddress {
     /// Without prefix length.
     #[prost(string, tag = "1")]
     pub address: ::prost::alloc::string::String,
-    /// bound, idle, cooling, releasing, fenced (a pod's, but the cloud does not list it), or other (not the pool's).
+    /// bound, idle, cooling, releasing, missing (of a pod, but the cloud does not list it), or other (not the pool's).
     #[prost(string, tag = "2")]
     pub state: ::prost::alloc::string::String,
     /// Whose it is, if it is bound.
@@ -596,7 +596,7 @@ pub struct Finding {
     /// Who says what.
     #[prost(string, tag = "5")]
     pub evidence: ::prost::alloc::string::String,
-    /// What the daemon does about it: none, repair, fence, remove or free.
+    /// What the daemon does about it: none, repair, report, remove or release.
     #[prost(string, tag = "6")]
     pub action: ::prost::alloc::string::String,
     /// Whether it is a mismatch and no passing state.

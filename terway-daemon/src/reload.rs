@@ -34,7 +34,7 @@ pub(crate) fn pool(options: &Options, config: &Config, node: &Node) -> PoolConfi
         prefixes: config.prefixes.enabled,
         min_prefixes: config.prefixes.v4_count,
         vswitches,
-        selection: config.vswitch_order,
+        vswitch_selection: config.vswitch_order,
         eni_selection: config.eni_selection,
         security_groups: config.security_groups.clone(),
         resource_group: config.resource_group.clone(),
@@ -55,9 +55,9 @@ pub(crate) fn pool(options: &Options, config: &Config, node: &Node) -> PoolConfi
         resync: config.sync_period,
         retry: backoff(config, base.retry),
         shrink_after: base.shrink_after / options.time_scale,
-        settle: base.settle / options.time_scale,
-        vswitch_rest: base.vswitch_rest / options.time_scale,
-        refusal_rest: base.refusal_rest / options.time_scale,
+        consistency_window: base.consistency_window / options.time_scale,
+        vswitch_backoff: base.vswitch_backoff / options.time_scale,
+        refusal_backoff: base.refusal_backoff / options.time_scale,
         ..base
     }
 }
@@ -66,8 +66,8 @@ fn backoff(config: &Config, default: Backoff) -> Backoff {
     let Some(given) = POOL_OPERATIONS.iter().find_map(|operation| config.backoff.get(*operation)) else {
         return default;
     };
-    let first = given.duration.filter(|first| !first.is_zero()).unwrap_or(default.first);
-    Backoff { first, most: given.cap.unwrap_or(default.most).max(first) }
+    let initial = given.duration.filter(|first| !first.is_zero()).unwrap_or(default.initial);
+    Backoff { initial, max: given.cap.unwrap_or(default.max).max(initial) }
 }
 
 /// Where the keys of the cloud account come from.

@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use terway_core::config::Changed;
+use terway_core::config::KeyChange;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, PodRef};
 use terway_proto::v1;
@@ -113,7 +113,7 @@ pub(crate) fn detail(error: &Error) -> v1::ErrorDetail {
 
 /// The configuration as the contract writes it.
 fn configuration(status: &ConfigStatus) -> v1::Configuration {
-    let change = |changed: &Changed| v1::ConfigChange {
+    let change = |changed: &KeyChange| v1::ConfigChange {
         key: changed.key.to_owned(),
         old: changed.old.to_string(),
         new: changed.new.to_string(),

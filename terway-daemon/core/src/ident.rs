@@ -95,13 +95,13 @@ impl fmt::Debug for Mac {
 /// The text is not six pairs of hexadecimal digits with colons between them.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is not a MAC address like 00:16:3e:01:02:03")]
-pub struct BadMac(String);
+pub struct MacParseError(String);
 
 impl FromStr for Mac {
-    type Err = BadMac;
+    type Err = MacParseError;
 
-    fn from_str(text: &str) -> Result<Self, BadMac> {
-        let bad = || BadMac(text.to_owned());
+    fn from_str(text: &str) -> Result<Self, MacParseError> {
+        let bad = || MacParseError(text.to_owned());
         let mut octets = [0u8; 6];
         let mut parts = text.split(':');
         for octet in &mut octets {

@@ -6,7 +6,9 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
-use terway_core::config::{Changed, Config, Invalid, KEYS, Key, Place, REMOVED, Setting, Warning, by_name, nearest};
+use terway_core::config::{
+    Config, InvalidValue, KEYS, Key, KeyChange, KeyLocation, REMOVED, Setting, Warning, by_name, nearest,
+};
 
 use super::print;
 use super::table::{Style, pretty};
@@ -41,7 +43,7 @@ pub(super) enum Command {
 }
 
 /// What the daemon would make of the files.
-type Checked = std::result::Result<(Config, Vec<Warning>), Vec<Invalid>>;
+type Checked = std::result::Result<(Config, Vec<Warning>), Vec<InvalidValue>>;
 
 pub(super) fn run(command: &Command, style: Style) -> Result<ExitCode> {
     let (text, good) = match command {
@@ -100,7 +102,7 @@ fn check(checked: &Checked, zone: Option<&str>, style: Style) -> (String, bool) 
     (lines.join("\n") + "\n", good)
 }
 
-fn invalid_json(bad: &Invalid) -> Value {
+fn invalid_json(bad: &InvalidValue) -> Value {
     json!({"key": bad.key, "value": bad.value, "reason": bad.reason})
 }
 
@@ -122,15 +124,15 @@ fn settings_json(config: &Config) -> Value {
 }
 
 fn place(key: &Key) -> &'static str {
-    match key.place {
-        Place::EniConf => "eni_conf",
-        Place::ConfigMap => "beside eni_conf in the ConfigMap",
+    match key.location {
+        KeyLocation::EniConf => "eni_conf",
+        KeyLocation::ConfigMap => "beside eni_conf in the ConfigMap",
     }
 }
 
 fn key_json(key: &Key) -> Value {
     json!({
-        "key": key.name, "place": place(key), "value": key.kind.to_string(), "default": key.absent.to_string(),
+        "key": key.name, "place": place(key), "value": key.kind.to_string(), "default": key.default.to_string(),
         "unit": key.unit, "effect": key.effect.as_str(), "about": key.about,
     })
 }
@@ -140,7 +142,7 @@ fn list(style: Style) -> String {
         return pretty(&KEYS.iter().map(key_json).collect());
     }
     let rows = KEYS.iter().map(|key| {
-        [key.name, &key.absent.to_string(), key.unit, &key.effect.to_string(), &key.kind.to_string()]
+        [key.name, &key.default.to_string(), key.unit, &key.effect.to_string(), &key.kind.to_string()]
             .map(str::to_owned)
             .to_vec()
     });
@@ -170,7 +172,7 @@ fn explain(name: &str, style: Style) -> Result<String> {
         key.about,
         place(key),
         key.kind,
-        key.absent,
+        key.default,
         key.effect
     ))
 }
@@ -194,7 +196,7 @@ fn diff(old: (&Path, Checked), new: (&Path, Checked), style: Style) -> (String, 
     let changed = old_config.diff(new_config);
     let text = match style.is_json() {
         true => {
-            let changes = changed.iter().map(|Changed { key, old, new, effect }| {
+            let changes = changed.iter().map(|KeyChange { key, old, new, effect }| {
                 json!({"key": key, "old": setting_json(old), "new": setting_json(new), "effect": effect.as_str()})
             });
             pretty(&json!({"valid": true, "changes": changes.collect::<Vec<_>>()}))

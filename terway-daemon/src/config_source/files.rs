@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use terway_core::config::{Data, Documents, Place, by_name};
+use terway_core::config::{ConfigDocuments, ConfigMapData, KeyLocation, by_name};
 use tracing::warn;
 
 use super::Outcome;
@@ -43,7 +43,7 @@ impl Paths {
     /// # Errors
     /// One sentence that names the file.
     pub fn read(&self) -> Outcome {
-        Ok(Documents {
+        Ok(ConfigDocuments {
             data: read_data(&self.config)?,
             overlay: self.overlay.as_ref().map(|path| read_data(path)).transpose()?,
         })
@@ -51,7 +51,7 @@ impl Paths {
 
     /// Keeps what was read. The file has the access key in it, as the ConfigMap has, and is for root alone.
     pub(super) fn keep(&self, read: &Outcome) {
-        let (Some(path), Ok(Documents { data, overlay })) = (&self.kept, read) else { return };
+        let (Some(path), Ok(ConfigDocuments { data, overlay })) = (&self.kept, read) else { return };
         let document = json!({"data": data, "overlay": overlay}).to_string();
         if fs::read(path).is_ok_and(|old| old == document.as_bytes()) {
             return;
@@ -62,25 +62,25 @@ impl Paths {
     }
 
     /// What was kept, if it can be read.
-    pub(super) fn kept(&self) -> Option<Documents> {
+    pub(super) fn kept(&self) -> Option<ConfigDocuments> {
         let mut kept: Value = serde_json::from_slice(&fs::read(self.kept.as_ref()?).ok()?).ok()?;
-        let data = |value: Value| serde_json::from_value::<Option<Data>>(value).ok();
-        Some(Documents { data: data(kept["data"].take())??, overlay: data(kept["overlay"].take())? })
+        let data = |value: Value| serde_json::from_value::<Option<ConfigMapData>>(value).ok();
+        Some(ConfigDocuments { data: data(kept["data"].take())??, overlay: data(kept["overlay"].take())? })
     }
 }
 
-fn read_data(path: &Path) -> Result<Data, String> {
+fn read_data(path: &Path) -> Result<ConfigMapData, String> {
     let of = |path: &Path, error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let meta = fs::metadata(path).map_err(|error| of(path, &error))?;
     if !meta.is_dir() {
         let text = read_text(path).map_err(|error| of(path, &error))?;
-        return Ok(Data::from([(ENI_CONF.to_owned(), text)]));
+        return Ok(ConfigMapData::from([(ENI_CONF.to_owned(), text)]));
     }
     let folder = match fs::canonicalize(path.join(SWAPPED)) {
         Ok(version) => version,
         Err(_) => path.to_owned(),
     };
-    let mut data = Data::new();
+    let mut data = ConfigMapData::new();
     for entry in fs::read_dir(&folder).map_err(|error| of(&folder, &error))? {
         let file = entry.map_err(|error| of(&folder, &error))?.path();
         let Some(name) = file.file_name().and_then(|name| name.to_str()) else { continue };
@@ -89,7 +89,7 @@ fn read_data(path: &Path) -> Result<Data, String> {
             continue;
         }
         // Only the name of a stranger counts, for the warning.
-        let known = by_name(name).is_some_and(|key| key.place == Place::ConfigMap);
+        let known = by_name(name).is_some_and(|key| key.location == KeyLocation::ConfigMap);
         let text = if known { read_text(&file).map_err(|error| of(&file, &error))? } else { String::new() };
         data.insert(name.to_owned(), text);
     }

@@ -8,7 +8,7 @@ mod watch;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use terway_core::config::{Config, Documents, Live, Warning};
+use terway_core::config::{Config, ConfigDocuments, LiveConfig, Warning};
 use terway_core::errors::{self, Error};
 use tokio::sync::watch::{Receiver, Sender};
 use tracing::{error, info, warn};
@@ -21,7 +21,7 @@ use self::watch::Watch;
 const READ_EVERY: Duration = Duration::from_secs(60);
 
 /// What reading gave: the documents, or why not.
-type Outcome = Result<Documents, String>;
+type Outcome = Result<ConfigDocuments, String>;
 
 /// The configuration of this node, now and as it changes.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub struct ConfigSource {
 
 #[derive(Debug)]
 struct State {
-    live: Live,
+    live: LiveConfig,
     /// What was read last, good or bad: the same again is no news.
     read: Outcome,
     status: ConfigStatus,
@@ -69,9 +69,9 @@ impl ConfigSource {
             warn!(key = warning.key, "eni-config: {}", warning.message);
         }
         metrics.reloaded(failure.as_ref().map_or("applied", |failure| failure.result));
-        let live = Live::new(config);
+        let live = LiveConfig::new(config);
         let status = ConfigStatus::start(&live, warnings, failure);
-        let published = Sender::new(Arc::clone(live.in_force()));
+        let published = Sender::new(Arc::clone(live.effective()));
         Ok(Self { paths, metrics, published, state: Mutex::new(State { live, read, status }) })
     }
 
@@ -116,7 +116,7 @@ impl ConfigSource {
         }
         match judge(&read) {
             Ok((config, warnings)) => {
-                let changed = state.live.offer(config);
+                let changed = state.live.update(config);
                 self.paths.keep(&read);
                 for warning in warnings.iter().filter(|w| !state.status.warnings.contains(w)) {
                     warn!(key = warning.key, "eni-config: {}", warning.message);
@@ -143,10 +143,10 @@ impl ConfigSource {
         }
         state.read = read;
         // Under the lock, so that two reloads publish in the order they were taken.
-        let in_force = Arc::clone(state.live.in_force());
+        let effective = Arc::clone(state.live.effective());
         self.published.send_if_modified(|held| {
-            let new = !Arc::ptr_eq(held, &in_force);
-            *held = in_force;
+            let new = !Arc::ptr_eq(held, &effective);
+            *held = effective;
             new
         });
     }

@@ -8,7 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-use terway_core::config::{Changed, Live, Warning};
+use terway_core::config::{KeyChange, LiveConfig, Warning};
 use terway_core::errors::Error;
 
 /// How many edits are remembered.
@@ -24,7 +24,7 @@ pub struct ConfigStatus {
     /// Why the files as they are now are not taken; `None` if they are.
     pub failure: Option<Failure>,
     /// What waits for a restart.
-    pub pending_restart: Vec<Changed>,
+    pub pending_restart: Vec<KeyChange>,
     /// The latest edits, the newest last. Displayed, they hold no secret.
     pub recent: VecDeque<Edit>,
     /// What the present configuration is warned of.
@@ -50,11 +50,11 @@ pub struct Edit {
     /// When it was taken.
     pub at: SystemTime,
     /// What it changed, and when each change takes effect.
-    pub changed: Vec<Changed>,
+    pub changed: Vec<KeyChange>,
 }
 
 impl ConfigStatus {
-    pub(super) fn start(live: &Live, warnings: Vec<Warning>, failure: Option<Failure>) -> Self {
+    pub(super) fn start(live: &LiveConfig, warnings: Vec<Warning>, failure: Option<Failure>) -> Self {
         Self {
             generation: live.generation(),
             applied_at: SystemTime::now(),
@@ -65,7 +65,7 @@ impl ConfigStatus {
         }
     }
 
-    pub(super) fn took(&mut self, live: &Live, changed: Vec<Changed>, warnings: Vec<Warning>, at: SystemTime) {
+    pub(super) fn took(&mut self, live: &LiveConfig, changed: Vec<KeyChange>, warnings: Vec<Warning>, at: SystemTime) {
         self.failure = None;
         self.warnings = warnings;
         self.pending_restart = live.pending();

@@ -11,9 +11,10 @@ use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, Mac};
 use terway_core::ipam::{AttachmentView, Event, Phase};
 use terway_core::reconcile::{
-    Action, Confirmation, Endpoint, Finding, Held, HeldEni, Inventory, Kind, Netns, World, findings, sysctls,
+    Action, AuditSnapshot, Confirmation, Endpoint, Finding, FindingKind, Inventory, NetnsState, StoredAttachment,
+    StoredEni, findings, sysctls,
 };
-use terway_core::route::{EniPlan, Leftover, Step, alias};
+use terway_core::route::{EniPlan, Orphan, Step, alias};
 use tracing::{info, warn};
 
 use super::Engine;
@@ -51,7 +52,7 @@ impl Audit {
 
 /// What was read, and what could not be.
 pub(super) struct Observation {
-    pub(super) world: World,
+    pub(super) snapshot: AuditSnapshot,
     pub(super) kernel: Result<(), Error>,
     pub(super) datapath: Result<(), Error>,
     pub(super) cloud: Option<Result<(), Error>>,
@@ -85,21 +86,21 @@ impl Engine {
         let mut attachments = Vec::new();
         for view in &after {
             let steady =
-                before.iter().any(|old| old.key == view.key && old.phase == view.phase && old.grant == view.grant);
-            attachments.push(self.held(view, if steady { view.phase } else { Phase::SettingUp }));
+                before.iter().any(|old| old.key == view.key && old.phase == view.phase && old.lease == view.lease);
+            attachments.push(self.stored(view, if steady { view.phase } else { Phase::SettingUp }));
         }
         for view in before.iter().filter(|old| !after.iter().any(|view| view.key == old.key)) {
-            attachments.push(self.held(view, Phase::Releasing));
+            attachments.push(self.stored(view, Phase::Releasing));
         }
         let enis = enis.into_iter().filter_map(|eni| {
             let plan = eni.mac.and_then(|mac| plans.get(&mac).cloned());
-            Some(HeldEni { id: eni.id?, plan, addresses: eni.addresses.into_iter().collect() })
+            Some(StoredEni { id: eni.id?, plan, addresses: eni.addresses.into_iter().collect() })
         });
         Observation {
             kernel: kernel.as_ref().map(drop).map_err(Error::clone),
             datapath: endpoints.as_ref().map(drop).map_err(Error::clone),
             cloud: cloud.as_ref().map(|listed| listed.as_ref().map(drop).map_err(Error::clone)),
-            world: World {
+            snapshot: AuditSnapshot {
                 attachments,
                 enis: enis.collect(),
                 nics: self.links.nics().iter().map(|nic| nic.ifindex).collect(),
@@ -110,40 +111,40 @@ impl Engine {
         }
     }
 
-    fn held(&self, view: &AttachmentView, phase: Phase) -> Held {
-        let plan = self.plan(&view.key, &view.pod, &view.grant, &PodOptions::decode(&view.options));
+    fn stored(&self, view: &AttachmentView, phase: Phase) -> StoredAttachment {
+        let plan = self.plan(&view.key, &view.pod, &view.lease, &PodOptions::decode(&view.options));
         let netns = match phase {
             Phase::Ready => match self.host.open_netns(&view.netns) {
-                Ok(_) => Netns::Present,
-                Err(NetError::Netns { .. }) => Netns::Absent,
-                Err(_) => Netns::Unknown,
+                Ok(_) => NetnsState::Present,
+                Err(NetError::Netns { .. }) => NetnsState::Absent,
+                Err(_) => NetnsState::Unknown,
             },
-            Phase::SettingUp | Phase::Releasing => Netns::Unknown,
+            Phase::SettingUp | Phase::Releasing => NetnsState::Unknown,
         };
-        Held { pod: view.pod.clone(), phase, eni: view.grant.eni.clone(), plan, netns }
+        StoredAttachment { pod: view.pod.clone(), phase, eni: view.lease.eni.clone(), plan, netns }
     }
 
     /// Compares, repairs, removes, and frees what pods left without a DEL (runtimes do forget some).
     pub async fn audit(self: &Arc<Self>) {
-        let Observation { world, kernel, datapath, .. } = self.look(false).await;
+        let Observation { snapshot, kernel, datapath, .. } = self.look(false).await;
         for error in [kernel, datapath].into_iter().filter_map(Result::err) {
             warn!(%error, "the audit could not read everything");
         }
-        let found = findings(&world);
-        for kind in Kind::ALL {
+        let found = findings(&snapshot);
+        for kind in FindingKind::ALL {
             self.metrics.findings(kind.name(), found.iter().filter(|finding| finding.kind == kind).count());
         }
         let mut problems: Vec<Error> = found
             .iter()
             .filter(|f| f.action == Action::None && f.kind.is_mismatch())
-            .map(|f| problem(&world, f))
+            .map(|f| problem(&snapshot, f))
             .collect();
         let due = lock(&self.audit.confirmation).due(found);
         let due: Vec<Finding> = due.into_iter().filter(|finding| finding.action != Action::None).collect();
         if !due.is_empty() {
             let _alone = self.wiring.write().await;
             for finding in due {
-                let outcome = self.correct(&world, &finding).await;
+                let outcome = self.correct(&snapshot, &finding).await;
                 let Finding { kind, subject, evidence, action, .. } = &finding;
                 match outcome {
                     Ok(false) => {}
@@ -161,7 +162,7 @@ impl Engine {
                     }
                     Err(error) => {
                         warn!(kind = kind.name(), subject, evidence, action = action.name(), %error, "cannot be set right");
-                        problems.push(problem(&world, &finding));
+                        problems.push(problem(&snapshot, &finding));
                     }
                 }
             }
@@ -170,32 +171,32 @@ impl Engine {
     }
 
     /// Carries out one action; `false` if the store has moved on and there is nothing to do any more.
-    async fn correct(self: &Arc<Self>, world: &World, finding: &Finding) -> Result<bool, Error> {
+    async fn correct(self: &Arc<Self>, snapshot: &AuditSnapshot, finding: &Finding) -> Result<bool, Error> {
         match &finding.action {
             // Fencing is the pool's, which sees the same in its inventory.
-            Action::None | Action::Fence => Ok(false),
+            Action::None | Action::ReportAddressLoss => Ok(false),
             Action::Repair(step) => {
-                if !self.still_wanted(world, finding, step) {
+                if !self.still_wanted(snapshot, finding, step) {
                     return Ok(false);
                 }
                 self.host.repair(vec![step.clone()], None).await.map_err(net_error)?;
                 Ok(true)
             }
-            Action::Replug(ifindex) => {
-                let Some(view) = self.steady(world, finding.key.as_ref()) else { return Ok(false) };
-                let plan = self.plan(&view.key, &view.pod, &view.grant, &PodOptions::decode(&view.options));
+            Action::RestoreEndpoint(ifindex) => {
+                let Some(view) = self.steady(snapshot, finding.key.as_ref()) else { return Ok(false) };
+                let plan = self.plan(&view.key, &view.pod, &view.lease, &PodOptions::decode(&view.options));
                 self.with_datapath(|datapath| datapath.endpoints().recover()).await?;
-                self.install_datapath(Self::endpoint(&plan, &view.grant, *ifindex), &view.pod).await?;
+                self.install_datapath(Self::endpoint(&plan, &view.lease, *ifindex), &view.pod).await?;
                 Ok(true)
             }
-            Action::Remove(leftover) => {
-                if self.is_known(leftover) {
+            Action::Remove(orphan) => {
+                if self.is_known(orphan) {
                     return Ok(false);
                 }
-                self.host.remove(vec![leftover.clone()]).await.map_err(net_error)?;
+                self.host.remove(vec![orphan.clone()]).await.map_err(net_error)?;
                 Ok(true)
             }
-            Action::Unplug(ifindex, addresses) => {
+            Action::RemoveEndpoint(ifindex, addresses) => {
                 let (ifindex, known) = (*ifindex, self.known_addresses());
                 if !known.is_disjoint(addresses) {
                     return Ok(false);
@@ -209,26 +210,26 @@ impl Engine {
                 self.forget_policies().await;
                 removed
             }
-            Action::Free => {
+            Action::Release => {
                 let Some(key) = finding.key.clone() else { return Ok(false) };
                 info!(%key, "the pod is gone without a DEL; freeing its addresses");
-                self.feed(Event::Gone { key });
+                self.feed(Event::NetnsGone { key });
                 Ok(true)
             }
         }
     }
 
-    /// The attachment, if it is ready and has the addresses it had when the world was looked at.
-    fn steady(&self, world: &World, key: Option<&AttachmentKey>) -> Option<AttachmentView> {
+    /// The attachment, if it is ready and has the addresses it had when the snapshot was looked at.
+    fn steady(&self, snapshot: &AuditSnapshot, key: Option<&AttachmentKey>) -> Option<AttachmentView> {
         let view = self.pool_state().pool.get(key?)?;
-        let held = world.attachments.iter().find(|held| held.plan.inputs.key == view.key)?;
-        let same = held.plan.inputs.addresses == view.grant.addresses && held.eni == view.grant.eni;
+        let stored = snapshot.attachments.iter().find(|stored| stored.plan.inputs.key == view.key)?;
+        let same = stored.plan.inputs.addresses == view.lease.addresses && stored.eni == view.lease.eni;
         (same && view.phase == Phase::Ready).then_some(view)
     }
 
-    fn still_wanted(&self, world: &World, finding: &Finding, step: &Step) -> bool {
+    fn still_wanted(&self, snapshot: &AuditSnapshot, finding: &Finding, step: &Step) -> bool {
         match &finding.key {
-            Some(key) => self.steady(world, Some(key)).is_some(),
+            Some(key) => self.steady(snapshot, Some(key)).is_some(),
             None => lock(&self.audit.plans).values().any(|plan| plan.steps.contains(step)),
         }
     }
@@ -238,21 +239,21 @@ impl Engine {
             .pool
             .list()
             .into_iter()
-            .flat_map(|view| view.grant.addresses.iter().collect::<Vec<_>>())
+            .flat_map(|view| view.lease.addresses.iter().collect::<Vec<_>>())
             .collect()
     }
 
-    fn is_known(&self, leftover: &Leftover) -> bool {
-        match leftover {
-            Leftover::Link { alias: owner, .. } => {
+    fn is_known(&self, orphan: &Orphan) -> bool {
+        match orphan {
+            Orphan::Link { alias: owner, .. } => {
                 let known = self.pool_state().pool.list();
                 known.iter().any(|view| Some(alias(&view.key)) == *owner)
             }
-            Leftover::Route(route) if route.dst.prefix() == 0 => {
+            Orphan::Route(route) if route.dst.prefix() == 0 => {
                 self.links.nics().iter().any(|nic| nic.name == route.dev)
             }
-            Leftover::Route(route) => self.known_addresses().contains(&route.dst.ip()),
-            Leftover::Rule(rule) => self.known_addresses().contains(&rule.selector.net().ip()),
+            Orphan::Route(route) => self.known_addresses().contains(&route.dst.ip()),
+            Orphan::Rule(rule) => self.known_addresses().contains(&rule.selector.net().ip()),
         }
     }
 }
@@ -269,15 +270,15 @@ fn endpoint(stored: &crate::bpf::Endpoint, attached: bool) -> Endpoint {
 }
 
 /// What stays wrong, for `terway-cli status`.
-fn problem(world: &World, finding: &Finding) -> Error {
+fn problem(snapshot: &AuditSnapshot, finding: &Finding) -> Error {
     let code = match finding.kind {
-        Kind::NicMissing => errors::NIC_MISSING,
+        FindingKind::NicMissing => errors::NIC_MISSING,
         _ => errors::NET_DRIFT,
     };
-    let held = world.attachments.iter().find(|held| Some(&held.plan.inputs.key) == finding.key.as_ref());
-    let whose = held.map(|held| format!("{} ({}): ", held.pod, held.plan.inputs.key)).unwrap_or_default();
+    let stored = snapshot.attachments.iter().find(|stored| Some(&stored.plan.inputs.key) == finding.key.as_ref());
+    let whose = stored.map(|stored| format!("{} ({}): ", stored.pod, stored.plan.inputs.key)).unwrap_or_default();
     let advice = match finding.kind {
-        Kind::LinkMissing => "; delete the pod, its replacement gets a new interface",
+        FindingKind::LinkMissing => "; delete the pod, its replacement gets a new interface",
         _ => "",
     };
     Error::new(code, format!("{whose}{}: {}{advice}.", finding.subject, finding.evidence))

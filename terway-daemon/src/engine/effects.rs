@@ -22,7 +22,7 @@ const ATTACH_WITHIN: Duration = Duration::from_secs(120);
 impl PoolState {
     /// Answers the request that waits, if the effect is an answer. The caller may be gone; the attachment stays for its DEL.
     fn answer(&mut self, effect: &Effect) -> bool {
-        let Effect::Answer { ticket, result } = effect else { return false };
+        let Effect::Reply { ticket, result } = effect else { return false };
         if let Some(waiting) = self.waiting.remove(ticket) {
             let _ = waiting.send(result.clone());
         }
@@ -118,18 +118,18 @@ impl Engine {
     /// Executes one effect and returns its (last) report.
     async fn execute(self: &Arc<Self>, effect: Effect, gate: Option<Gate>) -> Option<Event> {
         Some(match effect {
-            Effect::Connect { op, key, pod, netns, options, grant } => {
-                match self.connect(&key, &pod, &netns, &options, &grant, gate).await {
+            Effect::Connect { op, key, pod, netns, options, lease } => {
+                match self.connect(&key, &pod, &netns, &options, &lease, gate).await {
                     Ok(()) => Event::Connected { op, key },
                     Err(error) => {
-                        let undone = self.disconnect(&key, &pod, &grant, || {}).await.is_ok();
+                        let undone = self.disconnect(&key, &pod, &lease, || {}).await.is_ok();
                         Event::ConnectFailed { op, key, error, undone }
                     }
                 }
             }
-            Effect::Disconnect { op, key, pod, netns: _, grant } => {
-                let datapath_removed = || self.feed(Event::Unplugged { op, key: key.clone() });
-                match self.disconnect(&key, &pod, &grant, datapath_removed).await {
+            Effect::Disconnect { op, key, pod, netns: _, lease } => {
+                let datapath_removed = || self.feed(Event::DatapathRemoved { op, key: key.clone() });
+                match self.disconnect(&key, &pod, &lease, datapath_removed).await {
                     Ok(()) => Event::Disconnected { op, key },
                     Err(error) => Event::DisconnectFailed { op, key, error },
                 }
@@ -190,11 +190,11 @@ impl Engine {
                 Event::PrefixesUnassigned { op, eni, family, result }
             }
             Effect::DescribeVSwitches { op, ids } => Event::VSwitches { op, result: self.cloud.vswitches(&ids).await },
-            Effect::Fence { key, pod, reason, .. } => {
+            Effect::ReportAddressLoss { key, pod, reason, .. } => {
                 warn!(%key, %pod, code = reason.code.id, detail = reason.detail, "a pod's address is gone from its ENI");
                 return None;
             }
-            Effect::Unfence { key, pod } => {
+            Effect::ReportAddressRecovery { key, pod } => {
                 info!(%key, %pod, "the pod's addresses are on its ENI again");
                 return None;
             }
@@ -210,7 +210,7 @@ impl Engine {
                 let result = self.cloud.enis(&EniFilter::of_instance(self.instance())).await;
                 Event::Inventory { op, result }
             }
-            Effect::Answer { .. } | Effect::Persist(_) | Effect::PersistLazily(_) | Effect::WakeAt(_) => return None,
+            Effect::Reply { .. } | Effect::Persist(_) | Effect::PersistLazily(_) | Effect::WakeAt(_) => return None,
         })
     }
 

@@ -175,7 +175,7 @@ impl Interfaces<'_> {
             let attachments = engine.pool_state().pool.list();
             let endpoints = engine.datapath.endpoints().list().into_iter();
             let pod = |endpoint: &crate::bpf::Endpoint| {
-                let own = attachments.iter().find(|a| a.grant.addresses == endpoint.addresses)?;
+                let own = attachments.iter().find(|a| a.lease.addresses == endpoint.addresses)?;
                 Some((endpoint.host_ifindex, crate::server::pod(&own.pod)))
             };
             endpoints.filter_map(|endpoint| pod(&endpoint)).collect()

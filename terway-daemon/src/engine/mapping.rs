@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use terway_core::errors::{self, Error};
 use terway_core::ipam::Phase;
-use terway_core::reconcile::{Finding, Held, Layer, findings};
+use terway_core::reconcile::{Finding, Layer, StoredAttachment, findings};
 use terway_proto::v1;
 
 use super::Engine;
@@ -14,8 +14,8 @@ use crate::server::{attachment, detail, pod};
 impl Engine {
     /// Compares store, kernel, datapath and, unless it shall be left out, the cloud.
     pub async fn mapping(&self, ask_cloud: bool) -> v1::GetMappingResponse {
-        let Observation { world, kernel, datapath, cloud } = self.look(ask_cloud).await;
-        let found = findings(&world);
+        let Observation { snapshot, kernel, datapath, cloud } = self.look(ask_cloud).await;
+        let found = findings(&snapshot);
         let source = |name: &str, answer: &Result<(), Error>| v1::Source {
             name: name.to_owned(),
             error: answer.as_ref().err().map(detail),
@@ -24,14 +24,14 @@ impl Engine {
         sources.extend(cloud.as_ref().map(|answer| source("cloud", answer)));
         let heard = |layer: Layer| match layer {
             Layer::Datapath => datapath.is_ok() && kernel.is_ok(),
-            Layer::Cloud => world.cloud.is_some(),
+            Layer::Cloud => snapshot.cloud.is_some(),
             Layer::Pod | Layer::Link | Layer::Route | Layer::Rule | Layer::Eni => kernel.is_ok(),
         };
         let nics: BTreeMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.ifindex, nic.name)).collect();
-        let mut held: Vec<&Held> = world.attachments.iter().collect();
-        held.sort_by(|a, b| a.plan.inputs.key.cmp(&b.plan.inputs.key));
-        let pods = held.iter().map(|held| {
-            let inputs = &held.plan.inputs;
+        let mut stored: Vec<&StoredAttachment> = snapshot.attachments.iter().collect();
+        stored.sort_by(|a, b| a.plan.inputs.key.cmp(&b.plan.inputs.key));
+        let pods = stored.iter().map(|stored| {
+            let inputs = &stored.plan.inputs;
             let verdict = |layer: Layer| {
                 let mine = |f: &&Finding| f.key.as_ref() == Some(&inputs.key) && f.kind.is_mismatch();
                 // A pod that is gone shows where its interface should be.
@@ -40,7 +40,7 @@ impl Engine {
                 // Without the link the other layers of the node cannot be there, and were not looked at.
                 let cut = found.iter().filter(mine).any(|f| matches!(f.kind.layer(), Layer::Pod | Layer::Link))
                     && matches!(layer, Layer::Route | Layer::Datapath);
-                match (held.phase, wrong, heard(layer)) {
+                match (stored.phase, wrong, heard(layer)) {
                     (Phase::SettingUp | Phase::Releasing, ..) => "changing",
                     (Phase::Ready, true, _) => "wrong",
                     (Phase::Ready, false, false) => "unknown",
@@ -51,10 +51,10 @@ impl Engine {
             };
             v1::MappingRow {
                 attachment: Some(attachment(&inputs.key)),
-                pod: Some(pod(&held.pod)),
-                phase: held.phase.as_str().to_owned(),
+                pod: Some(pod(&stored.pod)),
+                phase: stored.phase.as_str().to_owned(),
                 addresses: inputs.addresses.iter().map(|address| address.to_string()).collect(),
-                eni: held.eni.to_string(),
+                eni: stored.eni.to_string(),
                 eni_ifname: nics.get(&inputs.eni_ifindex).cloned().unwrap_or_default(),
                 host_ifname: inputs.host_ifname.clone(),
                 link: verdict(Layer::Link),
@@ -66,11 +66,11 @@ impl Engine {
         });
         let pods = pods.collect();
         let findings = found.iter().map(|finding| {
-            let whose = held.iter().find(|held| Some(&held.plan.inputs.key) == finding.key.as_ref());
+            let whose = stored.iter().find(|stored| Some(&stored.plan.inputs.key) == finding.key.as_ref());
             v1::Finding {
                 kind: finding.kind.name().to_owned(),
                 attachment: finding.key.as_ref().map(attachment),
-                pod: whose.map(|held| pod(&held.pod)),
+                pod: whose.map(|stored| pod(&stored.pod)),
                 subject: finding.subject.clone(),
                 evidence: finding.evidence.clone(),
                 action: finding.action.name().to_owned(),

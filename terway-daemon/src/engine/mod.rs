@@ -23,7 +23,7 @@ use std::time::Instant;
 use terway_core::clock::Moment;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, InstanceId, IpStack, PodRef};
-use terway_core::ipam::{Add, Answer, Event, Pool, PoolConfig, Ticket};
+use terway_core::ipam::{Add, Event, Pool, PoolConfig, Reply, Ticket};
 use terway_proto::v1;
 use tokio::sync::{RwLock, oneshot, watch};
 
@@ -89,7 +89,7 @@ pub struct Engine {
 
 struct PoolState {
     pool: Pool,
-    waiting: HashMap<Ticket, oneshot::Sender<Result<Answer, Error>>>,
+    waiting: HashMap<Ticket, oneshot::Sender<Result<Reply, Error>>>,
     next_ticket: u64,
     /// Number of the last write that was handed to the store.
     written: u64,
@@ -119,7 +119,7 @@ impl Engine {
     }
 
     /// Feeds a request and waits for its answer. When the caller goes away, the request is cancelled; work under way goes on.
-    async fn request(self: &Arc<Self>, event: impl FnOnce(Ticket) -> Event) -> Result<Answer, Error> {
+    async fn request(self: &Arc<Self>, event: impl FnOnce(Ticket) -> Event) -> Result<Reply, Error> {
         if let Some(error) = self.fatal.borrow().clone() {
             return Err(error);
         }
@@ -145,7 +145,7 @@ impl Engine {
     pub async fn add(self: &Arc<Self>, request: AddRequest) -> Result<v1::Network, Error> {
         let defaults = self.defaults().clone();
         let options = PodOptions { mtu: request.mtu.or(defaults.mtu), ..defaults };
-        let want = self.facts.stack;
+        let ip_stack = self.facts.stack;
         let key = request.key.clone();
         let pod = request.pod.clone();
         let add = |ticket| {
@@ -154,12 +154,12 @@ impl Engine {
                 key: request.key,
                 pod: request.pod,
                 netns: request.netns,
-                want,
+                ip_stack,
                 options: options.encode(),
             })
         };
         match self.request(add).await? {
-            Answer::Attached(grant) => Ok(self.network(&key, &pod, &grant, &options)),
+            Reply::Attached(lease) => Ok(self.network(&key, &pod, &lease, &options)),
             other => Err(Error::new(errors::INTERNAL, format!("unexpected answer {other:?}"))),
         }
     }
@@ -189,7 +189,7 @@ impl Engine {
     pub async fn gc(self: &Arc<Self>, network: String, valid: Vec<AttachmentKey>) -> Result<Vec<AttachmentKey>, Error> {
         let valid: BTreeSet<AttachmentKey> = valid.into_iter().collect();
         match self.request(|ticket| Event::Gc { ticket, network, valid }).await? {
-            Answer::Collected(keys) => Ok(keys),
+            Reply::GarbageCollected(keys) => Ok(keys),
             other => Err(Error::new(errors::INTERNAL, format!("unexpected answer {other:?}"))),
         }
     }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, AttachmentKey, Family, Mac, PodRef};
-use terway_core::ipam::Grant;
+use terway_core::ipam::Lease;
 use terway_core::route::{PodInputs, PodPlan, gateway, host_ifname};
 use terway_proto::v1;
 
@@ -43,7 +43,7 @@ impl PodOptions {
 
 impl Engine {
     /// The plan of a pod; the same inputs give the same plan after a restart.
-    pub(super) fn plan(&self, key: &AttachmentKey, pod: &PodRef, grant: &Grant, options: &PodOptions) -> PodPlan {
+    pub(super) fn plan(&self, key: &AttachmentKey, pod: &PodRef, lease: &Lease, options: &PodOptions) -> PodPlan {
         let seed = key.to_string();
         PodPlan::veth(PodInputs {
             key: key.clone(),
@@ -51,24 +51,24 @@ impl Engine {
             pod_ifname: key.ifname.clone(),
             host_mac: Mac::derived(&[b"host", seed.as_bytes()]),
             pod_mac: Mac::derived(&[b"pod", seed.as_bytes()]),
-            addresses: grant.addresses,
-            eni_ifindex: grant.nic.ifindex,
+            addresses: lease.addresses,
+            eni_ifindex: lease.nic.ifindex,
             mtu: options.mtu.unwrap_or(self.facts.nic_mtu),
             default_route: true,
             extra_routes: options.extra_routes.clone(),
         })
     }
 
-    pub(super) fn endpoint(plan: &PodPlan, grant: &Grant, host_ifindex: u32) -> Endpoint {
-        let subnet = &grant.nic.subnet;
+    pub(super) fn endpoint(plan: &PodPlan, lease: &Lease, host_ifindex: u32) -> Endpoint {
+        let subnet = &lease.nic.subnet;
         Endpoint {
             host_ifindex,
             host_mac: plan.inputs.host_mac,
             pod_mac: plan.inputs.pod_mac,
-            addresses: grant.addresses,
-            eni_ifindex: grant.nic.ifindex,
-            gateway_v4: grant.addresses.v4.map(|_| subnet.gateway_v4),
-            gateway_v6: grant.addresses.v6.and(subnet.gateway_v6),
+            addresses: lease.addresses,
+            eni_ifindex: lease.nic.ifindex,
+            gateway_v4: lease.addresses.v4.map(|_| subnet.gateway_v4),
+            gateway_v6: lease.addresses.v6.and(subnet.gateway_v6),
         }
     }
 
@@ -79,16 +79,16 @@ impl Engine {
         pod: &PodRef,
         netns: &str,
         options: &str,
-        grant: &Grant,
+        lease: &Lease,
         gate: Option<Gate>,
     ) -> Result<(), Error> {
-        let plan = self.plan(key, pod, grant, &PodOptions::decode(options));
+        let plan = self.plan(key, pod, lease, &PodOptions::decode(options));
         self.policies.expect(pod).await;
         let _wiring = self.wiring.read().await;
         let netns = self.host.open_netns(netns).map_err(net_error)?;
 
         // Between its creation and the opening of the way both ends are down: programs and maps are complete before the first packet.
-        let (endpoint, datapath) = (Self::endpoint(&plan, grant, 0), Arc::clone(&self.datapath));
+        let (endpoint, datapath) = (Self::endpoint(&plan, lease, 0), Arc::clone(&self.datapath));
         let (policies, pod) = (Arc::clone(&self.policies), pod.clone());
         let install_datapath =
             move |host_ifindex| install_datapath(&datapath, &policies, &pod, &Endpoint { host_ifindex, ..endpoint });
@@ -120,11 +120,11 @@ impl Engine {
         &self,
         key: &AttachmentKey,
         pod: &PodRef,
-        grant: &Grant,
+        lease: &Lease,
         datapath_removed: impl FnOnce(),
     ) -> Result<(), Error> {
-        let plan = self.plan(key, pod, grant, &PodOptions::default());
-        let addresses = grant.addresses;
+        let plan = self.plan(key, pod, lease, &PodOptions::default());
+        let addresses = lease.addresses;
         let wiring = self.wiring.read().await;
         let start = Instant::now();
         let policies = Arc::clone(&self.policies);
@@ -163,15 +163,15 @@ impl Engine {
         &self,
         key: &AttachmentKey,
         pod: &PodRef,
-        grant: &Grant,
+        lease: &Lease,
         options: &PodOptions,
     ) -> v1::Network {
-        let plan = self.plan(key, pod, grant, options);
-        let addresses = grant.addresses.iter().map(|address| {
+        let plan = self.plan(key, pod, lease, options);
+        let addresses = lease.addresses.iter().map(|address| {
             let gateway = gateway(Family::of(address)).to_string();
             v1::Address { cidr: ipnetwork::IpNetwork::from(address).to_string(), gateway }
         });
-        let routes = grant.addresses.iter().map(|address| {
+        let routes = lease.addresses.iter().map(|address| {
             let family = Family::of(address);
             let dst = if family == Family::V4 { "0.0.0.0/0" } else { "::/0" };
             v1::Route { dst: dst.to_owned(), gw: gateway(family).to_string() }
@@ -183,7 +183,7 @@ impl Engine {
             mtu: plan.inputs.mtu,
             addresses: addresses.collect(),
             routes: routes.collect(),
-            eni: grant.eni.to_string(),
+            eni: lease.eni.to_string(),
         }
     }
 }

@@ -11,8 +11,8 @@ use terway_core::cloud::NodeIdentity;
 use terway_core::errors::Error;
 use terway_core::ident::{Addresses, AttachmentKey, IpStack};
 use terway_core::ipam::{AttachmentRecord, Effect, Event, Phase, Pool, Record};
-use terway_core::reconcile::{Netns, pod_is_gone};
-use terway_core::route::{Known, alias, leftovers};
+use terway_core::reconcile::{NetnsState, pod_is_gone};
+use terway_core::route::{KnownResources, alias, orphans};
 use tokio::sync::{RwLock, watch};
 use tracing::{info, warn};
 
@@ -133,27 +133,27 @@ impl Engine {
     }
 
     async fn adopt(&self, attachment: &AttachmentRecord) -> Result<(), Error> {
-        let AttachmentRecord { key, pod, options, grant, .. } = attachment;
-        let plan = self.plan(key, pod, grant, &PodOptions::decode(options));
+        let AttachmentRecord { key, pod, options, lease, .. } = attachment;
+        let plan = self.plan(key, pod, lease, &PodOptions::decode(options));
         let state = self.host.observe(BTreeSet::new()).await.map_err(net_error)?;
         let link = state.links.get(&plan.inputs.host_ifname).filter(|link| link.alias.as_deref() == Some(&alias(key)));
         let Some(link) = link else {
             let detail = format!("the interface {} is missing", plan.inputs.host_ifname);
             return Err(Error::new(terway_core::errors::CHECK_FAILED, detail));
         };
-        self.install_datapath(Self::endpoint(&plan, grant, link.index), pod).await
+        self.install_datapath(Self::endpoint(&plan, lease, link.index), pod).await
     }
 
     /// Removes links, rules, routes and endpoints that are ours and belong to nobody.
     async fn remove_leftovers(&self, attachments: &[&AttachmentRecord]) -> Result<(), Error> {
-        let addresses: BTreeSet<IpAddr> = attachments.iter().flat_map(|a| a.grant.addresses.iter()).collect();
-        let known = Known {
+        let addresses: BTreeSet<IpAddr> = attachments.iter().flat_map(|a| a.lease.addresses.iter()).collect();
+        let known = KnownResources {
             aliases: attachments.iter().map(|a| alias(&a.key)).collect(),
             addresses: addresses.clone(),
             enis: self.links.nics().iter().map(|nic| nic.ifindex).collect(),
         };
         let state = self.host.observe(BTreeSet::new()).await.map_err(net_error)?;
-        let stale = leftovers(&state, &known);
+        let stale = orphans(&state, &known);
         if !stale.is_empty() {
             info!(?stale, "removing what earlier runs left behind");
             self.host.remove(stale).await.map_err(net_error)?;
@@ -189,6 +189,6 @@ pub async fn gone(host: &Host, attachments: Vec<(AttachmentKey, String)>) -> Res
         return Ok(BTreeSet::new());
     }
     let state = host.observe(BTreeSet::new()).await?;
-    let gone = suspects.into_iter().map(|(key, _)| key).filter(|key| pod_is_gone(key, Netns::Absent, &state));
+    let gone = suspects.into_iter().map(|(key, _)| key).filter(|key| pod_is_gone(key, NetnsState::Absent, &state));
     Ok(gone.collect())
 }

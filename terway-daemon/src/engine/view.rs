@@ -41,18 +41,18 @@ impl Engine {
         let mut wrong = Vec::new();
         for text in addresses {
             let given: Option<IpAddr> = text.split('/').next().and_then(|a| a.parse().ok());
-            if !given.is_some_and(|given| attachment.grant.addresses.iter().any(|own| own == given)) {
+            if !given.is_some_and(|given| attachment.lease.addresses.iter().any(|own| own == given)) {
                 wrong.push(format!("the runtime's result has {text}, which is not the pod's"));
             }
         }
         let options = PodOptions::decode(&attachment.options);
-        let plan = self.plan(&key, &attachment.pod, &attachment.grant, &options);
+        let plan = self.plan(&key, &attachment.pod, &attachment.lease, &options);
         let path = if netns.is_empty() { attachment.netns } else { netns };
         let netns = self.host.open_netns(&path).map_err(net_error)?;
         let differences = self.host.check_pod(&plan, Some(&netns)).await.map_err(net_error)?;
-        wrong.extend(differences.into_iter().map(|difference| difference.sentence));
+        wrong.extend(differences.into_iter().map(|difference| difference.message));
 
-        let own = attachment.grant.addresses;
+        let own = attachment.lease.addresses;
         let endpoint = self.datapath.endpoints().list().into_iter().find(|endpoint| endpoint.addresses == own);
         match endpoint {
             None => wrong.push("the datapath does not know the pod".to_owned()),
@@ -230,8 +230,8 @@ impl Engine {
                 attachment: Some(attachment(&a.key)),
                 pod: Some(pod(&a.pod)),
                 phase: a.phase.as_str().to_owned(),
-                addresses: a.grant.addresses.iter().map(|address| address.to_string()).collect(),
-                eni: a.grant.eni.to_string(),
+                addresses: a.lease.addresses.iter().map(|address| address.to_string()).collect(),
+                eni: a.lease.eni.to_string(),
             })
             .collect()
     }
@@ -289,7 +289,7 @@ fn eni_row(view: EniView, own: &[&AddressView], known: Option<cloud::Eni>, ifnam
         security_groups: known.iter().flat_map(|k| &k.security_groups).map(ToString::to_string).collect(),
         tags: known.map(|known| known.tags).unwrap_or_default(),
         reason: view.reason.map_or_else(|| reason_unused(view.phase).to_owned(), |reason| reason.detail),
-        resting_seconds: seconds_until(view.resting_until, now),
+        resting_seconds: seconds_until(view.backoff_until, now),
         error: view.error.as_ref().map(detail),
     }
 }
@@ -343,7 +343,7 @@ fn vswitches_of(enis: &[v1::Eni], views: Vec<VSwitchView>, now: Moment) -> BTree
             available: view.available,
             configured: view.configured,
             blocked: view.error.as_ref().map(detail),
-            resting_seconds: seconds_until(view.resting_until, now),
+            resting_seconds: seconds_until(view.backoff_until, now),
             fragmented: view.fragmented_until.is_some(),
             ..Default::default()
         };

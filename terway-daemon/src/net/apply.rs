@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::path::Path;
 
-use terway_core::route::{NetOp, Place, Rule, Selector, Step};
+use terway_core::route::{NetOp, Rule, Selector, Step, StepNetns};
 
 use super::socket::{Netlink, Refusal, Request};
 use super::{NetError, decode, encode};
@@ -47,10 +47,10 @@ impl<'a> StepContext<'a> {
         Self { pod: Some(Netns { netlink, indices }), ..self }
     }
 
-    fn netns(&mut self, place: Place) -> Result<&mut Netns<'a>, NetError> {
-        match place {
-            Place::Host => Ok(&mut self.host),
-            Place::Pod => self.pod.as_mut().ok_or_else(|| NetError::Netns {
+    fn netns(&mut self, step_netns: StepNetns) -> Result<&mut Netns<'a>, NetError> {
+        match step_netns {
+            StepNetns::Host => Ok(&mut self.host),
+            StepNetns::Pod => self.pod.as_mut().ok_or_else(|| NetError::Netns {
                 path: "the pod".to_owned(),
                 reason: "its network namespace is gone".to_owned(),
             }),
@@ -79,14 +79,14 @@ pub(super) fn run<'s>(
 ) -> Result<(), NetError> {
     let mut batch: Vec<Request> = Vec::new();
     let mut pending: Vec<Pending<'s>> = Vec::new();
-    let mut place = Place::Host;
+    let mut step_netns = StepNetns::Host;
     for step in steps {
         let op = &step.op;
-        if step.place != place || matches!(op, NetOp::Sysctl { .. }) {
-            flush(context.netns(place)?, &mut batch, &mut pending)?;
-            place = step.place;
+        if step.netns != step_netns || matches!(op, NetOp::Sysctl { .. }) {
+            flush(context.netns(step_netns)?, &mut batch, &mut pending)?;
+            step_netns = step.netns;
         }
-        let netns = context.netns(place)?;
+        let netns = context.netns(step_netns)?;
         if let NetOp::Sysctl { path, value } = op {
             write_sysctl(path, value).map_err(|source| NetError::io(step.to_string(), source))?;
             continue;
@@ -102,7 +102,7 @@ pub(super) fn run<'s>(
             Err(refusal) => return Err(refusal.during(step.to_string())),
         }
     }
-    flush(context.netns(place)?, &mut batch, &mut pending)
+    flush(context.netns(step_netns)?, &mut batch, &mut pending)
 }
 
 fn flush(netns: &mut Netns<'_>, batch: &mut Vec<Request>, pending: &mut Vec<Pending<'_>>) -> Result<(), NetError> {

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use terway_core::route::{
-    Difference, EniInputs, EniPlan, KernelState, Leftover, NetOp, NodePlan, Observed, Place, PodPlan, Step, alias, diff,
+    Difference, EniInputs, EniPlan, KernelState, NetOp, NodePlan, ObservedState, Orphan, PodPlan, Step, StepNetns,
+    alias, diff,
 };
 
 use super::apply::{self, StepContext};
@@ -294,12 +295,12 @@ impl Host {
     /// # Errors
     /// When the kernel cannot be read.
     pub async fn check(&self, steps: Vec<Step>, netns: Option<&PodNetns>) -> Result<Vec<Difference>, NetError> {
-        let host = self.observe(sysctl_paths(&steps, Place::Host)).await?;
+        let host = self.observe(sysctl_paths(&steps, StepNetns::Host)).await?;
         let pod = match netns {
-            Some(netns) => Some(self.observe_pod(netns, sysctl_paths(&steps, Place::Pod)).await?),
+            Some(netns) => Some(self.observe_pod(netns, sysctl_paths(&steps, StepNetns::Pod)).await?),
             None => None,
         };
-        Ok(diff(&steps, &Observed { host, pod }))
+        Ok(diff(&steps, &ObservedState { host, pod }))
     }
 
     /// Executes single steps, such as the repairs of [`Difference`]s.
@@ -317,7 +318,8 @@ impl Host {
         self.pool
             .run(move |worker| {
                 // The node's sysctls cannot be written by a thread in the pod's namespace.
-                let (inside, outside): (Vec<_>, Vec<_>) = steps.into_iter().partition(|step| step.place == Place::Pod);
+                let (inside, outside): (Vec<_>, Vec<_>) =
+                    steps.into_iter().partition(|step| step.netns == StepNetns::Pod);
                 apply::run(&outside, &mut StepContext::host(worker.host()?, Vec::new()))?;
                 worker.inside(&netns, |host| {
                     let mut pod = Netlink::open()?;
@@ -327,20 +329,20 @@ impl Host {
             .await
     }
 
-    /// Removes leftovers that [`terway_core::route::leftovers`] found.
+    /// Removes orphans that [`terway_core::route::orphans`] found.
     ///
     /// # Errors
-    /// The first leftover that could not be removed; the others have been tried.
-    pub async fn remove(&self, leftovers: Vec<Leftover>) -> Result<(), NetError> {
+    /// The first orphan that could not be removed; the others have been tried.
+    pub async fn remove(&self, orphans: Vec<Orphan>) -> Result<(), NetError> {
         self.pool
             .run(move |worker| {
                 let host = worker.host()?;
                 let mut outcome = Ok(());
-                for leftover in leftovers {
-                    let one = match leftover {
-                        Leftover::Rule(rule) => apply_one(host, NetOp::DelRule(rule)),
-                        Leftover::Route(route) => apply_one(host, NetOp::DelRoute(route)),
-                        Leftover::Link { index, alias, .. } => pod::delete_stale(host, index, alias.as_deref()),
+                for orphan in orphans {
+                    let one = match orphan {
+                        Orphan::Rule(rule) => apply_one(host, NetOp::DelRule(rule)),
+                        Orphan::Route(route) => apply_one(host, NetOp::DelRoute(route)),
+                        Orphan::Link { index, alias, .. } => pod::delete_stale(host, index, alias.as_deref()),
                     };
                     outcome = outcome.and(one);
                 }
@@ -381,8 +383,8 @@ pub(super) fn owner_alias(plan: &PodPlan) -> String {
     alias(&plan.inputs.key)
 }
 
-fn sysctl_paths(steps: &[Step], place: Place) -> BTreeSet<String> {
-    let paths = steps.iter().filter(|step| step.place == place).filter_map(|step| match &step.op {
+fn sysctl_paths(steps: &[Step], netns: StepNetns) -> BTreeSet<String> {
+    let paths = steps.iter().filter(|step| step.netns == netns).filter_map(|step| match &step.op {
         NetOp::Sysctl { path, .. } => Some(path.clone()),
         _ => None,
     });

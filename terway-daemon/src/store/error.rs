@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use terway_core::errors::{self, Error};
-use terway_core::ipam::BadRecord;
+use terway_core::ipam::RecordError;
 
 /// A failure of the store. To the user it is always [`errors::STORE_FAILED`] with the path in its detail.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +41,7 @@ pub enum StoreError {
         /// The record's key.
         key: String,
         /// What is wrong with it: a newer version, or no record at all.
-        source: Arc<BadRecord>,
+        source: Arc<RecordError>,
     },
     /// A write failed; nothing later was written either.
     #[error("{}: cannot write: {source}", path.display())]
@@ -57,7 +57,7 @@ pub enum StoreError {
         /// The file.
         path: PathBuf,
         /// What serde said.
-        source: Arc<BadRecord>,
+        source: Arc<RecordError>,
     },
     /// The writer is gone.
     #[error("{}: the store is closed", path.display())]

@@ -7,14 +7,14 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use terway_core::errors::Error;
-use terway_core::ipam::{Change, Record, RecordKey, Token};
+use terway_core::ipam::{Change, ClientToken, Record, RecordKey};
 
 use super::*;
 
 fn record(n: u64) -> Record {
     let (vswitch, security_groups, tags) = ("vsw-1".into(), Vec::new(), std::collections::BTreeMap::new());
     Record::Creation(terway_core::ipam::CreationRecord {
-        token: Token(format!("t{n:06}")),
+        token: ClientToken(format!("t{n:06}")),
         vswitch,
         security_groups,
         v4: 1,
@@ -27,7 +27,7 @@ fn record(n: u64) -> Record {
 }
 
 fn number(record: &Record) -> u64 {
-    let RecordKey::Creation(Token(token)) = record.key() else { panic!("{record:?}") };
+    let RecordKey::Creation(ClientToken(token)) = record.key() else { panic!("{record:?}") };
     token[1..].parse().unwrap()
 }
 

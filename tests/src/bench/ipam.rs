@@ -216,7 +216,7 @@ impl Steps {
             key: Self::key(n),
             pod,
             netns: "/run/netns/p".into(),
-            want: IpStack::Ipv4,
+            ip_stack: IpStack::Ipv4,
             options: String::new(),
         }));
     }
@@ -247,7 +247,7 @@ impl Steps {
             match effect {
                 Effect::Connect { op, key, .. } => self.feed(Event::Connected { op, key }),
                 Effect::Disconnect { op, key, .. } => {
-                    self.feed(Event::Unplugged { op, key: key.clone() });
+                    self.feed(Event::DatapathRemoved { op, key: key.clone() });
                     self.feed(Event::Disconnected { op, key });
                 }
                 Effect::CreateEni { op, vswitch, security_groups, v4, tags, .. } => {
@@ -278,7 +278,7 @@ impl Steps {
                     let result = Ok(new.into_iter().map(IpAddr::V4).collect());
                     self.feed(Event::Assigned { op, eni, family: Family::V4, result });
                 }
-                Effect::Persist(_) | Effect::PersistLazily(_) | Effect::Answer { .. } | Effect::WakeAt(_) => {}
+                Effect::Persist(_) | Effect::PersistLazily(_) | Effect::Reply { .. } | Effect::WakeAt(_) => {}
                 // Nothing is given back in so short a life.
                 other => bail!("unexpected {other:?}"),
             }

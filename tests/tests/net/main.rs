@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use terway_core::errors::{self, Error};
-use terway_core::route::{Known, NetOp, PodPlan, Rule, Step, alias, eni_table, leftovers};
+use terway_core::route::{KnownResources, NetOp, PodPlan, Rule, Step, alias, eni_table, orphans};
 use terway_daemon::net::{NetError, PodNetns};
 
 use rig::{
@@ -205,7 +205,7 @@ fn changes_by_others_are_told_and_repaired() {
 
     let netns = PodNetns::open(pod.path()).unwrap();
     let found = node.runtime.block_on(node.host.check_pod(&plan, Some(&netns))).unwrap();
-    let text: Vec<_> = found.iter().map(|difference| difference.sentence.as_str()).collect();
+    let text: Vec<_> = found.iter().map(|difference| difference.message.as_str()).collect();
     for part in [
         "has the MAC address 06:00:00:00:00:09",
         "has the MTU 1400 instead of 1480",
@@ -401,18 +401,18 @@ fn leftovers_are_found_and_removed_and_nothing_else() {
 
     let (lost_pod, lost) = (Netns::new(), node.plan(Stack::Dual, "lost", "lost", 8));
     node.up(&lost, &lost_pod);
-    let known = Known {
+    let known = KnownResources {
         aliases: [alias(&kept.inputs.key)].into(),
         addresses: kept.inputs.addresses.iter().collect(),
         enis: [node.eni.inputs.ifindex].into(),
     };
     node.runtime.block_on(async {
         let state = node.host.observe(Default::default()).await.unwrap();
-        let found = leftovers(&state, &known);
+        let found = orphans(&state, &known);
         assert_eq!(found.len(), 4 + 2 + 1, "{found:#?}");
         node.host.remove(found).await.unwrap();
         let state = node.host.observe(Default::default()).await.unwrap();
-        assert_eq!(leftovers(&state, &known), []);
+        assert_eq!(orphans(&state, &known), []);
     });
     assert_eq!(node.netns.everything(), before);
     assert_eq!(node.problems(&kept, &kept_pod), Vec::<String>::new());

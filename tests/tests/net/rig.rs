@@ -220,7 +220,7 @@ impl Node {
     pub(crate) fn problems(&self, plan: &PodPlan, pod: &Netns) -> Vec<String> {
         let netns = PodNetns::open(pod.path()).unwrap();
         let found = self.runtime.block_on(self.host.check_pod(plan, Some(&netns))).unwrap();
-        found.into_iter().map(|difference| difference.sentence).collect()
+        found.into_iter().map(|difference| difference.message).collect()
     }
 }
 

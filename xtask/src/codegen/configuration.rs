@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use terway_core::config::{Effect, Key, Place};
+use terway_core::config::{Key, KeyLocation, TakesEffect};
 
 use super::cell;
 
@@ -43,12 +43,12 @@ Times are strings such as `10m`, `90s` or `1h30m`, or numbers of seconds. Number
 /// The page.
 pub(super) fn page(keys: &[Key], removed: &[(&str, &str)]) -> String {
     let mut page = String::from(HEAD);
-    let acted_on = |key: &&Key| key.effect != Effect::NotYet;
+    let acted_on = |key: &&Key| key.effect != TakesEffect::Unsupported;
     let sections: [(&str, Vec<&Key>); 3] = [
-        ("Keys of `eni_conf`", keys.iter().filter(acted_on).filter(|k| k.place == Place::EniConf).collect()),
+        ("Keys of `eni_conf`", keys.iter().filter(acted_on).filter(|k| k.location == KeyLocation::EniConf).collect()),
         (
             "Keys of the ConfigMap beside `eni_conf`",
-            keys.iter().filter(acted_on).filter(|k| k.place == Place::ConfigMap).collect(),
+            keys.iter().filter(acted_on).filter(|k| k.location == KeyLocation::ConfigMap).collect(),
         ),
         ("Accepted, without effect in this version", keys.iter().filter(|key| !acted_on(key)).collect()),
     ];
@@ -63,7 +63,7 @@ pub(super) fn page(keys: &[Key], removed: &[(&str, &str)]) -> String {
                 "| `{}` | {} | {} | {} | {} | {} |",
                 key.name,
                 cell(&key.kind.to_string()),
-                cell(&key.absent.to_string()),
+                cell(&key.default.to_string()),
                 key.unit,
                 key.effect,
                 cell(key.about)

@@ -7,7 +7,7 @@ use ipnetwork::IpNetwork;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::documents::Beside;
+use super::documents::ConfigMapExtras;
 use super::keys::{self, Key, closest};
 use super::raw::Reader;
 use super::units::{Ratio, parse_period};
@@ -67,7 +67,7 @@ const OPERATIONS: &[&str] = &[
 ];
 
 /// Takes every key out of the document. Refused values stand in the reader afterwards, and the result is then worth nothing.
-pub(super) fn check(reader: &mut Reader, beside: Beside) -> Config {
+pub(super) fn check(reader: &mut Reader, extras: ConfigMapExtras) -> Config {
     let ip_stack = reader.choice(keys::IP_STACK, [IpStack::Ipv4, IpStack::Ipv6, IpStack::Dual]);
     let orders = [VSwitchSelection::Ordered, VSwitchSelection::Most, VSwitchSelection::Random];
     let (min_idle, max_idle) = watermarks(reader);
@@ -96,9 +96,9 @@ pub(super) fn check(reader: &mut Reader, beside: Beside) -> Config {
         sync_period: reader.period(keys::IP_POOL_SYNC_PERIOD).unwrap_or_default(),
         prefixes: prefixes(reader, ip_stack),
         service_cidrs: service_cidrs(reader, ip_stack),
-        host_stack_cidrs: host_stack_cidrs(reader, &beside.host_stack_cidrs),
+        host_stack_cidrs: host_stack_cidrs(reader, &extras.host_stack_cidrs),
         extra_routes: extra_routes(reader),
-        mtu: beside.mtu,
+        mtu: extras.mtu,
         region: reader.text(keys::REGION_ID),
         access_key: access_key(reader),
         credential_path: credential_path(reader),
@@ -106,9 +106,9 @@ pub(super) fn check(reader: &mut Reader, beside: Beside) -> Config {
         backoff: backoff(reader),
         conntrack: Conntrack::read(reader),
         degradation: reader.choice(keys::DEGRADATION, [Degradation::None, Degradation::L0, Degradation::L1]),
-        policy_enabled: beside.policy_enabled,
+        policy_enabled: extras.policy_enabled,
         flow_events_one_in: reader.count(keys::FLOW_EVENTS_ONE_IN),
-        in_cluster_loadbalance: beside.in_cluster_loadbalance,
+        in_cluster_loadbalance: extras.in_cluster_loadbalance,
     };
     reader.rest();
     config
@@ -313,11 +313,11 @@ fn service_cidrs(reader: &mut Reader, stack: IpStack) -> Vec<IpNetwork> {
     nets
 }
 
-fn host_stack_cidrs(reader: &mut Reader, beside: &[IpNetwork]) -> Vec<IpNetwork> {
+fn host_stack_cidrs(reader: &mut Reader, extras: &[IpNetwork]) -> Vec<IpNetwork> {
     let listed: Vec<String> = reader.many(keys::HOST_STACK_CIDRS);
     let listed: Vec<IpNetwork> =
         listed.iter().filter_map(|text| block(reader, keys::HOST_STACK_CIDRS, text.trim())).collect();
-    let all: BTreeSet<IpNetwork> = listed.into_iter().chain(beside.iter().map(Cidr::truncated)).collect();
+    let all: BTreeSet<IpNetwork> = listed.into_iter().chain(extras.iter().map(Cidr::truncated)).collect();
     all.into_iter().collect()
 }
 

@@ -76,7 +76,7 @@ impl Conntrack {
     }
 
     /// These, with the sizes of `self`, which need a restart.
-    pub(super) const fn in_force(&self, new: &Self) -> Self {
+    pub(super) const fn effective(&self, new: &Self) -> Self {
         Self { sizing: self.sizing, ..*new }
     }
 }

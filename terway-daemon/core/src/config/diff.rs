@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde_json::{Map, Value, json};
 
-use super::keys::{self, Effect, Key};
+use super::keys::{self, Key, TakesEffect};
 use super::units::show_period;
 use super::{AccessKey, BackoffOverride, Config, Secret};
 
@@ -41,7 +41,7 @@ impl<T: Into<Value>> From<T> for Setting {
 
 /// One key whose value differs.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Changed {
+pub struct KeyChange {
     /// The key.
     pub key: &'static str,
     /// The value so far; displayed without secrets.
@@ -49,10 +49,10 @@ pub struct Changed {
     /// The new value.
     pub new: Setting,
     /// When the new value takes effect.
-    pub effect: Effect,
+    pub effect: TakesEffect,
 }
 
-impl fmt::Display for Changed {
+impl fmt::Display for KeyChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {} -> {} ({})", self.key, self.old, self.new, self.effect)
     }
@@ -179,17 +179,17 @@ impl Config {
 
     /// What changes from this configuration to `new`; empty exactly if the two are equal.
     #[must_use]
-    pub fn diff(&self, new: &Self) -> Vec<Changed> {
+    pub fn diff(&self, new: &Self) -> Vec<KeyChange> {
         let pairs = self.settings().into_iter().zip(new.settings());
         pairs
             .filter(|((_, old), (_, new))| old != new)
-            .map(|((key, old), (_, new))| Changed { key: key.name, old, new, effect: key.effect })
+            .map(|((key, old), (_, new))| KeyChange { key: key.name, old, new, effect: key.effect })
             .collect()
     }
 
     /// What a running daemon goes by after the edit to `new`: all of it but the keys that need a restart, which stay as they are here.
     #[must_use]
-    pub fn in_force(&self, new: &Self) -> Self {
+    pub fn effective(&self, new: &Self) -> Self {
         Self {
             ip_stack: self.ip_stack,
             warm_up: self.warm_up,
@@ -197,7 +197,7 @@ impl Config {
             region: self.region.clone(),
             in_cluster_loadbalance: self.in_cluster_loadbalance,
             mtu: self.mtu,
-            conntrack: self.conntrack.in_force(&new.conntrack),
+            conntrack: self.conntrack.effective(&new.conntrack),
             ..new.clone()
         }
     }

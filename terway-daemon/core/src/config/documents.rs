@@ -9,54 +9,54 @@ use super::check::check;
 use super::keys::{CNI_CONF, CNI_CONFLIST, DISABLE_NETWORK_POLICY, ENI_CONF, IN_CLUSTER_LOADBALANCE, KEYS};
 use super::merge::merge;
 use super::raw::{Reader, object, shown, unknown};
-use super::{Config, Effect, Invalid, Place, Warning};
+use super::{Config, InvalidValue, KeyLocation, TakesEffect, Warning};
 use crate::cni::NetConf;
 use crate::cni::conf::VirtualType;
 
 /// Text by key, as in the data of a ConfigMap.
-pub type Data = BTreeMap<String, String>;
+pub type ConfigMapData = BTreeMap<String, String>;
 
 /// Everything a configuration is made of.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub struct Documents {
+pub struct ConfigDocuments {
     /// The cluster's `eni-config`.
-    pub data: Data,
+    pub data: ConfigMapData,
     /// The node's own layer (label `terway-config`): its `eni_conf` is merged over the cluster's by RFC 7396; nothing else of it counts.
-    pub overlay: Option<Data>,
+    pub overlay: Option<ConfigMapData>,
 }
 
 /// The texts hold secrets: only their names and sizes are shown.
-impl fmt::Debug for Documents {
+impl fmt::Debug for ConfigDocuments {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fn sizes(data: &Data) -> BTreeMap<&str, usize> {
+        fn sizes(data: &ConfigMapData) -> BTreeMap<&str, usize> {
             data.iter().map(|(name, text)| (name.as_str(), text.len())).collect()
         }
         let overlay = self.overlay.as_ref().map(sizes);
-        f.debug_struct("Documents").field("data", &sizes(&self.data)).field("overlay", &overlay).finish()
+        f.debug_struct("ConfigDocuments").field("data", &sizes(&self.data)).field("overlay", &overlay).finish()
     }
 }
 
 /// What the ConfigMap says outside of `eni_conf`.
 #[derive(Debug, Default)]
-pub(super) struct Beside {
+pub(super) struct ConfigMapExtras {
     pub(super) policy_enabled: bool,
     pub(super) in_cluster_loadbalance: bool,
     pub(super) mtu: Option<u32>,
     pub(super) host_stack_cidrs: Vec<ipnetwork::IpNetwork>,
 }
 
-impl Documents {
+impl ConfigDocuments {
     /// `eni_conf` alone.
     #[must_use]
     pub fn of(eni_conf: &str) -> Self {
-        Self { data: Data::from([(ENI_CONF.name.to_owned(), eni_conf.to_owned())]), overlay: None }
+        Self { data: ConfigMapData::from([(ENI_CONF.name.to_owned(), eni_conf.to_owned())]), overlay: None }
     }
 
     /// Merges, reads and checks.
     ///
     /// # Errors
     /// Every refused value at once, so that one edit can mend them all. No text of an error holds a secret.
-    pub fn check(&self) -> Result<(Config, Vec<Warning>), Vec<Invalid>> {
+    pub fn check(&self) -> Result<(Config, Vec<Warning>), Vec<InvalidValue>> {
         let merged = self.merged();
         let (layers, mut bad) = match merged {
             Ok(object) => (object, Vec::new()),
@@ -83,8 +83,8 @@ impl Documents {
     }
 
     /// `eni_conf` with the overlay's laid over it.
-    fn merged(&self) -> Result<Map<String, Value>, Vec<Invalid>> {
-        let missing = |of: &str| Invalid {
+    fn merged(&self) -> Result<Map<String, Value>, Vec<InvalidValue>> {
+        let missing = |of: &str| InvalidValue {
             key: ENI_CONF.name.into(),
             value: "absent".into(),
             reason: format!("is needed in {of}"),
@@ -109,13 +109,13 @@ impl Documents {
         }
     }
 
-    fn beside(&self, reader: &mut Reader) -> Beside {
+    fn beside(&self, reader: &mut Reader) -> ConfigMapExtras {
         let text = |name: &str| self.data.get(name).map(|text| text.trim());
-        let mut beside = Beside {
+        let mut beside = ConfigMapExtras {
             // The reference project's readings, odd as they are: running clusters rely on them.
             policy_enabled: matches!(text(DISABLE_NETWORK_POLICY.name), None | Some("" | "0" | "false")),
             in_cluster_loadbalance: matches!(text(IN_CLUSTER_LOADBALANCE.name), None | Some("true")),
-            ..Beside::default()
+            ..ConfigMapExtras::default()
         };
         for (key, off) in [(DISABLE_NETWORK_POLICY, "true"), (IN_CLUSTER_LOADBALANCE, "false")] {
             if text(key.name).is_some_and(|t| !matches!(t, "" | "0" | "1" | "true" | "false")) {
@@ -133,15 +133,17 @@ impl Documents {
         }
         for name in self.data.keys() {
             match KEYS.iter().find(|key| key.name == name) {
-                Some(key) if key.place == Place::EniConf => {
+                Some(key) if key.location == KeyLocation::EniConf => {
                     reader.warn(name, "belongs into eni_conf, not beside it; it is ignored here");
                 }
-                Some(key) if key.effect == Effect::NotYet => reader.warn(name, "has no effect in this version"),
+                Some(key) if key.effect == TakesEffect::Unsupported => {
+                    reader.warn(name, "has no effect in this version")
+                }
                 Some(_) => {}
                 None => reader.warn(name, unknown(name)),
             }
         }
-        for name in self.overlay.iter().flat_map(Data::keys).filter(|name| *name != ENI_CONF.name) {
+        for name in self.overlay.iter().flat_map(ConfigMapData::keys).filter(|name| *name != ENI_CONF.name) {
             reader.warn(name, "is ignored in the node's own configuration: only its eni_conf counts");
         }
         beside
@@ -149,11 +151,11 @@ impl Documents {
 }
 
 /// Our plugin's part of a CNI configuration or list, with what a runtime would add.
-fn plugin(key: &str, text: &str, reader: &mut Reader) -> Result<Option<Map<String, Value>>, Invalid> {
+fn plugin(key: &str, text: &str, reader: &mut Reader) -> Result<Option<Map<String, Value>>, InvalidValue> {
     let mut conf = object(key, text)?;
     let Some(plugins) = conf.remove("plugins") else { return Ok(Some(conf)) };
     let Value::Array(plugins) = plugins else {
-        return Err(Invalid { key: key.into(), value: shown(&plugins), reason: "plugins must be a list".into() });
+        return Err(InvalidValue { key: key.into(), value: shown(&plugins), reason: "plugins must be a list".into() });
     };
     let (ours, others): (Vec<_>, Vec<_>) = plugins.into_iter().partition(|plugin| plugin["type"] == "terway");
     for other in others {
@@ -174,7 +176,7 @@ fn plugin(key: &str, text: &str, reader: &mut Reader) -> Result<Option<Map<Strin
     Ok(Some(ours))
 }
 
-fn read_cni(key: &str, conf: &Map<String, Value>, reader: &mut Reader, beside: &mut Beside) {
+fn read_cni(key: &str, conf: &Map<String, Value>, reader: &mut Reader, beside: &mut ConfigMapExtras) {
     // Name and version matter to the runtime's copy, which is not this one.
     let mut conf = conf.clone();
     conf.insert("cniVersion".into(), json!("1.0.0"));
@@ -191,7 +193,7 @@ fn read_cni(key: &str, conf: &Map<String, Value>, reader: &mut Reader, beside: &
             beside.host_stack_cidrs = options.host_stack_cidrs;
         }
         Err(error) => {
-            reader.bad.push(Invalid { key: key.into(), value: "its content".into(), reason: error.detail });
+            reader.bad.push(InvalidValue { key: key.into(), value: "its content".into(), reason: error.detail });
         }
     }
 }

@@ -10,7 +10,7 @@ use super::units::show_period;
 
 /// When a changed value takes effect on a running node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Effect {
+pub enum TakesEffect {
     /// At once.
     Now,
     /// For what is made from now on: ENIs, addresses, pods. What is there stays as it is while a pod uses it.
@@ -18,12 +18,12 @@ pub enum Effect {
     /// When the daemon starts the next time.
     Restart,
     /// Never: the key is a note to the reader.
-    Note,
+    Never,
     /// The key belongs to the format and this version does not act on it.
-    NotYet,
+    Unsupported,
 }
 
-impl Effect {
+impl TakesEffect {
     /// One or two words.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
@@ -31,13 +31,13 @@ impl Effect {
             Self::Now => "now",
             Self::NewAllocations => "new allocations",
             Self::Restart => "restart",
-            Self::Note => "no effect",
-            Self::NotYet => "not in this version",
+            Self::Never => "no effect",
+            Self::Unsupported => "not in this version",
         }
     }
 }
 
-impl fmt::Display for Effect {
+impl fmt::Display for TakesEffect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.as_str())
     }
@@ -45,7 +45,7 @@ impl fmt::Display for Effect {
 
 /// Where a key stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum KeyLocation {
     /// In the JSON document `eni_conf`.
     EniConf,
     /// Beside `eni_conf` in the data of the ConfigMap.
@@ -152,14 +152,14 @@ impl fmt::Display for Kind {
 
 /// What holds without the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Absent {
+pub enum KeyDefault {
     /// This value.
     Is(&'static str),
     /// What these words say.
     Means(&'static str),
 }
 
-impl fmt::Display for Absent {
+impl fmt::Display for KeyDefault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Is("") => f.write_str("\"\""),
@@ -174,24 +174,24 @@ pub struct Key {
     /// As it is written.
     pub name: &'static str,
     /// Where it is written.
-    pub place: Place,
+    pub location: KeyLocation,
     /// The shape of its value.
     pub kind: Kind,
     /// What holds without it.
-    pub absent: Absent,
+    pub default: KeyDefault,
     /// What its numbers count; empty where they count nothing.
     pub unit: &'static str,
     /// When a change takes effect.
-    pub effect: Effect,
+    pub effect: TakesEffect,
     /// What it does, in whole sentences.
     pub about: &'static str,
 }
 
 macro_rules! keys {
-    ($($const:ident = $name:literal, $place:ident, $kind:expr, $absent:expr, $unit:literal, $effect:ident, $about:literal;)*) => {
+    ($($const:ident = $name:literal, $location:ident, $kind:expr, $default:expr, $unit:literal, $effect:ident, $about:literal;)*) => {
         $(
             pub(super) const $const: &Key = &Key {
-                name: $name, place: Place::$place, kind: $kind, absent: $absent, unit: $unit, effect: Effect::$effect, about: $about,
+                name: $name, location: KeyLocation::$location, kind: $kind, default: $default, unit: $unit, effect: TakesEffect::$effect, about: $about,
             };
         )*
         /// Every key, in the order of the documentation.
@@ -199,7 +199,7 @@ macro_rules! keys {
     };
 }
 
-use Absent::{Is, Means};
+use KeyDefault::{Is, Means};
 use Kind::{
     Backoffs, CidrList, CidrText, CniConf, EniConf, Flag, Number, OneOf, Period, RateLimits, Routes, Secret, Tags,
     Text, TextFlag, TextMap, Texts, VSwitches, Whole,
@@ -215,7 +215,7 @@ const MOST_FLOWS: i64 = 1 << 24;
 const MOST_SAMPLED: i64 = (1 << 24) - 1;
 
 keys! {
-    VERSION = "version", EniConf, Text, Means("none"), "", Note,
+    VERSION = "version", EniConf, Text, Means("none"), "", Never,
         "The version of the format, \"1\".";
     IP_STACK = "ip_stack", EniConf, OneOf(&["ipv4", "ipv6", "dual"]), Is("ipv4"), "", Restart,
         "The families that pods get addresses of. Dual gives each pod one of both.";
@@ -321,25 +321,25 @@ keys! {
         "A CNI configuration list; its plugin of type terway is read as 10-terway.conf is, and goes before it. The daemon writes the list for the container runtime itself.";
     CNI_CONF = "10-terway.conf", ConfigMap, CniConf, Means("none"), "", Restart,
         "A CNI configuration. mtu and host_stack_cidrs count; the daemon writes the configuration for the container runtime itself.";
-    ENI_CONF = "eni_conf", ConfigMap, EniConf, Means("refused: it is needed"), "", Note,
+    ENI_CONF = "eni_conf", ConfigMap, EniConf, Means("refused: it is needed"), "", Never,
         "The document that holds the other keys of this page.";
-    ENABLE_ENI_TRUNKING = "enable_eni_trunking", EniConf, Flag, Is("false"), "", NotYet,
+    ENABLE_ENI_TRUNKING = "enable_eni_trunking", EniConf, Flag, Is("false"), "", Unsupported,
         "Pods with their own member ENI on a trunk ENI.";
-    ENABLE_ERDMA = "enable_erdma", EniConf, Flag, Is("false"), "", NotYet,
+    ENABLE_ERDMA = "enable_erdma", EniConf, Flag, Is("false"), "", Unsupported,
         "ENIs with elastic RDMA.";
-    CUSTOM_STATEFUL_WORKLOAD_KINDS = "custom_stateful_workload_kinds", EniConf, Texts, Is("[]"), "", NotYet,
+    CUSTOM_STATEFUL_WORKLOAD_KINDS = "custom_stateful_workload_kinds", EniConf, Texts, Is("[]"), "", Unsupported,
         "Kinds of workload whose pods keep their address, as those of a StatefulSet do.";
-    IPAM_TYPE = "ipam_type", EniConf, Text, Is(""), "", NotYet,
+    IPAM_TYPE = "ipam_type", EniConf, Text, Is(""), "", Unsupported,
         "crd has a controller allocate for all nodes. Here every node allocates for itself.";
-    DISABLE_DEVICE_PLUGIN = "disable_device_plugin", EniConf, Flag, Is("true"), "", NotYet,
+    DISABLE_DEVICE_PLUGIN = "disable_device_plugin", EniConf, Flag, Is("true"), "", Unsupported,
         "The device plugin offers ENIs as extended resources.";
-    KUBE_CLIENT_QPS = "kube_client_qps", EniConf, Number { least: 0.0, most: 100_000.0 }, Is("0"), "requests a second", NotYet,
+    KUBE_CLIENT_QPS = "kube_client_qps", EniConf, Number { least: 0.0, most: 100_000.0 }, Is("0"), "requests a second", Unsupported,
         "Requests to the API server at most.";
-    KUBE_CLIENT_BURST = "kube_client_burst", EniConf, Whole { least: 0, most: 100_000 }, Is("0"), "requests", NotYet,
+    KUBE_CLIENT_BURST = "kube_client_burst", EniConf, Whole { least: 0, most: 100_000 }, Is("0"), "requests", Unsupported,
         "Requests to the API server at once.";
-    ENABLE_PATCH_POD_IPS = "enable_patch_pod_ips", EniConf, Flag, Is("false"), "", NotYet,
+    ENABLE_PATCH_POD_IPS = "enable_patch_pod_ips", EniConf, Flag, Is("false"), "", Unsupported,
         "Writes the addresses of a pod into its annotation k8s.aliyun.com/pod-ips.";
-    FELIX_RELAY_SERVICE = "felix_relay_service", ConfigMap, Text, Is(""), "", NotYet,
+    FELIX_RELAY_SERVICE = "felix_relay_service", ConfigMap, Text, Is(""), "", Unsupported,
         "The relay of an external policy agent; policies are enforced by the daemon's own datapath.";
 }
 

@@ -1,4 +1,4 @@
-//! `eni-config`: what an administrator writes ([`Documents`]) becomes what the node does ([`Config`]), with every default explicit.
+//! `eni-config`: what an administrator writes ([`ConfigDocuments`]) becomes what the node does ([`Config`]), with every default explicit.
 //!
 //! A wrong value is refused with its key, the value and the reason, all of them at once; nothing of a refused configuration takes effect.
 //! [`KEYS`] is the one table of what can be written.
@@ -27,10 +27,10 @@ use crate::ipam::{Degradation, EniSelection, VSwitchSelection};
 
 pub use self::check::POOL_OPERATIONS;
 pub use self::conntrack::Conntrack;
-pub use self::diff::{Changed, Setting};
-pub use self::documents::{Data, Documents};
-pub use self::keys::{Absent, Effect, KEYS, Key, Kind, Place, REMOVED, by_name, nearest};
-pub use self::live::Live;
+pub use self::diff::{KeyChange, Setting};
+pub use self::documents::{ConfigDocuments, ConfigMapData};
+pub use self::keys::{KEYS, Key, KeyDefault, KeyLocation, Kind, REMOVED, TakesEffect, by_name, nearest};
+pub use self::live::LiveConfig;
 pub use self::merge::merge;
 pub use self::secret::Secret;
 pub use self::units::Ratio;
@@ -192,7 +192,7 @@ impl fmt::Display for Warning {
 /// A refused value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{key} = {value}: {reason}")]
-pub struct Invalid {
+pub struct InvalidValue {
     /// The key.
     pub key: String,
     /// The value as it was written, shortened; `<secret>` for secret keys.
@@ -205,8 +205,8 @@ pub struct Invalid {
 ///
 /// # Errors
 /// Every refused value at once, so that one edit can mend them all.
-pub fn parse(eni_conf: &str) -> Result<(Config, Vec<Warning>), Vec<Invalid>> {
-    Documents::of(eni_conf).check()
+pub fn parse(eni_conf: &str) -> Result<(Config, Vec<Warning>), Vec<InvalidValue>> {
+    ConfigDocuments::of(eni_conf).check()
 }
 
 #[cfg(test)]

@@ -6,16 +6,16 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::keys::{Absent, Effect, KEYS, Key, Kind, Place, REMOVED, nearest};
+use super::keys::{KEYS, Key, KeyDefault, KeyLocation, Kind, REMOVED, TakesEffect, nearest};
 use super::units::{Ratio, parse_period};
-use super::{Invalid, Warning};
+use super::{InvalidValue, Warning};
 
 /// A value is shown up to this many characters: it goes into log lines.
 const SHOWN: usize = 120;
 
 /// Reads a document that must be a JSON object. `name` is what the error calls it.
-pub(super) fn object(name: &str, text: &str) -> Result<Map<String, Value>, Invalid> {
-    let invalid = |reason: String| Invalid { key: name.into(), value: format!("{} bytes", text.len()), reason };
+pub(super) fn object(name: &str, text: &str) -> Result<Map<String, Value>, InvalidValue> {
+    let invalid = |reason: String| InvalidValue { key: name.into(), value: format!("{} bytes", text.len()), reason };
     match serde_json::from_str(text) {
         Ok(Value::Object(keys)) => Ok(keys),
         Ok(_) => Err(invalid("is not a JSON object".into())),
@@ -27,7 +27,7 @@ pub(super) fn object(name: &str, text: &str) -> Result<Map<String, Value>, Inval
 /// The document being read: what is taken leaves it, what is refused is noted.
 pub(super) struct Reader {
     keys: Map<String, Value>,
-    pub(super) bad: Vec<Invalid>,
+    pub(super) bad: Vec<InvalidValue>,
     pub(super) warnings: Vec<Warning>,
 }
 
@@ -38,7 +38,7 @@ impl Reader {
 
     pub(super) fn refuse(&mut self, key: &Key, value: &Value, reason: impl Into<String>) {
         let value = if key.kind == Kind::Secret { "<secret>".to_owned() } else { shown(value) };
-        self.bad.push(Invalid { key: key.name.into(), value, reason: reason.into() });
+        self.bad.push(InvalidValue { key: key.name.into(), value, reason: reason.into() });
     }
 
     pub(super) fn warn(&mut self, key: &str, message: impl Into<String>) {
@@ -52,9 +52,9 @@ impl Reader {
 
     /// Takes a value or the table's default, and reads it; what cannot be read is refused, and the default read instead.
     fn read<T>(&mut self, key: &Key, read: impl Fn(&Value) -> Option<T>) -> Option<T> {
-        let default = || match key.absent {
-            Absent::Is(text) => read(&literal(text)),
-            Absent::Means(_) => None,
+        let default = || match key.default {
+            KeyDefault::Is(text) => read(&literal(text)),
+            KeyDefault::Means(_) => None,
         };
         match self.take(key) {
             None => default(),
@@ -117,9 +117,9 @@ impl Reader {
     pub(super) fn choice<T: Copy, const N: usize>(&mut self, key: &Key, values: [T; N]) -> T {
         let Kind::OneOf(words) = key.kind else { return values[0] };
         let find = |word: &str| words.iter().position(|w| *w == word).and_then(|at| values.get(at)).copied();
-        let default = match key.absent {
-            Absent::Is(word) => word,
-            Absent::Means(_) => "",
+        let default = match key.default {
+            KeyDefault::Is(word) => word,
+            KeyDefault::Means(_) => "",
         };
         let chosen = self.read(key, |value| value.as_str().and_then(|w| find(if w.is_empty() { default } else { w })));
         chosen.unwrap_or(values[0])
@@ -135,12 +135,12 @@ impl Reader {
         for (name, value) in std::mem::take(&mut self.keys) {
             let known = KEYS.iter().find(|key| key.name == name);
             let message = match known {
-                Some(key) if key.place == Place::ConfigMap => {
+                Some(key) if key.location == KeyLocation::ConfigMap => {
                     "belongs beside eni_conf in the ConfigMap, not into it; it is ignored here".to_owned()
                 }
-                Some(key) if key.effect == Effect::NotYet => {
+                Some(key) if key.effect == TakesEffect::Unsupported => {
                     // The value that describes what this version does anyway deserves no warning.
-                    if value.is_null() || matches!(key.absent, Absent::Is(text) if literal(text) == value) {
+                    if value.is_null() || matches!(key.default, KeyDefault::Is(text) if literal(text) == value) {
                         continue;
                     }
                     "has no effect in this version".to_owned()

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::*;
 
-fn warnings(of: &Documents) -> Vec<String> {
+fn warnings(of: &ConfigDocuments) -> Vec<String> {
     of.check().unwrap().1.iter().map(ToString::to_string).collect()
 }
 
@@ -22,7 +22,7 @@ fn config(keys: &Value) -> Config {
     parse(&with(keys).to_string()).unwrap().0
 }
 
-fn refused(keys: &Value) -> Vec<Invalid> {
+fn refused(keys: &Value) -> Vec<InvalidValue> {
     parse(&with(keys).to_string()).unwrap_err()
 }
 
@@ -54,16 +54,16 @@ fn examples() -> Value {
 fn a_default_of_the_table_is_the_default_of_the_node() {
     for (key, setting) in config(&json!({})).settings() {
         let shown = setting.to_string();
-        match key.absent {
+        match key.default {
             _ if key.name == "vswitches" || key.name == "security_groups" => {}
             // A length of time has several spellings.
-            Absent::Is("120s") => assert_eq!(shown, "2m"),
-            Absent::Is("1" | "0.1") => {
+            KeyDefault::Is("120s") => assert_eq!(shown, "2m"),
+            KeyDefault::Is("1" | "0.1") => {
                 assert_eq!(setting, Setting::Value(json!(shown.parse::<f64>().unwrap())));
             }
-            Absent::Is("") => assert_eq!(shown, "\"\"", "{}", key.name),
-            Absent::Is(text) => assert_eq!(shown, text, "{}", key.name),
-            Absent::Means(_) => {
+            KeyDefault::Is("") => assert_eq!(shown, "\"\"", "{}", key.name),
+            KeyDefault::Is(text) => assert_eq!(shown, text, "{}", key.name),
+            KeyDefault::Means(_) => {
                 let empty = ["none", "{}", "[]"].contains(&shown.as_str()) || key.name == "eni_tag_block_list";
                 assert!(empty, "{} {shown}", key.name);
             }
@@ -76,8 +76,8 @@ fn a_default_of_the_table_is_the_default_of_the_node() {
 fn every_documented_key_changes_the_configuration_and_takes_effect_when_the_table_says() {
     let base = config(&json!({}));
     let examples = examples();
-    for key in KEYS.iter().filter(|key| key.place == Place::EniConf) {
-        if matches!(key.effect, Effect::Note | Effect::NotYet) {
+    for key in KEYS.iter().filter(|key| key.location == KeyLocation::EniConf) {
+        if matches!(key.effect, TakesEffect::Never | TakesEffect::Unsupported) {
             continue;
         }
         let mut edit = json!({key.name: examples[key.name]});
@@ -173,7 +173,7 @@ fn unknown_removed_misplaced_and_pending_keys_warn() {
         "enable_eip_pool": "true", "max_pool_sizes": 3, "enable_erdma": true, "enable_eni_trunking": false, "ipam_type": "crd",
         "disable_network_policy": "true", "colour": 1, "rate_limit": {"DescribeVSwitch": 5}, "vswitches": {"z": ["subnet-1"]},
     }));
-    let text = warnings(&Documents::of(&document.to_string()));
+    let text = warnings(&ConfigDocuments::of(&document.to_string()));
     for (key, word) in [
         ("enable_eip_pool", "ack-extend-network-controller"),
         ("max_pool_sizes", "did you mean max_pool_size?"),
@@ -198,17 +198,19 @@ fn the_shape_of_the_document_itself_is_checked_and_never_quoted() {
     }
     let bad = refused(&json!({"access_secret": ["hush"], "access_key": {"a": "hush"}}));
     assert!(!format!("{bad:?}").contains("hush"), "{bad:?}");
-    assert_eq!(Documents::default().check().unwrap_err()[0].key, "eni_conf");
+    assert_eq!(ConfigDocuments::default().check().unwrap_err()[0].key, "eni_conf");
 }
 
 #[test]
 fn the_nodes_own_layer_goes_over_the_clusters() {
-    let mut documents = Documents::of(
+    let mut documents = ConfigDocuments::of(
         &with(&json!({"vswitches": {"y": ["vsw-9"]}, "max_pool_size": 7, "eni_tags": {"a": "1"}})).to_string(),
     );
     let own = json!({"vswitches": {"z": ["vsw-2", "vsw-3"]}, "max_pool_size": null, "min_pool_size": 3});
-    documents.overlay =
-        Some(Data::from([("eni_conf".into(), own.to_string()), ("in_cluster_loadbalance".into(), "false".into())]));
+    documents.overlay = Some(ConfigMapData::from([
+        ("eni_conf".into(), own.to_string()),
+        ("in_cluster_loadbalance".into(), "false".into()),
+    ]));
     let (config, warnings) = documents.check().unwrap();
     assert_eq!(config.vswitches_of("z"), ["vsw-2".into(), "vsw-3".into()]);
     assert_eq!(config.vswitches_of("y"), ["vsw-9".into()]);
@@ -218,18 +220,18 @@ fn the_nodes_own_layer_goes_over_the_clusters() {
         "{warnings:?}"
     );
 
-    documents.overlay = Some(Data::from([("eni_conf".into(), r#"{"max_pool_size": -1}"#.into())]));
+    documents.overlay = Some(ConfigMapData::from([("eni_conf".into(), r#"{"max_pool_size": -1}"#.into())]));
     assert!(documents.check().unwrap_err()[0].reason.ends_with("own configuration)"));
-    documents.overlay = Some(Data::from([("eni_conf".into(), "[]".into())]));
+    documents.overlay = Some(ConfigMapData::from([("eni_conf".into(), "[]".into())]));
     assert!(documents.check().unwrap_err()[0].key.contains("own configuration"));
-    documents.overlay = Some(Data::new());
+    documents.overlay = Some(ConfigMapData::new());
     assert_eq!(documents.check().unwrap_err()[0].key, "eni_conf");
 }
 
 #[test]
 fn what_stands_beside_eni_conf_counts() {
     let beside = |pairs: &[(&str, &str)]| {
-        let mut documents = Documents::of(&with(&json!({})).to_string());
+        let mut documents = ConfigDocuments::of(&with(&json!({})).to_string());
         documents.data.extend(pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
         documents
     };
@@ -285,9 +287,9 @@ proptest! {
     #[test]
     fn what_is_in_force_differs_from_the_edit_by_restarts_only(a in arbitrary::eni_conf(None), b in arbitrary::eni_conf(None)) {
         let (a, b) = (parse(&json!(a).to_string()).unwrap().0, parse(&json!(b).to_string()).unwrap().0);
-        let running = a.in_force(&b);
-        prop_assert!(a.diff(&running).iter().all(|c| c.effect != Effect::Restart));
-        prop_assert!(running.diff(&b).iter().all(|c| c.effect == Effect::Restart));
+        let running = a.effective(&b);
+        prop_assert!(a.diff(&running).iter().all(|c| c.effect != TakesEffect::Restart));
+        prop_assert!(running.diff(&b).iter().all(|c| c.effect == TakesEffect::Restart));
         let (now, later) = (a.diff(&running).len(), running.diff(&b).len());
         prop_assert_eq!(now + later, a.diff(&b).len());
     }
@@ -314,8 +316,8 @@ proptest! {
                 }
             }
         }
-        let mut documents = Documents::of(&json!(a).to_string());
-        documents.overlay = Some(Data::from([("eni_conf".to_owned(), json!(patch).to_string())]));
+        let mut documents = ConfigDocuments::of(&json!(a).to_string());
+        documents.overlay = Some(ConfigMapData::from([("eni_conf".to_owned(), json!(patch).to_string())]));
         prop_assert_eq!(documents.check().unwrap().0, parse(&json!(b).to_string()).unwrap().0);
     }
 
@@ -354,7 +356,7 @@ proptest! {
         let mut text = json!(good).to_string();
         let at = (0..=cut.index(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
         text.replace_range(at.., &junk);
-        let mut documents = Documents::of(&text);
+        let mut documents = ConfigDocuments::of(&text);
         for text in [documents.clone(), { documents.data.insert("10-terway.conf".into(), whole.clone()); documents }] {
             let outcome = text.check();
             prop_assert!(free_of_secrets(&text));

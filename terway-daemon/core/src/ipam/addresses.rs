@@ -4,12 +4,12 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::config::prefix_slots;
+use super::config::addresses_per_prefix;
 use super::effect::Effect;
 use super::event::OpId;
 use super::lifecycle::explain;
 use super::pool::{Pool, Timer};
-use super::record::{AddressRecord, AssignmentRecord, Hold, PrefixRecord, Record, RecordKey};
+use super::record::{AddressRecord, AssignmentRecord, PrefixRecord, Quarantine, Record, RecordKey};
 use super::slot::{Call, CallKind, SlotState};
 use crate::cidr::Cidr as _;
 use crate::clock::Moment;
@@ -18,7 +18,7 @@ use crate::ident::{EniId, Family};
 
 /// What an assign call brought.
 #[derive(Debug)]
-pub(super) enum Gain {
+pub(super) enum Assigned {
     Addresses(Vec<IpAddr>),
     Prefixes(Vec<IpNetwork>),
 }
@@ -38,7 +38,7 @@ impl Pool {
         let token = self.token();
         let record = AssignmentRecord { token: token.clone(), eni: id.clone(), family, count, prefixes: true };
         self.out.put(Record::Assignment(record));
-        let each = prefix_slots(family);
+        let each = addresses_per_prefix(family);
         self.note_use(id, family, count * each);
         self.call(id, family, CallKind::AssignPrefixes { token, count, each });
     }
@@ -103,7 +103,7 @@ impl Pool {
         }
     }
 
-    pub(super) fn assigned(&mut self, op: OpId, id: &EniId, family: Family, result: Result<Gain, CloudError>) {
+    pub(super) fn assigned(&mut self, op: OpId, id: &EniId, family: Family, result: Result<Assigned, CloudError>) {
         let Some(call) = self.call_reported(op, id, family) else { return };
         let (token, count, prefixes) = match &call.kind {
             CallKind::Assign { token, count } => (token.clone(), *count, false),
@@ -112,9 +112,9 @@ impl Pool {
             CallKind::Unassign { .. } | CallKind::UnassignPrefixes { .. } => return self.put_back(id, family, call),
         };
         let error = match result {
-            Ok(gain) => {
+            Ok(assigned) => {
                 self.out.delete_lazily(RecordKey::Assignment(token));
-                self.gained(id, family, gain);
+                self.enter_assigned(id, family, assigned);
                 self.write_eni_lazily(id);
                 return self.advance_drain(id);
             }
@@ -136,11 +136,11 @@ impl Pool {
 
     /// Leaves alone what the refusal speaks of: the vSwitch, the ENI, or the kind of call.
     fn assign_refused(&mut self, id: &EniId, family: Family, count: u32, prefixes: bool, error: CloudError) {
-        let mut until = self.now.after(self.config.refusal_rest);
+        let mut until = self.now.after(self.config.refusal_backoff);
         let Some(state) = self.enis.get_mut(id) else { return };
         match error.class {
             ErrorClass::VSwitchExhausted if family == Family::V4 => {
-                until = self.now.after(self.config.vswitch_rest);
+                until = self.now.after(self.config.vswitch_backoff);
                 let vswitch = state.vswitch.clone();
                 if prefixes {
                     self.vswitches.fragmented(&vswitch, count, until);
@@ -166,14 +166,14 @@ impl Pool {
         }
     }
 
-    fn gained(&mut self, id: &EniId, family: Family, gain: Gain) {
-        match gain {
-            Gain::Addresses(addresses) => {
+    fn enter_assigned(&mut self, id: &EniId, family: Family, assigned: Assigned) {
+        match assigned {
+            Assigned::Addresses(addresses) => {
                 for address in addresses.into_iter().filter(|address| Family::of(*address) == family) {
                     self.received(id, address);
                 }
             }
-            Gain::Prefixes(prefixes) => {
+            Assigned::Prefixes(prefixes) => {
                 for prefix in prefixes.into_iter().filter(|prefix| Family::of(prefix.ip()) == family) {
                     self.received_prefix(id, family, prefix);
                 }
@@ -184,7 +184,7 @@ impl Pool {
     fn received(&mut self, id: &EniId, address: IpAddr) {
         let Some(state) = self.enis.get_mut(id) else { return };
         let slots = state.slots_mut(Family::of(address));
-        if slots.enter(address, SlotState::Idle) && slots.ghosts.remove(&address).is_some() {
+        if slots.enter(address, SlotState::Idle) && slots.stale_listings.remove(&address).is_some() {
             // It went and came back at once. A slow copy of the request that gave it away might still arrive.
             // The record that held it back is replaced by the one of its rest.
             self.cool(id, address);
@@ -194,7 +194,9 @@ impl Pool {
     fn received_prefix(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
         let Some(state) = self.enis.get_mut(id) else { return };
         let slots = state.slots_mut(family);
-        if slots.enter_prefix(prefix, prefix_slots(family)) && slots.prefix_ghosts.remove(&prefix).is_some() {
+        if slots.enter_prefix(prefix, addresses_per_prefix(family))
+            && slots.stale_prefix_listings.remove(&prefix).is_some()
+        {
             self.out.delete_lazily(RecordKey::Prefix(id.clone(), prefix));
             self.cool_prefix(id, family, prefix);
         }
@@ -217,7 +219,7 @@ impl Pool {
                 continue;
             }
             state.slots_mut(family).set(*address, SlotState::Releasing, None);
-            let record = AddressRecord { eni: id.clone(), address: *address, hold: Hold::Releasing };
+            let record = AddressRecord { eni: id.clone(), address: *address, quarantine: Quarantine::Releasing };
             self.out.put(Record::Address(record));
         }
     }
@@ -226,7 +228,7 @@ impl Pool {
     pub(super) fn retire_prefix(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
         let Some(state) = self.enis.get_mut(id) else { return };
         if state.slots_mut(family).release_prefix(prefix) {
-            let record = PrefixRecord { eni: id.clone(), prefix, hold: Hold::Releasing };
+            let record = PrefixRecord { eni: id.clone(), prefix, quarantine: Quarantine::Releasing };
             self.out.put(Record::Prefix(record));
         }
     }
@@ -288,36 +290,36 @@ impl Pool {
 
     /// An address is gone. Its record stays a while, so that neither a late list nor a restart takes it for ours.
     pub(super) fn gave_back(&mut self, id: &EniId, address: IpAddr) {
-        let until = self.now.after(self.config.settle);
+        let until = self.now.after(self.config.consistency_window);
         let Some(state) = self.enis.get_mut(id) else { return };
         let slots = state.slots_mut(Family::of(address));
         slots.remove(address);
-        slots.ghosts.insert(address, until);
+        slots.stale_listings.insert(address, until);
         slots.one_by_one &= slots.to_give_back();
-        self.wake(until, Timer::Ghost(id.clone(), IpNetwork::from(address)));
+        self.wake(until, Timer::StaleListing(id.clone(), IpNetwork::from(address)));
     }
 
     /// A prefix is gone; as [`Pool::gave_back`].
     pub(super) fn gave_back_prefix(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
-        let until = self.now.after(self.config.settle);
+        let until = self.now.after(self.config.consistency_window);
         let Some(state) = self.enis.get_mut(id) else { return };
         let slots = state.slots_mut(family);
         slots.remove_prefix(prefix);
-        slots.prefix_ghosts.insert(prefix, until);
+        slots.stale_prefix_listings.insert(prefix, until);
         slots.one_by_one &= slots.to_give_back();
-        self.wake(until, Timer::Ghost(id.clone(), prefix));
+        self.wake(until, Timer::StaleListing(id.clone(), prefix));
     }
 
-    pub(super) fn ghost_faded(&mut self, id: &EniId, what: IpNetwork) {
+    pub(super) fn stale_listing_expired(&mut self, id: &EniId, what: IpNetwork) {
         let now = self.now;
         let Some(state) = self.enis.get_mut(id) else { return };
         let slots = state.slots_mut(Family::of(what.ip()));
-        let faded = |until: &Moment| *until <= now;
-        if slots.ghosts.get(&what.ip()).is_some_and(faded) && what.is_host() {
-            slots.ghosts.remove(&what.ip());
+        let expired = |until: &Moment| *until <= now;
+        if slots.stale_listings.get(&what.ip()).is_some_and(expired) && what.is_host() {
+            slots.stale_listings.remove(&what.ip());
             self.out.delete_lazily(RecordKey::Address(id.clone(), what.ip()));
-        } else if slots.prefix_ghosts.get(&what).is_some_and(faded) {
-            slots.prefix_ghosts.remove(&what);
+        } else if slots.stale_prefix_listings.get(&what).is_some_and(expired) {
+            slots.stale_prefix_listings.remove(&what);
             self.out.delete_lazily(RecordKey::Prefix(id.clone(), what));
         }
     }

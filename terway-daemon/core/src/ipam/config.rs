@@ -7,11 +7,11 @@ use crate::cloud::InstanceLimits;
 use crate::ident::{Family, InstanceId, IpStack, SecurityGroupId, VSwitchId};
 
 /// Addresses handed out of one IPv4 prefix: all of a /28 (ECS API reference, `AssignPrivateIpAddresses`: `Ipv4Prefix.N`).
-pub const V4_PREFIX_SLOTS: u32 = 16;
+pub const ADDRESSES_PER_V4_PREFIX: u32 = 16;
 
 /// Addresses handed out of one IPv6 prefix: `::1` to `::100` of a /80. That is more than an ENI's IPv4 prefixes hold, so that one /80 per ENI
 /// pairs with all of them, and few enough to keep a table of.
-pub const V6_PREFIX_SLOTS: u32 = 256;
+pub const ADDRESSES_PER_V6_PREFIX: u32 = 256;
 
 /// Tags that mark an ENI as somebody else's, whatever the configuration says.
 pub const ALWAYS_BLOCKED: [(&str, &str); 2] =
@@ -45,7 +45,7 @@ pub struct PoolConfig {
     /// vSwitches in the node's zone, in the order of preference.
     pub vswitches: Vec<VSwitchId>,
     /// How to choose among them.
-    pub selection: VSwitchSelection,
+    pub vswitch_selection: VSwitchSelection,
     /// How long the counts of free addresses are believed that [`VSwitchSelection::Most`] asks for.
     pub vswitch_ttl: Duration,
     /// Which ENI serves a pod, and which one grows.
@@ -72,7 +72,7 @@ pub struct PoolConfig {
     pub degradation: Degradation,
     /// How long to wait for more Adds before the cloud is asked for addresses: calls cost by the piece, and pods come in bursts.
     /// At most five times as long while they keep coming.
-    pub gather: Duration,
+    pub batch_window: Duration,
     /// Rest of an address between two pods: caches and connections elsewhere still know the first one.
     pub cooling: Duration,
     /// Addresses, or prefixes, per assign or unassign call at most.
@@ -84,19 +84,19 @@ pub struct PoolConfig {
     /// How often the NIC of a new ENI may fail to show up until the ENI is replaced.
     pub nic_attempts: u32,
     /// How long an Add waits for a cloud that fails, and how far ahead a cure may lie to be worth waiting for.
-    pub patience: Duration,
+    pub max_wait: Duration,
     /// How long there must be too many idle units before some go.
     pub shrink_after: Duration,
     /// How long the cloud's lists may lag behind its own actions.
-    pub settle: Duration,
+    pub consistency_window: Duration,
     /// The longest time between two inventories.
     pub resync: Duration,
     /// Waiting times between attempts.
     pub retry: Backoff,
     /// How long a vSwitch without addresses is left alone.
-    pub vswitch_rest: Duration,
+    pub vswitch_backoff: Duration,
     /// How long a refused kind of call (quota, permission, bad request) is left alone.
-    pub refusal_rest: Duration,
+    pub refusal_backoff: Duration,
     /// Makes tokens of this node unlike those of any other, and of any earlier state file: instance id and something random. Fixed.
     pub token_seed: String,
 }
@@ -163,17 +163,17 @@ pub struct Reclaim {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backoff {
     /// After the first failure.
-    pub first: Duration,
+    pub initial: Duration,
     /// At most.
-    pub most: Duration,
+    pub max: Duration,
 }
 
 impl Backoff {
     /// The wait after `failures` failures in a row, up to a quarter longer by `salt` so that nodes that failed together do not come back together.
     #[must_use]
     pub fn delay(self, failures: u32, salt: u64) -> Duration {
-        let doubled = self.first.saturating_mul(1 << failures.saturating_sub(1).min(16));
-        let base = doubled.min(self.most);
+        let doubled = self.initial.saturating_mul(1 << failures.saturating_sub(1).min(16));
+        let base = doubled.min(self.max);
         // Fibonacci hashing spreads consecutive salts over the whole range.
         let spread = u32::try_from(salt.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40).unwrap_or(0) % 256;
         base + base * spread / 1024
@@ -196,7 +196,7 @@ impl PoolConfig {
             min_prefixes: 0,
             stack: IpStack::Ipv4,
             vswitches: Vec::new(),
-            selection: VSwitchSelection::Ordered,
+            vswitch_selection: VSwitchSelection::Ordered,
             vswitch_ttl: Duration::from_secs(1200),
             eni_selection: EniSelection::MostIps,
             security_groups: Vec::new(),
@@ -209,19 +209,19 @@ impl PoolConfig {
             warm_up: 0,
             reclaim: None,
             degradation: Degradation::None,
-            gather: Duration::from_millis(20),
+            batch_window: Duration::from_millis(20),
             cooling: Duration::from_secs(30),
             batch: 10,
             create_v4: 50,
             create_v6: 10,
             nic_attempts: 3,
-            patience: Duration::from_secs(15),
+            max_wait: Duration::from_secs(15),
             shrink_after: Duration::from_secs(120),
-            settle: Duration::from_secs(30),
+            consistency_window: Duration::from_secs(30),
             resync: Duration::from_secs(600),
-            retry: Backoff { first: Duration::from_millis(500), most: Duration::from_secs(60) },
-            vswitch_rest: Duration::from_secs(600),
-            refusal_rest: Duration::from_secs(60),
+            retry: Backoff { initial: Duration::from_millis(500), max: Duration::from_secs(60) },
+            vswitch_backoff: Duration::from_secs(600),
+            refusal_backoff: Duration::from_secs(60),
             token_seed: token_seed.into(),
         }
     }
@@ -281,7 +281,7 @@ impl PoolConfig {
         let most = |family: Family| {
             let prefixes = self.prefixes_per_eni(family);
             let singles = if prefixes > 0 { self.primaries(family) } else { self.per_eni(family) };
-            singles + prefixes * prefix_slots(family)
+            singles + prefixes * addresses_per_prefix(family)
         };
         self.families().iter().map(|f| most(*f)).min().unwrap_or(0)
     }
@@ -319,16 +319,16 @@ impl PoolConfig {
 
     /// The upper watermark, which never undercuts the lower one.
     #[must_use]
-    pub fn ceiling(&self) -> u32 {
+    pub fn high_watermark(&self) -> u32 {
         self.max_idle.max(self.min_idle)
     }
 }
 
 /// Addresses handed out of one prefix.
-pub(super) const fn prefix_slots(family: Family) -> u32 {
+pub(super) const fn addresses_per_prefix(family: Family) -> u32 {
     match family {
-        Family::V4 => V4_PREFIX_SLOTS,
-        Family::V6 => V6_PREFIX_SLOTS,
+        Family::V4 => ADDRESSES_PER_V4_PREFIX,
+        Family::V6 => ADDRESSES_PER_V6_PREFIX,
     }
 }
 
@@ -338,7 +338,7 @@ mod tests {
 
     #[test]
     fn delays_double_up_to_the_most_and_differ_by_salt() {
-        let backoff = Backoff { first: Duration::from_secs(1), most: Duration::from_secs(10) };
+        let backoff = Backoff { initial: Duration::from_secs(1), max: Duration::from_secs(10) };
         let base: Vec<_> = (1..7).map(|n| backoff.delay(n, 0).as_secs()).collect();
         assert_eq!(base, [1, 2, 4, 8, 10, 10]);
         assert_eq!(backoff.delay(u32::MAX, 0), Duration::from_secs(10));

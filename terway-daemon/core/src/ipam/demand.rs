@@ -2,10 +2,10 @@
 //!
 //! Every pass is over ENIs, of which there are a dozen, never over addresses or pods.
 
-use super::config::{EniSelection, PoolMode, prefix_slots};
-use super::effect::Grant;
+use super::config::{EniSelection, PoolMode, addresses_per_prefix};
+use super::effect::Lease;
 use super::eni::{EniState, Stage};
-use super::lifecycle::{Cargo, explain};
+use super::lifecycle::{EniContents, explain};
 use super::pool::{Pool, Timer};
 use super::slot::SlotState;
 use crate::clock::Moment;
@@ -46,21 +46,21 @@ impl Pool {
 
     fn bind_waiting(&mut self) {
         loop {
-            let servable = self.waiting.heads().filter_map(|(seq, want)| Some((seq, self.pick(want)?)));
-            let Some((seq, grant)) = servable.min_by_key(|(seq, _)| *seq) else { return };
+            let servable = self.waiting.heads().filter_map(|(seq, ip_stack)| Some((seq, self.pick(ip_stack)?)));
+            let Some((seq, lease)) = servable.min_by_key(|(seq, _)| *seq) else { return };
             let Some(request) = self.waiting.remove(seq) else { return };
-            self.set_up(request, grant);
+            self.set_up(request, lease);
         }
     }
 
     /// One address of each wanted family, on one ENI: the ENI by the configured order, of its addresses the least recently used.
-    fn pick(&self, want: IpStack) -> Option<Grant> {
+    fn pick(&self, ip_stack: IpStack) -> Option<Lease> {
         let offer = |eni: &EniState, family: Family, wanted: bool| {
             if wanted { eni.offer(&self.config, family).map(Some) } else { Some(None) }
         };
         let candidates = self.enis.values().filter(|eni| eni.usable()).filter_map(|eni| {
-            let v4 = offer(eni, Family::V4, want.v4())?;
-            let v6 = offer(eni, Family::V6, want.v6())?;
+            let v4 = offer(eni, Family::V4, ip_stack.v4())?;
+            let v6 = offer(eni, Family::V6, ip_stack.v6())?;
             Some((self.rank(eni), eni, v4, v6))
         });
         let (_, eni, v4, v6) = candidates.min_by_key(|(rank, ..)| *rank)?;
@@ -71,7 +71,7 @@ impl Pool {
                 std::net::IpAddr::V6(a) => addresses.v6 = Some(a),
             }
         }
-        Some(Grant { eni: eni.id.clone(), mac: eni.mac, nic: eni.nic.clone()?, addresses })
+        Some(Lease { eni: eni.id.clone(), mac: eni.mac, nic: eni.nic.clone()?, addresses })
     }
 
     /// The place of an ENI in the configured order: the lowest comes first.
@@ -173,7 +173,7 @@ impl Pool {
         // A pod must not wait for an address to cool if there can be another; the reserve may.
         let coming_or_cooling = coming + supply.cooling;
         let reserve = (waiting + self.config.min_idle).saturating_sub(coming_or_cooling);
-        let mut floor = self.config.min_prefixes.saturating_mul(prefix_slots(Family::V4));
+        let mut floor = self.config.min_prefixes.saturating_mul(addresses_per_prefix(Family::V4));
         if self.warming {
             floor = floor.max(self.config.warm_up);
         }
@@ -197,7 +197,7 @@ impl Pool {
             return 0;
         }
         let since = *self.demand_since.get_or_insert(self.now);
-        let ripe = self.last_add.after(self.config.gather).min(since.after(self.config.gather * 5));
+        let ripe = self.last_add.after(self.config.batch_window).min(since.after(self.config.batch_window * 5));
         if ripe > self.now {
             self.wake(ripe, Timer::Plan);
             return 0;
@@ -215,7 +215,7 @@ impl Pool {
             let (taken, left) = match pause {
                 None => self.grow_eni(&id, need),
                 // A pause is no reason to make more ENIs; a prohibition is.
-                Some(until) if until <= self.now.after(self.config.patience) => {
+                Some(until) if until <= self.now.after(self.config.max_wait) => {
                     (0, self.enis.get(&id).map_or(0, |eni| self.growth(eni, self.now)))
                 }
                 Some(_) => (0, 0),
@@ -240,7 +240,7 @@ impl Pool {
             match (self.by_prefix(&eni.vswitch, family, self.now), family) {
                 (true, Family::V4) => {
                     let prefixes = self.vswitches.prefix_cap(&eni.vswitch, self.now).min(batch);
-                    room.min(prefixes.saturating_mul(prefix_slots(family)))
+                    room.min(prefixes.saturating_mul(addresses_per_prefix(family)))
                 }
                 (true, Family::V6) => room,
                 (false, Family::V4) => room.min(self.vswitches.cap(&eni.vswitch, self.now)).min(batch),
@@ -266,7 +266,7 @@ impl Pool {
         }
         for (family, count, prefixes, _) in calls {
             if prefixes {
-                self.assign_prefixes(id, family, count.div_ceil(prefix_slots(family)));
+                self.assign_prefixes(id, family, count.div_ceil(addresses_per_prefix(family)));
             } else {
                 self.assign(id, family, count);
             }
@@ -283,8 +283,8 @@ impl Pool {
         }
         while need > 0 && adapters > 0 && self.creation_blocked().is_none() {
             let Some(vswitch) = self.choose_vswitch(self.now).cloned() else { break };
-            let cargo = self.cargo(&vswitch, need.min(per_eni));
-            self.create_eni(vswitch, cargo);
+            let contents = self.contents(&vswitch, need.min(per_eni));
+            self.create_eni(vswitch, contents);
             need = need.saturating_sub(per_eni);
             adapters -= 1;
         }
@@ -292,26 +292,26 @@ impl Pool {
     }
 
     /// What to create an ENI with, so that it brings `units` if one call can.
-    fn cargo(&self, vswitch: &VSwitchId, units: u32) -> Cargo {
-        let mut cargo = Cargo { v4: 1, ..Cargo::default() };
+    fn contents(&self, vswitch: &VSwitchId, units: u32) -> EniContents {
+        let mut contents = EniContents { v4: 1, ..EniContents::default() };
         if self.config.stack.v4() {
             if units > 1 && self.by_prefix(vswitch, Family::V4, self.now) {
                 let most = self.config.prefixes_per_eni(Family::V4).min(self.config.batch);
-                let wanted = (units - 1).div_ceil(prefix_slots(Family::V4)).max(1);
-                cargo.v4_prefixes = wanted.min(most).min(self.vswitches.prefix_cap(vswitch, self.now));
+                let wanted = (units - 1).div_ceil(addresses_per_prefix(Family::V4)).max(1);
+                contents.v4_prefixes = wanted.min(most).min(self.vswitches.prefix_cap(vswitch, self.now));
             } else {
                 let cap = self.vswitches.cap(vswitch, self.now).min(self.config.create_v4);
-                cargo.v4 = units.min(self.config.per_eni(Family::V4)).min(cap).max(1);
+                contents.v4 = units.min(self.config.per_eni(Family::V4)).min(cap).max(1);
             }
         }
         if self.config.stack.v6() {
             if self.config.prefixes_per_eni(Family::V6) > 0 {
-                cargo.v6_prefixes = 1;
+                contents.v6_prefixes = 1;
             } else {
-                cargo.v6 = units.min(self.config.per_eni(Family::V6)).min(self.config.create_v6);
+                contents.v6 = units.min(self.config.per_eni(Family::V6)).min(self.config.create_v6);
             }
         }
-        cargo
+        contents
     }
 
     /// Asks for ENIs up to the configured minimum, with one unit each.
@@ -330,8 +330,8 @@ impl Pool {
                 return;
             }
             let Some(vswitch) = self.choose_vswitch(self.now).cloned() else { return };
-            let cargo = self.cargo(&vswitch, 1);
-            self.create_eni(vswitch, cargo);
+            let contents = self.contents(&vswitch, 1);
+            self.create_eni(vswitch, contents);
         }
     }
 
@@ -340,7 +340,7 @@ impl Pool {
         if self.waiting.len() == 0 {
             return;
         }
-        let soon = self.now.after(self.config.patience);
+        let soon = self.now.after(self.config.max_wait);
         if self.inventory.known {
             let hope = self.hope(soon);
             while self.waiting.len() > hope {
@@ -349,13 +349,13 @@ impl Pool {
                 self.refuse(request, error);
             }
         }
-        let expired = |since: Moment| since.after(self.config.patience) <= self.now;
+        let expired = |since: Moment| since.after(self.config.max_wait) <= self.now;
         if !self.waiting.first().is_some_and(|(_, request)| expired(request.since)) || self.supply().sound > 0 {
             return;
         }
         let Some(trouble) = self.trouble() else { return };
         while let Some((seq, request)) = self.waiting.first()
-            && request.since.after(self.config.patience) <= self.now
+            && request.since.after(self.config.max_wait) <= self.now
             && let Some(request) = self.waiting.remove(seq)
         {
             self.refuse(request, trouble.clone());

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::event::{OpId, Ticket, Token};
+use super::event::{ClientToken, OpId, Ticket};
 use super::record::Change;
 use crate::clock::Moment;
 use crate::cloud::Subnet;
@@ -35,10 +35,10 @@ pub enum Effect {
         /// What the engine gave with the Add.
         options: String,
         /// The addresses and the ENI they belong to.
-        grant: Grant,
+        lease: Lease,
     },
     /// Remove all of an attachment, in whatever state it is, netns or no netns. Idempotent.
-    /// Reports: `Unplugged` when the datapath forgot it, then `Disconnected` when the links are gone too; or `DisconnectFailed`.
+    /// Reports: `DatapathRemoved` when the datapath forgot it, then `Disconnected` when the links are gone too; or `DisconnectFailed`.
     Disconnect {
         /// Number for the reports.
         op: OpId,
@@ -48,15 +48,15 @@ pub enum Effect {
         pod: PodRef,
         /// Path of the pod's network namespace when it was attached; may be gone.
         netns: String,
-        /// What it had been granted. The interface index may be stale after a reboot.
-        grant: Grant,
+        /// The lease it had. The interface index may be stale after a reboot.
+        lease: Lease,
     },
-    /// Answer a request. Every ticket is answered exactly once, unless a crash comes first.
-    Answer {
+    /// Answer a request. Every ticket gets exactly one reply, unless a crash comes first.
+    Reply {
         /// Whose.
         ticket: Ticket,
         /// With what.
-        result: Result<Answer, Error>,
+        result: Result<Reply, Error>,
     },
 
     /// `CreateNetworkInterface`. Report: `EniCreated`.
@@ -64,7 +64,7 @@ pub enum Effect {
         /// Number for the report.
         op: OpId,
         /// `ClientToken`.
-        token: Token,
+        token: ClientToken,
         /// In which vSwitch.
         vswitch: VSwitchId,
         /// With which security groups.
@@ -104,7 +104,7 @@ pub enum Effect {
         /// Number for the report.
         op: OpId,
         /// `ClientToken`.
-        token: Token,
+        token: ClientToken,
         /// To which ENI.
         eni: EniId,
         /// Which family.
@@ -128,7 +128,7 @@ pub enum Effect {
         /// Number for the report.
         op: OpId,
         /// `ClientToken`.
-        token: Token,
+        token: ClientToken,
         /// To which ENI.
         eni: EniId,
         /// Which family.
@@ -175,7 +175,7 @@ pub enum Effect {
     },
     /// The cloud does not list these addresses of a running pod any more, so its packets are lost. Tell whoever looks after the pod; nothing
     /// else happens to it, and its addresses go to nobody until it is deleted. Comes anew after a restart. No report.
-    Fence {
+    ReportAddressLoss {
         /// The attachment.
         key: AttachmentKey,
         /// Whose it is.
@@ -187,8 +187,8 @@ pub enum Effect {
         /// In words, with code and remedy.
         reason: Error,
     },
-    /// The cloud lists all addresses of a fenced pod again. No report.
-    Unfence {
+    /// The cloud lists all addresses of the pod again. No report.
+    ReportAddressRecovery {
         /// The attachment.
         key: AttachmentKey,
         /// Whose it is.
@@ -200,18 +200,18 @@ pub enum Effect {
 
 /// What a request is answered with when it went well.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub enum Reply {
     /// The pod is attached.
-    Attached(Grant),
+    Attached(Lease),
     /// The attachment is gone from the datapath, and its release is on disk.
     Detached,
     /// These were garbage and are gone in the same sense.
-    Collected(Vec<AttachmentKey>),
+    GarbageCollected(Vec<AttachmentKey>),
 }
 
 /// What a pod gets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Grant {
+pub struct Lease {
     /// The ENI all addresses belong to: the VPC drops the pod's packets on any other.
     pub eni: EniId,
     /// The ENI's MAC.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::config::{PoolConfig, PoolMode, prefix_slots};
+use super::config::{PoolConfig, PoolMode, addresses_per_prefix};
 use super::effect::Nic;
 use super::event::OpId;
 use super::record::{EniRecord, EniStage};
@@ -231,7 +231,7 @@ impl EniState {
             return places;
         }
         let have = u32::try_from(slots.prefixes().len()).unwrap_or(u32::MAX) + slots.incoming_prefixes();
-        places.min(config.prefixes_per_eni(family).saturating_sub(have)) * prefix_slots(family)
+        places.min(config.prefixes_per_eni(family).saturating_sub(have)) * addresses_per_prefix(family)
     }
 
     /// Units that further calls could add, if they may add at most so many addresses of each family.
@@ -261,7 +261,7 @@ mod tests {
     use super::*;
     use crate::cloud::InstanceLimits;
     use crate::ident::IpStack;
-    use crate::ipam::Token;
+    use crate::ipam::ClientToken;
     use crate::ipam::slot::{Call, CallKind};
 
     #[test]
@@ -275,7 +275,7 @@ mod tests {
         assert_eq!(eni.units(&config), Units { ready: 4, pending: 0, growth: 6, cooling: 0 });
         config.stack = IpStack::Dual;
         assert_eq!(eni.units(&config), Units { ready: 0, pending: 0, growth: 8, cooling: 0 });
-        let kind = CallKind::Assign { token: Token("t".into()), count: 3 };
+        let kind = CallKind::Assign { token: ClientToken("t".into()), count: 3 };
         eni.v6.call = Some(Call { kind, op: None, failures: 0, error: None, uncertain: false });
         assert_eq!(eni.units(&config), Units { ready: 0, pending: 3, growth: 5, cooling: 0 });
     }

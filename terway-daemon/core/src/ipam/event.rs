@@ -24,9 +24,9 @@ pub struct OpId(pub u64);
 /// The `ClientToken` of a call that creates something: the same token makes the cloud do the thing once, however often it is asked.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Token(pub String);
+pub struct ClientToken(pub String);
 
-impl fmt::Display for Token {
+impl fmt::Display for ClientToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -35,9 +35,9 @@ impl fmt::Display for Token {
 /// Something happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The runtime wants a pod attached. Answered with [`Answer::Attached`](super::Answer::Attached).
+    /// The runtime wants a pod attached. Answered with [`Reply::Attached`](super::Reply::Attached).
     Add(Add),
-    /// The runtime wants an attachment gone. Answered with [`Answer::Detached`](super::Answer::Detached), for unknown keys too.
+    /// The runtime wants an attachment gone. Answered with [`Reply::Detached`](super::Reply::Detached), for unknown keys too.
     Del {
         /// Who waits.
         ticket: Ticket,
@@ -45,7 +45,7 @@ pub enum Event {
         key: AttachmentKey,
     },
     /// The runtime lists what is still valid in a network; everything else of that network goes.
-    /// Answered with [`Answer::Collected`](super::Answer::Collected).
+    /// Answered with [`Reply::GarbageCollected`](super::Reply::GarbageCollected).
     Gc {
         /// Who waits.
         ticket: Ticket,
@@ -60,7 +60,7 @@ pub enum Event {
         ticket: Ticket,
     },
     /// Evidence that the pod of an attachment is gone for good (its netns does not exist any more). Like a `Del` that nobody waits for.
-    Gone {
+    NetnsGone {
         /// The attachment.
         key: AttachmentKey,
     },
@@ -84,7 +84,7 @@ pub enum Event {
         undone: bool,
     },
     /// First report of [`Effect::Disconnect`](super::Effect::Disconnect): the datapath forgot the pod; its links may still be there.
-    Unplugged {
+    DatapathRemoved {
         /// The effect's number.
         op: OpId,
         /// The attachment.
@@ -238,7 +238,7 @@ pub struct Add {
     /// Path of the pod's network namespace.
     pub netns: String,
     /// Families the pod gets addresses of.
-    pub want: IpStack,
+    pub ip_stack: IpStack,
     /// What else the engine needs to wire this pod, again after a restart if need be (MTU, bandwidth, …). The pool keeps it and
     /// hands it back in [`Effect::Connect`](super::Effect::Connect) without looking at it.
     pub options: String,

@@ -3,10 +3,10 @@
 use ipnetwork::IpNetwork;
 
 use super::TOKEN_TAG;
-use super::config::{PoolConfig, prefix_slots};
+use super::config::{PoolConfig, addresses_per_prefix};
 use super::effect::{Effect, Nic};
 use super::eni::{EniState, Stage};
-use super::event::{OpId, Token};
+use super::event::{ClientToken, OpId};
 use super::pool::{Pool, Timer};
 use super::record::{CreationRecord, Record, RecordKey};
 use super::slot::SlotState;
@@ -31,7 +31,7 @@ pub(super) struct Creation {
 
 /// What an ENI is created with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Cargo {
+pub(super) struct EniContents {
     /// The primary address included.
     pub(super) v4: u32,
     pub(super) v6: u32,
@@ -47,8 +47,8 @@ impl Creation {
     /// Units it brings.
     pub(super) fn units(&self, config: &PoolConfig) -> u32 {
         let brings = |family: Family| match family {
-            Family::V4 => self.record.v4 + self.record.v4_prefixes * prefix_slots(family),
-            Family::V6 => self.record.v6 + self.record.v6_prefixes * prefix_slots(family),
+            Family::V4 => self.record.v4 + self.record.v4_prefixes * addresses_per_prefix(family),
+            Family::V6 => self.record.v6 + self.record.v6_prefixes * addresses_per_prefix(family),
         };
         config.families().iter().map(|family| brings(*family)).min().unwrap_or(0).min(config.units_per_eni())
     }
@@ -66,10 +66,10 @@ impl Pool {
     }
 
     /// Asks for an ENI with so much on it.
-    pub(super) fn create_eni(&mut self, vswitch: VSwitchId, with: Cargo) {
-        let Cargo { v4, v6, v4_prefixes, v6_prefixes } = with;
+    pub(super) fn create_eni(&mut self, vswitch: VSwitchId, with: EniContents) {
+        let EniContents { v4, v6, v4_prefixes, v6_prefixes } = with;
         let token = self.token();
-        self.vswitches.used(&vswitch, v4 + v4_prefixes * prefix_slots(Family::V4));
+        self.vswitches.used(&vswitch, v4 + v4_prefixes * addresses_per_prefix(Family::V4));
         let mut tags = self.config.new_tags();
         tags.insert(TOKEN_TAG.to_owned(), token.0.clone());
         let record = CreationRecord {
@@ -89,7 +89,7 @@ impl Pool {
         self.retry_creation(&token);
     }
 
-    pub(super) fn retry_creation(&mut self, token: &Token) {
+    pub(super) fn retry_creation(&mut self, token: &ClientToken) {
         if !self.may_ask() {
             return;
         }
@@ -148,7 +148,7 @@ impl Pool {
         if creation.uncertain && creation.doomed.is_none() {
             // An earlier attempt may be on its way yet, and make an ENI that nobody knows. The same token asked again when it must have
             // arrived brings that ENI, or this refusal once more.
-            let at = self.now.after(self.config.settle);
+            let at = self.now.after(self.config.consistency_window);
             (creation.op, creation.doomed) = (None, Some(at));
             self.wake(at, Timer::Creation(token));
             return self.creation_refused(record, error);
@@ -161,7 +161,7 @@ impl Pool {
 
     fn creation_refused(&mut self, record: CreationRecord, error: CloudError) {
         if error.class == ErrorClass::VSwitchExhausted {
-            let until = self.now.after(self.config.vswitch_rest);
+            let until = self.now.after(self.config.vswitch_backoff);
             let CreationRecord { vswitch, v4, v4_prefixes, .. } = record;
             if v4_prefixes > 0 {
                 // Even the primary address may be what is missing; then the next attempt without prefixes says so.
@@ -171,7 +171,7 @@ impl Pool {
             }
             self.wake(until, Timer::Plan);
         } else {
-            let until = self.now.after(self.config.refusal_rest);
+            let until = self.now.after(self.config.refusal_backoff);
             self.block_creation(explain(&error), until);
         }
     }
@@ -197,7 +197,7 @@ impl Pool {
         }
         for prefix in prefixes(eni) {
             let family = Family::of(prefix.ip());
-            state.slots_mut(family).enter_prefix(prefix, prefix_slots(family));
+            state.slots_mut(family).enter_prefix(prefix, addresses_per_prefix(family));
         }
         state.changed = Some(self.now);
         state.mismatch = self.mismatch(&state).map(|mismatch| (mismatch, self.now));
@@ -281,7 +281,7 @@ impl Pool {
             Err(error) => match error.class {
                 ErrorClass::NotFound => self.forget(id),
                 ErrorClass::Quota | ErrorClass::Invalid => {
-                    let until = self.now.after(self.config.refusal_rest);
+                    let until = self.now.after(self.config.refusal_backoff);
                     self.block_creation(explain(&error), until);
                     self.proceed(id, Stage::Deleting);
                 }
@@ -370,11 +370,11 @@ impl Pool {
             }
             let held =
                 slots.iter().filter(|(_, s)| matches!(s.state, SlotState::Cooling { .. } | SlotState::Releasing));
-            for address in held.map(|(address, _)| address).chain(slots.ghosts.keys().copied()) {
+            for address in held.map(|(address, _)| address).chain(slots.stale_listings.keys().copied()) {
                 self.out.delete_lazily(RecordKey::Address(id.clone(), address));
             }
             let releasing = slots.prefixes().iter().filter(|(_, prefix)| prefix.releasing).map(|(prefix, _)| prefix);
-            for prefix in releasing.chain(slots.prefix_ghosts.keys()) {
+            for prefix in releasing.chain(slots.stale_prefix_listings.keys()) {
                 self.out.delete_lazily(RecordKey::Prefix(id.clone(), *prefix));
             }
         }

@@ -19,11 +19,11 @@
 //!    lock { effects = pool.step(event, now); if the first is a write { barrier = store.commit(changes) } }
 //!    for each other effect, in parallel: wait for barrier; run it; feed its report as the next event
 //!    ```
-//! 2. Every effect with an `op` gets exactly one report with that number (`Disconnect`: `Unplugged` at most once, then one of the
+//! 2. Every effect with an `op` gets exactly one report with that number (`Disconnect`: `DatapathRemoved` at most once, then one of the
 //!    others), however long it takes, unless the process ends. Reports of effects that the pool no longer waits for are ignored, so late and repeated
 //!    ones do no harm.
 //! 3. `Connect`, `Disconnect`, `ConfigureNic` and all cloud calls are idempotent: after a crash they come again.
-//!    `Fence` and `Unfence` are news and get no report.
+//!    `ReportAddressLoss` and `ReportAddressRecovery` are notifications without a report.
 //! 4. A `Cancel` is sent at the deadline of a request; its answer then comes in the same batch.
 //! 5. A write that fails ends the process: what is promised must be on disk.
 //! 6. A changed configuration comes as [`Event::Configure`]; a changed stack needs a new pool. One event at a time, like all others.
@@ -62,15 +62,15 @@ mod view;
 mod vswitch;
 
 pub use config::{
-    ALWAYS_BLOCKED, Backoff, Degradation, EniSelection, PoolConfig, PoolMode, Reclaim, V4_PREFIX_SLOTS,
-    V6_PREFIX_SLOTS, VSwitchSelection,
+    ADDRESSES_PER_V4_PREFIX, ADDRESSES_PER_V6_PREFIX, ALWAYS_BLOCKED, Backoff, Degradation, EniSelection, PoolConfig,
+    PoolMode, Reclaim, VSwitchSelection,
 };
-pub use effect::{Answer, Effect, Grant, Nic};
-pub use event::{Add, Event, OpId, Ticket, Token};
+pub use effect::{Effect, Lease, Nic, Reply};
+pub use event::{Add, ClientToken, Event, OpId, Ticket};
 pub use pool::Pool;
 pub use record::{
-    AddressRecord, AssignmentRecord, AttachmentRecord, BadRecord, Change, CreationRecord, EniRecord, EniStage, Hold,
-    Phase, PrefixRecord, Record, RecordKey, VERSION,
+    AddressRecord, AssignmentRecord, AttachmentRecord, Change, CreationRecord, EniRecord, EniStage, Phase,
+    PrefixRecord, Quarantine, Record, RecordError, RecordKey, VERSION,
 };
 pub use restore::{NodeFacts, RestoreError, Snapshot};
 pub use view::{AddressState, AddressView, AttachmentView, EniPhase, EniView, PrefixView, Stats, VSwitchView};

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use super::effect::{Answer, Effect, Grant};
+use super::effect::{Effect, Lease, Reply};
 use super::event::{Add, OpId, Ticket};
 use super::pool::{Place, Pool, Timer};
-use super::record::{AddressRecord, AttachmentRecord, Hold, Phase, Record, RecordKey};
+use super::record::{AddressRecord, AttachmentRecord, Phase, Quarantine, Record, RecordKey};
 use super::slot::SlotState;
 use crate::clock::Moment;
 use crate::errors::{self, Error};
@@ -20,7 +20,7 @@ pub(super) struct Request {
     pub(super) pod: PodRef,
     pub(super) netns: String,
     pub(super) options: String,
-    pub(super) want: IpStack,
+    pub(super) ip_stack: IpStack,
     pub(super) since: Moment,
 }
 
@@ -30,14 +30,14 @@ pub(super) struct Waiting {
     next: u64,
     requests: BTreeMap<u64, Request>,
     by_key: BTreeMap<AttachmentKey, u64>,
-    /// One queue per kind of want, so that a kind that cannot be served now is passed over without looking at each.
+    /// One queue per IP stack, so that a kind that cannot be served now is passed over without looking at each.
     queues: [BTreeSet<u64>; 3],
 }
 
-const WANTS: [IpStack; 3] = [IpStack::Ipv4, IpStack::Ipv6, IpStack::Dual];
+const IP_STACKS: [IpStack; 3] = [IpStack::Ipv4, IpStack::Ipv6, IpStack::Dual];
 
-const fn queue_of(want: IpStack) -> usize {
-    match want {
+const fn queue_of(ip_stack: IpStack) -> usize {
+    match ip_stack {
         IpStack::Ipv4 => 0,
         IpStack::Ipv6 => 1,
         IpStack::Dual => 2,
@@ -61,14 +61,14 @@ impl Waiting {
         let seq = self.next;
         self.next += 1;
         self.by_key.insert(request.key.clone(), seq);
-        self.queues[queue_of(request.want)].insert(seq);
+        self.queues[queue_of(request.ip_stack)].insert(seq);
         self.requests.insert(seq, request);
     }
 
     pub(super) fn remove(&mut self, seq: u64) -> Option<Request> {
         let request = self.requests.remove(&seq)?;
         self.by_key.remove(&request.key);
-        self.queues[queue_of(request.want)].remove(&seq);
+        self.queues[queue_of(request.ip_stack)].remove(&seq);
         Some(request)
     }
 
@@ -77,9 +77,9 @@ impl Waiting {
         self.remove(seq)
     }
 
-    /// The first request of each kind of want.
+    /// The first request of each IP stack.
     pub(super) fn heads(&self) -> impl Iterator<Item = (u64, IpStack)> {
-        self.queues.iter().zip(WANTS).filter_map(|(queue, want)| queue.first().map(|seq| (*seq, want)))
+        self.queues.iter().zip(IP_STACKS).filter_map(|(queue, ip_stack)| queue.first().map(|seq| (*seq, ip_stack)))
     }
 
     /// The last request.
@@ -94,7 +94,7 @@ pub(super) struct Attachment {
     pub(super) pod: PodRef,
     pub(super) netns: String,
     pub(super) options: String,
-    pub(super) grant: Grant,
+    pub(super) lease: Lease,
     pub(super) state: AttachmentState,
     /// An Add that came after the release was asked for; served when nothing is left of the old.
     next: Option<Request>,
@@ -116,7 +116,7 @@ pub(super) enum AttachmentState {
     Releasing {
         /// `None` while it waits to be tried again.
         op: Option<OpId>,
-        unplugged: bool,
+        datapath_removed: bool,
         waiters: Vec<Waiter>,
         failures: u32,
     },
@@ -144,11 +144,11 @@ impl Attachment {
             }
             Phase::Ready => AttachmentState::Ready,
             Phase::Releasing => {
-                AttachmentState::Releasing { op: None, unplugged: false, waiters: Vec::new(), failures: 0 }
+                AttachmentState::Releasing { op: None, datapath_removed: false, waiters: Vec::new(), failures: 0 }
             }
         };
-        let AttachmentRecord { pod, netns, options, grant, .. } = record;
-        Self { pod, netns, options, grant, state, next: None, error: None }
+        let AttachmentRecord { pod, netns, options, lease, .. } = record;
+        Self { pod, netns, options, lease, state, next: None, error: None }
     }
 
     pub(super) const fn phase(&self) -> Phase {
@@ -165,7 +165,7 @@ impl Attachment {
             pod: self.pod.clone(),
             netns: self.netns.clone(),
             options: self.options.clone(),
-            grant: self.grant.clone(),
+            lease: self.lease.clone(),
             phase: self.phase(),
         })
     }
@@ -177,25 +177,26 @@ fn deleted_meanwhile() -> Error {
 
 impl Pool {
     pub(super) fn add(&mut self, add: Add) {
-        let Add { ticket, key, pod, netns, want, options } = add;
+        let Add { ticket, key, pod, netns, ip_stack, options } = add;
         if self.tickets.contains_key(&ticket) {
             return;
         }
         self.tickets.insert(ticket, Place::Attachment(key.clone()));
-        if (want.v4() && !self.config.stack.v4()) || (want.v6() && !self.config.stack.v6()) {
-            let detail = format!("The pod wants {want:?}, the node's ip_stack is {:?}.", self.config.stack);
+        if (ip_stack.v4() && !self.config.stack.v4()) || (ip_stack.v6() && !self.config.stack.v6()) {
+            let detail = format!("The pod wants {ip_stack:?}, the node's ip_stack is {:?}.", self.config.stack);
             return self.answer(ticket, Err(Error::new(errors::CONFIG_INVALID, detail)));
         }
         if let Some(request) = self.waiting.get_mut(&key) {
             request.tickets.push(ticket);
             return;
         }
-        let request = Request { tickets: vec![ticket], key: key.clone(), pod, netns, options, want, since: self.now };
+        let request =
+            Request { tickets: vec![ticket], key: key.clone(), pod, netns, options, ip_stack, since: self.now };
         let Some(attachment) = self.attachments.get_mut(&key) else { return self.enqueue(request) };
         match &mut attachment.state {
             AttachmentState::Ready => {
-                let grant = attachment.grant.clone();
-                self.answer(ticket, Ok(Answer::Attached(grant)));
+                let lease = attachment.lease.clone();
+                self.answer(ticket, Ok(Reply::Attached(lease)));
             }
             AttachmentState::SettingUp { adds, release: false, .. } => adds.push(ticket),
             AttachmentState::SettingUp { .. } | AttachmentState::Releasing { .. } => match &mut attachment.next {
@@ -208,23 +209,23 @@ impl Pool {
     fn enqueue(&mut self, mut request: Request) {
         request.since = self.now;
         self.last_add = self.now;
-        let ends = self.now.after(self.config.patience);
+        let ends = self.now.after(self.config.max_wait);
         self.waiting.push(request);
         self.wake(ends, Timer::Plan);
     }
 
     /// Binds the addresses to the request and orders the wiring.
-    pub(super) fn set_up(&mut self, request: Request, grant: Grant) {
+    pub(super) fn set_up(&mut self, request: Request, lease: Lease) {
         let Request { tickets, key, pod, netns, options, .. } = request;
         let op = self.op();
         (self.last_use, self.reclaim_at) = (self.now, None);
-        if let Some(eni) = self.enis.get_mut(&grant.eni) {
-            for address in grant.addresses.iter() {
+        if let Some(eni) = self.enis.get_mut(&lease.eni) {
+            for address in lease.addresses.iter() {
                 eni.slots_mut(Family::of(address)).set(address, SlotState::Bound, None);
             }
         }
         let state = AttachmentState::SettingUp { op: Some(op), adds: tickets, release: false, waiters: Vec::new() };
-        let attachment = Attachment { pod, netns, options, grant, state, next: None, error: None };
+        let attachment = Attachment { pod, netns, options, lease, state, next: None, error: None };
         self.out.put(attachment.record(&key));
         self.connect(op, &key, &attachment);
         self.attachments.insert(key, attachment);
@@ -237,7 +238,7 @@ impl Pool {
             pod: attachment.pod.clone(),
             netns: attachment.netns.clone(),
             options: attachment.options.clone(),
-            grant: attachment.grant.clone(),
+            lease: attachment.lease.clone(),
         });
     }
 
@@ -247,8 +248,8 @@ impl Pool {
         let Some(mut attachment) = self.attachments.remove(key) else { return };
         if let AttachmentState::SettingUp { op: op @ None, .. } = &mut attachment.state {
             *op = Some(fresh);
-            if let Some(nic) = self.enis.get(&attachment.grant.eni).and_then(|eni| eni.nic.clone()) {
-                attachment.grant.nic = nic;
+            if let Some(nic) = self.enis.get(&attachment.lease.eni).and_then(|eni| eni.nic.clone()) {
+                attachment.lease.nic = nic;
             }
             self.out.put_lazily(attachment.record(key));
             self.connect(fresh, key, &attachment);
@@ -262,7 +263,7 @@ impl Pool {
         }
     }
 
-    pub(super) fn gone(&mut self, key: &AttachmentKey) {
+    pub(super) fn netns_gone(&mut self, key: &AttachmentKey) {
         if self.attachments.contains_key(key) {
             self.release(key, None, Place::Gc);
         }
@@ -280,7 +281,7 @@ impl Pool {
             .filter(|(key, attachment)| {
                 let wanted = match &attachment.state {
                     AttachmentState::SettingUp { adds, .. } => !adds.is_empty(),
-                    AttachmentState::Releasing { unplugged, .. } => *unplugged,
+                    AttachmentState::Releasing { datapath_removed, .. } => *datapath_removed,
                     AttachmentState::Ready => false,
                 };
                 key.network == network && !valid.contains(key) && !wanted
@@ -288,7 +289,7 @@ impl Pool {
             .map(|(key, _)| key.clone())
             .collect();
         if garbage.is_empty() {
-            return self.answer(ticket, Ok(Answer::Collected(Vec::new())));
+            return self.answer(ticket, Ok(Reply::GarbageCollected(Vec::new())));
         }
         self.gcs.insert(ticket, GcState { left: garbage.len(), removed: BTreeSet::new() });
         for key in garbage {
@@ -322,7 +323,7 @@ impl Pool {
                 self.start_release(key, waiter.into_iter().collect());
             }
             AttachmentState::Ready => self.start_release(key, waiter.into_iter().collect()),
-            AttachmentState::Releasing { unplugged: true, .. } => self.released(key, waiter),
+            AttachmentState::Releasing { datapath_removed: true, .. } => self.released(key, waiter),
             AttachmentState::Releasing { waiters, .. } => waiters.extend(waiter),
         }
     }
@@ -330,7 +331,7 @@ impl Pool {
     /// From here on the attachment can only go: the release is written before anything is taken apart.
     pub(super) fn start_release(&mut self, key: &AttachmentKey, waiters: Vec<Waiter>) {
         if let Some(attachment) = self.attachments.get_mut(key) {
-            attachment.state = AttachmentState::Releasing { op: None, unplugged: false, waiters, failures: 0 };
+            attachment.state = AttachmentState::Releasing { op: None, datapath_removed: false, waiters, failures: 0 };
             self.out.put(attachment.record(key));
         }
         self.retry_disconnect(key);
@@ -346,20 +347,20 @@ impl Pool {
             key: key.clone(),
             pod: attachment.pod.clone(),
             netns: attachment.netns.clone(),
-            grant: attachment.grant.clone(),
+            lease: attachment.lease.clone(),
         });
     }
 
     fn released(&mut self, key: &AttachmentKey, waiter: Option<Waiter>) {
         match waiter {
-            Some(Waiter::Del(ticket)) => self.answer(ticket, Ok(Answer::Detached)),
+            Some(Waiter::Del(ticket)) => self.answer(ticket, Ok(Reply::Detached)),
             Some(Waiter::Gc(ticket)) => {
                 let Some(gc) = self.gcs.get_mut(&ticket) else { return };
                 gc.removed.insert(key.clone());
                 gc.left -= 1;
                 if gc.left == 0 {
                     let removed = self.gcs.remove(&ticket).map(|gc| gc.removed).unwrap_or_default();
-                    self.answer(ticket, Ok(Answer::Collected(removed.into_iter().collect())));
+                    self.answer(ticket, Ok(Reply::GarbageCollected(removed.into_iter().collect())));
                 }
             }
             None => {}
@@ -378,7 +379,7 @@ impl Pool {
             return self.start_release(key, waiters);
         }
         attachment.state = AttachmentState::Ready;
-        let answer = Ok(Answer::Attached(attachment.grant.clone()));
+        let answer = Ok(Reply::Attached(attachment.lease.clone()));
         // Lost in a crash, it is wired once more, which changes nothing.
         self.out.put_lazily(attachment.record(key));
         self.answer_all(adds, &answer);
@@ -398,10 +399,10 @@ impl Pool {
         let Some(attachment) = self.attachments.remove(key) else { return };
         // Durable: if a restart wired it again, a DEL that is answered from now on would have left something behind.
         self.out.delete(RecordKey::Attachment(key.clone()));
-        let grant = attachment.grant;
+        let lease = attachment.lease;
         self.uses += 1;
-        if let Some(eni) = self.enis.get_mut(&grant.eni) {
-            for address in grant.addresses.iter() {
+        if let Some(eni) = self.enis.get_mut(&lease.eni) {
+            for address in lease.addresses.iter() {
                 let slots = eni.slots_mut(Family::of(address));
                 if slots.get(address).is_some_and(|slot| slot.missing) {
                     slots.remove(address);
@@ -414,19 +415,19 @@ impl Pool {
         for waiter in waiters {
             self.released(key, Some(waiter));
         }
-        self.advance_drain(&grant.eni);
+        self.advance_drain(&lease.eni);
         if let Some(next) = attachment.next {
             self.enqueue(next);
         }
     }
 
-    pub(super) fn unplugged(&mut self, report: OpId, key: &AttachmentKey) {
+    pub(super) fn datapath_removed(&mut self, report: OpId, key: &AttachmentKey) {
         let Some(attachment) = self.attachments.get_mut(key) else { return };
-        let AttachmentState::Releasing { op, unplugged, waiters, .. } = &mut attachment.state else { return };
+        let AttachmentState::Releasing { op, datapath_removed, waiters, .. } = &mut attachment.state else { return };
         if *op != Some(report) {
             return;
         }
-        *unplugged = true;
+        *datapath_removed = true;
         for waiter in std::mem::take(waiters) {
             self.released(key, Some(waiter));
         }
@@ -445,8 +446,8 @@ impl Pool {
                 self.released(key, Some(waiter));
             }
         }
-        let eni = attachment.grant.eni;
-        for address in attachment.grant.addresses.iter() {
+        let eni = attachment.lease.eni;
+        for address in attachment.lease.addresses.iter() {
             self.cool(&eni, address);
         }
         self.advance_drain(&eni);
@@ -482,7 +483,7 @@ impl Pool {
             Some(slot) if slot.missing => return slots.remove(address),
             Some(_) => slots.set(address, SlotState::Cooling { until }, Some(self.uses)),
         }
-        let record = AddressRecord { eni: eni.clone(), address, hold: Hold::Cooling };
+        let record = AddressRecord { eni: eni.clone(), address, quarantine: Quarantine::Cooling };
         self.out.put_lazily(Record::Address(record));
         self.wake(until, Timer::Cooled(eni.clone(), address));
     }

@@ -6,11 +6,11 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use sha1::{Digest, Sha1};
 
-use super::addresses::Gain;
+use super::addresses::Assigned;
 use super::config::{Degradation, PoolConfig};
-use super::effect::{Answer, Effect};
+use super::effect::{Effect, Reply};
 use super::eni::EniState;
-use super::event::{Event, OpId, Ticket, Token};
+use super::event::{ClientToken, Event, OpId, Ticket};
 use super::lifecycle::Creation;
 use super::pods::{Attachment, GcState, Request, Waiting};
 use super::reconcile::InventoryState;
@@ -34,7 +34,7 @@ pub struct Pool {
     pub(super) enis: BTreeMap<EniId, EniState>,
     /// ENIs of this instance that the pool does not use.
     pub(super) foreign: Vec<Eni>,
-    pub(super) creations: BTreeMap<Token, Creation>,
+    pub(super) creations: BTreeMap<ClientToken, Creation>,
     pub(super) vswitches: VSwitches,
     /// No ENI is created until then, and why.
     pub(super) creation_blocked: Option<(Moment, Error)>,
@@ -76,8 +76,8 @@ pub(super) enum Place {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Timer {
     Cooled(EniId, IpAddr),
-    Ghost(EniId, IpNetwork),
-    Creation(Token),
+    StaleListing(EniId, IpNetwork),
+    Creation(ClientToken),
     Call(EniId, Family),
     Eni(EniId),
     Disconnect(AttachmentKey),
@@ -179,10 +179,10 @@ impl Pool {
             Event::Del { ticket, key } => self.del(ticket, key),
             Event::Gc { ticket, network, valid } => self.gc(ticket, &network, &valid),
             Event::Cancel { ticket } => self.cancel(ticket),
-            Event::Gone { key } => self.gone(&key),
+            Event::NetnsGone { key } => self.netns_gone(&key),
             Event::Connected { op, key } => self.connected(op, &key),
             Event::ConnectFailed { op, key, error, undone } => self.connect_failed(op, &key, &error, undone),
-            Event::Unplugged { op, key } => self.unplugged(op, &key),
+            Event::DatapathRemoved { op, key } => self.datapath_removed(op, &key),
             Event::Disconnected { op, key } => self.disconnected(op, &key),
             Event::DisconnectFailed { op, key, error } => self.disconnect_failed(op, &key, error),
             Event::EniCreated { op, result } => self.eni_created(op, result),
@@ -190,10 +190,10 @@ impl Pool {
             Event::NicReady { op, eni, ifindex, subnet } => self.nic_ready(op, &eni, ifindex, subnet),
             Event::NicFailed { op, eni, error } => self.nic_failed(op, &eni, error),
             Event::Assigned { op, eni, family, result } => {
-                self.assigned(op, &eni, family, result.map(Gain::Addresses));
+                self.assigned(op, &eni, family, result.map(Assigned::Addresses));
             }
             Event::PrefixesAssigned { op, eni, family, result } => {
-                self.assigned(op, &eni, family, result.map(Gain::Prefixes));
+                self.assigned(op, &eni, family, result.map(Assigned::Prefixes));
             }
             Event::Unassigned { op, eni, family, result } | Event::PrefixesUnassigned { op, eni, family, result } => {
                 self.unassigned(op, &eni, family, result);
@@ -214,7 +214,7 @@ impl Pool {
             let Some((_, timer)) = self.timers.pop_first() else { return };
             match timer {
                 Timer::Cooled(eni, address) => self.cooled(&eni, address),
-                Timer::Ghost(eni, what) => self.ghost_faded(&eni, what),
+                Timer::StaleListing(eni, what) => self.stale_listing_expired(&eni, what),
                 Timer::Creation(token) => self.retry_creation(&token),
                 Timer::Call(eni, family) => self.retry_call(&eni, family),
                 Timer::Eni(eni) => self.retry_eni(&eni),
@@ -277,8 +277,8 @@ impl Pool {
     }
 
     /// A token never used before; that it is used up is written with whatever it is used for.
-    pub(super) fn token(&mut self) -> Token {
-        let token = Token(self.digest(self.next_token).iter().map(|byte| format!("{byte:02x}")).collect());
+    pub(super) fn token(&mut self) -> ClientToken {
+        let token = ClientToken(self.digest(self.next_token).iter().map(|byte| format!("{byte:02x}")).collect());
         self.next_token += 1;
         self.out.put(Record::Counter { next: self.next_token });
         token
@@ -288,13 +288,13 @@ impl Pool {
         Sha1::new().chain_update(number.to_be_bytes()).chain_update(self.config.token_seed.as_bytes()).finalize().into()
     }
 
-    pub(super) fn answer(&mut self, ticket: Ticket, result: Result<Answer, Error>) {
+    pub(super) fn answer(&mut self, ticket: Ticket, result: Result<Reply, Error>) {
         if self.tickets.remove(&ticket).is_some() {
-            self.out.effect(Effect::Answer { ticket, result });
+            self.out.effect(Effect::Reply { ticket, result });
         }
     }
 
-    pub(super) fn answer_all(&mut self, tickets: Vec<Ticket>, result: &Result<Answer, Error>) {
+    pub(super) fn answer_all(&mut self, tickets: Vec<Ticket>, result: &Result<Reply, Error>) {
         for ticket in tickets {
             self.answer(ticket, result.clone());
         }

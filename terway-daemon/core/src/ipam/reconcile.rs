@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 
-use super::config::prefix_slots;
+use super::config::addresses_per_prefix;
 use super::effect::Effect;
 use super::eni::Stage;
 use super::event::OpId;
@@ -96,8 +96,8 @@ impl Pool {
     /// Takes in a list that was asked for at `asked`; `None` at the start, when it is not known how late the list is. What is missing from
     /// that first one is believed only when a second one says the same; what it has more cannot be wrong, for what was given back is on disk.
     pub(super) fn reconcile(&mut self, list: &[Eni], asked: Option<Moment>) {
-        let settle = self.config.settle;
-        self.inventory.forgotten.retain(|_, at| asked.is_some_and(|asked| at.after(settle) > asked));
+        let consistency_window = self.config.consistency_window;
+        self.inventory.forgotten.retain(|_, at| asked.is_some_and(|asked| at.after(consistency_window) > asked));
         self.foreign.clear();
         let mut seen = BTreeSet::new();
         for eni in list.iter().filter(|eni| eni.kind != EniKind::Primary) {
@@ -120,7 +120,7 @@ impl Pool {
             .enis
             .values()
             .filter(|state| state.attached() && !seen.contains(&state.id))
-            .filter(|state| believed(state.changed, settle, asked))
+            .filter(|state| believed(state.changed, consistency_window, asked))
             .map(|state| state.id.clone())
             .collect();
         for id in unseen {
@@ -141,18 +141,18 @@ impl Pool {
     fn missed(&mut self, id: &EniId, certain: bool) {
         let Some(state) = self.enis.get_mut(id) else { return };
         if !certain {
-            return self.inventory_again(self.now.after(self.config.settle));
+            return self.inventory_again(self.now.after(self.config.consistency_window));
         }
         let known = state.missing.is_some();
         let since = *state.missing.get_or_insert(self.now);
         if !known {
-            self.fence(id, None);
+            self.report_loss(id, None);
         }
         let Some(state) = self.enis.get(id) else { return };
-        if since.after(self.config.settle) <= self.now && !state.in_use() && !state.calling() {
+        if since.after(self.config.consistency_window) <= self.now && !state.in_use() && !state.calling() {
             self.forget(id);
         } else {
-            self.inventory_again(self.now.after(self.config.settle));
+            self.inventory_again(self.now.after(self.config.consistency_window));
         }
     }
 
@@ -176,7 +176,7 @@ impl Pool {
             self.judge(&eni.id);
         }
         if back {
-            self.unfence(&eni.id, None);
+            self.report_recovery(&eni.id, None);
         }
         let Some(state) = self.enis.get_mut(&eni.id) else { return false };
         if state.op.is_none() {
@@ -193,7 +193,7 @@ impl Pool {
     fn reconcile_slots(&mut self, eni: &Eni, asked: Option<Moment>) {
         // A single address is a prefix of full length here.
         let all: BTreeSet<_> = addresses(eni).map(IpNetwork::from).chain(prefixes(eni)).collect();
-        let settle = self.config.settle;
+        let consistency_window = self.config.consistency_window;
         let mut altered = false;
         for family in [Family::V4, Family::V6] {
             let Some(state) = self.enis.get_mut(&eni.id) else { return };
@@ -208,8 +208,8 @@ impl Pool {
             if fresh.is_empty() && lost.is_empty() {
                 continue;
             }
-            if slots.call.is_some() || !believed(slots.changed, settle, asked) {
-                self.inventory_again(self.now.after(settle));
+            if slots.call.is_some() || !believed(slots.changed, consistency_window, asked) {
+                self.inventory_again(self.now.after(consistency_window));
                 continue;
             }
             altered = true;
@@ -217,7 +217,7 @@ impl Pool {
                 self.found(&eni.id, family, net, asked);
             }
             if asked.is_none() && !lost.is_empty() {
-                self.inventory_again(self.now.after(settle));
+                self.inventory_again(self.now.after(consistency_window));
                 continue;
             }
             for net in lost {
@@ -231,30 +231,30 @@ impl Pool {
 
     /// The list has something that the table lacks, or that had been missing from an earlier list.
     fn found(&mut self, id: &EniId, family: Family, net: IpNetwork, asked: Option<Moment>) {
-        let (now, settle) = (self.now, self.config.settle);
+        let (now, consistency_window) = (self.now, self.config.consistency_window);
         let Some(slots) = self.enis.get_mut(id).map(|eni| eni.slots_mut(family)) else { return };
         let single = net.is_host();
         if single && slots.get(net.ip()).is_some() {
             slots.enter(net.ip(), SlotState::Idle);
-            return self.unfence(id, Some(&[net.ip()]));
+            return self.report_recovery(id, Some(&[net.ip()]));
         }
         if slots.prefixes().contains_key(&net) {
-            slots.enter_prefix(net, prefix_slots(family));
+            slots.enter_prefix(net, addresses_per_prefix(family));
             let inside = slots.inside(net);
-            return self.unfence(id, Some(&inside));
+            return self.report_recovery(id, Some(&inside));
         }
         // Nobody here asked for it, or nobody remembers. It is ours if a second list, some time later, says the same; and somebody may have
         // had it until a moment ago.
         let since = *slots.strange.entry(net).or_insert(asked.unwrap_or(now));
-        if asked.is_none_or(|asked| since.after(settle) > asked) {
-            return self.inventory_again(now.after(settle));
+        if asked.is_none_or(|asked| since.after(consistency_window) > asked) {
+            return self.inventory_again(now.after(consistency_window));
         }
         slots.strange.remove(&net);
         if single {
             slots.enter(net.ip(), SlotState::Idle);
             self.cool(id, net.ip());
         } else {
-            slots.enter_prefix(net, prefix_slots(family));
+            slots.enter_prefix(net, addresses_per_prefix(family));
             self.cool_prefix(id, family, net);
         }
     }
@@ -274,13 +274,13 @@ impl Pool {
                 self.out.delete_lazily(RecordKey::Address(id.clone(), address));
             }
             let bound = slots.lose_prefix(net);
-            return self.fence(id, Some(&bound));
+            return self.report_loss(id, Some(&bound));
         }
         match slots.get(address).map(|slot| slot.state) {
             Some(SlotState::Releasing) => return self.gave_back(id, address),
             Some(SlotState::Bound) => {
                 slots.set_missing(address, true);
-                return self.fence(id, Some(&[address]));
+                return self.report_loss(id, Some(&[address]));
             }
             Some(SlotState::Cooling { .. }) => self.out.delete_lazily(RecordKey::Address(id.clone(), address)),
             Some(SlotState::Idle) | None => {}
@@ -290,6 +290,6 @@ impl Pool {
 }
 
 /// Whether a list asked for at that moment knows of a change.
-fn believed(changed: Option<Moment>, settle: Duration, asked: Option<Moment>) -> bool {
-    changed.is_none_or(|changed| asked.is_none_or(|asked| changed.after(settle) <= asked))
+fn believed(changed: Option<Moment>, consistency_window: Duration, asked: Option<Moment>) -> bool {
+    changed.is_none_or(|changed| asked.is_none_or(|asked| changed.after(consistency_window) <= asked))
 }

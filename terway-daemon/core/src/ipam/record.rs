@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::effect::{Grant, Nic};
-use super::event::Token;
+use super::effect::{Lease, Nic};
+use super::event::ClientToken;
 use crate::ident::{AttachmentKey, EniId, Family, Mac, PodRef, SecurityGroupId, VSwitchId};
 
 /// The version of the encoding. A daemon refuses what a newer one wrote, rather than dropping what it does not know; it reads all older ones.
@@ -64,7 +64,8 @@ pub struct AttachmentRecord {
     #[serde(default)]
     pub options: String,
     /// What it holds.
-    pub grant: Grant,
+    #[serde(rename = "grant")]
+    pub lease: Lease,
     /// How far it is.
     pub phase: Phase,
 }
@@ -133,7 +134,8 @@ pub struct AddressRecord {
     /// The address.
     pub address: IpAddr,
     /// Why it must not be handed out.
-    pub hold: Hold,
+    #[serde(rename = "hold")]
+    pub quarantine: Quarantine,
 }
 
 /// See [`Record::Prefix`].
@@ -144,13 +146,14 @@ pub struct PrefixRecord {
     /// The prefix.
     pub prefix: IpNetwork,
     /// Why it must not be handed out from.
-    pub hold: Hold,
+    #[serde(rename = "hold")]
+    pub quarantine: Quarantine,
 }
 
 /// Why an address must not be handed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Hold {
+pub enum Quarantine {
     /// A pod had it a moment ago. After a restart the full time starts again.
     Cooling,
     /// It is being given back to the cloud, or was so lately that the cloud's lists may still show it.
@@ -161,7 +164,7 @@ pub enum Hold {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CreationRecord {
     /// `ClientToken`.
-    pub token: Token,
+    pub token: ClientToken,
     /// In which vSwitch.
     pub vswitch: VSwitchId,
     /// With which security groups.
@@ -187,7 +190,7 @@ pub struct CreationRecord {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AssignmentRecord {
     /// `ClientToken`.
-    pub token: Token,
+    pub token: ClientToken,
     /// To which ENI.
     pub eni: EniId,
     /// Which family.
@@ -217,16 +220,16 @@ pub enum RecordKey {
     /// By ENI and prefix.
     Prefix(EniId, IpNetwork),
     /// By token.
-    Creation(Token),
+    Creation(ClientToken),
     /// By token.
-    Assignment(Token),
+    Assignment(ClientToken),
     /// There is one.
     Counter,
 }
 
 /// A stored record that cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum BadRecord {
+pub enum RecordError {
     /// Written by a newer daemon.
     #[error("record version {found} is newer than version {VERSION}, the newest this daemon reads")]
     Version {
@@ -269,18 +272,18 @@ impl Record {
     ///
     /// # Errors
     /// When serde cannot write it, which would be a defect of the types above.
-    pub fn encode(&self) -> Result<Vec<u8>, BadRecord> {
+    pub fn encode(&self) -> Result<Vec<u8>, RecordError> {
         Ok(serde_json::to_vec(&Written { v: VERSION, record: self })?)
     }
 
     /// From bytes that [`encode`](Self::encode) wrote.
     ///
     /// # Errors
-    /// [`BadRecord::Version`] before anything else of the record is looked at; [`BadRecord::Malformed`].
-    pub fn decode(bytes: &[u8]) -> Result<Self, BadRecord> {
+    /// [`RecordError::Version`] before anything else of the record is looked at; [`RecordError::Malformed`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
         let Versioned { v } = serde_json::from_slice(bytes)?;
         if v > VERSION {
-            return Err(BadRecord::Version { found: v });
+            return Err(RecordError::Version { found: v });
         }
         Ok(serde_json::from_slice(bytes)?)
     }
@@ -291,7 +294,7 @@ impl RecordKey {
     ///
     /// # Errors
     /// When serde cannot write it, which would be a defect of the types above.
-    pub fn encode(&self) -> Result<String, BadRecord> {
+    pub fn encode(&self) -> Result<String, RecordError> {
         Ok(serde_json::to_string(self)?)
     }
 }

@@ -181,34 +181,34 @@ impl Pool {
     }
 
     /// Tells of the pods that have these addresses of an ENI, or any if none is named, that the cloud does not list them any more.
-    pub(super) fn fence(&mut self, id: &EniId, addresses: Option<&[IpAddr]>) {
+    pub(super) fn report_loss(&mut self, id: &EniId, addresses: Option<&[IpAddr]>) {
         let addresses_of_all = addresses.is_none();
         let mut fenced = Vec::new();
-        for (key, attachment) in self.attachments.iter().filter(|(_, a)| a.grant.eni == *id) {
+        for (key, attachment) in self.attachments.iter().filter(|(_, a)| a.lease.eni == *id) {
             let hit = |address: &IpAddr| addresses.is_none_or(|all| all.contains(address));
-            let hit: Vec<_> = attachment.grant.addresses.iter().filter(hit).collect();
+            let hit: Vec<_> = attachment.lease.addresses.iter().filter(hit).collect();
             if !hit.is_empty() {
                 fenced.push((key.clone(), attachment.pod.clone(), hit));
             }
         }
         for (key, pod, addresses) in fenced {
-            let reason = fenced_error(&pod.to_string(), id, &addresses, addresses_of_all);
-            self.out.effect(Effect::Fence { key, pod, eni: id.clone(), addresses, reason });
+            let reason = address_loss_error(&pod.to_string(), id, &addresses, addresses_of_all);
+            self.out.effect(Effect::ReportAddressLoss { key, pod, eni: id.clone(), addresses, reason });
         }
     }
 
     /// Tells of the pods that have these addresses of an ENI, or any if none is named, that all is well again.
-    pub(super) fn unfence(&mut self, id: &EniId, addresses: Option<&[IpAddr]>) {
+    pub(super) fn report_recovery(&mut self, id: &EniId, addresses: Option<&[IpAddr]>) {
         let mut free = Vec::new();
-        for (key, attachment) in self.attachments.iter().filter(|(_, a)| a.grant.eni == *id) {
+        for (key, attachment) in self.attachments.iter().filter(|(_, a)| a.lease.eni == *id) {
             let hit = |address: IpAddr| addresses.is_none_or(|all| all.contains(&address));
             let missing = || self.get(key).is_some_and(|view| !view.missing.is_empty());
-            if attachment.grant.addresses.iter().any(hit) && !missing() {
+            if attachment.lease.addresses.iter().any(hit) && !missing() {
                 free.push((key.clone(), attachment.pod.clone()));
             }
         }
         for (key, pod) in free {
-            self.out.effect(Effect::Unfence { key, pod });
+            self.out.effect(Effect::ReportAddressRecovery { key, pod });
         }
     }
 }
@@ -230,7 +230,7 @@ impl Mismatch {
 }
 
 /// What is told of a pod whose addresses the cloud does not list, or whose whole ENI.
-pub(super) fn fenced_error(pod: &str, eni: &EniId, addresses: &[IpAddr], whole: bool) -> Error {
+pub(super) fn address_loss_error(pod: &str, eni: &EniId, addresses: &[IpAddr], whole: bool) -> Error {
     let list: Vec<_> = addresses.iter().map(ToString::to_string).collect();
     let code = if whole { errors::ENI_VANISHED } else { errors::ADDRESS_VANISHED };
     Error::new(code, format!("{pod} has {} of {eni}.", list.join(", ")))

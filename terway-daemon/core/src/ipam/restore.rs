@@ -6,15 +6,15 @@
 use std::collections::BTreeSet;
 
 use super::TOKEN_TAG;
-use super::config::{PoolConfig, prefix_slots};
+use super::config::{PoolConfig, addresses_per_prefix};
 use super::effect::Effect;
 use super::eni::{EniState, Stage};
 use super::lifecycle::Creation;
 use super::pods::Attachment;
 use super::pool::{Pool, Timer};
 use super::record::{
-    AddressRecord, AssignmentRecord, AttachmentRecord, CreationRecord, EniRecord, EniStage, Hold, Phase, PrefixRecord,
-    Record, RecordKey,
+    AddressRecord, AssignmentRecord, AttachmentRecord, CreationRecord, EniRecord, EniStage, Phase, PrefixRecord,
+    Quarantine, Record, RecordKey,
 };
 use super::slot::{CallKind, SlotState};
 use crate::clock::Moment;
@@ -66,7 +66,7 @@ pub enum RestoreError {
 #[derive(Default)]
 struct Sorted {
     attachments: Vec<AttachmentRecord>,
-    holds: Vec<AddressRecord>,
+    quarantined: Vec<AddressRecord>,
     prefixes: Vec<PrefixRecord>,
     creations: Vec<CreationRecord>,
     assignments: Vec<AssignmentRecord>,
@@ -85,7 +85,7 @@ impl Pool {
             match record {
                 Record::Attachment(record) => sorted.attachments.push(record),
                 Record::Eni(record) => pool.restore_eni(record),
-                Record::Address(record) => sorted.holds.push(record),
+                Record::Address(record) => sorted.quarantined.push(record),
                 Record::Prefix(record) => sorted.prefixes.push(record),
                 Record::Creation(record) => sorted.creations.push(record),
                 Record::Assignment(record) => sorted.assignments.push(record),
@@ -95,8 +95,8 @@ impl Pool {
         for record in sorted.attachments {
             pool.restore_attachment(record)?;
         }
-        for record in sorted.holds {
-            pool.restore_hold(record);
+        for record in sorted.quarantined {
+            pool.restore_quarantine(record);
         }
         for record in sorted.prefixes {
             pool.restore_prefix(&record);
@@ -114,7 +114,7 @@ impl Pool {
             }
             None => {
                 pool.inventory.known = false;
-                pool.inventory_at(now.after(pool.config.retry.first));
+                pool.inventory_at(now.after(pool.config.retry.initial));
             }
         }
         for record in sorted.assignments {
@@ -152,7 +152,7 @@ impl Pool {
         }
         for prefix in record.prefixes {
             let family = Family::of(prefix.ip());
-            eni.slots_mut(family).enter_prefix(prefix, prefix_slots(family));
+            eni.slots_mut(family).enter_prefix(prefix, addresses_per_prefix(family));
         }
         eni.mismatch = self.mismatch(&eni).map(|mismatch| (mismatch, self.now));
         self.enis.insert(record.id, eni);
@@ -160,14 +160,14 @@ impl Pool {
 
     fn restore_attachment(&mut self, record: AttachmentRecord) -> Result<(), RestoreError> {
         let key = record.key.clone();
-        let Some(eni) = self.enis.get_mut(&record.grant.eni) else {
-            return Err(RestoreError::UnknownEni { key, eni: record.grant.eni });
+        let Some(eni) = self.enis.get_mut(&record.lease.eni) else {
+            return Err(RestoreError::UnknownEni { key, eni: record.lease.eni });
         };
-        for address in record.grant.addresses.iter() {
+        for address in record.lease.addresses.iter() {
             let slots = eni.slots_mut(Family::of(address));
             if !slots.enter(address, SlotState::Bound) {
                 if slots.get(address).is_some_and(|slot| slot.state == SlotState::Bound) {
-                    return Err(RestoreError::BoundTwice { address, eni: record.grant.eni, key });
+                    return Err(RestoreError::BoundTwice { address, eni: record.lease.eni, key });
                 }
                 slots.set(address, SlotState::Bound, None);
             }
@@ -176,8 +176,8 @@ impl Pool {
         Ok(())
     }
 
-    fn restore_hold(&mut self, record: AddressRecord) {
-        let AddressRecord { eni, address, hold } = record;
+    fn restore_quarantine(&mut self, record: AddressRecord) {
+        let AddressRecord { eni, address, quarantine } = record;
         let until = self.now.after(self.config.cooling);
         let state = self.enis.get_mut(&eni);
         let Some(slots) = state.map(|state| state.slots_mut(Family::of(address))) else {
@@ -188,12 +188,12 @@ impl Pool {
             // The later write wins, and a pod's address is never given away.
             return self.out.delete_lazily(RecordKey::Address(eni, address));
         }
-        match hold {
-            Hold::Cooling => {
+        match quarantine {
+            Quarantine::Cooling => {
                 slots.set(address, SlotState::Cooling { until }, None);
                 self.wake(until, Timer::Cooled(eni, address));
             }
-            Hold::Releasing => slots.set(address, SlotState::Releasing, None),
+            Quarantine::Releasing => slots.set(address, SlotState::Releasing, None),
         }
     }
 
@@ -202,7 +202,7 @@ impl Pool {
         let slots = self.enis.get_mut(&record.eni).map(|state| state.slots_mut(family));
         // A pod on it wins, as for single addresses.
         let released = slots.is_some_and(|slots| {
-            slots.enter_prefix(record.prefix, prefix_slots(family));
+            slots.enter_prefix(record.prefix, addresses_per_prefix(family));
             slots.release_prefix(record.prefix)
         });
         if !released {
@@ -227,7 +227,7 @@ impl Pool {
         let AssignmentRecord { token, eni, family, count, prefixes } = record;
         let ready = |eni: &EniState| eni.attached() && eni.slots(family).call.is_none();
         if self.enis.get(&eni).is_some_and(ready) {
-            let each = prefix_slots(family);
+            let each = addresses_per_prefix(family);
             let kind = if prefixes {
                 CallKind::AssignPrefixes { token, count, each }
             } else {
@@ -244,7 +244,7 @@ impl Pool {
 
     fn resume_attachments(&mut self, facts: &NodeFacts) {
         let keys: Vec<_> =
-            self.attachments.iter().map(|(key, a)| (key.clone(), a.phase(), a.grant.eni.clone())).collect();
+            self.attachments.iter().map(|(key, a)| (key.clone(), a.phase(), a.lease.eni.clone())).collect();
         for (key, phase, eni) in keys {
             match phase {
                 Phase::SettingUp | Phase::Ready if facts.netns_gone.contains(&key) => {

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use super::config::prefix_slots;
+use super::config::addresses_per_prefix;
 use super::eni::EniState;
 use super::pool::{Pool, Timer};
 use super::slot::SlotState;
@@ -97,19 +97,19 @@ impl Pool {
     /// Gives back what has been too much for a while.
     pub(super) fn shrink(&mut self) {
         self.reclaim();
-        let ceiling = self.config.ceiling();
+        let high_watermark = self.config.high_watermark();
         let usable = || self.enis.values().filter(|eni| eni.usable());
         let ready: u32 = usable().map(|eni| eni.units(&self.config).ready).sum();
         // What is idle because of the floor is not too much.
         let bound = u32::try_from(self.attachments.len()).unwrap_or(u32::MAX);
-        let floor = self.config.min_prefixes.saturating_mul(prefix_slots(Family::V4)).saturating_sub(bound);
-        let ceiling = if self.warming { u32::MAX } else { ceiling.max(floor) };
+        let floor = self.config.min_prefixes.saturating_mul(addresses_per_prefix(Family::V4)).saturating_sub(bound);
+        let high_watermark = if self.warming { u32::MAX } else { high_watermark.max(floor) };
         let spare = |family: Family| -> u32 {
-            let keep = if self.config.families().contains(&family) { ceiling } else { 0 };
+            let keep = if self.config.families().contains(&family) { high_watermark } else { 0 };
             usable().map(|eni| retirable(eni, family)).sum::<u32>().saturating_sub(keep)
         };
         let spares = [(Family::V4, spare(Family::V4)), (Family::V6, spare(Family::V6))];
-        let excess = ready.saturating_sub(ceiling);
+        let excess = ready.saturating_sub(high_watermark);
         if self.waiting.len() > 0 || (excess == 0 && spares.iter().all(|(_, n)| *n == 0)) {
             self.excess_since = None;
             return;

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::event::{OpId, Token};
+use super::event::{ClientToken, OpId};
 use crate::cidr::Cidr as _;
 use crate::clock::Moment;
 use crate::cloud::CloudError;
@@ -47,7 +47,7 @@ pub(super) struct Call {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum CallKind {
     Assign {
-        token: Token,
+        token: ClientToken,
         count: u32,
     },
     Unassign {
@@ -55,7 +55,7 @@ pub(super) enum CallKind {
     },
     /// `each` is how many addresses one of them brings.
     AssignPrefixes {
-        token: Token,
+        token: ClientToken,
         count: u32,
         each: u32,
     },
@@ -66,7 +66,7 @@ pub(super) enum CallKind {
 
 impl CallKind {
     /// The token, if it is a call that makes something.
-    pub(super) const fn token(&self) -> Option<&Token> {
+    pub(super) const fn token(&self) -> Option<&ClientToken> {
         match self {
             Self::Assign { token, .. } | Self::AssignPrefixes { token, .. } => Some(token),
             Self::Unassign { .. } | Self::UnassignPrefixes { .. } => None,
@@ -109,9 +109,9 @@ pub(super) struct Slots {
     missing: u32,
     pub(super) call: Option<Call>,
     /// Given back so lately that the cloud's lists may still show them.
-    pub(super) ghosts: BTreeMap<IpAddr, Moment>,
+    pub(super) stale_listings: BTreeMap<IpAddr, Moment>,
     /// The same for prefixes.
-    pub(super) prefix_ghosts: BTreeMap<IpNetwork, Moment>,
+    pub(super) stale_prefix_listings: BTreeMap<IpNetwork, Moment>,
     /// What the cloud lists and nobody here asked for, since when. Only what stays on the list is real.
     pub(super) strange: BTreeMap<IpNetwork, Moment>,
     /// No assign call until then, and why.
@@ -260,9 +260,10 @@ impl Slots {
     /// Whether something on the cloud's list is not here, or was thought missing. What was given back a moment ago is not lacking.
     pub(super) fn lacks(&self, net: IpNetwork) -> bool {
         if net.is_host() {
-            !self.ghosts.contains_key(&net.ip()) && self.get(net.ip()).is_none_or(|slot| slot.missing)
+            !self.stale_listings.contains_key(&net.ip()) && self.get(net.ip()).is_none_or(|slot| slot.missing)
         } else {
-            !self.prefix_ghosts.contains_key(&net) && self.prefixes.get(&net).is_none_or(|prefix| prefix.missing)
+            !self.stale_prefix_listings.contains_key(&net)
+                && self.prefixes.get(&net).is_none_or(|prefix| prefix.missing)
         }
     }
 

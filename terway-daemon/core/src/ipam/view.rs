@@ -6,12 +6,12 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use super::demand::degraded;
-use super::effect::Grant;
+use super::effect::Lease;
 use super::eni::{EniState, Stage};
 use super::lifecycle::explain;
 use super::pool::Pool;
 use super::record::Phase;
-use super::reshape::fenced_error;
+use super::reshape::address_loss_error;
 use super::slot::SlotState;
 use crate::clock::Moment;
 use crate::cloud::{Eni, EniKind};
@@ -57,7 +57,7 @@ pub struct AttachmentView {
     /// How far it is.
     pub phase: Phase,
     /// What it holds.
-    pub grant: Grant,
+    pub lease: Lease,
     /// Addresses of it that the cloud's list lacks.
     pub missing: Vec<IpAddr>,
 }
@@ -90,7 +90,7 @@ pub struct EniView {
     /// Why it takes no new pods: it does not fit the configuration, is being replaced, or is not the pool's.
     pub reason: Option<Error>,
     /// No address is asked for on it until then.
-    pub resting_until: Option<Moment>,
+    pub backoff_until: Option<Moment>,
     /// What hinders it.
     pub error: Option<Error>,
 }
@@ -120,7 +120,7 @@ pub enum AddressState {
     /// Being given back to the cloud.
     Releasing,
     /// A pod's, and the cloud does not list it.
-    Fenced,
+    Missing,
 }
 
 impl AddressState {
@@ -132,7 +132,7 @@ impl AddressState {
             Self::Bound => "bound",
             Self::Cooling => "cooling",
             Self::Releasing => "releasing",
-            Self::Fenced => "fenced",
+            Self::Missing => "missing",
         }
     }
 }
@@ -162,7 +162,7 @@ pub struct VSwitchView {
     /// Free addresses by the cloud's last count, less what was asked for since; known only if the selection needs it.
     pub available: Option<u32>,
     /// Left alone until then, because it has no address left.
-    pub resting_until: Option<Moment>,
+    pub backoff_until: Option<Moment>,
     /// No prefix is asked for until then, because it has no whole one left.
     pub fragmented_until: Option<Moment>,
     /// The cloud's last refusal, while it counts.
@@ -253,7 +253,7 @@ impl Pool {
     pub fn get(&self, key: &AttachmentKey) -> Option<AttachmentView> {
         let attachment = self.attachments.get(key)?;
         let missing = |address: &IpAddr| {
-            let eni = self.enis.get(&attachment.grant.eni);
+            let eni = self.enis.get(&attachment.lease.eni);
             let gone = eni.is_none_or(|eni| eni.missing.is_some());
             gone || eni.and_then(|eni| eni.slots(Family::of(*address)).get(*address)).is_none_or(|slot| slot.missing)
         };
@@ -263,8 +263,8 @@ impl Pool {
             netns: attachment.netns.clone(),
             options: attachment.options.clone(),
             phase: attachment.phase(),
-            grant: attachment.grant.clone(),
-            missing: attachment.grant.addresses.iter().filter(missing).collect(),
+            lease: attachment.lease.clone(),
+            missing: attachment.lease.addresses.iter().filter(missing).collect(),
         })
     }
 
@@ -315,8 +315,8 @@ impl Pool {
     pub fn addresses(&self) -> Vec<AddressView> {
         let mut owners = BTreeMap::new();
         for (key, attachment) in &self.attachments {
-            for address in attachment.grant.addresses.iter() {
-                owners.insert((attachment.grant.eni.clone(), address), (key.clone(), attachment.pod.clone()));
+            for address in attachment.lease.addresses.iter() {
+                owners.insert((attachment.lease.eni.clone(), address), (key.clone(), attachment.pod.clone()));
             }
         }
         let of_eni = |eni: &EniState, owners: &mut BTreeMap<_, _>| -> Vec<AddressView> {
@@ -326,7 +326,7 @@ impl Pool {
                 eni: eni.id.clone(),
                 prefix: eni.slots(Family::of(address)).prefix_of(address),
                 state: match slot.state {
-                    SlotState::Bound if slot.missing || eni.missing.is_some() => AddressState::Fenced,
+                    SlotState::Bound if slot.missing || eni.missing.is_some() => AddressState::Missing,
                     SlotState::Bound => AddressState::Bound,
                     SlotState::Idle => AddressState::Idle,
                     SlotState::Cooling { .. } => AddressState::Cooling,
@@ -349,7 +349,7 @@ impl Pool {
                 id: v.id.clone(),
                 configured: v.configured,
                 available: v.available,
-                resting_until: blocked.map(|(until, _)| *until),
+                backoff_until: blocked.map(|(until, _)| *until),
                 fragmented_until: fragmented.map(|(_, until)| until),
                 error: blocked
                     .map(|(_, error)| explain(error))
@@ -390,7 +390,7 @@ impl Pool {
         for eni in self.enis.values() {
             let named = |Error { code, detail }: Error| Error::new(code, format!("{}: {detail}", eni.id));
             // An ENI with pods is told of by them, below.
-            if eni.missing.is_some() && !self.attachments.values().any(|a| a.grant.eni == eni.id) {
+            if eni.missing.is_some() && !self.attachments.values().any(|a| a.lease.eni == eni.id) {
                 let detail = format!("{}: The cloud does not list it as attached to the instance.", eni.id);
                 problems.push(Error::new(errors::ENI_UNKNOWN, detail));
             }
@@ -408,8 +408,8 @@ impl Pool {
         }
         if self.enis.values().any(|eni| eni.missing.is_some() || eni.v4.missing() + eni.v6.missing() > 0) {
             for view in self.list().into_iter().filter(|view| !view.missing.is_empty()) {
-                let whole = self.enis.get(&view.grant.eni).is_none_or(|eni| eni.missing.is_some());
-                problems.push(fenced_error(&view.pod.to_string(), &view.grant.eni, &view.missing, whole));
+                let whole = self.enis.get(&view.lease.eni).is_none_or(|eni| eni.missing.is_some());
+                problems.push(address_loss_error(&view.pod.to_string(), &view.lease.eni, &view.missing, whole));
             }
         }
         problems
@@ -431,7 +431,7 @@ const fn blank(mac: Option<Mac>, vswitch: VSwitchId, phase: EniPhase) -> EniView
         cooling: 0,
         releasing: 0,
         reason: None,
-        resting_until: None,
+        backoff_until: None,
         error: None,
     }
 }
@@ -469,7 +469,7 @@ fn eni_view(eni: &EniState, now: Moment) -> EniView {
         cooling: sum(|counts| counts.cooling),
         releasing: sum(|counts| counts.releasing),
         reason: eni.reason.clone().or_else(|| eni.mismatch.as_ref().map(|(mismatch, _)| mismatch.explain(eni))),
-        resting_until: blocks.map(|(until, _)| *until).filter(|until| *until > now).max(),
+        backoff_until: blocks.map(|(until, _)| *until).filter(|until| *until > now).max(),
         error: eni.error.clone().or_else(|| assigns.find_map(|call| call.error.as_ref().map(explain))),
         ..blank(Some(eni.mac), eni.vswitch.clone(), phase)
     }

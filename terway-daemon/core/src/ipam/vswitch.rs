@@ -142,13 +142,13 @@ impl Pool {
     /// The vSwitch for a new ENI, if there is one now.
     pub(super) fn choose_vswitch(&self, now: Moment) -> Option<&VSwitchId> {
         // The number of the next token differs from creation to creation, and is the same after a replay.
-        self.vswitches.choose(self.config.selection, now, self.salt(self.next_token))
+        self.vswitches.choose(self.config.vswitch_selection, now, self.salt(self.next_token))
     }
 
     /// Asks for counts if the choice needs them and they are too old. Says whether it is better to wait for them: only for the first ones.
     pub(super) fn count_vswitches(&mut self) -> bool {
         let fresh = self.vswitches.due.is_some_and(|due| due > self.now);
-        if self.config.selection != VSwitchSelection::Most || fresh || !self.may_ask() {
+        if self.config.vswitch_selection != VSwitchSelection::Most || fresh || !self.may_ask() {
             return false;
         }
         if self.vswitches.op.is_none() {

@@ -16,7 +16,7 @@ fn eni_id() -> EniId {
     EniId::new("eni-1")
 }
 
-fn held(number: u8) -> Held {
+fn stored(number: u8) -> StoredAttachment {
     let pod = PodRef { namespace: "default".into(), name: format!("p{number}"), uid: String::new() };
     let key = AttachmentKey { network: "terway".into(), container_id: format!("c{number}"), ifname: "eth0".into() };
     let plan = PodPlan::veth(PodInputs {
@@ -34,7 +34,7 @@ fn held(number: u8) -> Held {
         extra_routes: Vec::new(),
         key,
     });
-    Held { pod, phase: Phase::Ready, eni: eni_id(), plan, netns: Netns::Present }
+    StoredAttachment { pod, phase: Phase::Ready, eni: eni_id(), plan, netns: NetnsState::Present }
 }
 
 fn eni_plan() -> EniPlan {
@@ -55,7 +55,7 @@ fn link(index: u32, mac: Option<Mac>, alias: Option<String>, kind: Option<&str>)
 
 /// What the kernel holds after these steps on the node.
 fn apply(state: &mut KernelState, steps: &[Step], index: u32) {
-    for step in steps.iter().filter(|step| step.place == Place::Host) {
+    for step in steps.iter().filter(|step| step.netns == StepNetns::Host) {
         match step.op.clone() {
             NetOp::AddVeth { host, owner, .. } => {
                 state.links.insert(host.name, link(index, Some(host.mac), Some(owner), Some("veth")));
@@ -95,16 +95,16 @@ fn eni(kind: EniKind, id: &str, v4: Vec<Ipv4Addr>, v6: Vec<Ipv6Addr>) -> Eni {
 }
 
 /// A node with this many pods on one ENI, all as it should be.
-fn agreeing(pods: u8) -> World {
+fn agreeing(pods: u8) -> AuditSnapshot {
     let mut kernel = KernelState::default();
     kernel.links.insert("lo".into(), link(1, None, None, None));
     kernel.links.insert("eth1".into(), link(ENI_INDEX, None, None, None));
     apply(&mut kernel, &eni_plan().steps, 0);
-    let attachments: Vec<Held> = (1..=pods).map(held).collect();
+    let attachments: Vec<StoredAttachment> = (1..=pods).map(stored).collect();
     let mut endpoints = Vec::new();
-    for (held, index) in attachments.iter().zip(POD_INDEX..) {
-        apply(&mut kernel, &[held.plan.create.clone(), held.plan.enable.clone()].concat(), index);
-        let inputs = &held.plan.inputs;
+    for (stored, index) in attachments.iter().zip(POD_INDEX..) {
+        apply(&mut kernel, &[stored.plan.create.clone(), stored.plan.enable.clone()].concat(), index);
+        let inputs = &stored.plan.inputs;
         endpoints.push(Endpoint {
             ifindex: index,
             host_mac: inputs.host_mac,
@@ -114,8 +114,8 @@ fn agreeing(pods: u8) -> World {
             attached: Some(true),
         });
     }
-    let addresses = || attachments.iter().map(|held| held.plan.inputs.addresses);
-    let pool = HeldEni {
+    let addresses = || attachments.iter().map(|stored| stored.plan.inputs.addresses);
+    let pool = StoredEni {
         id: eni_id(),
         plan: Some(eni_plan()),
         addresses: addresses().flat_map(|a| a.iter().collect::<Vec<_>>()).collect(),
@@ -129,7 +129,7 @@ fn agreeing(pods: u8) -> World {
             addresses().filter_map(|a| a.v6).collect(),
         ),
     ];
-    World {
+    AuditSnapshot {
         enis: vec![pool],
         nics: [ENI_INDEX].into(),
         kernel: Some(kernel),
@@ -141,18 +141,18 @@ fn agreeing(pods: u8) -> World {
 
 /// Something that goes wrong with one pod or the node.
 #[derive(Clone, Copy, Debug)]
-struct Break(Kind, u8);
+struct Break(FindingKind, u8);
 
 impl Break {
-    fn apply(self, world: &mut World) {
+    fn apply(self, snapshot: &mut AuditSnapshot) {
         let Self(kind, number) = self;
-        let held = &mut world.attachments[usize::from(number)];
-        let inputs = held.plan.inputs.clone();
+        let stored = &mut snapshot.attachments[usize::from(number)];
+        let inputs = stored.plan.inputs.clone();
         let (v4, name) = (inputs.addresses.v4.unwrap(), inputs.host_ifname);
         let stranger = IpAddr::V4(Ipv4Addr::new(10, 9, 9, number));
-        let kernel = world.kernel.as_mut().unwrap();
-        let endpoints = world.endpoints.as_mut().unwrap();
-        let cloud = &mut world.cloud.as_mut().unwrap().enis;
+        let kernel = snapshot.kernel.as_mut().unwrap();
+        let endpoints = snapshot.endpoints.as_mut().unwrap();
+        let cloud = &mut snapshot.cloud.as_mut().unwrap().enis;
         let index = POD_INDEX + u32::from(number);
         let unlink = |kernel: &mut KernelState| {
             kernel.links.remove(&name);
@@ -160,43 +160,43 @@ impl Break {
             kernel.neighbours.retain(|neighbour| neighbour.dev != name);
         };
         match kind {
-            Kind::PodGone => {
-                held.netns = Netns::Absent;
+            FindingKind::PodGone => {
+                stored.netns = NetnsState::Absent;
                 unlink(kernel);
             }
-            Kind::LinkMissing => unlink(kernel),
-            Kind::LinkDiffers => {
+            FindingKind::LinkMissing => unlink(kernel),
+            FindingKind::LinkDiffers => {
                 if let Some(link) = kernel.links.get_mut(&name) {
                     link.up = false;
                 }
             }
-            Kind::RouteMissing => kernel.routes.retain(|route| route.dst.ip() != IpAddr::V4(v4)),
-            Kind::RuleMissing => kernel.rules.retain(|rule| rule.selector.net().ip() != IpAddr::V4(v4)),
-            Kind::NeighbourMissing => kernel.neighbours.retain(|neighbour| neighbour.dev != name),
-            Kind::EndpointMissing => endpoints.retain(|endpoint| endpoint.ifindex != index),
-            Kind::EndpointDiffers => {
+            FindingKind::RouteMissing => kernel.routes.retain(|route| route.dst.ip() != IpAddr::V4(v4)),
+            FindingKind::RuleMissing => kernel.rules.retain(|rule| rule.selector.net().ip() != IpAddr::V4(v4)),
+            FindingKind::NeighbourMissing => kernel.neighbours.retain(|neighbour| neighbour.dev != name),
+            FindingKind::EndpointMissing => endpoints.retain(|endpoint| endpoint.ifindex != index),
+            FindingKind::EndpointDiffers => {
                 endpoints.iter_mut().filter(|e| e.ifindex == index).for_each(|e| e.eni_ifindex += 1);
             }
-            Kind::ProgramsMissing => {
+            FindingKind::ProgramsMissing => {
                 endpoints.iter_mut().filter(|e| e.ifindex == index).for_each(|e| e.attached = Some(false));
             }
-            Kind::EniVanished => cloud.retain(|eni| eni.kind == EniKind::Primary),
-            Kind::AddressVanished => cloud.iter_mut().for_each(|eni| eni.v4.retain(|address| *address != v4)),
-            Kind::AddressTwice => {
-                let mut twin = held.clone();
+            FindingKind::EniVanished => cloud.retain(|eni| eni.kind == EniKind::Primary),
+            FindingKind::AddressVanished => cloud.iter_mut().for_each(|eni| eni.v4.retain(|address| *address != v4)),
+            FindingKind::DuplicateAddress => {
+                let mut twin = stored.clone();
                 twin.plan.inputs.key.container_id = "twin".into();
                 twin.phase = Phase::SettingUp;
-                world.attachments.push(twin);
+                snapshot.attachments.push(twin);
             }
-            Kind::NicMissing => drop(kernel.links.remove("eth1")),
-            Kind::EniDiffers => kernel.routes.retain(|route| route.dev != "eth1"),
-            Kind::LinkOrphan => {
+            FindingKind::NicMissing => drop(kernel.links.remove("eth1")),
+            FindingKind::EniDiffers => kernel.routes.retain(|route| route.dev != "eth1"),
+            FindingKind::LinkOrphan => {
                 let orphan = link(900, None, Some("terway:terway/other/eth0".into()), Some("veth"));
                 kernel.links.insert(format!("cali{number}"), orphan);
             }
-            Kind::RouteOrphan => drop(kernel.routes.insert(Route::link(stranger.into(), &name))),
-            Kind::RuleOrphan => drop(kernel.rules.insert(Rule::from_pod(stranger, 1003))),
-            Kind::EndpointOrphan => endpoints.push(Endpoint {
+            FindingKind::RouteOrphan => drop(kernel.routes.insert(Route::link(stranger.into(), &name))),
+            FindingKind::RuleOrphan => drop(kernel.rules.insert(Rule::from_pod(stranger, 1003))),
+            FindingKind::EndpointOrphan => endpoints.push(Endpoint {
                 ifindex: 901,
                 host_mac: HOST_MAC,
                 pod_mac: HOST_MAC,
@@ -204,7 +204,7 @@ impl Break {
                 eni_ifindex: 3,
                 attached: None,
             }),
-            Kind::AddressUnknown => {
+            FindingKind::AddressUnknown => {
                 if let Some(eni) = cloud.iter_mut().find(|eni| eni.kind == EniKind::Secondary) {
                     eni.v4.push(Ipv4Addr::new(10, 9, 9, number));
                 }
@@ -222,126 +222,135 @@ fn an_agreeing_world_says_nothing() {
 
 #[test]
 fn each_kind_is_found_and_named() {
-    for kind in Kind::ALL {
-        let mut world = agreeing(3);
-        Break(kind, 1).apply(&mut world);
-        let found = findings(&world);
+    for kind in FindingKind::ALL {
+        let mut snapshot = agreeing(3);
+        Break(kind, 1).apply(&mut snapshot);
+        let found = findings(&snapshot);
         assert!(found.iter().any(|finding| finding.kind == kind), "{kind:?}: {found:?}");
         let others = found.iter().filter(|finding| finding.kind != kind);
         // What hangs on a link goes with it, and a missing ENI takes its pods' addresses along.
-        let follow = [Kind::RouteMissing, Kind::NeighbourMissing, Kind::EndpointMissing, Kind::EniDiffers];
+        let follow = [
+            FindingKind::RouteMissing,
+            FindingKind::NeighbourMissing,
+            FindingKind::EndpointMissing,
+            FindingKind::EniDiffers,
+        ];
         for other in others {
             assert!(follow.contains(&other.kind), "{kind:?} is also taken for {other:?}");
         }
         assert_eq!(serde_json::to_value(kind).unwrap(), kind.name());
     }
-    assert_eq!(Kind::ALL.iter().collect::<BTreeSet<_>>().len(), Kind::ALL.len());
+    assert_eq!(FindingKind::ALL.iter().collect::<BTreeSet<_>>().len(), FindingKind::ALL.len());
 }
 
 #[test]
 fn pods_being_changed_are_left_alone() {
     for phase in [Phase::SettingUp, Phase::Releasing] {
-        let mut world = agreeing(2);
-        Break(Kind::PodGone, 0).apply(&mut world);
-        Break(Kind::EndpointMissing, 0).apply(&mut world);
-        Break(Kind::RuleMissing, 0).apply(&mut world);
-        world.attachments[0].phase = phase;
-        assert_eq!(findings(&world), []);
+        let mut snapshot = agreeing(2);
+        Break(FindingKind::PodGone, 0).apply(&mut snapshot);
+        Break(FindingKind::EndpointMissing, 0).apply(&mut snapshot);
+        Break(FindingKind::RuleMissing, 0).apply(&mut snapshot);
+        snapshot.attachments[0].phase = phase;
+        assert_eq!(findings(&snapshot), []);
     }
 }
 
 #[test]
 fn impossible_answers_are_no_evidence() {
-    let mut world = agreeing(2);
-    world.attachments.iter_mut().for_each(|held| held.netns = Netns::Absent);
-    world.kernel = Some(KernelState::default());
-    world.cloud.as_mut().unwrap().enis.clear();
-    assert_eq!(findings(&world), []);
+    let mut snapshot = agreeing(2);
+    snapshot.attachments.iter_mut().for_each(|stored| stored.netns = NetnsState::Absent);
+    snapshot.kernel = Some(KernelState::default());
+    snapshot.cloud.as_mut().unwrap().enis.clear();
+    assert_eq!(findings(&snapshot), []);
 }
 
 #[test]
 fn a_namespace_alone_proves_nothing() {
-    let mut world = agreeing(1);
-    world.attachments[0].netns = Netns::Absent;
-    assert_eq!(findings(&world), []);
+    let mut snapshot = agreeing(1);
+    snapshot.attachments[0].netns = NetnsState::Absent;
+    assert_eq!(findings(&snapshot), []);
 }
 
 #[test]
 fn leftovers_must_be_seen_twice_in_a_row_and_the_same() {
-    let mut world = agreeing(1);
-    Break(Kind::LinkOrphan, 0).apply(&mut world);
-    Break(Kind::RuleMissing, 0).apply(&mut world);
+    let mut snapshot = agreeing(1);
+    Break(FindingKind::LinkOrphan, 0).apply(&mut snapshot);
+    Break(FindingKind::RuleMissing, 0).apply(&mut snapshot);
     let mut confirmation = Confirmation::default();
-    let mut due =
-        |world: &World| confirmation.due(findings(world)).into_iter().map(|f| f.kind).collect::<BTreeSet<_>>();
-    assert_eq!(due(&world), [Kind::RuleMissing].into(), "a repair waits for nothing");
-    assert_eq!(due(&world), [Kind::RuleMissing, Kind::LinkOrphan].into());
-    let mut blind = world.clone();
+    let mut due = |snapshot: &AuditSnapshot| {
+        confirmation.due(findings(snapshot)).into_iter().map(|f| f.kind).collect::<BTreeSet<_>>()
+    };
+    assert_eq!(due(&snapshot), [FindingKind::RuleMissing].into(), "a repair waits for nothing");
+    assert_eq!(due(&snapshot), [FindingKind::RuleMissing, FindingKind::LinkOrphan].into());
+    let mut blind = snapshot.clone();
     blind.kernel = None;
     assert_eq!(due(&blind), BTreeSet::new());
-    assert_eq!(due(&world), [Kind::RuleMissing].into(), "the row is broken");
-    world.kernel.as_mut().unwrap().links.get_mut("cali0").unwrap().index += 1;
-    assert_eq!(due(&world), [Kind::RuleMissing].into(), "another link of the same name");
+    assert_eq!(due(&snapshot), [FindingKind::RuleMissing].into(), "the row is broken");
+    snapshot.kernel.as_mut().unwrap().links.get_mut("cali0").unwrap().index += 1;
+    assert_eq!(due(&snapshot), [FindingKind::RuleMissing].into(), "another link of the same name");
 }
 
 fn breaks() -> impl Strategy<Value = Vec<Break>> {
-    prop::collection::vec((prop::sample::select(&Kind::ALL[..]), 0..4u8).prop_map(|(kind, pod)| Break(kind, pod)), 0..6)
+    prop::collection::vec(
+        (prop::sample::select(&FindingKind::ALL[..]), 0..4u8).prop_map(|(kind, pod)| Break(kind, pod)),
+        0..6,
+    )
 }
 
-fn freeing(world: &World) -> BTreeSet<Action> {
-    findings(world).into_iter().map(|finding| finding.action).filter(Action::frees).collect()
+fn freeing(snapshot: &AuditSnapshot) -> BTreeSet<Action> {
+    findings(snapshot).into_iter().map(|finding| finding.action).filter(Action::removes).collect()
 }
 
 proptest! {
-    /// Taking sources away takes actions away, and never adds one that frees.
+    /// Taking sources away takes actions away, and never adds one that removes.
     #[test]
     fn silence_frees_nothing(breaks in breaks(), kernel: bool, endpoints: bool, cloud: bool, netns: bool) {
-        let mut world = agreeing(4);
-        breaks.iter().for_each(|one| one.apply(&mut world));
-        let whole = freeing(&world);
-        if kernel { world.kernel = None; }
-        if endpoints { world.endpoints = None; }
-        if cloud { world.cloud = None; }
-        if netns { world.attachments.iter_mut().for_each(|held| held.netns = Netns::Unknown); }
-        let blind = freeing(&world);
+        let mut snapshot = agreeing(4);
+        breaks.iter().for_each(|one| one.apply(&mut snapshot));
+        let whole = freeing(&snapshot);
+        if kernel { snapshot.kernel = None; }
+        if endpoints { snapshot.endpoints = None; }
+        if cloud { snapshot.cloud = None; }
+        if netns { snapshot.attachments.iter_mut().for_each(|stored| stored.netns = NetnsState::Unknown); }
+        let blind = freeing(&snapshot);
         prop_assert!(blind.is_subset(&whole), "{:?}", blind.difference(&whole).collect::<Vec<_>>());
-        prop_assert!(!(kernel || netns) || !blind.contains(&Action::Free));
-        prop_assert!(!kernel || blind.iter().all(|action| matches!(action, Action::Unplug(..))));
-        prop_assert!(!endpoints || !blind.iter().any(|action| matches!(action, Action::Unplug(..))));
+        prop_assert!(!(kernel || netns) || !blind.contains(&Action::Release));
+        prop_assert!(!kernel || blind.iter().all(|action| matches!(action, Action::RemoveEndpoint(..))));
+        prop_assert!(!endpoints || !blind.iter().any(|action| matches!(action, Action::RemoveEndpoint(..))));
     }
 
     /// Nothing that an attachment of the store accounts for is ever removed.
     #[test]
     fn what_is_held_stays(breaks in breaks()) {
-        let mut world = agreeing(4);
-        breaks.iter().for_each(|one| one.apply(&mut world));
+        let mut snapshot = agreeing(4);
+        breaks.iter().for_each(|one| one.apply(&mut snapshot));
         let addresses: BTreeSet<IpAddr> =
-            world.attachments.iter().flat_map(|held| held.plan.inputs.addresses.iter().collect::<Vec<_>>()).collect();
-        let aliases: BTreeSet<String> = world.attachments.iter().map(|held| alias(&held.plan.inputs.key)).collect();
-        for action in freeing(&world) {
-            let held = match &action {
-                Action::Remove(Leftover::Link { alias, .. }) => alias.as_ref().is_some_and(|a| aliases.contains(a)),
-                Action::Remove(Leftover::Route(route)) => addresses.contains(&route.dst.ip()),
-                Action::Remove(Leftover::Rule(rule)) => addresses.contains(&rule.selector.net().ip()),
-                Action::Unplug(_, of) => !of.is_disjoint(&addresses),
+            snapshot.attachments.iter().flat_map(|stored| stored.plan.inputs.addresses.iter().collect::<Vec<_>>()).collect();
+        let aliases: BTreeSet<String> = snapshot.attachments.iter().map(|stored| alias(&stored.plan.inputs.key)).collect();
+        for action in freeing(&snapshot) {
+            let stored = match &action {
+                Action::Remove(Orphan::Link { alias, .. }) => alias.as_ref().is_some_and(|a| aliases.contains(a)),
+                Action::Remove(Orphan::Route(route)) => addresses.contains(&route.dst.ip()),
+                Action::Remove(Orphan::Rule(rule)) => addresses.contains(&rule.selector.net().ip()),
+                Action::RemoveEndpoint(_, of) => !of.is_disjoint(&addresses),
                 _ => false,
             };
-            prop_assert!(!held, "{action:?}");
+            prop_assert!(!stored, "{action:?}");
         }
     }
 
     /// Doing every repair once leaves nothing to repair.
     #[test]
     fn repairs_repair(breaks in breaks()) {
-        let mut world = agreeing(4);
-        breaks.iter().for_each(|one| one.apply(&mut world));
-        for finding in findings(&world) {
-            let held = world.attachments.iter().find(|held| Some(&held.plan.inputs.key) == finding.key.as_ref());
+        let mut snapshot = agreeing(4);
+        breaks.iter().for_each(|one| one.apply(&mut snapshot));
+        for finding in findings(&snapshot) {
+            let stored = snapshot.attachments.iter().find(|stored| Some(&stored.plan.inputs.key) == finding.key.as_ref());
             match finding.action {
-                Action::Repair(step) => apply(world.kernel.as_mut().unwrap(), &[step], 0),
-                Action::Replug(ifindex) => {
-                    let inputs = held.unwrap().plan.inputs.clone();
-                    let endpoints = world.endpoints.as_mut().unwrap();
+                Action::Repair(step) => apply(snapshot.kernel.as_mut().unwrap(), &[step], 0),
+                Action::RestoreEndpoint(ifindex) => {
+                    let inputs = stored.unwrap().plan.inputs.clone();
+                    let endpoints = snapshot.endpoints.as_mut().unwrap();
                     endpoints.retain(|endpoint| endpoint.ifindex != ifindex);
                     endpoints.push(Endpoint {
                         ifindex,
@@ -355,7 +364,7 @@ proptest! {
                 _ => {}
             }
         }
-        let left: Vec<_> = findings(&world).into_iter().filter(|finding| finding.action.name() == "repair").collect();
+        let left: Vec<_> = findings(&snapshot).into_iter().filter(|finding| finding.action.name() == "repair").collect();
         prop_assert!(left.is_empty(), "{left:?}");
     }
 }

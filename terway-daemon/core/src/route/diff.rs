@@ -6,12 +6,12 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::{KernelState, NetOp, Place, Route, Rule, Step, TABLE_BASE, TABLE_MAIN};
+use super::{KernelState, NetOp, Route, Rule, Step, StepNetns, TABLE_BASE, TABLE_MAIN};
 use crate::cidr::Cidr as _;
 
 /// What the kernel holds on either side.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Observed {
+pub struct ObservedState {
     /// The node's namespace.
     pub host: KernelState,
     /// The pod's namespace; none if it is gone, or if the plan has no steps there.
@@ -22,20 +22,20 @@ pub struct Observed {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
     /// What is wrong, for a human.
-    pub sentence: String,
+    pub message: String,
     /// What sets it right, if one step can while the pod lives.
     pub repair: Option<Step>,
 }
 
 /// Compares what `steps` set up with what the kernel holds.
 #[must_use]
-pub fn diff<'a>(steps: impl IntoIterator<Item = &'a Step>, observed: &Observed) -> Vec<Difference> {
+pub fn diff<'a>(steps: impl IntoIterator<Item = &'a Step>, observed: &ObservedState) -> Vec<Difference> {
     let mut found = Vec::new();
     let mut pod_gone = false;
     for step in steps {
-        let state = match step.place {
-            Place::Host => &observed.host,
-            Place::Pod => match &observed.pod {
+        let state = match step.netns {
+            StepNetns::Host => &observed.host,
+            StepNetns::Pod => match &observed.pod {
                 Some(pod) => pod,
                 None => {
                     pod_gone = true;
@@ -44,21 +44,21 @@ pub fn diff<'a>(steps: impl IntoIterator<Item = &'a Step>, observed: &Observed) 
             },
         };
         for (problem, repair) in check(step, state, observed) {
-            let place = match step.place {
-                Place::Host => "on the node",
-                Place::Pod => "in the pod",
+            let place = match step.netns {
+                StepNetns::Host => "on the node",
+                StepNetns::Pod => "in the pod",
             };
-            found.push(Difference { sentence: format!("{place}, {problem}"), repair });
+            found.push(Difference { message: format!("{place}, {problem}"), repair });
         }
     }
     if pod_gone {
-        found.push(Difference { sentence: "the pod's network namespace is gone".to_owned(), repair: None });
+        found.push(Difference { message: "the pod's network namespace is gone".to_owned(), repair: None });
     }
     found
 }
 
 /// The problems with one step's result, and what repairs each; doing the step again, in most cases.
-fn check(step: &Step, state: &KernelState, observed: &Observed) -> Vec<(String, Option<Step>)> {
+fn check(step: &Step, state: &KernelState, observed: &ObservedState) -> Vec<(String, Option<Step>)> {
     let one = |wrong: bool, problem: String| if wrong { vec![(problem, Some(step.clone()))] } else { Vec::new() };
     match &step.op {
         NetOp::AddVeth { host, pod, mtu, owner } => {
@@ -115,7 +115,7 @@ fn check(step: &Step, state: &KernelState, observed: &Observed) -> Vec<(String, 
             one(!state.addresses.contains(&(dev.clone(), *address)), format!("{dev} lacks the address {address}"))
         }
         NetOp::AddRoute(route) => {
-            one(!state.routes.iter().any(|found| found.same_way(route)), format!("the {route} is missing"))
+            one(!state.routes.iter().any(|found| found.is_equivalent(route)), format!("the {route} is missing"))
         }
         NetOp::AddRule(rule) => {
             let rival = |found: &&Rule| {
@@ -137,7 +137,7 @@ fn check(step: &Step, state: &KernelState, observed: &Observed) -> Vec<(String, 
             one(state.addresses.contains(&(dev.clone(), *address)), format!("{dev} still has the address {address}"))
         }
         NetOp::DelRoute(route) => {
-            one(state.routes.iter().any(|found| found.same_way(route)), format!("the {route} is still there"))
+            one(state.routes.iter().any(|found| found.is_equivalent(route)), format!("the {route} is still there"))
         }
         NetOp::DelRule(rule) => one(state.rules.contains(rule), format!("the {rule} is still there")),
         NetOp::DelNeighbour(neighbour) => {
@@ -149,7 +149,7 @@ fn check(step: &Step, state: &KernelState, observed: &Observed) -> Vec<(String, 
 
 /// What the daemon knows to be in use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Known {
+pub struct KnownResources {
     /// Aliases ([`super::alias`]) of all attachments, those being set up or torn down included.
     pub aliases: BTreeSet<String>,
     /// Addresses of all attachments.
@@ -161,7 +161,7 @@ pub struct Known {
 /// Something of ours in the node's namespace that nothing known accounts for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Leftover {
+pub enum Orphan {
     /// A host end; its interface index makes sure that a later link of the same name is not meant.
     Link {
         /// Interface name.
@@ -182,10 +182,10 @@ pub enum Leftover {
 ///
 /// `host` must hold only rules and routes with the kernel's protocol number, as `terway_daemon::net` observes them.
 #[must_use]
-pub fn leftovers(host: &KernelState, known: &Known) -> Vec<Leftover> {
+pub fn orphans(host: &KernelState, known: &KnownResources) -> Vec<Orphan> {
     let unknown = |net: IpNetwork| net.is_host() && !known.addresses.contains(&net.ip());
     let mut found = Vec::new();
-    found.extend(host.rules.iter().filter(|rule| unknown(rule.selector.net())).cloned().map(Leftover::Rule));
+    found.extend(host.rules.iter().filter(|rule| unknown(rule.selector.net())).cloned().map(Orphan::Rule));
     for route in &host.routes {
         let Some(link) = host.links.get(&route.dev) else { continue };
         let stale = if route.table == TABLE_MAIN {
@@ -196,13 +196,13 @@ pub fn leftovers(host: &KernelState, known: &Known) -> Vec<Leftover> {
                 && !known.enis.contains(&link.index)
         };
         if stale {
-            found.push(Leftover::Route(route.clone()));
+            found.push(Orphan::Route(route.clone()));
         }
     }
     for (name, link) in &host.links {
         let claimed = link.alias.as_ref().is_some_and(|alias| known.aliases.contains(alias));
         if link.is_ours() && !claimed {
-            found.push(Leftover::Link { name: name.clone(), index: link.index, alias: link.alias.clone() });
+            found.push(Orphan::Link { name: name.clone(), index: link.index, alias: link.alias.clone() });
         }
     }
     found

@@ -19,9 +19,9 @@ use sha1::{Digest, Sha1};
 
 use crate::ident::{AttachmentKey, Family, PodRef};
 
-pub use diff::{Difference, Known, Leftover, Observed, diff, leftovers};
+pub use diff::{Difference, KnownResources, ObservedState, Orphan, diff, orphans};
 pub use eni::{EniInputs, EniPlan, NodeInputs, NodePlan};
-pub use op::{Neighbour, NetOp, Place, Route, Rule, Scope, Selector, Step, VethEnd};
+pub use op::{Neighbour, NetOp, Route, Rule, Scope, Selector, Step, StepNetns, VethEnd};
 pub use pod::{PodInputs, PodPlan, Teardown};
 pub use state::{KernelState, Link};
 

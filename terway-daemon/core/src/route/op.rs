@@ -1,4 +1,4 @@
-//! One operation on the kernel's tables, its opposite, and its sentence.
+//! One operation on the kernel's tables, its opposite, and its message.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use crate::ident::{Family, Mac};
 /// The network namespace that a step happens in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Place {
+pub enum StepNetns {
     /// The pod's.
     Pod,
     /// The node's.
@@ -23,7 +23,7 @@ pub enum Place {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Step {
     /// Where.
-    pub place: Place,
+    pub netns: StepNetns,
     /// What.
     pub op: NetOp,
 }
@@ -32,21 +32,21 @@ impl Step {
     /// A step in the node's namespace.
     #[must_use]
     pub const fn host(op: NetOp) -> Self {
-        Self { place: Place::Host, op }
+        Self { netns: StepNetns::Host, op }
     }
 
     /// A step in the pod's namespace.
     #[must_use]
     pub const fn pod(op: NetOp) -> Self {
-        Self { place: Place::Pod, op }
+        Self { netns: StepNetns::Pod, op }
     }
 }
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.place {
-            Place::Pod => write!(f, "pod: {}", self.op),
-            Place::Host => write!(f, "host: {}", self.op),
+        match self.netns {
+            StepNetns::Pod => write!(f, "pod: {}", self.op),
+            StepNetns::Host => write!(f, "host: {}", self.op),
         }
     }
 }
@@ -117,7 +117,7 @@ impl Route {
 
     /// Whether packets go the same way by both routes, whatever flags each was written with.
     #[must_use]
-    pub fn same_way(&self, other: &Self) -> bool {
+    pub fn is_equivalent(&self, other: &Self) -> bool {
         (self.dst, self.via, self.table, &self.dev) == (other.dst, other.via, other.table, &other.dev)
     }
 }

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::{Neighbour, NetOp, Place, Route, Rule, Step, TABLE_MAIN, VethEnd, alias, eni_table, gateway};
+use super::{Neighbour, NetOp, Route, Rule, Step, StepNetns, TABLE_MAIN, VethEnd, alias, eni_table, gateway};
 use crate::cidr::{self, Cidr};
 use crate::ident::{Addresses, AttachmentKey, Family, Mac};
 
@@ -66,7 +66,7 @@ impl PodPlan {
         let addresses: Vec<IpAddr> = inputs.addresses.iter().collect();
         let table = eni_table(inputs.eni_ifindex);
 
-        // Steps of one place stand together: each run of them is one system call.
+        // Steps in one namespace stand together: each run of them is one system call.
         let mut create = vec![
             Step::host(NetOp::AddVeth {
                 host: VethEnd { name: host_dev.clone(), mac: inputs.host_mac },
@@ -78,7 +78,7 @@ impl PodPlan {
         ];
         for address in &addresses {
             // With no link-local address the host could not ask for the pod's; and an answer that needs no asking cannot be forged.
-            create.push(neighbour(Place::Host, *address, inputs.pod_mac, host_dev));
+            create.push(neighbour(StepNetns::Host, *address, inputs.pod_mac, host_dev));
         }
         if inputs.addresses.v6.is_some() {
             // Some runtimes create sandboxes with IPv6 off. Writing `all` reaches every interface that exists, `lo` included.
@@ -89,7 +89,7 @@ impl PodPlan {
         for address in &addresses {
             let gateway = gateway(Family::of(*address));
             create.push(Step::pod(NetOp::AddAddress { dev: pod_dev.clone(), address: IpNetwork::from(*address) }));
-            create.push(neighbour(Place::Pod, gateway, inputs.host_mac, pod_dev));
+            create.push(neighbour(StepNetns::Pod, gateway, inputs.host_mac, pod_dev));
         }
 
         let mut enable = vec![Step::host(NetOp::SetUp { dev: host_dev.clone() })];
@@ -116,7 +116,7 @@ impl PodPlan {
     /// The way back. Nothing is said about the pod's namespace: what is there goes with the pair, and the namespace may be gone.
     #[must_use]
     pub fn teardown(&self) -> Teardown {
-        let inverse = self.steps().filter(|step| step.place == Place::Host).filter_map(|step| step.op.inverse());
+        let inverse = self.steps().filter(|step| step.netns == StepNetns::Host).filter_map(|step| step.op.inverse());
         let mut detach = Vec::new();
         let mut delete = Vec::new();
         for op in inverse {
@@ -152,6 +152,6 @@ fn sysctl(path: &str, value: &str) -> Step {
     Step::pod(NetOp::Sysctl { path: path.to_owned(), value: value.to_owned() })
 }
 
-fn neighbour(place: Place, address: IpAddr, mac: Mac, dev: &str) -> Step {
-    Step { place, op: NetOp::AddNeighbour(Neighbour { address, mac, dev: dev.to_owned() }) }
+fn neighbour(netns: StepNetns, address: IpAddr, mac: Mac, dev: &str) -> Step {
+    Step { netns, op: NetOp::AddNeighbour(Neighbour { address, mac, dev: dev.to_owned() }) }
 }

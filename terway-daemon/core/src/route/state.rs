@@ -60,7 +60,7 @@ pub struct KernelState {
 pub(super) mod model {
     //! A model of two namespaces, for the properties that plans must have.
 
-    use super::super::{NetOp, Place, Step};
+    use super::super::{NetOp, Step, StepNetns};
     use super::{KernelState, Link};
 
     /// A node and one pod.
@@ -72,15 +72,15 @@ pub(super) mod model {
     }
 
     impl World {
-        fn side(&mut self, place: Place) -> &mut KernelState {
-            match place {
-                Place::Host => &mut self.host,
-                Place::Pod => &mut self.pod,
+        fn side(&mut self, netns: StepNetns) -> &mut KernelState {
+            match netns {
+                StepNetns::Host => &mut self.host,
+                StepNetns::Pod => &mut self.pod,
             }
         }
 
-        fn drop_link(&mut self, place: Place, dev: &str) {
-            let side = self.side(place);
+        fn drop_link(&mut self, netns: StepNetns, dev: &str) {
+            let side = self.side(netns);
             side.links.remove(dev);
             side.addresses.retain(|(on, _)| on != dev);
             side.routes.retain(|route| route.dev != dev);
@@ -90,7 +90,7 @@ pub(super) mod model {
 
         /// Does what the kernel would do; panics where the kernel would refuse.
         pub(crate) fn apply(&mut self, step: &Step) {
-            let place = step.place;
+            let netns = step.netns;
             match &step.op {
                 NetOp::AddVeth { host, pod, mtu, owner } => {
                     let group = super::LINK_GROUP;
@@ -113,62 +113,62 @@ pub(super) mod model {
                     assert!(old.is_none(), "EEXIST {}", pod.name);
                 }
                 NetOp::DelLink { dev, owner } => {
-                    let Some(link) = self.side(place).links.get(dev).cloned() else { return };
+                    let Some(link) = self.side(netns).links.get(dev).cloned() else { return };
                     if link.alias.as_ref() != Some(owner) {
                         return;
                     }
-                    self.drop_link(place, dev);
+                    self.drop_link(netns, dev);
                     let peer =
                         self.pod.links.iter().find(|(_, l)| Some(l.index) == link.peer).map(|(name, _)| name.clone());
                     if let Some(peer) = peer {
-                        self.drop_link(Place::Pod, &peer);
+                        self.drop_link(StepNetns::Pod, &peer);
                     }
                 }
                 NetOp::SetUp { dev } | NetOp::SetDown { dev } => {
                     let up = matches!(step.op, NetOp::SetUp { .. });
-                    self.side(place).links.get_mut(dev).expect("ENODEV").up = up;
+                    self.side(netns).links.get_mut(dev).expect("ENODEV").up = up;
                     if !up {
-                        self.side(place).routes.retain(|route| route.dev != *dev);
+                        self.side(netns).routes.retain(|route| route.dev != *dev);
                     }
                 }
-                NetOp::SetMac { dev, mac } => self.side(place).links.get_mut(dev).expect("ENODEV").mac = Some(*mac),
-                NetOp::SetMtu { dev, mtu } => self.side(place).links.get_mut(dev).expect("ENODEV").mtu = *mtu,
-                NetOp::NoAddrGen { dev } => assert!(self.side(place).links.contains_key(dev), "ENODEV {dev}"),
+                NetOp::SetMac { dev, mac } => self.side(netns).links.get_mut(dev).expect("ENODEV").mac = Some(*mac),
+                NetOp::SetMtu { dev, mtu } => self.side(netns).links.get_mut(dev).expect("ENODEV").mtu = *mtu,
+                NetOp::NoAddrGen { dev } => assert!(self.side(netns).links.contains_key(dev), "ENODEV {dev}"),
                 NetOp::Sysctl { path, value } => {
-                    self.side(place).sysctls.insert(path.clone(), value.clone());
+                    self.side(netns).sysctls.insert(path.clone(), value.clone());
                 }
                 NetOp::AddAddress { dev, address } => {
-                    assert!(self.side(place).links.contains_key(dev), "ENODEV {dev}");
-                    self.side(place).addresses.insert((dev.clone(), *address));
+                    assert!(self.side(netns).links.contains_key(dev), "ENODEV {dev}");
+                    self.side(netns).addresses.insert((dev.clone(), *address));
                 }
                 NetOp::DelAddress { dev, address } => {
-                    self.side(place).addresses.remove(&(dev.clone(), *address));
+                    self.side(netns).addresses.remove(&(dev.clone(), *address));
                 }
                 NetOp::AddRoute(route) => {
-                    let side = self.side(place);
+                    let side = self.side(netns);
                     assert!(side.links.get(&route.dev).expect("ENODEV").up, "ENETDOWN {}", route.dev);
                     side.routes.retain(|old| (old.dst, old.table) != (route.dst, route.table));
                     side.routes.insert(route.clone());
                 }
                 NetOp::DelRoute(route) => {
-                    self.side(place).routes.remove(route);
+                    self.side(netns).routes.remove(route);
                 }
                 NetOp::AddRule(rule) => {
-                    let side = self.side(place);
+                    let side = self.side(netns);
                     side.rules.retain(|old| (old.priority, old.selector) != (rule.priority, rule.selector));
                     side.rules.insert(rule.clone());
                 }
                 NetOp::DelRule(rule) => {
-                    self.side(place).rules.remove(rule);
+                    self.side(netns).rules.remove(rule);
                 }
                 NetOp::AddNeighbour(neighbour) => {
-                    let side = self.side(place);
+                    let side = self.side(netns);
                     assert!(side.links.contains_key(&neighbour.dev), "ENODEV {}", neighbour.dev);
                     side.neighbours.retain(|old| (old.address, &old.dev) != (neighbour.address, &neighbour.dev));
                     side.neighbours.insert(neighbour.clone());
                 }
                 NetOp::DelNeighbour(neighbour) => {
-                    self.side(place).neighbours.remove(neighbour);
+                    self.side(netns).neighbours.remove(neighbour);
                 }
             }
         }

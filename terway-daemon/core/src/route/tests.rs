@@ -62,8 +62,8 @@ fn run<'a>(world: &mut World, steps: impl IntoIterator<Item = &'a Step>) {
     }
 }
 
-fn observed(world: &World) -> Observed {
-    Observed { host: world.host.clone(), pod: Some(world.pod.clone()) }
+fn observed(world: &World) -> ObservedState {
+    ObservedState { host: world.host.clone(), pod: Some(world.pod.clone()) }
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn diff_is_empty_after_the_plan_and_names_each_missing_piece() {
     for step in plan.steps() {
         let Some(inverse) = step.op.inverse() else { continue };
         let mut broken = whole.clone();
-        broken.apply(&Step { place: step.place, op: inverse.clone() });
+        broken.apply(&Step { netns: step.netns, op: inverse.clone() });
         let found = diff(plan.steps(), &observed(&broken));
         assert!(!found.is_empty(), "{inverse} goes unnoticed");
         if matches!(inverse, NetOp::DelLink { .. }) {
@@ -164,7 +164,7 @@ fn diff_speaks_of_changed_addresses_and_foreign_owners() {
     let found = diff(plan.steps(), &observed(&udev));
     assert_eq!(found.len(), 1, "{found:?}");
     assert_eq!(
-        found[0].sentence,
+        found[0].message,
         format!("on the node, {name} has the MAC address 06:06:06:06:06:06 instead of 02:00:00:00:00:01")
     );
     run(&mut udev, found[0].repair.as_ref());
@@ -175,10 +175,10 @@ fn diff_speaks_of_changed_addresses_and_foreign_owners() {
     let found = diff(plan.steps(), &observed(&other));
     assert_eq!((found.len(), found[0].repair.as_ref()), (1, None), "{found:?}");
 
-    let gone = Observed { host: world.host.clone(), pod: None };
+    let gone = ObservedState { host: world.host.clone(), pod: None };
     let found = diff(plan.steps(), &gone);
     assert_eq!(found.len(), 1);
-    assert_eq!(found[0].sentence, "the pod's network namespace is gone");
+    assert_eq!(found[0].message, "the pod's network namespace is gone");
 }
 
 #[test]
@@ -194,22 +194,22 @@ fn leftovers_are_ours_and_unknown() {
     world.host.rules.insert(Rule { priority: 512, selector: Selector::To(subnet), table: TABLE_MAIN });
     world.host.routes.insert(Route::via("0.0.0.0/0".parse().unwrap(), "10.0.0.1".parse().unwrap(), "eth1", 1700));
 
-    let all_known = Known {
+    let all_known = KnownResources {
         aliases: [alias(&plan.inputs.key)].into(),
         addresses: plan.inputs.addresses.iter().collect(),
         enis: [3].into(),
     };
-    assert_eq!(leftovers(&world.host, &all_known), []);
-    let found = leftovers(&world.host, &Known::default());
+    assert_eq!(orphans(&world.host, &all_known), []);
+    let found = orphans(&world.host, &KnownResources::default());
     let (mut links, mut routes, mut rules) = (0, 0, 0);
-    for leftover in &found {
-        match leftover {
-            Leftover::Link { name, .. } => {
+    for orphan in &found {
+        match orphan {
+            Orphan::Link { name, .. } => {
                 assert_eq!(*name, plan.inputs.host_ifname);
                 links += 1;
             }
-            Leftover::Route(_) => routes += 1,
-            Leftover::Rule(_) => rules += 1,
+            Orphan::Route(_) => routes += 1,
+            Orphan::Rule(_) => rules += 1,
         }
     }
     assert_eq!((links, routes, rules), (1, 4, 4), "{found:#?}");

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use terway_core::ident::IpStack;
-use terway_core::ipam::{Answer, Event, PoolConfig, PoolMode, Reclaim};
+use terway_core::ipam::{Event, PoolConfig, PoolMode, Reclaim, Reply};
 
 use crate::history::check_at_rest;
 use crate::world::{Asked, Outcome, World, config, key};
@@ -128,7 +128,7 @@ fn tell(story: &Story, strike: Option<Strike>) -> u32 {
             Del(n) => drop(teller.world.del(&key(*n))),
             Gone(n) => {
                 teller.world.vanished.insert(key(*n));
-                teller.world.step(Event::Gone { key: key(*n) });
+                teller.world.step(Event::NetnsGone { key: key(*n) });
             }
             Work(count) => {
                 for _ in 0..*count {
@@ -155,7 +155,7 @@ fn tell(story: &Story, strike: Option<Strike>) -> u32 {
     assert!(refused.len() <= deleted, "{refused:?}");
     let ticket = world.add(&key(99));
     world.settle(Duration::from_secs(60));
-    assert!(matches!(world.answers[&ticket], Ok(Answer::Attached(_))), "{:?}", world.answers[&ticket]);
+    assert!(matches!(world.answers[&ticket], Ok(Reply::Attached(_))), "{:?}", world.answers[&ticket]);
     for n in story.pods.iter().chain(&[99]) {
         world.del(&key(*n));
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use terway_core::ident::IpStack;
-use terway_core::ipam::{Answer, Effect, Event, PoolConfig};
+use terway_core::ipam::{Effect, Event, PoolConfig, Reply};
 
 use crate::world::{World, config, key};
 
@@ -22,7 +22,7 @@ const fn takes(effect: &Effect) -> Duration {
 
 fn node(stack: IpStack, adapters: u32, per_eni: u32) -> PoolConfig {
     let mut config = config(stack, adapters, per_eni);
-    (config.max_idle, config.gather) = (20, Duration::from_millis(20));
+    (config.max_idle, config.batch_window) = (20, Duration::from_millis(20));
     config
 }
 
@@ -37,11 +37,7 @@ fn burst(config: &PoolConfig, pods: usize) -> (Duration, u32) {
     }
     let took = world.settle_timed(Duration::from_secs(20), takes);
     for ticket in tickets {
-        assert!(
-            matches!(world.answers.get(&ticket), Some(Ok(Answer::Attached(_)))),
-            "{:?}",
-            world.answers.get(&ticket)
-        );
+        assert!(matches!(world.answers.get(&ticket), Some(Ok(Reply::Attached(_)))), "{:?}", world.answers.get(&ticket));
     }
     let made = ["create", "attach", "assign"].iter().filter_map(|call| world.cloud.calls.get(call));
     (took, made.sum())
@@ -82,10 +78,10 @@ fn a_hundred_pods_on_a_cold_node_wait_for_the_api_only() {
 fn pods_that_come_and_go_cost_no_calls_once_the_pool_is_warm() {
     let mut config = node(IpStack::Ipv4, 6, 10);
     (config.min_idle, config.max_idle, config.cooling) = (5, 20, Duration::from_secs(1));
-    config.gather = Duration::ZERO;
+    config.batch_window = Duration::ZERO;
     let mut world = World::new(config, &[500]);
     for n in 0..20 {
-        world.granted(n);
+        world.leased(n);
     }
     world.settle(Duration::from_secs(60));
     let calls = |world: &World| {

@@ -8,7 +8,7 @@ use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use terway_core::clock::Moment;
 use terway_core::cloud::{CloudError, Eni, EniKind, EniStatus, ErrorClass, Subnet, VSwitch};
 use terway_core::ident::{EniId, Family, Mac, VSwitchId};
-use terway_core::ipam::{Effect, PoolConfig, Token};
+use terway_core::ipam::{ClientToken, Effect, PoolConfig};
 
 pub(crate) const INSTANCE: &str = "i-1";
 
@@ -31,9 +31,9 @@ pub(crate) struct Cloud {
     free: BTreeMap<VSwitchId, BTreeSet<Ipv4Addr>>,
     next_v6: u16,
     next_eni: u8,
-    created: BTreeMap<Token, EniId>,
-    assigned: BTreeMap<Token, Vec<IpAddr>>,
-    assigned_prefixes: BTreeMap<Token, Vec<IpNetwork>>,
+    created: BTreeMap<ClientToken, EniId>,
+    assigned: BTreeMap<ClientToken, Vec<IpAddr>>,
+    assigned_prefixes: BTreeMap<ClientToken, Vec<IpNetwork>>,
     next_v6_prefix: u16,
     /// ENIs, and addresses of ENIs, that somebody took away behind the pool's back. The addresses are nobody's from then on.
     pub(crate) taken: BTreeSet<(EniId, Option<IpAddr>)>,
@@ -214,7 +214,7 @@ impl Cloud {
 
     pub(crate) fn assign(
         &mut self,
-        token: &Token,
+        token: &ClientToken,
         id: &EniId,
         family: Family,
         count: u32,
@@ -258,7 +258,7 @@ impl Cloud {
 
     pub(crate) fn assign_prefixes(
         &mut self,
-        token: &Token,
+        token: &ClientToken,
         id: &EniId,
         family: Family,
         count: u32,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use terway_core::clock::Moment;
 use terway_core::errors::Error;
-use terway_core::ipam::{Answer, Effect, Event, Grant, Ticket};
+use terway_core::ipam::{Effect, Event, Lease, Reply, Ticket};
 
 use crate::world::{Outcome, Pending, Task, World, key};
 
@@ -27,10 +27,10 @@ impl World {
     }
 
     /// Runs answers only, and says what one ticket got.
-    pub(crate) fn answer(&mut self, ticket: Ticket) -> Option<Result<Answer, Error>> {
+    pub(crate) fn answer(&mut self, ticket: Ticket) -> Option<Result<Reply, Error>> {
         self.flush(usize::MAX);
         while let Some(i) =
-            self.runnable().into_iter().find(|i| matches!(self.pending[*i].task, Task::Run(Effect::Answer { .. })))
+            self.runnable().into_iter().find(|i| matches!(self.pending[*i].task, Task::Run(Effect::Reply { .. })))
         {
             self.run(i, Outcome::Fine, 0);
         }
@@ -38,11 +38,11 @@ impl World {
     }
 
     /// A pod that is there, and what it got.
-    pub(crate) fn granted(&mut self, n: usize) -> Grant {
+    pub(crate) fn leased(&mut self, n: usize) -> Lease {
         let ticket = self.add(&key(n));
         self.drive();
         match self.answer(ticket) {
-            Some(Ok(Answer::Attached(grant))) => grant,
+            Some(Ok(Reply::Attached(lease))) => lease,
             other => panic!("pod {n}: {other:?}"),
         }
     }
@@ -96,7 +96,7 @@ impl World {
     /// Every deadline passes: each request that is open is answered in that very step, and once.
     pub(crate) fn give_up(&mut self) {
         let answered = |world: &Self, ticket: Ticket| {
-            let hit = |p: &&Pending| matches!(&p.task, Task::Run(Effect::Answer { ticket: t, .. }) if *t == ticket);
+            let hit = |p: &&Pending| matches!(&p.task, Task::Run(Effect::Reply { ticket: t, .. }) if *t == ticket);
             world.pending.iter().filter(hit).count()
         };
         let open: Vec<_> = self.open.keys().copied().collect();

@@ -16,7 +16,7 @@ const fn secs(n: u64) -> Duration {
 fn busy(pods: usize) -> World {
     let mut world = World::new(config(IpStack::Ipv4, 3, 4), &[100, 100]);
     for n in 0..pods {
-        world.granted(n);
+        world.leased(n);
     }
     world.settle(secs(1));
     world
@@ -31,8 +31,8 @@ fn a_removed_vswitch_gets_no_new_pod_and_its_enis_go_with_their_last_one() {
     world.configure(new);
     assert_eq!(world.pool.enis()[0].phase, EniPhase::Mismatched);
     assert_eq!(world.pool.enis()[0].reason.as_ref().unwrap().code, errors::ENI_MISMATCH);
-    let grant = world.granted(5);
-    assert_eq!(world.cloud.enis[&grant.eni].vswitch, "vsw-b".into());
+    let lease = world.leased(5);
+    assert_eq!(world.cloud.enis[&lease.eni].vswitch, "vsw-b".into());
     world.del(&key(1));
     world.settle(secs(100));
     assert!(world.cloud.enis[&old].v4.len() <= 2, "what is idle goes back, but for the primary address");
@@ -64,15 +64,15 @@ fn a_full_node_of_old_enis_makes_room_as_soon_as_one_is_empty() {
     let mut new = world.config.clone();
     new.vswitches = vec!["vsw-b".into()];
     world.configure(new);
-    let emptied = world.pool.get(&key(0)).unwrap().grant.eni;
+    let emptied = world.pool.get(&key(0)).unwrap().lease.eni;
     for n in 0..8 {
-        if world.pool.get(&key(n)).unwrap().grant.eni == emptied {
+        if world.pool.get(&key(n)).unwrap().lease.eni == emptied {
             world.del(&key(n));
         }
     }
     world.settle(secs(6));
-    let grant = world.granted(9);
-    assert_eq!(world.cloud.enis[&grant.eni].vswitch, "vsw-b".into());
+    let lease = world.leased(9);
+    assert_eq!(world.cloud.enis[&lease.eni].vswitch, "vsw-b".into());
 }
 
 #[test]
@@ -91,7 +91,7 @@ fn degradation_l0_asks_for_nothing_and_l1_gives_nothing_back() {
     bad.degradation = Degradation::L1;
     world.configure(bad);
     for n in 1..8 {
-        world.granted(n);
+        world.leased(n);
     }
     for n in 0..8 {
         world.del(&key(n));
@@ -108,15 +108,15 @@ fn degradation_l0_asks_for_nothing_and_l1_gives_nothing_back() {
 fn pods_of_a_deleted_eni_are_fenced_and_told_by_name() {
     let mut world = busy(2);
     world.settle(secs(60));
-    let eni = world.pool.get(&key(0)).unwrap().grant.eni;
+    let eni = world.pool.get(&key(0)).unwrap().lease.eni;
     world.cloud.tamper(&eni, None);
     world.settle(world.config.resync);
-    assert_eq!(world.fenced.keys().cloned().collect::<Vec<_>>(), [key(0), key(1)]);
+    assert_eq!(world.reported_loss.keys().cloned().collect::<Vec<_>>(), [key(0), key(1)]);
     let told = world.pool.problems();
-    let fenced: Vec<_> = told.iter().filter(|e| e.code == errors::ENI_VANISHED).collect();
-    assert!(fenced.len() == 2 && fenced.iter().all(|e| e.detail.contains(eni.as_str())), "{told:?}");
-    assert_eq!(world.pool.addresses().iter().filter(|a| a.state == AddressState::Fenced).count(), 2);
-    assert_ne!(world.granted(5).eni, eni);
+    let reported_loss: Vec<_> = told.iter().filter(|e| e.code == errors::ENI_VANISHED).collect();
+    assert!(reported_loss.len() == 2 && reported_loss.iter().all(|e| e.detail.contains(eni.as_str())), "{told:?}");
+    assert_eq!(world.pool.addresses().iter().filter(|a| a.state == AddressState::Missing).count(), 2);
+    assert_ne!(world.leased(5).eni, eni);
     for n in 0..2 {
         world.del(&key(n));
     }
@@ -144,7 +144,7 @@ fn prefixes_give_way_to_single_addresses_where_the_vswitch_is_fragmented() {
     // .1 to .40: one whole block of sixteen.
     let mut world = World::new(config, &[40]);
     for n in 0..25 {
-        world.granted(n);
+        world.leased(n);
     }
     let enis = world.pool.enis();
     assert_eq!(enis.iter().map(|eni| eni.prefixes.len()).sum::<usize>(), 1);
@@ -161,13 +161,13 @@ fn an_exclusive_node_carries_one_pod_per_eni() {
     let mut config = config(IpStack::Dual, 4, 10);
     config.mode = PoolMode::Exclusive;
     let mut world = World::new(config, &[100]);
-    let enis: std::collections::BTreeSet<_> = (0..3).map(|n| world.granted(n).eni).collect();
+    let enis: std::collections::BTreeSet<_> = (0..3).map(|n| world.leased(n).eni).collect();
     assert_eq!(enis.len(), 3);
     let add = world.add(&key(3));
     assert_eq!(world.answer(add).unwrap().unwrap_err().code, errors::NO_ADDRESS);
     world.del(&key(0));
     world.settle(secs(6));
-    assert!(enis.contains(&world.granted(4).eni), "the ENI is used again");
+    assert!(enis.contains(&world.leased(4).eni), "the ENI is used again");
 }
 
 #[test]
@@ -177,7 +177,7 @@ fn what_is_idle_for_long_is_reclaimed_in_batches_down_to_the_reserve() {
     config.reclaim = Some(Reclaim { after: secs(100), interval: secs(50), batch: 2, jitter_permille: 100 });
     let mut world = World::new(config, &[100]);
     for n in 0..9 {
-        world.granted(n);
+        world.leased(n);
     }
     for n in 1..9 {
         world.del(&key(n));
@@ -194,10 +194,10 @@ fn what_is_idle_for_long_is_reclaimed_in_batches_down_to_the_reserve() {
 #[test]
 fn the_vswitch_with_the_most_addresses_is_chosen_by_one_count() {
     let mut config = config(IpStack::Ipv4, 4, 10);
-    config.selection = VSwitchSelection::Most;
+    config.vswitch_selection = VSwitchSelection::Most;
     let mut world = World::new(config, &[30, 60]);
-    let grant = world.granted(1);
-    assert_eq!(world.cloud.enis[&grant.eni].vswitch, "vsw-b".into());
+    let lease = world.leased(1);
+    assert_eq!(world.cloud.enis[&lease.eni].vswitch, "vsw-b".into());
     assert_eq!(world.cloud.calls["count"], 1);
     assert_eq!(world.pool.vswitches()[1].available, Some(59));
 }
@@ -205,7 +205,7 @@ fn the_vswitch_with_the_most_addresses_is_chosen_by_one_count() {
 #[test]
 fn a_refused_count_is_told_of_until_it_may_be_asked_again() {
     let mut config = config(IpStack::Ipv4, 4, 10);
-    config.selection = VSwitchSelection::Most;
+    config.vswitch_selection = VSwitchSelection::Most;
     let mut world = World::new(config, &[30, 60]);
     world.add(&key(1));
     world.run_one(Outcome::Fails(ErrorClass::Throttled), |e| matches!(e, Effect::DescribeVSwitches { .. }));
@@ -230,5 +230,5 @@ fn an_eni_whose_nic_never_shows_up_is_replaced() {
     assert!(world.pool.problems().iter().any(|e| e.code == errors::NIC_MISSING));
     world.settle(secs(60));
     assert!(!world.cloud.enis.contains_key(&first));
-    assert_ne!(world.granted(2).eni, first);
+    assert_ne!(world.leased(2).eni, first);
 }

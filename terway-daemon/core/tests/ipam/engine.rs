@@ -6,7 +6,7 @@ use ipnetwork::IpNetwork;
 use terway_core::cloud::{CloudError, EniStatus, ErrorClass};
 use terway_core::errors::{self, Error};
 use terway_core::ident::AttachmentKey;
-use terway_core::ipam::{Effect, Event, Grant, OpId, RecordKey};
+use terway_core::ipam::{Effect, Event, Lease, OpId, RecordKey};
 
 use crate::cloud::{Cloud, error, prefixes_of, subnet};
 use crate::world::{LAG, Outcome, Pending, Task, Wired, World};
@@ -33,7 +33,7 @@ impl World {
             outcome => outcome,
         };
         let events = match &effect {
-            Effect::Connect { op, key, grant, .. } => vec![self.connect(*op, key, grant, outcome)],
+            Effect::Connect { op, key, lease, .. } => vec![self.connect(*op, key, lease, outcome)],
             Effect::Disconnect { op, key, .. } => {
                 if let Outcome::Fails(_) = outcome {
                     let error = Error::new(errors::BPF_FAILED, "");
@@ -43,9 +43,9 @@ impl World {
                     wired.datapath = false;
                 }
                 self.pending.push(Pending { seq, task: Task::Links { op: *op, key: key.clone() } });
-                vec![Event::Unplugged { op: *op, key: key.clone() }]
+                vec![Event::DatapathRemoved { op: *op, key: key.clone() }]
             }
-            Effect::Answer { ticket, result } => {
+            Effect::Reply { ticket, result } => {
                 self.answered(*ticket, result.clone());
                 vec![]
             }
@@ -120,8 +120,8 @@ impl World {
             Effect::Persist(_)
             | Effect::PersistLazily(_)
             | Effect::WakeAt(_)
-            | Effect::Fence { .. }
-            | Effect::Unfence { .. } => unreachable!(),
+            | Effect::ReportAddressLoss { .. }
+            | Effect::ReportAddressRecovery { .. } => unreachable!(),
         };
         if is_cloud_call(&effect) {
             self.cloud.note(self.now);
@@ -144,31 +144,31 @@ impl World {
         }
     }
 
-    fn connect(&mut self, op: OpId, key: &AttachmentKey, grant: &Grant, outcome: Outcome) -> Event {
+    fn connect(&mut self, op: OpId, key: &AttachmentKey, lease: &Lease, outcome: Outcome) -> Event {
         let key = key.clone();
         if let Some(del) = self.dead.get(&key) {
             assert!(self.last_add.get(&key) > Some(del), "{key} is wired after its DEL was answered");
         }
         let bound = self.bound.get(&key).unwrap_or_else(|| panic!("{key} is wired and unknown to the pool"));
-        assert_eq!(bound.addresses, grant.addresses, "{key}");
+        assert_eq!(bound.addresses, lease.addresses, "{key}");
         assert!(self.store.contains_key(&RecordKey::Attachment(key.clone())), "{key} is wired and not on disk");
         for (other, wired) in &self.kernel {
-            let shared = wired.grant.addresses.iter().any(|a| grant.addresses.iter().any(|b| a == b));
-            assert!(*other == key || !shared, "{key} and {other} share an address: {grant:?}");
+            let shared = wired.lease.addresses.iter().any(|a| lease.addresses.iter().any(|b| a == b));
+            assert!(*other == key || !shared, "{key} and {other} share an address: {lease:?}");
         }
-        for address in grant.addresses.iter() {
-            let taken = |what| self.cloud.taken.contains(&(grant.eni.clone(), what));
+        for address in lease.addresses.iter() {
+            let taken = |what| self.cloud.taken.contains(&(lease.eni.clone(), what));
             let excused = taken(None) || taken(Some(address));
-            assert!(excused || self.cloud.has(&grant.eni, address), "{address} is not on {}", grant.eni);
+            assert!(excused || self.cloud.has(&lease.eni, address), "{address} is not on {}", lease.eni);
         }
         let error = Error::new(errors::NET_FAILED, "injected");
         match outcome {
             Outcome::Fine => {
-                self.kernel.insert(key.clone(), Wired { grant: grant.clone(), datapath: true, links: true });
+                self.kernel.insert(key.clone(), Wired { lease: lease.clone(), datapath: true, links: true });
                 Event::Connected { op, key }
             }
             Outcome::Lost => {
-                self.kernel.insert(key.clone(), Wired { grant: grant.clone(), datapath: false, links: true });
+                self.kernel.insert(key.clone(), Wired { lease: lease.clone(), datapath: false, links: true });
                 Event::ConnectFailed { op, key, error, undone: false }
             }
             Outcome::Fails(_) => {
@@ -210,9 +210,9 @@ pub(crate) fn op_of(effect: &Effect) -> Option<OpId> {
         | Effect::TakeInventory { op } => Some(*op),
         Effect::Persist(_)
         | Effect::PersistLazily(_)
-        | Effect::Answer { .. }
-        | Effect::Fence { .. }
-        | Effect::Unfence { .. }
+        | Effect::Reply { .. }
+        | Effect::ReportAddressLoss { .. }
+        | Effect::ReportAddressRecovery { .. }
         | Effect::WakeAt(_) => None,
     }
 }

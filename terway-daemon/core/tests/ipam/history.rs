@@ -9,8 +9,8 @@ use ipnetwork::IpNetwork;
 use terway_core::cloud::Eni;
 use terway_core::ident::{Family, IpStack};
 use terway_core::ipam::{
-    ALWAYS_BLOCKED, Answer, Degradation, EniPhase, EniSelection, Event, Phase, PoolConfig, PoolMode, Reclaim, Record,
-    V4_PREFIX_SLOTS, V6_PREFIX_SLOTS, VSwitchSelection,
+    ADDRESSES_PER_V4_PREFIX, ADDRESSES_PER_V6_PREFIX, ALWAYS_BLOCKED, Degradation, EniPhase, EniSelection, Event,
+    Phase, PoolConfig, PoolMode, Reclaim, Record, Reply, VSwitchSelection,
 };
 
 use crate::cloud::prefixes_of;
@@ -77,7 +77,7 @@ impl Edit {
             config.degradation = if on(4) { Degradation::L0 } else { Degradation::L1 };
         }
         if on(5) {
-            config.selection = if on(4) { VSwitchSelection::Most } else { VSwitchSelection::Random };
+            config.vswitch_selection = if on(4) { VSwitchSelection::Most } else { VSwitchSelection::Random };
         }
         if on(6) {
             let (after, interval) = (Duration::from_secs(3), Duration::from_secs(2));
@@ -125,7 +125,7 @@ fn perform(world: &mut World, base: &PoolConfig, action: &Action) {
                 }
                 world.vanished.insert(key.clone());
                 if *told {
-                    world.step(Event::Gone { key });
+                    world.step(Event::NetnsGone { key });
                 }
             }
         }
@@ -247,10 +247,10 @@ pub(crate) fn check_at_rest(world: &World, scarce: bool) {
     let partly: u32 = partly.map(|p| p.slots - p.in_use).sum();
     let whole = match (enis.iter().any(|eni| !eni.prefixes.is_empty()), world.config.stack) {
         (false, _) => 0,
-        (true, IpStack::Ipv6) => V6_PREFIX_SLOTS - 1,
-        (true, _) => V4_PREFIX_SLOTS - 1,
+        (true, IpStack::Ipv6) => ADDRESSES_PER_V6_PREFIX - 1,
+        (true, _) => ADDRESSES_PER_V4_PREFIX - 1,
     };
-    assert!(stats.idle <= world.config.ceiling() + primaries + partly + whole, "{stats:?}");
+    assert!(stats.idle <= world.config.high_watermark() + primaries + partly + whole, "{stats:?}");
 }
 
 #[allow(clippy::disallowed_methods, reason = "whoever debugs a failure says where its trace goes")]
@@ -286,7 +286,7 @@ impl Node {
         }
         if self.quick {
             config.resync = Duration::from_secs(40);
-            (config.refusal_rest, config.vswitch_rest) = (Duration::from_secs(20), Duration::from_secs(30));
+            (config.refusal_backoff, config.vswitch_backoff) = (Duration::from_secs(20), Duration::from_secs(30));
         }
         config
     }
@@ -319,9 +319,9 @@ fn recover(world: &mut World, base: &PoolConfig, rest: Duration) {
     }
     world.settle(rest);
     for view in world.pool.list() {
-        let lost = |a: IpAddr| !world.cloud.has(&view.grant.eni, a);
-        if view.phase != Phase::Releasing && view.grant.addresses.iter().any(lost) {
-            assert!(world.fenced.contains_key(&view.key), "{} lost its address and nobody is told", view.key);
+        let lost = |a: IpAddr| !world.cloud.has(&view.lease.eni, a);
+        if view.phase != Phase::Releasing && view.lease.addresses.iter().any(lost) {
+            assert!(world.reported_loss.contains_key(&view.key), "{} lost its address and nobody is told", view.key);
             assert!(!view.missing.is_empty());
             world.del(&view.key);
         } else {
@@ -355,7 +355,7 @@ fn come_to_rest(world: &mut World, node: Node, base: &PoolConfig) {
     world.settle(Duration::from_secs(60));
     for ticket in tickets {
         let answer = world.answers.get(&ticket);
-        assert!(matches!(answer, Some(Ok(Answer::Attached(_)))), "{ticket:?}: {answer:?}");
+        assert!(matches!(answer, Some(Ok(Reply::Attached(_)))), "{ticket:?}: {answer:?}");
     }
     let problems: Vec<_> =
         world.pool.problems().into_iter().filter(|e| e.code != terway_core::errors::NO_ADDRESS).collect();

@@ -3,7 +3,7 @@
 use ipnetwork::IpNetwork;
 use terway_core::errors::Error;
 use terway_core::ident::{AttachmentKey, EniId, Family};
-use terway_core::ipam::{Answer, Change, Effect, Grant, Phase, Record, RecordKey, Ticket};
+use terway_core::ipam::{Change, Effect, Lease, Phase, Record, RecordKey, Reply, Ticket};
 
 use crate::world::{Asked, Task, World};
 
@@ -14,7 +14,7 @@ impl World {
         self.check_unbound(eni, nets);
         for record in self.store.values() {
             if let Record::Attachment(a) = record {
-                assert!(!within(&a.grant, eni, nets), "an address of {} is given back, and bound on disk", a.key);
+                assert!(!within(&a.lease, eni, nets), "an address of {} is given back, and bound on disk", a.key);
             }
         }
     }
@@ -22,20 +22,20 @@ impl World {
     /// The same, but the end of a binding may still be on its way to the disk.
     fn check_unbound(&self, eni: &EniId, nets: &[IpNetwork]) {
         for (key, wired) in &self.kernel {
-            assert!(!within(&wired.grant, eni, nets), "an address of {key} is given back");
+            assert!(!within(&wired.lease, eni, nets), "an address of {key} is given back");
         }
-        for (key, grant) in &self.bound {
-            assert!(!within(grant, eni, nets), "an address of {key} is given back");
+        for (key, lease) in &self.bound {
+            assert!(!within(lease, eni, nets), "an address of {key} is given back");
         }
     }
 
-    pub(crate) fn answered(&mut self, ticket: Ticket, result: Result<Answer, Error>) {
+    pub(crate) fn answered(&mut self, ticket: Ticket, result: Result<Reply, Error>) {
         let (asked, key) =
             self.open.remove(&ticket).unwrap_or_else(|| panic!("{ticket:?} is answered twice, or never asked"));
         match (&result, asked, key) {
             // Checked when it was decided: it may have been deleted since.
-            (Ok(Answer::Attached(_)), Asked::Add, Some(_)) => {}
-            (Ok(Answer::Detached), Asked::Del, Some(key)) => {
+            (Ok(Reply::Attached(_)), Asked::Add, Some(_)) => {}
+            (Ok(Reply::Detached), Asked::Del, Some(key)) => {
                 if self.last_add.get(&key).is_none_or(|add| *add < ticket) {
                     let wired = self.kernel.get(&key).is_some_and(|wired| wired.datapath);
                     assert!(!wired, "DEL of {key} is answered while the datapath knows it");
@@ -45,7 +45,7 @@ impl World {
                 }
                 self.dead.insert(key, ticket);
             }
-            (Ok(Answer::Collected(_)), Asked::Gc, None) | (Err(_), ..) => {}
+            (Ok(Reply::GarbageCollected(_)), Asked::Gc, None) | (Err(_), ..) => {}
             (result, asked, key) => panic!("{asked:?} of {key:?} is answered with {result:?}"),
         }
         self.answers.insert(ticket, result);
@@ -56,12 +56,12 @@ impl World {
         for change in changes {
             match change {
                 Change::Put(Record::Attachment(a)) => {
-                    assert!(!a.grant.addresses.is_empty());
+                    assert!(!a.lease.addresses.is_empty());
                     if let Some(wired) = self.kernel.get(&a.key) {
-                        assert_eq!(a.grant.addresses, wired.grant.addresses, "{}", a.key);
+                        assert_eq!(a.lease.addresses, wired.lease.addresses, "{}", a.key);
                     }
                     self.unbind(&a.key);
-                    self.bind(&a.key, &a.grant);
+                    self.bind(&a.key, &a.lease);
                 }
                 Change::Delete(RecordKey::Attachment(key)) => {
                     assert!(!self.kernel.contains_key(key), "{key} is in the kernel and forgotten");
@@ -72,18 +72,18 @@ impl World {
         }
     }
 
-    fn bind(&mut self, key: &AttachmentKey, grant: &Grant) {
-        for address in grant.addresses.iter() {
+    fn bind(&mut self, key: &AttachmentKey, lease: &Lease) {
+        for address in lease.addresses.iter() {
             if let Some(other) = self.owners.insert(address, key.clone()) {
                 panic!("{address} is bound to {other} and {key}");
             }
         }
-        self.bound.insert(key.clone(), grant.clone());
+        self.bound.insert(key.clone(), lease.clone());
     }
 
     fn unbind(&mut self, key: &AttachmentKey) {
-        if let Some(grant) = self.bound.remove(key) {
-            for address in grant.addresses.iter() {
+        if let Some(lease) = self.bound.remove(key) {
+            for address in lease.addresses.iter() {
                 self.owners.remove(&address);
             }
         }
@@ -94,7 +94,7 @@ impl World {
         self.bound.clear();
         self.owners.clear();
         for view in self.pool.list() {
-            self.bind(&view.key, &view.grant);
+            self.bind(&view.key, &view.lease);
         }
     }
 
@@ -107,7 +107,7 @@ impl World {
         if let Effect::UnassignPrefixes { eni, prefixes, .. } = effect {
             self.check_unbound(eni, prefixes);
         }
-        if let Effect::Answer { ticket, .. } = effect {
+        if let Effect::Reply { ticket, .. } = effect {
             assert!(self.open.contains_key(ticket), "{ticket:?} is answered twice, or never asked");
         }
         if let Some(call) = subject(effect) {
@@ -126,23 +126,23 @@ impl World {
         assert!(
             views
                 .iter()
-                .map(|view| (&view.key, view.grant.addresses))
+                .map(|view| (&view.key, view.lease.addresses))
                 .eq(self.bound.iter().map(|(k, g)| (k, g.addresses))),
             "the pool knows {views:?} and wrote {:?}",
             self.bound
         );
         for (key, wired) in &self.kernel {
             let bound = self.bound.get(key).unwrap_or_else(|| panic!("{key} is in the kernel and unknown to the pool"));
-            assert_eq!(bound.addresses, wired.grant.addresses, "{key}");
+            assert_eq!(bound.addresses, wired.lease.addresses, "{key}");
             let on_disk = self.store.contains_key(&RecordKey::Attachment(key.clone()));
             assert!(on_disk, "{key} is in the kernel and not on disk");
         }
     }
 }
 
-/// Whether one of these addresses of this ENI is in the grant.
-fn within(grant: &Grant, eni: &EniId, nets: &[IpNetwork]) -> bool {
-    grant.eni == *eni && grant.addresses.iter().any(|address| nets.iter().any(|net| net.contains(address)))
+/// Whether one of these addresses of this ENI is in the lease.
+fn within(lease: &Lease, eni: &EniId, nets: &[IpNetwork]) -> bool {
+    lease.eni == *eni && lease.addresses.iter().any(|address| nets.iter().any(|net| net.contains(address)))
 }
 
 /// The table that a call is about.

@@ -7,7 +7,7 @@ use terway_core::cloud::{Eni, EniKind, ErrorClass};
 use terway_core::errors;
 use terway_core::ident::{IpStack, Mac};
 use terway_core::ipam::{
-    Answer, BadRecord, Effect, EniPhase, Event, Hold, Phase, Pool, Record, RecordKey, RestoreError, Snapshot,
+    Effect, EniPhase, Event, Phase, Pool, Quarantine, Record, RecordError, RecordKey, Reply, RestoreError, Snapshot,
 };
 
 use crate::world::{Outcome, World, config, key};
@@ -15,7 +15,7 @@ use crate::world::{Outcome, World, config, key};
 fn warm(pods: usize) -> World {
     let mut world = World::new(config(IpStack::Ipv4, 3, 10), &[100, 100]);
     for n in 0..pods {
-        world.granted(n);
+        world.leased(n);
     }
     world.settle(Duration::from_secs(1));
     world
@@ -35,8 +35,8 @@ fn pods_keep_their_network_whether_or_not_the_cloud_answers() {
         assert_eq!(world.pool.list(), before);
         assert_eq!(world.find(|e| matches!(e, Effect::Connect { .. } | Effect::Disconnect { .. })), []);
         let add = world.add(&key(0));
-        let Some(Ok(Answer::Attached(grant))) = world.answer(add) else { panic!("a repeated Add is answered at once") };
-        assert_eq!(grant, before[0].grant);
+        let Some(Ok(Reply::Attached(lease))) = world.answer(add) else { panic!("a repeated Add is answered at once") };
+        assert_eq!(lease, before[0].lease);
     }
 }
 
@@ -61,7 +61,7 @@ fn without_the_cloud_what_is_idle_serves_and_nothing_is_made() {
     }
     assert_eq!(world.answer(waits).unwrap().unwrap_err().code, errors::CLOUD_INTERNAL);
     world.settle(Duration::from_secs(60));
-    world.granted(9);
+    world.leased(9);
 }
 
 #[test]
@@ -91,21 +91,20 @@ fn a_release_that_was_under_way_is_finished() {
     let del = world.del(&key(1));
     assert_eq!(world.answer(del), None, "the datapath may still know it");
     world.settle(Duration::from_secs(1));
-    assert_eq!(world.answer(del), Some(Ok(Answer::Detached)));
+    assert_eq!(world.answer(del), Some(Ok(Reply::Detached)));
     assert!(!world.kernel.contains_key(&key(1)));
 }
 
 #[test]
 fn cooling_starts_anew() {
     let mut world = warm(2);
-    let address = world.pool.get(&key(1)).unwrap().grant.addresses.v4.unwrap();
+    let address = world.pool.get(&key(1)).unwrap().lease.addresses.v4.unwrap();
     world.del(&key(1));
     world.settle(Duration::from_secs(4));
     restart(&mut world, true);
     world.settle(Duration::from_secs(4));
     assert_eq!(world.pool.stats().cooling, 1);
-    let held =
-        |record: &Record| matches!(record, Record::Address(a) if a.address == address && a.hold == Hold::Cooling);
+    let held = |record: &Record| matches!(record, Record::Address(a) if a.address == address && a.quarantine == Quarantine::Cooling);
     assert!(world.records().iter().any(held));
     world.settle(Duration::from_secs(1));
     assert_eq!((world.pool.stats().cooling, world.pool.stats().idle), (0, 1));
@@ -128,12 +127,12 @@ fn an_address_that_may_be_on_its_way_back_is_never_handed_out() {
     };
     restart(&mut world, true);
     // The request of the old process is still on its way; the new one must not use what it takes.
-    let mut granted = Vec::new();
+    let mut leased = Vec::new();
     for n in 10..14 {
-        granted.push(world.granted(n).addresses.v4.unwrap());
+        leased.push(world.leased(n).addresses.v4.unwrap());
     }
     for address in addresses {
-        assert!(!granted.iter().any(|a| *a == address));
+        assert!(!leased.iter().any(|a| *a == address));
     }
 }
 
@@ -146,7 +145,7 @@ fn a_created_eni_is_found_by_its_token_without_another_call() {
     assert_eq!(world.find(|e| matches!(e, Effect::CreateEni { .. })), []);
     world.settle(Duration::from_secs(1));
     assert_eq!((world.cloud.enis.len(), world.pool.enis()[0].phase), (1, EniPhase::InUse));
-    world.granted(2);
+    world.leased(2);
     assert_eq!(world.cloud.calls["create"], 1);
 }
 
@@ -221,7 +220,7 @@ fn enis_found_attached_are_used_replaced_or_left_alone() {
     // Three of them take adapters of this instance: 8 in all for pods.
     assert_eq!(world.pool.stats().capacity, 5 * 10);
     for n in 0..20 {
-        assert_ne!(world.granted(50 + n).eni, "eni-other-vswitch".into());
+        assert_ne!(world.leased(50 + n).eni, "eni-other-vswitch".into());
     }
     world.settle(Duration::from_secs(200));
     assert!(!world.cloud.enis.contains_key(&"eni-other-vswitch".into()), "given back after its grace");
@@ -235,7 +234,7 @@ fn a_tag_filter_makes_all_others_foreign_and_marks_what_is_made() {
     let mut world = warm(0);
     world.config.tag_filter.insert("cluster".into(), "c1".into());
     world.step(Event::Configure(Box::new(world.config.clone())));
-    world.granted(1);
+    world.leased(1);
     let eni = world.cloud.enis.values().next().cloned().unwrap();
     assert_eq!(eni.tags["cluster"], "c1");
     let others = strangers(
@@ -257,7 +256,7 @@ fn a_bound_address_that_the_cloud_does_not_list_stays_bound_and_is_flagged() {
     let (id, eni) = world.cloud.enis.pop_first().unwrap();
     restart(&mut world, true);
     assert_eq!(world.pool.problems(), [], "one list may be late");
-    world.settle(world.config.settle * 2);
+    world.settle(world.config.consistency_window * 2);
     assert_eq!(world.pool.list().len(), 2);
     assert!(world.pool.problems().iter().any(|e| e.detail.contains(id.as_str())));
     world.cloud.enis.insert(id, eni);
@@ -269,10 +268,10 @@ fn a_bound_address_that_the_cloud_does_not_list_stays_bound_and_is_flagged() {
 fn a_store_that_contradicts_itself_is_refused() {
     let world = warm(2);
     let mut records = world.records();
-    let grant = world.pool.get(&key(0)).unwrap().grant;
+    let lease = world.pool.get(&key(0)).unwrap().lease;
     for record in &mut records {
         if let Record::Attachment(a) = record {
-            a.grant = grant.clone();
+            a.lease = lease.clone();
         }
     }
     let snapshot = Snapshot { records: records.clone(), ..Snapshot::default() };
@@ -311,7 +310,7 @@ fn a_late_list_does_not_bring_back_a_deleted_eni() {
     config.max_idle = 0;
     let mut world = World::new(config, &[100, 100]);
     for n in 0..4 {
-        world.granted(n);
+        world.leased(n);
     }
     for n in 2..4 {
         world.del(&key(n));
@@ -340,7 +339,7 @@ fn a_deleted_eni_that_a_late_list_shows_after_a_restart_is_struck_again() {
     let mut config = config(IpStack::Ipv4, 3, 2);
     config.max_idle = 0;
     let mut world = World::new(config, &[100, 100]);
-    world.granted(0);
+    world.leased(0);
     world.del(&key(0));
     for _ in 0..60 {
         if !world.cloud.enis.is_empty() {
@@ -350,7 +349,7 @@ fn a_deleted_eni_that_a_late_list_shows_after_a_restart_is_struck_again() {
     // The choice of 0 is the oldest list that may still be told: the one with the ENI attached.
     world.crash(usize::MAX, 0, Outcome::Fine, true, 0);
     assert_eq!(world.pool.enis().len(), 1);
-    world.settle(world.config.settle * 4);
+    world.settle(world.config.consistency_window * 4);
     assert_eq!((world.pool.enis(), world.pool.problems()), (vec![], vec![]));
 }
 
@@ -372,12 +371,12 @@ fn every_record_round_trips_and_later_versions_are_refused() {
         assert_eq!(Record::decode(&record.encode().unwrap()).unwrap(), record);
         assert!(keys.insert(record.key().encode().unwrap()));
     }
-    assert!(matches!(Record::decode(br#"{"v":3,"kind":"?"}"#), Err(BadRecord::Version { found: 3 })));
+    assert!(matches!(Record::decode(br#"{"v":3,"kind":"?"}"#), Err(RecordError::Version { found: 3 })));
     for bad in ["", "{}", "nonsense", r#"{"v":1}"#, r#"{"v":1,"kind":"?"}"#] {
-        assert!(matches!(Record::decode(bad.as_bytes()), Err(BadRecord::Malformed(_))), "{bad}");
+        assert!(matches!(Record::decode(bad.as_bytes()), Err(RecordError::Malformed(_))), "{bad}");
     }
     assert_ne!(
         RecordKey::Eni("a".into()).encode().unwrap(),
-        RecordKey::Creation(terway_core::ipam::Token("a".into())).encode().unwrap()
+        RecordKey::Creation(terway_core::ipam::ClientToken("a".into())).encode().unwrap()
     );
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use terway_core::cloud::ErrorClass;
 use terway_core::errors;
 use terway_core::ident::{Family, IpStack};
-use terway_core::ipam::{Answer, Change, Effect, Event, Phase, Pool, PoolConfig, Record};
+use terway_core::ipam::{Change, Effect, Event, Phase, Pool, PoolConfig, Record, Reply};
 
 use crate::world::{Outcome, World, config, key};
 
@@ -47,7 +47,7 @@ fn the_first_pod_of_a_node_gets_the_first_address_of_a_new_eni() {
     world.run_one(Outcome::Fine, |e| matches!(e, Effect::ConfigureNic { .. }));
     assert_eq!(world.find(connect), [], "not before the binding is on disk");
     world.run_one(Outcome::Fine, connect);
-    assert!(matches!(world.answer(ticket), Some(Ok(Answer::Attached(grant))) if grant.nic.ifindex == 7));
+    assert!(matches!(world.answer(ticket), Some(Ok(Reply::Attached(lease))) if lease.nic.ifindex == 7));
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn enis_are_made_in_parallel_when_one_cannot_take_all() {
 #[test]
 fn one_call_at_a_time_per_eni_and_no_more_than_a_batch() {
     let mut world = ample(2, 30);
-    world.granted(0);
+    world.leased(0);
     for n in 1..26 {
         world.add(&key(n));
     }
@@ -103,8 +103,8 @@ fn the_reserve_is_kept_without_being_asked_for() {
         let mut world = World::new(config, &[200]);
         world.drive();
         assert_eq!(world.pool.stats().idle, 4, "{stack:?}");
-        let grant = world.granted(1);
-        assert_eq!((grant.addresses.v4.is_some(), grant.addresses.v6.is_some()), (stack.v4(), stack.v6()));
+        let lease = world.leased(1);
+        assert_eq!((lease.addresses.v4.is_some(), lease.addresses.v6.is_some()), (stack.v4(), stack.v6()));
         assert_eq!(world.pool.stats().idle, 4, "{stack:?}");
     }
 }
@@ -122,7 +122,7 @@ fn a_warm_add_asks_nothing_of_the_cloud() {
 }
 
 #[test]
-fn a_repeated_add_gets_the_same_grant() {
+fn a_repeated_add_gets_the_same_lease() {
     let mut world = ample(3, 10);
     let first = world.add(&key(1));
     let second = world.add(&key(1));
@@ -145,15 +145,15 @@ fn a_repeated_add_gets_the_same_grant() {
 #[test]
 fn del_is_answered_when_it_is_on_disk_and_out_of_the_datapath() {
     let mut world = ample(3, 10);
-    world.granted(1);
+    world.leased(1);
     let ticket = world.del(&key(1));
     assert_eq!(world.find(disconnect), [], "not before the release is on disk");
     assert_eq!(world.answer(ticket), None);
     world.run_one(Outcome::Fine, disconnect);
-    assert_eq!(world.answer(ticket), Some(Ok(Answer::Detached)));
+    assert_eq!(world.answer(ticket), Some(Ok(Reply::Detached)));
     assert!(world.kernel[&key(1)].links, "the links go later");
     let again = world.del(&key(1));
-    assert_eq!(world.answer(again), Some(Ok(Answer::Detached)));
+    assert_eq!(world.answer(again), Some(Ok(Reply::Detached)));
     world.drive();
     assert!(world.kernel.is_empty());
 }
@@ -165,21 +165,21 @@ fn del_of_nothing_succeeds_at_once_and_writes_nothing() {
     pool.step(Event::Tick, now);
     let ticket = terway_core::ipam::Ticket(1);
     let effects = pool.step(Event::Del { ticket, key: key(1) }, now);
-    assert_eq!(effects, [Effect::Answer { ticket, result: Ok(Answer::Detached) }]);
+    assert_eq!(effects, [Effect::Reply { ticket, result: Ok(Reply::Detached) }]);
 }
 
 #[test]
 fn del_during_the_set_up_waits_for_its_end_and_then_releases() {
     for outcome in [Outcome::Fine, Outcome::Lost, Outcome::Fails(ErrorClass::Unknown)] {
         let mut world = ample(3, 10);
-        world.granted(0);
+        world.leased(0);
         let add = world.add(&key(1));
         world.run_one(Outcome::Fine, assign);
         let del = world.del(&key(1));
         assert_eq!(world.answer(del), None);
         world.run_one(outcome, connect);
         world.drive();
-        assert_eq!(world.answer(del), Some(Ok(Answer::Detached)), "{outcome:?}");
+        assert_eq!(world.answer(del), Some(Ok(Reply::Detached)), "{outcome:?}");
         assert!(matches!(world.answer(add), Some(Err(_))), "{outcome:?}");
         assert!(!world.kernel.contains_key(&key(1)), "{outcome:?}");
     }
@@ -190,27 +190,27 @@ fn del_of_a_waiting_pod_ends_the_waiting() {
     let mut world = ample(3, 10);
     let add = world.add(&key(1));
     let del = world.del(&key(1));
-    assert_eq!(world.answer(del), Some(Ok(Answer::Detached)));
+    assert_eq!(world.answer(del), Some(Ok(Reply::Detached)));
     assert_eq!(world.answer(add).unwrap().unwrap_err().code, errors::BUSY);
 }
 
 #[test]
 fn an_add_after_a_del_waits_for_the_old_links_to_go() {
     let mut world = ample(3, 10);
-    let old = world.granted(1);
+    let old = world.leased(1);
     world.del(&key(1));
     let add = world.add(&key(1));
     world.run_one(Outcome::Fine, disconnect);
     assert_eq!((world.answer(add), world.find(connect)), (None, vec![]));
     world.drive();
-    let Some(Ok(Answer::Attached(new))) = world.answer(add) else { panic!("not granted") };
+    let Some(Ok(Reply::Attached(new))) = world.answer(add) else { panic!("no lease") };
     assert_ne!(old.addresses, new.addresses, "the old address is cooling");
 }
 
 #[test]
 fn an_address_rests_before_its_next_pod_and_the_longest_rested_goes_first() {
     let mut world = ample(2, 3);
-    let grants: Vec<_> = (0..3).map(|n| world.granted(n)).collect();
+    let leases: Vec<_> = (0..3).map(|n| world.leased(n)).collect();
     for n in [1, 0, 2] {
         world.del(&key(n));
         world.drive();
@@ -224,8 +224,8 @@ fn an_address_rests_before_its_next_pod_and_the_longest_rested_goes_first() {
     assert!(matches!(world.answer(add), Some(Ok(_))));
     world.del(&key(10));
     world.settle(secs(10));
-    let order: Vec<_> = (20..23).map(|n| world.granted(n).addresses).collect();
-    assert_eq!(order, [0, 2, 1].map(|n: usize| grants[n].addresses), "1 was used once more");
+    let order: Vec<_> = (20..23).map(|n| world.leased(n).addresses).collect();
+    assert_eq!(order, [0, 2, 1].map(|n: usize| leases[n].addresses), "1 was used once more");
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn an_exhausted_vswitch_gives_what_it_has_and_the_next_one_the_rest() {
 fn exhaustion_of_all_vswitches_is_told_with_the_clouds_code_and_ends() {
     let mut world = World::new(config(IpStack::Ipv4, 4, 10), &[2, 1]);
     for n in 0..3 {
-        world.granted(n);
+        world.leased(n);
     }
     let add = world.add(&key(3));
     world.settle(secs(20));
@@ -256,7 +256,7 @@ fn exhaustion_of_all_vswitches_is_told_with_the_clouds_code_and_ends() {
     let refused = world.add(&key(4));
     assert_eq!(world.answer(refused).unwrap().unwrap_err().code, errors::VSWITCH_EXHAUSTED);
     assert_eq!(world.cloud.calls.values().sum::<u32>(), calls, "a resting vSwitch is left alone");
-    world.settle(world.config.vswitch_rest);
+    world.settle(world.config.vswitch_backoff);
     assert_eq!(world.pool.problems(), []);
 }
 
@@ -288,7 +288,7 @@ fn refusals_are_told_by_their_code_and_unclear_ones_are_repeated_with_the_same_t
         assert_eq!(pending, repeated, "{class:?}");
         world.settle(secs(120));
         assert_eq!(world.pool.problems(), [], "{class:?}");
-        world.granted(2);
+        world.leased(2);
     }
 }
 
@@ -312,7 +312,7 @@ fn a_lost_reply_makes_nothing_twice() {
 fn a_full_node_refuses_at_once_the_last_to_come() {
     let mut world = ample(2, 3);
     for n in 0..3 {
-        world.granted(n);
+        world.leased(n);
     }
     let add = world.add(&key(3));
     let error = world.answer(add).unwrap().unwrap_err();
@@ -331,7 +331,7 @@ fn a_full_node_refuses_at_once_the_last_to_come() {
 #[test]
 fn what_is_too_much_for_long_goes_back_but_no_primary_address_and_no_pods() {
     let mut world = ample(3, 10);
-    let grants: Vec<_> = (0..10).map(|n| world.granted(n)).collect();
+    let leases: Vec<_> = (0..10).map(|n| world.leased(n)).collect();
     for n in 1..10 {
         world.del(&key(n));
     }
@@ -339,9 +339,9 @@ fn what_is_too_much_for_long_goes_back_but_no_primary_address_and_no_pods() {
     assert_eq!(world.pool.stats().idle, 9, "not yet");
     world.settle(secs(40));
     assert_eq!(world.pool.stats().idle, 3);
-    let eni = &world.cloud.enis[&grants[0].eni];
+    let eni = &world.cloud.enis[&leases[0].eni];
     assert_eq!(eni.v4.len(), 4);
-    assert!(eni.v4.contains(&eni.primary_v4) && eni.v4.contains(&grants[0].addresses.v4.unwrap()));
+    assert!(eni.v4.contains(&eni.primary_v4) && eni.v4.contains(&leases[0].addresses.v4.unwrap()));
 }
 
 #[test]
@@ -350,7 +350,7 @@ fn an_eni_without_pods_goes_back_whole_when_the_rest_is_enough() {
     config.max_idle = 2;
     let mut world = World::new(config, &[100]);
     for n in 0..12 {
-        world.granted(n);
+        world.leased(n);
     }
     assert_eq!(world.cloud.enis.len(), 3);
     for n in 0..11 {
@@ -378,14 +378,14 @@ fn a_failed_set_up_is_told_and_its_address_is_free_at_once() {
     }
     world.run_one(Outcome::Fails(ErrorClass::Unknown), connect);
     assert_eq!(world.answer(add).unwrap().unwrap_err().code, errors::NET_FAILED);
-    world.granted(2);
+    world.leased(2);
 }
 
 #[test]
 fn gc_takes_what_is_not_listed_in_its_network_only() {
     let mut world = ample(3, 10);
     for n in 0..4 {
-        world.granted(n);
+        world.leased(n);
     }
     let mut other = key(9);
     "other".clone_into(&mut other.network);
@@ -394,11 +394,11 @@ fn gc_takes_what_is_not_listed_in_its_network_only() {
     let setting_up = world.add(&key(5));
     let ticket = world.gc([key(0), key(2)].into());
     world.drive();
-    assert_eq!(world.answer(ticket), Some(Ok(Answer::Collected(vec![key(1), key(3)]))));
+    assert_eq!(world.answer(ticket), Some(Ok(Reply::GarbageCollected(vec![key(1), key(3)]))));
     assert!(matches!(world.answer(setting_up), Some(Ok(_))), "a pod being set up cannot be on the list yet");
     assert_eq!(world.kernel.keys().cloned().collect::<Vec<_>>(), [key(0), key(2), key(5), other]);
     let nothing = world.gc([key(0), key(2), key(5)].into());
-    assert_eq!(world.answer(nothing), Some(Ok(Answer::Collected(vec![]))));
+    assert_eq!(world.answer(nothing), Some(Ok(Reply::GarbageCollected(vec![]))));
 }
 
 #[test]
@@ -467,16 +467,16 @@ fn tokens_are_used_up_on_disk_before_their_call_and_differ_by_seed() {
 #[test]
 fn an_address_taken_behind_our_back_stays_with_its_pod_and_is_a_problem() {
     let mut world = ample(3, 10);
-    let grant = world.granted(1);
-    world.granted(2);
+    let lease = world.leased(1);
+    world.leased(2);
     world.settle(secs(60));
-    let lost = if grant.addresses.v4 == Some(world.cloud.enis[&grant.eni].primary_v4) {
+    let lost = if lease.addresses.v4 == Some(world.cloud.enis[&lease.eni].primary_v4) {
         world.pool.get(&key(2)).unwrap()
     } else {
         world.pool.get(&key(1)).unwrap()
     };
-    let address = lost.grant.addresses.v4.unwrap();
-    world.cloud.enis.get_mut(&grant.eni).unwrap().v4.retain(|a| *a != address);
+    let address = lost.lease.addresses.v4.unwrap();
+    world.cloud.enis.get_mut(&lease.eni).unwrap().v4.retain(|a| *a != address);
     world.settle(world.config.resync);
     assert_eq!(world.pool.get(&lost.key).unwrap().missing, [std::net::IpAddr::V4(address)]);
     assert!(world.pool.problems()[0].detail.contains(&address.to_string()));
@@ -490,13 +490,13 @@ fn an_address_taken_behind_our_back_stays_with_its_pod_and_is_a_problem() {
 #[test]
 fn an_eni_that_disappears_keeps_its_pods_and_takes_no_new_ones() {
     let mut world = ample(3, 10);
-    let grant = world.granted(1);
+    let lease = world.leased(1);
     world.settle(secs(60));
-    let eni = world.cloud.enis.remove(&grant.eni).unwrap();
+    let eni = world.cloud.enis.remove(&lease.eni).unwrap();
     world.settle(world.config.resync);
     assert_eq!(world.pool.list().len(), 1);
     assert!(world.pool.problems().iter().any(|e| e.detail.contains(eni.id.as_str())));
-    assert_ne!(world.granted(2).eni, grant.eni);
+    assert_ne!(world.leased(2).eni, lease.eni);
     world.del(&key(1));
     world.settle(world.config.resync * 3);
     assert_eq!(world.pool.problems(), []);
@@ -512,7 +512,7 @@ fn a_family_the_node_does_not_have_is_refused() {
         key: key(1),
         pod: Default::default(),
         netns: String::new(),
-        want: IpStack::Dual,
+        ip_stack: IpStack::Dual,
         options: String::new(),
     };
     world.step(Event::Add(add));
@@ -522,7 +522,7 @@ fn a_family_the_node_does_not_have_is_refused() {
 #[test]
 fn an_add_after_a_del_during_the_set_up_is_served_anew() {
     let mut world = ample(2, 10);
-    world.granted(0);
+    world.leased(0);
     let first = world.add(&key(1));
     world.run_one(Outcome::Fine, assign);
     world.flush(usize::MAX);
@@ -530,15 +530,15 @@ fn an_add_after_a_del_during_the_set_up_is_served_anew() {
     let second = world.add(&key(1));
     world.drive();
     assert_eq!(world.answer(first).unwrap().unwrap_err().code, errors::BUSY);
-    assert_eq!(world.answer(del), Some(Ok(Answer::Detached)));
-    assert!(matches!(world.answer(second), Some(Ok(Answer::Attached(_)))));
+    assert_eq!(world.answer(del), Some(Ok(Reply::Detached)));
+    assert!(matches!(world.answer(second), Some(Ok(Reply::Attached(_)))));
 }
 
 #[test]
 fn of_a_batch_that_is_partly_gone_the_rest_is_given_back_one_by_one() {
     let mut world = ample(2, 10);
     for n in 0..8 {
-        world.granted(n);
+        world.leased(n);
     }
     for n in 1..8 {
         world.del(&key(n));
@@ -560,8 +560,8 @@ fn of_a_batch_that_is_partly_gone_the_rest_is_given_back_one_by_one() {
 #[test]
 fn late_and_repeated_reports_change_nothing() {
     let mut world = ample(2, 10);
-    world.granted(0);
-    world.granted(1);
+    world.leased(0);
+    world.leased(1);
     world.del(&key(1));
     world.settle(secs(60));
     let add = world.add(&key(1));
@@ -589,7 +589,7 @@ fn late_and_repeated_reports_change_nothing() {
 #[test]
 fn dual_stack_heals_a_lopsided_eni_before_it_asks_for_pairs() {
     let mut world = World::new(config(IpStack::Dual, 3, 10), &[100]);
-    world.granted(1);
+    world.leased(1);
     let eni = world.cloud.enis.keys().next().cloned().unwrap();
     world.cloud.add(&eni, Family::V4, 1).unwrap();
     world.settle(world.config.resync * 2);

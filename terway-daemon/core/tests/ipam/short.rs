@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use terway_core::cloud::ErrorClass;
 use terway_core::ident::IpStack;
-use terway_core::ipam::Answer;
+use terway_core::ipam::Reply;
 
 use crate::history::{Action, Edit, End, Node, live};
 use crate::world::{Outcome, World};
@@ -183,15 +183,15 @@ impl Tally {
         }
         for answer in world.answers.values() {
             let what = match answer {
-                Ok(Answer::Attached(_)) => "attached",
-                Ok(Answer::Detached) => "detached",
-                Ok(Answer::Collected(keys)) if keys.is_empty() => "nothing collected",
-                Ok(Answer::Collected(_)) => "collected",
+                Ok(Reply::Attached(_)) => "attached",
+                Ok(Reply::Detached) => "detached",
+                Ok(Reply::GarbageCollected(keys)) if keys.is_empty() => "nothing collected",
+                Ok(Reply::GarbageCollected(_)) => "collected",
                 Err(_) => "refused",
             };
             *self.0.entry(what).or_default() += 1;
         }
-        *self.0.entry("fenced").or_default() += world.fenced.len() as u64;
+        *self.0.entry("missing").or_default() += world.reported_loss.len() as u64;
         *self.0.entry("wired at the end").or_default() += world.kernel.len() as u64;
     }
 }

@@ -52,7 +52,7 @@ fn measure(per_eni: u32) -> [Duration; 4] {
             key: key(n),
             pod: PodRef::default(),
             netns: format!("/run/netns/{n}"),
-            want: IpStack::Ipv4,
+            ip_stack: IpStack::Ipv4,
             options: String::new(),
         };
         let effects = adds.step(&mut pool, Event::Add(add), now);
@@ -64,7 +64,7 @@ fn measure(per_eni: u32) -> [Duration; 4] {
         let effects = dels.step(&mut pool, del, now);
         let op = effects.iter().find_map(|e| if let Effect::Disconnect { op, .. } = e { Some(*op) } else { None });
         let op = op.expect("it is ready");
-        pool.step(Event::Unplugged { op, key: key(n) }, now);
+        pool.step(Event::DatapathRemoved { op, key: key(n) }, now);
         gone.step(&mut pool, Event::Disconnected { op, key: key(n) }, now);
     }
     let named = [("Add", adds), ("Connected", connects), ("Del", dels), ("Disconnected", gone)];

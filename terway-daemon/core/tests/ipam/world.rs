@@ -9,7 +9,7 @@ use terway_core::cloud::{ErrorClass, InstanceLimits};
 use terway_core::errors::Error;
 use terway_core::ident::{AttachmentKey, IpStack, PodRef};
 use terway_core::ipam::{
-    Add, Answer, Backoff, Change, Effect, Event, Grant, NodeFacts, OpId, Pool, PoolConfig, Record, RecordKey, Snapshot,
+    Add, Backoff, Change, Effect, Event, Lease, NodeFacts, OpId, Pool, PoolConfig, Record, RecordKey, Reply, Snapshot,
     Ticket,
 };
 
@@ -24,11 +24,11 @@ pub(crate) fn config(stack: IpStack, adapters: u32, per_eni: u32) -> PoolConfig 
     config.stack = stack;
     config.vswitches = vec!["vsw-a".into(), "vsw-b".into()];
     config.max_idle = 3;
-    config.gather = Duration::ZERO;
+    config.batch_window = Duration::ZERO;
     config.cooling = Duration::from_secs(5);
-    config.settle = Duration::from_secs(10);
+    config.consistency_window = Duration::from_secs(10);
     config.shrink_after = Duration::from_secs(20);
-    config.retry = Backoff { first: Duration::from_millis(200), most: Duration::from_secs(10) };
+    config.retry = Backoff { initial: Duration::from_millis(200), max: Duration::from_secs(10) };
     config
 }
 
@@ -48,7 +48,7 @@ pub(crate) enum Outcome {
 
 #[derive(Clone, Debug)]
 pub(crate) struct Wired {
-    pub(crate) grant: Grant,
+    pub(crate) lease: Lease,
     pub(crate) datapath: bool,
     pub(crate) links: bool,
 }
@@ -85,19 +85,19 @@ pub(crate) struct World {
     pub(crate) kernel: BTreeMap<AttachmentKey, Wired>,
     pub(crate) store: BTreeMap<RecordKey, Record>,
     /// The bindings by what the pool wrote, durable or not, and whose each address is.
-    pub(crate) bound: BTreeMap<AttachmentKey, Grant>,
+    pub(crate) bound: BTreeMap<AttachmentKey, Lease>,
     pub(crate) owners: BTreeMap<IpAddr, AttachmentKey>,
     /// Compare all there is after every step, and take what is stored through its bytes; else only what a step changed is checked.
     pub(crate) thorough: bool,
     /// Pods that the pool said are cut off.
-    pub(crate) fenced: BTreeMap<AttachmentKey, Vec<IpAddr>>,
+    pub(crate) reported_loss: BTreeMap<AttachmentKey, Vec<IpAddr>>,
     pub(crate) writes: Vec<(u64, bool, Vec<Change>)>,
     pub(crate) pending: Vec<Pending>,
     seq: u64,
     pub(crate) wake: Option<Moment>,
     /// Open requests.
     pub(crate) open: BTreeMap<Ticket, (Asked, Option<AttachmentKey>)>,
-    pub(crate) answers: BTreeMap<Ticket, Result<Answer, Error>>,
+    pub(crate) answers: BTreeMap<Ticket, Result<Reply, Error>>,
     next_ticket: u64,
     /// The last Add and the last successful Del of each key.
     pub(crate) last_add: BTreeMap<AttachmentKey, Ticket>,
@@ -138,7 +138,7 @@ impl World {
             bound: BTreeMap::new(),
             owners: BTreeMap::new(),
             thorough: true,
-            fenced: BTreeMap::new(),
+            reported_loss: BTreeMap::new(),
             writes: Vec::new(),
             pending: Vec::new(),
             seq: 0,
@@ -174,7 +174,7 @@ impl World {
             key: key.clone(),
             pod: PodRef::default(),
             netns: format!("/run/netns/{}", key.container_id),
-            want: self.config.stack,
+            ip_stack: self.config.stack,
             options: "mtu=1500".into(),
         }));
         ticket
@@ -225,17 +225,17 @@ impl World {
                     self.writes.push((seq, false, changes));
                 }
                 Effect::WakeAt(at) => self.wake = Some(at),
-                Effect::Fence { key, addresses, .. } => {
-                    self.fenced.insert(key, addresses);
+                Effect::ReportAddressLoss { key, addresses, .. } => {
+                    self.reported_loss.insert(key, addresses);
                 }
-                Effect::Unfence { key, .. } => {
-                    assert!(self.fenced.remove(&key).is_some(), "{key} was not fenced");
+                Effect::ReportAddressRecovery { key, .. } => {
+                    assert!(self.reported_loss.remove(&key).is_some(), "{key} was not reported_loss");
                 }
-                Effect::Answer { ticket, result: Ok(Answer::Attached(grant)) } => {
+                Effect::Reply { ticket, result: Ok(Reply::Attached(lease)) } => {
                     let key = self.open.get(&ticket).and_then(|(_, key)| key.clone()).expect("an Add");
                     let wired = self.kernel.get(&key).unwrap_or_else(|| panic!("{key} is said to be attached"));
-                    assert!(wired.datapath && wired.grant.addresses == grant.addresses, "{key}: {grant:?}, {wired:?}");
-                    let task = Task::Run(Effect::Answer { ticket, result: Ok(Answer::Attached(grant)) });
+                    assert!(wired.datapath && wired.lease.addresses == lease.addresses, "{key}: {lease:?}, {wired:?}");
+                    let task = Task::Run(Effect::Reply { ticket, result: Ok(Reply::Attached(lease)) });
                     self.pending.push(Pending { seq, task });
                 }
                 effect => {
@@ -326,7 +326,7 @@ impl World {
         self.open.clear();
         self.reports.clear();
         self.ops.clear();
-        self.fenced.clear();
+        self.reported_loss.clear();
         self.wake = None;
         let records = self.records();
         let enis = cloud_answers.then(|| self.cloud.stale_list(self.now, LAG, choice));
