@@ -150,20 +150,23 @@ impl fmt::Display for Kind {
     }
 }
 
-/// What holds without the key.
+/// The default of a key that is absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyDefault {
-    /// This value.
-    Is(&'static str),
-    /// What these words say.
-    Means(&'static str),
+    /// A value, written as in the document.
+    Literal(&'static str),
+    /// A default that depends on the node or the account, in words.
+    Described(&'static str),
+    /// None: a configuration without the key is refused.
+    Required,
 }
 
 impl fmt::Display for KeyDefault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Is("") => f.write_str("\"\""),
-            Self::Is(text) | Self::Means(text) => f.write_str(text),
+            Self::Literal("") => f.write_str("\"\""),
+            Self::Literal(text) | Self::Described(text) => f.write_str(text),
+            Self::Required => f.write_str("required"),
         }
     }
 }
@@ -199,7 +202,7 @@ macro_rules! keys {
     };
 }
 
-use KeyDefault::{Is, Means};
+use KeyDefault::{Described, Literal, Required};
 use Kind::{
     Backoffs, CidrList, CidrText, CniConf, EniConf, Flag, Number, OneOf, Period, RateLimits, Routes, Secret, Tags,
     Text, TextFlag, TextMap, Texts, VSwitches, Whole,
@@ -215,131 +218,131 @@ const MOST_FLOWS: i64 = 1 << 24;
 const MOST_SAMPLED: i64 = (1 << 24) - 1;
 
 keys! {
-    VERSION = "version", EniConf, Text, Means("none"), "", Never,
+    VERSION = "version", EniConf, Text, Described("none"), "", Never,
         "The version of the format, \"1\".";
-    IP_STACK = "ip_stack", EniConf, OneOf(&["ipv4", "ipv6", "dual"]), Is("ipv4"), "", Restart,
+    IP_STACK = "ip_stack", EniConf, OneOf(&["ipv4", "ipv6", "dual"]), Literal("ipv4"), "", Restart,
         "The families that pods get addresses of. Dual gives each pod one of both.";
-    VSWITCHES = "vswitches", EniConf, VSwitches, Means("refused: at least one vSwitch is needed"), "", NewAllocations,
+    VSWITCHES = "vswitches", EniConf, VSwitches, Required, "", NewAllocations,
         "The vSwitches that pods get addresses from, by zone; a node uses those of its own zone. ENIs in a vSwitch that is no longer listed get no new pods and are given back when they are empty.";
-    VSWITCH_SELECTION_POLICY = "vswitch_selection_policy", EniConf, OneOf(&["ordered", "most", "random"]), Is("ordered"), "", NewAllocations,
+    VSWITCH_SELECTION_POLICY = "vswitch_selection_policy", EniConf, OneOf(&["ordered", "most", "random"]), Literal("ordered"), "", NewAllocations,
         "Which vSwitch a new ENI is made in: the first of the list with free addresses, the one with the most free addresses, or any. (The reference project reads ordered as most; here the word means what it says.)";
-    SECURITY_GROUP = "security_group", EniConf, Text, Means("none"), "", NewAllocations,
+    SECURITY_GROUP = "security_group", EniConf, Text, Described("none"), "", NewAllocations,
         "One security group of new ENIs; joined with security_groups.";
-    SECURITY_GROUPS = "security_groups", EniConf, Texts, Means("none"), "", NewAllocations,
+    SECURITY_GROUPS = "security_groups", EniConf, Texts, Described("none"), "", NewAllocations,
         "The security groups of new ENIs, 10 at most together with security_group.";
-    RESOURCE_GROUP_ID = "resource_group_id", EniConf, Text, Means("the account's default group"), "", NewAllocations,
+    RESOURCE_GROUP_ID = "resource_group_id", EniConf, Text, Described("the account's default group"), "", NewAllocations,
         "The resource group of new ENIs.";
-    ENI_TAGS = "eni_tags", EniConf, TextMap, Means("none"), "", NewAllocations,
+    ENI_TAGS = "eni_tags", EniConf, TextMap, Described("none"), "", NewAllocations,
         "Tags of new ENIs, 20 at most.";
-    ENI_TAG_FILTER = "eni_tag_filter", EniConf, TextMap, Means("every ENI of the instance is used"), "", Now,
+    ENI_TAG_FILTER = "eni_tag_filter", EniConf, TextMap, Described("every ENI of the instance is used"), "", Now,
         "Only ENIs that have all these tags are used. New ENIs get them too.";
-    ENI_TAG_BLOCK_LIST = "eni_tag_block_list", EniConf, Tags, Means("the built-in entries"), "", Now,
+    ENI_TAG_BLOCK_LIST = "eni_tag_block_list", EniConf, Tags, Described("the built-in entries"), "", Now,
         "ENIs that have one of these tags belong to others and are left alone. creator=alibabacloud-erdma-controller and terway.alibabacloud.com/excluded=true are always in the list.";
-    ENI_SELECTION_POLICY = "eni_selection_policy", EniConf, OneOf(&["most_ips", "least_ips"]), Is("most_ips"), "", NewAllocations,
+    ENI_SELECTION_POLICY = "eni_selection_policy", EniConf, OneOf(&["most_ips", "least_ips"]), Literal("most_ips"), "", NewAllocations,
         "Which ENI a new address or pod goes to: the fullest, so that others can be given back, or the emptiest, so that load spreads.";
-    MIN_ENI = "min_eni", EniConf, Whole { least: 0, most: MANY }, Is("0"), "ENIs", Now,
+    MIN_ENI = "min_eni", EniConf, Whole { least: 0, most: MANY }, Literal("0"), "ENIs", Now,
         "ENIs for pods that are kept even when they are empty.";
-    MAX_ENI = "max_eni", EniConf, Whole { least: 0, most: MANY }, Means("what the instance type carries"), "ENIs", Now,
+    MAX_ENI = "max_eni", EniConf, Whole { least: 0, most: MANY }, Described("what the instance type carries"), "ENIs", Now,
         "ENIs for pods at most; 0 leaves it to the instance type. Lowering it takes no ENI from running pods.";
-    ENI_CAP_RATIO = "eni_cap_ratio", EniConf, Number { least: 0.0, most: 10.0 }, Is("1"), "", Now,
+    ENI_CAP_RATIO = "eni_cap_ratio", EniConf, Number { least: 0.0, most: 10.0 }, Literal("1"), "", Now,
         "The number of ENIs the instance type carries is multiplied by this before eni_cap_shift is added; 0 stands for 1. The result never exceeds what the type carries.";
-    ENI_CAP_SHIFT = "eni_cap_shift", EniConf, Whole { least: -MANY, most: MANY }, Is("0"), "ENIs", Now,
+    ENI_CAP_SHIFT = "eni_cap_shift", EniConf, Whole { least: -MANY, most: MANY }, Literal("0"), "ENIs", Now,
         "Added to the number of ENIs the instance type carries; negative to leave adapters to others.";
-    MIN_POOL_SIZE = "min_pool_size", EniConf, Whole { least: 0, most: MANY }, Is("0"), "addresses", Now,
+    MIN_POOL_SIZE = "min_pool_size", EniConf, Whole { least: 0, most: MANY }, Literal("0"), "addresses", Now,
         "Idle addresses that are kept ready. Not above max_pool_size.";
-    MAX_POOL_SIZE = "max_pool_size", EniConf, Whole { least: 0, most: MANY }, Is("5"), "addresses", Now,
+    MAX_POOL_SIZE = "max_pool_size", EniConf, Whole { least: 0, most: MANY }, Literal("5"), "addresses", Now,
         "Idle addresses beyond this go back to the vSwitch.";
-    IP_WARM_UP_SIZE = "ip_warm_up_size", EniConf, Whole { least: 0, most: MANY }, Is("0"), "addresses", Restart,
+    IP_WARM_UP_SIZE = "ip_warm_up_size", EniConf, Whole { least: 0, most: MANY }, Literal("0"), "addresses", Restart,
         "Addresses fetched once when the daemon starts on a node that has none yet, before the first pod asks.";
-    IDLE_IP_RECLAIM_AFTER = "idle_ip_reclaim_after", EniConf, Period { least: Duration::ZERO, most: DAY.saturating_mul(30) }, Means("off"), "time", Now,
+    IDLE_IP_RECLAIM_AFTER = "idle_ip_reclaim_after", EniConf, Period { least: Duration::ZERO, most: DAY.saturating_mul(30) }, Described("off"), "time", Now,
         "When no address was bound or freed for this long, idle addresses are given back down to min_pool_size. 0 is off.";
-    IDLE_IP_RECLAIM_INTERVAL = "idle_ip_reclaim_interval", EniConf, Period { least: SECOND, most: DAY }, Is("10m"), "time", Now,
+    IDLE_IP_RECLAIM_INTERVAL = "idle_ip_reclaim_interval", EniConf, Period { least: SECOND, most: DAY }, Literal("10m"), "time", Now,
         "The pause between two batches that are given back.";
-    IDLE_IP_RECLAIM_BATCH_SIZE = "idle_ip_reclaim_batch_size", EniConf, Whole { least: 0, most: 100 }, Is("5"), "addresses", Now,
+    IDLE_IP_RECLAIM_BATCH_SIZE = "idle_ip_reclaim_batch_size", EniConf, Whole { least: 0, most: 100 }, Literal("5"), "addresses", Now,
         "How many idle addresses are given back at a time; 0 stands for 5.";
-    IDLE_IP_RECLAIM_JITTER_FACTOR = "idle_ip_reclaim_jitter_factor", EniConf, Number { least: 0.0, most: 1.0 }, Is("0.1"), "", Now,
+    IDLE_IP_RECLAIM_JITTER_FACTOR = "idle_ip_reclaim_jitter_factor", EniConf, Number { least: 0.0, most: 1.0 }, Literal("0.1"), "", Now,
         "The pause is longer by a random part of itself up to this, so that nodes do not call the API in step.";
-    IP_POOL_SYNC_PERIOD = "ip_pool_sync_period", EniConf, Period { least: SECOND, most: DAY }, Is("120s"), "time", Now,
+    IP_POOL_SYNC_PERIOD = "ip_pool_sync_period", EniConf, Period { least: SECOND, most: DAY }, Literal("120s"), "time", Now,
         "How often the pool is compared with the cloud at least.";
-    ENABLE_IP_PREFIX = "enable_ip_prefix", EniConf, Flag, Is("false"), "", NewAllocations,
+    ENABLE_IP_PREFIX = "enable_ip_prefix", EniConf, Flag, Literal("false"), "", NewAllocations,
         "Addresses are fetched as prefixes, 16 IPv4 addresses (a /28) at a time. Where a vSwitch has no whole prefix left, single addresses are. What the node has of the other kind stays in use.";
-    IPV4_PREFIX_COUNT = "ipv4_prefix_count", EniConf, Whole { least: 0, most: MANY }, Is("0"), "prefixes", Now,
+    IPV4_PREFIX_COUNT = "ipv4_prefix_count", EniConf, Whole { least: 0, most: MANY }, Literal("0"), "prefixes", Now,
         "IPv4 prefixes that the node has at least; 0 lets demand and the watermarks decide. Needs enable_ip_prefix.";
-    IPV6_PREFIX_COUNT = "ipv6_prefix_count", EniConf, Whole { least: 0, most: 1 }, Is("0"), "prefixes", Now,
+    IPV6_PREFIX_COUNT = "ipv6_prefix_count", EniConf, Whole { least: 0, most: 1 }, Literal("0"), "prefixes", Now,
         "IPv6 prefixes of each ENI on a node with ip_stack ipv6; a dual node has one per ENI by itself. Needs enable_ip_prefix. Accepted for compatibility: with prefixes, an ENI gets its /80 when a pod needs it.";
-    SERVICE_CIDR = "service_cidr", EniConf, CidrText, Means("none"), "", Restart,
+    SERVICE_CIDR = "service_cidr", EniConf, CidrText, Described("none"), "", Restart,
         "The address ranges of Services. Kept for Services in the datapath, which are to come.";
-    HOST_STACK_CIDRS = "host_stack_cidrs", EniConf, CidrList, Means("none"), "", Now,
+    HOST_STACK_CIDRS = "host_stack_cidrs", EniConf, CidrList, Described("none"), "", Now,
         "Destinations that pods reach by the node's own network stack rather than by their ENI, such as a node-local DNS cache. Joined with host_stack_cidrs of the CNI configuration.";
-    EXTRA_ROUTES = "extra_routes", EniConf, Routes, Means("none"), "", NewAllocations,
+    EXTRA_ROUTES = "extra_routes", EniConf, Routes, Described("none"), "", NewAllocations,
         "Further routes of pods by their first interface.";
-    REGION_ID = "region_id", EniConf, Text, Means("from the metadata service"), "", Restart,
+    REGION_ID = "region_id", EniConf, Text, Described("from the metadata service"), "", Restart,
         "The region whose API is called.";
-    ACCESS_KEY = "access_key", EniConf, Secret, Means("the node's RAM role"), "", Now,
+    ACCESS_KEY = "access_key", EniConf, Secret, Described("the node's RAM role"), "", Now,
         "The id of an access key. Needs access_secret.";
-    ACCESS_SECRET = "access_secret", EniConf, Secret, Means("the node's RAM role"), "", Now,
+    ACCESS_SECRET = "access_secret", EniConf, Secret, Described("the node's RAM role"), "", Now,
         "The secret of the access key.";
-    CREDENTIAL_PATH = "credential_path", EniConf, Text, Means("none"), "", Now,
+    CREDENTIAL_PATH = "credential_path", EniConf, Text, Described("none"), "", Now,
         "A file with a temporary token that somebody keeps fresh. An access key goes before it, and it before the RAM role.";
-    RATE_LIMIT = "rate_limit", EniConf, RateLimits, Means("built-in limits"), "calls a minute", Now,
+    RATE_LIMIT = "rate_limit", EniConf, RateLimits, Described("built-in limits"), "calls a minute", Now,
         "Calls a minute of this node by API action; the empty name stands for every action that is not named. A whole minute's worth may go at once.";
-    BACKOFF_OVERRIDE = "backoff_override", EniConf, Backoffs, Means("built-in times"), "time", Now,
+    BACKOFF_OVERRIDE = "backoff_override", EniConf, Backoffs, Described("built-in times"), "time", Now,
         "Waiting times between attempts by operation: InitialDelay, Duration, Factor, Jitter, Steps, Cap. Times are strings such as 5s, or whole nanoseconds.";
-    BPF_CT_TIMEOUT_TCP = "bpf_ct_timeout_tcp", EniConf, Period { least: SECOND, most: DAY.saturating_mul(30) }, Is("2h13m20s"), "time", Now,
+    BPF_CT_TIMEOUT_TCP = "bpf_ct_timeout_tcp", EniConf, Period { least: SECOND, most: DAY.saturating_mul(30) }, Literal("2h13m20s"), "time", Now,
         "A TCP connection that has been silent for longer is forgotten, once both ends have been heard.";
-    BPF_CT_TIMEOUT_TCP_SYN = "bpf_ct_timeout_tcp_syn", EniConf, Period { least: SECOND, most: DAY }, Is("1m"), "time", Now,
+    BPF_CT_TIMEOUT_TCP_SYN = "bpf_ct_timeout_tcp_syn", EniConf, Period { least: SECOND, most: DAY }, Literal("1m"), "time", Now,
         "The same for a TCP connection that nobody has answered.";
-    BPF_CT_TIMEOUT_TCP_FIN = "bpf_ct_timeout_tcp_fin", EniConf, Period { least: SECOND, most: DAY }, Is("10s"), "time", Now,
+    BPF_CT_TIMEOUT_TCP_FIN = "bpf_ct_timeout_tcp_fin", EniConf, Period { least: SECOND, most: DAY }, Literal("10s"), "time", Now,
         "The same for a TCP connection that both ends have closed, or one has reset.";
-    BPF_CT_TIMEOUT_UDP = "bpf_ct_timeout_udp", EniConf, Period { least: SECOND, most: DAY }, Is("1m"), "time", Now,
+    BPF_CT_TIMEOUT_UDP = "bpf_ct_timeout_udp", EniConf, Period { least: SECOND, most: DAY }, Literal("1m"), "time", Now,
         "The same for UDP, once both ends have been heard.";
-    BPF_CT_TIMEOUT_UDP_SINGLE = "bpf_ct_timeout_udp_single", EniConf, Period { least: SECOND, most: DAY }, Is("30s"), "time", Now,
+    BPF_CT_TIMEOUT_UDP_SINGLE = "bpf_ct_timeout_udp_single", EniConf, Period { least: SECOND, most: DAY }, Literal("30s"), "time", Now,
         "The same for UDP that nobody has answered.";
-    BPF_CT_TIMEOUT_ICMP = "bpf_ct_timeout_icmp", EniConf, Period { least: SECOND, most: DAY }, Is("30s"), "time", Now,
+    BPF_CT_TIMEOUT_ICMP = "bpf_ct_timeout_icmp", EniConf, Period { least: SECOND, most: DAY }, Literal("30s"), "time", Now,
         "The same for ICMP and ICMPv6.";
-    BPF_CT_TIMEOUT_ANY = "bpf_ct_timeout_any", EniConf, Period { least: SECOND, most: DAY }, Is("1m"), "time", Now,
+    BPF_CT_TIMEOUT_ANY = "bpf_ct_timeout_any", EniConf, Period { least: SECOND, most: DAY }, Literal("1m"), "time", Now,
         "The same for every other protocol.";
-    BPF_CT_MAX_V4 = "bpf_ct_max_v4", EniConf, Whole { least: 0, most: MOST_FLOWS }, Means("by the node's memory"), "entries", Restart,
+    BPF_CT_MAX_V4 = "bpf_ct_max_v4", EniConf, Whole { least: 0, most: MOST_FLOWS }, Described("by the node's memory"), "entries", Restart,
         "Size of the IPv4 flow table; 0 leaves it to bpf_map_dynamic_size_ratio. A direct connection takes one entry, one that is translated two. Running connections are carried over into a table of another size.";
-    BPF_CT_MAX_V6 = "bpf_ct_max_v6", EniConf, Whole { least: 0, most: MOST_FLOWS }, Means("by the node's memory"), "entries", Restart,
+    BPF_CT_MAX_V6 = "bpf_ct_max_v6", EniConf, Whole { least: 0, most: MOST_FLOWS }, Described("by the node's memory"), "entries", Restart,
         "Size of the IPv6 flow table, likewise.";
-    BPF_MAP_DYNAMIC_SIZE_RATIO = "bpf_map_dynamic_size_ratio", EniConf, Number { least: 0.000_1, most: 0.5 }, Is("0.0025"), "", Restart,
+    BPF_MAP_DYNAMIC_SIZE_RATIO = "bpf_map_dynamic_size_ratio", EniConf, Number { least: 0.000_1, most: 0.5 }, Literal("0.0025"), "", Restart,
         "The part of the node's memory that flow tables without a size of their own share; each gets 65536 entries at least and 1048576 at most.";
-    CONNTRACK_GC_INTERVAL = "conntrack_gc_interval", EniConf, Period { least: Duration::ZERO, most: DAY }, Means("adapted"), "time", Now,
+    CONNTRACK_GC_INTERVAL = "conntrack_gc_interval", EniConf, Period { least: Duration::ZERO, most: DAY }, Described("adapted"), "time", Now,
         "Time from one pass that deletes dead flows to the next; 0 adapts it: shorter where a quarter of a table was dead, longer where next to nothing was.";
-    CONNTRACK_GC_MAX_INTERVAL = "conntrack_gc_max_interval", EniConf, Period { least: SECOND.saturating_mul(10), most: DAY }, Is("30m"), "time", Now,
+    CONNTRACK_GC_MAX_INTERVAL = "conntrack_gc_max_interval", EniConf, Period { least: SECOND.saturating_mul(10), most: DAY }, Literal("30m"), "time", Now,
         "The longest time that it is adapted to.";
-    DEGRADATION = "degradation", EniConf, OneOf(&["", "l0", "l1"]), Is(""), "", Now,
+    DEGRADATION = "degradation", EniConf, OneOf(&["", "l0", "l1"]), Literal(""), "", Now,
         "For emergencies: l0 makes no call of the cloud API at all and serves pods from what the node has; l1 makes none that releases something.";
-    FLOW_EVENTS_ONE_IN = "flow_events_one_in", EniConf, Whole { least: 0, most: MOST_SAMPLED }, Is("0"), "", Now,
+    FLOW_EVENTS_ONE_IN = "flow_events_one_in", EniConf, Whole { least: 0, most: MOST_SAMPLED }, Literal("0"), "", Now,
         "New connections that terway-cli flows shows: 1 all, N one in N by chance, 0 none; fifty a second for each CPU at most. Dropped packets are shown in any case.";
-    DISABLE_NETWORK_POLICY = "disable_network_policy", ConfigMap, TextFlag, Is("false"), "", Now,
+    DISABLE_NETWORK_POLICY = "disable_network_policy", ConfigMap, TextFlag, Literal("false"), "", Now,
         "Turns NetworkPolicy off. Every value but false, 0 and the empty string does.";
-    IN_CLUSTER_LOADBALANCE = "in_cluster_loadbalance", ConfigMap, TextFlag, Is("true"), "", Restart,
+    IN_CLUSTER_LOADBALANCE = "in_cluster_loadbalance", ConfigMap, TextFlag, Literal("true"), "", Restart,
         "Connections of pods to external addresses of Services go straight to the backends. Every value but true turns it off. Kept for Services in the datapath, which are to come.";
-    CNI_CONFLIST = "10-terway.conflist", ConfigMap, CniConf, Means("none"), "", Restart,
+    CNI_CONFLIST = "10-terway.conflist", ConfigMap, CniConf, Described("none"), "", Restart,
         "A CNI configuration list; its plugin of type terway is read as 10-terway.conf is, and goes before it. The daemon writes the list for the container runtime itself.";
-    CNI_CONF = "10-terway.conf", ConfigMap, CniConf, Means("none"), "", Restart,
+    CNI_CONF = "10-terway.conf", ConfigMap, CniConf, Described("none"), "", Restart,
         "A CNI configuration. mtu and host_stack_cidrs count; the daemon writes the configuration for the container runtime itself.";
-    ENI_CONF = "eni_conf", ConfigMap, EniConf, Means("refused: it is needed"), "", Never,
+    ENI_CONF = "eni_conf", ConfigMap, EniConf, Required, "", Never,
         "The document that holds the other keys of this page.";
-    ENABLE_ENI_TRUNKING = "enable_eni_trunking", EniConf, Flag, Is("false"), "", Unsupported,
+    ENABLE_ENI_TRUNKING = "enable_eni_trunking", EniConf, Flag, Literal("false"), "", Unsupported,
         "Pods with their own member ENI on a trunk ENI.";
-    ENABLE_ERDMA = "enable_erdma", EniConf, Flag, Is("false"), "", Unsupported,
+    ENABLE_ERDMA = "enable_erdma", EniConf, Flag, Literal("false"), "", Unsupported,
         "ENIs with elastic RDMA.";
-    CUSTOM_STATEFUL_WORKLOAD_KINDS = "custom_stateful_workload_kinds", EniConf, Texts, Is("[]"), "", Unsupported,
+    CUSTOM_STATEFUL_WORKLOAD_KINDS = "custom_stateful_workload_kinds", EniConf, Texts, Literal("[]"), "", Unsupported,
         "Kinds of workload whose pods keep their address, as those of a StatefulSet do.";
-    IPAM_TYPE = "ipam_type", EniConf, Text, Is(""), "", Unsupported,
+    IPAM_TYPE = "ipam_type", EniConf, Text, Literal(""), "", Unsupported,
         "crd has a controller allocate for all nodes. Here every node allocates for itself.";
-    DISABLE_DEVICE_PLUGIN = "disable_device_plugin", EniConf, Flag, Is("true"), "", Unsupported,
+    DISABLE_DEVICE_PLUGIN = "disable_device_plugin", EniConf, Flag, Literal("true"), "", Unsupported,
         "The device plugin offers ENIs as extended resources.";
-    KUBE_CLIENT_QPS = "kube_client_qps", EniConf, Number { least: 0.0, most: 100_000.0 }, Is("0"), "requests a second", Unsupported,
+    KUBE_CLIENT_QPS = "kube_client_qps", EniConf, Number { least: 0.0, most: 100_000.0 }, Literal("0"), "requests a second", Unsupported,
         "Requests to the API server at most.";
-    KUBE_CLIENT_BURST = "kube_client_burst", EniConf, Whole { least: 0, most: 100_000 }, Is("0"), "requests", Unsupported,
+    KUBE_CLIENT_BURST = "kube_client_burst", EniConf, Whole { least: 0, most: 100_000 }, Literal("0"), "requests", Unsupported,
         "Requests to the API server at once.";
-    ENABLE_PATCH_POD_IPS = "enable_patch_pod_ips", EniConf, Flag, Is("false"), "", Unsupported,
+    ENABLE_PATCH_POD_IPS = "enable_patch_pod_ips", EniConf, Flag, Literal("false"), "", Unsupported,
         "Writes the addresses of a pod into its annotation k8s.aliyun.com/pod-ips.";
-    FELIX_RELAY_SERVICE = "felix_relay_service", ConfigMap, Text, Is(""), "", Unsupported,
+    FELIX_RELAY_SERVICE = "felix_relay_service", ConfigMap, Text, Literal(""), "", Unsupported,
         "The relay of an external policy agent; policies are enforced by the daemon's own datapath.";
 }
 

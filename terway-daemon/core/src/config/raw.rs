@@ -53,8 +53,8 @@ impl Reader {
     /// Takes a value or the table's default, and reads it; what cannot be read is refused, and the default read instead.
     fn read<T>(&mut self, key: &Key, read: impl Fn(&Value) -> Option<T>) -> Option<T> {
         let default = || match key.default {
-            KeyDefault::Is(text) => read(&literal(text)),
-            KeyDefault::Means(_) => None,
+            KeyDefault::Literal(text) => read(&literal(text)),
+            KeyDefault::Described(_) | KeyDefault::Required => None,
         };
         match self.take(key) {
             None => default(),
@@ -118,8 +118,8 @@ impl Reader {
         let Kind::OneOf(words) = key.kind else { return values[0] };
         let find = |word: &str| words.iter().position(|w| *w == word).and_then(|at| values.get(at)).copied();
         let default = match key.default {
-            KeyDefault::Is(word) => word,
-            KeyDefault::Means(_) => "",
+            KeyDefault::Literal(word) => word,
+            KeyDefault::Described(_) | KeyDefault::Required => "",
         };
         let chosen = self.read(key, |value| value.as_str().and_then(|w| find(if w.is_empty() { default } else { w })));
         chosen.unwrap_or(values[0])
@@ -140,7 +140,7 @@ impl Reader {
                 }
                 Some(key) if key.effect == TakesEffect::Unsupported => {
                     // The value that describes what this version does anyway deserves no warning.
-                    if value.is_null() || matches!(key.default, KeyDefault::Is(text) if literal(text) == value) {
+                    if value.is_null() || matches!(key.default, KeyDefault::Literal(text) if literal(text) == value) {
                         continue;
                     }
                     "has no effect in this version".to_owned()

@@ -57,19 +57,29 @@ fn a_default_of_the_table_is_the_default_of_the_node() {
         match key.default {
             _ if key.name == "vswitches" || key.name == "security_groups" => {}
             // A length of time has several spellings.
-            KeyDefault::Is("120s") => assert_eq!(shown, "2m"),
-            KeyDefault::Is("1" | "0.1") => {
+            KeyDefault::Literal("120s") => assert_eq!(shown, "2m"),
+            KeyDefault::Literal("1" | "0.1") => {
                 assert_eq!(setting, Setting::Value(json!(shown.parse::<f64>().unwrap())));
             }
-            KeyDefault::Is("") => assert_eq!(shown, "\"\"", "{}", key.name),
-            KeyDefault::Is(text) => assert_eq!(shown, text, "{}", key.name),
-            KeyDefault::Means(_) => {
+            KeyDefault::Literal("") => assert_eq!(shown, "\"\"", "{}", key.name),
+            KeyDefault::Literal(text) => assert_eq!(shown, text, "{}", key.name),
+            KeyDefault::Described(_) | KeyDefault::Required => {
                 let empty = ["none", "{}", "[]"].contains(&shown.as_str()) || key.name == "eni_tag_block_list";
                 assert!(empty, "{} {shown}", key.name);
             }
         }
     }
     assert!(parse(&with(&json!({})).to_string()).unwrap().1.is_empty());
+}
+
+#[test]
+fn a_configuration_without_a_required_key_is_refused() {
+    let required: Vec<_> = KEYS.iter().filter(|key| key.default == KeyDefault::Required).map(|key| key.name).collect();
+    assert_eq!(required, ["vswitches", "eni_conf"]);
+    assert_eq!(KeyDefault::Required.to_string(), "required");
+    let refused = |bad: Vec<InvalidValue>| bad.into_iter().map(|bad| bad.key).collect::<Vec<_>>();
+    assert_eq!(parse("{}").map_err(refused), Err(vec!["vswitches".to_owned()]));
+    assert_eq!(ConfigDocuments::default().check().map_err(refused), Err(vec!["eni_conf".to_owned()]));
 }
 
 #[test]
