@@ -14,7 +14,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use std::sync::atomic::AtomicU64;
 
-use terway_abi::{Drop, Kind};
+use terway_abi::{Drop, PathCounter};
 
 use crate::bpf::Datapath;
 use crate::supervise;
@@ -225,7 +225,7 @@ impl Collector for DatapathCounters {
         // A scrape without the datapath's part is better than no scrape.
         let Ok(counters) = self.0.counters().read() else { return Ok(()) };
         let drops: Vec<_> = Drop::ALL.iter().map(|reason| (reason.name(), counters.drop(*reason))).collect();
-        let ways: Vec<_> = Kind::ALL.iter().map(|kind| (kind.name(), counters.kind(*kind))).collect();
+        let ways: Vec<_> = PathCounter::ALL.iter().map(|kind| (kind.name(), counters.kind(*kind))).collect();
         for (name, help, label, rows) in [
             ("terway_drop", "dropped by the datapath", "reason", &drops),
             ("terway_forward", "forwarded by the datapath", "path", &ways),

@@ -1,7 +1,7 @@
 //! What is done with the first packet of a flow. The tables are asked through a trait, so that the same code runs on the kernel's
 //! maps and, in tests, on ordinary ones.
 
-use terway_abi::{Drop, Endpoint, MacPair, NO_SLOT, POLICY_EPOCH, Uplink};
+use terway_abi::{Drop, Endpoint, MacPair, NO_SLOT, POLICY_EPOCH_MASK, Uplink};
 
 use crate::family::Family;
 use crate::flow::{Basis, Place, Route};
@@ -45,8 +45,8 @@ fn nobody<F: Family, T: Tables<F>>(tables: &T, address: &F::Addr) -> Basis {
 /// policies is read here, before they are asked.
 #[inline(always)]
 fn pods<F: Family, T: Tables<F>>(tables: &T, pod: &Endpoint) -> Basis {
-    let epoch = pod.epoch & !POLICY_EPOCH | tables.epoch(pod.slot) & POLICY_EPOCH;
-    Basis { slot: pod.slot, epoch, since: pod.since }
+    let epoch = pod.epoch & !POLICY_EPOCH_MASK | tables.epoch(pod.slot) & POLICY_EPOCH_MASK;
+    Basis { slot: pod.slot, epoch, since: pod.first_epoch }
 }
 
 /// Whether a pod may send this packet at all.
@@ -55,7 +55,7 @@ fn pods<F: Family, T: Tables<F>>(tables: &T, pod: &Endpoint) -> Basis {
 /// The reason to drop it.
 #[inline(always)]
 pub fn sender<F: Family>(pod: &Endpoint, packet: &Packet<F>, macs: MacPair) -> Result<(), Drop> {
-    if macs.source() != pod.sent.source() {
+    if macs.source() != pod.from_pod_macs.source() {
         return Err(Drop::SpoofedMac);
     }
     if let Some(drop) = F::unroutable(&packet.src, &packet.dst) {
@@ -64,7 +64,7 @@ pub fn sender<F: Family>(pod: &Endpoint, packet: &Packet<F>, macs: MacPair) -> R
     if F::same(&packet.src, &F::NONE) || !F::same(&packet.src, &F::address(pod)) {
         return Err(Drop::SpoofedSource);
     }
-    if macs != pod.sent {
+    if macs != pod.from_pod_macs {
         return Err(Drop::NotForGateway);
     }
     Ok(())
@@ -190,7 +190,7 @@ pub fn to_vpc<F: Family, T: Tables<F>>(tables: &T, src: &F::Addr, ifindex: u32) 
     }
 }
 
-/// What has changed about the ends of an entry since it was made, as bits of epochs: none, only some of [`POLICY_EPOCH`], or others,
+/// What has changed about the ends of an entry since it was made, as bits of epochs: none, only some of [`POLICY_EPOCH_MASK`], or others,
 /// which make it void.
 #[inline(always)]
 pub fn drift<F: Family, T: Tables<F>>(tables: &T, slots: [u32; 2], epochs: [u32; 2]) -> u32 {
@@ -268,8 +268,8 @@ mod tests {
             v6: if n == 3 { [0; 4] } else { v6(n) },
             gateway_v4: if eni == 51 { 0 } else { v4(253) },
             gateway_v6: v6(253),
-            sent: MacPair::new([0xaa; 6], [n; 6]),
-            received: MacPair::new([n; 6], [0xaa; 6]),
+            from_pod_macs: MacPair::new([0xaa; 6], [n; 6]),
+            to_pod_macs: MacPair::new([n; 6], [0xaa; 6]),
             ..Endpoint::default()
         };
         Node {
@@ -327,18 +327,18 @@ mod tests {
         ] {
             let sent = packet::<V4>(v4(n), v4(dst));
             assert_eq!(
-                said(from_pod(&node, pod(n.into()), &sent, &sent.dst, pod(n.into()).sent)),
+                said(from_pod(&node, pod(n.into()), &sent, &sent.dst, pod(n.into()).from_pod_macs)),
                 want,
                 "{n} to {dst}"
             );
         }
         assert_eq!(
-            said(from_pod(&node, pod(1), &packet::<V6>(v6(1), v6(3)), &v6(3), pod(1).sent)),
+            said(from_pod(&node, pod(1), &packet::<V6>(v6(1), v6(3)), &v6(3), pod(1).from_pod_macs)),
             Ok(Some(("vpc", 1)))
         );
         // Having no address of a family is not having the unspecified one.
         let none = packet::<V6>([0; 4], v6(2));
-        assert_eq!(said(from_pod(&node, pod(3), &none, &none.dst, pod(3).sent)), Err(Drop::SpoofedSource));
+        assert_eq!(said(from_pod(&node, pod(3), &none, &none.dst, pod(3).from_pod_macs)), Err(Drop::SpoofedSource));
     }
 
     #[test]
@@ -371,23 +371,25 @@ mod tests {
         let mut node = node();
         let pod = *node.pods.get(&1).unwrap();
         let sent = packet::<V4>(v4(1), v4(9));
-        let Ok(Decision::Way(route)) = from_pod(&node, &pod, &sent, &sent.dst, pod.sent) else { panic!("not sent") };
+        let Ok(Decision::Way(route)) = from_pod(&node, &pod, &sent, &sent.dst, pod.from_pod_macs) else {
+            panic!("not sent")
+        };
         let (slots, epochs) =
             ([route.source.slot, route.destination.slot], [route.source.epoch, route.destination.epoch]);
         assert!(holds::<V4, _>(&node, slots, epochs));
         for slot in slots {
             let before = node.epochs.insert(slot, 99 << 16);
-            assert!(drift::<V4, _>(&node, slots, epochs) > POLICY_EPOCH);
+            assert!(drift::<V4, _>(&node, slots, epochs) > POLICY_EPOCH_MASK);
             let policies = terway_abi::next_policy_epoch(before.unwrap_or(0));
             node.epochs.insert(slot, policies);
-            assert!((1..=POLICY_EPOCH).contains(&drift::<V4, _>(&node, slots, epochs)));
+            assert!((1..=POLICY_EPOCH_MASK).contains(&drift::<V4, _>(&node, slots, epochs)));
             node.epochs.insert(slot, before.unwrap_or(0));
         }
         assert!(holds::<V4, _>(&node, slots, epochs));
         assert!(!holds::<V4, _>(&node, [0, 0], [0, 0]), "an entry that was never filled");
         // An endpoint that is being changed: its new epoch is in its value, and not yet in the map.
         let changing = Endpoint { epoch: 2 << 16, ..pod };
-        let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, &sent.dst, pod.sent) else {
+        let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, &sent.dst, pod.from_pod_macs) else {
             panic!("not sent")
         };
         assert!(!holds::<V4, _>(

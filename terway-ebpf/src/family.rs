@@ -1,6 +1,6 @@
 //! What differs between IPv4 and IPv6, so that everything else is written once.
 
-use terway_abi::{Drop, Endpoint, Nexthop, bucket_v4, bucket_v6};
+use terway_abi::{Drop, Endpoint, Nexthop, remote_slot_v4, remote_slot_v6};
 
 use crate::csum;
 use crate::flow::{self, copy};
@@ -195,7 +195,7 @@ impl Family for V4 {
 
     #[inline(always)]
     fn bucket(address: &u32) -> u32 {
-        bucket_v4(*address)
+        remote_slot_v4(*address)
     }
 
     #[inline(always)]
@@ -326,7 +326,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn bucket(address: &[u32; 4]) -> u32 {
-        bucket_v6(*address)
+        remote_slot_v6(*address)
     }
 
     #[inline(always)]

@@ -1,7 +1,8 @@
 //! Flow entries: how they are made, for both directions at once, and what an established packet asks of them.
 
 use terway_abi::{
-    Action, Endpoint, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, MacPair, Nexthop, Side, flow_flags,
+    Action, Endpoint, Flow, FlowDirection, FlowKey, HOOK_INGRESS, HOOK_TO_POD, HOOK_TO_VPC, MacPair, Nexthop,
+    flow_flags,
 };
 
 use crate::family::Family;
@@ -57,8 +58,8 @@ impl<'a> Route<'a> {
     #[must_use]
     pub const fn hook(&self) -> (u32, u8) {
         match self.origin {
-            Place::Pod(pod) => (pod.host_ifindex, HOOK_IN),
-            Place::Vpc(pod) => (pod.eni_ifindex, HOOK_IN),
+            Place::Pod(pod) => (pod.host_ifindex, HOOK_INGRESS),
+            Place::Vpc(pod) => (pod.eni_ifindex, HOOK_INGRESS),
             Place::Host(pod) => (pod.host_ifindex, HOOK_TO_POD),
             Place::Node(node) => (node.eni_ifindex, HOOK_TO_VPC),
         }
@@ -66,9 +67,9 @@ impl<'a> Route<'a> {
 
     /// Fills one side of a flow entry for this way: what its action needs, and nothing else of it.
     #[inline(always)]
-    pub fn fill<F: Family>(&self, side: &mut Side) {
+    pub fn fill<F: Family>(&self, side: &mut FlowDirection) {
         if let Place::Pod(pod) = self.origin {
-            copy(&mut side.expect.0, &pod.sent.0);
+            copy(&mut side.expected_macs.0, &pod.from_pod_macs.0);
         }
         let (ifindex, hook) = self.hook();
         (side.ifindex, side.hook) = (ifindex, u32::from(hook));
@@ -78,13 +79,13 @@ impl<'a> Route<'a> {
                 side.action = Action::Stack as u32;
             }
             (_, Place::Pod(pod)) => {
-                let MacPair([a, b, c]) = &pod.received;
-                let Nexthop { family, address: [d, e, ..] } = &mut side.way;
+                let MacPair([a, b, c]) = &pod.to_pod_macs;
+                let Nexthop { family, address: [d, e, ..] } = &mut side.nexthop;
                 (*family, *d, *e) = (*a, *b, *c);
                 (side.action, side.oif) = (Action::Local as u32, pod.host_ifindex);
             }
             (_, Place::Vpc(pod)) => {
-                F::gateway(pod, &mut side.way);
+                F::gateway(pod, &mut side.nexthop);
                 (side.action, side.oif) = (Action::Vpc as u32, pod.eni_ifindex);
             }
         }
@@ -94,8 +95,8 @@ impl<'a> Route<'a> {
 /// What a side with [`Action::Local`] writes into the frame.
 #[inline(always)]
 #[must_use]
-pub const fn written(side: &Side) -> MacPair {
-    let Nexthop { family, address: [d, e, ..] } = side.way;
+pub const fn written(side: &FlowDirection) -> MacPair {
+    let Nexthop { family, address: [d, e, ..] } = side.nexthop;
     MacPair([family, d, e])
 }
 
@@ -144,10 +145,10 @@ pub(crate) fn opaque(mut value: u64) -> u64 {
 /// The side of a flow that an end uses.
 #[inline(always)]
 #[must_use]
-pub fn side<A>(flow: &mut Flow<A>, from_high: u32) -> &mut Side {
-    let index = opaque(u64::from(from_high ^ flow.maker)) & 1;
+pub fn side<A>(flow: &mut Flow<A>, from_high: u32) -> &mut FlowDirection {
+    let index = opaque(u64::from(from_high ^ flow.initiator)) & 1;
     // SAFETY: the index is 0 or 1. Without `get`, whose branch would be one more thing to verify.
-    unsafe { flow.sides.get_unchecked_mut(index as usize) }
+    unsafe { flow.directions.get_unchecked_mut(index as usize) }
 }
 
 /// Whether a packet with these TCP flags may use an entry with these flags.
@@ -186,14 +187,14 @@ mod tests {
             slot: number,
             epoch: 7,
             gateway_v4: 0xfd,
-            sent: MacPair([number, 1, 1]),
-            received: MacPair([number, 2, 2]),
+            from_pod_macs: MacPair([number, 1, 1]),
+            to_pod_macs: MacPair([number, 2, 2]),
             ..Endpoint::default()
         }
     }
 
-    fn filled(route: &Route<'_>) -> Side {
-        let mut side = Side::default();
+    fn filled(route: &Route<'_>) -> FlowDirection {
+        let mut side = FlowDirection::default();
         route.fill::<V4>(&mut side);
         side
     }
@@ -203,24 +204,27 @@ mod tests {
         let (a, b) = (pod(1), pod(2));
         let (source, destination) = (Basis { slot: 1, epoch: 7, since: 7 }, Basis { slot: 2, epoch: 7, since: 7 });
         let local = Route { origin: Place::Pod(&a), target: Place::Pod(&b), source, destination };
-        assert_eq!((local.hook(), local.back().hook()), ((1, HOOK_IN), (2, HOOK_IN)));
+        assert_eq!((local.hook(), local.back().hook()), ((1, HOOK_INGRESS), (2, HOOK_INGRESS)));
         let (there, back) = (filled(&local), filled(&local.back()));
         assert_eq!((there.action, there.oif, back.oif), (Action::Local as u32, 2, 1));
         assert_eq!((there.ifindex, back.ifindex), (1, 2));
-        assert_eq!((there.expect, written(&there)), (a.sent, b.received));
-        assert_eq!((back.expect, written(&back)), (b.sent, a.received));
+        assert_eq!((there.expected_macs, written(&there)), (a.from_pod_macs, b.to_pod_macs));
+        assert_eq!((back.expected_macs, written(&back)), (b.from_pod_macs, a.to_pod_macs));
 
         let out = Route { target: Place::Vpc(&a), ..local };
-        assert_eq!((out.hook(), out.back().hook()), ((1, HOOK_IN), (101, HOOK_IN)));
+        assert_eq!((out.hook(), out.back().hook()), ((1, HOOK_INGRESS), (101, HOOK_INGRESS)));
         let (there, back) = (filled(&out), filled(&out.back()));
-        assert_eq!((there.action, there.oif, there.way.address[0]), (Action::Vpc as u32, 101, 0xfd));
-        assert_eq!((back.action, back.oif, written(&back)), (Action::Local as u32, 1, a.received));
+        assert_eq!((there.action, there.oif, there.nexthop.address[0]), (Action::Vpc as u32, 101, 0xfd));
+        assert_eq!((back.action, back.oif, written(&back)), (Action::Local as u32, 1, a.to_pod_macs));
 
         let host = Route { target: Place::Host(&a), ..local };
         assert_eq!(host.back().hook(), (1, HOOK_TO_POD));
         let (there, back) = (filled(&host), filled(&host.back()));
-        assert_eq!((there.action, there.expect, back.action), (Action::Stack as u32, a.sent, Action::Stack as u32));
-        assert_eq!((there.hook, back.hook), (HOOK_IN.into(), HOOK_TO_POD.into()));
+        assert_eq!(
+            (there.action, there.expected_macs, back.action),
+            (Action::Stack as u32, a.from_pod_macs, Action::Stack as u32)
+        );
+        assert_eq!((there.hook, back.hook), (HOOK_INGRESS.into(), HOOK_TO_POD.into()));
     }
 
     #[test]
@@ -231,18 +235,18 @@ mod tests {
         let (there, back) = (filled(&local), filled(&local.back()));
         assert_eq!((there.ifindex, there.action, there.oif), (200, Action::Local as u32, 1));
         // Not by the pod's own ENI, which is 101.
-        assert_eq!((back.ifindex, back.action, back.oif, back.way.address[0]), (1, Action::Vpc as u32, 200, 0xfe));
+        assert_eq!((back.ifindex, back.action, back.oif, back.nexthop.address[0]), (1, Action::Vpc as u32, 200, 0xfe));
         let remote = Route { target: Place::Vpc(&uplink), ..local };
         for side in [filled(&remote), filled(&remote.back())] {
             assert_eq!((side.ifindex, side.hook, side.action, side.oif), (200, 0, Action::Vpc as u32, 200));
         }
         let host = Route { target: Place::Node(&uplink), ..local };
         let (there, back) = (filled(&host), filled(&host.back()));
-        assert_eq!((there.hook, there.action), (HOOK_IN.into(), Action::Stack as u32));
+        assert_eq!((there.hook, there.action), (HOOK_INGRESS.into(), Action::Stack as u32));
         assert_eq!((back.ifindex, back.hook, back.action), (200, HOOK_TO_VPC.into(), Action::Stack as u32));
     }
 
-    /// Both directions find one entry, and different sides of it; and the key keeps what the packet said.
+    /// Both directions find one entry, and different directions of it; and the key keeps what the packet said.
     fn meets<F: Family>(src: F::Addr, dst: F::Addr, ports: u32)
     where
         F::Addr: PartialEq + core::fmt::Debug,
@@ -257,10 +261,10 @@ mod tests {
             _ => (there.high, there.low, there.ports.rotate_left(16)),
         };
         assert_eq!(said, (src, dst, ports));
-        let mut flow = FlowV4 { maker: high, ..FlowV4::default() };
+        let mut flow = FlowV4 { initiator: high, ..FlowV4::default() };
         side(&mut flow, high).packets = 1;
         side(&mut flow, answers).bytes = 2;
-        let [made, other] = flow.sides;
+        let [made, other] = flow.directions;
         assert_eq!((made.packets, if to_itself { made } else { other }.bytes), (1, 2));
     }
 

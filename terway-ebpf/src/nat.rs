@@ -65,13 +65,13 @@ pub struct Tuple<'a, A> {
 /// Writes into a flow that the packets of its maker, which look like `old`, become `new`.
 #[inline(always)]
 pub fn translate<F: Family>(flow: &mut Flow<F::Addr>, old: Tuple<'_, F::Addr>, new: Tuple<'_, F::Addr>) {
-    F::assign(&mut flow.src, new.src);
-    F::assign(&mut flow.dst, new.dst);
-    flow.ports = new.ports;
-    flow.sum_addresses = F::difference(old.dst, new.dst, F::difference(old.src, new.src, 0));
-    flow.sum_ports = difference(old.ports, new.ports, 0);
-    let [side, _] = &mut flow.sides;
-    side.flags |= flow_flags::TRANSLATE;
+    F::assign(&mut flow.nat_src, new.src);
+    F::assign(&mut flow.nat_dst, new.dst);
+    flow.nat_ports = new.ports;
+    flow.address_delta = F::difference(old.dst, new.dst, F::difference(old.src, new.src, 0));
+    flow.port_delta = difference(old.ports, new.ports, 0);
+    let [side, _] = &mut flow.directions;
+    side.flags |= flow_flags::NAT;
 }
 
 /// Source ports to draw from.

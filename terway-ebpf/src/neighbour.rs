@@ -51,7 +51,7 @@ pub fn check_arp<P: Frame>(frame: &P, pod: &Endpoint) -> Result<(), Drop> {
     let [a, b] = arp.sender.map(u16::to_ne_bytes);
     let ethernet =
         arp.hardware == 1_u16.to_be() && arp.protocol == 0x0800_u16.to_be() && arp.lengths == 0x0604_u16.to_be();
-    let own = arp.sender_mac == halves(pod.sent.source())
+    let own = arp.sender_mac == halves(pod.from_pod_macs.source())
         && pod.v4 != 0
         && u32::from_ne_bytes([a[0], a[1], b[0], b[1]]) == pod.v4;
     if ethernet && own { Ok(()) } else { Err(Drop::SpoofedArp) }
@@ -88,7 +88,7 @@ pub fn check_neighbour<P: Frame>(frame: &P, packet: &Packet<V6>, pod: &Endpoint)
         at = frame.blur(at);
         let Some(option) = frame.read_far::<LinkOption>(at) else { break };
         let link = option.kind == SOURCE_LINK || option.kind == TARGET_LINK;
-        if option.units == 0 || (link && option.mac != halves(pod.sent.source())) {
+        if option.units == 0 || (link && option.mac != halves(pod.from_pod_macs.source())) {
             return Err(Drop::SpoofedNeighbour);
         }
         at += usize::from(option.units) * 8;

@@ -162,7 +162,7 @@ pub struct Ipv6Header {
     pub version_class_flow: u32,
     /// Bytes after this header.
     pub length: u16,
-    /// Kind of the next header.
+    /// PathCounter of the next header.
     pub next: u8,
     /// Hop limit.
     pub hops: u8,

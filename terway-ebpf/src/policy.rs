@@ -3,8 +3,8 @@
 //! The maps are asked through a trait, so that the same code runs in the kernel and, in tests, against the compiler's own reading of them.
 
 use terway_abi::{
-    DECISION_ALLOW, Drop, GATE_ENFORCE, GATE_PHASE, IDENTITY_NATURE, IDENTITY_NODE, MAX_ENDPOINTS, NO_SLOT, PeerKey,
-    Phases, PolicyEndpoint, PolicySide, PortKey, TARGET_DECISION, default_index, policy_reason,
+    CONTROL_ENFORCE, CONTROL_VERSION, Drop, IDENTITY_KIND, IDENTITY_NODE, MAX_ENDPOINTS, NO_SLOT, PEER_VERDICT,
+    PeerKey, PolicyDirection, PolicyEndpoint, PortKey, VERDICT_ALLOW, Versioned, default_index, rule_id,
 };
 
 use crate::family::Family;
@@ -18,11 +18,11 @@ pub trait Policies<F: Family> {
     /// What holds for the pod of a slot in a phase.
     fn endpoint(&self, slot: u32, phase: u32) -> Option<&PolicyEndpoint>;
     /// The identity of an address; 0 = that of its longest block.
-    fn exact(&self, address: &F::Addr) -> Option<&Phases>;
+    fn exact(&self, address: &F::Addr) -> Option<&Versioned>;
     /// The identity of the longest block that the address is in.
-    fn block(&self, address: &F::Addr) -> Option<&Phases>;
+    fn block(&self, address: &F::Addr) -> Option<&Versioned>;
     /// Where a set leads for an identity.
-    fn peer(&self, key: &PeerKey) -> Option<&Phases>;
+    fn peer(&self, key: &PeerKey) -> Option<&Versioned>;
     /// The decision of the longest prefix of a port table.
     fn port(&self, key: &PortKey) -> Option<u32>;
 }
@@ -43,14 +43,14 @@ pub struct Case<A> {
     pub protocol: u32,
 }
 
-/// What is decided: the number of the reason, and [`DECISION_ALLOW`].
+/// What is decided: the number of the reason, and [`VERDICT_ALLOW`].
 pub type Decision = u32;
 
 /// Of the policies that were asked none decides.
-const UNDECIDED: Decision = DECISION_ALLOW | policy_reason::NO_POLICY;
+const UNDECIDED: Decision = VERDICT_ALLOW | rule_id::NO_POLICY;
 
 /// Neither direction of this node's business.
-pub const ELSEWHERE: Decision = DECISION_ALLOW;
+pub const ELSEWHERE: Decision = VERDICT_ALLOW;
 
 /// Whether the slot is a pod's.
 #[inline(always)]
@@ -61,10 +61,10 @@ pub const fn is_pod(slot: u32) -> bool {
 
 /// The value of the phase that counts.
 #[inline(always)]
-fn at(phases: &Phases, phase: u32) -> u32 {
+fn at(phases: &Versioned, phase: u32) -> u32 {
     let [zero, one] = *phases;
     // Without a branch, whose two ways the verifier would both follow.
-    zero ^ ((zero ^ one) & 0_u32.wrapping_sub(phase & GATE_PHASE))
+    zero ^ ((zero ^ one) & 0_u32.wrapping_sub(phase & CONTROL_VERSION))
 }
 
 /// The identity by which an end is seen.
@@ -88,7 +88,7 @@ fn seen<F: Family, P: Policies<F>>(policies: &P, address: &F::Addr, slot: u32, p
 #[inline(always)]
 fn one_side<F: Family, P: Policies<F>>(
     policies: &P,
-    [admin, others]: &[PolicySide; 2],
+    [admin, others]: &[PolicyDirection; 2],
     ingress: bool,
     peer: (&F::Addr, u32),
     case: &Case<F::Addr>,
@@ -98,8 +98,8 @@ fn one_side<F: Family, P: Policies<F>>(
         return UNDECIDED;
     }
     let identity = seen::<F, P>(policies, peer.0, peer.1, phase);
-    if ingress && identity & IDENTITY_NATURE == IDENTITY_NODE {
-        return DECISION_ALLOW | policy_reason::RESIDENT_NODE;
+    if ingress && identity & IDENTITY_KIND == IDENTITY_NODE {
+        return VERDICT_ALLOW | rule_id::LOCAL_NODE;
     }
     let decision = ask::<F, P>(policies, admin, identity, case, phase);
     if decision != UNDECIDED {
@@ -112,7 +112,7 @@ fn one_side<F: Family, P: Policies<F>>(
 #[inline(always)]
 fn ask<F: Family, P: Policies<F>>(
     policies: &P,
-    side: &PolicySide,
+    side: &PolicyDirection,
     identity: u32,
     case: &Case<F::Addr>,
     phase: u32,
@@ -130,8 +130,8 @@ fn ask<F: Family, P: Policies<F>>(
         // SAFETY: the index has two bits, and the array four entries. `get` would add a branch to verify.
         unsafe { *side.defaults.get_unchecked(index as usize) }
     };
-    if target & TARGET_DECISION != 0 {
-        return target & !TARGET_DECISION;
+    if target & PEER_VERDICT != 0 {
+        return target & !PEER_VERDICT;
     }
     let ported = matches!(case.protocol as u8, TCP | UDP | SCTP);
     let port = if ported { case.port as u16 } else { 0 };
@@ -146,17 +146,17 @@ fn ask<F: Family, P: Policies<F>>(
 pub fn verdict<F: Family, P: Policies<F>>(policies: &P, case: &Case<F::Addr>) -> [Decision; 2] {
     let gate = policies.gate();
     let [source, destination] = case.slots;
-    let always = if gate & GATE_ENFORCE == 0 {
-        policy_reason::DISABLED
+    let always = if gate & CONTROL_ENFORCE == 0 {
+        rule_id::DISABLED
     } else if source == destination {
-        policy_reason::LOOPBACK
+        rule_id::LOOPBACK
     } else {
         0
     };
     if always != 0 {
-        return [DECISION_ALLOW | always; 2];
+        return [VERDICT_ALLOW | always; 2];
     }
-    let phase = gate & GATE_PHASE;
+    let phase = gate & CONTROL_VERSION;
     let mut decisions = [ELSEWHERE; 2];
     let [egress, ingress] = &mut decisions;
     if is_pod(source)
@@ -164,7 +164,7 @@ pub fn verdict<F: Family, P: Policies<F>>(policies: &P, case: &Case<F::Addr>) ->
     {
         *egress = one_side::<F, P>(policies, &pod.egress, false, (&case.destination, destination), case, phase);
         // Nothing that comes after it could make it pass.
-        if *egress & DECISION_ALLOW == 0 {
+        if *egress & VERDICT_ALLOW == 0 {
             return decisions;
         }
     }
@@ -180,9 +180,9 @@ pub fn verdict<F: Family, P: Policies<F>>(policies: &P, case: &Case<F::Addr>) ->
 #[inline(always)]
 #[must_use]
 pub const fn forbidden([egress, ingress]: [Decision; 2]) -> Option<(Drop, u32)> {
-    if egress & DECISION_ALLOW == 0 {
+    if egress & VERDICT_ALLOW == 0 {
         Some((Drop::PolicyEgress, egress))
-    } else if ingress & DECISION_ALLOW == 0 {
+    } else if ingress & VERDICT_ALLOW == 0 {
         Some((Drop::PolicyIngress, ingress))
     } else {
         None

@@ -1,8 +1,8 @@
 //! Services: whether a packet is for one, and which backend it gets.
 
 use terway_abi::{
-    Affinity, AffinityKey, Backend, Frontend, FrontendKey, Member, NO_BACKEND, Run, SCOPE_ADDRESS, SCOPE_NODE,
-    backend_flags, frontend_class, frontend_flags,
+    Affinity, AffinityKey, Backend, BackendRange, BackendRef, Frontend, FrontendKey, NO_BACKEND, SCOPE_ADDRESS,
+    SCOPE_NODE, backend_flags, frontend_class, frontend_flags,
 };
 
 use crate::family::Family;
@@ -17,7 +17,7 @@ pub trait Services<F: Family> {
     /// Whether a client is in the source ranges of a Service.
     fn in_ranges(&self, service: u32, client: &F::Addr) -> bool;
     /// The member at this place; nobody if there is no such place.
-    fn member(&self, index: u32) -> Member;
+    fn member(&self, index: u32) -> BackendRef;
     /// The backend of this number.
     fn backend(&self, number: u32) -> Option<&Backend>;
     /// Its open connections.
@@ -56,7 +56,7 @@ pub enum Outcome {
         silent: bool,
     },
     /// It goes there.
-    Chosen(Member),
+    Chosen(BackendRef),
 }
 
 /// How often another member is tried when the one that was found has just gone.
@@ -114,11 +114,11 @@ fn admit<F: Family, S: Services<F>>(
     inside: bool,
     client: &F::Addr,
 ) -> Option<Outcome> {
-    let not_here = if inside { frontend_flags::EXTERNAL } else { frontend_flags::INTERNAL };
+    let not_here = if inside { frontend_flags::EXTERNAL_ONLY } else { frontend_flags::IN_CLUSTER_ONLY };
     if frontend.flags & not_here != 0 {
         return Some(Outcome::Other);
     }
-    let ranged = !inside && frontend.flags & frontend_flags::RANGES != 0;
+    let ranged = !inside && frontend.flags & frontend_flags::SOURCE_RANGES != 0;
     (ranged && !services.in_ranges(frontend.service, client)).then_some(Outcome::Excluded)
 }
 
@@ -136,18 +136,18 @@ pub fn choose<F: Family, S: Services<F>>(
     }
     let run = if inside { frontend.internal } else { frontend.external };
     if run.count == 0 {
-        return Outcome::Refused { silent: !inside && frontend.flags & frontend_flags::SILENT != 0 };
+        return Outcome::Refused { silent: !inside && frontend.flags & frontend_flags::DROP_WITHOUT_REPLY != 0 };
     }
     let key = AffinityKey { client: asker.client, service: frontend.service, kind: asker.kind };
     let mut by_hash = frontend.flags & frontend_flags::MAGLEV != 0;
     if frontend.affinity != 0
         && let Some(held) = services.held(&key)
         && asker.now.wrapping_sub(held.last_used) / asker.hz.max(1) < frontend.affinity
-        && let Some(backend) = life(services, held.member)
+        && let Some(backend) = life(services, held.backend_ref)
     {
-        if backend.flags & backend_flags::ENDING == 0 {
+        if backend.flags & backend_flags::TERMINATING == 0 {
             services.hold(&key, &Affinity { last_used: asker.now, ..held });
-            return Outcome::Chosen(held.member);
+            return Outcome::Chosen(held.backend_ref);
         }
         // It finishes what it has begun and gets nothing new. If the run has others that are ending and no one else, the client shall
         // at least stay with one of them.
@@ -157,7 +157,7 @@ pub fn choose<F: Family, S: Services<F>>(
     for _ in 0..TRIES {
         let mut member = pick(services, run, chance);
         chance = chance.wrapping_mul(0x915f_77f5).wrapping_add(0x9e37_79b9);
-        if frontend.flags & frontend_flags::LEAST != 0 {
+        if frontend.flags & frontend_flags::LEAST_CONNECTIONS != 0 {
             let other = pick(services, run, chance);
             if services.load(other.backend) < services.load(member.backend) {
                 member = other;
@@ -165,7 +165,7 @@ pub fn choose<F: Family, S: Services<F>>(
         }
         if life(services, member).is_some() {
             if frontend.affinity != 0 {
-                services.hold(&key, &Affinity { member, last_used: asker.now, spare: 0 });
+                services.hold(&key, &Affinity { backend_ref: member, last_used: asker.now, spare: 0 });
             }
             return Outcome::Chosen(member);
         }
@@ -174,7 +174,7 @@ pub fn choose<F: Family, S: Services<F>>(
 }
 
 #[inline(always)]
-fn pick<F: Family, S: Services<F>>(services: &S, run: Run, chance: u32) -> Member {
+fn pick<F: Family, S: Services<F>>(services: &S, run: BackendRange, chance: u32) -> BackendRef {
     // The top bits of a product fall evenly over the run, without the division that a remainder takes.
     let place = (u64::from(chance) * u64::from(run.count)) >> 32;
     services.member(run.first.wrapping_add(place as u32))
@@ -182,7 +182,7 @@ fn pick<F: Family, S: Services<F>>(services: &S, run: Run, chance: u32) -> Membe
 
 /// The backend of a member, if it still is the one that the member was put there for.
 #[inline(always)]
-pub fn life<F: Family, S: Services<F>>(services: &S, member: Member) -> Option<&Backend> {
+pub fn life<F: Family, S: Services<F>>(services: &S, member: BackendRef) -> Option<&Backend> {
     if member.backend == NO_BACKEND {
         return None;
     }
@@ -223,7 +223,7 @@ mod tests {
     #[derive(Default)]
     struct Cluster {
         frontends: HashMap<FrontendKey<u32>, Frontend>,
-        members: Vec<Member>,
+        members: Vec<BackendRef>,
         backends: Vec<Backend>,
         loads: Vec<u64>,
         held: RefCell<HashMap<AffinityKey, Affinity>>,
@@ -240,7 +240,7 @@ mod tests {
         fn in_ranges(&self, service: u32, client: &u32) -> bool {
             self.ranges.contains(&(service, *client))
         }
-        fn member(&self, index: u32) -> Member {
+        fn member(&self, index: u32) -> BackendRef {
             self.members.get(index as usize).copied().unwrap_or_default()
         }
         fn backend(&self, number: u32) -> Option<&Backend> {
@@ -268,9 +268,9 @@ mod tests {
     /// Backends 1 to `n` of generation 1, and a frontend at port 80 with all of them.
     fn cluster(n: u32, frontend: Frontend) -> Cluster {
         let backend = |generation| Backend { generation, protocol: 6, ..Backend::default() };
-        let run = Run { first: 10, count: n };
-        let mut members = vec![Member::default(); 10];
-        members.extend((1..=n).map(|backend| Member { backend, generation: 1 }));
+        let run = BackendRange { first: 10, count: n };
+        let mut members = vec![BackendRef::default(); 10];
+        members.extend((1..=n).map(|backend| BackendRef { backend, generation: 1 }));
         let class = frontend_class(80_u16.to_be(), 6, SCOPE_ADDRESS);
         let frontend = Frontend { internal: run, external: run, service: 7, ..frontend };
         Cluster {
@@ -343,14 +343,14 @@ mod tests {
         };
         for (flags, inside, outside) in [
             (0, None, None),
-            (frontend_flags::INTERNAL, None, Some(Outcome::Other)),
-            (frontend_flags::EXTERNAL, Some(Outcome::Other), None),
+            (frontend_flags::IN_CLUSTER_ONLY, None, Some(Outcome::Other)),
+            (frontend_flags::EXTERNAL_ONLY, Some(Outcome::Other), None),
         ] {
             assert_eq!((outcome(flags, true, 9), outcome(flags, false, 9)), (inside, outside));
         }
-        assert_eq!(outcome(frontend_flags::RANGES, false, 9), None);
-        assert_eq!(outcome(frontend_flags::RANGES, false, 8), Some(Outcome::Excluded));
-        assert_eq!(outcome(frontend_flags::RANGES, true, 8), None);
+        assert_eq!(outcome(frontend_flags::SOURCE_RANGES, false, 9), None);
+        assert_eq!(outcome(frontend_flags::SOURCE_RANGES, false, 8), Some(Outcome::Excluded));
+        assert_eq!(outcome(frontend_flags::SOURCE_RANGES, true, 8), None);
     }
 
     #[test]
@@ -378,7 +378,7 @@ mod tests {
                 .held
                 .borrow_mut()
                 .values_mut()
-                .for_each(|held| held.member = Member { backend: first, generation: 1 });
+                .for_each(|held| held.backend_ref = BackendRef { backend: first, generation: 1 });
             let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, true, || false).unwrap();
             match choose::<V4, _>(&cluster, frontend, true, 0, &ask(random, 1)) {
                 Outcome::Chosen(member) => assert_ne!(member.backend, first),
@@ -392,7 +392,7 @@ mod tests {
     fn who_is_ending_gets_no_new_connection_of_its_clients() {
         let mut cluster = cluster(4, Frontend { affinity: 10, ..Frontend::default() });
         let first = chosen(&cluster, &ask(0, 0));
-        cluster.backends[first as usize].flags |= backend_flags::ENDING;
+        cluster.backends[first as usize].flags |= backend_flags::TERMINATING;
         // The planner takes it out of the run.
         cluster.members[10..14]
             .iter_mut()
@@ -401,7 +401,7 @@ mod tests {
         assert_ne!(second, first);
         assert!(randoms().take(100).all(|random| chosen(&cluster, &ask(random, 2)) == second), "and stays there");
         // All that is left is ending: clients stay with one of them.
-        cluster.backends.iter_mut().for_each(|backend| backend.flags |= backend_flags::ENDING);
+        cluster.backends.iter_mut().for_each(|backend| backend.flags |= backend_flags::TERMINATING);
         let last = chosen(&cluster, &ask(0, 3));
         assert!(randoms().take(100).all(|random| chosen(&cluster, &ask(random, 4)) == last));
     }
@@ -420,22 +420,22 @@ mod tests {
             let mut cluster = cluster(backends.len() as u32, Frontend { affinity: 10, ..Frontend::default() });
             for (backend, (generation, ending)) in cluster.backends[1..].iter_mut().zip(&backends) {
                 backend.generation = *generation;
-                backend.flags = if *ending { backend_flags::ENDING } else { 0 };
+                backend.flags = if *ending { backend_flags::TERMINATING } else { 0 };
             }
             let (number, generation, ago) = held;
-            let member = Member { backend: number, generation };
+            let member = BackendRef { backend: number, generation };
             let asker = ask(random, now);
             let key = AffinityKey { client: asker.client, service: 7, kind: 4 };
             let last_used = now - ago * HZ;
-            cluster.held.borrow_mut().insert(key, Affinity { member, last_used, spare: 0 });
+            cluster.held.borrow_mut().insert(key, Affinity { backend_ref: member, last_used, spare: 0 });
             let stays = ago < 10 && backends.get(number as usize - 1) == Some(&(generation, false));
-            let living = |m: Member| m.generation == 1 && backends.get(m.backend as usize - 1).is_some_and(|b| b.0 == 1);
+            let living = |m: BackendRef| m.generation == 1 && backends.get(m.backend as usize - 1).is_some_and(|b| b.0 == 1);
             let frontend = find::<V4, _>(&cluster, &VIP, ports(80), 6, true, || false).unwrap();
             match choose::<V4, _>(&cluster, frontend, true, hash, &asker) {
                 Outcome::Chosen(chosen) => {
                     proptest::prop_assert!(if stays { chosen == member } else { living(chosen) }, "{chosen:?}");
                     let kept = cluster.held.borrow()[&key];
-                    proptest::prop_assert_eq!((kept.member, kept.last_used), (chosen, now));
+                    proptest::prop_assert_eq!((kept.backend_ref, kept.last_used), (chosen, now));
                 }
                 // A few tries may all meet somebody who has just gone.
                 _ => proptest::prop_assert!(!stays && backends.iter().any(|b| b.0 != 1)),
@@ -445,7 +445,7 @@ mod tests {
 
     #[test]
     fn of_two_the_idler_is_taken() {
-        let mut cluster = cluster(4, Frontend { flags: frontend_flags::LEAST, ..Frontend::default() });
+        let mut cluster = cluster(4, Frontend { flags: frontend_flags::LEAST_CONNECTIONS, ..Frontend::default() });
         for random in randoms().take(4_000) {
             let backend = chosen(&cluster, &ask(random, 0));
             cluster.loads[backend as usize] += 1;

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 
 use anyhow::ensure;
 use aya::maps::{HashMap, Map, MapData};
-use terway_abi::{Backend, Flow, FlowKey, Frontend, Member, Program, Run, backend_flags, flow_flags, names};
+use terway_abi::{
+    Backend, BackendRange, BackendRef, Flow, FlowKey, Frontend, Program, backend_flags, flow_flags, names,
+};
 use terway_core::ident::Addresses;
 use terway_daemon::bpf::{BpfError, Config, Datapath, Endpoint, RunContext, Uplink};
 
@@ -234,8 +236,8 @@ fn forward(
     let flags = if behind.is_ipv6() { backend_flags::V6 } else { 0 };
     let backend = Backend { address, port: target.to_be(), protocol: 6, flags, generation: 1, ..Backend::default() };
     datapath.services().set_backend(number, &backend)?;
-    datapath.services().set_members(number, &[Member { backend: number, generation: 1 }])?;
-    let run = Run { first: number, count: 1 };
+    datapath.services().set_members(number, &[BackendRef { backend: number, generation: 1 }])?;
+    let run = BackendRange { first: number, count: 1 };
     let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
     datapath.services().set_frontend(&frontend_key(to, port, 6), &frontend)?;
     Ok(())
@@ -270,17 +272,17 @@ where
     let mut map: HashMap<_, FlowKey<A>, Flow<A>> = map.try_into()?;
     let mut all = map.iter().collect::<Result<Vec<_>, _>>()?;
     all.retain(|(_, flow)| flow.backend == backend);
-    let is_answer = |(_, flow): &&(FlowKey<A>, Flow<A>)| flow.sides[0].flags & flow_flags::REVERSE != 0;
+    let is_answer = |(_, flow): &&(FlowKey<A>, Flow<A>)| flow.directions[0].flags & flow_flags::REPLY != 0;
     let (answer, asked) = (all.iter().find(is_answer), all.iter().find(|entry| !is_answer(entry)));
     // A Service is of one family.
     let (Some((key, answer)), Some((_, asked))) = (answer, asked) else { return Ok(()) };
     let back = Flow {
-        maker: 1 - answer.maker,
-        src: answer.dst,
-        dst: answer.src,
-        ports: answer.ports.rotate_left(16),
-        sum_addresses: !asked.sum_addresses,
-        sum_ports: !asked.sum_ports,
+        initiator: 1 - answer.initiator,
+        nat_src: answer.nat_dst,
+        nat_dst: answer.nat_src,
+        nat_ports: answer.nat_ports.rotate_left(16),
+        address_delta: !asked.address_delta,
+        port_delta: !asked.port_delta,
         ..*asked
     };
     map.insert(key, back, 0)?;
@@ -334,17 +336,17 @@ fn lowest(
 /// # Errors
 /// When a map cannot be read or written.
 pub fn unsettle(datapath: &Datapath) -> anyhow::Result<()> {
-    for name in [names::ENDPOINTS, names::OWNERS_V4] {
+    for name in [names::ENDPOINTS, names::ENDPOINTS_V4] {
         let map = Map::HashMap(MapData::from_pin(datapath.pins().join(name))?);
         let mut map: HashMap<_, u32, terway_abi::Endpoint> = map.try_into()?;
         for (key, entry) in map.iter().collect::<Result<Vec<_>, _>>()? {
-            map.insert(key, terway_abi::Endpoint { epoch: terway_abi::next_epoch(entry.epoch), ..entry }, 0)?;
+            map.insert(key, terway_abi::Endpoint { epoch: terway_abi::next_route_epoch(entry.epoch), ..entry }, 0)?;
         }
     }
-    let map = Map::HashMap(MapData::from_pin(datapath.pins().join(names::OWNERS_V6))?);
+    let map = Map::HashMap(MapData::from_pin(datapath.pins().join(names::ENDPOINTS_V6))?);
     let mut map: HashMap<_, [u32; 4], terway_abi::Endpoint> = map.try_into()?;
     for (key, entry) in map.iter().collect::<Result<Vec<_>, _>>()? {
-        map.insert(key, terway_abi::Endpoint { epoch: terway_abi::next_epoch(entry.epoch), ..entry }, 0)?;
+        map.insert(key, terway_abi::Endpoint { epoch: terway_abi::next_route_epoch(entry.epoch), ..entry }, 0)?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use terway_abi::{Backend, Frontend, Member, Program, Run, backend_flags};
+use terway_abi::{Backend, BackendRange, BackendRef, Frontend, Program, backend_flags};
 use terway_core::ident::Family;
 use terway_core::objects::Protocol;
 use terway_core::service::FrontendKey;
@@ -98,10 +98,10 @@ pub fn serve(stage: &Stage, service: u32, place: &FrontendKey, backends: &[Backe
         stage
             .datapath
             .services()
-            .set_members(number, &[Member { backend: number, generation: backend.generation }])
+            .set_members(number, &[BackendRef { backend: number, generation: backend.generation }])
             .unwrap();
     }
-    let run = Run { first, count: backends.len() as u32 };
+    let run = BackendRange { first, count: backends.len() as u32 };
     stage
         .datapath
         .services()

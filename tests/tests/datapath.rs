@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
-use terway_abi::{Counter, Frontend, HOOK_IN, Kind, Member, Run};
+use terway_abi::{BackendRange, BackendRef, Counter, Frontend, HOOK_INGRESS, PathCounter};
 use terway_core::ident::{Addresses, Mac, PodRef};
 use terway_core::objects::{self, Change, Object, Objects};
 use terway_core::policy::{Compiler, Event, Op};
@@ -86,7 +86,7 @@ impl World {
         Self { datapath, a, b, vpc, pods: [pod_a, pod_b], eni }
     }
 
-    fn counter(&self, kind: Kind) -> Counter {
+    fn counter(&self, kind: PathCounter) -> Counter {
         self.datapath.counters().read().unwrap().kind(kind)
     }
 }
@@ -187,22 +187,22 @@ fn pods_reach_each_other_the_vpc_and_the_host() {
         tcp(b, a, to);
     }
     // All of it went from pod to pod, nothing through the host stack.
-    assert!(world.counter(Kind::PodToPod).packets > 100);
-    assert_eq!(world.counter(Kind::PodToHost).packets, 0);
+    assert!(world.counter(PathCounter::PodToPod).packets > 100);
+    assert_eq!(world.counter(PathCounter::PodToHost).packets, 0);
     // The host says something about multicast groups when an interface comes up, but that makes no flow.
     let flows = world.datapath.flows().list(1000).unwrap();
-    assert!(!flows.is_empty() && flows.iter().all(|flow| flow.hook == HOOK_IN));
+    assert!(!flows.is_empty() && flows.iter().all(|flow| flow.hook == HOOK_INGRESS));
 
     for to in ["10.9.0.9", "fd09::9"] {
         ping(a, to);
         tcp(vpc, b, to);
     }
-    assert!(world.counter(Kind::PodToVpc).packets > 20 && world.counter(Kind::VpcToPod).packets > 20);
+    assert!(world.counter(PathCounter::PodToVpc).packets > 20 && world.counter(PathCounter::VpcToPod).packets > 20);
     for (pod, to) in [(a, "10.0.0.1"), (b, "fd00::2")] {
         ping(vpc, to);
         tcp(pod, vpc, to);
     }
-    assert_eq!(world.counter(Kind::PodToHost).packets, 0);
+    assert_eq!(world.counter(PathCounter::PodToHost).packets, 0);
 
     // The host reaches its pods, and they it.
     for to in ["10.0.0.100", "fd00::100"] {
@@ -211,7 +211,7 @@ fn pods_reach_each_other_the_vpc_and_the_host() {
     for to in ["10.0.0.1", "fd00::2"] {
         command("ping", &format!("-c 2 -i 0.05 -W 2 {to}")).unwrap();
     }
-    assert!(world.counter(Kind::HostToPod).packets > 5 && world.counter(Kind::PodToHost).packets > 5);
+    assert!(world.counter(PathCounter::HostToPod).packets > 5 && world.counter(PathCounter::PodToHost).packets > 5);
     assert_eq!(drops(&world.datapath), Vec::<&str>::new());
 }
 
@@ -227,7 +227,7 @@ fn a_pod_cannot_reach_into_vlans() {
         world.a.spawn(move || send_raw("eth0", &frame)).unwrap().join().unwrap();
         let counters = world.datapath.counters().read().unwrap();
         assert_eq!(counters.drop(terway_abi::Drop::VlanTagged).packets, reason);
-        assert_eq!(counters.kind(Kind::PodToVpc).packets, 1);
+        assert_eq!(counters.kind(PathCounter::PodToVpc).packets, 1);
     }
 }
 
@@ -264,7 +264,7 @@ fn clsact_on_the_eni_does_the_same() {
         ping(&world.a, to);
         tcp(&world.vpc, &world.b, to);
     }
-    assert!(world.counter(Kind::VpcToPod).packets > 20);
+    assert!(world.counter(PathCounter::VpcToPod).packets > 20);
     world.datapath.interfaces().detach_eni(world.eni).unwrap();
     assert!(!command("tc", "filter show dev eni-1 ingress").unwrap().contains("terway"));
 }
@@ -278,7 +278,7 @@ fn traceroute_sees_the_node_and_big_packets_arrive_in_pieces() {
     assert!(answered.contains("Time to live exceeded"), "{answered}");
     let answered = world.a.run("ping -c 1 -W 2 -t 1 fd09::9").unwrap_err().to_string();
     assert!(answered.contains("Hop limit"), "{answered}");
-    assert_eq!(world.counter(Kind::TtlExpired).packets, 2);
+    assert_eq!(world.counter(PathCounter::TtlExpired).packets, 2);
     // 4 000 bytes are three fragments on a 1 500-byte link.
     for to in ["10.0.0.2", "10.9.0.9", "fd00::2", "fd09::9"] {
         world.a.run(&format!("ping -c 2 -i 0.05 -W 2 -s 4000 {to}")).unwrap();
@@ -335,7 +335,7 @@ fn connections_outlive_the_daemon_and_its_restart() {
 
     let World { datapath, pods, eni, a, b, vpc } = world;
     let flows = datapath.flows().count().unwrap();
-    let made = datapath.counters().read().unwrap().kind(Kind::FlowNew).packets;
+    let made = datapath.counters().read().unwrap().kind(PathCounter::FlowNew).packets;
     drop(datapath);
     // Nobody is there: packets flow all the same.
     ping(&a, "10.0.0.2");
@@ -359,7 +359,10 @@ fn connections_outlive_the_daemon_and_its_restart() {
     assert!(datapath.flows().count().unwrap().0 >= flows.0);
     // Only the ping above was new: the restart has voided nothing.
     let counters = datapath.counters().read().unwrap();
-    assert_eq!((counters.kind(Kind::FlowNew).packets - made, counters.kind(Kind::FlowStale).packets), (1, 0));
+    assert_eq!(
+        (counters.kind(PathCounter::FlowNew).packets - made, counters.kind(PathCounter::FlowStale).packets),
+        (1, 0)
+    );
 
     // A pod that is removed is cut off at once, in the middle of its flows.
     assert!(datapath.endpoints().remove(pods[0].host_ifindex).unwrap());
@@ -431,8 +434,11 @@ fn sctp_through_a_service_and_a_policy() {
         sctp(b, at(real), a, own.parse().unwrap(), at(real)).unwrap();
         let backend = prog_serve::backend(real, 8080, SCTP);
         datapath.services().set_backend(number, &backend).unwrap();
-        datapath.services().set_members(number, &[Member { backend: number, generation: backend.generation }]).unwrap();
-        let run = Run { first: number, count: 1 };
+        datapath
+            .services()
+            .set_members(number, &[BackendRef { backend: number, generation: backend.generation }])
+            .unwrap();
+        let run = BackendRange { first: number, count: 1 };
         let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
         datapath.services().set_frontend(&prog_serve::at(vip, 8080, SCTP), &frontend).unwrap();
         sctp(b, at(real), a, own.parse().unwrap(), at(vip)).unwrap();

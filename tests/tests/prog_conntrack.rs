@@ -8,7 +8,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use aya::maps::{Array, Map, MapData};
-use terway_abi::{Backend, Frontend, Kind, Member, Program, Run, frontend_flags, names};
+use terway_abi::{Backend, BackendRange, BackendRef, Frontend, PathCounter, Program, frontend_flags, names};
 use terway_core::conntrack::Timeouts;
 use terway_daemon::bpf::{Config, Datapath, Endpoint, GcOptions, GcReport, Ran, RunContext};
 use terway_tests::packet::{Frame, flags};
@@ -26,14 +26,15 @@ fn options(timeouts: Timeouts) -> GcOptions {
 
 /// A Service at [`VIP`]:80 with these backends, numbers 1 and up.
 fn serve(stage: &Stage, protocol: u8, backends: &[(Ipv4Addr, u16)], template: Frontend) {
-    let members: Vec<Member> = (1..).zip(backends).map(|(backend, _)| Member { backend, generation: 1 }).collect();
+    let members: Vec<BackendRef> =
+        (1..).zip(backends).map(|(backend, _)| BackendRef { backend, generation: 1 }).collect();
     for (number, (address, port)) in (1..).zip(backends) {
         let address = [u32::from_ne_bytes(address.octets()), 0, 0, 0];
         let backend = Backend { address, port: port.to_be(), protocol, generation: 1, ..Backend::default() };
         stage.datapath.services().set_backend(number, &backend).unwrap();
     }
     stage.datapath.services().set_members(10, &members).unwrap();
-    let run = Run { first: 10, count: members.len() as u32 };
+    let run = BackendRange { first: 10, count: members.len() as u32 };
     let at = frontend_key(VIP.parse().unwrap(), 80, protocol);
     let frontend = Frontend { service: 7, internal: run, external: run, ..template };
     stage.datapath.services().set_frontend(&at, &frontend).unwrap();
@@ -222,8 +223,8 @@ fn a_full_table_is_no_obstacle() {
     }
     let after = stage.datapath.counters().read().unwrap();
     let of = |kind| after.kind(kind).packets - before.kind(kind).packets;
-    assert_eq!(of(Kind::FlowFull), 0, "an LRU table takes everything");
-    assert!(of(Kind::FlowNew) >= 4000);
+    assert_eq!(of(PathCounter::FlowInsertFailed), 0, "an LRU table takes everything");
+    assert!(of(PathCounter::FlowNew) >= 4000);
     let drops = |counters: &terway_daemon::bpf::Counters| {
         terway_abi::Drop::ALL.iter().map(|drop| counters.drop(*drop).packets).sum::<u64>()
     };
@@ -234,8 +235,8 @@ fn a_full_table_is_no_obstacle() {
     let lost = terway_core::conntrack::estimate_evictions(
         &[terway_core::conntrack::GcPass { left: 3, capacity: 1024 }],
         &terway_core::conntrack::EvictionInputs {
-            made: of(Kind::FlowNew),
-            replaced: of(Kind::FlowStale),
+            made: of(PathCounter::FlowNew),
+            replaced: of(PathCounter::FlowStale),
             flushed: 0,
             old: found.old,
             young: found.new,
@@ -298,11 +299,11 @@ fn another_size_keeps_the_flows() {
     assert_eq!(larger.flows().count().unwrap().0, 5);
     assert!(!larger.pins().join("FLOWS_V4_before").exists());
     stage.datapath = larger;
-    let made = stage.datapath.counters().read().unwrap().kind(Kind::FlowNew);
+    let made = stage.datapath.counters().read().unwrap().kind(PathCounter::FlowNew);
     for port in [1000, 1001] {
         assert_eq!(ends(&send(&stage, &stage.b, &back(&stage, port)).packet).0, [10, 96, 0, 1]);
     }
-    assert_eq!(stage.datapath.counters().read().unwrap().kind(Kind::FlowNew), made, "known flows, all of them");
+    assert_eq!(stage.datapath.counters().read().unwrap().kind(PathCounter::FlowNew), made, "known flows, all of them");
 
     // Into a smaller one go those that were used last. Killed in between, the next daemon goes on.
     for n in 0..3000_u16 {
@@ -325,10 +326,10 @@ fn another_size_keeps_the_flows() {
 fn loads_fall_when_connections_end() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
-    let template = Frontend { flags: frontend_flags::LEAST, ..Frontend::default() };
+    let template = Frontend { flags: frontend_flags::LEAST_CONNECTIONS, ..Frontend::default() };
     serve(&stage, TCP, &[(B, 8001), (B, 8002)], template);
     let loads = || -> [u64; 2] {
-        let pinned = MapData::from_pin(stage.datapath.pins().join(names::LOADS)).unwrap();
+        let pinned = MapData::from_pin(stage.datapath.pins().join(names::ACTIVE_CONNS)).unwrap();
         let map: Array<_, u64> = Map::Array(pinned).try_into().unwrap();
         [1, 2].map(|number| map.get(&number, 0).unwrap())
     };
@@ -397,12 +398,12 @@ fn affinity_ends_with_its_backend() {
     // It is on its way out: marked, and no longer in the run.
     let number = u32::from(held - 8000);
     let address = [u32::from_ne_bytes(B.octets()), 0, 0, 0];
-    let ending = terway_abi::backend_flags::ENDING;
+    let ending = terway_abi::backend_flags::TERMINATING;
     let backend =
         Backend { address, port: held.to_be(), protocol: TCP, flags: ending, generation: 1, ..Backend::default() };
-    let other = Member { backend: 3 - number, generation: 1 };
+    let other = BackendRef { backend: 3 - number, generation: 1 };
     stage.datapath.services().set_members(20, &[other]).unwrap();
-    let run = Run { first: 20, count: 1 };
+    let run = BackendRange { first: 20, count: 1 };
     let at = frontend_key(VIP.parse().unwrap(), 80, TCP);
     stage
         .datapath

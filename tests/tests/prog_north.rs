@@ -145,7 +145,7 @@ fn a_pod_of_the_node_sees_the_client_and_its_answers_leave_as_they_came() {
         node_port(&stage, &family, &[family.a], 8080, Frontend::default());
         for (n, protocol) in [(0, TCP), (1, UDP)] {
             let place = at(family.vip, 443, protocol);
-            let local = Frontend { flags: frontend_flags::LOCAL, ..Frontend::default() };
+            let local = Frontend { flags: frontend_flags::EXTERNAL_LOCAL, ..Frontend::default() };
             serve(&stage, 50 + n + u32::from(family.v6) * 2, &place, &[backend(family.b, 8443, protocol)], local);
             for (address, port, pod, pod_address, target) in
                 [(family.node, 30_080, &stage.a, family.a, 8080), (family.vip, 443, &stage.b, family.b, 8443)]
@@ -211,7 +211,7 @@ fn connections_that_are_sent_on_never_share_a_port() {
         node_port(&stage, &family, &[family.remote], 8080, Frontend::default());
         let no_port = || {
             let counters = stage.datapath.counters().read().unwrap();
-            counters.iter().find(|(name, _)| *name == "no_port").unwrap().1.packets
+            counters.iter().find(|(name, _)| *name == "snat_ports_exhausted").unwrap().1.packets
         };
         let (mut seen, mut refused, before) = (BTreeSet::new(), 0, no_port());
         for client in 0..300_u16 {
@@ -268,23 +268,26 @@ fn who_is_not_served() {
         let datagram = outside().ip(family.client, family.node).udp(50_000, 30_080).payload(b"a question");
         // No backend: an answer by the way it came.
         node_port(&stage, &family, &[], 8080, Frontend::default());
-        let ran = from_vpc(&stage, &there, &[("refused", 1)]);
+        let ran = from_vpc(&stage, &there, &[("rejected", 1)]);
         assert_eq!((ran.action, ran.mark, macs(&ran.packet)), (REDIRECT, MARK_CHECKED, (GATEWAY_MAC, UPLINK_MAC)));
         assert!(checksums_are_right(&ran.packet));
         assert_eq!(ran.packet[family.transport + 13], flags::RST | flags::ACK);
         assert_eq!(source_port(&family, &ran.packet), 30_080);
-        let ran = from_vpc(&stage, &datagram, &[("refused", 1)]);
+        let ran = from_vpc(&stage, &datagram, &[("rejected", 1)]);
         assert!(ran.action == REDIRECT && checksums_are_right(&ran.packet));
         // Or silence.
-        let silent = Frontend { flags: frontend_flags::SILENT | frontend_flags::LOCAL, ..Frontend::default() };
+        let silent = Frontend {
+            flags: frontend_flags::DROP_WITHOUT_REPLY | frontend_flags::EXTERNAL_LOCAL,
+            ..Frontend::default()
+        };
         node_port(&stage, &family, &[], 8080, silent);
         assert_eq!(from_vpc(&stage, &there, &[("no_backend", 1)]).action, SHOT);
         // The policy is Local and the plan is behind: rather nothing than another node.
-        let local = Frontend { flags: frontend_flags::LOCAL, ..Frontend::default() };
+        let local = Frontend { flags: frontend_flags::EXTERNAL_LOCAL, ..Frontend::default() };
         node_port(&stage, &family, &[family.remote], 8080, local);
         assert_eq!(from_vpc(&stage, &there, &[("no_backend", 1)]).action, SHOT);
         // A cluster address, and a port that is nobody's: the host's business.
-        let internal = Frontend { flags: frontend_flags::INTERNAL, ..Frontend::default() };
+        let internal = Frontend { flags: frontend_flags::IN_CLUSTER_ONLY, ..Frontend::default() };
         node_port(&stage, &family, &[family.a], 8080, internal);
         came_out(&from_vpc(&stage, &there, &[("vpc_to_host", 1)]), NEXT, &there);
         let other = outside().ip(family.client, family.node).tcp(50_000, 22, flags::SYN);
@@ -298,7 +301,7 @@ fn who_is_not_served() {
         let last = there.clone().ttl(1);
         assert_eq!(from_vpc(&stage, &last, &[("hop_limit", 1), ("flow_new", 1)]).action, SHOT);
         // A Service that pods shall reach by the load balancer only.
-        let external = Frontend { flags: frontend_flags::EXTERNAL, ..Frontend::default() };
+        let external = Frontend { flags: frontend_flags::EXTERNAL_ONLY, ..Frontend::default() };
         serve(&stage, 300 + u32::from(family.v6), &at(family.vip, 80, TCP), &[backend(family.b, 80, TCP)], external);
         let out = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40_000, 80, flags::SYN);
         let ran = from_pod(&stage, &stage.a, &out, &[("pod_to_vpc", 1), ("flow_new", 1)]);
@@ -512,7 +515,7 @@ fn a_connection_keeps_its_backend_when_its_way_is_decided_anew() {
         for number in 6000..6008 {
             stage.datapath.services().set_backend(number, &Backend { generation: 2, ..Backend::default() }).unwrap();
         }
-        from_vpc(&stage, &packet(flags::ACK), &[("refused", 1), ("flow_stale", 1)]);
+        from_vpc(&stage, &packet(flags::ACK), &[("rejected", 1), ("flow_stale", 1)]);
     }
 }
 

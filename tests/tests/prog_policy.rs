@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
-use terway_abi::{Backend, Drop, Frontend, Member, Program, Run, backend_flags};
+use terway_abi::{Backend, BackendRange, BackendRef, Drop, Frontend, Program, backend_flags};
 use terway_core::ident::PodRef;
 use terway_core::objects::{Change, Kind, Object, ObjectKey, ObjectName, Objects};
 use terway_core::policy::{Compiler, Event, MatchedRule, RuleId};
@@ -406,8 +406,8 @@ fn serve(stage: &Stage, service: u32, vip: &str, backend: &str) {
         spare: [0; 2],
     };
     stage.datapath.services().set_backend(service, &backend).unwrap();
-    stage.datapath.services().set_members(service, &[Member { backend: service, generation: 1 }]).unwrap();
-    let run = Run { first: service, count: 1 };
+    stage.datapath.services().set_members(service, &[BackendRef { backend: service, generation: 1 }]).unwrap();
+    let run = BackendRange { first: service, count: 1 };
     let frontend = Frontend { service, internal: run, external: run, ..Frontend::default() };
     let at = frontend_key(vip.parse().unwrap(), 80, 6);
     stage.datapath.services().set_frontend(&at, &frontend).unwrap();
@@ -498,7 +498,7 @@ async fn a_drop_tells_what_forbids_it() {
     for (drop, named) in [(Drop::PolicyIngress, "of-b"), (Drop::PolicyEgress, "guard")] {
         let event = events.try_next().unwrap();
         assert_eq!(event.reason, drop as u16);
-        let [egress, ingress] = event.decisions;
+        let [egress, ingress] = event.verdicts;
         let decision = if drop == Drop::PolicyEgress { egress } else { ingress };
         let reason = node.compiler.rule(RuleId(decision)).unwrap();
         assert!(

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use terway_abi::{Backend, Frontend, Member, Program, Run, frontend_flags};
+use terway_abi::{Backend, BackendRange, BackendRef, Frontend, Program, frontend_flags};
 use terway_core::service::FrontendKey;
 use terway_daemon::bpf::{Config, Endpoint, Ran, RunContext};
 use terway_tests::packet::{Frame, checksums_are_right, flags, macs, quoted};
@@ -308,7 +308,7 @@ fn what_nobody_serves_is_refused_at_once() {
         let back = || Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ip(family.vip, family.a).ttl(64);
         for port in [80, 81] {
             let syn = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40000, port, flags::SYN).payload(&[7; 100]);
-            let ran = from_pod(&stage, &stage.a, &syn, &[("refused", 1)]);
+            let ran = from_pod(&stage, &stage.a, &syn, &[("rejected", 1)]);
             assert_eq!((ran.action, macs(&ran.packet)), (REDIRECT, (stage.a.pod_mac.0, stage.a.host_mac.0)));
             assert!(checksums_are_right(&ran.packet));
             let transport = if v6 { 54 } else { 34 };
@@ -319,7 +319,7 @@ fn what_nobody_serves_is_refused_at_once() {
             assert_eq!(ran.packet.len(), transport + 20);
         }
         let datagram = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40000, 53).payload(b"a question").build();
-        let ran = run(&stage, Program::FromPod, stage.a.host_ifindex, &datagram, &[("refused", 1)]);
+        let ran = run(&stage, Program::FromPod, stage.a.host_ifindex, &datagram, &[("rejected", 1)]);
         let (kind, code, header) = if v6 { (1, 4, 48) } else { (3, 3, 28) };
         let quote = &quoted(&datagram)[..header];
         let mut expected = back().icmp(kind, code, [0; 4]).payload(quote).build();
@@ -352,9 +352,9 @@ fn a_backend_that_goes_takes_its_flows_along() {
         stage
             .datapath
             .services()
-            .set_members(10 * number + 5, &[Member { backend: 10 * number + 1, generation: 1 }])
+            .set_members(10 * number + 5, &[BackendRef { backend: 10 * number + 1, generation: 1 }])
             .unwrap();
-        let run = Run { first: 10 * number + 5, count: 1 };
+        let run = BackendRange { first: 10 * number + 5, count: 1 };
         let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
         stage.datapath.services().set_frontend(&at(family.vip, 53, UDP), &frontend).unwrap();
         // The flow goes on as long as the old one is there (it is ending, and may finish what it began) …

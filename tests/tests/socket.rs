@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use aya::programs::links::FdLink;
-use terway_abi::{Backend, Frontend, Member, Run, backend_flags, frontend_flags};
+use terway_abi::{Backend, BackendRange, BackendRef, Frontend, backend_flags, frontend_flags};
 use terway_core::service::FrontendKey;
 use terway_daemon::bpf::{Config, Datapath};
 use terway_tests::prog_serve::{frontend_key, node_port_key};
@@ -82,10 +82,10 @@ fn serve_at(
     let mut members = Vec::new();
     for (number, backend) in (number..).zip(backends) {
         set_backend(datapath, number, *backend, protocol, 1);
-        members.push(Member { backend: number, generation: 1 });
+        members.push(BackendRef { backend: number, generation: 1 });
     }
     datapath.services().set_members(number, &members).unwrap();
-    let run = Run { first: number, count: members.len() as u32 };
+    let run = BackendRange { first: number, count: members.len() as u32 };
     datapath
         .services()
         .set_frontend(place, &Frontend { service: number, internal: run, external: run, ..frontend })
@@ -277,8 +277,8 @@ fn what_is_left_to_packets_is_not_translated() {
     let backend = [server.local_addr().unwrap()];
     for (number, flags) in [
         (1, flags(0)),
-        (2, flags(frontend_flags::EXTERNAL)),
-        (3, flags(frontend_flags::LEAST)),
+        (2, flags(frontend_flags::EXTERNAL_ONLY)),
+        (3, flags(frontend_flags::LEAST_CONNECTIONS)),
         (4, flags(frontend_flags::MAGLEV)),
     ] {
         serve_at(&datapath, 10 * u32::from(number), &place(number), flags, &backend, 6);
@@ -341,12 +341,12 @@ fn an_exchange_of_datagrams_stays_with_its_backend() {
         let got = exchange(&one, 40);
         let chosen = got.iter().position(|count| *count == 40).unwrap_or_else(|| panic!("{got:?}"));
         // First the frontend leads to the others only: what goes on, goes on.
-        let others: Vec<Member> = (number..number + 4)
+        let others: Vec<BackendRef> = (number..number + 4)
             .filter(|backend| *backend != number + chosen as u32)
-            .map(|backend| Member { backend, generation: 1 })
+            .map(|backend| BackendRef { backend, generation: 1 })
             .collect();
         datapath.services().set_members(number + 10, &others).unwrap();
-        let run = Run { first: number + 10, count: 3 };
+        let run = BackendRange { first: number + 10, count: 3 };
         let value = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
         datapath.services().set_frontend(&place, &value).unwrap();
         assert_eq!(exchange(&one, 20)[chosen], 20);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray};
-use terway_abi::{COUNTERS, Counter, Drop, Kind, names};
+use terway_abi::{COUNTERS, Counter, Drop, PathCounter, names};
 
 use super::error::BpfError;
 use super::object::take;
@@ -16,7 +16,7 @@ pub struct Counters(Vec<Counter>);
 impl Counters {
     /// The counter of a path.
     #[must_use]
-    pub fn kind(&self, kind: Kind) -> Counter {
+    pub fn kind(&self, kind: PathCounter) -> Counter {
         self.at(kind as u32)
     }
 
@@ -28,7 +28,7 @@ impl Counters {
 
     /// Every counter with the name of its path or drop reason.
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, Counter)> + '_ {
-        let kinds = Kind::ALL.iter().map(|kind| (kind.name(), self.kind(*kind)));
+        let kinds = PathCounter::ALL.iter().map(|kind| (kind.name(), self.kind(*kind)));
         kinds.chain(Drop::ALL.iter().map(|reason| (reason.name(), self.drop(*reason))))
     }
 

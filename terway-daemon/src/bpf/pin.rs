@@ -7,10 +7,10 @@ use std::path::Path;
 
 use aya::maps::{MapInfo, MapType};
 use terway_abi::{
-    Affinity, AffinityKey, Backend, Budget, COUNTERS, Counter, Endpoint, FILTER, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6,
-    FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS,
-    Member, PeerKey, Phases, PolicyCounter, PolicyEndpoint, PortKey, SLOTS, SocketKey, SocketValue, SourceRangeV4,
-    SourceRangeV6, Uplink, names,
+    Affinity, AffinityKey, Backend, BackendRef, COUNTERS, Counter, EPOCH_SLOTS, Endpoint, EventBudget,
+    FRONTEND_FILTER_BUCKETS, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue,
+    Frontend, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS, PeerKey, PolicyCounter, PolicyEndpoint,
+    PortKey, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, Uplink, Versioned, names,
 };
 
 use super::Config;
@@ -36,9 +36,9 @@ const fn layout<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -
 fn layouts(config: &Config) -> [Layout; 33] {
     [
         layout::<u32, Endpoint>(names::ENDPOINTS, MapType::Hash, Some(MAX_ENDPOINTS)),
-        layout::<u32, Endpoint>(names::OWNERS_V4, MapType::Hash, Some(MAX_ENDPOINTS)),
-        layout::<[u32; 4], Endpoint>(names::OWNERS_V6, MapType::Hash, Some(MAX_ENDPOINTS)),
-        layout::<u32, u32>(names::EPOCHS, MapType::Array, Some(SLOTS)),
+        layout::<u32, Endpoint>(names::ENDPOINTS_V4, MapType::Hash, Some(MAX_ENDPOINTS)),
+        layout::<[u32; 4], Endpoint>(names::ENDPOINTS_V6, MapType::Hash, Some(MAX_ENDPOINTS)),
+        layout::<u32, u32>(names::EPOCHS, MapType::Array, Some(EPOCH_SLOTS)),
         layout::<[u32; 2], u32>(names::HOST_V4, MapType::LpmTrie, None),
         layout::<[u32; 5], u32>(names::HOST_V6, MapType::LpmTrie, None),
         Layout {
@@ -53,26 +53,26 @@ fn layouts(config: &Config) -> [Layout; 33] {
         layout::<FragmentKeyV6, FragmentValue>(names::FRAGMENTS_V6, MapType::LruHash, None),
         layout::<FrontendKeyV4, Frontend>(names::FRONTENDS_V4, MapType::Hash, None),
         layout::<FrontendKeyV6, Frontend>(names::FRONTENDS_V6, MapType::Hash, None),
-        layout::<u32, u32>(names::FILTERS, MapType::Array, Some(FILTER)),
-        layout::<u32, Member>(names::MEMBERS, MapType::Array, None),
+        layout::<u32, u32>(names::FRONTEND_FILTER, MapType::Array, Some(FRONTEND_FILTER_BUCKETS)),
+        layout::<u32, BackendRef>(names::BACKEND_REFS, MapType::Array, None),
         layout::<u32, Backend>(names::BACKENDS, MapType::Array, None),
-        layout::<u32, u64>(names::LOADS, MapType::Array, None),
+        layout::<u32, u64>(names::ACTIVE_CONNS, MapType::Array, None),
         layout::<AffinityKey, Affinity>(names::AFFINITY, MapType::LruHash, None),
-        layout::<(u32, SourceRangeV4), u32>(names::RANGES_V4, MapType::LpmTrie, None),
-        layout::<(u32, SourceRangeV6), u32>(names::RANGES_V6, MapType::LpmTrie, None),
-        layout::<SocketKey, SocketValue>(names::SOCKETS, MapType::LruHash, None),
-        layout::<u32, u32>(names::POLICY_GATE, MapType::Array, Some(1)),
+        layout::<(u32, SourceRangeV4), u32>(names::SRC_RANGES_V4, MapType::LpmTrie, None),
+        layout::<(u32, SourceRangeV6), u32>(names::SRC_RANGES_V6, MapType::LpmTrie, None),
+        layout::<SocketKey, SocketValue>(names::SOCKET_NAT, MapType::LruHash, None),
+        layout::<u32, u32>(names::POLICY_CONTROL, MapType::Array, Some(1)),
         layout::<u32, PolicyEndpoint>(names::POLICY_ENDPOINTS, MapType::Array, Some(2 * MAX_ENDPOINTS)),
-        layout::<PeerKey, Phases>(names::POLICY_PEERS, MapType::Hash, None),
+        layout::<PeerKey, Versioned>(names::POLICY_PEERS, MapType::Hash, None),
         layout::<(u32, PortKey), u32>(names::POLICY_PORTS, MapType::LpmTrie, None),
         layout::<u32, PolicyCounter>(names::POLICY_COUNTERS, MapType::PerCpuHash, None),
-        layout::<u32, Phases>(names::IPCACHE_V4, MapType::Hash, None),
-        layout::<[u32; 4], Phases>(names::IPCACHE_V6, MapType::Hash, None),
-        layout::<[u32; 2], Phases>(names::IPCACHE_NET_V4, MapType::LpmTrie, None),
-        layout::<[u32; 5], Phases>(names::IPCACHE_NET_V6, MapType::LpmTrie, None),
+        layout::<u32, Versioned>(names::IPCACHE_V4, MapType::Hash, None),
+        layout::<[u32; 4], Versioned>(names::IPCACHE_V6, MapType::Hash, None),
+        layout::<[u32; 2], Versioned>(names::IPCACHE_NET_V4, MapType::LpmTrie, None),
+        layout::<[u32; 5], Versioned>(names::IPCACHE_NET_V6, MapType::LpmTrie, None),
         layout::<u32, Uplink>(names::UPLINKS, MapType::Hash, Some(MAX_UPLINKS)),
         layout::<u32, Counter>(names::COUNTERS, MapType::PerCpuArray, Some(COUNTERS)),
-        layout::<u32, Budget>(names::BUDGET, MapType::PerCpuArray, Some(1)),
+        layout::<u32, EventBudget>(names::EVENT_BUDGET, MapType::PerCpuArray, Some(1)),
         layout::<(), ()>(names::EVENTS, MapType::RingBuf, None),
     ]
 }

@@ -10,8 +10,8 @@ use aya::maps::{Array, HashMap, MapData, MapError};
 use ipnetwork::IpNetwork;
 use parking_lot::Mutex;
 use terway_abi::{
-    GATE_ENFORCE, GATE_PHASE, GATE_SAMPLE, MAX_ENDPOINTS, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, names,
-    policy_index,
+    CONTROL_ENFORCE, CONTROL_SAMPLE_SHIFT, CONTROL_VERSION, MAX_ENDPOINTS, PeerKey, PolicyDirection, PolicyEndpoint,
+    PortKey, Versioned as AbiVersioned, names, policy_index,
 };
 use terway_core::policy::{
     EndpointPolicy, FlowScope, Identity, Maps, Op, PortTableEntry, PortTableId, SetId, SetRef, Verdict, VerdictOrTable,
@@ -91,19 +91,19 @@ struct MapSet {
     /// Also part of the control word: one in so many new connections is reported.
     one_in: u32,
     endpoints: Array<MapData, PolicyEndpoint>,
-    peers: HashMap<MapData, PeerKey, Phases>,
+    peers: HashMap<MapData, PeerKey, AbiVersioned>,
     ports: LpmTrie<MapData, PortKey, u32>,
-    exact_v4: HashMap<MapData, u32, Phases>,
-    exact_v6: HashMap<MapData, [u32; 4], Phases>,
-    net_v4: LpmTrie<MapData, u32, Phases>,
-    net_v6: LpmTrie<MapData, [u32; 4], Phases>,
+    exact_v4: HashMap<MapData, u32, AbiVersioned>,
+    exact_v6: HashMap<MapData, [u32; 4], AbiVersioned>,
+    net_v4: LpmTrie<MapData, u32, AbiVersioned>,
+    net_v6: LpmTrie<MapData, [u32; 4], AbiVersioned>,
 }
 
-fn side(side: SetRef) -> PolicySide {
-    PolicySide { set: side.set.0, defaults: side.defaults.map(|target| target.0) }
+fn side(side: SetRef) -> PolicyDirection {
+    PolicyDirection { set: side.set.0, defaults: side.defaults.map(|target| target.0) }
 }
 
-fn side_of(side: PolicySide) -> SetRef {
+fn side_of(side: PolicyDirection) -> SetRef {
     SetRef { set: SetId(side.set), defaults: side.defaults.map(VerdictOrTable) }
 }
 
@@ -133,15 +133,15 @@ fn row_entry(prefix: u32, key: PortKey, decision: u32) -> PortTableEntry {
     }
 }
 
-fn numbers<T>(pair: Versioned<T>, number: impl Fn(T) -> u32) -> Phases {
+fn numbers<T>(pair: Versioned<T>, number: impl Fn(T) -> u32) -> AbiVersioned {
     pair.map(number)
 }
 
 impl MapSet {
     fn open(loaded: &mut Ebpf) -> Result<Self, BpfError> {
-        let gate: Array<MapData, u32> = take(loaded, names::POLICY_GATE)?;
+        let gate: Array<MapData, u32> = take(loaded, names::POLICY_CONTROL)?;
         Ok(Self {
-            one_in: gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))? >> GATE_SAMPLE,
+            one_in: gate.get(&0, 0).map_err(BpfError::map(names::POLICY_CONTROL))? >> CONTROL_SAMPLE_SHIFT,
             gate,
             endpoints: take(loaded, names::POLICY_ENDPOINTS)?,
             peers: take(loaded, names::POLICY_PEERS)?,
@@ -154,9 +154,12 @@ impl MapSet {
     }
 
     fn read(&self) -> Result<Maps, BpfError> {
-        let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))?;
-        let mut maps =
-            Maps { version: (gate & GATE_PHASE) as usize, enforce: gate & GATE_ENFORCE != 0, ..Maps::default() };
+        let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_CONTROL))?;
+        let mut maps = Maps {
+            version: (gate & CONTROL_VERSION) as usize,
+            enforce: gate & CONTROL_ENFORCE != 0,
+            ..Maps::default()
+        };
         for slot in 0..MAX_ENDPOINTS {
             let value = |phase| {
                 let at = policy_index(slot, phase);
@@ -201,8 +204,8 @@ impl MapSet {
 
     /// The lookup of the datapath.
     fn identity(&self, address: IpAddr) -> Result<Identity, BpfError> {
-        let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))?;
-        let phase = (gate & GATE_PHASE) as usize;
+        let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_CONTROL))?;
+        let phase = (gate & CONTROL_VERSION) as usize;
         let exact = match address {
             IpAddr::V4(v4) => found(self.exact_v4.get(&word(v4), 0), names::IPCACHE_V4)?,
             IpAddr::V6(v6) => found(self.exact_v6.get(&words(v6), 0), names::IPCACHE_V6)?,
@@ -279,18 +282,18 @@ impl MapSet {
             }
             Op::PutEndpoint { slot, version, value } => self.write_endpoint(*slot, *version, value),
             Op::SetControlWord { version, enforce } => {
-                let enforce = if *enforce { GATE_ENFORCE } else { 0 };
-                let gate = (*version as u32 & GATE_PHASE) | enforce | self.one_in << GATE_SAMPLE;
-                self.gate.set(0, gate, 0).map_err(BpfError::map(names::POLICY_GATE))
+                let enforce = if *enforce { CONTROL_ENFORCE } else { 0 };
+                let gate = (*version as u32 & CONTROL_VERSION) | enforce | self.one_in << CONTROL_SAMPLE_SHIFT;
+                self.gate.set(0, gate, 0).map_err(BpfError::map(names::POLICY_CONTROL))
             }
             Op::Revalidate(_) | Op::RcuBarrier => Ok(()),
         }
     }
 
     fn sample(&mut self, one_in: u32) -> Result<(), BpfError> {
-        let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_GATE))?;
-        let rest = gate & ((1 << GATE_SAMPLE) - 1);
-        self.gate.set(0, rest | one_in << GATE_SAMPLE, 0).map_err(BpfError::map(names::POLICY_GATE))?;
+        let gate = self.gate.get(&0, 0).map_err(BpfError::map(names::POLICY_CONTROL))?;
+        let rest = gate & ((1 << CONTROL_SAMPLE_SHIFT) - 1);
+        self.gate.set(0, rest | one_in << CONTROL_SAMPLE_SHIFT, 0).map_err(BpfError::map(names::POLICY_CONTROL))?;
         self.one_in = one_in;
         Ok(())
     }
@@ -301,7 +304,7 @@ impl MapSet {
     }
 }
 
-fn found(value: Result<Phases, MapError>, name: &'static str) -> Result<Option<Phases>, BpfError> {
+fn found(value: Result<AbiVersioned, MapError>, name: &'static str) -> Result<Option<AbiVersioned>, BpfError> {
     match value {
         Ok(pair) => Ok(Some(pair)),
         Err(MapError::KeyNotFound) => Ok(None),

@@ -15,7 +15,7 @@ use aya::maps::{HashMap, MapData};
 use aya::programs::CgroupAttachMode;
 use aya::programs::links::FdLink;
 use parking_lot::Mutex;
-use terway_abi::{Backend, SocketKey, SocketValue, TO_BACKEND, names};
+use terway_abi::{Backend, SOCKET_REVERSE_NAT, SocketKey, SocketValue, names};
 
 use super::address::{address_v4, address_v6};
 use super::elements::Elements;
@@ -123,12 +123,12 @@ impl SocketTable {
     pub fn list(&self) -> Result<Vec<SocketRow>, BpfError> {
         let (mut rows, mut generations) = (Vec::new(), std::collections::HashMap::new());
         for entry in self.sockets.lock().iter().take(LIST_LIMIT) {
-            let (key, value) = entry.map_err(BpfError::map(names::SOCKETS))?;
-            let generation = *generations.entry(value.member.backend).or_insert_with_key(|number| {
+            let (key, value) = entry.map_err(BpfError::map(names::SOCKET_NAT))?;
+            let generation = *generations.entry(value.backend_ref.backend).or_insert_with_key(|number| {
                 // A number beyond the map is from a map that was larger.
                 self.backends.get(number).ok().flatten().unwrap_or_default().generation
             });
-            rows.push(row(key, value, generation == value.member.generation));
+            rows.push(row(key, value, generation == value.backend_ref.generation));
         }
         Ok(rows)
     }
@@ -139,13 +139,14 @@ impl SocketTable {
     /// [`BpfError::Map`].
     pub fn forget(&self, rows: &[SocketRow]) -> Result<(), BpfError> {
         let mut sockets = self.sockets.lock();
-        rows.iter().try_for_each(|row| ignore_absent(sockets.remove(&row.key)).map_err(BpfError::map(names::SOCKETS)))
+        rows.iter()
+            .try_for_each(|row| ignore_absent(sockets.remove(&row.key)).map_err(BpfError::map(names::SOCKET_NAT)))
     }
 }
 
 /// The socket map out of the loaded object.
 pub(super) fn take_sockets(loaded: &mut Ebpf) -> Result<HashMap<MapData, SocketKey, SocketValue>, BpfError> {
-    take(loaded, names::SOCKETS)
+    take(loaded, names::SOCKET_NAT)
 }
 
 /// Attaches all programs to the cgroup. A link of an earlier daemon is updated in place.
@@ -231,7 +232,7 @@ fn row(key: SocketKey, value: SocketValue, alive: bool) -> SocketRow {
     let [value_high, value_low, ..] = value.port.to_ne_bytes();
     let named = SocketAddr::new(address(key.address), u16::from_be_bytes([high, low]));
     let other = SocketAddr::new(address(value.address), u16::from_be_bytes([value_high, value_low]));
-    let note = key.kind != TO_BACKEND;
+    let note = key.kind != SOCKET_REVERSE_NAT;
     let (backend, frontend) = if note { (other, named) } else { (named, other) };
     let number = |[low, high]: [u32; 2]| u64::from(low) | u64::from(high) << 32;
     SocketRow { key, cookie: number(key.cookie), netns: number(value.netns), protocol, backend, frontend, alive, note }

@@ -39,7 +39,11 @@ impl Uplink {
             gateway_v6: self.gateway_v6.map_or([0; 4], words),
             ..terway_abi::Endpoint::default()
         };
-        terway_abi::Uplink { node, first_port: u32::from(*self.ports.start()), ports: self.ports.len() as u32 }
+        terway_abi::Uplink {
+            node,
+            first_snat_port: u32::from(*self.ports.start()),
+            snat_port_count: self.ports.len() as u32,
+        }
     }
 
     fn from_abi(abi: &terway_abi::Uplink) -> Self {
@@ -51,7 +55,7 @@ impl Uplink {
             node: Addresses { v4: v4(abi.node.v4), v6: v6(abi.node.v6) },
             gateway_v4: v4(abi.node.gateway_v4),
             gateway_v6: v6(abi.node.gateway_v6),
-            ports: port(abi.first_port)..=port((abi.first_port + abi.ports).saturating_sub(1)),
+            ports: port(abi.first_snat_port)..=port((abi.first_snat_port + abi.snat_port_count).saturating_sub(1)),
         }
     }
 }

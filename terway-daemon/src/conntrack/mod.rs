@@ -9,7 +9,7 @@ mod metrics;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use terway_abi::Kind;
+use terway_abi::PathCounter;
 use terway_core::config::{self, Config};
 use terway_core::conntrack::{EvictionInputs, GcInterval, GcPass, estimate_evictions};
 use terway_proto::v1;
@@ -147,9 +147,9 @@ impl Conntrack {
         let counters = self.datapath.counters().read()?;
         let of = |kind| counters.kind(kind).packets;
         Ok(Counted {
-            made: of(Kind::FlowNew),
-            replaced: of(Kind::FlowStale),
-            refused: of(Kind::FlowFull),
+            made: of(PathCounter::FlowNew),
+            replaced: of(PathCounter::FlowStale),
+            refused: of(PathCounter::FlowInsertFailed),
             flushed: self.datapath.flows().flushed(),
         })
     }

@@ -194,7 +194,7 @@ fn name(
     let reason = Drop::from_number(event.reason);
     let dropped = event.reason != 0;
     let [a, b, c, d] = event.ports.to_ne_bytes();
-    let [e, f, ..] = event.port.to_ne_bytes();
+    let [e, f, ..] = event.policy_port.to_ne_bytes();
     let port = |high, low| u32::from(u16::from_be_bytes([high, low]));
     let end = |words: [u32; 4], port: u32| {
         let address = address(event.family, words);
@@ -202,11 +202,11 @@ fn name(
         v1::FlowEnd { address: address.map(|address| address.to_string()).unwrap_or_default(), port, pod }
     };
     let (source, destination) = (end(event.src, port(a, b)), end(event.dst, port(c, d)));
-    let judged = event.decisions != [0; 2];
+    let judged = event.verdicts != [0; 2];
     // Of what answers, the connection's destination is who sends it.
-    let elsewhere = event.target != event.dst && event.target != event.src;
+    let elsewhere = event.policy_destination != event.dst && event.policy_destination != event.src;
     let translated = judged && (event.service != 0 || elsewhere);
-    let [egress, ingress] = event.decisions.map(|decision| names.decision(decision));
+    let [egress, ingress] = event.verdicts.map(|decision| names.decision(decision));
     let mac = |mac: [u8; 6]| if dropped { Mac(mac).to_string() } else { String::new() };
     v1::FlowEvent {
         at_ms,
@@ -215,7 +215,7 @@ fn name(
         destination: Some(destination),
         protocol: u32::from(event.protocol),
         service: served.get(&event.service).cloned().unwrap_or_default(),
-        backend: translated.then(|| end(event.target, port(e, f))),
+        backend: translated.then(|| end(event.policy_destination, port(e, f))),
         egress,
         ingress,
         reason: match reason {

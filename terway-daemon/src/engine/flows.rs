@@ -92,7 +92,7 @@ impl Engine {
 
 fn flow(row: &FlowRow) -> v1::Flow {
     let flags = [
-        (flow_flags::REVERSE, "reply"),
+        (flow_flags::REPLY, "reply"),
         (flow_flags::SYN, "syn"),
         (flow_flags::FIN, "fin"),
         (flow_flags::RST, "rst"),
@@ -107,7 +107,7 @@ fn flow(row: &FlowRow) -> v1::Flow {
         destination_port: row.destination.port.into(),
         protocol: row.protocol.into(),
         action: action.to_owned(),
-        translated: row.flags & flow_flags::TRANSLATE != 0,
+        translated: row.flags & flow_flags::NAT != 0,
         flags: flags.iter().filter(|(bit, _)| row.flags & bit != 0).map(|(_, name)| (*name).to_owned()).collect(),
         packets: row.packets,
         bytes: row.bytes,

@@ -1,10 +1,10 @@
-//! What the programs report through the ring buffer.
+//! Flow events: drops and sampled new connections, reported through the ring buffer.
 
 use core::mem::offset_of;
 
 use crate::pod;
 
-/// The program an event comes from.
+/// A traffic-control program, by the hook that it is attached to.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Program {
@@ -31,7 +31,7 @@ impl Program {
         }
     }
 
-    /// Its name in the object file.
+    /// The program's name in the object file.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -43,15 +43,15 @@ impl Program {
     }
 }
 
-/// A packet that was dropped, or one that began a connection.
+/// An event about a dropped packet, or about the first packet of a sampled connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlowEvent {
-    /// A [`crate::Drop`] by number; 0 if the packet passed.
+    /// The [`crate::Drop`] reason by number; 0 if the packet passed.
     pub reason: u16,
-    /// A [`Program`] by number.
+    /// The [`Program`] by number.
     pub program: u8,
-    /// 4, 6, or 0 when the packet was dropped before its family was known.
+    /// Address family: 4, 6, or 0 when the packet was dropped before it was known.
     pub family: u8,
     /// The IP protocol number; 0 when unknown.
     pub protocol: u8,
@@ -63,7 +63,7 @@ pub struct FlowEvent {
     pub length: u32,
     /// Ports as in the packet, source first; 0 when unknown.
     pub ports: u32,
-    /// Drops that this CPU did not report since the last one that it did; 0 if the packet passed.
+    /// Number of drops that this CPU has not reported since its last drop event; 0 if the packet passed.
     pub lost: u32,
     /// Source address; IPv4 in the first word.
     pub src: [u32; 4],
@@ -73,31 +73,30 @@ pub struct FlowEvent {
     pub mac: crate::MacPair,
     /// The Ethernet type as in the packet, in the first two bytes.
     pub ethertype: u32,
-    /// What policies decided, egress first: [`crate::DECISION_ALLOW`] and the number of the reason. Zeros if they were not asked.
-    pub decisions: [u32; 2],
-    /// The destination that they were asked about, in the direction in which the connection began: after translation of a Service.
-    /// Zeros as above.
-    pub target: [u32; 4],
-    /// Its port as in the packet, in the first two bytes.
-    pub port: u32,
-    /// [`crate::Frontend::service`], if a backend was chosen for this packet; else 0.
+    /// Policy verdicts, egress first: [`crate::VERDICT_ALLOW`] and the rule id. Zeros if policies were not checked.
+    pub verdicts: [u32; 2],
+    /// Destination address of the policy check, in the original direction of the connection, after DNAT. Zeros as above.
+    pub policy_destination: [u32; 4],
+    /// Destination port of the policy check as in the packet, in the first two bytes.
+    pub policy_port: u32,
+    /// [`crate::Frontend::service`] if a backend was selected for this packet; else 0.
     pub service: u32,
 }
 
-/// How many events a CPU may still report in the running second.
+/// Rate limit of events: what one CPU has reported in the current second.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Budget {
-    /// Jiffies at which the running second began.
-    pub since: u32,
-    /// Events reported in it.
+pub struct EventBudget {
+    /// Jiffies at which the current second began.
+    pub second_start: u32,
+    /// Events reported in the current second.
     pub spent: u32,
-    /// Drops not reported since the last one that was.
+    /// Drops not reported since the last drop event.
     pub lost: u32,
     /// Zero.
     pub pad: u32,
 }
 
-pod!(FlowEvent: 104, Budget: 16);
+pod!(FlowEvent: 104, EventBudget: 16);
 const _: () = assert!(offset_of!(FlowEvent, src) == 24 && offset_of!(FlowEvent, ethertype) == 68);
-const _: () = assert!(offset_of!(FlowEvent, target) == 80);
+const _: () = assert!(offset_of!(FlowEvent, policy_destination) == 80);

@@ -1,13 +1,13 @@
-//! Every type and name that crosses the border between the eBPF programs and user space, and no logic.
+//! The ABI between the eBPF programs and user space: types, map names and numbers, without logic.
 //!
 //! Conventions, everywhere in this crate:
 //! * All structs are `repr(C)`, hold no implicit padding, and have their sizes and offsets asserted at compile time.
-//! * Addresses and ports stand in memory as they stand in the packet (network byte order). An IPv4 address is the `u32` that a
-//!   native load of its four bytes gives, an IPv6 address is four such words; a port pair is one word, source port first.
+//! * Addresses and ports are in network byte order ("as in the packet"). An IPv4 address is the `u32` that a native load of its four
+//!   bytes gives, an IPv6 address is four such words; a port pair is one word, source port first.
 //! * Interface indices, slots, epochs and counters are native integers.
 //! * Times are the low 32 bits of the kernel's jiffies; see [`jiffies_at`].
 //!
-//! Any change of a layout, of a map's kind or name, or of the meaning of a number raises [`ABI_VERSION`].
+//! A change of a layout, of a map's type or name, or of the meaning of a number raises [`ABI_VERSION`].
 
 #![no_std]
 
@@ -20,36 +20,37 @@ mod policy;
 mod service;
 mod uplink;
 
-pub use counter::{COUNTERS, Counter, DROP_BASE, Kind};
+pub use counter::{COUNTERS, Counter, DROP_BASE, PathCounter};
 pub use drop::Drop;
 pub use endpoint::{
-    Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, POLICY_EPOCH, SLOTS, bucket_v4, bucket_v6, is_between, next_epoch,
-    next_policy_epoch, same_way,
+    EPOCH_SLOTS, Endpoint, MAX_ENDPOINTS, MacPair, NO_SLOT, POLICY_EPOCH_MASK, is_epoch_between, next_policy_epoch,
+    next_route_epoch, remote_slot_v4, remote_slot_v6, same_route_epoch,
 };
-pub use event::{Budget, FlowEvent, Program};
+pub use event::{EventBudget, FlowEvent, Program};
 pub use flow::{
-    Action, Flow, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4, FragmentKeyV6,
-    FragmentValue, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, MOVED, Nexthop, Side, flow_flags,
+    Action, Flow, FlowDirection, FlowKey, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKey, FragmentKeyV4,
+    FragmentKeyV6, FragmentValue, HOOK_INGRESS, HOOK_TO_POD, HOOK_TO_VPC, Nexthop, PORT_REMAPPED, flow_flags,
 };
 pub use policy::{
-    DECISION_ALLOW, GATE_ENFORCE, GATE_PHASE, GATE_SAMPLE, IDENTITY_NATURE, IDENTITY_NODE, IDENTITY_POD, IDENTITY_V6,
-    PeerKey, Phases, PolicyCounter, PolicyEndpoint, PolicySide, PortKey, TARGET_DECISION, default_index, policy_index,
-    policy_reason,
+    CONTROL_ENFORCE, CONTROL_SAMPLE_SHIFT, CONTROL_VERSION, IDENTITY_KIND, IDENTITY_NODE, IDENTITY_POD, IDENTITY_V6,
+    PEER_VERDICT, PeerKey, PolicyCounter, PolicyDirection, PolicyEndpoint, PortKey, VERDICT_ALLOW, Versioned,
+    default_index, policy_index, rule_id,
 };
 pub use service::{
-    Affinity, AffinityKey, Backend, FILTER, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, Member, NO_BACKEND,
-    Run, SCOPE_ADDRESS, SCOPE_NODE, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, TO_BACKEND, TO_FRONTEND,
-    backend_flags, filter_v4, filter_v6, frontend_class, frontend_flags,
+    Affinity, AffinityKey, Backend, BackendRange, BackendRef, FRONTEND_FILTER_BUCKETS, Frontend, FrontendKey,
+    FrontendKeyV4, FrontendKeyV6, NO_BACKEND, SCOPE_ADDRESS, SCOPE_NODE, SOCKET_DATAGRAM_BACKEND, SOCKET_REVERSE_NAT,
+    SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, backend_flags, frontend_class, frontend_filter_v4,
+    frontend_filter_v6, frontend_flags,
 };
 pub use uplink::{MAX_UPLINKS, Uplink};
 
-/// The version of everything in this crate. Pins of different versions never meet: they live in different folders.
-pub const ABI_VERSION: u32 = 2;
+/// The version of this ABI. Each version pins its objects in a folder of its own.
+pub const ABI_VERSION: u32 = 3;
 
-/// The folder under the pin root that holds this version's maps and links.
-pub const PIN_DIR: &str = "v2";
+/// The folder under the pin root for the maps and links of this ABI version.
+pub const PIN_DIR: &str = "v3";
 
-/// The packet mark (`skb->mark`) by which `from_pod` tells `to_vpc` that source and ENI have been checked.
+/// The packet mark (`skb->mark`) that `from_pod` sets for `to_vpc`: source address and ENI have been checked.
 ///
 /// A pod cannot forge it: crossing a veth into another network namespace clears the mark (`skb_scrub_packet`, net/core/skbuff.c).
 /// The value is "TW" and a serial number; it keeps clear of the bits that kube-proxy (0x4000, 0x8000) and symmetric routing (0x10) use.
@@ -59,10 +60,10 @@ pub const MARK_CHECKED: u32 = 0x5457_0001;
 pub mod names {
     /// `HASH`: host interface index → [`crate::Endpoint`]. Written by the daemon.
     pub const ENDPOINTS: &str = "ENDPOINTS";
-    /// `HASH`: IPv4 address → [`crate::Endpoint`]. Written by the daemon.
-    pub const OWNERS_V4: &str = "OWNERS_V4";
-    /// `HASH`: IPv6 address → [`crate::Endpoint`]. Written by the daemon.
-    pub const OWNERS_V6: &str = "OWNERS_V6";
+    /// `HASH`: pod's IPv4 address → [`crate::Endpoint`]. Written by the daemon.
+    pub const ENDPOINTS_V4: &str = "ENDPOINTS_V4";
+    /// `HASH`: pod's IPv6 address → [`crate::Endpoint`]. Written by the daemon.
+    pub const ENDPOINTS_V6: &str = "ENDPOINTS_V6";
     /// `ARRAY`: slot → epoch (`u32`). Written by the daemon.
     pub const EPOCHS: &str = "EPOCHS";
     /// `LPM_TRIE`: IPv4 prefixes (`struct bpf_lpm_trie_key`: length in bits, address) that the host stack serves → `u32`, which is 1. Written by the daemon.
@@ -81,54 +82,55 @@ pub mod names {
     pub const FRONTENDS_V4: &str = "FRONTENDS_V4";
     /// `HASH`: [`crate::FrontendKeyV6`] → [`crate::Frontend`]. Written by the daemon.
     pub const FRONTENDS_V6: &str = "FRONTENDS_V6";
-    /// `ARRAY` of [`crate::FILTER`]: bucket → how many frontend entries have an address in it (`u32`). Written by the daemon.
-    pub const FILTERS: &str = "FILTERS";
+    /// `ARRAY` of [`crate::FRONTEND_FILTER_BUCKETS`]: hash bucket → number of frontends with an address in it (`u32`). Written by the daemon.
+    pub const FRONTEND_FILTER: &str = "FRONTEND_FILTER";
     /// `ARRAY`: index → [`crate::Member`]. Written by the daemon.
-    pub const MEMBERS: &str = "MEMBERS";
+    pub const BACKEND_REFS: &str = "BACKEND_REFS";
     /// `ARRAY`: index → [`crate::Backend`]. Written by the daemon.
     pub const BACKENDS: &str = "BACKENDS";
-    /// `ARRAY`: index of a backend → its open connections (`u64`). Written by the programs, and set right by the daemon.
-    pub const LOADS: &str = "LOADS";
+    /// `ARRAY`: backend index → number of active connections (`u64`). Counted by the programs, corrected by the daemon.
+    pub const ACTIVE_CONNS: &str = "ACTIVE_CONNS";
     /// `LRU_HASH`: [`crate::AffinityKey`] → [`crate::Affinity`]. Written by the programs.
     pub const AFFINITY: &str = "AFFINITY";
     /// `LPM_TRIE`: [`crate::SourceRangeV4`] → `u32`, which is 1. Written by the daemon.
-    pub const RANGES_V4: &str = "RANGES_V4";
+    pub const SRC_RANGES_V4: &str = "SRC_RANGES_V4";
     /// `LPM_TRIE`: [`crate::SourceRangeV6`] → `u32`, which is 1. Written by the daemon.
-    pub const RANGES_V6: &str = "RANGES_V6";
+    pub const SRC_RANGES_V6: &str = "SRC_RANGES_V6";
     /// `LRU_HASH`: [`crate::SocketKey`] → [`crate::SocketValue`]. Written by the programs.
-    pub const SOCKETS: &str = "SOCKETS";
-    /// `ARRAY` of one `u32`: bits [`crate::GATE_PHASE`] and [`crate::GATE_ENFORCE`], and from [`crate::GATE_SAMPLE`] on. Written by the daemon.
-    pub const POLICY_GATE: &str = "POLICY_GATE";
+    pub const SOCKET_NAT: &str = "SOCKET_NAT";
+    /// `ARRAY` of one `u32`, the control word: [`crate::CONTROL_VERSION`], [`crate::CONTROL_ENFORCE`], and the sampling rate from
+    /// [`crate::CONTROL_SAMPLE_SHIFT`] on. Written by the daemon.
+    pub const POLICY_CONTROL: &str = "POLICY_CONTROL";
     /// `ARRAY`: [`crate::policy_index`] → [`crate::PolicyEndpoint`]. Written by the daemon.
     pub const POLICY_ENDPOINTS: &str = "POLICY_ENDPOINTS";
-    /// `HASH`: [`crate::PeerKey`] → target ([`crate::Phases`]). Written by the daemon.
+    /// `HASH`: [`crate::PeerKey`] → verdict or port table ([`crate::Versioned`]). Written by the daemon.
     pub const POLICY_PEERS: &str = "POLICY_PEERS";
-    /// `LPM_TRIE`: [`crate::PortKey`] → decision (`u32`). Written by the daemon.
+    /// `LPM_TRIE`: [`crate::PortKey`] → verdict (`u32`). Written by the daemon.
     pub const POLICY_PORTS: &str = "POLICY_PORTS";
-    /// `PERCPU_HASH`: number of a reason → [`crate::PolicyCounter`]. Made by the daemon, counted up by the programs.
+    /// `PERCPU_HASH`: rule id → [`crate::PolicyCounter`]. Created by the daemon, counted by the programs.
     pub const POLICY_COUNTERS: &str = "POLICY_COUNTERS";
-    /// `HASH`: IPv4 address → identity ([`crate::Phases`]). Written by the daemon.
+    /// `HASH`: IPv4 address → identity ([`crate::Versioned`]). Written by the daemon.
     pub const IPCACHE_V4: &str = "IPCACHE_V4";
-    /// `HASH`: IPv6 address → identity ([`crate::Phases`]). Written by the daemon.
+    /// `HASH`: IPv6 address → identity ([`crate::Versioned`]). Written by the daemon.
     pub const IPCACHE_V6: &str = "IPCACHE_V6";
-    /// `LPM_TRIE`: IPv4 block → identity ([`crate::Phases`]). Written by the daemon.
+    /// `LPM_TRIE`: IPv4 CIDR → identity ([`crate::Versioned`]). Written by the daemon.
     pub const IPCACHE_NET_V4: &str = "IPCACHE_NET_V4";
-    /// `LPM_TRIE`: IPv6 block → identity ([`crate::Phases`]). Written by the daemon.
+    /// `LPM_TRIE`: IPv6 CIDR → identity ([`crate::Versioned`]). Written by the daemon.
     pub const IPCACHE_NET_V6: &str = "IPCACHE_NET_V6";
     /// `HASH`: interface index of an ENI → [`crate::Uplink`]. Written by the daemon.
     pub const UPLINKS: &str = "UPLINKS";
     /// `PERCPU_ARRAY`: [`crate::Kind`] and [`crate::Drop`] → [`crate::Counter`]. Written by the programs.
     pub const COUNTERS: &str = "COUNTERS";
-    /// `PERCPU_ARRAY` of one [`crate::Budget`]: how many events this CPU may still report. Written by the programs.
-    pub const BUDGET: &str = "BUDGET";
+    /// `PERCPU_ARRAY` of one [`crate::EventBudget`]: rate limit of events. Written by the programs.
+    pub const EVENT_BUDGET: &str = "EVENT_BUDGET";
     /// `RINGBUF` of [`crate::FlowEvent`]. Written by the programs.
     pub const EVENTS: &str = "EVENTS";
 
     /// Every map, in the order above.
     pub const MAPS: [&str; 33] = [
         ENDPOINTS,
-        OWNERS_V4,
-        OWNERS_V6,
+        ENDPOINTS_V4,
+        ENDPOINTS_V6,
         EPOCHS,
         HOST_V4,
         HOST_V6,
@@ -138,15 +140,15 @@ pub mod names {
         FRAGMENTS_V6,
         FRONTENDS_V4,
         FRONTENDS_V6,
-        FILTERS,
-        MEMBERS,
+        FRONTEND_FILTER,
+        BACKEND_REFS,
         BACKENDS,
-        LOADS,
+        ACTIVE_CONNS,
         AFFINITY,
-        RANGES_V4,
-        RANGES_V6,
-        SOCKETS,
-        POLICY_GATE,
+        SRC_RANGES_V4,
+        SRC_RANGES_V6,
+        SOCKET_NAT,
+        POLICY_CONTROL,
         POLICY_ENDPOINTS,
         POLICY_PEERS,
         POLICY_PORTS,
@@ -157,7 +159,7 @@ pub mod names {
         IPCACHE_NET_V6,
         UPLINKS,
         COUNTERS,
-        BUDGET,
+        EVENT_BUDGET,
         EVENTS,
     ];
 
@@ -173,12 +175,12 @@ pub mod names {
     /// Every program, in the order above.
     pub const PROGRAMS: [&str; 4] = [FROM_POD, TO_POD, FROM_VPC, TO_VPC];
 
-    /// The programs on the sockets of a cgroup; each has the name of its attach type. In the order in which they are attached: what
-    /// translates back comes before what translates.
+    /// The cgroup programs that translate socket addresses, named by attach type. In the order in which they are attached: reverse
+    /// translation before translation.
     pub const SOCKET_PROGRAMS: [&str; 8] =
         ["recvmsg4", "recvmsg6", "getpeername4", "getpeername6", "connect4", "connect6", "sendmsg4", "sendmsg6"];
 
-    /// The programs that keep the node's own processes off the ports of Services, named likewise.
+    /// The cgroup programs that reserve NodePorts against `bind`, named by attach type.
     pub const BIND_PROGRAMS: [&str; 2] = ["bind4", "bind6"];
 
     /// Global `u32`: jiffies per second of the running kernel.
@@ -187,9 +189,9 @@ pub mod names {
     pub const EVENTS_PER_SECOND: &str = "EVENTS_PER_SECOND";
     /// Global `u32`: 1 reports every first packet through `bpf_trace_printk`; 0 folds the code away.
     pub const DEBUG: &str = "DEBUG";
-    /// Global `u64`: the cookie of the network namespace that is the node's own; 0 for the first one of the machine.
+    /// Global `u64`: the cookie of the host's network namespace; 0 for the initial namespace.
     pub const HOST_NETNS: &str = "HOST_NETNS";
-    /// Global `u32`: 1 if programs on sockets can say with which error a system call fails (Linux 6.1), 0 folds the code away.
+    /// Global `u32`: 1 if `bpf_set_retval` exists (Linux 6.1): a rejected system call gets its own errno. 0 folds the code away.
     pub const SETS_ERRNO: &str = "SETS_ERRNO";
 
     /// Every global, in the order above.

@@ -1,119 +1,119 @@
-//! Network policies: what the maps of ADR 0008 hold. Most values stand for two phases, of which [`GATE_PHASE`] says the one that counts.
+//! Network policies: layouts of the policy maps (ADR 0008). Most values exist in two versions; [`CONTROL_VERSION`] selects the active one.
 
 use core::mem::offset_of;
 
 use crate::pod;
 
-/// Bit of the gate: the phase that counts, 0 or 1.
-pub const GATE_PHASE: u32 = 1;
-/// Bit of the gate: policies are enforced.
-pub const GATE_ENFORCE: u32 = 1 << 1;
-/// The gate shifted right by so many bits is N: one in N new connections is reported, or none if it is 0.
-pub const GATE_SAMPLE: u32 = 8;
+/// Bit of the control word: the active version, 0 or 1.
+pub const CONTROL_VERSION: u32 = 1;
+/// Bit of the control word: policies are enforced.
+pub const CONTROL_ENFORCE: u32 = 1 << 1;
+/// Shift of the sampling rate N in the control word: one in N new connections is reported, none if N is 0.
+pub const CONTROL_SAMPLE_SHIFT: u32 = 8;
 
-/// A value for each phase.
-pub type Phases = [u32; 2];
+/// A value in two versions, indexed by [`CONTROL_VERSION`].
+pub type Versioned = [u32; 2];
 
-/// Bit of a target: it is a decision, and no port table.
-pub const TARGET_DECISION: u32 = 1 << 31;
-/// Bit of a decision: the packet passes. Below it is the number of the reason.
-pub const DECISION_ALLOW: u32 = 1 << 30;
+/// Bit of a peer entry: the entry is a verdict. Without the bit it is the number of a port table.
+pub const PEER_VERDICT: u32 = 1 << 31;
+/// Bit of a verdict: the packet passes. The bits below are the rule id.
+pub const VERDICT_ALLOW: u32 = 1 << 30;
 
-/// Numbers of reasons that are always the same; those of rules come from the compiler.
-pub mod policy_reason {
-    /// No policy says anything about the pod in this direction, or none of those that were asked decides: the next tier is asked.
+/// Reserved rule ids; the ids of policy rules are assigned by the policy compiler.
+pub mod rule_id {
+    /// No policy selects the pod in this direction, or none of this tier decides: the next tier is evaluated.
     pub const NO_POLICY: u32 = 1;
-    /// Policies are switched off.
+    /// Policy enforcement is switched off.
     pub const DISABLED: u32 = 2;
-    /// A pod speaks with itself.
+    /// A pod connects to itself.
     pub const LOOPBACK: u32 = 3;
-    /// The resident node speaks with its pod.
-    pub const RESIDENT_NODE: u32 = 4;
-    /// Numbers up to this one are fixed. What they let pass is not counted.
-    pub const FIXED: u32 = 15;
+    /// The local node connects to a pod of its own.
+    pub const LOCAL_NODE: u32 = 4;
+    /// The last reserved rule id. Connections allowed by a reserved rule are not counted.
+    pub const LAST_RESERVED: u32 = 15;
 }
 
-/// What a reason decided. The daemon makes an entry for each reason that is in use; the programs count in those that are there.
+/// Per-CPU counter of a policy rule. The daemon creates an entry for each rule in use; the programs count in existing entries only.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PolicyCounter {
-    /// Connections that it let begin, or packets that it had dropped.
+    /// Connections allowed, or packets dropped, by the rule.
     pub packets: u64,
     /// Bytes of these packets, Ethernet header included.
     pub bytes: u64,
-    /// What the reason is, as the daemon knows it again after a restart. The programs leave it alone.
+    /// Identifies the rule to the daemon after a restart. The programs do not use it.
     pub tag: u64,
 }
 
-/// The nature of an identity: bits 31-30. 0 is the world outside the cluster.
-pub const IDENTITY_NATURE: u32 = 3 << 30;
-/// The nature of pods.
+/// Mask of an identity's kind, bits 31-30. Kind 0 is outside the cluster.
+pub const IDENTITY_KIND: u32 = 3 << 30;
+/// Kind of identities of pods.
 pub const IDENTITY_POD: u32 = 1 << 30;
-/// The nature of the resident node's addresses.
+/// Kind of the identities of the local node's addresses.
 pub const IDENTITY_NODE: u32 = 2 << 30;
-/// Bit of an identity: of an IPv6 address.
+/// Bit of an identity: it is of an IPv6 address.
 pub const IDENTITY_V6: u32 = 1 << 29;
 
-/// What policies say about a pod in one direction.
+/// The policies of one tier for a pod in one direction.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PolicySide {
-    /// The set whose entries count; 0 = none, nothing is decided.
+pub struct PolicyDirection {
+    /// The policy set whose peer entries apply; 0 = none: the verdict is undecided.
     pub set: u32,
-    /// Targets of identities for which the set has no entry; see [`default_index`].
+    /// Default peer entries, for identities without an entry of the set; see [`default_index`].
     pub defaults: [u32; 4],
 }
 
-/// What policies say about a pod, in one phase.
+/// The policies of a pod, in one version.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PolicyEndpoint {
-    /// Identities of its IPv4 and of its IPv6 address, by which other pods of the node see it.
+    /// Identities of the pod's IPv4 and of its IPv6 address, used when it is the peer of another pod of the node.
     pub identities: [u32; 2],
-    /// For packets to it: what policies of the admin tier say, then what the others do where none of those decides.
-    pub ingress: [PolicySide; 2],
-    /// For packets from it, likewise.
-    pub egress: [PolicySide; 2],
+    /// Ingress policies: those of the admin tier, then the others, evaluated if the admin tier is undecided.
+    pub ingress: [PolicyDirection; 2],
+    /// Egress policies, likewise.
+    pub egress: [PolicyDirection; 2],
 }
 
-/// Which of [`PolicySide::defaults`] is an identity's: bit 0 says IPv6, bit 1 says pod.
+/// Index of an identity in [`PolicyDirection::defaults`]: bit 0 says IPv6, bit 1 says pod.
 #[must_use]
 pub const fn default_index(identity: u32) -> u32 {
-    let pod = identity & IDENTITY_NATURE == IDENTITY_POD;
+    let pod = identity & IDENTITY_KIND == IDENTITY_POD;
     (pod as u32) << 1 | (identity >> 29 & 1)
 }
 
-/// Where an endpoint's value of a phase stands.
+/// Index of an endpoint's policies in the endpoint policy map.
 #[must_use]
-pub const fn policy_index(slot: u32, phase: u32) -> u32 {
-    slot << 1 | phase & 1
+pub const fn policy_index(slot: u32, version: u32) -> u32 {
+    slot << 1 | version & 1
 }
 
-/// A set and an identity.
+/// The key of a peer entry: a policy set and the identity of the peer.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct PeerKey {
-    /// The set.
+    /// The policy set.
     pub set: u32,
-    /// The identity.
+    /// The peer's identity.
     pub identity: u32,
 }
 
-/// A place in a port table. As data of a longest-prefix map: 32 bits of the table, 8 of the protocol, 16 of the port.
+/// The key of an entry of a port table. As data of a longest-prefix map: 32 bits of the table, 8 of the protocol, 16 of the port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct PortKey {
-    /// The table.
+    /// Number of the port table.
     pub table: u32,
     /// Four bytes: protocol, port as in the packet, zero.
     pub class: u32,
 }
 
 impl PortKey {
-    /// Bits of table, protocol and port.
+    /// Prefix length of a whole key: table, protocol and port.
     pub const BITS: u32 = 56;
 
-    /// The key of a port as it stands in the packet.
+    /// The key of a port in network byte order.
     #[must_use]
     pub const fn new(table: u32, protocol: u8, port: u16) -> Self {
         let [high, low] = port.to_ne_bytes();
@@ -121,7 +121,7 @@ impl PortKey {
     }
 }
 
-pod!(PolicySide: 20, PolicyEndpoint: 88, PeerKey: 8, PortKey: 8, PolicyCounter: 24);
+pod!(PolicyDirection: 20, PolicyEndpoint: 88, PeerKey: 8, PortKey: 8, PolicyCounter: 24);
 const _: () = assert!(offset_of!(PolicyEndpoint, ingress) == 8 && offset_of!(PolicyEndpoint, egress) == 48);
 
 #[cfg(test)]
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_port_key_is_in_the_order_of_the_longest_prefix() {
+    fn port_key_bytes_are_in_prefix_order() {
         let key = PortKey::new(7, 6, 443_u16.to_be());
         assert_eq!(key.class.to_ne_bytes(), [6, 1, 0xbb, 0]);
         assert_eq!(default_index(IDENTITY_POD | IDENTITY_V6 | 5), 3);

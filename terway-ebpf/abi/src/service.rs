@@ -1,24 +1,24 @@
-//! Services: frontends, the backends behind them, and what is remembered of choices.
+//! Services: frontends, backends, session affinity and socket translations.
 //!
-//! A frontend's value is replaced whole, by one atomic map update, and names a run of [`Member`]s; so the order of writes in which
-//! no packet meets half a Service is: backends, run (in a place that nobody reads), frontend; and back for removal: frontend, then,
-//! a second later, run, then the backend with its generation raised. A run is never written while a frontend names it, nor within
-//! a second after: a program that is running may still read it.
+//! A frontend is replaced whole, by one atomic map update, and refers to a range of [`BackendRef`]s. Write order when a Service is added:
+//! backends, backend range (at unused indices), frontend. Order of removal: frontend; one second later the range; then the backend, with
+//! its generation raised. A range is never written while a frontend refers to it, nor within one second after: a running program may
+//! still read it.
 
 use core::mem::offset_of;
 
 use crate::pod;
 
-/// What a packet is looked up by to find whether it is for a Service.
+/// The key of a frontend: address (or any address of the node), port and protocol of a Service.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FrontendKey<A> {
-    /// The address as in the packet; all 0 with [`SCOPE_NODE`].
+    /// The address in network byte order; all 0 with [`SCOPE_NODE`].
     pub address: A,
     /// The port as in the packet, in the first two bytes; the IP protocol number; the scope ([`SCOPE_ADDRESS`] …).
     ///
-    /// With port and protocol 0 the entry stands for the address itself: that it is a Service's, so that a port which none of its
-    /// Services has is refused and not sent on. Its value has a count of 0.
+    /// Port and protocol 0 mark the address as a Service's: packets to a port that none of its Services has are rejected, not
+    /// forwarded. The backend range of such a frontend is empty.
     pub class: u32,
 }
 
@@ -27,42 +27,42 @@ pub type FrontendKeyV4 = FrontendKey<u32>;
 /// A frontend key of IPv6.
 pub type FrontendKeyV6 = FrontendKey<[u32; 4]>;
 
-/// The frontend is an address: ClusterIP, ExternalIP, LoadBalancer IP, or a hostPort with an address.
+/// Scope of frontends with an address: ClusterIP, ExternalIP, LoadBalancer IP, or a hostPort with an address.
 pub const SCOPE_ADDRESS: u8 = 0;
-/// The frontend is a port of whatever address the node has: NodePort, or a hostPort without an address.
+/// Scope of frontends at a port of every node address: NodePort, or a hostPort without an address.
 pub const SCOPE_NODE: u8 = 1;
 
-/// The class of a frontend key: `port` as in the packet.
+/// The class word of a frontend key; `port` is in network byte order.
 #[must_use]
 pub const fn frontend_class(port: u16, protocol: u8, scope: u8) -> u32 {
     let [high, low] = port.to_ne_bytes();
     u32::from_ne_bytes([high, low, protocol, scope])
 }
 
-/// A run of [`Member`]s: entries `first .. first + count` of the member map.
+/// A range of backend references: entries `first .. first + count` of the map [`crate::names::BACKEND_REFS`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Run {
-    /// Index of the first.
+pub struct BackendRange {
+    /// Index of the first entry.
     pub first: u32,
-    /// How many; 0 refuses the connection. For [`frontend_flags::MAGLEV`] the size of the table, else a backend of weight n stands
-    /// n times in it.
+    /// Number of entries; 0 rejects the connection. With [`frontend_flags::MAGLEV`] the size of the Maglev table; else a backend of
+    /// weight n has n entries.
     pub count: u32,
 }
 
-/// A port of a Service at one address.
+/// A frontend: a port of a Service at one address.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Frontend {
-    /// A number that no other Service port has as long as this one lives: affinity and counters go by it.
+    /// Number of the Service port, unique while the port exists; key of session affinity and counters.
     pub service: u32,
     /// Bits of [`frontend_flags`].
     pub flags: u32,
-    /// For clients in the cluster: pods and the node itself (internalTrafficPolicy).
-    pub internal: Run,
-    /// For clients outside (externalTrafficPolicy).
-    pub external: Run,
-    /// Seconds that a client stays with its backend after its last new connection; 0 without session affinity.
+    /// Backends for clients in the cluster: pods and the node itself (internalTrafficPolicy).
+    pub internal: BackendRange,
+    /// Backends for external clients (externalTrafficPolicy).
+    pub external: BackendRange,
+    /// Session affinity timeout in seconds, counted from the client's last new connection; 0 without session affinity.
     pub affinity: u32,
     /// Zero.
     pub spare: u32,
@@ -70,45 +70,46 @@ pub struct Frontend {
 
 /// Bits of [`Frontend::flags`].
 pub mod frontend_flags {
-    /// Members are chosen by a hash of the packet's addresses and ports (of the address only with affinity), not at random.
+    /// The backend is selected by a hash of source address and ports (with session affinity, without the source port), not at random.
     pub const MAGLEV: u32 = 1;
-    /// Of two random members the one with fewer connections is taken.
-    pub const LEAST: u32 = 1 << 1;
-    /// Clients outside must be in the source ranges of `service`.
-    pub const RANGES: u32 = 1 << 2;
-    /// Not served to clients outside (a ClusterIP): their packets are left to the host stack.
-    pub const INTERNAL: u32 = 1 << 3;
-    /// externalTrafficPolicy is Local: the client's address is kept, and all external backends are of this node.
-    pub const LOCAL: u32 = 1 << 4;
-    /// Refused packets are dropped in silence (externalTrafficPolicy Local without a local backend), not answered.
-    pub const SILENT: u32 = 1 << 5;
-    /// Not served to clients in the cluster (`in_cluster_loadbalance` is off): their packets go on to the load balancer.
-    pub const EXTERNAL: u32 = 1 << 6;
+    /// Of two random backends the one with fewer active connections is selected (power of two choices).
+    pub const LEAST_CONNECTIONS: u32 = 1 << 1;
+    /// External clients must be in the Service's loadBalancerSourceRanges.
+    pub const SOURCE_RANGES: u32 = 1 << 2;
+    /// Only for clients in the cluster (a ClusterIP): packets of external clients go to the host stack.
+    pub const IN_CLUSTER_ONLY: u32 = 1 << 3;
+    /// externalTrafficPolicy is Local: the client's address is kept, and all external backends are local to this node.
+    pub const EXTERNAL_LOCAL: u32 = 1 << 4;
+    /// Packets without a backend are dropped (externalTrafficPolicy Local without a local backend), not rejected.
+    pub const DROP_WITHOUT_REPLY: u32 = 1 << 5;
+    /// Only for external clients (`in_cluster_loadbalance` is off): packets of clients in the cluster go on to the load balancer.
+    pub const EXTERNAL_ONLY: u32 = 1 << 6;
 }
 
-/// A place in a run: which backend, and in which of its lives. 0 and 0 is nobody.
+/// A reference to a backend in one generation. Zeros refer to no backend.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Member {
-    /// Index into the backend map.
+pub struct BackendRef {
+    /// Index into the backend map; [`NO_BACKEND`] for none.
     pub backend: u32,
     /// [`Backend::generation`].
     pub generation: u32,
 }
 
-/// Where connections are sent.
+/// A backend: address, port and protocol of a Service's endpoint.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backend {
     /// Address; IPv4 in the first word.
     pub address: [u32; 4],
-    /// Port as in the packet.
+    /// Port in network byte order.
     pub port: u16,
     /// IP protocol number.
     pub protocol: u8,
     /// Bits of [`backend_flags`].
     pub flags: u8,
-    /// Raised when the backend goes, and never 0 while there is one: every flow, affinity and socket that names another is void.
+    /// Raised when the backend is removed, and never 0 while it exists: flow, affinity and socket entries of another generation are
+    /// invalid.
     pub generation: u32,
     /// Zero.
     pub spare: [u32; 2],
@@ -116,18 +117,18 @@ pub struct Backend {
 
 /// Bits of [`Backend::flags`].
 pub mod backend_flags {
-    /// The address is of IPv6.
+    /// The address is an IPv6 address.
     pub const V6: u8 = 1;
     /// The backend is a pod of this node, or the node itself.
     pub const LOCAL: u8 = 1 << 1;
-    /// The backend is ending, or not ready: its flows go on, and nothing new comes to it, affinity or not, unless a run says so.
-    pub const ENDING: u8 = 1 << 2;
+    /// The backend is terminating or not ready: existing flows continue; it gets new connections only if a backend range contains it.
+    pub const TERMINATING: u8 = 1 << 2;
 }
 
-/// The backend that is none.
+/// The backend index that refers to no backend.
 pub const NO_BACKEND: u32 = 0;
 
-/// Who is held to a backend.
+/// The key of a session affinity entry: client and Service.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AffinityKey {
@@ -135,81 +136,82 @@ pub struct AffinityKey {
     pub client: [u32; 4],
     /// [`Frontend::service`].
     pub service: u32,
-    /// 4 or 6, or 0 for a cookie.
+    /// Kind of `client`: 4 or 6 for an address, 0 for a cookie.
     pub kind: u32,
 }
 
-/// To which, and since when.
+/// A session affinity entry: the client's backend.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Affinity {
-    /// The backend and its life.
-    pub member: Member,
+    /// The backend.
+    pub backend_ref: BackendRef,
     /// Jiffies of the client's last new connection.
     pub last_used: u32,
     /// Zero.
     pub spare: u32,
 }
 
-/// A socket and whom it really talks to.
+/// The key of a socket translation: a socket and one address of its peer.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SocketKey {
     /// The socket's cookie, low word first.
     pub cookie: [u32; 2],
-    /// The backend's address; IPv4 in the first word.
+    /// The backend's address, or with [`SOCKET_DATAGRAM_BACKEND`] the frontend's; IPv4 in the first word.
     pub address: [u32; 4],
-    /// The backend's port as in the packet, in the first two bytes; 4 or 6; the IP protocol number.
+    /// Its port as in the packet, in the first two bytes; the address family (4 or 6); the IP protocol number.
     pub class: u32,
-    /// [`TO_BACKEND`] or [`TO_FRONTEND`].
+    /// Kind of the entry: [`SOCKET_REVERSE_NAT`] or [`SOCKET_DATAGRAM_BACKEND`].
     pub kind: u32,
 }
 
-/// The key names a backend, the value the frontend that the application believes to talk to.
-pub const TO_BACKEND: u32 = 0;
-/// The key names a frontend to which a socket has sent a datagram without being connected, the value the backend that it got: the next
-/// datagram goes there, too, as long as the backend lives.
-pub const TO_FRONTEND: u32 = 1;
+/// Kind of reverse-NAT entries: the key holds the backend, the value the frontend that the application connected to.
+pub const SOCKET_REVERSE_NAT: u32 = 0;
+/// Kind of entries of unconnected datagram sockets: the key holds the frontend, the value the backend of the last datagram. The next
+/// datagram is sent to the same backend while it exists.
+pub const SOCKET_DATAGRAM_BACKEND: u32 = 1;
 
-/// The other name of the peer in a [`SocketKey`].
+/// A socket translation: the other address of the peer.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketValue {
-    /// The frontend's address, or with [`TO_FRONTEND`] the backend's; IPv4 in the first word.
+    /// The frontend's address, or with [`SOCKET_DATAGRAM_BACKEND`] the backend's; IPv4 in the first word.
     pub address: [u32; 4],
     /// Its port as in the packet, in the first two bytes.
     pub port: u32,
     /// [`Frontend::service`].
     pub service: u32,
-    /// The backend and its life.
-    pub member: Member,
+    /// The backend.
+    pub backend_ref: BackendRef,
     /// The cookie of the socket's network namespace, low word first.
     pub netns: [u32; 2],
 }
 
-/// Where the data of the source-range tries begins: the service, then the address. A prefix of n bits has a length of 32 + n.
+/// The data of a source range in its trie: the Service number, then the address. A prefix of n bits has a length of 32 + n.
 pub type SourceRangeV4 = [u32; 2];
 /// As [`SourceRangeV4`].
 pub type SourceRangeV6 = [u32; 5];
 
-pod!(FrontendKeyV4: 8, FrontendKeyV6: 20, Run: 8, Frontend: 32, Member: 8, Backend: 32);
+pod!(FrontendKeyV4: 8, FrontendKeyV6: 20, BackendRange: 8, Frontend: 32, BackendRef: 8, Backend: 32);
 pod!(AffinityKey: 24, Affinity: 16, SocketKey: 32, SocketValue: 40);
 const _: () = assert!(offset_of!(Backend, generation) == 20 && offset_of!(Frontend, external) == 16);
 
-/// Entries of the filter: how many frontends have an address of this bucket. Most packets are for no Service, and learn that here.
-pub const FILTER: u32 = 65_536;
+/// Entries of the frontend filter, which holds the number of frontends per hash bucket of their address. A packet whose bucket is 0 is for
+/// no Service.
+pub const FRONTEND_FILTER_BUCKETS: u32 = 65_536;
 
-/// The bucket of an IPv4 address in the filter.
+/// The bucket of an IPv4 address in the frontend filter.
 #[must_use]
-pub const fn filter_v4(address: u32) -> u32 {
-    address.wrapping_mul(0x9e37_79b9) >> (32 - FILTER.trailing_zeros())
+pub const fn frontend_filter_v4(address: u32) -> u32 {
+    address.wrapping_mul(0x9e37_79b9) >> (32 - FRONTEND_FILTER_BUCKETS.trailing_zeros())
 }
 
-/// The bucket of an IPv6 address in the filter.
+/// The bucket of an IPv6 address in the frontend filter.
 #[must_use]
-pub const fn filter_v6(address: [u32; 4]) -> u32 {
+pub const fn frontend_filter_v6(address: [u32; 4]) -> u32 {
     let [a, b, c, d] = address;
-    filter_v4((a ^ b.rotate_left(8)).wrapping_mul(0x85eb_ca6b) ^ (c ^ d.rotate_left(16)))
+    frontend_filter_v4((a ^ b.rotate_left(8)).wrapping_mul(0x85eb_ca6b) ^ (c ^ d.rotate_left(16)))
 }
 
 #[cfg(test)]
@@ -217,18 +219,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_class_keeps_the_port_as_it_stands_in_the_packet() {
+    fn frontend_class_keeps_network_byte_order() {
         let class = frontend_class(u16::from_ne_bytes([0x01, 0xbb]), 6, SCOPE_NODE);
         assert_eq!(class.to_ne_bytes(), [0x01, 0xbb, 6, 1]);
     }
 
     #[test]
-    fn addresses_spread_over_the_filter() {
+    fn frontend_filter_spreads_consecutive_addresses() {
         // Consecutive ClusterIPs, and consecutive IPv6 ones, share no more buckets than chance would have them share.
-        let (mut v4, mut v6) = ([false; FILTER as usize], [false; FILTER as usize]);
+        let (mut v4, mut v6) = ([false; FRONTEND_FILTER_BUCKETS as usize], [false; FRONTEND_FILTER_BUCKETS as usize]);
         for n in 0..30_000_u32 {
-            v4[filter_v4((0x0a60_0000 + n).to_be()) as usize] = true;
-            v6[filter_v6([0xfd00_u32.to_be(), 0, 0, n.to_be()]) as usize] = true;
+            v4[frontend_filter_v4((0x0a60_0000 + n).to_be()) as usize] = true;
+            v6[frontend_filter_v6([0xfd00_u32.to_be(), 0, 0, n.to_be()]) as usize] = true;
         }
         for seen in [v4, v6] {
             // 65 536 · (1 - e^(-30000/65536)) = 24 100.

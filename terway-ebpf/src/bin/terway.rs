@@ -11,7 +11,7 @@ fn main() {
 mod programs {
     use aya_ebpf::macros::{cgroup_sock_addr, classifier};
     use aya_ebpf::programs::{SockAddrContext, TcContext};
-    use terway_abi::{Drop, Kind, MARK_CHECKED, Program};
+    use terway_abi::{Drop, MARK_CHECKED, PathCounter, Program};
     use terway_ebpf::family::{V4, V6};
     use terway_ebpf::frame::Frame as _;
     use terway_ebpf::kernel::exit::{Verdict, finish};
@@ -43,7 +43,7 @@ mod programs {
         let verdict = match window.ethertype() {
             Some(ethertype::IPV4) => forward::<V4, TO_POD>(skb, window),
             Some(ethertype::IPV6) => forward::<V6, TO_POD>(skb, window),
-            _ => Verdict::next(Kind::Neighbour),
+            _ => Verdict::next(PathCounter::Neighbour),
         };
         finish(skb, Program::ToPod, verdict)
     }
@@ -55,10 +55,10 @@ mod programs {
         let window = skb.window();
         let verdict = match window.ethertype() {
             // Frames for others (a capture makes the NIC take them) and tagged ones are no pod's.
-            _ if !skb.is_to_us() || skb.has_vlan() => Verdict::next(Kind::VpcToHost),
+            _ if !skb.is_to_us() || skb.has_vlan() => Verdict::next(PathCounter::VpcToHost),
             Some(ethertype::IPV4) => forward::<V4, FROM_VPC>(skb, window),
             Some(ethertype::IPV6) => forward::<V6, FROM_VPC>(skb, window),
-            _ => Verdict::next(Kind::VpcToHost),
+            _ => Verdict::next(PathCounter::VpcToHost),
         };
         finish(skb, Program::FromVpc, verdict)
     }
@@ -75,7 +75,7 @@ mod programs {
         let verdict = match skb.window().ethertype() {
             Some(ethertype::IPV4) => leave::<V4>(skb),
             Some(ethertype::IPV6) => leave::<V6>(skb),
-            _ => Verdict::next(Kind::HostToVpc),
+            _ => Verdict::next(PathCounter::HostToVpc),
         };
         finish(skb, Program::ToVpc, verdict)
     }

@@ -2,9 +2,9 @@
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::bpf_jiffies64;
-use terway_abi::{Counter, DROP_BASE, Drop, FlowEvent, Kind, MacPair, Program};
+use terway_abi::{Counter, DROP_BASE, Drop, FlowEvent, MacPair, PathCounter, Program};
 
-use super::maps::{BUDGET, COUNTERS, Desk, EVENTS, EVENTS_PER_SECOND, HZ, Kernel};
+use super::maps::{COUNTERS, Desk, EVENT_BUDGET, EVENTS, EVENTS_PER_SECOND, HZ, Kernel};
 use super::skb::Skb;
 use super::tell::{spend, tally};
 use crate::family::{V4, V6};
@@ -43,13 +43,13 @@ impl Verdict {
     ///
     /// `TC_ACT_UNSPEC` and not `TC_ACT_OK`: programs of others on the same hook still see the packet.
     #[inline(always)]
-    pub const fn next(kind: Kind) -> Self {
+    pub const fn next(kind: PathCounter) -> Self {
         Self::with_action(TC_ACT_UNSPEC, kind)
     }
 
     /// The packet goes where `action`, the answer of a redirect helper, says.
     #[inline(always)]
-    pub const fn with_action(action: i32, kind: Kind) -> Self {
+    pub const fn with_action(action: i32, kind: PathCounter) -> Self {
         Self(kind as u64 | (action as u32 as u64) << 32)
     }
 
@@ -134,14 +134,14 @@ fn report(skb: *mut aya_ebpf::bindings::__sk_buff, what: u32, rule: u32) -> i32 
     if rule != 0 {
         tally(rule, skb.len());
     }
-    let Some(budget) = BUDGET.get_ptr_mut(0) else { return 0 };
+    let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else { return 0 };
     // SAFETY: the value is this CPU's own.
     let budget = unsafe { &mut *budget };
     let within = spend(budget, now(), EVENTS_PER_SECOND.load(), HZ.load());
     let reserved = if within { EVENTS.reserve::<FlowEvent>(0) } else { None };
     let Some(mut entry) = reserved else {
         budget.lost = budget.lost.wrapping_add(1);
-        count(Kind::EventLost as u32, skb.len());
+        count(PathCounter::EventLost as u32, skb.len());
         return 0;
     };
     let lost = core::mem::take(&mut budget.lost);
@@ -161,9 +161,9 @@ fn report(skb: *mut aya_ebpf::bindings::__sk_buff, what: u32, rule: u32) -> i32 
         dst: [0; 4],
         mac: window.macs().unwrap_or(MacPair([0; 3])),
         ethertype: u32::from(kind),
-        decisions: [0; 2],
-        target: [0; 4],
-        port: 0,
+        verdicts: [0; 2],
+        policy_destination: [0; 4],
+        policy_port: 0,
         service: 0,
     });
     match kind {
@@ -187,9 +187,9 @@ fn describe<F: Kernel, P: Frame>(frame: &P, event: &mut FlowEvent, judged: bool)
         event.dst = F::widen(&glance.dst);
     }
     if judged && let Some(desk) = desk_of::<F>() {
-        event.decisions = desk.decisions;
-        event.target = F::widen(&desk.case.destination);
-        event.port = desk.case.port;
+        event.verdicts = desk.verdicts;
+        event.policy_destination = F::widen(&desk.case.destination);
+        event.policy_port = desk.case.port;
         event.service = if desk.stale == 0 { desk.service() } else { 0 };
     }
 }

@@ -6,8 +6,8 @@
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_printk;
 use terway_abi::{
-    Action, Drop, Endpoint, Flow, FragmentKey, FragmentValue, Kind, MOVED, NO_BACKEND, POLICY_EPOCH, flow_flags,
-    is_between,
+    Action, Drop, Endpoint, Flow, FragmentKey, FragmentValue, NO_BACKEND, POLICY_EPOCH_MASK, PORT_REMAPPED,
+    PathCounter, flow_flags, is_epoch_between,
 };
 
 use super::exit::{Verdict, count, now};
@@ -97,7 +97,7 @@ where
         desk.stale = STALE_MOVED;
         let resumed = resume::<F, PROGRAM>(skb.0, desk);
         // Gone since it was found.
-        return if resumed.is_open() { Verdict::drop(Drop::Unserved) } else { resumed };
+        return if resumed.is_open() { Verdict::drop(Drop::NotTranslatable) } else { resumed };
     }
     let sent = enter::<F, PROGRAM>(skb.0, desk);
     if !sent.is_drop() {
@@ -142,10 +142,10 @@ where
     let understood = understood::<F, PROGRAM>(Skb(ctx), desk);
     // What comes from the VPC for the host is the host's to judge: fragments out of order, options, and all.
     if PROGRAM == FROM_VPC && understood.is_err() && Maps.by_address(&desk.packet.dst).is_none() {
-        return Verdict::next(Kind::VpcToHost);
+        return Verdict::next(PathCounter::VpcToHost);
     }
     if PROGRAM == TO_VPC && understood.is_err() {
-        return Verdict::next(Kind::HostToVpc);
+        return Verdict::next(PathCounter::HostToVpc);
     }
     understood.into()
 }
@@ -165,9 +165,9 @@ where
             Checks::neighbour(&window, packet, endpoint::<F>(skb)?)?;
         }
         return Ok(Verdict::next(match PROGRAM {
-            FROM_VPC => Kind::VpcToHost,
-            TO_VPC => Kind::HostToVpc,
-            _ => Kind::Neighbour,
+            FROM_VPC => PathCounter::VpcToHost,
+            TO_VPC => PathCounter::HostToVpc,
+            _ => PathCounter::Neighbour,
         }));
     }
     if packet.fragment != Fragment::Whole {
@@ -212,12 +212,10 @@ where
         _ => true,
     };
     match flow_of_quoted::<F, PROGRAM>(skb, &window, quoted) {
-        Some(known) if goes && comes && !is_stale::<F, PROGRAM>(&known) => {
-            match known.side.flags & flow_flags::TRANSLATE {
-                0 => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
-                _ => Verdict::RELATED,
-            }
-        }
+        Some(known) if goes && comes && !is_stale::<F, PROGRAM>(&known) => match known.side.flags & flow_flags::NAT {
+            0 => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
+            _ => Verdict::RELATED,
+        },
         _ => Verdict::OPEN,
     }
 }
@@ -245,7 +243,7 @@ where
     match flow_of_quoted::<F, PROGRAM>(skb, &window, quoted) {
         Some(known) => use_known::<F, PROGRAM>(skb, window, known, Layout { quote: Some(quote), ..layout(packet) }),
         // Gone since it was found.
-        None => Verdict::drop(Drop::Unserved),
+        None => Verdict::drop(Drop::NotTranslatable),
     }
 }
 
@@ -294,7 +292,7 @@ where
                 translate_on::<F>(&mut desk.flow, &desk.reply);
             } else if !F::same(&desk.choice.address, &packet.dst) {
                 // It looks like an answer, and comes from another pod than the one that was asked.
-                return Err(Drop::Unserved);
+                return Err(Drop::NotTranslatable);
             }
         }
         TAKEN => prepare_both::<F, PROGRAM>(desk, &route)?,
@@ -338,15 +336,15 @@ where
     // SAFETY: the value stays mapped for the program's run; an entry that is reused meanwhile is a race that every preallocated map
     // has.
     let old = unsafe { &mut *old };
-    let ([side, other], by_other) = (&old.sides, old.maker != from_high);
-    let others = by_other && side.flags & flow_flags::TRANSLATE != 0;
+    let ([side, other], by_other) = (&old.directions, old.initiator != from_high);
+    let others = by_other && side.flags & flow_flags::NAT != 0;
     let reset = (side.flags | other.flags) & flow_flags::RST != 0;
-    replaced.taken = u32::from(others && !reset && drift::<F>(old) <= POLICY_EPOCH);
+    replaced.taken = u32::from(others && !reset && drift::<F>(old) <= POLICY_EPOCH_MASK);
     let ([makers, others], [at_makers, at_others]) = (old.slots, old.epochs);
     (replaced.slots, replaced.epochs) =
         if by_other { ([others, makers], [at_others, at_makers]) } else { ([makers, others], [at_makers, at_others]) };
     let flags = flow::side(old, from_high).flags;
-    replaced.answers = flags & flow_flags::REVERSE;
+    replaced.answers = flags & flow_flags::REPLY;
     replaced.translated = u32::from(flags & ANSWERS == ANSWERS);
 }
 
@@ -364,28 +362,28 @@ fn keep<F: Way>(desk: &mut Desk<F>) -> u32 {
     let Some(old) = entry::<F>(&key) else { return 0 };
     // SAFETY: copied at once; an entry that is reused meanwhile is a race that every preallocated map has.
     *reply = unsafe { *old };
-    let [side, _] = &reply.sides;
-    if reply.maker != from_high || side.flags & ANSWERS != ANSWERS {
+    let [side, _] = &reply.directions;
+    if reply.initiator != from_high || side.flags & ANSWERS != ANSWERS {
         return 0;
     }
-    F::assign(&mut choice.address, &reply.dst);
+    F::assign(&mut choice.address, &reply.nat_dst);
     1
 }
 
 /// Has a new entry translate as the old one did. What left by an ENI leaves by the same one: that of the client, and not the pod's.
 #[inline(always)]
 fn translate_on<F: Way>(flow: &mut Flow<F::Addr>, old: &Flow<F::Addr>) {
-    let ([side, other], [before, _]) = (&mut flow.sides, &old.sides);
+    let ([side, other], [before, _]) = (&mut flow.directions, &old.directions);
     if side.action == Action::Vpc as u32 && before.action == Action::Vpc as u32 {
-        (side.oif, side.way) = (before.oif, before.way);
+        (side.oif, side.nexthop) = (before.oif, before.nexthop);
     }
     side.flags |= before.flags;
     // The requests have an entry of their own.
     // SAFETY: a side consists of integers.
     unsafe { zero(other) };
-    F::assign(&mut flow.src, &old.src);
-    F::assign(&mut flow.dst, &old.dst);
-    (flow.ports, flow.sum_addresses, flow.sum_ports) = (old.ports, old.sum_addresses, old.sum_ports);
+    F::assign(&mut flow.nat_src, &old.nat_src);
+    F::assign(&mut flow.nat_dst, &old.nat_dst);
+    (flow.nat_ports, flow.address_delta, flow.port_delta) = (old.nat_ports, old.address_delta, old.port_delta);
     (flow.backend, flow.generation, flow.service) = (old.backend, old.generation, old.service);
 }
 
@@ -402,7 +400,7 @@ where
     // The other connection may have ended meanwhile. This one goes on where it is, and a new one need not look.
     if taken || packet.tcp_flags & tcp_flags::SYN == 0 {
         let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
-        key.class |= MOVED;
+        key.class |= PORT_REMAPPED;
         match lookup::<F, PROGRAM>(skb, &skb.window(), &key, from_high) {
             Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => return MOVED_ON,
             _ => {}
@@ -425,10 +423,10 @@ fn prepare<F: Way>(flow: &mut Flow<F::Addr>, route: &Route<'_>, answers: bool) {
     unsafe { zero(flow) };
     flow.slots = [route.source.slot, route.destination.slot];
     flow.epochs = [route.source.epoch, route.destination.epoch];
-    let [side, other] = &mut flow.sides;
+    let [side, other] = &mut flow.directions;
     route.fill::<F>(side);
     route.back().fill::<F>(other);
-    let reverse = |it: bool| if it { flow_flags::REVERSE } else { 0 };
+    let reverse = |it: bool| if it { flow_flags::REPLY } else { 0 };
     (side.flags, other.flags) = (flow_flags::SEEN | reverse(answers), reverse(!answers));
 }
 
@@ -442,9 +440,9 @@ fn remember<F: Way, const PROGRAM: u8>(
 ) -> Verdict {
     let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     let now = now();
-    (flow.created, flow.maker) = (now, from_high);
+    (flow.created, flow.initiator) = (now, from_high);
     let whole: *const _ = flow;
-    let [side, other] = &mut flow.sides;
+    let [side, other] = &mut flow.directions;
     // An ICMP error that belongs to no flow is not the beginning of one.
     if packet.payload == Payload::IcmpError {
         return send::<F, PROGRAM>(skb, window, side, whole, layout(packet));
@@ -453,8 +451,8 @@ fn remember<F: Way, const PROGRAM: u8>(
     (side.last_seen, other.last_seen) = (now, now);
     (side.packets, side.bytes) = (1, u64::from(skb.len()));
     let full = F::flows().insert(&key, &*flow, 0).is_err();
-    count(if full { Kind::FlowFull } else { Kind::FlowNew } as u32, skb.len());
-    let [side, _] = &flow.sides;
+    count(if full { PathCounter::FlowInsertFailed } else { PathCounter::FlowNew } as u32, skb.len());
+    let [side, _] = &flow.directions;
     if DEBUG.load() != 0 {
         // The branch is gone from the verified program when the global is 0.
         // SAFETY: the macro counts its arguments.
@@ -474,7 +472,7 @@ fn answers<F: Way>(packet: &Packet<F>, replaced: &Replaced, route: &Route<'_>) -
     }
     let ([own, other], [at_own, at_other]) = (replaced.slots, replaced.epochs);
     let same = |slot: u32, epoch: u32, now: Basis| {
-        !policy::is_pod(now.slot) || slot == now.slot && is_between(now.since, epoch, now.epoch)
+        !policy::is_pod(now.slot) || slot == now.slot && is_epoch_between(now.since, epoch, now.epoch)
     };
     same(own, at_own, route.source) && same(other, at_other, route.destination)
 }
@@ -552,7 +550,7 @@ pub fn other(ctx: *mut __sk_buff) -> Verdict {
     let checked = match window.ethertype() {
         Some(ethertype::ARP) => endpoint::<V4>(skb)
             .and_then(|pod| neighbour::check_arp(&window, pod))
-            .map(|()| Verdict::next(Kind::Neighbour)),
+            .map(|()| Verdict::next(PathCounter::Neighbour)),
         Some(_) => Err(Drop::UnknownEthertype),
         None => Err(Drop::Truncated),
     };

@@ -41,23 +41,23 @@ fn rewritten<F: Family>(skb: Skb, flow: &Flow<F::Addr>, quote: Quote, away: bool
     load(skb, packet + F::DST, &mut far)?;
     let mut src = outer.src;
     if away || F::same(&outer.src, &far) {
-        F::assign(&mut src, &flow.src);
+        F::assign(&mut src, &flow.nat_src);
     }
-    let sum = F::difference(&outer.src, &src, F::difference(&outer.dst, &flow.dst, 0));
-    F::readdress(&mut window, &src, &flow.dst, sum)?;
+    let sum = F::difference(&outer.src, &src, F::difference(&outer.dst, &flow.nat_dst, 0));
+    F::readdress(&mut window, &src, &flow.nat_dst, sum)?;
 
     // The quoted packet went the other way.
-    store(skb, packet + F::SRC, &flow.dst)?;
-    store(skb, packet + F::DST, &flow.src)?;
-    store(skb, transport, &flow.ports.rotate_left(16))?;
-    let mut body = flow.sum_ports;
+    store(skb, packet + F::SRC, &flow.nat_dst)?;
+    store(skb, packet + F::DST, &flow.nat_src)?;
+    store(skb, transport, &flow.nat_ports.rotate_left(16))?;
+    let mut body = flow.port_delta;
     if F::VERSION == 4 {
         let mut check = 0_u16;
         load(skb, packet + 10, &mut check)?;
-        store(skb, packet + 10, &adjust(check, flow.sum_addresses))?;
+        store(skb, packet + 10, &adjust(check, flow.address_delta))?;
         // What the addresses add to the ICMP checksum, this checksum takes off again.
     } else {
-        body = plus(body, flow.sum_addresses);
+        body = plus(body, flow.address_delta);
     }
     let check_at = match protocol {
         TCP => transport + 16,
@@ -67,7 +67,7 @@ fn rewritten<F: Family>(skb: Skb, flow: &Flow<F::Addr>, quote: Quote, away: bool
     let mut check = 0_u16;
     // Most errors end before TCP's.
     if check_at != 0 && load(skb, check_at, &mut check).is_some() && !(protocol == UDP && check == 0) {
-        let new = adjust(adjust(check, flow.sum_addresses), flow.sum_ports);
+        let new = adjust(adjust(check, flow.address_delta), flow.port_delta);
         let new = if protocol == UDP && new == 0 { u16::MAX } else { new };
         store(skb, check_at, &new)?;
         body = difference(u32::from(check), u32::from(new), body);

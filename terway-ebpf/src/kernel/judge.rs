@@ -5,7 +5,7 @@
 //! has the connection judged again.
 
 use aya_ebpf::bindings::__sk_buff;
-use terway_abi::{Kind, MOVED, flow_flags, same_way};
+use terway_abi::{PORT_REMAPPED, PathCounter, flow_flags, same_route_epoch};
 
 use super::exit::{Verdict, count};
 use super::first::layout;
@@ -19,7 +19,7 @@ use crate::policy::{self, Case, Policies};
 
 /// [`Desk::stale`]: the packet's flow is known, and policies have changed since it was judged.
 pub(super) const STALE: u32 = 1;
-/// [`Desk::stale`]: its flow is known under another source port ([`MOVED`]), and may have to be judged again.
+/// [`Desk::stale`]: its flow is known under another source port ([`PORT_REMAPPED`]), and may have to be judged again.
 pub(super) const STALE_MOVED: u32 = 2;
 
 /// Asks the policies about the case on the desk; open if it passes.
@@ -31,7 +31,7 @@ where
     Maps: Policies<F>,
 {
     let decisions = policy::verdict::<F, _>(&Maps, &desk.case);
-    desk.decisions = decisions;
+    desk.verdicts = decisions;
     match policy::forbidden(decisions) {
         Some((reason, rule)) => Verdict::forbidden(reason, rule),
         None => Verdict::OPEN,
@@ -83,7 +83,7 @@ where
     let packet = &desk.packet;
     let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     if desk.stale == STALE_MOVED {
-        key.class |= MOVED;
+        key.class |= PORT_REMAPPED;
     }
     let Some(known) = lookup::<F, PROGRAM>(skb, &window, &key, from_high) else { return Verdict::OPEN };
     let flags = known.side.flags;
@@ -94,18 +94,18 @@ where
         known.side.flags |= flow::remembered(packet.tcp_flags);
         return use_known::<F, PROGRAM>(skb, window, known, layout(packet));
     }
-    count(Kind::FlowStale as u32, skb.len());
-    let translated = flags & flow_flags::TRANSLATE != 0;
-    let answers = flags & flow_flags::REVERSE != 0;
+    count(PathCounter::FlowStale as u32, skb.len());
+    let translated = flags & flow_flags::NAT != 0;
+    let answers = flags & flow_flags::REPLY != 0;
     let flow = known.flow;
     // SAFETY: the entry stays mapped for the program's run, and these fields are not of the side that is borrowed; see `lookup` for who
     // else writes it.
-    let (slots, before, mapped) = unsafe { ((*flow).slots, (*flow).epochs, (*flow).ports) };
+    let (slots, before, mapped) = unsafe { ((*flow).slots, (*flow).epochs, (*flow).nat_ports) };
     let [makers, others] = slots;
     let (own, other) = if known.from_maker { (makers, others) } else { (others, makers) };
     let now = [Tables::<F>::epoch(&Maps, makers), Tables::<F>::epoch(&Maps, others)];
     // SAFETY: as above.
-    let to = if translated { unsafe { &(*flow).dst } } else { &packet.dst };
+    let to = if translated { unsafe { &(*flow).nat_dst } } else { &packet.dst };
     let ports = if translated { packet.ports & 0xffff | mapped & 0xffff_0000 } else { packet.ports };
     put::<F>(&mut desk.case, (&packet.src, own), (to, other), ports, packet.protocol, answers);
     let verdict = judge::<F>(desk);
@@ -114,7 +114,7 @@ where
     }
     let ([now_makers, now_others], [makers, others]) = (now, before);
     // If the way has changed since the entry was found, it stays void.
-    if same_way(now_makers, makers) && same_way(now_others, others) {
+    if same_route_epoch(now_makers, makers) && same_route_epoch(now_others, others) {
         // SAFETY: as above.
         unsafe { (*flow).epochs = now };
     }

@@ -7,10 +7,11 @@ use aya_ebpf::{
 };
 use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
-    Affinity, AffinityKey, Backend, Budget, COUNTERS as COUNTER_COUNT, Counter, Endpoint, FILTER, Flow, FlowKeyV4,
-    FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue, Frontend, FrontendKey, FrontendKeyV4,
-    FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS, Member, NO_BACKEND, PeerKey, Phases, PolicyCounter, PolicyEndpoint,
-    PortKey, SLOTS, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, Uplink, filter_v4, filter_v6, policy_index,
+    Affinity, AffinityKey, Backend, BackendRef, COUNTERS as COUNTER_COUNT, Counter, EPOCH_SLOTS, Endpoint, EventBudget,
+    FRONTEND_FILTER_BUCKETS, Flow, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue,
+    Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS, NO_BACKEND, PeerKey,
+    PolicyCounter, PolicyEndpoint, PortKey, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, Uplink, Versioned,
+    frontend_filter_v4, frontend_filter_v6, policy_index,
 };
 
 use crate::decide::Tables;
@@ -25,15 +26,15 @@ pub static ENDPOINTS: HashMap<u32, Endpoint> = HashMap::with_max_entries(MAX_END
 
 /// Pods by IPv4 address.
 #[map]
-pub static OWNERS_V4: HashMap<u32, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+pub static ENDPOINTS_V4: HashMap<u32, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
 
 /// Pods by IPv6 address.
 #[map]
-pub static OWNERS_V6: HashMap<[u32; 4], Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+pub static ENDPOINTS_V6: HashMap<[u32; 4], Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
 
 /// Epochs of endpoints and of buckets of other addresses.
 #[map]
-pub static EPOCHS: Array<u32> = Array::with_max_entries(SLOTS, 0);
+pub static EPOCHS: Array<u32> = Array::with_max_entries(EPOCH_SLOTS, 0);
 
 /// Prefixes that the host stack serves: its own addresses and `host_stack_cidrs`, tens of them.
 #[map]
@@ -74,7 +75,7 @@ pub struct Desk<F: Family> {
     /// Not 0 if the packet's flow is known, and policies have changed since it was judged; see [`super::judge`].
     pub stale: u32,
     /// What policies decided about the case, egress first.
-    pub decisions: [Decision; 2],
+    pub verdicts: [Decision; 2],
 }
 
 impl<F: Family> Desk<F> {
@@ -110,7 +111,7 @@ pub struct Choice<A> {
     /// The port as in the packet, in the first two bytes.
     pub port: u32,
     /// The backend; nobody if it is not for a Service.
-    pub member: Member,
+    pub member: BackendRef,
     /// The Service.
     pub service: u32,
     /// Not 0 if the Service refuses the packet.
@@ -157,11 +158,11 @@ pub static FRONTENDS_V6: HashMap<FrontendKeyV6, Frontend> = HashMap::with_max_en
 
 /// Whether an address may be a Service's.
 #[map]
-pub static FILTERS: Array<u32> = Array::with_max_entries(FILTER, 0);
+pub static FRONTEND_FILTER: Array<u32> = Array::with_max_entries(FRONTEND_FILTER_BUCKETS, 0);
 
 /// Runs of backends: 8 MiB, which is 30 000 Services of four backends and fifty Maglev tables of 16 381. The daemon sets the size.
 #[map]
-pub static MEMBERS: Array<Member> = Array::with_max_entries(1_048_576, 0);
+pub static BACKEND_REFS: Array<BackendRef> = Array::with_max_entries(1_048_576, 0);
 
 /// Backends: 4 MiB. The daemon sets the size.
 #[map]
@@ -169,7 +170,7 @@ pub static BACKENDS: Array<Backend> = Array::with_max_entries(131_072, 0);
 
 /// Their open connections, for the choice of the least loaded.
 #[map]
-pub static LOADS: Array<u64> = Array::with_max_entries(131_072, 0);
+pub static ACTIVE_CONNS: Array<u64> = Array::with_max_entries(131_072, 0);
 
 /// Clients that are held to a backend.
 #[map]
@@ -177,19 +178,19 @@ pub static AFFINITY: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_en
 
 /// Source ranges of Services.
 #[map]
-pub static RANGES_V4: lpm_trie::LpmTrie<SourceRangeV4, u32> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
+pub static SRC_RANGES_V4: lpm_trie::LpmTrie<SourceRangeV4, u32> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
 
-/// As [`RANGES_V4`].
+/// As [`SRC_RANGES_V4`].
 #[map]
-pub static RANGES_V6: lpm_trie::LpmTrie<SourceRangeV6, u32> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
+pub static SRC_RANGES_V6: lpm_trie::LpmTrie<SourceRangeV6, u32> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
 
 /// Sockets whose peer was translated.
 #[map]
-pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::with_max_entries(65_536, 0);
+pub static SOCKET_NAT: LruHashMap<SocketKey, SocketValue> = LruHashMap::with_max_entries(65_536, 0);
 
 /// Which phase of the policies counts.
 #[map]
-pub static POLICY_GATE: Array<u32> = Array::with_max_entries(1, 0);
+pub static POLICY_CONTROL: Array<u32> = Array::with_max_entries(1, 0);
 
 /// What policies say about pods, for each phase: 704 KiB.
 #[map]
@@ -199,7 +200,7 @@ pub static POLICY_ENDPOINTS: Array<PolicyEndpoint> = Array::with_max_entries(2 *
 /// pods, take some ten thousand; a daemon that takes over needs twice that for a moment. Not preallocated, here and below: a value
 /// that is replaced or removed is not used again before all readers are gone.
 #[map]
-pub static POLICY_PEERS: HashMap<PeerKey, Phases> = HashMap::with_max_entries(262_144, BPF_F_NO_PREALLOC);
+pub static POLICY_PEERS: HashMap<PeerKey, Versioned> = HashMap::with_max_entries(262_144, BPF_F_NO_PREALLOC);
 
 /// Port tables: some ten prefixes for each combination of rules.
 #[map]
@@ -212,19 +213,19 @@ pub static POLICY_COUNTERS: PerCpuHashMap<u32, PolicyCounter> =
 
 /// Identities of pods and of this node: a cluster of 100 000 pods.
 #[map]
-pub static IPCACHE_V4: HashMap<u32, Phases> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+pub static IPCACHE_V4: HashMap<u32, Versioned> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 
 /// As [`IPCACHE_V4`].
 #[map]
-pub static IPCACHE_V6: HashMap<[u32; 4], Phases> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+pub static IPCACHE_V6: HashMap<[u32; 4], Versioned> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 
 /// Identities of blocks: those that policies name.
 #[map]
-pub static IPCACHE_NET_V4: lpm_trie::LpmTrie<u32, Phases> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
+pub static IPCACHE_NET_V4: lpm_trie::LpmTrie<u32, Versioned> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
 
 /// As [`IPCACHE_NET_V4`].
 #[map]
-pub static IPCACHE_NET_V6: lpm_trie::LpmTrie<[u32; 4], Phases> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
+pub static IPCACHE_NET_V6: lpm_trie::LpmTrie<[u32; 4], Versioned> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
 /// ENIs by which clients outside are served. Not preallocated: most nodes have a handful.
 #[map]
 pub static UPLINKS: HashMap<u32, Uplink> = HashMap::with_max_entries(MAX_UPLINKS, BPF_F_NO_PREALLOC);
@@ -235,7 +236,7 @@ pub static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(COUNTE
 
 /// How many events this CPU may still report.
 #[map]
-pub static BUDGET: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1, 0);
+pub static EVENT_BUDGET: PerCpuArray<EventBudget> = PerCpuArray::with_max_entries(1, 0);
 
 /// Dropped packets and new connections: some 2 300 events, which is seconds of the budget of many CPUs.
 #[map]
@@ -338,7 +339,7 @@ impl Tables<V4> for Maps {
 
     #[inline(always)]
     fn by_address(&self, address: &u32) -> Option<&Endpoint> {
-        endpoint(&OWNERS_V4, address)
+        endpoint(&ENDPOINTS_V4, address)
     }
 
     #[inline(always)]
@@ -365,7 +366,7 @@ impl Tables<V6> for Maps {
 
     #[inline(always)]
     fn by_address(&self, address: &[u32; 4]) -> Option<&Endpoint> {
-        endpoint(&OWNERS_V6, address)
+        endpoint(&ENDPOINTS_V6, address)
     }
 
     #[inline(always)]
@@ -389,7 +390,7 @@ macro_rules! services {
         impl Services<$family> for Maps {
             #[inline(always)]
             fn may_serve(&self, address: &<$family as Family>::Addr) -> bool {
-                FILTERS.get($filter(*address)).is_some_and(|count| *count != 0)
+                FRONTEND_FILTER.get($filter(*address)).is_some_and(|count| *count != 0)
             }
 
             #[inline(always)]
@@ -405,8 +406,8 @@ macro_rules! services {
             }
 
             #[inline(always)]
-            fn member(&self, index: u32) -> Member {
-                MEMBERS.get(index).copied().unwrap_or_default()
+            fn member(&self, index: u32) -> BackendRef {
+                BACKEND_REFS.get(index).copied().unwrap_or_default()
             }
 
             #[inline(always)]
@@ -416,7 +417,7 @@ macro_rules! services {
 
             #[inline(always)]
             fn load(&self, number: u32) -> u64 {
-                LOADS.get(number).copied().unwrap_or_default()
+                ACTIVE_CONNS.get(number).copied().unwrap_or_default()
             }
 
             #[inline(always)]
@@ -434,12 +435,12 @@ macro_rules! services {
     };
 }
 
-services!(V4, FRONTENDS_V4, filter_v4, |service, client: &u32| {
-    RANGES_V4.get(lpm_trie::Key::new(32 + 32, [service, *client])).is_some()
+services!(V4, FRONTENDS_V4, frontend_filter_v4, |service, client: &u32| {
+    SRC_RANGES_V4.get(lpm_trie::Key::new(32 + 32, [service, *client])).is_some()
 });
-services!(V6, FRONTENDS_V6, filter_v6, |service, client: &[u32; 4]| {
+services!(V6, FRONTENDS_V6, frontend_filter_v6, |service, client: &[u32; 4]| {
     let [a, b, c, d] = *client;
-    RANGES_V6.get(lpm_trie::Key::new(32 + 128, [service, a, b, c, d])).is_some()
+    SRC_RANGES_V6.get(lpm_trie::Key::new(32 + 128, [service, a, b, c, d])).is_some()
 });
 
 macro_rules! policies {
@@ -448,7 +449,7 @@ macro_rules! policies {
             #[inline(always)]
             fn gate(&self) -> u32 {
                 // SAFETY: the map's value outlives the program run. Volatile: read once, after the epochs.
-                POLICY_GATE.get(0).map_or(0, |gate| unsafe { core::ptr::read_volatile(gate) })
+                POLICY_CONTROL.get(0).map_or(0, |gate| unsafe { core::ptr::read_volatile(gate) })
             }
 
             #[inline(always)]
@@ -457,18 +458,18 @@ macro_rules! policies {
             }
 
             #[inline(always)]
-            fn exact(&self, address: &<$family as Family>::Addr) -> Option<&Phases> {
+            fn exact(&self, address: &<$family as Family>::Addr) -> Option<&Versioned> {
                 // SAFETY: values are replaced whole, and the old ones stay for a grace period.
                 unsafe { $exact.get(address) }
             }
 
             #[inline(always)]
-            fn block(&self, address: &<$family as Family>::Addr) -> Option<&Phases> {
+            fn block(&self, address: &<$family as Family>::Addr) -> Option<&Versioned> {
                 $net.get(lpm_trie::Key::new($bits, *address))
             }
 
             #[inline(always)]
-            fn peer(&self, key: &PeerKey) -> Option<&Phases> {
+            fn peer(&self, key: &PeerKey) -> Option<&Versioned> {
                 // SAFETY: as above.
                 unsafe { POLICY_PEERS.get(key) }
             }
@@ -487,7 +488,7 @@ policies!(V6, IPCACHE_V6, IPCACHE_NET_V6, 128);
 /// Counts a connection of a backend. Without a lock: the daemon sets the counts right when it sweeps.
 #[inline(always)]
 pub fn burden(backend: u32) {
-    if let Some(load) = LOADS.get_ptr_mut(backend) {
+    if let Some(load) = ACTIVE_CONNS.get_ptr_mut(backend) {
         // SAFETY: the value stays mapped; a lost addition is allowed for.
         unsafe { *load = (*load).wrapping_add(1) };
     }

@@ -28,7 +28,7 @@ pub(super) fn rewrite<F: Family>(
     if let Some(quote) = layout.quote {
         return icmp::rewrite::<F>(skb, flow, quote, away);
     }
-    if F::readdress(&mut window, &flow.src, &flow.dst, flow.sum_addresses).is_none() {
+    if F::readdress(&mut window, &flow.nat_src, &flow.nat_dst, flow.address_delta).is_none() {
         return false;
     }
     if layout.transport == 0 {
@@ -39,7 +39,7 @@ pub(super) fn rewrite<F: Family>(
         // A checksum of 0 stands for none (RFC 768).
         UDP => transport::<F, UDP_CHECK>(skb, window, flow, layout.transport, BPF_F_MARK_MANGLED_0),
         // Its checksum covers no addresses, and the ports of a translated flow are the same.
-        SCTP => flow.sum_ports == 0 || flow.sum_ports == u32::MAX,
+        SCTP => flow.port_delta == 0 || flow.port_delta == u32::MAX,
         _ => false,
     }
 }
@@ -59,20 +59,20 @@ fn transport<F: Family, const CHECK: u32>(
 ) -> bool {
     if at != F::TRANSPORT {
         return tell_addresses::<F>(skb, flow, at + CHECK, flags)
-            && tell(skb, flow.sum_ports, at + CHECK, flags)
+            && tell(skb, flow.port_delta, at + CHECK, flags)
             // SAFETY: valid context; the helper checks the offset, and the pointer is to four readable bytes.
-            && unsafe { bpf_skb_store_bytes(skb.0, at, (&raw const flow.ports).cast(), 4, 0) } >= 0;
+            && unsafe { bpf_skb_store_bytes(skb.0, at, (&raw const flow.nat_ports).cast(), 4, 0) } >= 0;
     }
     let check = F::TRANSPORT + CHECK;
     let Some(before) = window.read::<u16>(check as usize) else { return false };
-    if window.write(F::TRANSPORT as usize, flow.ports).is_none() {
+    if window.write(F::TRANSPORT as usize, flow.nat_ports).is_none() {
         return false;
     }
     if CHECK == UDP_CHECK && before == 0 {
         return true;
     }
     // Told like this of addresses and ports at once, the kernel alters a whole checksum, and leaves alone what the NIC is to complete.
-    let grown = nat::total(flow.sum_addresses, flow.sum_ports);
+    let grown = nat::total(flow.address_delta, flow.port_delta);
     if !tell(skb, grown, check, flags) {
         return false;
     }
@@ -84,21 +84,21 @@ fn transport<F: Family, const CHECK: u32>(
             // The NIC's sum over the packet (`CHECKSUM_COMPLETE`): the IP header adds up to nothing, and the change of ports to that of the
             // checksum. The addresses are left over, which in an IPv6 header make up for each other with the checksum.
             // SAFETY: valid context.
-            unsafe { bpf_csum_update(skb.0, !flow.sum_addresses) };
+            unsafe { bpf_csum_update(skb.0, !flow.address_delta) };
         }
         return true;
     }
     if nat::is_nothing(grown) {
-        return tell_addresses::<F>(skb, flow, check, flags) && tell(skb, flow.sum_ports, check, flags);
+        return tell_addresses::<F>(skb, flow, check, flags) && tell(skb, flow.port_delta, check, flags);
     }
     // `CHECKSUM_PARTIAL`: the sum of the pseudo header, in which the ports are not.
-    window.write(check as usize, nat::grow(before, flow.sum_addresses)).is_some()
+    window.write(check as usize, nat::grow(before, flow.address_delta)).is_some()
 }
 
 /// Has the kernel bring addresses into a checksum, and into what the NIC has summed up.
 #[inline(always)]
 fn tell_addresses<F: Family>(skb: Skb, flow: &Flow<F::Addr>, check: u32, flags: u32) -> bool {
-    let grown = u64::from(flow.sum_addresses);
+    let grown = u64::from(flow.address_delta);
     // SAFETY: valid context; the helper checks the offset.
     if unsafe { bpf_l4_csum_replace(skb.0, check, 0, grown, u64::from(BPF_F_PSEUDO_HDR | flags)) } < 0 {
         return false;
@@ -107,7 +107,7 @@ fn tell_addresses<F: Family>(skb: Skb, flow: &Flow<F::Addr>, check: u32, flags: 
         // The helper takes the NIC's sum over the packet to change with the addresses (`inet_proto_csum_replace_by_diff`), as it
         // does where the IP header has a checksum of its own. Here the change of address and of checksum make up for each other.
         // SAFETY: valid context.
-        unsafe { bpf_csum_update(skb.0, flow.sum_addresses) };
+        unsafe { bpf_csum_update(skb.0, flow.address_delta) };
     }
     true
 }

@@ -3,8 +3,8 @@
 use aya_ebpf::bindings::bpf_redir_neigh;
 use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
 use terway_abi::{
-    Action, Drop, Flow, FlowKey, HOOK_IN, HOOK_TO_POD, HOOK_TO_VPC, Kind, MARK_CHECKED, Member, NO_BACKEND, Nexthop,
-    POLICY_EPOCH, Program, Side, flow_flags,
+    Action, BackendRef, Drop, Flow, FlowDirection, FlowKey, HOOK_INGRESS, HOOK_TO_POD, HOOK_TO_VPC, MARK_CHECKED,
+    NO_BACKEND, Nexthop, POLICY_EPOCH_MASK, PathCounter, Program, flow_flags,
 };
 
 use super::exit::{Verdict, count, now};
@@ -41,7 +41,7 @@ pub(super) const fn hook<const PROGRAM: u8>() -> u8 {
     match PROGRAM {
         TO_POD => HOOK_TO_POD,
         TO_VPC => HOOK_TO_VPC,
-        _ => HOOK_IN,
+        _ => HOOK_INGRESS,
     }
 }
 
@@ -67,7 +67,7 @@ where
         }
         if !stale && flow::continues(known.side.flags, glance.tcp_flags) {
             known.side.flags |= flow::remembered(glance.tcp_flags);
-            if glance.tcp_flags & tcp_flags::RST != 0 && known.side.flags & flow_flags::TRANSLATE != 0 {
+            if glance.tcp_flags & tcp_flags::RST != 0 && known.side.flags & flow_flags::NAT != 0 {
                 reset::<F>(known.flow, glance.ports, u32::from(glance.protocol));
             }
             return use_known::<F, PROGRAM>(skb, window, known, layout);
@@ -85,13 +85,13 @@ where
 fn reset<F: Way>(flow: *const Flow<F::Addr>, ports: u32, protocol: u32) -> u32 {
     // SAFETY: the caller's entry, which stays mapped for the program's run.
     let flow = unsafe { &*flow };
-    let (key, _) = flow::key::<F>(&flow.src, &flow.dst, flow.ports, protocol as u8);
+    let (key, _) = flow::key::<F>(&flow.nat_src, &flow.nat_dst, flow.nat_ports, protocol as u8);
     let Some(other) = F::flows().get_ptr_mut(&key) else { return 0 };
     // SAFETY: as in `known`.
     let other = unsafe { &mut *other };
-    let [side, unused] = &mut other.sides;
+    let [side, unused] = &mut other.directions;
     // It may have become another connection's.
-    if side.flags & flow_flags::TRANSLATE != 0 && other.ports == ports.rotate_left(16) {
+    if side.flags & flow_flags::NAT != 0 && other.nat_ports == ports.rotate_left(16) {
         unused.flags |= flow_flags::RST;
     }
     0
@@ -125,7 +125,7 @@ where
 
 /// A flow, and the sender's side of it.
 pub(super) struct Known<F: Family> {
-    pub(super) side: &'static mut Side,
+    pub(super) side: &'static mut FlowDirection,
     pub(super) flow: *mut Flow<F::Addr>,
     /// The sender is who made the entry.
     pub(super) from_maker: bool,
@@ -143,8 +143,8 @@ pub(super) struct Layout {
     pub(super) quote: Option<Quote>,
 }
 
-/// [`Side::flags`] of translated answers.
-pub(super) const ANSWERS: u32 = flow_flags::REVERSE | flow_flags::TRANSLATE;
+/// [`FlowDirection::flags`] of translated answers.
+pub(super) const ANSWERS: u32 = flow_flags::REPLY | flow_flags::NAT;
 
 /// What the flow table holds under a packet's key, whether or not it still holds.
 #[derive(Clone, Copy)]
@@ -196,18 +196,18 @@ where
     } else {
         u32::MAX
     };
-    let from_maker = entry.maker == from_high;
+    let from_maker = entry.initiator == from_high;
     let flow: *mut _ = entry;
     let side = flow::side(entry, from_high);
     if side.ifindex != skb.ifindex() || side.hook != u32::from(hook::<PROGRAM>()) {
         return None;
     }
-    if PROGRAM == FROM_POD && window.macs()? != side.expect {
+    if PROGRAM == FROM_POD && window.macs()? != side.expected_macs {
         return None;
     }
     // What the node itself answers leaves by the stack's way, whatever has become of that which is remembered here.
-    if drift > POLICY_EPOCH && !(PROGRAM == TO_VPC && answers) {
-        count(Kind::FlowStale as u32, skb.len());
+    if drift > POLICY_EPOCH_MASK && !(PROGRAM == TO_VPC && answers) {
+        count(PathCounter::FlowStale as u32, skb.len());
         return None;
     }
     Some(Known { side, flow, from_maker, stale: drift != 0 })
@@ -228,11 +228,11 @@ where
 /// Whether an entry's backend is as it was, or it has none.
 #[inline(always)]
 fn backend_is_current<F: Family>(flow: &Flow<F::Addr>) -> bool {
-    flow.backend == NO_BACKEND || is_current(Member { backend: flow.backend, generation: flow.generation })
+    flow.backend == NO_BACKEND || is_current(BackendRef { backend: flow.backend, generation: flow.generation })
 }
 
 #[inline(always)]
-pub(super) fn is_current(member: Member) -> bool {
+pub(super) fn is_current(member: BackendRef) -> bool {
     BACKENDS.get(member.backend).is_some_and(|backend| backend.generation == member.generation)
 }
 
@@ -256,15 +256,15 @@ pub(super) fn use_known<F: Way, const PROGRAM: u8>(
 pub(super) fn send<F: Way, const PROGRAM: u8>(
     skb: Skb,
     mut window: Window,
-    side: &Side,
+    side: &FlowDirection,
     flow: *const Flow<F::Addr>,
     layout: Layout,
 ) -> Verdict {
     let kinds = const { kinds::<PROGRAM>() };
-    let translate = side.flags & flow_flags::TRANSLATE != 0;
+    let translate = side.flags & flow_flags::NAT != 0;
     if PROGRAM == TO_POD || PROGRAM == TO_VPC || side.action == Action::Stack as u32 {
         if translate && !nat::rewrite::<F>(skb, window, flow, layout, PROGRAM == TO_VPC) {
-            return Verdict::drop(Drop::Unserved);
+            return Verdict::drop(Drop::NotTranslatable);
         }
         return Verdict::next(kinds.stack);
     }
@@ -274,7 +274,7 @@ pub(super) fn send<F: Way, const PROGRAM: u8>(
             return Verdict::drop(Drop::HopLimit);
         }
         // The stack finds the same and answers with an ICMP error; the source has been checked.
-        return Verdict::next(Kind::TtlExpired);
+        return Verdict::next(PathCounter::TtlExpired);
     }
     if PROGRAM == FROM_VPC && F::VERSION == 6 {
         skb.hop_limit_fell();
@@ -285,11 +285,11 @@ pub(super) fn send<F: Way, const PROGRAM: u8>(
         return Verdict::drop(Drop::Truncated);
     }
     if translate && !nat::rewrite::<F>(skb, window, flow, layout, action == Action::Vpc as u32) {
-        return Verdict::drop(Drop::Unserved);
+        return Verdict::drop(Drop::NotTranslatable);
     }
     if action == Action::Vpc as u32 {
         skb.set_mark(MARK_CHECKED);
-        let nexthop: *const Nexthop = &side.way;
+        let nexthop: *const Nexthop = &side.nexthop;
         // SAFETY: `Nexthop` has the layout of `bpf_redir_neigh` (asserted below), and the helper only reads it.
         let action = unsafe { bpf_redirect_neigh(oif, nexthop.cast_mut().cast(), size_of::<Nexthop>() as i32, 0) };
         return Verdict::with_action(action as i32, kinds.vpc);
@@ -302,16 +302,16 @@ pub(super) fn send<F: Way, const PROGRAM: u8>(
 const _: () = assert!(size_of::<Nexthop>() == size_of::<bpf_redir_neigh>());
 
 pub(super) struct Kinds {
-    pub(super) stack: Kind,
-    pub(super) local: Kind,
-    pub(super) vpc: Kind,
+    pub(super) stack: PathCounter,
+    pub(super) local: PathCounter,
+    pub(super) vpc: PathCounter,
 }
 
 pub(super) const fn kinds<const PROGRAM: u8>() -> Kinds {
     match PROGRAM {
-        FROM_POD => Kinds { stack: Kind::PodToHost, local: Kind::PodToPod, vpc: Kind::PodToVpc },
-        TO_POD => Kinds { stack: Kind::HostToPod, local: Kind::HostToPod, vpc: Kind::HostToPod },
-        TO_VPC => Kinds { stack: Kind::HostToVpc, local: Kind::HostToVpc, vpc: Kind::HostToVpc },
-        _ => Kinds { stack: Kind::VpcToHost, local: Kind::VpcToPod, vpc: Kind::VpcToVpc },
+        FROM_POD => Kinds { stack: PathCounter::PodToHost, local: PathCounter::PodToPod, vpc: PathCounter::PodToVpc },
+        TO_POD => Kinds { stack: PathCounter::HostToPod, local: PathCounter::HostToPod, vpc: PathCounter::HostToPod },
+        TO_VPC => Kinds { stack: PathCounter::HostToVpc, local: PathCounter::HostToVpc, vpc: PathCounter::HostToVpc },
+        _ => Kinds { stack: PathCounter::VpcToHost, local: PathCounter::VpcToPod, vpc: PathCounter::VpcToVpc },
     }
 }

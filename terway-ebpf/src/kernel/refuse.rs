@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_peer, bpf_skb_change_tail};
-use terway_abi::{Drop, Kind, MARK_CHECKED};
+use terway_abi::{Drop, MARK_CHECKED, PathCounter};
 
 use super::exit::Verdict;
 use super::path::FROM_VPC;
@@ -44,12 +44,12 @@ fn answered<F: Refusal, const PROGRAM: u8>(skb: Skb, packet: &Packet<F>) -> Opti
         skb.set_mark(MARK_CHECKED);
         // SAFETY: the helper has no preconditions.
         let action = unsafe { bpf_redirect(skb.ifindex(), 0) };
-        return Some(Verdict::with_action(action as i32, Kind::Refused));
+        return Some(Verdict::with_action(action as i32, PathCounter::Rejected));
     }
     // Into the pod's end of the veth: out of the host's end the packet would meet `to_pod`.
     // SAFETY: the helper has no preconditions.
     let action = unsafe { bpf_redirect_peer(skb.ifindex(), 0) };
-    Some(Verdict::with_action(action as i32, Kind::Refused))
+    Some(Verdict::with_action(action as i32, PathCounter::Rejected))
 }
 
 /// Gives the packet another length.

@@ -2,7 +2,10 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
-use terway_abi::{Drop, Flow, FlowKey, Kind, MOVED, Member, NO_BACKEND, POLICY_EPOCH, flow_flags, frontend_flags};
+use terway_abi::{
+    BackendRef, Drop, Flow, FlowKey, NO_BACKEND, POLICY_EPOCH_MASK, PORT_REMAPPED, PathCounter, flow_flags,
+    frontend_flags,
+};
 
 use super::exit::{Verdict, count, now};
 use super::first::{endpoint, layout};
@@ -65,7 +68,7 @@ where
         Outcome::Chosen(member) => {
             let backend = Services::<F>::backend(&Maps, member.backend).ok_or(Drop::NoBackend)?;
             let Choice { address, port, member: chosen, service, local, .. } = choice;
-            *local = frontend.flags & frontend_flags::LOCAL;
+            *local = frontend.flags & frontend_flags::EXTERNAL_LOCAL;
             F::assign(address, &F::narrow(&backend.address));
             *port = u32::from(backend.port);
             *chosen = member;
@@ -87,16 +90,16 @@ pub(super) fn recall<F: Way>(desk: &mut Desk<F>) -> u32 {
 /// The backend of a connection that goes on, and the source port that it is known by there, if its entry is void only because
 /// something else on its way has changed.
 #[inline(always)]
-fn before<F: Way>(packet: &Packet<F>) -> Option<(Member, u32)> {
+fn before<F: Way>(packet: &Packet<F>) -> Option<(BackendRef, u32)> {
     if packet.tcp_flags & tcp_flags::SYN != 0 {
         return None;
     }
     let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     // SAFETY: read at once; an entry that is reused meanwhile is a race that every preallocated map has.
     let old = unsafe { F::flows().get(&key) }?;
-    let ([side, _], member) = (&old.sides, Member { backend: old.backend, generation: old.generation });
-    let own = old.maker == from_high && side.flags & flow_flags::TRANSLATE != 0;
-    (own && member.backend != NO_BACKEND && is_current(member)).then_some((member, old.ports & 0xffff))
+    let ([side, _], member) = (&old.directions, BackendRef { backend: old.backend, generation: old.generation });
+    let own = old.initiator == from_high && side.flags & flow_flags::NAT != 0;
+    (own && member.backend != NO_BACKEND && is_current(member)).then_some((member, old.nat_ports & 0xffff))
 }
 
 /// Makes the entries of a connection whose packets are translated, to a Service or, without a backend, only to another source port:
@@ -106,10 +109,10 @@ pub(super) fn prepare_both<F: Way, const PROGRAM: u8>(desk: &mut Desk<F>, route:
     let Desk { packet, flow, reply, choice, .. } = desk;
     // Of a later fragment or an ICMP error there is nothing to learn.
     if packet.fragment == Fragment::Later || packet.payload != Payload::Plain {
-        return Err(Drop::Unserved);
+        return Err(Drop::NotTranslatable);
     }
     if packet.protocol == SCTP && choice.port != packet.ports >> 16 {
-        return Err(Drop::Unserved);
+        return Err(Drop::NotTranslatable);
     }
     // SAFETY: flow entries consist of integers.
     unsafe {
@@ -121,11 +124,11 @@ pub(super) fn prepare_both<F: Way, const PROGRAM: u8>(desk: &mut Desk<F>, route:
         entry.slots = [maker.slot, other.slot];
         entry.epochs = [maker.epoch, other.epoch];
     }
-    let ([side, _], [other, _]) = (&mut flow.sides, &mut reply.sides);
+    let ([side, _], [other, _]) = (&mut flow.directions, &mut reply.directions);
     route.fill::<F>(side);
     route.back().fill::<F>(other);
     side.flags = flow_flags::SEEN | flow::remembered(packet.tcp_flags);
-    other.flags = flow_flags::REVERSE;
+    other.flags = flow_flags::REPLY;
     choice.itself = match (route.origin, route.target) {
         (Place::Pod(pod), Place::Pod(peer)) => u32::from(pod.host_ifindex == peer.host_ifindex),
         _ => 0,
@@ -153,10 +156,10 @@ where
         entry.created = now;
         (entry.backend, entry.generation, entry.service) =
             (choice.member.backend, choice.member.generation, choice.service);
-        let [side, _] = &mut entry.sides;
+        let [side, _] = &mut entry.directions;
         side.last_seen = now;
     }
-    let [side, _] = &mut flow.sides;
+    let [side, _] = &mut flow.directions;
     (side.packets, side.bytes) = (1, u64::from(skb.len()));
 
     // A pod that is its own backend would not take a packet that comes from its own address: there it comes from the Service.
@@ -169,7 +172,7 @@ where
         let uplink = Tables::<F>::uplink(&Maps, choice.uplink).ok_or(Drop::NoUplink)?;
         own = F::address(&uplink.node);
         src = &own;
-        ports.others = Ports { first: uplink.first_port, count: uplink.ports };
+        ports.others = Ports { first: uplink.first_snat_port, count: uplink.snat_port_count };
         if packet.protocol != SCTP {
             // SAFETY: the helper has no preconditions.
             ports.first = u32::from(ports.others.draw(unsafe { bpf_get_prandom_u32() }));
@@ -182,15 +185,15 @@ where
     let ports = settle_port::<F>(reply, sent, to, packet.protocol, ports)?;
     nat::translate::<F>(flow, sent, Tuple { ports, ..to });
     let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
-    flow.maker = from_high;
+    flow.initiator = from_high;
     if choice.member.backend == NO_BACKEND {
-        key.class |= MOVED;
+        key.class |= PORT_REMAPPED;
     } else {
         burden(choice.member.backend);
     }
     let full = F::flows().insert(&key, &*flow, 0).is_err();
-    count(if full { Kind::FlowFull } else { Kind::FlowNew } as u32, skb.len());
-    let [side, _] = &flow.sides;
+    count(if full { PathCounter::FlowInsertFailed } else { PathCounter::FlowNew } as u32, skb.len());
+    let [side, _] = &flow.directions;
     Ok(send::<F, PROGRAM>(skb, window, side, &raw const *flow, layout(packet)))
 }
 
@@ -222,7 +225,7 @@ where
         let ports = source | to.ports;
         let come = Tuple { src: to.dst, dst: to.src, ports: ports.rotate_left(16) };
         let (key, from_high) = flow::key::<F>(come.src, come.dst, come.ports, protocol);
-        reply.maker = from_high;
+        reply.initiator = from_high;
         nat::translate::<F>(reply, come, back);
         // An insertion that is refused takes as long as one that is not.
         // SAFETY: only whether there is one counts.
@@ -238,11 +241,11 @@ where
         if protocol == SCTP {
             break;
         }
-        count(Kind::PortChanged as u32, 0);
+        count(PathCounter::PortRemapped as u32, 0);
         // SAFETY: the helper has no preconditions.
         source = u32::from(draw.others.draw(unsafe { bpf_get_prandom_u32() }));
     }
-    Err(Drop::NoPort)
+    Err(Drop::SnatPortsExhausted)
 }
 
 /// Whether the entry of this key may be overwritten by that of answers which become `back`.
@@ -253,11 +256,11 @@ where
 {
     // SAFETY: read at once; an entry that is reused meanwhile is a race that every preallocated map has.
     let Some(taken) = (unsafe { F::flows().get(key) }) else { return true };
-    let [side, other] = &taken.sides;
+    let [side, other] = &taken.directions;
     let over = (side.flags | other.flags) & (flow_flags::FIN | flow_flags::RST) != 0;
-    let own = side.flags & flow_flags::TRANSLATE != 0
-        && taken.ports == back.ports
-        && F::same(&taken.src, back.src)
-        && F::same(&taken.dst, back.dst);
-    own || over || drift::<F>(taken) > POLICY_EPOCH
+    let own = side.flags & flow_flags::NAT != 0
+        && taken.nat_ports == back.ports
+        && F::same(&taken.nat_src, back.src)
+        && F::same(&taken.nat_dst, back.dst);
+    own || over || drift::<F>(taken) > POLICY_EPOCH_MASK
 }

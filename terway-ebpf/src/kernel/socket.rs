@@ -3,10 +3,10 @@
 
 use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval};
-use terway_abi::{Member, SocketKey, SocketValue, TO_BACKEND, TO_FRONTEND, frontend_flags};
+use terway_abi::{BackendRef, SOCKET_DATAGRAM_BACKEND, SOCKET_REVERSE_NAT, SocketKey, SocketValue, frontend_flags};
 
 use super::exit::now;
-use super::maps::{HOST_NETNS, HZ, Maps, SETS_ERRNO, SOCKETS};
+use super::maps::{HOST_NETNS, HZ, Maps, SETS_ERRNO, SOCKET_NAT};
 use crate::decide::Tables;
 use crate::family::{Family, V4, V6};
 use crate::parse::{TCP, UDP};
@@ -135,7 +135,7 @@ pub(super) fn refuse(errno: i32) -> i32 {
 fn socket_key(sock: Sock, cookie: u64, address: [u32; 4], port: u32, version: u8) -> SocketKey {
     let [high, low, ..] = port.to_ne_bytes();
     let class = u32::from_ne_bytes([high, low, version, get!(sock, PROTOCOL) as u8]);
-    SocketKey { cookie: words(cookie), address, class, kind: TO_BACKEND }
+    SocketKey { cookie: words(cookie), address, class, kind: SOCKET_REVERSE_NAT }
 }
 
 #[inline(always)]
@@ -176,12 +176,13 @@ where
     let node = is_node(own);
     // Not for clients in the cluster; or, of a pod, for the packets' path: it knows how many connections a backend has, and what the
     // hash is made of.
-    let theirs = frontend_flags::MAGLEV | frontend_flags::LEAST;
-    if frontend.flags & frontend_flags::EXTERNAL != 0 || (!node && frontend.flags & theirs != 0) {
+    let theirs = frontend_flags::MAGLEV | frontend_flags::LEAST_CONNECTIONS;
+    if frontend.flags & frontend_flags::EXTERNAL_ONLY != 0 || (!node && frontend.flags & theirs != 0) {
         return Ok(None);
     }
     let cookie = socket_cookie(sock);
-    let memory = SocketKey { kind: TO_FRONTEND, ..socket_key(sock, cookie, F::widen(address), port, F::VERSION) };
+    let memory =
+        SocketKey { kind: SOCKET_DATAGRAM_BACKEND, ..socket_key(sock, cookie, F::widen(address), port, F::VERSION) };
     let known = remembered::<F>(call, &memory, frontend.service);
     let member = match known {
         Some(member) => member,
@@ -201,13 +202,19 @@ where
     let Some(backend) = Services::<F>::backend(&Maps, member.backend) else { return Ok(None) };
     let (target, target_port) = (backend.address, u32::from(backend.port));
     let key = socket_key(sock, cookie, target, target_port, F::VERSION);
-    let value = SocketValue { address: F::widen(address), port, service: frontend.service, member, netns: words(own) };
+    let value = SocketValue {
+        address: F::widen(address),
+        port,
+        service: frontend.service,
+        backend_ref: member,
+        netns: words(own),
+    };
     // If the table takes neither, the application is told the backend's address, and the next datagram may go elsewhere.
     if !is_known(&key, &value) {
-        let _full = SOCKETS.insert(&key, &value, 0);
+        let _full = SOCKET_NAT.insert(&key, &value, 0);
     }
     if call == Call::Send && known.is_none() {
-        let _full = SOCKETS.insert(&memory, &SocketValue { address: target, port: target_port, ..value }, 0);
+        let _full = SOCKET_NAT.insert(&memory, &SocketValue { address: target, port: target_port, ..value }, 0);
     }
     Ok(Some((F::narrow(&target), target_port)))
 }
@@ -215,7 +222,7 @@ where
 /// Where this socket's last datagram to this frontend went, if that backend lives: an exchange of several datagrams stays with whom
 /// it began.
 #[inline(always)]
-fn remembered<F: Family>(call: Call, key: &SocketKey, service: u32) -> Option<Member>
+fn remembered<F: Family>(call: Call, key: &SocketKey, service: u32) -> Option<BackendRef>
 where
     Maps: Services<F>,
 {
@@ -223,8 +230,8 @@ where
         return None;
     }
     // SAFETY: read at once; a value that is reused meanwhile is of another socket, which is a race of microseconds.
-    let value = unsafe { SOCKETS.get(key) }?;
-    let member = value.member;
+    let value = unsafe { SOCKET_NAT.get(key) }?;
+    let member = value.backend_ref;
     (value.service == service && service::life::<F, _>(&Maps, member).is_some()).then_some(member)
 }
 
@@ -232,12 +239,12 @@ where
 #[inline(always)]
 fn is_known(key: &SocketKey, value: &SocketValue) -> bool {
     // SAFETY: as above.
-    let Some(known) = (unsafe { SOCKETS.get(key) }) else { return false };
+    let Some(known) = (unsafe { SOCKET_NAT.get(key) }) else { return false };
     let ([a, b, c, d], [e, f, g, h]) = (known.address, value.address);
     (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
         && known.port == value.port
-        && known.member.backend == value.member.backend
-        && known.member.generation == value.member.generation
+        && known.backend_ref.backend == value.backend_ref.backend
+        && known.backend_ref.generation == value.backend_ref.generation
 }
 
 /// `connect`, `sendto` or `sendmsg` of an IPv4 socket.
@@ -289,7 +296,7 @@ pub fn there_v6(sock: Sock, call: Call) -> i32 {
 pub fn back_v4(sock: Sock) -> i32 {
     let key = socket_key(sock, socket_cookie(sock), [get!(sock, IP4), 0, 0, 0], get!(sock, PORT), 4);
     // SAFETY: read at once; a value that is reused meanwhile is of another socket, which is a race of microseconds.
-    if let Some(value) = unsafe { SOCKETS.get(&key) } {
+    if let Some(value) = unsafe { SOCKET_NAT.get(&key) } {
         let [address, ..] = value.address;
         set!(sock, IP4, address);
         set!(sock, PORT, value.port);
@@ -308,7 +315,7 @@ pub fn back_v6(sock: Sock) -> i32 {
         None => socket_key(sock, cookie, address, port, 6),
     };
     // SAFETY: as above.
-    if let Some(value) = unsafe { SOCKETS.get(&key) } {
+    if let Some(value) = unsafe { SOCKET_NAT.get(&key) } {
         let [first, ..] = value.address;
         match v4 {
             Some(_) => set!(sock, IP6 + 12, first),

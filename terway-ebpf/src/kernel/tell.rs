@@ -4,10 +4,10 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_get_prandom_u32;
-use terway_abi::{Budget, DECISION_ALLOW, FlowEvent, GATE_SAMPLE, MacPair, policy_reason};
+use terway_abi::{CONTROL_SAMPLE_SHIFT, EventBudget, FlowEvent, MacPair, VERDICT_ALLOW, rule_id};
 
 use super::exit::now;
-use super::maps::{BUDGET, Desk, EVENTS, EVENTS_PER_SECOND, HZ, Kernel, POLICY_COUNTERS, POLICY_GATE};
+use super::maps::{Desk, EVENT_BUDGET, EVENTS, EVENTS_PER_SECOND, HZ, Kernel, POLICY_CONTROL, POLICY_COUNTERS};
 use super::skb::Skb;
 use crate::parse::Payload;
 
@@ -25,9 +25,9 @@ pub(super) fn tally(reason: u32, bytes: u32) {
 
 /// Whether this CPU may report another event now, of `limit` in a second.
 #[inline(always)]
-pub(super) fn spend(budget: &mut Budget, now: u32, limit: u32, hz: u32) -> bool {
-    if now.wrapping_sub(budget.since) >= hz {
-        (budget.since, budget.spent) = (now, 0);
+pub(super) fn spend(budget: &mut EventBudget, now: u32, limit: u32, hz: u32) -> bool {
+    if now.wrapping_sub(budget.second_start) >= hz {
+        (budget.second_start, budget.spent) = (now, 0);
     }
     if budget.spent >= limit {
         return false;
@@ -46,16 +46,17 @@ pub(super) fn begun<F: Kernel>(ctx: *mut __sk_buff, desk: &Desk<F>, program: u8)
         return 0;
     }
     let skb = Skb(ctx);
-    let [egress, ingress] = desk.decisions;
-    let (egress, ingress) = (egress & !DECISION_ALLOW, ingress & !DECISION_ALLOW);
-    if egress > policy_reason::FIXED {
+    let [egress, ingress] = desk.verdicts;
+    let (egress, ingress) = (egress & !VERDICT_ALLOW, ingress & !VERDICT_ALLOW);
+    if egress > rule_id::LAST_RESERVED {
         tally(egress, skb.len());
     }
-    if ingress > policy_reason::FIXED {
+    if ingress > rule_id::LAST_RESERVED {
         tally(ingress, skb.len());
     }
     // SAFETY: the map's value outlives the program run. Volatile: the daemon writes it meanwhile.
-    let one_in = POLICY_GATE.get(0).map_or(0, |gate| unsafe { core::ptr::read_volatile(gate) }) >> GATE_SAMPLE;
+    let one_in =
+        POLICY_CONTROL.get(0).map_or(0, |gate| unsafe { core::ptr::read_volatile(gate) }) >> CONTROL_SAMPLE_SHIFT;
     if one_in == 0 {
         return 0;
     }
@@ -65,7 +66,7 @@ pub(super) fn begun<F: Kernel>(ctx: *mut __sk_buff, desk: &Desk<F>, program: u8)
     if (u64::from(random) * u64::from(one_in)) >> 32 != 0 {
         return 0;
     }
-    let Some(budget) = BUDGET.get_ptr_mut(0) else { return 0 };
+    let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else { return 0 };
     // SAFETY: the value is this CPU's own.
     let budget = unsafe { &mut *budget };
     // Drops have at least half of the budget for themselves. Connections that are not reported are a part of the sample.
@@ -87,9 +88,9 @@ pub(super) fn begun<F: Kernel>(ctx: *mut __sk_buff, desk: &Desk<F>, program: u8)
         dst: F::widen(&desk.packet.dst),
         mac: MacPair([0; 3]),
         ethertype: 0,
-        decisions: desk.decisions,
-        target: F::widen(&desk.case.destination),
-        port: desk.case.port,
+        verdicts: desk.verdicts,
+        policy_destination: F::widen(&desk.case.destination),
+        policy_port: desk.case.port,
         service: desk.service(),
     });
     entry.submit(0);

@@ -44,7 +44,7 @@ fn a_syn_on_a_closed_connection_begins_anew() {
         let back = stage.sent_by(&stage.b).ip(family.b, family.a).tcp(80, 40000, flags::SYN | flags::ACK);
         from_pod(&stage, &stage.b, &back, &[("pod_to_pod", 1)]);
     }
-    let began: Vec<bool> = rows(&stage).iter().map(|row| row.flags & flow_flags::REVERSE == 0).collect();
+    let began: Vec<bool> = rows(&stage).iter().map(|row| row.flags & flow_flags::REPLY == 0).collect();
     assert_eq!(began, [true, true, false, false]);
 }
 
@@ -61,12 +61,12 @@ fn who_began_outlives_what_voids_a_flow() {
         stage.datapath.endpoints().upsert(if number % 2 == 0 { &changed } else { &stage.a }).unwrap();
         let back = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::ACK);
         from_pod(&stage, &stage.a, &back, &[("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)]);
-        assert_eq!(of_a(&stage).flags & flow_flags::REVERSE, flow_flags::REVERSE);
+        assert_eq!(of_a(&stage).flags & flow_flags::REPLY, flow_flags::REPLY);
         evict(&stage);
         // Nothing is known any more: what the packet says of itself does not count, who speaks first began.
         let back = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::SYN | flags::ACK);
         from_pod(&stage, &stage.a, &back, &[("pod_to_vpc", 1), ("flow_new", 1)]);
-        assert_eq!(of_a(&stage).flags & flow_flags::REVERSE, 0);
+        assert_eq!(of_a(&stage).flags & flow_flags::REPLY, 0);
         // A new connection from the other side is its own.
         from_pod(
             &stage,
@@ -76,7 +76,7 @@ fn who_began_outlives_what_voids_a_flow() {
         );
         let begin = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::SYN);
         from_pod(&stage, &stage.a, &begin, &[("pod_to_vpc", 1), ("flow_new", 1)]);
-        assert_eq!(of_a(&stage).flags & flow_flags::REVERSE, 0);
+        assert_eq!(of_a(&stage).flags & flow_flags::REPLY, 0);
         evict(&stage);
     }
 }

@@ -6,7 +6,7 @@
 mod flows;
 mod headers;
 
-use terway_abi::{Action, Drop, HOOK_IN, HOOK_TO_POD, Kind, MARK_CHECKED, Program, flow_flags};
+use terway_abi::{Action, Drop, HOOK_INGRESS, HOOK_TO_POD, MARK_CHECKED, PathCounter, Program, flow_flags};
 use terway_daemon::bpf::{BpfError, Config, Counters, Datapath, Endpoint, FlowRow, Ran, RunContext};
 use terway_tests::packet::{Frame, flags, header_checksum_is_right, macs, ttl};
 use terway_tests::prog_bench::{GATEWAY_MAC, HOST_MAC, Stage};
@@ -102,11 +102,11 @@ fn pod_to_pod() {
     assert_eq!(rows.len(), 4);
     for row in rows {
         let forward = row.ifindex == stage.a.host_ifindex;
-        assert_eq!((row.hook, row.action, row.protocol, row.valid), (HOOK_IN, Action::Local as u32, 6, true));
+        assert_eq!((row.hook, row.action, row.protocol, row.valid), (HOOK_INGRESS, Action::Local as u32, 6, true));
         assert_eq!((row.source.port, row.destination.port), if forward { (40000, 80) } else { (80, 40000) });
         assert_eq!(row.oif, if forward { stage.b.host_ifindex } else { stage.a.host_ifindex });
         assert_eq!(row.packets, if forward { 2 } else { 1 });
-        let (seen, reverse) = (row.flags & flow_flags::SEEN != 0, row.flags & flow_flags::REVERSE != 0);
+        let (seen, reverse) = (row.flags & flow_flags::SEEN != 0, row.flags & flow_flags::REPLY != 0);
         assert_eq!((seen, reverse, row.flags & flow_flags::SYN), (forward, !forward, flow_flags::SYN));
         assert!(row.idle < std::time::Duration::from_secs(2), "{:?}: the daemon's jiffies are off", row.idle);
     }
@@ -306,7 +306,7 @@ fn drops_are_reported_within_bounds() {
         }
         let after = stage.datapath.counters().read().unwrap();
         let of = |counters: &Counters, kind| counters.kind(kind).packets;
-        let lost = of(&after, Kind::EventLost) - of(&before, Kind::EventLost);
+        let lost = of(&after, PathCounter::EventLost) - of(&before, PathCounter::EventLost);
         let reported = std::iter::from_fn(|| events.try_next()).count() as u64;
         assert_eq!(after.drop(Drop::SpoofedSource).packets - before.drop(Drop::SpoofedSource).packets, 20);
         assert_eq!(reported + lost, 20);
@@ -345,10 +345,10 @@ fn pinned_maps_are_checked_before_they_are_used() {
     assert_eq!((resized.endpoints().list().len(), resized.flows().count().unwrap()), (2, (1, 0)));
     drop(resized);
     // Something else under the name of a map is refused, by name.
-    std::fs::remove_file(pins.join(terway_abi::names::OWNERS_V4)).unwrap();
+    std::fs::remove_file(pins.join(terway_abi::names::ENDPOINTS_V4)).unwrap();
     let alien = aya::maps::HashMap::<_, u32, u64>::create(8, 0).unwrap();
-    alien.pin(pins.join(terway_abi::names::OWNERS_V4)).unwrap();
+    alien.pin(pins.join(terway_abi::names::ENDPOINTS_V4)).unwrap();
     let refused = Datapath::open(&config).unwrap_err();
     assert!(matches!(refused, BpfError::Layout { .. }), "{refused}");
-    assert!(refused.to_string().contains("OWNERS_V4"), "{refused}");
+    assert!(refused.to_string().contains("ENDPOINTS_V4"), "{refused}");
 }

@@ -30,7 +30,7 @@ fn all(events: &mut FlowEvents) -> Vec<FlowEvent> {
 
 /// The reason that decided in a direction: 0 egress, 1 ingress.
 fn reason(node: &Node, event: &FlowEvent, side: usize) -> (bool, String) {
-    let decision = Verdict(event.decisions[side]);
+    let decision = Verdict(event.verdicts[side]);
     let text = node.compiler.rule(decision.rule_id()).map(ToString::to_string);
     (decision.is_allowed(), text.unwrap_or_default())
 }
@@ -54,9 +54,9 @@ fn a_new_connection_is_told_once_with_what_let_it_pass() {
             assert_eq!((event.program, event.ifindex), (Program::FromPod as u8, node.stage.a.host_ifindex));
             assert_eq!(event.ports.to_ne_bytes(), [3, 233, 0, 80]);
             assert_eq!(event.src[0].to_ne_bytes(), [10, 0, 0, 1]);
-            assert_eq!((event.dst, event.target), ([event.dst[0], 0, 0, 0], event.dst));
+            assert_eq!((event.dst, event.policy_destination), ([event.dst[0], 0, 0, 0], event.dst));
             assert_eq!(Ipv4Addr::from(event.dst[0].to_ne_bytes()), Ipv4Addr::new(10, 0, 0, 2));
-            assert_eq!(Verdict(event.decisions[0]), Verdict::allow(NO_POLICY));
+            assert_eq!(Verdict(event.verdicts[0]), Verdict::allow(NO_POLICY));
             assert_eq!(reason(&node, event, 1), (true, "NetworkPolicy x/of-b, ingress rule 0: Accept".to_owned()));
 
             // Established packets, both ways, a retransmitted SYN among them, tell nothing; nor does a flow that is judged again.
@@ -75,7 +75,7 @@ fn a_new_connection_is_told_once_with_what_let_it_pass() {
             let told = all(&mut events);
             let [event] = &told[..] else { panic!("{told:?}") };
             assert_eq!(event.reason, Drop::PolicyIngress as u16);
-            assert_eq!(Verdict(event.decisions[0]), Verdict::allow(NO_POLICY));
+            assert_eq!(Verdict(event.verdicts[0]), Verdict::allow(NO_POLICY));
             let isolated = "isolated in ingress by NetworkPolicy x/of-b, none of whose rules allows it";
             assert_eq!(reason(&node, event, 1), (false, isolated.to_owned()));
 
@@ -132,11 +132,11 @@ fn a_service_is_told_with_its_backend() {
                 let [event] = &told[..] else { panic!("{told:?}") };
                 assert_eq!((event.reason, event.service), (0, 10 * number));
                 assert_eq!(
-                    (event.dst, event.target),
+                    (event.dst, event.policy_destination),
                     (words(family.vip.parse().unwrap()), words(family.b.parse().unwrap()))
                 );
                 assert_eq!(event.ports.to_ne_bytes()[2..], [0, 80]);
-                assert_eq!(event.port.to_ne_bytes()[..2], [0x1f, 0x90]);
+                assert_eq!(event.policy_port.to_ne_bytes()[..2], [0x1f, 0x90]);
                 // The answers have an entry from the first packet on, which is no beginning.
                 node.by_b(node.b().ip(family.b, family.a).tcp(8080, 3000, flags::SYN | flags::ACK), &LOCAL[..1]);
                 assert_eq!(all(&mut events), []);
@@ -152,8 +152,8 @@ fn a_service_is_told_with_its_backend() {
                 let services: Vec<u32> = told.iter().map(|event| event.service).collect();
                 assert_eq!(services, [10 * number, 0]);
                 for event in told {
-                    assert_eq!(event.target, words(family.b.parse().unwrap()));
-                    assert_eq!(event.port.to_ne_bytes()[..2], [0x1f, 0x90]);
+                    assert_eq!(event.policy_destination, words(family.b.parse().unwrap()));
+                    assert_eq!(event.policy_port.to_ne_bytes()[..2], [0x1f, 0x90]);
                 }
                 node.no_policy("b");
             }

@@ -214,7 +214,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 const MANY: i64 = 10_000;
 /// As many flows as Cilium allows in a table (`LimitTableMax`, pkg/option/config.go): 4 GiB of them.
 const MOST_FLOWS: i64 = 1 << 24;
-/// What the datapath has room for (`terway_abi::GATE_SAMPLE`).
+/// What the datapath has room for (`terway_abi::CONTROL_SAMPLE_SHIFT`).
 const MOST_SAMPLED: i64 = (1 << 24) - 1;
 
 keys! {

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnetwork::IpNetwork;
-use terway_abi::{DECISION_ALLOW, GATE_ENFORCE, PeerKey, Phases, PolicyEndpoint, PolicySide, PortKey, policy_reason};
+use terway_abi::{
+    CONTROL_ENFORCE, PeerKey, PolicyDirection, PolicyEndpoint, PortKey, VERDICT_ALLOW, Versioned, rule_id,
+};
 use terway_core::cidr::Cidr as _;
 use terway_core::policy::{
     DISABLED, IdentityKind, LOCAL_NODE, LOOPBACK, Maps, NO_POLICY, Packet, PortTableId, RuleId, SetId, SetRef, Verdict,
@@ -22,14 +24,14 @@ struct Kernel<'a> {
     maps: &'a Maps,
     gate: u32,
     endpoints: HashMap<u32, [PolicyEndpoint; 2]>,
-    exact: HashMap<IpAddr, Phases>,
-    blocks: HashMap<IpNetwork, Phases>,
-    peers: HashMap<PeerKey, Phases>,
+    exact: HashMap<IpAddr, Versioned>,
+    blocks: HashMap<IpNetwork, Versioned>,
+    peers: HashMap<PeerKey, Versioned>,
 }
 
 impl<'a> Kernel<'a> {
     fn of(maps: &'a Maps) -> Self {
-        let side = |side: SetRef| PolicySide { set: side.set.0, defaults: side.defaults.map(|target| target.0) };
+        let side = |side: SetRef| PolicyDirection { set: side.set.0, defaults: side.defaults.map(|target| target.0) };
         let endpoint = |value: terway_core::policy::EndpointPolicy| PolicyEndpoint {
             identities: value.identities.map(|identity| identity.0),
             ingress: value.ingress.map(side),
@@ -37,7 +39,7 @@ impl<'a> Kernel<'a> {
         };
         Self {
             maps,
-            gate: maps.version as u32 | if maps.enforce { GATE_ENFORCE } else { 0 },
+            gate: maps.version as u32 | if maps.enforce { CONTROL_ENFORCE } else { 0 },
             endpoints: maps.endpoints.iter().map(|(slot, values)| (*slot, values.map(endpoint))).collect(),
             exact: maps.addresses.iter().map(|(a, pair)| (*a, pair.map(|identity| identity.0))).collect(),
             blocks: maps.cidrs.iter().map(|(net, pair)| (*net, pair.map(|identity| identity.0))).collect(),
@@ -71,11 +73,11 @@ impl<F: Family> Policies<F> for Kernel<'_> {
         self.endpoints.get(&slot).map(|values| &values[phase as usize])
     }
 
-    fn exact(&self, address: &F::Addr) -> Option<&Phases> {
+    fn exact(&self, address: &F::Addr) -> Option<&Versioned> {
         self.exact.get(&ip::<F>(address))
     }
 
-    fn block(&self, address: &F::Addr) -> Option<&Phases> {
+    fn block(&self, address: &F::Addr) -> Option<&Versioned> {
         let net = IpNetwork::from(ip::<F>(address));
         let lengths = (0..=net.prefix()).rev();
         lengths
@@ -83,7 +85,7 @@ impl<F: Family> Policies<F> for Kernel<'_> {
             .find_map(|net| self.blocks.get(&net.truncated()))
     }
 
-    fn peer(&self, key: &PeerKey) -> Option<&Phases> {
+    fn peer(&self, key: &PeerKey) -> Option<&Versioned> {
         self.peers.get(key)
     }
 
@@ -142,7 +144,7 @@ fn compare(maps: &Maps, packets: &[Packet], local: &dyn Fn(IpAddr) -> Option<u32
                 None => ELSEWHERE,
             };
             assert_eq!(found, expected, "{packet:?}, side {side}");
-            assert!(always || found & DECISION_ALLOW == expected & DECISION_ALLOW);
+            assert!(always || found & VERDICT_ALLOW == expected & VERDICT_ALLOW);
         }
     }
 }
@@ -151,7 +153,7 @@ fn compare(maps: &Maps, packets: &[Packet], local: &dyn Fn(IpAddr) -> Option<u32
 fn the_datapath_reads_the_maps_as_they_are_meant() {
     assert_eq!(
         [NO_POLICY, DISABLED, LOOPBACK, LOCAL_NODE].map(|RuleId(n)| n),
-        [policy_reason::NO_POLICY, policy_reason::DISABLED, policy_reason::LOOPBACK, policy_reason::RESIDENT_NODE]
+        [rule_id::NO_POLICY, rule_id::DISABLED, rule_id::LOOPBACK, rule_id::LOCAL_NODE]
     );
     assert_eq!(IdentityKind::LocalNode as u32, terway_abi::IDENTITY_NODE >> 30);
     let (worlds, seed) = (setting("POLICY_WORLDS", 500), setting("POLICY_SEED", 1));

@@ -17,7 +17,10 @@ use std::net::IpAddr;
 
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData, MapError};
-use terway_abi::{MAX_ENDPOINTS, NO_SLOT, SLOTS, bucket_v4, bucket_v6, names, next_epoch, next_policy_epoch, same_way};
+use terway_abi::{
+    EPOCH_SLOTS, MAX_ENDPOINTS, NO_SLOT, names, next_policy_epoch, next_route_epoch, remote_slot_v4, remote_slot_v6,
+    same_route_epoch,
+};
 
 use super::Endpoint;
 use crate::bpf::address::{word, words};
@@ -48,8 +51,8 @@ impl Maps {
     pub(super) fn open(loaded: &mut Ebpf) -> Result<Self, BpfError> {
         Ok(Self {
             by_ifindex: take(loaded, names::ENDPOINTS)?,
-            by_v4: take(loaded, names::OWNERS_V4)?,
-            by_v6: take(loaded, names::OWNERS_V6)?,
+            by_v4: take(loaded, names::ENDPOINTS_V4)?,
+            by_v6: take(loaded, names::ENDPOINTS_V6)?,
             epochs: take_elements(loaded, names::EPOCHS)?,
             mirror: BTreeMap::new(),
             free: Vec::new(),
@@ -66,14 +69,14 @@ impl Maps {
         self.free = (NO_SLOT + 1..MAX_ENDPOINTS).rev().filter(|slot| !taken.contains(slot)).collect();
 
         // An address without its interface: the daemon died within a removal, or within a change of address.
-        let v4: Vec<_> = self.by_v4.iter().collect::<Result<_, _>>().map_err(BpfError::map(names::OWNERS_V4))?;
+        let v4: Vec<_> = self.by_v4.iter().collect::<Result<_, _>>().map_err(BpfError::map(names::ENDPOINTS_V4))?;
         for (address, owner) in v4 {
             if self.mirror.get(&owner.host_ifindex).is_none_or(|stored| stored.v4 != address) {
                 self.forget_v4(address)?;
                 self.invalidate_slot(owner.slot)?;
             }
         }
-        let v6: Vec<_> = self.by_v6.iter().collect::<Result<_, _>>().map_err(BpfError::map(names::OWNERS_V6))?;
+        let v6: Vec<_> = self.by_v6.iter().collect::<Result<_, _>>().map_err(BpfError::map(names::ENDPOINTS_V6))?;
         for (address, owner) in v6 {
             if self.mirror.get(&owner.host_ifindex).is_none_or(|stored| stored.v6 != address) {
                 self.forget_v6(address)?;
@@ -84,7 +87,7 @@ impl Maps {
         // epoch, and with it their flows.
         for stored in self.mirror.clone().into_values() {
             if !self.is_complete(&stored)? {
-                self.write(&terway_abi::Endpoint { epoch: next_epoch(self.epoch(stored.slot)?), ..stored })?;
+                self.write(&terway_abi::Endpoint { epoch: next_route_epoch(self.epoch(stored.slot)?), ..stored })?;
             }
         }
         Ok(())
@@ -92,10 +95,10 @@ impl Maps {
 
     fn is_complete(&self, stored: &terway_abi::Endpoint) -> Result<bool, BpfError> {
         let owns_v4 = stored.v4 == 0
-            || absent(self.by_v4.get(&stored.v4, 0)).map_err(BpfError::map(names::OWNERS_V4))? == Some(*stored);
+            || absent(self.by_v4.get(&stored.v4, 0)).map_err(BpfError::map(names::ENDPOINTS_V4))? == Some(*stored);
         let owns_v6 = stored.v6 == [0; 4]
-            || absent(self.by_v6.get(&stored.v6, 0)).map_err(BpfError::map(names::OWNERS_V6))? == Some(*stored);
-        Ok(owns_v4 && owns_v6 && same_way(self.epoch(stored.slot)?, stored.epoch))
+            || absent(self.by_v6.get(&stored.v6, 0)).map_err(BpfError::map(names::ENDPOINTS_V6))? == Some(*stored);
+        Ok(owns_v4 && owns_v6 && same_route_epoch(self.epoch(stored.slot)?, stored.epoch))
     }
 
     /// Complete endpoints as the maps hold them.
@@ -130,7 +133,7 @@ impl Maps {
             self.remove(owner)?;
         }
         if let Some(old) = old {
-            if endpoint.to_abi(old.slot, old.epoch, old.since) == old {
+            if endpoint.to_abi(old.slot, old.epoch, old.first_epoch) == old {
                 return Ok(());
             }
             if old.v4 != 0 && Some(old.v4) != v4 {
@@ -145,10 +148,10 @@ impl Maps {
             (None, Some(reserved)) => *reserved,
             (None, None) => self.free.pop().ok_or(BpfError::Full(MAX_ENDPOINTS - 1))?,
         };
-        let epoch = next_epoch(self.epoch(slot)?);
+        let epoch = next_route_epoch(self.epoch(slot)?);
         // With other addresses it is another pod to everybody else.
         let same = |old: &terway_abi::Endpoint| Some(old.v4) == v4.or(Some(0)) && Some(old.v6) == v6.or(Some([0; 4]));
-        let entry = endpoint.to_abi(slot, epoch, old.filter(same).map_or(epoch, |old| old.since));
+        let entry = endpoint.to_abi(slot, epoch, old.filter(same).map_or(epoch, |old| old.first_epoch));
         self.write(&entry)?;
         self.reserved.remove(&endpoint.host_ifindex);
         Ok(())
@@ -237,47 +240,47 @@ impl Maps {
         self.by_ifindex.insert(entry.host_ifindex, entry, 0).map_err(BpfError::map(names::ENDPOINTS))?;
         self.mirror.insert(entry.host_ifindex, *entry);
         if entry.v4 != 0 {
-            self.by_v4.insert(entry.v4, entry, 0).map_err(BpfError::map(names::OWNERS_V4))?;
+            self.by_v4.insert(entry.v4, entry, 0).map_err(BpfError::map(names::ENDPOINTS_V4))?;
         }
         if entry.v6 != [0; 4] {
-            self.by_v6.insert(entry.v6, entry, 0).map_err(BpfError::map(names::OWNERS_V6))?;
+            self.by_v6.insert(entry.v6, entry, 0).map_err(BpfError::map(names::ENDPOINTS_V6))?;
         }
         self.set_epoch(entry.slot, entry.epoch)?;
         if entry.v4 != 0 {
-            self.invalidate_slot(bucket_v4(entry.v4))?;
+            self.invalidate_slot(remote_slot_v4(entry.v4))?;
         }
         if entry.v6 != [0; 4] {
-            self.invalidate_slot(bucket_v6(entry.v6))?;
+            self.invalidate_slot(remote_slot_v6(entry.v6))?;
         }
         Ok(())
     }
 
     fn forget_v4(&mut self, address: u32) -> Result<(), BpfError> {
-        ignore_absent(self.by_v4.remove(&address)).map_err(BpfError::map(names::OWNERS_V4))?;
-        self.invalidate_slot(bucket_v4(address))
+        ignore_absent(self.by_v4.remove(&address)).map_err(BpfError::map(names::ENDPOINTS_V4))?;
+        self.invalidate_slot(remote_slot_v4(address))
     }
 
     fn forget_v6(&mut self, address: [u32; 4]) -> Result<(), BpfError> {
-        ignore_absent(self.by_v6.remove(&address)).map_err(BpfError::map(names::OWNERS_V6))?;
-        self.invalidate_slot(bucket_v6(address))
+        ignore_absent(self.by_v6.remove(&address)).map_err(BpfError::map(names::ENDPOINTS_V6))?;
+        self.invalidate_slot(remote_slot_v6(address))
     }
 
     /// Invalidates every flow that was decided while its address was no endpoint's.
     pub(super) fn invalidate_unowned(&mut self) -> Result<(), BpfError> {
-        (MAX_ENDPOINTS..SLOTS).try_for_each(|slot| self.invalidate_slot(slot))
+        (MAX_ENDPOINTS..EPOCH_SLOTS).try_for_each(|slot| self.invalidate_slot(slot))
     }
 
     /// Invalidates every flow that was decided while one of these addresses was no endpoint's.
     pub(super) fn invalidate_addresses(&mut self, addresses: &[IpAddr]) -> Result<(), BpfError> {
         let slots: BTreeSet<u32> = addresses.iter().map(|address| bucket(*address)).collect();
-        let next = |slot: &u32| Ok(next_epoch(self.epoch(*slot)?));
+        let next = |slot: &u32| Ok(next_route_epoch(self.epoch(*slot)?));
         let epochs: Vec<u32> = slots.iter().map(next).collect::<Result<_, BpfError>>()?;
         self.epochs.put_all(&slots.into_iter().collect::<Vec<_>>(), &epochs)
     }
 
     /// Invalidates every flow that depends on the slot.
     fn invalidate_slot(&mut self, slot: u32) -> Result<(), BpfError> {
-        let epoch = next_epoch(self.epoch(slot)?);
+        let epoch = next_route_epoch(self.epoch(slot)?);
         self.set_epoch(slot, epoch)
     }
 
@@ -292,8 +295,8 @@ impl Maps {
 
 fn bucket(address: IpAddr) -> u32 {
     match address {
-        IpAddr::V4(v4) => bucket_v4(word(v4)),
-        IpAddr::V6(v6) => bucket_v6(words(v6)),
+        IpAddr::V4(v4) => remote_slot_v4(word(v4)),
+        IpAddr::V6(v6) => remote_slot_v6(words(v6)),
     }
 }
 

@@ -35,7 +35,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    fn to_abi(self, slot: u32, epoch: u32, since: u32) -> terway_abi::Endpoint {
+    fn to_abi(self, slot: u32, epoch: u32, first_epoch: u32) -> terway_abi::Endpoint {
         terway_abi::Endpoint {
             host_ifindex: self.host_ifindex,
             eni_ifindex: self.eni_ifindex,
@@ -46,9 +46,9 @@ impl Endpoint {
             v6: self.addresses.v6.map_or([0; 4], words),
             gateway_v4: self.gateway_v4.map_or(0, word),
             gateway_v6: self.gateway_v6.map_or([0; 4], words),
-            sent: MacPair::new(self.host_mac.0, self.pod_mac.0),
-            received: MacPair::new(self.pod_mac.0, self.host_mac.0),
-            since,
+            from_pod_macs: MacPair::new(self.host_mac.0, self.pod_mac.0),
+            to_pod_macs: MacPair::new(self.pod_mac.0, self.host_mac.0),
+            first_epoch,
             spare: [0; 2],
         }
     }
@@ -56,8 +56,8 @@ impl Endpoint {
     fn from_abi(abi: &terway_abi::Endpoint) -> Self {
         Self {
             host_ifindex: abi.host_ifindex,
-            host_mac: Mac(abi.sent.destination()),
-            pod_mac: Mac(abi.sent.source()),
+            host_mac: Mac(abi.from_pod_macs.destination()),
+            pod_mac: Mac(abi.from_pod_macs.source()),
             addresses: Addresses {
                 v4: (abi.v4 != 0).then(|| address_v4(abi.v4)),
                 v6: (abi.v6 != [0; 4]).then(|| address_v6(abi.v6)),

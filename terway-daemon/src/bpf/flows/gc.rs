@@ -11,7 +11,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use aya::Pod;
-use terway_abi::{Flow, FlowKey, NO_BACKEND, Side, backend_flags, flow_flags};
+use terway_abi::{Flow, FlowDirection, FlowKey, NO_BACKEND, backend_flags, flow_flags};
 use terway_core::conntrack::{Connection, DirectionState, Timeouts, Validity};
 
 use super::reverse_entry::{self, KeyOrder};
@@ -27,7 +27,7 @@ pub struct GcOptions {
     pub timeouts: Timeouts,
     /// Delete dead entries; otherwise they are only counted.
     pub delete: bool,
-    /// Correct the active connection counts of backends ([`terway_abi::names::LOADS`]).
+    /// Correct the active connection counts of backends ([`terway_abi::names::ACTIVE_CONNS`]).
     pub recount_connections: bool,
     /// [`GcReport::began`] of the previous run: entries that were created later count as new.
     pub previous_began: Option<u32>,
@@ -249,7 +249,7 @@ impl FlowTables {
     {
         let mut pairs = Vec::new();
         map.each(|key, flow| {
-            let is_original = flow.sides[0].flags & flow_flags::REVERSE == 0;
+            let is_original = flow.directions[0].flags & flow_flags::REPLY == 0;
             // The two entries of a connection are created one after the other.
             let is_complete = began.wrapping_sub(flow.created).cast_signed() > 0;
             if has_nat(flow) && is_original && is_complete {
@@ -292,7 +292,8 @@ impl FlowTables {
                 reverse = reverse.or(other.map(|other| (other_key, other)));
             }
         }
-        let whole = connection(key, &flow, reverse.as_ref().map(|(_, other)| &other.sides[0]), now(self.hz), self.hz);
+        let whole =
+            connection(key, &flow, reverse.as_ref().map(|(_, other)| &other.directions[0]), now(self.hz), self.hz);
         if !timeouts.should_delete(&whole, validity, validity == Validity::Rerouted) {
             return Ok(0);
         }
@@ -308,19 +309,19 @@ impl FlowTables {
 
 /// Whether no packet has used an entry since it was read, and no other connection has taken its place.
 fn is_unchanged<A>(read: &Flow<A>, current: &Flow<A>) -> bool {
-    let uses = |flow: &Flow<A>| (flow.created, flow.sides.map(|side| (side.packets, side.last_seen)));
+    let uses = |flow: &Flow<A>| (flow.created, flow.directions.map(|side| (side.packets, side.last_seen)));
     uses(read) == uses(current)
 }
 
 /// The connection of an entry; `reverse` is the other direction if that has an entry of its own.
-fn connection<A>(key: &FlowKey<A>, flow: &Flow<A>, reverse: Option<&Side>, now: u32, hz: u32) -> Connection {
-    let seen = |side: &Side| DirectionState {
+fn connection<A>(key: &FlowKey<A>, flow: &Flow<A>, reverse: Option<&FlowDirection>, now: u32, hz: u32) -> Connection {
+    let seen = |side: &FlowDirection| DirectionState {
         any: side.packets > 0,
         idle: idle(side.last_seen, now, hz),
         fin: side.flags & flow_flags::FIN != 0,
         rst: side.flags & flow_flags::RST != 0,
     };
-    let [own, other] = &flow.sides;
+    let [own, other] = &flow.directions;
     let sides = if has_nat(flow) {
         let own = seen(own);
         // Without a reverse entry only this direction counts.
@@ -346,7 +347,7 @@ fn could_be_expired(timeouts: &Timeouts, own: &Connection, one_sided: bool) -> b
 /// Whether the connection is being closed or was reset, as far as this entry tells; then it is not counted as active. With NAT the
 /// original direction is enough: the client closes when it is done.
 fn is_closing<A>(flow: &Flow<A>) -> bool {
-    let [one, other] = &flow.sides;
+    let [one, other] = &flow.directions;
     (one.flags | other.flags) & (flow_flags::FIN | flow_flags::RST) != 0
 }
 
@@ -357,15 +358,15 @@ fn count_connection<A: KeyOrder>(
     flow: &Flow<A>,
     widen: &impl Fn(A) -> ([u32; 4], u8),
 ) {
-    let [side, _] = &flow.sides;
-    if side.flags & flow_flags::REVERSE != 0 {
+    let [side, _] = &flow.directions;
+    if side.flags & flow_flags::REPLY != 0 {
         return;
     }
     let backend = if flow.backend != NO_BACKEND {
         Some(flow.backend)
     } else {
         let (low, high) = (key.ports & 0xffff, key.ports >> 16);
-        let (to, port) = if flow.maker == 0 { (key.high, high) } else { (key.low, low) };
+        let (to, port) = if flow.initiator == 0 { (key.high, high) } else { (key.low, low) };
         let (address, family) = widen(to);
         let family = u8::from(family & backend_flags::V6 != 0);
         counts.by_address.get(&(address, port as u16, key.protocol() | family << 7)).copied()

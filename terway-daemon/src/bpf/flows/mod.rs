@@ -71,7 +71,7 @@ pub struct FlowRow {
     pub protocol: u8,
     /// The interface of its hook.
     pub ifindex: u32,
-    /// The hook of its key (`terway_abi::HOOK_IN` …).
+    /// The hook of its key (`terway_abi::HOOK_INGRESS` …).
     pub hook: u8,
     /// An `terway_abi::Action` by number.
     pub action: u32,
@@ -150,7 +150,7 @@ impl FlowTables {
             epochs: Elements::open(pins, names::EPOCHS)?,
             endpoints: Elements::open(pins, names::ENDPOINTS)?,
             backends: Elements::open(pins, names::BACKENDS)?,
-            connection_counts: Elements::open(pins, names::LOADS)?,
+            connection_counts: Elements::open(pins, names::ACTIVE_CONNS)?,
             hz,
             flushed: AtomicU64::new(0),
         })
@@ -238,8 +238,10 @@ impl FlowTables {
                 }
             };
             let (low, high) = ends(key, &address);
-            let (maker, other) = if flow.maker == 0 { (low, high) } else { (high, low) };
-            for (side, source, destination) in [(&flow.sides[0], maker, other), (&flow.sides[1], other, maker)] {
+            let (maker, other) = if flow.initiator == 0 { (low, high) } else { (high, low) };
+            for (side, source, destination) in
+                [(&flow.directions[0], maker, other), (&flow.directions[1], other, maker)]
+            {
                 take(FlowRow {
                     source,
                     destination,
@@ -292,8 +294,8 @@ fn ends<A: Copy>(key: &FlowKey<A>, address: impl Fn(A) -> IpAddr) -> (FlowSide, 
 
 /// Whether an entry has NAT.
 fn has_nat<A>(flow: &Flow<A>) -> bool {
-    let [one, other] = &flow.sides;
-    (one.flags | other.flags) & flow_flags::TRANSLATE != 0
+    let [one, other] = &flow.directions;
+    (one.flags | other.flags) & flow_flags::NAT != 0
 }
 
 fn flush<A: Copy>(map: &FlowMap<A>, filter: &FlowFilter, address: impl Fn(A) -> IpAddr) -> Result<u64, BpfError>

@@ -78,7 +78,7 @@ impl FlowTables {
             // Those that have been idle for longest are left out, in pairs.
             let now = super::now(self.hz);
             let age = |flow: &Flow<A>| {
-                let [one, other] = &flow.sides;
+                let [one, other] = &flow.directions;
                 now.wrapping_sub(one.last_seen).min(now.wrapping_sub(other.last_seen))
             };
             let paired = live.iter().filter(|(_, flow)| has_nat(flow));

@@ -1,6 +1,6 @@
 //! Reverse entries: a connection with NAT has one entry for each direction, because its packets have different tuples in each.
 
-use terway_abi::{Flow, FlowKey, MOVED, flow_flags};
+use terway_abi::{Flow, FlowKey, PORT_REMAPPED, flow_flags};
 
 use super::has_nat;
 
@@ -34,11 +34,11 @@ pub(super) fn key<A: KeyOrder>(src: A, dst: A, ports: u32, class: u32) -> FlowKe
 }
 
 /// The keys under which the reverse entry of an entry with NAT may be stored. Two for an entry of replies: that of the original direction,
-/// and, where another connection had that key already, the one with [`MOVED`].
+/// and, where another connection had that key already, the one with [`PORT_REMAPPED`].
 pub(super) fn keys<A: KeyOrder>(own: &FlowKey<A>, flow: &Flow<A>) -> impl Iterator<Item = FlowKey<A>> + use<A> {
-    let plain = key(flow.src, flow.dst, flow.ports, own.class & !MOVED);
-    let is_reply = flow.sides[0].flags & flow_flags::REVERSE != 0;
-    std::iter::once(plain).chain(is_reply.then_some(FlowKey { class: plain.class | MOVED, ..plain }))
+    let plain = key(flow.nat_src, flow.nat_dst, flow.nat_ports, own.class & !PORT_REMAPPED);
+    let is_reply = flow.directions[0].flags & flow_flags::REPLY != 0;
+    std::iter::once(plain).chain(is_reply.then_some(FlowKey { class: plain.class | PORT_REMAPPED, ..plain }))
 }
 
 /// Whether two entries are the two directions of one connection with NAT.

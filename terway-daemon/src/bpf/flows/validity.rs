@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use terway_abi::{Flow, MAX_ENDPOINTS, NO_BACKEND, NO_SLOT, flow_flags, same_way};
+use terway_abi::{Flow, MAX_ENDPOINTS, NO_BACKEND, NO_SLOT, flow_flags, same_route_epoch};
 use terway_core::conntrack::Validity;
 
 use super::{FlowTables, has_nat, idle, now};
@@ -78,14 +78,14 @@ impl<'a> ValiditySnapshot<'a> {
             return Ok(Validity::Dead);
         }
         if flow.backend != NO_BACKEND && generation(flow.backend)? != flow.generation {
-            let [side, _] = &flow.sides;
-            let is_reply = has_nat(flow) && side.flags & flow_flags::REVERSE != 0;
+            let [side, _] = &flow.directions;
+            let is_reply = has_nat(flow) && side.flags & flow_flags::REPLY != 0;
             let in_flight = is_reply && idle(side.last_seen, now(self.tables.hz), self.tables.hz) < REPLY_GRACE_PERIOD;
             return Ok(if in_flight { Validity::Rerouted } else { Validity::Dead });
         }
         for (slot, at) in flow.slots.iter().zip(flow.epochs) {
             // Where only policies have changed, the next packet is checked again and may pass: the entry is not invalid.
-            if epoch(*slot)?.is_some_and(|epoch| same_way(epoch, at)) {
+            if epoch(*slot)?.is_some_and(|epoch| same_route_epoch(epoch, at)) {
                 continue;
             }
             // A slot without an endpoint was that of an endpoint that is removed.

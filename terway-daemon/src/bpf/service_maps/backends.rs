@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use aya::Ebpf;
-use terway_abi::{Backend as AbiBackend, Member as AbiMember, Run, names};
+use terway_abi::{Backend as AbiBackend, BackendRange, BackendRef as AbiBackendRef, names};
 use terway_core::service::{
     Algorithm, Backend, BackendId, BackendRef, MapContents, Op, RangeAllocator, Selection, Table, TableId,
 };
@@ -17,7 +17,7 @@ use crate::bpf::object::take_elements;
 
 /// The backend map, the array of backend references, and the active connection counts.
 pub(super) struct BackendMaps {
-    pub(super) members: Elements<u32, AbiMember>,
+    pub(super) members: Elements<u32, AbiBackendRef>,
     pub(super) backends: Elements<u32, AbiBackend>,
     connection_counts: Elements<u32, u64>,
     /// Mirror of the backend map.
@@ -25,7 +25,7 @@ pub(super) struct BackendMaps {
     /// Free ranges of the array of references.
     pub(super) runs: RangeAllocator,
     /// Where tables are in that array.
-    tables: BTreeMap<TableId, (Run, Algorithm)>,
+    tables: BTreeMap<TableId, (BackendRange, Algorithm)>,
 }
 
 /// Backends by their numbers, which are dense: freed numbers are reused first.
@@ -63,14 +63,14 @@ impl Mirror {
 impl BackendMaps {
     pub(super) fn open(loaded: &mut Ebpf) -> Result<Self, BpfError> {
         Ok(Self::new(
-            take_elements(loaded, names::MEMBERS)?,
+            take_elements(loaded, names::BACKEND_REFS)?,
             take_elements(loaded, names::BACKENDS)?,
-            take_elements(loaded, names::LOADS)?,
+            take_elements(loaded, names::ACTIVE_CONNS)?,
         ))
     }
 
     pub(super) fn new(
-        members: Elements<u32, AbiMember>,
+        members: Elements<u32, AbiBackendRef>,
         backends: Elements<u32, AbiBackend>,
         connection_counts: Elements<u32, u64>,
     ) -> Self {
@@ -114,7 +114,7 @@ impl BackendMaps {
     /// gets a new one.
     pub(super) fn adopt_table(
         &mut self,
-        run: Run,
+        run: BackendRange,
         algorithm: Algorithm,
         contents: &mut MapContents,
     ) -> Result<Selection, BpfError> {
@@ -133,7 +133,7 @@ impl BackendMaps {
     }
 
     /// Where a table is.
-    pub(super) fn table(&self, id: TableId) -> Option<(Run, Algorithm)> {
+    pub(super) fn table(&self, id: TableId) -> Option<(BackendRange, Algorithm)> {
         self.tables.get(&id).copied()
     }
 
@@ -180,9 +180,9 @@ impl BackendMaps {
             let count = table.slots.len() as u32;
             let limit = self.members.capacity();
             let first = self.runs.take(count).ok_or(BpfError::NoRoom { what: "slots of backend tables", limit })?;
-            self.tables.insert(*id, (Run { first, count }, table.algorithm));
+            self.tables.insert(*id, (BackendRange { first, count }, table.algorithm));
             indices.extend(first..first + count);
-            let member = |slot: &BackendRef| AbiMember { backend: slot.backend.0, generation: slot.generation };
+            let member = |slot: &BackendRef| AbiBackendRef { backend: slot.backend.0, generation: slot.generation };
             members.extend(table.slots.iter().map(member));
         }
         self.members.put_all(&indices, &members)?;
@@ -202,7 +202,7 @@ impl BackendMaps {
     }
 
     #[cfg(feature = "test-api")]
-    pub(super) fn set_members(&self, first: u32, members: &[AbiMember]) -> Result<(), BpfError> {
+    pub(super) fn set_members(&self, first: u32, members: &[AbiBackendRef]) -> Result<(), BpfError> {
         (first..).zip(members).try_for_each(|(index, member)| self.members.put(&index, member, 0).map(drop))
     }
 }

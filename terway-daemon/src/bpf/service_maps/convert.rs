@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use terway_abi::{
-    Backend as AbiBackend, Frontend as AbiFrontend, FrontendKey as Key, FrontendKeyV4, FrontendKeyV6, Run,
+    Backend as AbiBackend, BackendRange, Frontend as AbiFrontend, FrontendKey as Key, FrontendKeyV4, FrontendKeyV6,
     SCOPE_ADDRESS, SCOPE_NODE, backend_flags, frontend_class, frontend_flags,
 };
 use terway_core::objects::Protocol;
@@ -46,40 +46,43 @@ fn protocol_from_number(number: u8) -> Option<Protocol> {
 pub(super) const fn algorithm(flags: u32) -> Algorithm {
     match flags {
         _ if flags & frontend_flags::MAGLEV != 0 => Algorithm::Maglev,
-        _ if flags & frontend_flags::LEAST != 0 => Algorithm::LeastConnections,
+        _ if flags & frontend_flags::LEAST_CONNECTIONS != 0 => Algorithm::LeastConnections,
         _ => Algorithm::Random,
     }
 }
 
 /// A frontend as the map has it. `table` tells where a table is.
-pub(super) fn frontend_to_abi(frontend: &Frontend, table: impl Fn(TableId) -> Option<(Run, Algorithm)>) -> AbiFrontend {
+pub(super) fn frontend_to_abi(
+    frontend: &Frontend,
+    table: impl Fn(TableId) -> Option<(BackendRange, Algorithm)>,
+) -> AbiFrontend {
     let mut flags = 0;
     let mut run = |selection: Selection, pass: u32, drop: u32| match selection {
-        Selection::Table(id) => table(id).map_or(Run::default(), |(run, algorithm)| {
+        Selection::Table(id) => table(id).map_or(BackendRange::default(), |(run, algorithm)| {
             flags |= match algorithm {
                 Algorithm::Random => 0,
-                Algorithm::LeastConnections => frontend_flags::LEAST,
+                Algorithm::LeastConnections => frontend_flags::LEAST_CONNECTIONS,
                 Algorithm::Maglev => frontend_flags::MAGLEV,
             };
             run
         }),
-        Selection::Reject => Run::default(),
+        Selection::Reject => BackendRange::default(),
         Selection::Drop => {
             flags |= drop;
-            Run::default()
+            BackendRange::default()
         }
         Selection::Pass => {
             flags |= pass;
-            Run::default()
+            BackendRange::default()
         }
     };
-    let internal = run(frontend.inside, frontend_flags::EXTERNAL, 0);
-    let external = run(frontend.outside, frontend_flags::INTERNAL, frontend_flags::SILENT);
+    let internal = run(frontend.inside, frontend_flags::EXTERNAL_ONLY, 0);
+    let external = run(frontend.outside, frontend_flags::IN_CLUSTER_ONLY, frontend_flags::DROP_WITHOUT_REPLY);
     if frontend.check_source {
-        flags |= frontend_flags::RANGES;
+        flags |= frontend_flags::SOURCE_RANGES;
     }
     if frontend.kind != FrontendKind::ClusterIp && !frontend.masquerade {
-        flags |= frontend_flags::LOCAL;
+        flags |= frontend_flags::EXTERNAL_LOCAL;
     }
     AbiFrontend { service: frontend.port.0, flags, internal, external, affinity: frontend.affinity_seconds, spare: 0 }
 }
@@ -91,7 +94,7 @@ pub(super) fn frontend_from_abi(
     inside: Selection,
     outside: Selection,
 ) -> Frontend {
-    let is_local = entry.flags & frontend_flags::LOCAL != 0;
+    let is_local = entry.flags & frontend_flags::EXTERNAL_LOCAL != 0;
     let kind = match outside {
         _ if key.is_node() => FrontendKind::NodePort,
         Selection::Pass if !is_local => FrontendKind::ClusterIp,
@@ -103,7 +106,7 @@ pub(super) fn frontend_from_abi(
         inside,
         outside,
         masquerade: kind != FrontendKind::ClusterIp && !is_local,
-        check_source: entry.flags & frontend_flags::RANGES != 0,
+        check_source: entry.flags & frontend_flags::SOURCE_RANGES != 0,
         affinity_seconds: entry.affinity,
     }
 }
@@ -114,7 +117,7 @@ pub(super) fn backend_to_abi(backend: &Backend) -> AbiBackend {
         IpAddr::V6(address) => (words(address), backend_flags::V6),
     };
     let local = if backend.local { backend_flags::LOCAL } else { 0 };
-    let terminating = if backend.state == BackendState::Ready { 0 } else { backend_flags::ENDING };
+    let terminating = if backend.state == BackendState::Ready { 0 } else { backend_flags::TERMINATING };
     AbiBackend {
         address,
         port: backend.key.port.to_be(),
@@ -133,7 +136,7 @@ pub(super) fn backend_from_abi(entry: &AbiBackend) -> Option<Backend> {
     } else {
         IpAddr::V4(address_v4(entry.address[0]))
     };
-    let is_terminating = entry.flags & backend_flags::ENDING != 0;
+    let is_terminating = entry.flags & backend_flags::TERMINATING != 0;
     Some(Backend {
         key: BackendKey { address, port: u16::from_be(entry.port), protocol },
         state: if is_terminating { BackendState::Draining } else { BackendState::Ready },

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::ops::ControlFlow;
 
 use aya::Ebpf;
-use terway_abi::{Frontend as AbiFrontend, FrontendKeyV4, FrontendKeyV6, filter_v4, filter_v6, names};
+use terway_abi::{
+    Frontend as AbiFrontend, FrontendKeyV4, FrontendKeyV6, frontend_filter_v4, frontend_filter_v6, names,
+};
 use terway_core::service::FrontendKey;
 
 use super::convert::{self, AbiKey};
@@ -31,8 +33,8 @@ pub(super) struct FrontendMaps {
 
 fn bucket(address: IpAddr) -> u32 {
     match address {
-        IpAddr::V4(v4) => filter_v4(word(v4)),
-        IpAddr::V6(v6) => filter_v6(words(v6)),
+        IpAddr::V4(v4) => frontend_filter_v4(word(v4)),
+        IpAddr::V6(v6) => frontend_filter_v6(words(v6)),
     }
 }
 
@@ -49,7 +51,7 @@ impl FrontendMaps {
         let mut this = Self::new(
             take_elements(loaded, names::FRONTENDS_V4)?,
             take_elements(loaded, names::FRONTENDS_V6)?,
-            take_elements(loaded, names::FILTERS)?,
+            take_elements(loaded, names::FRONTEND_FILTER)?,
         );
         this.recover()?;
         Ok(this)

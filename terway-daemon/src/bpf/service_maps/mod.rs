@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use aya::Ebpf;
 use parking_lot::Mutex;
-use terway_abi::{Run, frontend_flags};
+use terway_abi::{BackendRange, frontend_flags};
 use terway_core::service::{Algorithm, MapContents, Op, Selection};
 
 use super::endpoints::EndpointMaps;
@@ -101,7 +101,7 @@ impl ServiceMaps {
     /// [`GcOptions::recount_connections`](super::GcOptions::recount_connections) is of use.
     #[must_use]
     pub fn uses_connection_counts(&self) -> bool {
-        self.state.lock().frontends.any_flag(frontend_flags::LEAST)
+        self.state.lock().frontends.any_flag(frontend_flags::LEAST_CONNECTIONS)
     }
 }
 
@@ -120,7 +120,7 @@ impl ServiceMaps {
     ///
     /// # Errors
     /// [`BpfError::Map`].
-    pub fn set_members(&self, first: u32, members: &[terway_abi::Member]) -> Result<(), BpfError> {
+    pub fn set_members(&self, first: u32, members: &[terway_abi::BackendRef]) -> Result<(), BpfError> {
         self.state.lock().backends.set_members(first, members)
     }
 
@@ -172,7 +172,7 @@ impl State {
         let mut tables: BTreeMap<(u32, u32, Algorithm), Selection> = BTreeMap::new();
         for (key, frontend) in self.frontends.iter() {
             let algorithm = convert::algorithm(frontend.flags);
-            let mut selection = |run: Run, pass: u32, drops: bool| -> Result<Selection, BpfError> {
+            let mut selection = |run: BackendRange, pass: u32, drops: bool| -> Result<Selection, BpfError> {
                 if frontend.flags & pass != 0 {
                     return Ok(Selection::Pass);
                 }
@@ -186,9 +186,9 @@ impl State {
                 tables.insert((run.first, run.count, algorithm), selection);
                 Ok(selection)
             };
-            let inside = selection(frontend.internal, frontend_flags::EXTERNAL, false)?;
-            let drops = frontend.flags & frontend_flags::SILENT != 0;
-            let outside = selection(frontend.external, frontend_flags::INTERNAL, drops)?;
+            let inside = selection(frontend.internal, frontend_flags::EXTERNAL_ONLY, false)?;
+            let drops = frontend.flags & frontend_flags::DROP_WITHOUT_REPLY != 0;
+            let outside = selection(frontend.external, frontend_flags::IN_CLUSTER_ONLY, drops)?;
             contents.frontends.insert(*key, convert::frontend_from_abi(*key, frontend, inside, outside));
         }
         Ok(contents)

@@ -22,7 +22,7 @@ pub(super) struct SourceRanges {
 
 impl SourceRanges {
     pub(super) fn open(loaded: &mut Ebpf) -> Result<Self, BpfError> {
-        Ok(Self::new(take(loaded, names::RANGES_V4)?, take(loaded, names::RANGES_V6)?))
+        Ok(Self::new(take(loaded, names::SRC_RANGES_V4)?, take(loaded, names::SRC_RANGES_V6)?))
     }
 
     pub(super) const fn new(
@@ -39,13 +39,13 @@ impl SourceRanges {
     pub(super) fn recover(&mut self) -> Result<(), BpfError> {
         self.mirror.clear();
         for key in self.v4.keys() {
-            let key = key.map_err(BpfError::map(names::RANGES_V4))?;
+            let key = key.map_err(BpfError::map(names::SRC_RANGES_V4))?;
             let ([service, address], bits) = (key.data(), key.prefix_len().saturating_sub(32));
             let net = Ipv4Network::new(address_v4(address), bits as u8).map(IpNetwork::V4);
             self.mirror.extend(net.map(|net| (PortId(service), net)));
         }
         for key in self.v6.keys() {
-            let key = key.map_err(BpfError::map(names::RANGES_V6))?;
+            let key = key.map_err(BpfError::map(names::SRC_RANGES_V6))?;
             let ([service, a, b, c, d], bits) = (key.data(), key.prefix_len().saturating_sub(32));
             let net = Ipv6Network::new(address_v6([a, b, c, d]), bits as u8).map(IpNetwork::V6);
             self.mirror.extend(net.map(|net| (PortId(service), net)));
@@ -55,8 +55,8 @@ impl SourceRanges {
 
     pub(super) fn put(&mut self, port: PortId, net: IpNetwork) -> Result<(), BpfError> {
         match net {
-            IpNetwork::V4(net) => self.v4.insert(&key_v4(port, net), 1, 0).map_err(BpfError::map(names::RANGES_V4)),
-            IpNetwork::V6(net) => self.v6.insert(&key_v6(port, net), 1, 0).map_err(BpfError::map(names::RANGES_V6)),
+            IpNetwork::V4(net) => self.v4.insert(&key_v4(port, net), 1, 0).map_err(BpfError::map(names::SRC_RANGES_V4)),
+            IpNetwork::V6(net) => self.v6.insert(&key_v6(port, net), 1, 0).map_err(BpfError::map(names::SRC_RANGES_V6)),
         }?;
         self.mirror.insert((port, net));
         Ok(())
@@ -65,10 +65,10 @@ impl SourceRanges {
     pub(super) fn remove(&mut self, port: PortId, net: IpNetwork) -> Result<(), BpfError> {
         match net {
             IpNetwork::V4(net) => {
-                ignore_absent(self.v4.remove(&key_v4(port, net))).map_err(BpfError::map(names::RANGES_V4))
+                ignore_absent(self.v4.remove(&key_v4(port, net))).map_err(BpfError::map(names::SRC_RANGES_V4))
             }
             IpNetwork::V6(net) => {
-                ignore_absent(self.v6.remove(&key_v6(port, net))).map_err(BpfError::map(names::RANGES_V6))
+                ignore_absent(self.v6.remove(&key_v6(port, net))).map_err(BpfError::map(names::SRC_RANGES_V6))
             }
         }?;
         self.mirror.remove(&(port, net));

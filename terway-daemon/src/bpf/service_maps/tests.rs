@@ -60,7 +60,7 @@ fn backends_round_trip() {
 
 #[test]
 fn frontends_round_trip_except_for_their_kind() {
-    let place = |id: TableId| Some((Run { first: id.0 * 10, count: 4 }, Algorithm::Maglev));
+    let place = |id: TableId| Some((BackendRange { first: id.0 * 10, count: 4 }, Algorithm::Maglev));
     let table = Selection::Table(TableId(3));
     for (kind, inside, outside, masquerade) in [
         (FrontendKind::ClusterIp, table, Selection::Pass, false),
@@ -78,14 +78,14 @@ fn frontends_round_trip_except_for_their_kind() {
             affinity_seconds: 600,
         };
         let abi = frontend_to_abi(&frontend, place);
-        let back = |run: Run, pass: u32, silent: u32| match run.count {
+        let back = |run: BackendRange, pass: u32, silent: u32| match run.count {
             _ if abi.flags & pass != 0 => Selection::Pass,
             0 if abi.flags & silent != 0 => Selection::Drop,
             0 => Selection::Reject,
             _ => Selection::Table(TableId(run.first / 10)),
         };
-        let inside = back(abi.internal, frontend_flags::EXTERNAL, 0);
-        let outside = back(abi.external, frontend_flags::INTERNAL, frontend_flags::SILENT);
+        let inside = back(abi.internal, frontend_flags::EXTERNAL_ONLY, 0);
+        let outside = back(abi.external, frontend_flags::IN_CLUSTER_ONLY, frontend_flags::DROP_WITHOUT_REPLY);
         let key = FrontendKey::new(ip("47.0.0.1"), 80, Protocol::Tcp);
         assert_eq!(frontend_from_abi(key, &abi, inside, outside), frontend);
     }
@@ -111,16 +111,16 @@ fn maps() -> Option<State> {
         let frontends = FrontendMaps::new(
             hash(names::FRONTENDS_V4, 131_072)?,
             hash(names::FRONTENDS_V6, 131_072)?,
-            array(names::FILTERS, terway_abi::FILTER)?,
+            array(names::FRONTEND_FILTER, terway_abi::FRONTEND_FILTER_BUCKETS)?,
         );
         let backends = BackendMaps::new(
-            array(names::MEMBERS, 1_048_576)?,
+            array(names::BACKEND_REFS, 1_048_576)?,
             array(names::BACKENDS, 131_072)?,
-            array(names::LOADS, 131_072)?,
+            array(names::ACTIVE_CONNS, 131_072)?,
         );
         let ranges = SourceRanges::new(
-            LpmTrie::create(65_536, NO_PREALLOC).map_err(BpfError::map(names::RANGES_V4))?,
-            LpmTrie::create(65_536, NO_PREALLOC).map_err(BpfError::map(names::RANGES_V6))?,
+            LpmTrie::create(65_536, NO_PREALLOC).map_err(BpfError::map(names::SRC_RANGES_V4))?,
+            LpmTrie::create(65_536, NO_PREALLOC).map_err(BpfError::map(names::SRC_RANGES_V6))?,
         );
         Ok(State::new(frontends, backends, ranges))
     };
@@ -180,7 +180,7 @@ type Clients = BTreeMap<FrontendKey, (u32, u32, Vec<BackendKey>, Vec<BackendKey>
 /// Reads the maps as the programs do.
 fn clients(state: &State) -> Clients {
     let (members, backends) = (&state.backends.members, &state.backends.backends);
-    let side = |run: Run| -> Vec<BackendKey> {
+    let side = |run: BackendRange| -> Vec<BackendKey> {
         let members = (run.first..run.first + run.count).map(|i| members.get(&i).unwrap().unwrap());
         let backends = members.map(|m| (m.generation, backends.get(&m.backend).unwrap().unwrap()));
         let current = backends
@@ -218,7 +218,7 @@ fn recovered_planner_writes_only_differences() {
     assert_eq!(seen.len(), SERVICES * (4 + 2 + 2 + 2));
     let web = &seen[&FrontendKey::new("10.96.0.1".parse().unwrap(), 80, Protocol::Tcp)];
     assert_eq!(web.2.len(), 3, "{web:?}");
-    assert!(web.3.is_empty() && web.0 & frontend_flags::INTERNAL != 0);
+    assert!(web.3.is_empty() && web.0 & frontend_flags::IN_CLUSTER_ONLY != 0);
 
     // A restart over unchanged objects.
     let writes = state.writes;
