@@ -3,16 +3,15 @@
 //! Everything of one cluster carries one prefix, `tw<pid>.<n>`: its namespaces, its folder in /tmp and its cgroups. What a killed
 //! process left is found by that prefix and cleared away by the next one ([`sweep()`]).
 
-use std::fs::{self, File};
+use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ipnetwork::{Ipv4Network, Ipv6Network};
-use nix::fcntl::Flock;
 use serde::Serialize;
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -25,18 +24,23 @@ use crate::leftovers::{self, Snapshot};
 use crate::netns::NetNs;
 use crate::node::{self, DaemonOptions, Node};
 
+mod lock;
 mod setup;
 mod sweep;
 
+use lock::ClusterLock;
 pub use setup::CloudHandle;
 pub use sweep::{clean, sweep};
-use sweep::{lock, remove, save_logs};
+use sweep::{remove, save_logs};
 
 /// The first part of every prefix.
 const PREFIX: &str = "tw";
 
 /// Where the cgroup hierarchy is mounted in the folder of a cluster.
 const CGROUPS: &str = "cgroup";
+
+/// How long the daemons may take to be ready: the verifier needs a second of CPU for each, and other clusters start meanwhile.
+const START: Duration = Duration::from_secs(90);
 
 /// A file in the folder of a cluster whose process only waits.
 const KEPT: &str = "kept";
@@ -79,6 +83,8 @@ pub struct Options {
     pub log: String,
     /// The folder of our own programs.
     pub bin_dir: PathBuf,
+    /// Whether no other cluster runs on the machine meanwhile: for figures, and for loads that leave others no CPU.
+    pub exclusive: bool,
     /// Once true, waiting ends with an error.
     pub interrupted: Arc<AtomicBool>,
 }
@@ -107,8 +113,17 @@ impl Options {
             sockets: false,
             log: "info".to_owned(),
             bin_dir: node::bin_dir()?,
+            exclusive: false,
             interrupted: Arc::default(),
         })
+    }
+
+    /// As [`Options::new`], for a cluster that runs alone on the machine.
+    ///
+    /// # Errors
+    /// As [`Options::new`].
+    pub fn exclusive() -> Result<Self> {
+        Ok(Self { exclusive: true, ..Self::new()? })
     }
 }
 
@@ -124,8 +139,8 @@ pub struct Cluster {
     machine: Snapshot,
     runtime: Runtime,
     interrupted: Arc<AtomicBool>,
-    /// Held until the end.
-    _lock: Flock<File>,
+    /// Held until the end, or until the cluster only waits.
+    lock: Mutex<Option<ClusterLock>>,
 }
 
 impl Cluster {
@@ -163,7 +178,7 @@ impl Cluster {
     /// VPC, cloud, and nodes as they are after their first boot, with none of our programs.
     fn power_on(options: &Options) -> Result<Self> {
         static CLUSTERS: AtomicU32 = AtomicU32::new(0);
-        let lock = lock()?;
+        let lock = ClusterLock::acquire(options.exclusive, &options.interrupted)?;
         sweep()?;
         let number = CLUSTERS.fetch_add(1, Ordering::Relaxed);
         let prefix = format!("{PREFIX}{}.{number}", std::process::id());
@@ -188,7 +203,7 @@ impl Cluster {
             machine,
             runtime,
             interrupted: Arc::clone(&options.interrupted),
-            _lock: lock,
+            lock: Mutex::new(Some(lock)),
         };
         cluster.boot(options)?;
         Ok(cluster)
@@ -237,7 +252,7 @@ impl Cluster {
             }
         }
         for node in &self.nodes {
-            node.wait_ready(Duration::from_secs(20))?;
+            node.wait_ready(START)?;
         }
         Ok(())
     }
@@ -310,11 +325,12 @@ impl Cluster {
         &self.prefix
     }
 
-    /// Marks the cluster as one to be looked at: [`clean`] then asks its process to end.
+    /// Marks the cluster as one to be looked at: [`clean`] then asks its process to end, and other clusters no longer wait for it.
     ///
     /// # Errors
     /// When the mark cannot be written.
     pub fn mark_kept(&self) -> Result<()> {
+        *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = None;
         fs::write(self.work.join(KEPT), "").context("write the mark")
     }
 

@@ -34,7 +34,7 @@ fn figure(name: &str, value: f64, anchor: Option<(&'static str, f64)>, bars: Vec
 /// # Errors
 /// When it is unknown where our programs are.
 pub fn cold_node() -> Result<Options> {
-    let mut options = Options::new()?;
+    let mut options = Options::exclusive()?;
     options.nodes = 1;
     options.ip_stack = "ipv4";
     options.adapters = 8;

@@ -16,7 +16,7 @@ pub mod svc;
 /// # Errors
 /// When it is unknown where our programs are.
 pub fn one_node(log: &str) -> Result<Options> {
-    let mut options = Options::new()?;
+    let mut options = Options::exclusive()?;
     options.nodes = 1;
     options.ip_stack = "ipv4";
     options.log = log.to_owned();

@@ -126,7 +126,7 @@ fn run(cli: &Cli) -> Result<bool> {
         cluster.finish()?;
     }
     if wanted(Name::Path) {
-        let mut options = Options::new()?;
+        let mut options = Options::exclusive()?;
         options.nodes = 2;
         options.log = "warn".to_owned();
         let cluster = Cluster::start(&options)?;
@@ -153,7 +153,7 @@ fn run(cli: &Cli) -> Result<bool> {
 
 /// One node with a pool that never runs dry while pods come and go one at a time, however long addresses cool.
 fn warm(ip_stack: &'static str) -> Result<Options> {
-    let mut options = Options::new()?;
+    let mut options = Options::exclusive()?;
     options.nodes = 1;
     options.ip_stack = ip_stack;
     options.pool = (60, 120);

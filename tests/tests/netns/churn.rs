@@ -25,6 +25,7 @@ impl Random {
 fn sixty_four_pods_at_once() -> Result<()> {
     with_cluster(
         |options| {
+            options.exclusive = true;
             options.nodes = 1;
             options.adapters = 6;
             fixed_pool(options);

@@ -131,6 +131,7 @@ fn two_thousand_adds_and_deletes_while_every_fifth_call_fails() -> Result<()> {
     let seed = seed();
     with_cluster(
         |options| {
+            options.exclusive = true;
             options.nodes = 1;
             options.adapters = 5;
             options.addresses_per_adapter = 10;

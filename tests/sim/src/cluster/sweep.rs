@@ -1,20 +1,16 @@
 //! Finding clusters by their prefix, and clearing away what killed ones left.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{KEPT, PREFIX};
+use super::{KEPT, PREFIX, lock};
 use crate::containerd;
 use crate::netns::{self, NetNs};
-
-/// Only one cluster at a time on a machine: figures and snapshots would meet the other's.
-const LOCK: &str = "/tmp/terway-tests.lock";
 
 /// Copies the logs of a failed cluster to where the next sweep does not reach, and says where.
 #[expect(clippy::print_stderr, reason = "shown by the test runner beside the failure that it explains")]
@@ -32,13 +28,6 @@ pub(super) fn save_logs(prefix: &str, work: &Path) {
     if saved > 0 {
         eprintln!("logs of the nodes: {}", to.display());
     }
-}
-
-/// Waits for the lock of the machine's only cluster.
-pub(super) fn lock() -> Result<Flock<File>> {
-    let file =
-        File::options().create(true).truncate(false).write(true).open(LOCK).with_context(|| format!("open {LOCK}"))?;
-    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).with_context(|| format!("lock {LOCK}"))
 }
 
 /// The prefixes of all clusters of this machine, also of those whose process is gone.
@@ -59,6 +48,7 @@ fn prefixes() -> Result<Vec<String>> {
 /// # Errors
 /// When one cannot be cleared away.
 pub fn sweep() -> Result<Vec<String>> {
+    let _sweeping = lock::sweeping()?;
     let alive = |pid: u32| Path::new("/proc").join(pid.to_string()).exists();
     let dead: Vec<String> = prefixes()?.into_iter().filter(|prefix| !owner(prefix).is_some_and(alive)).collect();
     for prefix in &dead {
