@@ -11,8 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 
 use crate::process;
+use crate::progress;
 use crate::setup::{self, Part};
 use crate::workspace::{Package, Workspace, is_root};
 
@@ -21,6 +23,23 @@ const BIN_DIR: &str = "TERWAY_BIN_DIR";
 const PLUGIN: &str = "terway";
 const SIMULATOR: &str = "terway-sim";
 const BENCH: &str = "bench";
+
+/// A benchmark of the program `bench`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Benchmark {
+    /// ADD and DEL against the reference plugin ptp; memory and CPU of the daemon with 100 pods.
+    Add,
+    /// The address pool: one decision, pods on an empty node, pods on a warm one.
+    Ipam,
+    /// Throughput and latency between pods against a plain veth pair.
+    Path,
+    /// Policies: compiling, the first packet of a connection, traffic.
+    Policy,
+    /// The programs: packets through them without a network.
+    Prog,
+    /// Services: programming them, and traffic against the direct way and against nftables.
+    Svc,
+}
 
 /// Builds plugin, daemon and simulator for suites and returns their folder.
 ///
@@ -32,8 +51,8 @@ pub(crate) fn for_tests(workspace: &Workspace, packages: &[Package]) -> Result<P
         ["terwayd", "terway-cli", SIMULATOR].into_iter().filter(|p| owner(packages, p).is_some()).collect();
     // With --workspace, so that the features, and so the compiled dependencies, are those of the suites.
     let mut command = workspace.cargo("build");
-    command.args(["--workspace", "--quiet"]).args(programs.iter().flat_map(|p| ["--bin", p]));
-    process::check(&mut command)?;
+    command.arg("--workspace").args(programs.iter().flat_map(|p| ["--bin", p]));
+    progress::build(&mut command, "building the daemon")?;
     gather(&dir, &workspace.target.join("debug"), &programs)?;
     plugin(workspace, &dir)?;
     Ok(dir)
@@ -53,9 +72,9 @@ pub(crate) fn for_release(workspace: &Workspace, packages: &[Package], extra: &[
     for (package, programs) in wanted {
         // One package at a time: what ships must not get the features that another package asks for.
         let mut command = workspace.cargo("build");
-        command.args(["--release", "--quiet", "--package", package]);
+        command.args(["--release", "--package", package]);
         command.args(programs.iter().flat_map(|p| ["--bin", p]));
-        process::check(&mut command)?;
+        progress::build(&mut command, &format!("building {package} with optimisation"))?;
         gather(&dir, &workspace.target.join("release"), &programs)?;
     }
     plugin(workspace, &dir)?;
@@ -68,10 +87,10 @@ fn plugin(workspace: &Workspace, dir: &Path) -> Result<()> {
     let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", triple.to_uppercase().replace('-', "_"));
     let mut command = workspace.cargo("build");
     command
-        .args(["--quiet", "--profile", "cni", "--package", "terway-cni", "--target", &triple])
+        .args(["--profile", "cni", "--package", "terway-cni", "--target", &triple])
         // With --target these flags spare build scripts and macros, which cannot be static.
         .env(flags, "-Ctarget-feature=+crt-static");
-    process::check(&mut command)?;
+    progress::build(&mut command, "building the plugin")?;
     gather(dir, &workspace.target.join(triple).join("cni"), &[PLUGIN])
 }
 
@@ -112,7 +131,6 @@ pub(crate) fn demo(workspace: &Workspace, json: bool, keep: bool) -> Result<Exit
     if owner(&packages, SIMULATOR).is_none() {
         bail!("the workspace has no program `{SIMULATOR}`");
     }
-    eprintln!("building");
     let dir = for_tests(workspace, &packages)?;
     let mut command = Command::new(dir.join(SIMULATOR));
     command.arg("demo");
@@ -123,18 +141,17 @@ pub(crate) fn demo(workspace: &Workspace, json: bool, keep: bool) -> Result<Exit
 ///
 /// # Errors
 /// As [`demo`].
-pub(crate) fn bench(workspace: &Workspace, name: Option<&str>, json: bool) -> Result<ExitCode> {
+pub(crate) fn bench(workspace: &Workspace, names: &[Benchmark], json: bool) -> Result<ExitCode> {
     if !is_root() {
         bail!("the benchmarks make network namespaces and load eBPF programs: run them as root");
     }
     setup::ensure(workspace, &[Part::Ebpf, Part::Net, Part::Cri])?;
     let packages = workspace.metadata()?;
-    eprintln!("building with optimisation");
     let mut programs = vec![BENCH];
     programs.extend(owner(&packages, SIMULATOR).map(|_| SIMULATOR));
     let dir = for_release(workspace, &packages, &programs)?;
     let mut command = Command::new(dir.join(BENCH));
-    command.args(name);
+    command.args(names.iter().filter_map(|name| Some(name.to_possible_value()?.get_name().to_owned())));
     become_program(workspace, &mut command, &dir, &[("--json", json)])
 }
 

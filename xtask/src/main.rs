@@ -7,6 +7,7 @@ mod ci;
 mod codegen;
 mod image;
 mod process;
+mod progress;
 mod setup;
 mod suites;
 mod tidy;
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use crate::binaries::Benchmark;
 use crate::setup::Part;
 use crate::suites::Rung;
 use crate::workspace::Workspace;
@@ -43,6 +45,9 @@ enum Verb {
         /// The rungs.
         #[arg(value_enum)]
         rungs: Vec<Rung>,
+        /// Run the guests of `vm` although they passed before with the same inputs.
+        #[arg(long)]
+        fresh: bool,
     },
     /// Check the rules that no compiler checks.
     Tidy {
@@ -65,10 +70,11 @@ enum Verb {
         #[arg(long)]
         keep: bool,
     },
-    /// Measure: `add`, `path` or `prog`; without a name, all three.
+    /// Measure, each against an alternative in the same run.
     Bench {
-        /// One benchmark.
-        name: Option<String>,
+        /// These benchmarks; without a name, all of them.
+        #[arg(value_enum)]
+        names: Vec<Benchmark>,
         /// Print machine-readable results.
         #[arg(long)]
         json: bool,
@@ -107,14 +113,14 @@ fn run(verb: Verb) -> Result<ExitCode> {
             setup::run(&workspace, if only.is_empty() { &Part::ALL } else { &only })?;
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Test { rungs } => Ok(verdict(suites::run(&workspace, &rungs)?)),
+        Verb::Test { rungs, fresh } => Ok(verdict(suites::run(&workspace, &rungs, fresh)?)),
         Verb::Tidy { bless_abi } => Ok(verdict(tidy::run(&workspace, bless_abi)?)),
         Verb::Codegen { check } => {
             codegen::run(check)?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Demo { json, keep } => binaries::demo(&workspace, json, keep),
-        Verb::Bench { name, json } => binaries::bench(&workspace, name.as_deref(), json),
+        Verb::Bench { names, json } => binaries::bench(&workspace, &names, json),
         Verb::Image { output, name } => {
             image::run(&workspace, output, &name)?;
             Ok(ExitCode::SUCCESS)

@@ -53,6 +53,13 @@ impl Workspace {
         command
     }
 
+    /// The compiler that cargo uses.
+    pub(crate) fn rustc(&self) -> Command {
+        let mut command = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+        self.prepare(&mut command);
+        command
+    }
+
     /// Gives a command our folder, a PATH that ends with the places of our tools, and a clean environment.
     pub(crate) fn prepare(&self, command: &mut Command) {
         command.current_dir(&self.root).env("PATH", search_path()).env(CACHE_DIR, &self.cache);

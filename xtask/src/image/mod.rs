@@ -34,7 +34,6 @@ const CERTIFICATES: &str = "etc/ssl/certs/ca-certificates.crt";
 pub(crate) fn run(workspace: &Workspace, output: Option<PathBuf>, name: &str) -> Result<()> {
     setup::ensure(workspace, &[Part::Ebpf])?;
     let packages = workspace.metadata()?;
-    eprintln!("building with optimisation");
     let dir = binaries::for_release(workspace, &packages, &[])?;
     let output = output.unwrap_or_else(|| workspace.target.join("terway-image.tar"));
     let work = tempfile::tempdir()?;
@@ -67,7 +66,7 @@ fn layer(dir: &Path, work: &Path) -> Result<Vec<u8>> {
         let stripped = work.join(program);
         process::output(Command::new("strip").arg("-o").arg(&stripped).arg(&built))?;
         tar.file(target, 0o755, &fs::read(&stripped)?)?;
-        for library in libraries(&built)? {
+        for library in libraries(&built, None)? {
             tar.file(&place(&library), 0o755, &fs::read(&library)?)?;
         }
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::process;
+use crate::progress::Step;
 use crate::workspace::{is_root, which};
 
 /// How long another apt may hold its locks before we give up.
@@ -118,12 +119,10 @@ fn lists_are_fresh() -> bool {
 /// # Errors
 /// Not root, or the mirror cannot be reached.
 pub(super) fn update() -> Result<()> {
-    eprintln!("setup      apt-get update");
     apt(&["update"]).context("cannot fetch the package lists")
 }
 
 fn install(packages: &[&str]) -> Result<()> {
-    eprintln!("setup      apt-get install {}", packages.join(" "));
     // --no-remove: what is on the machine stays, a conflict is the administrator's to solve.
     let mut args = vec!["install", "-y", "--no-install-recommends", "--no-remove"];
     args.extend(packages);
@@ -133,6 +132,7 @@ fn install(packages: &[&str]) -> Result<()> {
 /// Runs apt-get quietly; waits while another apt holds a lock.
 fn apt(args: &[&str]) -> Result<()> {
     let started = Instant::now();
+    let step = Step::start(&format!("apt-get {}", args.join(" ")));
     // rust-web-src has tens of thousands of files, and dpkg syncs each; a CI machine that crashes is made anew anyway.
     let in_ci = std::env::var_os("CI").is_some();
     loop {
@@ -149,7 +149,7 @@ fn apt(args: &[&str]) -> Result<()> {
             Ok(_) => return Ok(()),
             // DPkg::Lock::Timeout does not cover the lock of the lists.
             Err(error) if is_lock(&error.to_string()) && started.elapsed() < PATIENCE => {
-                eprintln!("setup      another apt is at work, waiting");
+                step.detail("another apt is at work, waiting");
                 std::thread::sleep(Duration::from_secs(5));
             }
             Err(error) => return Err(error),

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::apt;
 use crate::process;
+use crate::progress;
 use crate::workspace::{Workspace, cargo_home, is_root, which};
 
 /// The version that the programs are known to pass the verifier with.
@@ -45,6 +46,11 @@ pub(super) fn ensure(workspace: &Workspace) -> Result<(String, bool)> {
         installed = true;
     }
     Ok((format!("{}, bpf-linker {BPF_LINKER}", rustc.display()), installed))
+}
+
+/// The compiler of the programs: a nightly, else Debian's.
+pub(crate) fn compiler() -> PathBuf {
+    nightly().unwrap_or_else(|| SYSTEM_RUSTC.into())
 }
 
 /// Installs Debian's compiler with its sources.
@@ -127,14 +133,14 @@ fn linker_is_right() -> bool {
 }
 
 fn install_linker(workspace: &Workspace, llvm: u32) -> Result<()> {
-    eprintln!("setup      cargo install bpf-linker {BPF_LINKER} (about a minute)");
     let mut command = workspace.cargo("install");
     command
-        .args(["bpf-linker", "--version", BPF_LINKER, "--locked", "--force", "--quiet"])
+        .args(["bpf-linker", "--version", BPF_LINKER, "--locked", "--force"])
         .args(["--no-default-features", "--features", &format!("llvm-{llvm}")])
         // Its build script asks the llvm-config of this prefix.
         .env("LLVM_PREFIX", format!("/usr/lib/llvm-{llvm}"));
-    process::output(&mut command).with_context(|| format!("bpf-linker does not build against LLVM {llvm}"))?;
+    progress::build(&mut command, "building bpf-linker")
+        .with_context(|| format!("bpf-linker does not build against LLVM {llvm}"))?;
     if !linker_is_right() {
         let place = cargo_home().map_or_else(String::new, |h| h.join("bin").display().to_string());
         bail!("bpf-linker {BPF_LINKER} is installed in {place}, but another version comes first in PATH");

@@ -1,15 +1,19 @@
 //! `cargo xtask setup`: everything that building and testing need on a Debian machine, and nothing else.
 //!
-//! Each part looks first and installs only what is missing, so a second run takes a fraction of a second and no rights.
+//! Each part looks first for the programs that it needs and gets only what is missing, so a second run takes a fraction of a second and
+//! no rights. What is for guests is unpacked into the cache and leaves the machine as it is; the rest is installed by apt.
 
 mod apt;
 mod ebpf;
+mod unpacked;
 
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::workspace::Workspace;
+pub(crate) use self::ebpf::compiler as bpf_compiler;
+pub(crate) use self::unpacked::Unpacked;
+use crate::workspace::{Workspace, which};
 
 /// What a chore may need of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -37,6 +41,27 @@ impl Part {
         }
     }
 
+    /// Programs that are enough for this part, whatever they came from.
+    fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::Ebpf => &[],
+            Self::Net => &["ip", "iptables", "nft", "ping", "tc", "tcpdump"],
+            // The reference plugins ptp and host-local are what the benchmark compares with.
+            Self::Cri => &[
+                "/usr/lib/cni/host-local",
+                "/usr/lib/cni/loopback",
+                "/usr/lib/cni/ptp",
+                "busybox",
+                "containerd",
+                "containerd-shim-runc-v2",
+                "ctr",
+                "runc",
+            ],
+            // zstd, lz4, xz: kernels and modules come compressed by any of them.
+            Self::Vm => &["bpftool", "busybox", "ip", "lz4", "nft", "ping", "qemu-system-x86_64", "tc", "xz", "zstd"],
+        }
+    }
+
     /// Debian packages of this part. Those of `Ebpf` depend on the compiler and are chosen there.
     fn packages(self) -> &'static [&'static str] {
         match self {
@@ -44,7 +69,6 @@ impl Part {
             Self::Net => &["iproute2", "iptables", "iputils-ping", "nftables", "tcpdump"],
             // containernetworking-plugins: ptp and host-local, which the benchmark compares with; busybox: the pod's image.
             Self::Cri => &["busybox-static", "containerd", "containernetworking-plugins", "runc"],
-            // zstd, lz4, xz: kernels and modules come compressed by any of them.
             Self::Vm => &[
                 "bpftool",
                 "busybox-static",
@@ -58,6 +82,11 @@ impl Part {
             ],
         }
     }
+}
+
+/// Where the programs are that guests are made and run by.
+pub(crate) fn vm_programs(workspace: &Workspace) -> Unpacked {
+    Unpacked::open(workspace, Part::Vm.name())
 }
 
 /// The verb: makes sure of `parts`, printing one line for each.
@@ -81,7 +110,14 @@ fn steps(workspace: &Workspace, parts: &[Part], all: bool) -> Result<()> {
         let started = Instant::now();
         let done = match part {
             Part::Ebpf => ebpf::ensure(workspace),
-            _ => apt::ensure(part.packages()).map(|installed| (part.packages().join(" "), installed)),
+            Part::Vm => unpacked::ensure(&vm_programs(workspace), part.programs(), part.packages())
+                .map(|fetched| (part.programs().join(" "), fetched)),
+            Part::Net | Part::Cri if part.programs().iter().all(|program| which(program).is_some()) => {
+                Ok((part.programs().join(" "), false))
+            }
+            Part::Net | Part::Cri => {
+                apt::ensure(part.packages()).map(|installed| (part.packages().join(" "), installed))
+            }
         };
         let (what, installed) = done.with_context(|| format!("setup of `{}`", part.name()))?;
         if installed {
@@ -98,8 +134,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_package_is_a_debian_name_and_listed_once_in_its_part() {
+    fn packages_are_debian_names_and_listed_once_in_their_part() {
         for part in Part::ALL {
+            let programs = part.programs();
+            assert!(programs.is_sorted() && programs.windows(2).all(|w| w[0] != w[1]), "{part:?}");
             let packages = part.packages();
             assert!(packages.is_sorted() && packages.windows(2).all(|w| w[0] != w[1]), "{part:?}");
             for name in packages {

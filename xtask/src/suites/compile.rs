@@ -1,13 +1,11 @@
 //! Building test binaries once and finding them: cargo's JSON messages name each one and its package.
 
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use serde_json::Value;
 
-use crate::process;
+use crate::progress;
 use crate::workspace::Workspace;
 
 /// A built test binary.
@@ -35,22 +33,9 @@ pub(crate) struct Binary {
 /// Something does not compile; cargo has then printed what.
 pub(crate) fn tests(workspace: &Workspace, targets: &[String]) -> Result<Vec<Binary>> {
     let mut command = workspace.cargo("test");
-    command.args(["--workspace", "--no-run", "--quiet", "--message-format=json-render-diagnostics"]).args(targets);
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = process::spawn(&mut command)?;
-    let stdout = child.stdout.take().context("cargo has no output")?;
-    let mut found = Vec::new();
-    for line in BufReader::new(stdout).lines() {
-        if let Err(stop) = process::interrupted() {
-            process::kill_group(&mut child);
-            return Err(stop);
-        }
-        found.extend(serde_json::from_str(&line?).ok().and_then(|message| binary(&message)));
-    }
-    if !child.wait()?.success() {
-        bail!("the tests do not compile");
-    }
-    Ok(found)
+    command.args(["--workspace", "--no-run", "--message-format=json-render-diagnostics"]).args(targets);
+    let messages = progress::build(&mut command, "building the tests")?;
+    Ok(messages.lines().filter_map(|line| binary(&serde_json::from_str(line).ok()?)).collect())
 }
 
 fn binary(message: &Value) -> Option<Binary> {

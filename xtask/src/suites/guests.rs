@@ -10,10 +10,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 
 use super::Built;
-use super::libtest::{Reader, Tally};
+use super::inputs::{Inputs, Results};
+use super::libtest::{self, Reader, Tally};
 use crate::process;
+use crate::progress::{self, Step};
+use crate::setup;
 use crate::vm::{self, Machine, Outcome, Payload, Release};
-use crate::workspace::Workspace;
+use crate::workspace::{Package, Workspace};
 
 /// A suite for the guests.
 pub(super) struct Guest {
@@ -43,11 +46,12 @@ const AT_ONCE: usize = 2;
 /// Starts a line of the guest's script, followed by what happens; no test prints it.
 const MARK: &str = "@guest@";
 
-/// Boots every kernel once and adds up what its suites say.
+/// Boots every kernel once and adds up what its suites say; a kernel on which they passed before with the same inputs is not booted
+/// unless `fresh`.
 ///
 /// # Errors
 /// A signal arrives.
-pub(super) fn run(workspace: &Workspace, built: &Built) -> Result<Tally> {
+pub(super) fn run(workspace: &Workspace, packages: &[Package], built: &Built, fresh: bool) -> Result<Tally> {
     let suites: Vec<_> = SUITES.iter().filter_map(|guest| Some((guest, built.suite(guest.suite)?))).collect();
     if suites.is_empty() {
         let reason = "none of its suites is there yet";
@@ -76,6 +80,8 @@ pub(super) fn run(workspace: &Workspace, built: &Built) -> Result<Tally> {
         environment: vec![("TERWAY_BIN_DIR".into(), BIN_DIR.into())],
     };
 
+    let inputs = inputs(workspace, packages, &guests)?;
+    let results = Results::open(workspace);
     // Each emulator keeps one CPU busy, and the machines have two or more.
     let (queue, total) = (Mutex::new(Release::ALL.into_iter()), Mutex::new(Tally::default()));
     let next = || queue.lock().map(|mut q| q.next()).ok().flatten();
@@ -83,9 +89,9 @@ pub(super) fn run(workspace: &Workspace, built: &Built) -> Result<Tally> {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {
                 while let Some(release) = next() {
-                    let (text, tally) = kernel(workspace, release, &payload);
+                    let (text, tally) = kernel(workspace, release, &payload, inputs.clone(), &results, fresh);
                     if let Ok(mut total) = total.lock() {
-                        print!("{text}");
+                        progress::line(text.trim_end());
                         total.add(tally);
                     }
                 }
@@ -96,16 +102,51 @@ pub(super) fn run(workspace: &Workspace, built: &Built) -> Result<Tally> {
     total.into_inner().map_err(|poisoned| anyhow!("a boot: {poisoned}"))
 }
 
+/// What the results of all kernels depend on.
+fn inputs(workspace: &Workspace, packages: &[Package], guests: &[&Guest]) -> Result<Inputs> {
+    let programs = if guests.iter().any(|guest| guest.programs) { &["terway-cni"][..] } else { &[] };
+    let suites: Vec<_> = guests.iter().map(|guest| guest.suite).collect();
+    let mut inputs = Inputs::of_sources(workspace, packages, programs, &suites)?;
+    // How guests are made and what they run.
+    for source in ["xtask/src/vm", "xtask/src/suites/guests.rs"] {
+        inputs.folder(&workspace.root, &workspace.root.join(source), &|_| false)?;
+    }
+    let tools = setup::vm_programs(workspace);
+    for name in TOOLS.iter().chain(&vm::guest::STARTERS).chain(&["busybox", "sh"]) {
+        let Some(path) = tools.find(name) else { continue };
+        let libraries = vm::guest::libraries(&path, tools.holds(&path).then(|| tools.libraries()).as_deref())?;
+        for file in std::iter::once(path).chain(libraries) {
+            inputs.bytes(&tools.installed_at(&file).to_string_lossy(), &std::fs::read(&file)?);
+        }
+    }
+    let emulator = process::output(tools.command("qemu-system-x86_64")?.arg("--version"))?;
+    inputs.text("qemu", &emulator);
+    Ok(inputs)
+}
+
 /// One boot: what to print, and the results.
-fn kernel(workspace: &Workspace, release: Release, payload: &Payload) -> (String, Tally) {
-    let version = match vm::version(workspace, release) {
-        Ok(version) => version,
+fn kernel(
+    workspace: &Workspace,
+    release: Release,
+    payload: &Payload,
+    mut inputs: Inputs,
+    results: &Results,
+    fresh: bool,
+) -> (String, Tally) {
+    let (version, image) = match vm::kernel(workspace, release) {
+        Ok(kernel) => (kernel.version, kernel.image),
         Err(error) => {
             let reason = format!("kernel {}: {error:#}", release.name());
             return (format!("   skipped {reason}\n"), Tally::skip(&reason));
         }
     };
-    let started = Instant::now();
+    // Debian's versions name one build; the length tells a file that was cut short.
+    let length = std::fs::metadata(&image).map_or(0, |meta| meta.len());
+    inputs.text("kernel", &format!("{version} {length}"));
+    if !fresh && let Some(tally) = results.get(&inputs) {
+        return (format!("   kernel {version}: {} (cached: passed before with the same inputs)", tally.line()), tally);
+    }
+    let (started, step) = (Instant::now(), Step::start(&format!("kernel {version}")));
     let mut transcript = Transcript::new(&version);
     let machine = Machine { limit: LIMIT, ..Machine::default() };
     let mut rest = Vec::new();
@@ -114,6 +155,7 @@ fn kernel(workspace: &Workspace, release: Release, payload: &Payload) -> (String
         while let Some(end) = rest.iter().position(|b| *b == b'\n') {
             let line: Vec<u8> = rest.drain(..=end).collect();
             transcript.line(String::from_utf8_lossy(&line).trim_end());
+            step.detail(&transcript.position());
         }
     });
     let trouble = match outcome {
@@ -126,6 +168,9 @@ fn kernel(workspace: &Workspace, release: Release, payload: &Payload) -> (String
         Err(error) => Some(format!("{error:#}")),
     };
     let (mut text, tally) = transcript.finish(trouble.as_deref());
+    if let Err(error) = results.put(&inputs, &tally) {
+        text.push_str(&format!("   the result is not kept: {error:#}\n"));
+    }
     text.push_str(&format!("   kernel {version}: {} ({:.1} s)\n", tally.line(), started.elapsed().as_secs_f32()));
     (text, tally)
 }
@@ -143,7 +188,9 @@ fn script_of(guests: &[&Guest]) -> String {
     for guest in guests {
         let (name, filter) = (guest.suite, guest.filter.unwrap_or_default());
         script.push_str(&format!("echo '{MARK} begin {name}'\n"));
-        script.push_str(&format!("/t/{name} --show-output --test-threads=1 {filter}\n"));
+        let (variable, value) = libtest::UNSTABLE;
+        let options = libtest::OPTIONS.join(" ");
+        script.push_str(&format!("{variable}={value} /t/{name} {options} --test-threads=1 {filter}\n"));
         script.push_str(&format!("echo \"{MARK} end $?\"\n"));
     }
     script
@@ -181,6 +228,11 @@ impl Transcript {
                 }
             }
         }
+    }
+
+    /// How far it is, for a person.
+    fn position(&self) -> String {
+        self.open.as_ref().map_or_else(String::new, |(name, reader)| format!("{name}, {}", reader.position()))
     }
 
     fn finish(mut self, trouble: Option<&str>) -> (String, Tally) {

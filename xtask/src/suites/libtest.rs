@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 const SKIP: &str = "SKIP:";
 
 /// Results added up.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Tally {
     pub(crate) passed: usize,
     pub(crate) failed: usize,
@@ -18,6 +18,8 @@ pub(crate) struct Tally {
     pub(crate) failures: Vec<String>,
     /// Reasons of skipped tests, with how many gave each.
     pub(crate) reasons: BTreeMap<String, usize>,
+    /// Names of tests with the seconds that they took.
+    pub(crate) times: Vec<(String, f32)>,
 }
 
 impl Tally {
@@ -37,9 +39,18 @@ impl Tally {
         self.failed += other.failed;
         self.skipped += other.skipped;
         self.failures.extend(other.failures);
+        self.times.extend(other.times);
         for (reason, count) in other.reasons {
             *self.reasons.entry(reason).or_default() += count;
         }
+    }
+
+    /// The tests that took longest, slowest first.
+    pub(crate) fn slowest(&self, count: usize) -> Vec<&(String, f32)> {
+        let mut times: Vec<_> = self.times.iter().collect();
+        times.sort_by(|a, b| b.1.total_cmp(&a.1));
+        times.truncate(count);
+        times
     }
 
     /// The closing line that CI and people read.
@@ -68,19 +79,32 @@ pub(crate) struct Reader {
     /// A `running N tests` whose summary has not come yet.
     open: bool,
     summaries: usize,
+    /// Tests that have ended, and those that were announced.
+    position: (usize, usize),
 }
 
 impl Reader {
     /// Before the first line.
     pub(crate) fn new() -> Self {
         let tally = Tally::default();
-        Self { tally, section: Section::Tests, current: None, unconfirmed: 0, skips: 0, open: false, summaries: 0 }
+        Self {
+            tally,
+            section: Section::Tests,
+            current: None,
+            unconfirmed: 0,
+            skips: 0,
+            open: false,
+            summaries: 0,
+            position: (0, 0),
+        }
     }
 
     /// Takes one line; says whether a person wants to see it.
     pub(crate) fn line(&mut self, line: &str) -> bool {
         if line.starts_with("running ") && (line.ends_with(" tests") || line.ends_with(" test")) {
             self.open = true;
+            let count = line.split(' ').nth(1).and_then(|count| count.parse().ok());
+            self.position.1 += count.unwrap_or(0);
             self.section = Section::Tests;
             return false;
         }
@@ -106,7 +130,11 @@ impl Reader {
                 true
             }
             Section::Tests => {
-                self.unconfirmed += usize::from(line.starts_with("test ") && line.ends_with(" ... ok"));
+                if let Some((name, outcome, seconds)) = ended(line) {
+                    self.unconfirmed += usize::from(outcome == "ok");
+                    self.position.0 += 1;
+                    self.tally.times.extend(seconds.map(|seconds| (name.to_owned(), seconds)));
+                }
                 !line.is_empty()
             }
         }
@@ -140,10 +168,16 @@ impl Reader {
         self.summaries += 1;
     }
 
+    /// How far it is, for a person.
+    pub(crate) fn position(&self) -> String {
+        format!("{} of {} tests", self.position.0, self.position.1)
+    }
+
     /// After the last line: `trouble` says how the process ended if that was not by itself with code 0.
     pub(crate) fn finish(mut self, name: &str, trouble: Option<&str>) -> Tally {
-        for failure in &mut self.tally.failures {
-            *failure = format!("{name}: {failure}");
+        let names = self.tally.times.iter_mut().map(|(test, _)| test);
+        for test in self.tally.failures.iter_mut().chain(names) {
+            *test = format!("{name}: {test}");
         }
         if self.open {
             self.tally.passed += self.unconfirmed;
@@ -154,6 +188,22 @@ impl Reader {
             self.tally.failures.push(format!("{name}: {}", trouble.unwrap_or("ended without a summary")));
         }
         self.tally
+    }
+}
+
+/// The options of Rust's test runner for what [`Reader`] reads: what passing tests wrote, and how long each took. The latter is an
+/// unstable option, which the runner of a stable toolchain accepts with [`UNSTABLE`] in its environment.
+pub(crate) const OPTIONS: [&str; 4] = ["--show-output", "-Z", "unstable-options", "--report-time"];
+
+/// The variable that allows [`OPTIONS`], and its value.
+pub(crate) const UNSTABLE: (&str, &str) = ("RUSTC_BOOTSTRAP", "1");
+
+/// `test NAME ... ok <1.234s>`: name, outcome and seconds, which are told only with [`OPTIONS`].
+fn ended(line: &str) -> Option<(&str, &str, Option<f32>)> {
+    let (name, outcome) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    match outcome.split_once(" <") {
+        Some((outcome, time)) => Some((name, outcome, time.strip_suffix("s>")?.parse().ok())),
+        None => Some((name, outcome, None)),
     }
 }
 
@@ -234,6 +284,19 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
         let shown: Vec<_> = MIXED.lines().filter(|l| reader.line(l)).collect();
         assert!(shown.contains(&"test a ... ok") && shown.contains(&"---- c stdout ----"));
         assert!(!shown.contains(&"hello"));
+    }
+
+    #[test]
+    fn times_of_tests_are_read_and_sorted() {
+        let tally = read(
+            "running 3 tests\ntest m::a ... ok <0.250s>\ntest b ... FAILED <12.500s>\ntest c ... ok\n\n\
+             test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 13.00s\n",
+            Some("exit status: 101"),
+        );
+        assert_eq!(tally.times, [("suite: m::a".into(), 0.25), ("suite: b".into(), 12.5)]);
+        assert_eq!(tally.slowest(1), [&("suite: b".into(), 12.5)]);
+        let died = read("running 2 tests\ntest a ... ok <0.001s>\n", Some("signal: 9"));
+        assert_eq!((died.passed, died.failed), (1, 1));
     }
 
     #[test]

@@ -1,23 +1,27 @@
 //! `cargo xtask test [RUNG…]`: the test ladder. A rung sets up what it needs, everything is built once, each suite is one
-//! test binary. A rung that cannot run says why and counts as skipped.
+//! test binary; suites of a rung run side by side. A rung that cannot run says why and counts as skipped.
 //!
 //! The last line is always `N passed, M failed, K skipped`.
 
 mod compile;
 mod guests;
+mod inputs;
 mod libtest;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use self::compile::Binary;
 use self::libtest::Reader;
 pub(crate) use self::libtest::Tally;
 use crate::binaries;
 use crate::process::{self, End};
+use crate::progress::{self, Step};
 use crate::setup::{self, Part};
 use crate::workspace::{Package, Workspace, is_root};
 
@@ -25,6 +29,9 @@ use crate::workspace::{Package, Workspace, is_root};
 const SUITES: &str = "terway-tests";
 /// What one suite may take; the longest (a thousand pods, two hundred kills) needs a fraction of it.
 const LIMIT: Duration = Duration::from_secs(1800);
+
+/// How many of the slowest tests are named at the end.
+const SLOWEST: usize = 10;
 
 /// A rung of the ladder, from cheap and near to dear and real.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -50,7 +57,8 @@ impl Rung {
     pub(crate) const ALL: [Self; 7] =
         [Self::Unit, Self::Verifier, Self::Prog, Self::Netns, Self::Cri, Self::Kube, Self::Vm];
 
-    fn name(self) -> &'static str {
+    /// The name on the command line.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Unit => "unit",
             Self::Verifier => "verifier",
@@ -106,17 +114,18 @@ impl Rung {
 ///
 /// # Errors
 /// The workspace cannot be read, or a signal arrives.
-pub(crate) fn run(workspace: &Workspace, rungs: &[Rung]) -> Result<bool> {
-    let tally = climb(workspace, if rungs.is_empty() { &Rung::ALL } else { rungs })?;
+pub(crate) fn run(workspace: &Workspace, rungs: &[Rung], fresh: bool) -> Result<bool> {
+    let (tally, _) = climb(workspace, if rungs.is_empty() { &Rung::ALL } else { rungs }, fresh)?;
     println!("{}", tally.line());
     Ok(tally.failed == 0)
 }
 
-/// Runs rungs and prints everything but the closing line.
+/// Runs rungs and prints everything but the closing line; gives back their results and the rungs in which no test passed. With `fresh`,
+/// no result of an earlier run counts.
 ///
 /// # Errors
 /// As [`run`].
-pub(crate) fn climb(workspace: &Workspace, rungs: &[Rung]) -> Result<Tally> {
+pub(crate) fn climb(workspace: &Workspace, rungs: &[Rung], fresh: bool) -> Result<(Tally, Vec<Rung>)> {
     // The daemon's build script compiles the programs, so without this part nothing can be built.
     setup::ensure(workspace, &[Part::Ebpf])?;
     let packages = workspace.metadata()?;
@@ -135,11 +144,11 @@ pub(crate) fn climb(workspace: &Workspace, rungs: &[Rung]) -> Result<Tally> {
             process::interrupted()?;
             total.add(Tally::fail(&format!("build: {error:#}")));
             summary(&[], &total);
-            return Ok(total);
+            return Ok((total, rungs.to_vec()));
         }
     };
 
-    let mut table = Vec::new();
+    let (mut table, mut empty) = (Vec::new(), Vec::new());
     for (rung, obstacle) in planned {
         let started = Instant::now();
         println!("\n== {}", rung.name());
@@ -148,18 +157,25 @@ pub(crate) fn climb(workspace: &Workspace, rungs: &[Rung]) -> Result<Tally> {
                 println!("skipped: {reason}");
                 Tally::skip(&format!("rung {}: {reason}", rung.name()))
             }
-            None if rung == Rung::Vm => guests::run(workspace, &built)?,
+            None if rung == Rung::Vm => guests::run(workspace, &packages, &built, fresh)?,
             None => built.rung(workspace, rung)?,
         };
         println!("-- {}: {} ({:.0} s)", rung.name(), tally.line(), started.elapsed().as_secs_f32());
         table.push((rung, tally.line(), started.elapsed()));
+        if tally.passed == 0 {
+            empty.push(rung);
+        }
         total.add(tally);
     }
     summary(&table, &total);
-    Ok(total)
+    Ok((total, empty))
 }
 
 fn summary(table: &[(Rung, String, Duration)], total: &Tally) {
+    println!("\n== the slowest tests");
+    for (test, seconds) in total.slowest(SLOWEST) {
+        println!("{seconds:7.1} s  {test}");
+    }
     println!("\n== summary");
     for (rung, line, time) in table {
         println!("{:<9} {line} ({:.0} s)", rung.name(), time.as_secs_f32());
@@ -198,7 +214,6 @@ fn build(workspace: &Workspace, packages: &[Package], present: &[&str], runs: im
     }
     wanted.sort_unstable();
     wanted.dedup();
-    println!("building");
     targets.extend(wanted.iter().flat_map(|name| ["--test".to_owned(), (*name).to_owned()]));
     let started = Instant::now();
     let programs =
@@ -217,73 +232,120 @@ impl Built {
 
     fn rung(&self, workspace: &Workspace, rung: Rung) -> Result<Tally> {
         let mut tally = Tally::default();
+        let mut suites = Vec::new();
         if rung == Rung::Unit {
-            let own = |b: &&Binary| b.package != SUITES || b.kind != "test";
-            for binary in self.tests.iter().filter(own) {
-                tally.add(self.execute(workspace, binary, None)?);
-            }
-            tally.add(documentation(workspace)?);
-            return Ok(tally);
+            // Cargo builds what is there to document anew, on all CPUs: side by side with the tests nothing would be won.
+            let own = self.tests.iter().filter(|b| b.package != SUITES || b.kind != "test");
+            suites.extend(own.map(|binary| self.suite_of(workspace, binary, None)));
+            tally.add(Suite::documentation(workspace).run(workspace, true)?);
         }
         for name in rung.suites() {
             match self.suite(name) {
-                // One at a time unless the suite says otherwise: these tests share the machine's kernel.
-                Some(binary) => tally.add(self.execute(workspace, binary, Some(threads(&binary.source)))?),
+                // One test at a time unless the suite says otherwise: these tests share the machine's kernel.
+                Some(binary) => suites.push(self.suite_of(workspace, binary, Some(threads(&binary.source)))),
                 None => {
                     println!("skipped: tests/tests/{name} is not there yet");
                     tally.add(Tally::skip(&format!("suite {name} is not there yet")));
                 }
             }
         }
+        tally.add(side_by_side(workspace, suites)?);
         Ok(tally)
     }
 
-    fn execute(&self, workspace: &Workspace, binary: &Binary, threads: Option<usize>) -> Result<Tally> {
+    fn suite_of(&self, workspace: &Workspace, binary: &Binary, threads: Option<usize>) -> Suite {
         let title = format!("{} {}", binary.package, binary.name);
-        let mut command = std::process::Command::new(&binary.program);
+        let mut command = Command::new(&binary.program);
         workspace.prepare(&mut command);
-        command.arg("--show-output").current_dir(&binary.folder).env("CARGO_MANIFEST_DIR", &binary.folder);
+        command
+            .args(libtest::OPTIONS)
+            .env(libtest::UNSTABLE.0, libtest::UNSTABLE.1)
+            .current_dir(&binary.folder)
+            .env("CARGO_MANIFEST_DIR", &binary.folder);
         if let Some(threads) = threads {
             command.arg(format!("--test-threads={threads}"));
         }
         if let Some(dir) = &self.bin_dir {
             command.env("TERWAY_BIN_DIR", dir);
         }
-        read(workspace, &title, &mut command)
+        Suite { title, command }
     }
 }
 
-fn documentation(workspace: &Workspace) -> Result<Tally> {
-    let mut command = workspace.cargo("test");
-    command.args(["--workspace", "--doc", "--quiet", "--", "--show-output"]);
-    read(workspace, "documentation", &mut command)
+/// A program that runs tests.
+struct Suite {
+    title: String,
+    command: Command,
 }
 
-/// Runs a test binary, shows what matters of its output and keeps all of it in a log.
-fn read(workspace: &Workspace, title: &str, command: &mut std::process::Command) -> Result<Tally> {
-    let started = Instant::now();
-    let dir = workspace.target.join("test-logs");
-    std::fs::create_dir_all(&dir)?;
-    let path = dir.join(format!("{}.log", title.replace(' ', "-")));
-    let mut log = std::fs::File::create(&path).with_context(|| path.display().to_string())?;
-    let mut reader = Reader::new();
-    let end = process::watch(command, LIMIT, |line| {
-        // A full disk must not fail a test; the log is for people only.
-        drop(writeln!(log, "{line}"));
-        if reader.line(line) {
-            println!("{line}");
+/// Runs suites, as many at a time as there are CPUs, and adds up their results.
+fn side_by_side(workspace: &Workspace, suites: Vec<Suite>) -> Result<Tally> {
+    let at_once = std::thread::available_parallelism().map_or(1, usize::from).min(suites.len());
+    let live = at_once < 2;
+    let (queue, total) = (Mutex::new(suites.into_iter()), Mutex::new(Tally::default()));
+    let next = || queue.lock().ok()?.next();
+    let work = || -> Result<()> {
+        while let Some(suite) = next() {
+            let tally = suite.run(workspace, live)?;
+            total.lock().map_err(|poisoned| anyhow!("a suite: {poisoned}"))?.add(tally);
         }
-    })?;
-    let trouble = match end {
-        End::Exit(status) => (!status.success()).then(|| status.to_string()),
-        End::TimedOut => Some(format!("stopped after {} s", LIMIT.as_secs())),
+        Ok(())
     };
-    let tally = reader.finish(title, trouble.as_deref());
-    println!("   {title}: {} ({:.1} s)", tally.line(), started.elapsed().as_secs_f32());
-    if tally.failed > 0 {
-        println!("   whole output: {}", path.display());
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_for_each(|worker| match worker.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    })?;
+    total.into_inner().map_err(|poisoned| anyhow!("a suite: {poisoned}"))
+}
+
+impl Suite {
+    /// The examples in documentation.
+    fn documentation(workspace: &Workspace) -> Self {
+        let mut command = workspace.cargo("test");
+        command.args(["--workspace", "--doc", "--quiet", "--", "--show-output"]);
+        Self { title: "documentation".into(), command }
     }
-    Ok(tally)
+
+    /// Runs it, shows what matters of its output, at once if `live` and else at the end, and keeps all of it in a log.
+    fn run(mut self, workspace: &Workspace, live: bool) -> Result<Tally> {
+        let title = self.title.as_str();
+        let (started, step) = (Instant::now(), Step::start(title));
+        let dir = workspace.target.join("test-logs");
+        std::fs::create_dir_all(&dir)?;
+        let path = dir.join(format!("{}.log", title.replace(' ', "-")));
+        let mut log = std::fs::File::create(&path).with_context(|| path.display().to_string())?;
+        let mut reader = Reader::new();
+        let mut shown = String::new();
+        let end = process::watch(&mut self.command, LIMIT, |line| {
+            // A full disk must not fail a test; the log is for people only.
+            drop(writeln!(log, "{line}"));
+            let show = reader.line(line);
+            step.detail(&reader.position());
+            if show {
+                if live {
+                    progress::line(line);
+                } else {
+                    shown.push_str(line);
+                    shown.push('\n');
+                }
+            }
+        })?;
+        let trouble = match end {
+            End::Exit(status) => (!status.success()).then(|| status.to_string()),
+            End::TimedOut => Some(format!("stopped after {} s", LIMIT.as_secs())),
+        };
+        let tally = reader.finish(title, trouble.as_deref());
+        shown.push_str(&format!("   {title}: {} ({:.1} s)\n", tally.line(), started.elapsed().as_secs_f32()));
+        if tally.failed > 0 {
+            shown.push_str(&format!("   whole output: {}\n", path.display()));
+        }
+        // In one piece, for others print meanwhile.
+        progress::line(shown.trim_end());
+        Ok(tally)
+    }
 }
 
 /// How many tests of a suite may run at a time: its header may say `Threads: N`.

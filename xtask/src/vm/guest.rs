@@ -1,6 +1,7 @@
 //! What the guest finds when it starts: one initramfs, made of a base cached per kernel (busybox, modules, init) and
 //! an addition per run (the command, its files, host programs, and the libraries that all of these load).
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -14,7 +15,8 @@ use super::cpio::Cpio;
 use super::kernel::Kernel;
 use super::modules;
 use crate::process;
-use crate::workspace::{Workspace, which};
+use crate::setup::{self, Unpacked};
+use crate::workspace::Workspace;
 
 const INIT: &str = include_str!("init.sh");
 /// Raise it when the base changes in a way that its inputs do not show.
@@ -25,7 +27,7 @@ const MERGED: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
 const NOT_FROM_BUSYBOX: [&str; 8] = ["busybox", "ip", "nc", "ping", "ping6", "sh", "tc", "wget"];
 /// Programs that start others. Busybox's would start its own `ip` or `ping` before looking into PATH, so these are the
 /// host's; each is in one of Debian's essential packages.
-const STARTERS: [&str; 8] = ["chroot", "env", "nice", "nsenter", "setsid", "timeout", "unshare", "xargs"];
+pub(crate) const STARTERS: [&str; 8] = ["chroot", "env", "nice", "nsenter", "setsid", "timeout", "unshare", "xargs"];
 
 /// What one run adds.
 #[derive(Clone, Debug, Default)]
@@ -45,7 +47,8 @@ pub(crate) struct Payload {
 /// # Errors
 /// A file of the payload is missing, or does not find its libraries; or the disk is full.
 pub(super) fn write(workspace: &Workspace, kernel: &Kernel, payload: &Payload, path: &Path) -> Result<()> {
-    let base = base(workspace, kernel)?;
+    let programs = setup::vm_programs(workspace);
+    let base = base(workspace, &programs, kernel)?;
     let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
     io::copy(&mut File::open(&base)?, &mut out)?;
     let mut cpio = Cpio::new(out);
@@ -57,16 +60,16 @@ pub(super) fn write(workspace: &Workspace, kernel: &Kernel, payload: &Payload, p
         && Path::new(program.as_str()).is_file()
     {
         let host = fs::canonicalize(&program).with_context(|| program.clone())?;
-        add(&mut cpio, &host, &host)?;
+        add(&mut cpio, &programs, &host, &host)?;
         *program = host.to_string_lossy().into_owned();
     }
     for tool in &payload.tools {
-        let host = which(tool).with_context(|| format!("no program `{tool}` on this machine for the guest"))?;
+        let host = programs.find(tool).with_context(|| format!("no program `{tool}` for the guest"))?;
         // By its resolved file, under the name that was asked for (`iptables` and `tc` are links on some systems).
-        add(&mut cpio, &fs::canonicalize(&host)?, &host)?;
+        add(&mut cpio, &programs, &fs::canonicalize(&host)?, &programs.installed_at(&host))?;
     }
     for (host, guest) in &payload.files {
-        add(&mut cpio, host, guest)?;
+        add(&mut cpio, &programs, host, guest)?;
     }
     let mut script = String::new();
     for (name, value) in &payload.environment {
@@ -80,8 +83,8 @@ pub(super) fn write(workspace: &Workspace, kernel: &Kernel, payload: &Payload, p
 }
 
 /// The base of this kernel, made when it is not cached.
-fn base(workspace: &Workspace, kernel: &Kernel) -> Result<PathBuf> {
-    let busybox = which("busybox").context("no busybox; run `cargo xtask setup --only vm`")?;
+fn base(workspace: &Workspace, programs: &Unpacked, kernel: &Kernel) -> Result<PathBuf> {
+    let busybox = programs.find("busybox").context("no busybox; run `cargo xtask setup --only vm`")?;
     let mut hash = Sha256::new();
     for part in [INIT, &kernel.version, &busybox.to_string_lossy(), &BASE_FORMAT.to_string()] {
         hash.update(part);
@@ -93,14 +96,14 @@ fn base(workspace: &Workspace, kernel: &Kernel) -> Result<PathBuf> {
     if !path.is_file() {
         fs::create_dir_all(&dir)?;
         let mut file = tempfile::NamedTempFile::new_in(&dir)?;
-        write_base(&mut BufWriter::with_capacity(1 << 20, file.as_file_mut()), kernel, &busybox)
+        write_base(&mut BufWriter::with_capacity(1 << 20, file.as_file_mut()), programs, kernel, &busybox)
             .with_context(|| format!("cannot make the guest of kernel {}", kernel.version))?;
         file.persist(&path)?;
     }
     Ok(path)
 }
 
-fn write_base(out: &mut impl Write, kernel: &Kernel, busybox: &Path) -> Result<()> {
+fn write_base(out: &mut impl Write, programs: &Unpacked, kernel: &Kernel, busybox: &Path) -> Result<()> {
     let mut cpio = Cpio::new(out);
     for dir in ["usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "proc", "sys", "dev", "run", "etc", "root", "var/lib"] {
         cpio.directory(dir, 0o755)?;
@@ -120,10 +123,10 @@ fn write_base(out: &mut impl Write, kernel: &Kernel, busybox: &Path) -> Result<(
     cpio.file("usr/bin/busybox", 0o755, &fs::read(busybox)?)?;
     // The shell is a starter too.
     let shell = fs::canonicalize("/bin/sh")?;
-    add(&mut cpio, &shell, Path::new("/bin/sh"))?;
+    add(&mut cpio, programs, &shell, Path::new("/bin/sh"))?;
     for name in STARTERS {
-        let host = which(name).with_context(|| format!("no program `{name}` on this machine for the guest"))?;
-        add(&mut cpio, &fs::canonicalize(&host)?, &Path::new("/usr/bin").join(name))?;
+        let host = programs.find(name).with_context(|| format!("no program `{name}` for the guest"))?;
+        add(&mut cpio, programs, &fs::canonicalize(&host)?, &Path::new("/usr/bin").join(name))?;
     }
     let applets = process::output(Command::new(busybox).arg("--list"))?;
     for applet in applets.lines().filter(|a| !NOT_FROM_BUSYBOX.contains(a) && !STARTERS.contains(a)) {
@@ -137,7 +140,7 @@ fn write_base(out: &mut impl Write, kernel: &Kernel, busybox: &Path) -> Result<(
     cpio.file("etc/nsswitch.conf", 0o644, b"passwd: files\ngroup: files\nhosts: files\n")?;
 
     let folder = format!("usr/lib/modules/{}", kernel.version);
-    let chosen = modules::choose(&kernel.modules)?;
+    let chosen = modules::choose(programs, &kernel.modules)?;
     for module in chosen.values() {
         cpio.file(&format!("{folder}/{}", module.path), 0o644, &module.object)?;
     }
@@ -155,14 +158,14 @@ fn write_base(out: &mut impl Write, kernel: &Kernel, busybox: &Path) -> Result<(
 }
 
 /// Adds a file with the libraries it loads, or a folder with all that is in it.
-fn add<W: Write>(cpio: &mut Cpio<W>, host: &Path, guest: &Path) -> Result<()> {
+fn add<W: Write>(cpio: &mut Cpio<W>, programs: &Unpacked, host: &Path, guest: &Path) -> Result<()> {
     let about = || format!("cannot put {} into the guest", host.display());
     let meta = fs::metadata(host).with_context(about)?;
     if meta.is_dir() {
         cpio.directory(&place(guest), 0o755)?;
         for entry in fs::read_dir(host).with_context(about)? {
             let entry = entry?;
-            add(cpio, &entry.path(), &guest.join(entry.file_name()))?;
+            add(cpio, programs, &entry.path(), &guest.join(entry.file_name()))?;
         }
         return Ok(());
     }
@@ -172,8 +175,9 @@ fn add<W: Write>(cpio: &mut Cpio<W>, host: &Path, guest: &Path) -> Result<()> {
     }
     cpio.file(&place(guest), if executable { 0o755 } else { 0o644 }, &fs::read(host).with_context(about)?)?;
     if executable {
-        for library in libraries(host).with_context(about)? {
-            let name = place(&library);
+        let libraries = libraries(host, programs.holds(host).then(|| programs.libraries()).as_deref());
+        for library in libraries.with_context(about)? {
+            let name = place(&programs.installed_at(&library));
             if !cpio.has(&name) {
                 cpio.file(&name, 0o755, &fs::read(&library)?)?;
             }
@@ -182,18 +186,21 @@ fn add<W: Write>(cpio: &mut Cpio<W>, host: &Path, guest: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The shared libraries of a program, the loader among them.
+/// The shared libraries of a program, the loader among them; `search` is its `LD_LIBRARY_PATH`.
 ///
 /// # Errors
 /// One of them is not installed.
-pub(crate) fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn libraries(program: &Path, search: Option<&OsStr>) -> Result<Vec<PathBuf>> {
     let mut magic = [0; 4];
     let read = File::open(program).and_then(|mut f| io::Read::read_exact(&mut f, &mut magic));
     if read.is_err() || magic != *b"\x7fELF" {
         return Ok(Vec::new());
     }
     // ldd fails for a static program; that one needs nothing.
-    let out = Command::new("ldd").arg(program).env("LC_ALL", "C").output().context("cannot run ldd")?;
+    let mut ldd = Command::new("ldd");
+    ldd.arg(program).env("LC_ALL", "C").env_remove("LD_LIBRARY_PATH");
+    ldd.envs(search.map(|folders| ("LD_LIBRARY_PATH", folders)));
+    let out = ldd.output().context("cannot run ldd")?;
     parse_ldd(&String::from_utf8_lossy(&out.stdout))
 }
 

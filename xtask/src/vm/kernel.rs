@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::process;
+use crate::progress::Step;
 use crate::workspace::Workspace;
 
 /// The kernels that the datapath has to fit.
@@ -54,13 +55,13 @@ impl Release {
 
 /// An unpacked kernel package.
 #[derive(Debug)]
-pub(super) struct Kernel {
+pub(crate) struct Kernel {
     /// `uname -r`.
-    pub(super) version: String,
+    pub(crate) version: String,
     /// `…/lib/modules/VERSION`.
     pub(super) modules: PathBuf,
     /// The bzImage.
-    pub(super) image: PathBuf,
+    pub(crate) image: PathBuf,
 }
 
 impl Kernel {
@@ -120,7 +121,7 @@ impl Kernel {
 /// Downloads the newest kernel of a release and unpacks it into `target`; `work` is a scratch folder.
 fn fetch(release: Release, work: &Path, target: &Path) -> Result<()> {
     let (suite, metapackage) = release.source();
-    eprintln!("vm: fetching kernel {} of Debian's {suite}", release.name());
+    let _step = Step::start(&format!("fetching kernel {} of Debian's {suite}", release.name()));
     let mirror = mirror(suite.ends_with("-security"))?;
     let (lists, cache) = (work.join("lists"), work.join("cache"));
     fs::create_dir_all(lists.join("partial"))?;

@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 pub(crate) use self::guest::Payload;
-pub(crate) use self::kernel::Release;
+pub(crate) use self::kernel::{Kernel, Release};
 pub(crate) use self::qemu::{Machine, Outcome};
 use crate::setup::{self, Part};
 use crate::workspace::Workspace;
@@ -111,14 +111,14 @@ pub(crate) fn boot(
     machine: &Machine,
     on_output: impl FnMut(&[u8]),
 ) -> Result<Outcome> {
-    let kernel = kernel::Kernel::get(workspace, release, refresh)?;
+    let kernel = Kernel::get(workspace, release, refresh)?;
     qemu::boot(workspace, &kernel, payload, machine, on_output)
 }
 
-/// Fetches a kernel if it is not cached, and names its exact version.
+/// The kernel of a release, fetched if it is not cached.
 ///
 /// # Errors
 /// The mirror cannot be reached.
-pub(crate) fn version(workspace: &Workspace, release: Release) -> Result<String> {
-    Ok(kernel::Kernel::get(workspace, release, false)?.version)
+pub(crate) fn kernel(workspace: &Workspace, release: Release) -> Result<Kernel> {
+    Kernel::get(workspace, release, false)
 }

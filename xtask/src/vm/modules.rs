@@ -3,12 +3,12 @@
 //! The guest's kernel calls modprobe by itself for a link type, a qdisc or an nft expression, so the index has to be right.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
 use crate::process;
+use crate::setup::Unpacked;
 
 /// Whole folders below `kernel/`: what a node's networking may load by itself.
 const FOLDERS: &[&str] = &[
@@ -82,7 +82,7 @@ fn canonical(name: &str) -> String {
 ///
 /// # Errors
 /// A module cannot be read or unpacked.
-pub(super) fn choose(folder: &Path) -> Result<BTreeMap<String, Module>> {
+pub(super) fn choose(programs: &Unpacked, folder: &Path) -> Result<BTreeMap<String, Module>> {
     let mut files = BTreeMap::new();
     collect(folder, &folder.join("kernel"), &mut files)?;
     let mut wanted: Vec<String> = SINGLE.iter().map(|n| canonical(n)).collect();
@@ -98,7 +98,7 @@ pub(super) fn choose(folder: &Path) -> Result<BTreeMap<String, Module>> {
         if chosen.contains_key(&name) {
             continue;
         }
-        let object = unpack(&folder.join(path)).with_context(|| format!("module {path}"))?;
+        let object = unpack(programs, &folder.join(path)).with_context(|| format!("module {path}"))?;
         let info = modinfo(&object).with_context(|| format!("module {path} is no ELF object with .modinfo"))?;
         let module = Module { path: plain(path).to_owned(), object, info };
         wanted.extend(module.depends().chain(module.soft()));
@@ -126,13 +126,14 @@ fn plain(path: &str) -> &str {
     [".xz", ".zst", ".gz"].iter().find_map(|suffix| path.strip_suffix(suffix)).unwrap_or(path)
 }
 
-fn unpack(path: &PathBuf) -> Result<Vec<u8>> {
+fn unpack(programs: &Unpacked, path: &Path) -> Result<Vec<u8>> {
+    let decompress = |program: &str| process::output_bytes(programs.command(program)?.arg("-dcq").arg(path));
     let suffix = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
     let mut object = match suffix {
         "ko" => std::fs::read(path)?,
-        "xz" => process::output_bytes(Command::new("xz").arg("-dc").arg(path))?,
-        "zst" => process::output_bytes(Command::new("zstd").arg("-dcq").arg(path))?,
-        "gz" => process::output_bytes(Command::new("gzip").arg("-dc").arg(path))?,
+        "xz" => decompress("xz")?,
+        "zst" => decompress("zstd")?,
+        "gz" => decompress("gzip")?,
         other => bail!("unknown compression .{other}"),
     };
     cut_signature(&mut object);
