@@ -223,12 +223,12 @@ mod tests {
         assert_eq!((six[0].to_string(), six[5].to_string()), ("10.0.0.16/28".into(), "10.0.0.96/28".into()));
         assert_eq!(addresses.available(&vswitch), all - 96);
         let singles = addresses.take_v4(&vswitch, all - 96).unwrap();
-        assert!(singles.iter().all(|address| !six.iter().any(|prefix| prefix.contains(address))));
+        assert!(singles.iter().all(|address| !six.iter().any(|prefix| prefix.contains(*address))));
         addresses.give_back_v4_prefixes(&six);
         assert_eq!(addresses.available(&vswitch), 96);
         let v6 = addresses.take_v6_prefixes(&vswitch, 2).unwrap();
         assert_eq!(v6[1].to_string(), "fd00::8001:0:0:0/80");
-        assert!(!v6[0].contains(&addresses.take_v6(&vswitch, 1).unwrap()[0]));
+        assert!(!v6[0].contains(addresses.take_v6(&vswitch, 1).unwrap()[0]));
     }
 
     #[test]
