@@ -34,7 +34,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     }
     steps.step("fmt", || process::check(workspace.cargo("fmt").args(["--all", "--check"])))?;
     steps.step("tidy", || if tidy::run(workspace, false)? { Ok(()) } else { bail!("see above") })?;
-    steps.step("codegen", || codegen::run(true))?;
+    steps.step("codegen", || codegen::run(workspace, true))?;
     steps.step("deny", || deny(workspace))?;
     steps.step("clippy", || {
         let mut command = workspace.cargo("clippy");

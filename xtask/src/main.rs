@@ -116,7 +116,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Test { rungs, fresh } => Ok(verdict(suites::run(&workspace, &rungs, fresh)?)),
         Verb::Tidy { bless_abi } => Ok(verdict(tidy::run(&workspace, bless_abi)?)),
         Verb::Codegen { check } => {
-            codegen::run(check)?;
+            codegen::run(&workspace, check)?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Demo { json, keep } => binaries::demo(&workspace, json, keep),

@@ -1,25 +1,44 @@
 //! Files written from other files and committed: the gRPC code from `proto/**/*.proto`, `docs/errors.md` from the error catalogue, and
 //! `docs/configuration.md` from the table of configuration keys.
 //!
-//! Committed, so that a build needs neither `protoc` nor these dependencies, and a review sees what changes for the callers.
+//! Committed, so that a build needs neither `protoc` nor these dependencies, and a review sees what changes for the callers. A program of its
+//! own, so that the other chores are built without terway-core: `cargo xtask codegen [--check]` runs it.
 
 mod configuration;
 
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 
 /// The contract, relative to the proto crate's folder.
 const PROTO: &str = "terway/v1/node.proto";
 
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        [] => run(false),
+        ["--check"] => run(true),
+        _ => Err(anyhow::anyhow!("usage: codegen [--check]")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Writes the generated files; with `check`, writes nothing and fails if one of them is not what would be written.
 ///
 /// # Errors
 /// A `.proto` that does not compile, a file that cannot be read or written, or a stale file under `check`.
-pub(crate) fn run(check: bool) -> anyhow::Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies inside the workspace")?;
+fn run(check: bool) -> anyhow::Result<()> {
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let root = Path::new(&manifest).ancestors().nth(2).context("this package lies inside the workspace")?;
     let files = [
         (root.join("proto/src/generated.rs"), rpc(&root.join("proto"))?),
         (root.join("docs/errors.md"), errors(terway_core::errors::ALL)),
@@ -116,7 +135,7 @@ mod tests {
 
     #[test]
     fn generating_twice_gives_the_same_code() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../proto");
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");
         assert_eq!(rpc(&folder).unwrap(), rpc(&folder).unwrap());
     }
 }

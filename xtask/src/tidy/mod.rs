@@ -105,7 +105,7 @@ pub(crate) fn run(workspace: &Workspace, bless_abi: bool) -> Result<bool> {
     found.extend(catalogue::check(&files));
     found.extend(border::check(&files, record.as_deref()));
     found.extend(walls::check(workspace, &workspace.metadata()?)?);
-    if let Err(error) = codegen::run(true) {
+    if let Err(error) = codegen::run(workspace, true) {
         found.push(Finding::new("docs/errors.md", 1, "generated", &format!("{error:#}")));
     }
     found.sort();
