@@ -4,17 +4,17 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::cells::CidrRegions;
-use super::class::Classes;
-use super::hash::{NumberMap, NumberSet};
-use super::identify::with_name;
+use super::cidr_region::CidrRegions;
+use super::commit::{Change, Deferred, append};
+use super::id_map::{NumberMap, NumberSet};
+use super::identity::with_name;
+use super::ids::{Counter, Identity, IdentityKind, PolicyVersion, PortTableId, RuleId, SetId};
 use super::maps::Maps;
-use super::number::{Counter, Identity, IdentityKind, PolicyVersion, PortTableId, RuleId, SetId};
+use super::matched_rule::{MatchedRule, RuleIds};
 use super::op::{FlowScope, Op};
 use super::peers::Peers;
-use super::plan::{Change, Deferred, append};
+use super::pod_class::Classes;
 use super::pods::{Claim, Endpoint, PodId, PodState};
-use super::reason::{MatchedRule, RuleIds};
 use super::rule::{Namespaces, Pods, Policy};
 use super::set::{Set, SetKey};
 use crate::ident::{Addresses, PodRef};
@@ -157,7 +157,7 @@ impl Compiler {
         let used = used.chain(maps.peers.keys().map(|(_, identity)| identity));
         let mut classes = Classes::new(used.map(number).max().unwrap_or(0));
         let cells = CidrRegions::new(|family, cell| {
-            classes.identity(IdentityKind::World, None, cell, &super::cells::whole(family)).0
+            classes.identity(IdentityKind::World, None, cell, &super::cidr_region::whole(family)).0
         });
         let sets = maps.endpoints.values().flatten().flat_map(|e| [e.ingress, e.egress]).flatten().map(|side| side.set);
         let sets = sets.chain(maps.peers.keys().map(|(set, _)| *set));

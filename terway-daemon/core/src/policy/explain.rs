@@ -3,11 +3,11 @@
 use std::net::IpAddr;
 
 use super::compiler::Compiler;
-use super::number::{Identity, IdentityKind, PortTableId, Verdict};
+use super::ids::{Identity, IdentityKind, PortTableId, Verdict};
+use super::matched_rule::{DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, RuleIds, UNKNOWN_POD, decided};
 use super::peers::Who;
 use super::pods::{PodId, keys_of};
-use super::reason::{DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, RuleIds, UNKNOWN_POD, decided};
-use super::row::PortTableEntry;
+use super::port_table::PortTableEntry;
 use super::set::{NewPortTables, Set};
 use crate::ident::Family;
 use crate::objects::{Direction, ObjectKey, ObjectName};

@@ -5,10 +5,10 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::number::{Identity, IdentityKind, PortTableId, RuleId, SetId, Verdict, VerdictOrTable};
+use super::ids::{Identity, IdentityKind, PortTableId, RuleId, SetId, Verdict, VerdictOrTable};
+use super::matched_rule::{DISABLED, LOCAL_NODE, LOOPBACK, UNDECIDED, decided};
 use super::op::{DirectionPolicy, EndpointPolicy, Op, SetRef, Versioned};
-use super::reason::{DISABLED, LOCAL_NODE, LOOPBACK, UNDECIDED, decided};
-use super::row::PortTableEntry;
+use super::port_table::PortTableEntry;
 use super::rule::host;
 use crate::cidr::Cidr as _;
 use crate::ident::Family;

@@ -20,30 +20,30 @@
 //!
 //! What a policy means is in docs/networkpolicy.md.
 
-mod answer;
-mod cells;
-mod class;
+mod cidr_region;
+mod commit;
 mod compiler;
 mod explain;
-mod hash;
-mod held;
-mod identify;
+mod id_map;
+mod identity;
+mod ids;
 mod maps;
-mod number;
+mod matched_rule;
 mod op;
 mod peers;
-mod plan;
+mod pod_class;
 mod pods;
-mod reason;
-mod row;
+mod port_table;
 mod rule;
 mod set;
+mod set_entries;
 mod takeover;
+mod unknown_pods;
 
 pub use compiler::{Compiler, Effort, Event, Stats};
 pub use explain::{DirectionVerdict, ExplainError, Explanation, FlowEnd};
+pub use ids::{Identity, IdentityKind, PortTableId, RuleId, SetId, Verdict, VerdictOrTable};
 pub use maps::{Maps, Packet};
-pub use number::{Identity, IdentityKind, PortTableId, RuleId, SetId, Verdict, VerdictOrTable};
+pub use matched_rule::{DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, RuleIdChanges, UNKNOWN_POD};
 pub use op::{DirectionPolicy, EndpointPolicy, FlowScope, Op, SetRef, Versioned};
-pub use reason::{DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, RuleIdChanges, UNKNOWN_POD};
-pub use row::PortTableEntry;
+pub use port_table::PortTableEntry;

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::number::{Identity, PortTableId, SetId, VerdictOrTable};
-use super::row::PortTableEntry;
+use super::ids::{Identity, PortTableId, SetId, VerdictOrTable};
+use super::port_table::PortTableEntry;
 
 /// The values of one map entry in both versions of the policy maps. [`Op::SetControlWord`] selects the version that the datapath reads, so one
 /// write puts any number of changed entries into force at once.

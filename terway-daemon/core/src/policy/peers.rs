@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::class::Classes;
-use super::hash::NumberMap;
-use super::identify::labels_of;
-use super::number::{Counter, Identity, SetId};
+use super::id_map::NumberMap;
+use super::identity::labels_of;
+use super::ids::{Counter, Identity, SetId};
+use super::pod_class::Classes;
 use super::rule::{Match, Namespaces, Pods, holds, within};
 use crate::objects::{IpBlock, Labels};
 

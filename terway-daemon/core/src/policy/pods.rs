@@ -3,11 +3,11 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::class::{NamedPort, Profile, ProfileId};
+use super::commit::Item;
 use super::compiler::Compiler;
-use super::number::{Identity, SetId};
+use super::ids::{Identity, SetId};
 use super::op::{EndpointPolicy, FlowScope, Op, SetRef};
-use super::plan::Item;
+use super::pod_class::{NamedPort, Profile, ProfileId};
 use super::rule::{Policy, Ports, Stage};
 use super::set::SetKey;
 use crate::ident::{Addresses, Family, PodRef};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::number::PolicyVersion;
+use super::ids::PolicyVersion;
 use super::peers::{PeerId, Peers};
 use crate::cidr::Cidr as _;
 use crate::objects::{

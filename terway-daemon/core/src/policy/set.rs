@@ -10,13 +10,13 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::class::NamedPort;
-use super::hash::Mix;
-use super::number::{Identity, IdentityKind, PolicyVersion, PortTableId, SetId, Verdict, VerdictOrTable};
+use super::id_map::Mix;
+use super::ids::{Identity, IdentityKind, PolicyVersion, PortTableId, SetId, Verdict, VerdictOrTable};
+use super::matched_rule::{MatchedRule, RuleIds, UNDECIDED, UNKNOWN_POD};
 use super::op::SetRef;
 use super::peers::{PeerId, Peers};
-use super::reason::{MatchedRule, RuleIds, UNDECIDED, UNKNOWN_POD};
-use super::row::{MatchedPorts, PortTableEntry, flatten};
+use super::pod_class::NamedPort;
+use super::port_table::{MatchedPorts, PortTableEntry, flatten};
 use super::rule::{Match, Policy, Ports, Stage, holds};
 use crate::objects::{Action, Direction};
 

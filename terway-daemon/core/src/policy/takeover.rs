@@ -7,8 +7,8 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use super::compiler::{Compiler, Event};
+use super::ids::Identity;
 use super::maps::Maps;
-use super::number::Identity;
 use super::op::{EndpointPolicy, FlowScope, Op};
 use crate::cidr::Cidr as _;
 

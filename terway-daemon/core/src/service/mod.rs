@@ -7,17 +7,17 @@
 //!
 //! The rules are those of kube-proxy (pkg/proxy/topology.go, pkg/proxy/serviceport.go), with the differences that docs/services.md lists.
 
+mod desired;
 mod endpoints;
 mod ids;
 mod maglev;
 mod model;
 mod planner;
-mod ports;
-mod runs;
+mod range_allocator;
 mod settings;
+mod snat_ports;
 mod sockets;
 mod table;
-mod want;
 
 pub use maglev::{MAGLEV_SIZES, maglev};
 pub use model::{
@@ -25,9 +25,9 @@ pub use model::{
     MapContents, Op, Owner, Plan, PortId, Selection, Table, TableId, UnknownAlgorithm,
 };
 pub use planner::{Planner, PortView};
-pub use ports::snat_port_range;
-pub use runs::RangeAllocator;
+pub use range_allocator::RangeAllocator;
 pub use settings::{NodeFacts, Settings};
+pub use snat_ports::snat_port_range;
 pub use sockets::{
     SocketTermination, StaleSockets, TranslatedSocket, Unknown as UnknownSocketTermination, invalidates_backend,
 };

@@ -1,7 +1,7 @@
 //! The incremental planner: changes of objects in, operations on the maps out.
 
-mod complaints;
-mod held;
+mod entries;
+mod object_errors;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -11,15 +11,15 @@ use indexmap::IndexMap;
 use ipnetwork::IpNetwork;
 use smallvec::SmallVec;
 
-use self::complaints::Complaints;
-use self::held::{BackendEntry, Claim, FrontendEntry, HeldPort, Holding, Life, TableEntry};
+use self::entries::{BackendEntry, Claim, FrontendEntry, HeldPort, Holding, Life, TableEntry};
+use self::object_errors::Complaints;
+use super::desired::{self, BackendFacts, Wanted, WantedPort, WantedSelection, Weights};
 use super::ids::Ids;
 use super::model::{
     BackendId, BackendKey, BackendRef, Frontend, FrontendKey, MapContents, Op, Owner, Plan, PortId, Selection, Table,
     TableId,
 };
 use super::settings::{Here, NodeFacts, Settings};
-use super::want::{self, BackendFacts, Wanted, WantedPort, WantedSelection, Weights};
 use crate::objects::{
     Applied, Delta, EndpointSlice, Kind, Node, ObjectKey, ObjectName, Objects, Pod, Protocol, Service,
 };
@@ -139,14 +139,14 @@ impl Planner {
         let node = objects.nodes().get(&ObjectName::new("", &self.facts.name));
         self.here = Here::new(&self.facts, node.map(|n| &**n));
         self.weights =
-            objects.pods().iter().filter_map(|(name, pod)| Some((name.clone(), want::weight(pod)?))).collect();
+            objects.pods().iter().filter_map(|(name, pod)| Some((name.clone(), desired::weight(pod)?))).collect();
         self.slices_of.clear();
         for slice in objects.slices().values() {
             self.index(slice, true);
         }
         let mut dirty: BTreeSet<Arc<Owner>> = self.holdings.keys().cloned().collect();
         dirty.extend(objects.services().keys().map(|name| Arc::new(Owner::Service(name.clone()))));
-        let host_ports = objects.pods().iter().filter(|(_, pod)| want::has_host_ports(pod, &self.here));
+        let host_ports = objects.pods().iter().filter(|(_, pod)| desired::has_host_ports(pod, &self.here));
         dirty.extend(host_ports.map(|(name, _)| Arc::new(Owner::Pod(name.clone()))));
         let mut touched = Touched {
             backends: self.backends.keys().copied().collect(),
@@ -273,10 +273,10 @@ impl Planner {
 
     fn pod_changed(&mut self, objects: &Objects, delta: &Delta<Pod>, dirty: &mut BTreeSet<Owner>) {
         let sides = [delta.old.as_deref(), delta.new.as_deref()];
-        if sides.into_iter().flatten().any(|pod| want::has_host_ports(pod, &self.here)) {
+        if sides.into_iter().flatten().any(|pod| desired::has_host_ports(pod, &self.here)) {
             dirty.insert(Owner::Pod(delta.name.clone()));
         }
-        let weight = delta.new.as_deref().and_then(want::weight);
+        let weight = delta.new.as_deref().and_then(desired::weight);
         let before = match weight {
             Some(weight) => self.weights.insert(delta.name.clone(), weight),
             None => self.weights.remove(&delta.name),
@@ -299,7 +299,7 @@ impl Planner {
 
     fn want(&self, objects: &Objects, owner: &Owner) -> Option<Wanted> {
         match owner {
-            Owner::Pod(name) => objects.pods().get(name).map(|pod| want::pod(pod, &self.here)),
+            Owner::Pod(name) => objects.pods().get(name).map(|pod| desired::pod(pod, &self.here)),
             Owner::Service(name) => {
                 let service: &Service = objects.services().get(name)?;
                 let names = self.slices_of.get(name).into_iter().flatten();
@@ -310,7 +310,7 @@ impl Planner {
                     .filter(|slice| !super::endpoints::ignored(&slice.meta))
                     .cloned()
                     .collect();
-                Some(want::service(service, &slices, &self.weights, &self.here, &self.settings))
+                Some(desired::service(service, &slices, &self.weights, &self.here, &self.settings))
             }
         }
     }

@@ -1,10 +1,10 @@
 //! The second half of planning: from what was touched to operations in their order.
 
-use super::held::Life;
+use super::entries::Life;
 use super::{Planner, Touched};
 use crate::objects::Protocol;
+use crate::service::desired::{self, BackendFacts};
 use crate::service::model::{BackendKey, BackendState, Op, Plan};
-use crate::service::want::{self, BackendFacts};
 
 impl Planner {
     /// Turns what was touched into operations, in their order.
@@ -66,7 +66,7 @@ impl Planner {
 
     pub(super) fn write_backend(&mut self, key: BackendKey, plan: &mut Plan, worse: &mut Vec<Op>) {
         let Some(entry) = self.backends.get_mut(&key) else { return };
-        let facts = entry.claims.iter().map(|(_, facts)| *facts).reduce(want::merged);
+        let facts = entry.claims.iter().map(|(_, facts)| *facts).reduce(desired::merged);
         let Some(BackendFacts { state, local }) = facts else { return };
         let fell_silent = |old: &Life| {
             key.protocol == Protocol::Udp && state == BackendState::Unready && old.state != BackendState::Unready

@@ -8,9 +8,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::cells::{RegionId, family};
-use super::hash::{NumberMap, NumberSet};
-use super::number::{Counter, Identity, IdentityKind};
+use super::cidr_region::{RegionId, family};
+use super::id_map::{NumberMap, NumberSet};
+use super::ids::{Counter, Identity, IdentityKind};
 use super::pods::PodId;
 use crate::ident::Family;
 use crate::objects::{Labels, Pod, Protocol};

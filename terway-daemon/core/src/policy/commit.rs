@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use super::compiler::Compiler;
-use super::number::{Identity, RuleId, SetId, VerdictOrTable};
+use super::ids::{Identity, RuleId, SetId, VerdictOrTable};
 use super::op::{EndpointPolicy, FlowScope, Op, Versioned};
 
 /// What one event has changed so far.

@@ -7,10 +7,10 @@ use ipnetwork::IpNetwork;
 use smallvec::SmallVec;
 
 use crate::objects::Protocol;
+use crate::service::desired::BackendFacts;
 use crate::service::model::{
     Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Owner, PortId, Table, TableId,
 };
-use crate::service::want::BackendFacts;
 
 /// What an owner holds at the moment.
 #[derive(Debug, Default)]

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::hash::NumberMap;
-use super::number::{Counter, Identity};
+use super::id_map::NumberMap;
+use super::ids::{Counter, Identity};
 use super::rule::{host, within};
 use crate::cidr::{self, Cidr as _};
 use crate::ident::Family;

@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::cells::RegionId;
-use super::class::{ClassId, ProfileId};
+use super::cidr_region::RegionId;
+use super::commit::Item;
 use super::compiler::Compiler;
-use super::number::{Identity, IdentityKind};
+use super::ids::{Identity, IdentityKind};
 use super::op::Op;
-use super::plan::Item;
+use super::pod_class::{ClassId, ProfileId};
 use super::pods::Claim;
 use super::rule::Policy;
 use crate::ident::Family;

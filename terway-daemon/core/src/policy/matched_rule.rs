@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::compiler::Compiler;
-use super::number::{Counter, RuleId, Verdict};
+use super::ids::{Counter, RuleId, Verdict};
 use crate::objects::{Action, Direction, ObjectKey};
 
 /// No policy says anything about the endpoint in this direction.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
-use super::number::Verdict;
+use super::ids::Verdict;
 use super::rule::Stage;
 use crate::objects::Action;
 
@@ -130,7 +130,7 @@ fn prefixes(mut start: u32, end: u32, mut each: impl FnMut(u16, u8)) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::number::RuleId;
+    use super::super::ids::RuleId;
     use super::*;
 
     fn probe(table: &[PortTableEntry], protocol: u8, port: u16) -> Verdict {

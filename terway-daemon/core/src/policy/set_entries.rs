@@ -4,11 +4,11 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::cells::{RegionId, family};
+use super::cidr_region::{RegionId, family};
 use super::compiler::Compiler;
-use super::hash::{NumberMap, NumberSet};
-use super::identify::labels_of;
-use super::number::{Identity, IdentityKind, PortTableId, SetId, VerdictOrTable};
+use super::id_map::{NumberMap, NumberSet};
+use super::identity::labels_of;
+use super::ids::{Identity, IdentityKind, PortTableId, SetId, VerdictOrTable};
 use super::op::{FlowScope, Op};
 use super::peers::Who;
 use super::rule::{Match, Policy};
@@ -114,7 +114,7 @@ impl Compiler {
         for of in [Family::V4, Family::V6] {
             let home = self.cells.get(self.cells.home(of)).net;
             wildcard_sets |= set.held(home, &self.peers);
-            for (kind, net) in [(IdentityKind::World, super::cells::whole(of)), (IdentityKind::Pod, home)] {
+            for (kind, net) in [(IdentityKind::World, super::cidr_region::whole(of)), (IdentityKind::Pod, home)] {
                 let base = set.base(kind, net, &self.peers);
                 let result = set.evaluate(&base, &[], &[], &mut tables);
                 set.set_default(Identity::new(kind, of, 0).default_index(), result);
@@ -146,7 +146,7 @@ impl Compiler {
             asked.extend(self.peers.odd(*peer).iter().map(|identity| (*identity, (*rule, selected))));
         }
         let mut bases: NumberMap<RegionId, Base> = NumberMap::default();
-        let anywhere = set.base(IdentityKind::Pod, super::cells::whole(Family::V4), &self.peers);
+        let anywhere = set.base(IdentityKind::Pod, super::cidr_region::whole(Family::V4), &self.peers);
         let by_cell = !set.blocks().is_empty();
         if by_cell || everyone {
             for (id, cell, pods) in self.cells.populated() {
@@ -229,7 +229,7 @@ impl Compiler {
     }
 }
 
-fn next_port_table_id(counter: &mut super::number::Counter, live: &mut NumberSet<PortTableId>) -> PortTableId {
+fn next_port_table_id(counter: &mut super::ids::Counter, live: &mut NumberSet<PortTableId>) -> PortTableId {
     let table = PortTableId(counter.next(|n| live.contains(&PortTableId(n))));
     live.insert(table);
     table
