@@ -8,7 +8,7 @@ use ipnetwork::IpNetwork;
 
 use super::endpoints::{Candidate, Choice, candidates, choose, ignored};
 use super::model::{Algorithm, BackendKey, BackendState, FrontendKey, FrontendKind};
-use super::settings::{Here, Settings};
+use super::settings::{LocalNode, Settings};
 use super::{ALGORITHM, BACKEND_TYPE, WEIGHT, table};
 use crate::ident::Family;
 use crate::objects::{
@@ -24,14 +24,14 @@ pub(super) struct BackendFacts {
 
 /// A table whose slots are places in the owner's list of backends.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct WantedTable {
+pub(super) struct DesiredTable {
     pub(super) algorithm: Algorithm,
     pub(super) slots: Vec<BackendKey>,
 }
 
 /// What a frontend does, with the table as its place in the port's list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum WantedSelection {
+pub(super) enum DesiredSelection {
     Table(usize),
     Reject,
     Drop,
@@ -39,33 +39,33 @@ pub(super) enum WantedSelection {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct WantedFrontend {
+pub(super) struct DesiredFrontend {
     pub(super) key: FrontendKey,
     pub(super) kind: FrontendKind,
-    pub(super) inside: WantedSelection,
-    pub(super) outside: WantedSelection,
+    pub(super) inside: DesiredSelection,
+    pub(super) outside: DesiredSelection,
     pub(super) masquerade: bool,
     pub(super) check_source: bool,
 }
 
 /// A port with its frontends.
 #[derive(Clone, Debug)]
-pub(super) struct WantedPort {
+pub(super) struct DesiredPort {
     pub(super) name: Arc<str>,
     pub(super) protocol: Protocol,
     pub(super) affinity_seconds: u32,
     pub(super) ranges: Vec<IpNetwork>,
-    pub(super) tables: Vec<WantedTable>,
-    pub(super) frontends: Vec<WantedFrontend>,
+    pub(super) tables: Vec<DesiredTable>,
+    pub(super) frontends: Vec<DesiredFrontend>,
 }
 
-impl WantedPort {
+impl DesiredPort {
     /// Drops tables that no frontend leads to.
     fn prune(&mut self) {
         let mut place = vec![None; self.tables.len()];
         let mut kept = Vec::new();
         for selection in self.frontends.iter_mut().flat_map(|f| [&mut f.inside, &mut f.outside]) {
-            if let WantedSelection::Table(at) = selection {
+            if let DesiredSelection::Table(at) = selection {
                 let new = *place[*at].get_or_insert_with(|| {
                     kept.push(self.tables[*at].clone());
                     kept.len() - 1
@@ -79,8 +79,8 @@ impl WantedPort {
 
 /// All that one owner needs.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Wanted {
-    pub(super) ports: Vec<WantedPort>,
+pub(super) struct DesiredState {
+    pub(super) ports: Vec<DesiredPort>,
     pub(super) backends: BTreeMap<BackendKey, BackendFacts>,
     /// A health-check port with the number of ready endpoints on this node.
     pub(super) health: Option<(u16, u32)>,
@@ -109,23 +109,23 @@ pub(super) fn service(
     service: &Service,
     slices: &[Arc<EndpointSlice>],
     weights: &Weights,
-    here: &Here,
+    node: &LocalNode,
     settings: &Settings,
-) -> Wanted {
-    let mut wanted = Wanted::default();
+) -> DesiredState {
+    let mut desired = DesiredState::default();
     if !served(service) {
-        return wanted;
+        return desired;
     }
     let algorithm = match service.meta.annotations.get(ALGORITHM).map(str::parse) {
         None => settings.algorithm,
         Some(Ok(algorithm)) => algorithm,
         Some(Err(error)) => {
-            wanted.problems.push(format!("annotation {ALGORITHM}: {error}; {} is used", settings.algorithm.name()));
+            desired.problems.push(format!("annotation {ALGORITHM}: {error}; {} is used", settings.algorithm.name()));
             settings.algorithm
         }
     };
     for port in &service.ports {
-        let mut out = WantedPort {
+        let mut out = DesiredPort {
             name: Arc::clone(&port.name),
             protocol: port.protocol,
             affinity_seconds: service.affinity_seconds.unwrap_or(0),
@@ -134,15 +134,15 @@ pub(super) fn service(
             frontends: Vec::new(),
         };
         for family in [Family::V4, Family::V6] {
-            let found = candidates(slices, port, family, service.publish_not_ready, here);
-            let choice = choose(&found, here);
-            note_backends(&mut wanted.backends, &found, port.protocol);
+            let found = candidates(slices, port, family, service.publish_not_ready, node);
+            let choice = choose(&found, node);
+            note_backends(&mut desired.backends, &found, port.protocol);
             let locally = [service.internal_policy, service.external_policy].contains(&TrafficPolicy::Local);
             let exits = Exits::new(&mut out.tables, &choice, locally, |indices| {
                 let picked: Vec<(BackendKey, u16)> =
                     indices.iter().map(|i| (key(&found[*i], port.protocol), weight_of(&found[*i], weights))).collect();
                 let slots = table::slots(algorithm, settings.maglev_size, &picked);
-                WantedTable { algorithm, slots: slots.iter().map(|i| picked[*i as usize].0).collect() }
+                DesiredTable { algorithm, slots: slots.iter().map(|i| picked[*i as usize].0).collect() }
             });
             frontends(&mut out.frontends, service, port, family, &exits, settings);
         }
@@ -150,32 +150,32 @@ pub(super) fn service(
         if out.frontends.iter().any(|f| f.check_source) {
             out.ranges.clone_from(&service.source_ranges);
         }
-        wanted.ports.push(out);
+        desired.ports.push(out);
     }
     if service.kind == ServiceType::LoadBalancer
         && service.external_policy == TrafficPolicy::Local
         && service.health_check_port != 0
     {
-        wanted.health = Some((service.health_check_port, local_ready(service, slices, here)));
+        desired.health = Some((service.health_check_port, local_ready(service, slices, node)));
     }
-    wanted
+    desired
 }
 
 /// What clients get under each traffic policy.
 struct Exits {
-    cluster: WantedSelection,
-    local_inside: WantedSelection,
-    local_outside: WantedSelection,
+    cluster: DesiredSelection,
+    local_inside: DesiredSelection,
+    local_outside: DesiredSelection,
 }
 
 impl Exits {
     fn new(
-        tables: &mut Vec<WantedTable>,
+        tables: &mut Vec<DesiredTable>,
         choice: &Choice,
         locally: bool,
-        make: impl Fn(&[usize]) -> WantedTable,
+        make: impl Fn(&[usize]) -> DesiredTable,
     ) -> Self {
-        use WantedSelection::{Drop, Reject, Table};
+        use DesiredSelection::{Drop, Reject, Table};
         let mut add = |indices: &[usize]| {
             let table = make(indices);
             let known = tables.iter().position(|t| *t == table);
@@ -195,14 +195,14 @@ impl Exits {
 }
 
 fn frontends(
-    out: &mut Vec<WantedFrontend>,
+    out: &mut Vec<DesiredFrontend>,
     service: &Service,
     port: &ServicePort,
     family: Family,
     exits: &Exits,
     settings: &Settings,
 ) {
-    use WantedSelection::{Pass, Reject};
+    use DesiredSelection::{Pass, Reject};
     let ours = |address: &&IpAddr| Family::of(**address) == family;
     let at = |address: IpAddr, number: u16| FrontendKey::new(address, number, port.protocol);
     let inside = match service.internal_policy {
@@ -214,7 +214,7 @@ fn frontends(
         TrafficPolicy::Local => exits.local_outside,
     };
     let masquerade = service.external_policy == TrafficPolicy::Cluster;
-    let cluster = |key, inside| WantedFrontend {
+    let cluster = |key, inside| DesiredFrontend {
         key,
         kind: FrontendKind::ClusterIp,
         inside,
@@ -228,7 +228,7 @@ fn frontends(
             out.push(cluster(FrontendKey::rest(*address), Reject));
         }
     }
-    let external = |key, kind, inside, outside| WantedFrontend {
+    let external = |key, kind, inside, outside| DesiredFrontend {
         key,
         kind,
         inside,
@@ -283,12 +283,12 @@ pub(super) fn merged(a: BackendFacts, b: BackendFacts) -> BackendFacts {
 }
 
 /// Addresses on this node with a ready endpoint: what a load balancer's health check asks for.
-fn local_ready(service: &Service, slices: &[Arc<EndpointSlice>], here: &Here) -> u32 {
+fn local_ready(service: &Service, slices: &[Arc<EndpointSlice>], node: &LocalNode) -> u32 {
     let addresses: std::collections::BTreeSet<IpAddr> = service
         .ports
         .iter()
         .flat_map(|port| [(port, Family::V4), (port, Family::V6)])
-        .flat_map(|(port, family)| candidates(slices, port, family, service.publish_not_ready, here))
+        .flat_map(|(port, family)| candidates(slices, port, family, service.publish_not_ready, node))
         .filter(|c| c.local && c.state == BackendState::Ready)
         .map(|c| c.address)
         .collect();
@@ -296,21 +296,21 @@ fn local_ready(service: &Service, slices: &[Arc<EndpointSlice>], here: &Here) ->
 }
 
 /// Whether a pod has host ports on this node.
-pub(super) fn has_host_ports(pod: &Pod, here: &Here) -> bool {
+pub(super) fn has_host_ports(pod: &Pod, node: &LocalNode) -> bool {
     !pod.host_network
-        && pod.node.as_ref().is_some_and(|node| *node == here.name)
+        && pod.node.as_ref().is_some_and(|own| *own == node.name)
         && pod.holds_addresses()
         && pod.ports.iter().any(|port| port.host_port != 0)
 }
 
 /// What a pod of this node needs for its host ports.
-pub(super) fn pod(pod: &Pod, here: &Here) -> Wanted {
-    let mut wanted = Wanted::default();
-    if !has_host_ports(pod, here) {
-        return wanted;
+pub(super) fn pod(pod: &Pod, node: &LocalNode) -> DesiredState {
+    let mut desired = DesiredState::default();
+    if !has_host_ports(pod, node) {
+        return desired;
     }
     for port in pod.ports.iter().filter(|port| port.host_port != 0) {
-        let mut out = WantedPort {
+        let mut out = DesiredPort {
             name: Arc::from(format!("host-{}", port.host_port)),
             protocol: port.protocol,
             affinity_seconds: 0,
@@ -320,16 +320,16 @@ pub(super) fn pod(pod: &Pod, here: &Here) -> Wanted {
         };
         for address in &pod.ips {
             let backend = BackendKey { address: *address, port: port.port, protocol: port.protocol };
-            wanted.backends.insert(backend, BackendFacts { state: BackendState::Ready, local: true });
-            out.tables.push(WantedTable { algorithm: Algorithm::Random, slots: vec![backend] });
-            let table = WantedSelection::Table(out.tables.len() - 1);
+            desired.backends.insert(backend, BackendFacts { state: BackendState::Ready, local: true });
+            out.tables.push(DesiredTable { algorithm: Algorithm::Random, slots: vec![backend] });
+            let table = DesiredSelection::Table(out.tables.len() - 1);
             let family = Family::of(*address);
             let key = match port.host_ip {
                 None => FrontendKey::node(family, port.host_port, port.protocol),
                 Some(host) if Family::of(host) == family => FrontendKey::new(host, port.host_port, port.protocol),
                 Some(_) => continue,
             };
-            out.frontends.push(WantedFrontend {
+            out.frontends.push(DesiredFrontend {
                 key,
                 kind: FrontendKind::HostPort,
                 inside: table,
@@ -339,7 +339,7 @@ pub(super) fn pod(pod: &Pod, here: &Here) -> Wanted {
             });
         }
         out.prune();
-        wanted.ports.push(out);
+        desired.ports.push(out);
     }
-    wanted
+    desired
 }

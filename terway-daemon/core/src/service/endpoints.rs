@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::model::BackendState;
-use super::settings::Here;
+use super::settings::LocalNode;
 use super::{HEADLESS, PROXY_NAME};
 use crate::ident::Family;
 use crate::objects::{Endpoint, EndpointSlice, Hints, ObjectMeta, ServicePort, TargetRef};
@@ -42,7 +42,7 @@ pub(super) fn candidates<'a>(
     port: &ServicePort,
     family: Family,
     publish_not_ready: bool,
-    here: &Here,
+    node: &LocalNode,
 ) -> Vec<Candidate<'a>> {
     let mut found: BTreeMap<(IpAddr, u16), Candidate<'a>> = BTreeMap::new();
     for slice in slices {
@@ -56,7 +56,7 @@ pub(super) fn candidates<'a>(
                     address,
                     port: number,
                     state: state(endpoint, publish_not_ready),
-                    local: endpoint.node.as_ref().is_some_and(|node| *node == here.name),
+                    local: endpoint.node.as_ref().is_some_and(|own| *own == node.name),
                     hints: endpoint.hints.as_deref(),
                     target: endpoint.target.as_deref(),
                 };
@@ -88,14 +88,14 @@ pub(super) struct Choice {
 }
 
 /// Ready endpoints; where there is none, those that still answer on their way out (KEP-1669), for each policy on its own.
-pub(super) fn choose(candidates: &[Candidate<'_>], here: &Here) -> Choice {
-    let indices = |wanted: &dyn Fn(&Candidate<'_>) -> bool| -> Vec<usize> {
-        (0..candidates.len()).filter(|i| wanted(&candidates[*i])).collect()
+pub(super) fn choose(candidates: &[Candidate<'_>], node: &LocalNode) -> Choice {
+    let indices = |desired: &dyn Fn(&Candidate<'_>) -> bool| -> Vec<usize> {
+        (0..candidates.len()).filter(|i| desired(&candidates[*i])).collect()
     };
     let ready = |c: &Candidate<'_>| c.state == BackendState::Ready;
     let draining = |c: &Candidate<'_>| c.state == BackendState::Draining;
-    let topology = topology(candidates, here);
-    let mut cluster = indices(&|c| ready(c) && topology.allows(c, here));
+    let topology = topology(candidates, node);
+    let mut cluster = indices(&|c| ready(c) && topology.allows(c, node));
     if cluster.is_empty() {
         cluster = indices(&draining);
     }
@@ -115,25 +115,25 @@ enum Topology {
 }
 
 impl Topology {
-    fn allows(self, candidate: &Candidate<'_>, here: &Here) -> bool {
+    fn allows(self, candidate: &Candidate<'_>, node: &LocalNode) -> bool {
         match self {
             Self::Ignored => true,
-            Self::Node => for_node(candidate, here),
-            Self::Zone => for_zone(candidate, here),
+            Self::Node => for_node(candidate, node),
+            Self::Zone => for_zone(candidate, node),
         }
     }
 }
 
-fn for_node(candidate: &Candidate<'_>, here: &Here) -> bool {
-    candidate.hints.is_some_and(|hints| hints.nodes.contains(&here.name))
+fn for_node(candidate: &Candidate<'_>, node: &LocalNode) -> bool {
+    candidate.hints.is_some_and(|hints| hints.nodes.contains(&node.name))
 }
 
-fn for_zone(candidate: &Candidate<'_>, here: &Here) -> bool {
-    here.zone.as_ref().is_some_and(|zone| candidate.hints.is_some_and(|hints| hints.zones.contains(zone)))
+fn for_zone(candidate: &Candidate<'_>, node: &LocalNode) -> bool {
+    node.zone.as_ref().is_some_and(|zone| candidate.hints.is_some_and(|hints| hints.zones.contains(zone)))
 }
 
 /// Hints are followed only if every ready endpoint has one and at least one means us: a half-written set must not lose endpoints.
-fn topology(candidates: &[Candidate<'_>], here: &Here) -> Topology {
+fn topology(candidates: &[Candidate<'_>], node: &LocalNode) -> Topology {
     let mut ready = candidates.iter().filter(|c| c.state == BackendState::Ready).peekable();
     if ready.peek().is_none() {
         return Topology::Ignored;
@@ -142,8 +142,8 @@ fn topology(candidates: &[Candidate<'_>], here: &Here) -> Topology {
     for candidate in ready {
         all_nodes &= candidate.hints.is_some_and(|hints| !hints.nodes.is_empty());
         all_zones &= candidate.hints.is_some_and(|hints| !hints.zones.is_empty());
-        our_node |= for_node(candidate, here);
-        our_zone |= for_zone(candidate, here);
+        our_node |= for_node(candidate, node);
+        our_zone |= for_zone(candidate, node);
     }
     match (all_nodes && our_node, all_zones && our_zone) {
         (true, _) => Topology::Node,

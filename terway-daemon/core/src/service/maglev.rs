@@ -13,13 +13,13 @@ pub const MAGLEV_SIZES: [u32; 10] = [251, 509, 1021, 2039, 4093, 8191, 16_381, 3
 /// Below this many slots for each backend the shares of a Maglev table get uneven by tens of percent.
 const SLOTS_PER_BACKEND: usize = 8;
 
-/// The size for so many backends: the wanted one, or the next that is large enough.
-pub(super) fn size(wanted: u32, backends: usize) -> u32 {
+/// The size for so many backends: the desired one, or the next that is large enough.
+pub(super) fn size(desired: u32, backends: usize) -> u32 {
     let least = u32::try_from(backends.saturating_mul(SLOTS_PER_BACKEND)).unwrap_or(u32::MAX);
-    if least <= wanted {
-        return wanted;
+    if least <= desired {
+        return desired;
     }
-    MAGLEV_SIZES.into_iter().find(|prime| *prime >= least).unwrap_or(MAGLEV_SIZES[MAGLEV_SIZES.len() - 1]).max(wanted)
+    MAGLEV_SIZES.into_iter().find(|prime| *prime >= least).unwrap_or(MAGLEV_SIZES[MAGLEV_SIZES.len() - 1]).max(desired)
 }
 
 /// Fills a table of `size` slots, a prime, with indices into `backends`, whose second part are weights.

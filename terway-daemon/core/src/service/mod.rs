@@ -1,7 +1,7 @@
 //! Services: from Kubernetes' objects to what the datapath's maps must hold.
 //!
 //! A **frontend** is an address and port that clients talk to; it says for clients inside the node and for those from outside which **table** a
-//! backend is drawn from. A table is a list of slots, each holding a **backend**, a pod's address and port. The [`Planner`] turns changes of
+//! backend is drawn from. A table is a list of slots, each state a **backend**, a pod's address and port. The [`Planner`] turns changes of
 //! objects into operations on these three, in an order in which every frontend leads, at each moment, to its old backends or to its new ones:
 //! backends first, then tables under ids that nobody uses yet, then the frontends; what is no longer needed goes in the reverse order.
 //!

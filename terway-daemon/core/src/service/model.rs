@@ -116,7 +116,7 @@ impl FromStr for Algorithm {
 pub struct Table {
     /// How a slot is chosen.
     pub algorithm: Algorithm,
-    /// The slots. Weights are in how often a backend stands here.
+    /// The slots. Weights are in how often a backend stands node.
     pub slots: Vec<BackendRef>,
 }
 
@@ -218,7 +218,7 @@ pub struct Frontend {
     pub inside: Selection,
     /// For clients whose packets come in by the node's interfaces.
     pub outside: Selection,
-    /// Whether clients from outside appear to a backend on another node with this node's address, so that the reply comes back here.
+    /// Whether clients from outside appear to a backend on another node with this node's address, so that the reply comes back node.
     pub masquerade: bool,
     /// Whether clients from outside must be in one of the port's source ranges; the others are dropped.
     pub check_source: bool,

@@ -11,15 +11,15 @@ use indexmap::IndexMap;
 use ipnetwork::IpNetwork;
 use smallvec::SmallVec;
 
-use self::entries::{BackendEntry, Claim, FrontendEntry, HeldPort, Holding, Life, TableEntry};
-use self::object_errors::Complaints;
-use super::desired::{self, BackendFacts, Wanted, WantedPort, WantedSelection, Weights};
+use self::entries::{BackendEntry, BackendValue, FrontendEntry, OwnerState, PortState, Reference, TableEntry};
+use self::object_errors::ObjectErrors;
+use super::desired::{self, BackendFacts, DesiredPort, DesiredSelection, DesiredState, Weights};
 use super::ids::Ids;
 use super::model::{
     BackendId, BackendKey, BackendRef, Frontend, FrontendKey, MapContents, Op, Owner, Plan, PortId, Selection, Table,
     TableId,
 };
-use super::settings::{Here, NodeFacts, Settings};
+use super::settings::{LocalNode, NodeFacts, Settings};
 use crate::objects::{
     Applied, Delta, EndpointSlice, Kind, Node, ObjectKey, ObjectName, Objects, Pod, Protocol, Service,
 };
@@ -57,9 +57,9 @@ struct Touched {
 pub struct Planner {
     settings: Settings,
     facts: NodeFacts,
-    here: Here,
+    node: LocalNode,
     weights: Weights,
-    holdings: BTreeMap<Arc<Owner>, Holding>,
+    owners: BTreeMap<Arc<Owner>, OwnerState>,
     /// By Service: the names of its slices, in their order; all are in its namespace.
     slices_of: HashMap<ObjectName, SmallVec<[Arc<str>; 1]>>,
     // An index map has no empty places for large entries.
@@ -67,7 +67,7 @@ pub struct Planner {
     tables: HashMap<Arc<Table>, TableEntry>,
     frontends: IndexMap<FrontendKey, FrontendEntry>,
     health: BTreeMap<u16, BTreeMap<ObjectName, u32>>,
-    complaints: Complaints,
+    errors: ObjectErrors,
     backend_ids: Ids,
     table_ids: Ids,
     port_ids: Ids,
@@ -96,17 +96,17 @@ impl Planner {
         let backend_ids = Ids::new(kernel.backends.keys().map(|id| id.0));
         let table_ids = Ids::new(kernel.tables.keys().map(|id| id.0));
         let mut planner = Self {
-            here: Here::new(&facts, None),
+            node: LocalNode::new(&facts, None),
             settings,
             facts,
             weights: Weights::new(),
-            holdings: BTreeMap::new(),
+            owners: BTreeMap::new(),
             slices_of: HashMap::new(),
             backends: IndexMap::new(),
             tables: HashMap::new(),
             frontends: IndexMap::new(),
             health: BTreeMap::new(),
-            complaints: Complaints::default(),
+            errors: ObjectErrors::default(),
             backend_ids,
             table_ids,
             port_ids: Ids::new(ports.into_iter().chain(kernel.ranges.iter().map(|(port, _)| port.0))),
@@ -117,7 +117,7 @@ impl Planner {
             generation,
         };
         for (id, backend) in kernel.backends {
-            let entry = BackendEntry { id, written: Some(Life::of(&backend)), claims: SmallVec::new() };
+            let entry = BackendEntry { id, written: Some(BackendValue::of(&backend)), references: SmallVec::new() };
             if let Some(twin) = planner.backends.insert(backend.key, entry) {
                 let written = twin.written.map(|written| Op::RemoveBackend(twin.id, written.at(backend.key)));
                 planner.leftovers.extend(written);
@@ -129,7 +129,7 @@ impl Planner {
             }
         }
         for (key, frontend) in kernel.frontends {
-            planner.frontends.insert(key, FrontendEntry { written: Some(frontend), claims: SmallVec::new() });
+            planner.frontends.insert(key, FrontendEntry { written: Some(frontend), references: SmallVec::new() });
         }
         planner
     }
@@ -137,16 +137,16 @@ impl Planner {
     /// Plans from all objects: the first time, when the view of the cluster is complete, and whenever the daemon's own facts have changed.
     pub fn sync(&mut self, objects: &Objects) -> Plan {
         let node = objects.nodes().get(&ObjectName::new("", &self.facts.name));
-        self.here = Here::new(&self.facts, node.map(|n| &**n));
+        self.node = LocalNode::new(&self.facts, node.map(|n| &**n));
         self.weights =
             objects.pods().iter().filter_map(|(name, pod)| Some((name.clone(), desired::weight(pod)?))).collect();
         self.slices_of.clear();
         for slice in objects.slices().values() {
             self.index(slice, true);
         }
-        let mut dirty: BTreeSet<Arc<Owner>> = self.holdings.keys().cloned().collect();
+        let mut dirty: BTreeSet<Arc<Owner>> = self.owners.keys().cloned().collect();
         dirty.extend(objects.services().keys().map(|name| Arc::new(Owner::Service(name.clone()))));
-        let host_ports = objects.pods().iter().filter(|(_, pod)| desired::has_host_ports(pod, &self.here));
+        let host_ports = objects.pods().iter().filter(|(_, pod)| desired::has_host_ports(pod, &self.node));
         dirty.extend(host_ports.map(|(name, _)| Arc::new(Owner::Pod(name.clone()))));
         let mut touched = Touched {
             backends: self.backends.keys().copied().collect(),
@@ -166,7 +166,7 @@ impl Planner {
                 Applied::EndpointSlice(delta) => self.slice_changed(delta, &mut dirty),
                 Applied::Pod(delta) => self.pod_changed(objects, delta, &mut dirty),
                 Applied::Node(delta) if delta.name.name == self.facts.name => {
-                    if Here::new(&self.facts, delta.new.as_deref()) != self.here {
+                    if LocalNode::new(&self.facts, delta.new.as_deref()) != self.node {
                         return self.sync(objects);
                     }
                 }
@@ -179,7 +179,7 @@ impl Planner {
         if dirty.is_empty() {
             return Plan::default();
         }
-        let known = |owner: Owner| match self.holdings.get_key_value(&owner) {
+        let known = |owner: Owner| match self.owners.get_key_value(&owner) {
             Some((known, _)) => Arc::clone(known),
             None => Arc::new(owner),
         };
@@ -231,7 +231,7 @@ impl Planner {
     /// What is wrong with objects as they are, by object.
     #[must_use]
     pub fn object_errors(&self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
-        self.complaints.all()
+        self.errors.all()
     }
 
     /// The health-check ports that are to be answered, each with its Service and the number of its ready endpoints on this node.
@@ -243,8 +243,8 @@ impl Planner {
         self.health.iter().filter_map(first).collect()
     }
 
-    fn ports(&self) -> impl Iterator<Item = (&Arc<Owner>, &HeldPort)> {
-        self.holdings.iter().flat_map(|(owner, holding)| holding.ports.iter().map(move |port| (owner, port)))
+    fn ports(&self) -> impl Iterator<Item = (&Arc<Owner>, &PortState)> {
+        self.owners.iter().flat_map(|(owner, state)| state.ports.iter().map(move |port| (owner, port)))
     }
 
     fn index(&mut self, slice: &EndpointSlice, present: bool) -> Option<ObjectName> {
@@ -273,7 +273,7 @@ impl Planner {
 
     fn pod_changed(&mut self, objects: &Objects, delta: &Delta<Pod>, dirty: &mut BTreeSet<Owner>) {
         let sides = [delta.old.as_deref(), delta.new.as_deref()];
-        if sides.into_iter().flatten().any(|pod| desired::has_host_ports(pod, &self.here)) {
+        if sides.into_iter().flatten().any(|pod| desired::has_host_ports(pod, &self.node)) {
             dirty.insert(Owner::Pod(delta.name.clone()));
         }
         let weight = delta.new.as_deref().and_then(desired::weight);
@@ -297,9 +297,9 @@ impl Planner {
         }
     }
 
-    fn want(&self, objects: &Objects, owner: &Owner) -> Option<Wanted> {
+    fn desired(&self, objects: &Objects, owner: &Owner) -> Option<DesiredState> {
         match owner {
-            Owner::Pod(name) => objects.pods().get(name).map(|pod| desired::pod(pod, &self.here)),
+            Owner::Pod(name) => objects.pods().get(name).map(|pod| desired::pod(pod, &self.node)),
             Owner::Service(name) => {
                 let service: &Service = objects.services().get(name)?;
                 let names = self.slices_of.get(name).into_iter().flatten();
@@ -310,7 +310,7 @@ impl Planner {
                     .filter(|slice| !super::endpoints::ignored(&slice.meta))
                     .cloned()
                     .collect();
-                Some(desired::service(service, &slices, &self.weights, &self.here, &self.settings))
+                Some(desired::service(service, &slices, &self.weights, &self.node, &self.settings))
             }
         }
     }
@@ -318,12 +318,12 @@ impl Planner {
     fn plan(&mut self, objects: &Objects, dirty: BTreeSet<Arc<Owner>>, touched: &mut Touched) -> Plan {
         let mut plan = Plan::default();
         let want = |owner: Arc<Owner>| {
-            let wanted = self.want(objects, &owner).unwrap_or_default();
-            (owner, wanted)
+            let desired = self.desired(objects, &owner).unwrap_or_default();
+            (owner, desired)
         };
-        let wants: Vec<(Arc<Owner>, Wanted)> = dirty.into_iter().map(want).collect();
-        for (owner, wanted) in &wants {
-            self.claim_backends(owner, &wanted.backends, touched);
+        let wants: Vec<(Arc<Owner>, DesiredState)> = dirty.into_iter().map(want).collect();
+        for (owner, desired) in &wants {
+            self.claim_backends(owner, &desired.backends, touched);
         }
         touched.backends.sort_unstable();
         touched.backends.dedup();
@@ -332,15 +332,15 @@ impl Planner {
         for key in &touched.backends {
             self.write_backend(*key, &mut plan, &mut worse);
         }
-        for (owner, wanted) in wants {
-            self.complaints.of_owner(&owner, &wanted.problems);
-            self.take_over(&owner, wanted, touched, &mut plan);
+        for (owner, desired) in wants {
+            self.errors.of_owner(&owner, &desired.problems);
+            self.take_over(&owner, desired, touched, &mut plan);
         }
         if !self.found_ranges.is_empty() || !self.found_ports.is_empty() {
             self.finish_restore(touched);
         }
         self.write(touched, &mut plan, worse);
-        plan.object_errors = self.complaints.news();
+        plan.object_errors = self.errors.news();
         plan.retire.append(&mut self.leftovers);
         plan
     }
@@ -348,47 +348,47 @@ impl Planner {
     fn claim_backends(
         &mut self,
         owner: &Arc<Owner>,
-        wanted: &BTreeMap<BackendKey, BackendFacts>,
+        desired: &BTreeMap<BackendKey, BackendFacts>,
         touched: &mut Touched,
     ) {
-        for (key, facts) in wanted {
+        for (key, facts) in desired {
             let id = &mut self.backend_ids;
             let entry = self.backends.entry(*key).or_insert_with(|| BackendEntry {
                 id: BackendId(id.take()),
                 written: None,
-                claims: SmallVec::new(),
+                references: SmallVec::new(),
             });
-            match entry.claims.iter_mut().find(|(who, _)| who == owner) {
+            match entry.references.iter_mut().find(|(who, _)| who == owner) {
                 Some((_, known)) if known == facts => {}
                 Some((_, known)) => {
                     *known = *facts;
                     touched.backends.push(*key);
                 }
                 None => {
-                    entry.claims.push((Arc::clone(owner), *facts));
+                    entry.references.push((Arc::clone(owner), *facts));
                     touched.backends.push(*key);
                 }
             }
         }
-        let old = self.holdings.get(owner).into_iter().flat_map(|holding| &holding.backends);
-        for key in old.filter(|key| !wanted.contains_key(key)) {
+        let old = self.owners.get(owner).into_iter().flat_map(|state| &state.backends);
+        for key in old.filter(|key| !desired.contains_key(key)) {
             if let Some(entry) = self.backends.get_mut(key) {
-                entry.claims.retain(|(who, _)| who != owner);
+                entry.references.retain(|(who, _)| who != owner);
                 touched.backends.push(*key);
             }
         }
     }
 
     /// Replaces what an owner holds by what it wants. What both have in common is claimed before the old is let go, so it survives.
-    fn take_over(&mut self, owner: &Arc<Owner>, wanted: Wanted, touched: &mut Touched, plan: &mut Plan) {
-        let old = self.holdings.remove(owner).unwrap_or_default();
-        let health = wanted.health;
+    fn take_over(&mut self, owner: &Arc<Owner>, desired: DesiredState, touched: &mut Touched, plan: &mut Plan) {
+        let old = self.owners.remove(owner).unwrap_or_default();
+        let health = desired.health;
         self.note_health(owner, old.health, health, plan);
-        let backends: Vec<BackendKey> = wanted.backends.into_keys().collect();
+        let backends: Vec<BackendKey> = desired.backends.into_keys().collect();
         let mut before = old.ports;
-        let mut ports = Vec::with_capacity(wanted.ports.len());
-        for (place, port) in (0..).zip(wanted.ports) {
-            let same = |held: &HeldPort| held.name == port.name && held.protocol == port.protocol;
+        let mut ports = Vec::with_capacity(desired.ports.len());
+        for (place, port) in (0..).zip(desired.ports) {
+            let same = |held: &PortState| held.name == port.name && held.protocol == port.protocol;
             let held = before.iter().position(same).map(|at| before.swap_remove(at));
             ports.push(self.take_over_port(owner, place, port, held, touched));
         }
@@ -398,7 +398,7 @@ impl Planner {
             touched.ports_gone.push(held.id);
         }
         if !ports.is_empty() || !backends.is_empty() || health.is_some() {
-            self.holdings.insert(Arc::clone(owner), Holding { ports, backends, health: health.map(|(port, _)| port) });
+            self.owners.insert(Arc::clone(owner), OwnerState { ports, backends, health: health.map(|(port, _)| port) });
         }
     }
 
@@ -406,16 +406,16 @@ impl Planner {
         &mut self,
         owner: &Arc<Owner>,
         place: u32,
-        wanted: WantedPort,
-        held: Option<HeldPort>,
+        desired: DesiredPort,
+        held: Option<PortState>,
         touched: &mut Touched,
-    ) -> HeldPort {
+    ) -> PortState {
         let id = match &held {
             Some(held) => held.id,
-            None => self.port_id(&wanted),
+            None => self.port_id(&desired),
         };
-        let mut tables = Vec::with_capacity(wanted.tables.len());
-        for table in &wanted.tables {
+        let mut tables = Vec::with_capacity(desired.tables.len());
+        for table in &desired.tables {
             let slots = table.slots.iter().filter_map(|key| {
                 let entry = self.backends.get(key)?;
                 Some(BackendRef { backend: entry.id, generation: entry.written?.generation })
@@ -425,16 +425,16 @@ impl Planner {
             let content = Table { algorithm: table.algorithm, slots };
             tables.push(self.use_table(content, touched));
         }
-        let resolve = |selection: WantedSelection| match selection {
-            WantedSelection::Table(at) => tables
+        let resolve = |selection: DesiredSelection| match selection {
+            DesiredSelection::Table(at) => tables
                 .get(at)
                 .and_then(|table| self.tables.get(table))
                 .map_or(Selection::Reject, |entry| Selection::Table(entry.id)),
-            WantedSelection::Reject => Selection::Reject,
-            WantedSelection::Drop => Selection::Drop,
-            WantedSelection::Pass => Selection::Pass,
+            DesiredSelection::Reject => Selection::Reject,
+            DesiredSelection::Drop => Selection::Drop,
+            DesiredSelection::Pass => Selection::Pass,
         };
-        let frontends: Vec<(FrontendKey, Frontend)> = wanted
+        let frontends: Vec<(FrontendKey, Frontend)> = desired
             .frontends
             .iter()
             .map(|f| {
@@ -445,7 +445,7 @@ impl Planner {
                     outside: resolve(f.outside),
                     masquerade: f.masquerade,
                     check_source: f.check_source,
-                    affinity_seconds: wanted.affinity_seconds,
+                    affinity_seconds: desired.affinity_seconds,
                 };
                 (f.key, frontend)
             })
@@ -455,18 +455,18 @@ impl Planner {
             self.release_port(owner, held, &keys, touched);
         }
         for (key, frontend) in frontends {
-            self.claim(key, Claim { owner: Arc::clone(owner), place, frontend }, touched);
+            self.claim(key, Reference { owner: Arc::clone(owner), place, frontend }, touched);
         }
-        let ranges: BTreeSet<IpNetwork> = wanted.ranges.into_iter().collect();
+        let ranges: BTreeSet<IpNetwork> = desired.ranges.into_iter().collect();
         let before = held.map(|held| held.ranges).unwrap_or_default();
         touched.ranges_added.extend(ranges.difference(&before).map(|net| (id, *net)));
         touched.ranges_gone.extend(before.difference(&ranges).map(|net| (id, *net)));
-        HeldPort { name: wanted.name, protocol: wanted.protocol, id, ranges, tables, frontends: keys }
+        PortState { name: desired.name, protocol: desired.protocol, id, ranges, tables, frontends: keys }
     }
 
     /// The id that the port's frontends had before the daemon started, or a new one.
-    fn port_id(&mut self, wanted: &WantedPort) -> PortId {
-        let found = wanted.frontends.iter().filter(|f| f.key.protocol.is_some());
+    fn port_id(&mut self, desired: &DesiredPort) -> PortId {
+        let found = desired.frontends.iter().filter(|f| f.key.protocol.is_some());
         let mut known = found.filter_map(|f| self.found_ports.get(&f.key).copied());
         if let Some(id) = known.find(|id| !self.taken_ports.contains(id)) {
             self.taken_ports.insert(id);
@@ -490,8 +490,8 @@ impl Planner {
         shared
     }
 
-    /// Lets go of a port's tables, and of its claims on all frontends but `kept`.
-    fn release_port(&mut self, owner: &Owner, held: &HeldPort, kept: &[FrontendKey], touched: &mut Touched) {
+    /// Lets go of a port's tables, and of its references on all frontends but `kept`.
+    fn release_port(&mut self, owner: &Owner, held: &PortState, kept: &[FrontendKey], touched: &mut Touched) {
         for table in &held.tables {
             if let Some(entry) = self.tables.get_mut(table) {
                 entry.users -= 1;
@@ -502,19 +502,20 @@ impl Planner {
         }
         for key in &held.frontends {
             let Some(entry) = self.frontends.get_mut(key) else { continue };
-            entry.claims.retain(|claim| *claim.owner != *owner || claim.frontend.port != held.id);
+            entry.references.retain(|claim| *claim.owner != *owner || claim.frontend.port != held.id);
             if !kept.contains(key) {
                 touched.frontends.push(*key);
             }
         }
     }
 
-    fn claim(&mut self, key: FrontendKey, claim: Claim, touched: &mut Touched) {
+    fn claim(&mut self, key: FrontendKey, claim: Reference, touched: &mut Touched) {
         let entry = self.frontends.entry(key).or_default();
-        let at = entry.claims.partition_point(|other| other.rank() < claim.rank());
-        entry.claims.insert(at, claim);
-        // Of two claims one loses, whichever was there first, and its owner is to be told.
-        if entry.claims.len() > 1 || entry.claims.first().map(|first| &first.frontend) != entry.written.as_ref() {
+        let at = entry.references.partition_point(|other| other.rank() < claim.rank());
+        entry.references.insert(at, claim);
+        // Of two references one loses, whichever was there first, and its owner is to be told.
+        if entry.references.len() > 1 || entry.references.first().map(|first| &first.frontend) != entry.written.as_ref()
+        {
             touched.frontends.push(key);
         }
     }

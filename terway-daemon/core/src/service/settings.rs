@@ -34,12 +34,12 @@ pub struct NodeFacts {
 
 /// The node as the rules see it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Here {
+pub(super) struct LocalNode {
     pub(super) name: Arc<str>,
     pub(super) zone: Option<Arc<str>>,
 }
 
-impl Here {
+impl LocalNode {
     pub(super) fn new(facts: &NodeFacts, node: Option<&Node>) -> Self {
         let zone = node.and_then(Node::zone).map(Arc::from).or_else(|| facts.zone.clone());
         Self { name: Arc::clone(&facts.name), zone }

@@ -185,9 +185,9 @@ mod tests {
             };
             let dead = |t: &&TranslatedSocket| !t.backend_alive && named.contains(&t.protocol);
             for (cookie, protocol, peer) in listed {
-                let wanted =
+                let desired =
                     all.iter().filter(dead).any(|t| (t.cookie, t.protocol, t.backend) == (cookie, protocol, peer));
-                prop_assert_eq!(stale.contains(cookie, protocol, peer), wanted);
+                prop_assert_eq!(stale.contains(cookie, protocol, peer), desired);
             }
             // Wherever one is, and whatever it speaks, it is looked for; and nowhere else.
             let (netns, protocols): (BTreeSet<u64>, BTreeSet<u8>) =

@@ -14,14 +14,14 @@ use crate::service::model::{
 
 /// What an owner holds at the moment.
 #[derive(Debug, Default)]
-pub(super) struct Holding {
-    pub(super) ports: Vec<HeldPort>,
+pub(super) struct OwnerState {
+    pub(super) ports: Vec<PortState>,
     pub(super) backends: Vec<BackendKey>,
     pub(super) health: Option<u16>,
 }
 
 #[derive(Debug)]
-pub(super) struct HeldPort {
+pub(super) struct PortState {
     pub(super) name: Arc<str>,
     pub(super) protocol: Protocol,
     pub(super) id: PortId,
@@ -34,19 +34,19 @@ pub(super) struct HeldPort {
 #[derive(Debug)]
 pub(super) struct BackendEntry {
     pub(super) id: BackendId,
-    pub(super) written: Option<Life>,
-    pub(super) claims: SmallVec<[(Arc<Owner>, BackendFacts); 1]>,
+    pub(super) written: Option<BackendValue>,
+    pub(super) references: SmallVec<[(Arc<Owner>, BackendFacts); 1]>,
 }
 
 /// A [`Backend`] without its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Life {
+pub(super) struct BackendValue {
     pub(super) state: BackendState,
     pub(super) local: bool,
     pub(super) generation: u32,
 }
 
-impl Life {
+impl BackendValue {
     pub(super) const fn of(backend: &Backend) -> Self {
         Self { state: backend.state, local: backend.local, generation: backend.generation }
     }
@@ -65,15 +65,15 @@ pub(super) struct TableEntry {
 
 /// Somebody's wish for a frontend.
 #[derive(Debug)]
-pub(super) struct Claim {
+pub(super) struct Reference {
     pub(super) owner: Arc<Owner>,
     /// The port's place in the owner.
     pub(super) place: u32,
     pub(super) frontend: Frontend,
 }
 
-impl Claim {
-    /// What orders claims of one frontend.
+impl Reference {
+    /// What orders references of one frontend.
     pub(super) fn rank(&self) -> (FrontendKind, &Owner, u32) {
         (self.frontend.kind, &self.owner, self.place)
     }
@@ -83,5 +83,5 @@ impl Claim {
 pub(super) struct FrontendEntry {
     pub(super) written: Option<Frontend>,
     /// In the order of their ranks; the first one holds.
-    pub(super) claims: SmallVec<[Claim; 1]>,
+    pub(super) references: SmallVec<[Reference; 1]>,
 }

@@ -8,17 +8,17 @@ use crate::service::model::{FrontendKey, Owner};
 
 /// See the [module](self).
 #[derive(Debug, Default)]
-pub(super) struct Complaints {
+pub(super) struct ObjectErrors {
     /// What an owner asks for that cannot be.
     owners: HashMap<Owner, Vec<String>>,
-    /// Who claims a frontend in vain, and who holds it.
+    /// Who references a frontend in vain, and who holds it.
     frontends: HashMap<FrontendKey, (Owner, BTreeSet<Owner>)>,
-    /// The frontends that an owner claims in vain: the second one, the other way round.
+    /// The frontends that an owner references in vain: the second one, the other way round.
     lost: HashMap<Owner, BTreeSet<FrontendKey>>,
     changed: BTreeSet<Owner>,
 }
 
-impl Complaints {
+impl ObjectErrors {
     /// What the owner's own words are wrong about, in place of what they were.
     pub(super) fn of_owner(&mut self, owner: &Owner, messages: &[String]) {
         let before = self.owners.get(owner).map_or(&[][..], Vec::as_slice);
@@ -33,14 +33,14 @@ impl Complaints {
         }
     }
 
-    /// Who claims a frontend, the holder first.
-    pub(super) fn of_frontend<'a>(&mut self, key: FrontendKey, mut claims: impl Iterator<Item = &'a Owner>) {
+    /// Who references a frontend, the holder first.
+    pub(super) fn of_frontend<'a>(&mut self, key: FrontendKey, mut references: impl Iterator<Item = &'a Owner>) {
         // The entry for all other ports of an address is shared by all ports of its Service, and no conflict.
         if key.protocol.is_none() {
             return;
         }
-        let now = claims.next().and_then(|holder| {
-            let losers: BTreeSet<Owner> = claims.filter(|loser| *loser != holder).cloned().collect();
+        let now = references.next().and_then(|holder| {
+            let losers: BTreeSet<Owner> = references.filter(|loser| *loser != holder).cloned().collect();
             (!losers.is_empty()).then(|| (holder.clone(), losers))
         });
         let before = match &now {
@@ -63,12 +63,12 @@ impl Complaints {
         }
     }
 
-    /// The complaints of every object for which they may have changed since the last call.
+    /// The errors of every object for which they may have changed since the last call.
     pub(super) fn news(&mut self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
         std::mem::take(&mut self.changed).into_iter().map(|owner| (object_of(&owner), self.about(&owner))).collect()
     }
 
-    /// All complaints.
+    /// All errors.
     pub(super) fn all(&self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
         self.owners.keys().chain(self.lost.keys()).map(|owner| (object_of(owner), self.about(owner))).collect()
     }

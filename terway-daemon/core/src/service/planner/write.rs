@@ -1,6 +1,6 @@
 //! The second half of planning: from what was touched to operations in their order.
 
-use super::entries::Life;
+use super::entries::BackendValue;
 use super::{Planner, Touched};
 use crate::objects::Protocol;
 use crate::service::desired::{self, BackendFacts};
@@ -30,15 +30,15 @@ impl Planner {
         let mut removed = Vec::new();
         for key in &touched.frontends {
             let Some(entry) = self.frontends.get_mut(key) else { continue };
-            let wanted = entry.claims.first().map(|claim| claim.frontend);
-            match wanted {
+            let desired = entry.references.first().map(|claim| claim.frontend);
+            match desired {
                 Some(frontend) if entry.written != Some(frontend) => plan.ops.push(Op::PutFrontend(*key, frontend)),
                 None if entry.written.is_some() => removed.push(Op::RemoveFrontend(*key)),
                 _ => {}
             }
-            self.complaints.of_frontend(*key, entry.claims.iter().map(|claim| &*claim.owner));
-            entry.written = wanted;
-            if wanted.is_none() {
+            self.errors.of_frontend(*key, entry.references.iter().map(|claim| &*claim.owner));
+            entry.written = desired;
+            if desired.is_none() {
                 self.frontends.swap_remove(key);
             }
         }
@@ -46,7 +46,7 @@ impl Planner {
         // UDP has no end: a client that keeps its source port would ask a backend that is gone until its flow is void. Not before every
         // packet meets the new frontends, else one finds nobody.
         let ended = touched.backends.iter().filter(|key| key.protocol == Protocol::Udp).filter_map(|key| {
-            let entry = self.backends.get(key).filter(|entry| entry.claims.is_empty())?;
+            let entry = self.backends.get(key).filter(|entry| entry.references.is_empty())?;
             entry.written.map(|written| Op::InvalidateBackend(entry.id, written.at(*key)))
         });
         let mut ended: Vec<Op> = ended.collect();
@@ -66,9 +66,9 @@ impl Planner {
 
     pub(super) fn write_backend(&mut self, key: BackendKey, plan: &mut Plan, worse: &mut Vec<Op>) {
         let Some(entry) = self.backends.get_mut(&key) else { return };
-        let facts = entry.claims.iter().map(|(_, facts)| *facts).reduce(desired::merged);
+        let facts = entry.references.iter().map(|(_, facts)| *facts).reduce(desired::merged);
         let Some(BackendFacts { state, local }) = facts else { return };
-        let fell_silent = |old: &Life| {
+        let fell_silent = |old: &BackendValue| {
             key.protocol == Protocol::Udp && state == BackendState::Unready && old.state != BackendState::Unready
         };
         let generation = match &entry.written {
@@ -78,7 +78,7 @@ impl Planner {
                 self.generation
             }
         };
-        let life = Life { state, local, generation };
+        let life = BackendValue { state, local, generation };
         if entry.written == Some(life) {
             return;
         }
@@ -94,7 +94,7 @@ impl Planner {
     }
 
     fn retire_backend(&mut self, key: BackendKey, plan: &mut Plan) {
-        let Some(entry) = self.backends.get(&key).filter(|entry| entry.claims.is_empty()) else { return };
+        let Some(entry) = self.backends.get(&key).filter(|entry| entry.references.is_empty()) else { return };
         match entry.written {
             Some(written) => plan.retire.push(Op::RemoveBackend(entry.id, written.at(key))),
             None => self.backend_ids.give_back(entry.id.0),
