@@ -7,6 +7,7 @@
 //!
 //! The rules are those of kube-proxy (pkg/proxy/topology.go, pkg/proxy/serviceport.go), with the differences that docs/services.md lists.
 
+mod actual;
 mod desired;
 mod endpoints;
 mod ids;
@@ -19,12 +20,13 @@ mod snat_ports;
 mod sockets;
 mod table;
 
+pub use actual::{ApplyBatch, Entry, OpError};
 pub use maglev::{MAGLEV_SIZES, maglev};
 pub use model::{
     Algorithm, Backend, BackendId, BackendKey, BackendRef, BackendState, Frontend, FrontendKey, FrontendKind,
     MapContents, Op, Owner, Plan, PortId, Selection, Table, TableId, UnknownAlgorithm,
 };
-pub use planner::{Planner, PortView};
+pub use planner::{Executed, Planner, PortView};
 pub use range_allocator::RangeAllocator;
 pub use settings::{NodeFacts, Settings};
 pub use snat_ports::snat_port_range;

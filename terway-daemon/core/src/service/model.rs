@@ -259,8 +259,10 @@ pub struct Plan {
     /// Operations, to be run in this order.
     pub ops: Vec<Op>,
     /// Operations for when no program that started before the last of `ops` runs any more: it may have read a frontend that leads there.
-    /// When they have been run, [`super::Planner::retired`] is to be told: only then do ids get new owners.
+    /// [`super::Planner::execute_retired`] runs them: only then are ids used again.
     pub retire: Vec<Op>,
+    /// The entries that `ops` and `retire` replace or remove, as they were planned before; source ranges are left out.
+    pub replaced: MapContents,
     /// What is wrong with objects, one sentence each, for those objects where that has changed; none = nothing is wrong any more.
     pub object_errors: BTreeMap<ObjectKey, BTreeSet<String>>,
     /// Health-check ports that changed: port → Service and its ready endpoints on this node; none = no longer served.

@@ -1,6 +1,7 @@
 //! The incremental planner: changes of objects in, operations on the maps out.
 
 mod entries;
+mod execute;
 mod object_errors;
 mod write;
 
@@ -12,7 +13,9 @@ use ipnetwork::IpNetwork;
 use smallvec::SmallVec;
 
 use self::entries::{BackendEntry, BackendValue, FrontendEntry, OwnerState, PortState, Reference, TableEntry};
+pub use self::execute::Executed;
 use self::object_errors::ObjectErrors;
+use super::actual::Unapplied;
 use super::desired::{self, BackendFacts, DesiredPort, DesiredSelection, DesiredState, Weights};
 use super::ids::Ids;
 use super::model::{
@@ -50,9 +53,11 @@ struct Touched {
     ports_gone: Vec<PortId>,
 }
 
-/// Knows what the maps hold and what follows from the objects, and plans the difference.
+/// The planner of Services: it knows the desired contents of the maps and plans their changes.
 ///
-/// If running a plan fails half-way, the maps are to be read again and the planner to be made anew with [`Planner::restore`].
+/// A plan is run by [`Planner::execute`] and, a grace period later, [`Planner::execute_retired`]. Operations may fail one by one: the planner keeps apart
+/// what it wants and what the maps hold (`service/actual.rs`), [`Planner::retry`] plans the rest again, and [`Planner::unapplied_objects`] says which
+/// objects are concerned. Only where the maps themselves cannot be read is a new planner made ([`Planner::restore`]).
 #[derive(Debug)]
 pub struct Planner {
     settings: Settings,
@@ -78,6 +83,7 @@ pub struct Planner {
     leftovers: Vec<Op>,
     found_ranges: BTreeSet<(PortId, IpNetwork)>,
     generation: u32,
+    unapplied: Unapplied,
 }
 
 impl Planner {
@@ -115,6 +121,7 @@ impl Planner {
             leftovers: Vec::new(),
             found_ranges: kernel.ranges,
             generation,
+            unapplied: Unapplied::default(),
         };
         for (id, backend) in kernel.backends {
             let entry = BackendEntry { id, written: Some(BackendValue::of(&backend)), references: SmallVec::new() };
@@ -193,7 +200,7 @@ impl Planner {
         self.settings = settings;
     }
 
-    /// What the maps hold once all plans so far have been run.
+    /// The desired contents of the maps: what they hold once all plans so far have been run without failures.
     #[must_use]
     pub fn map_contents(&self) -> MapContents {
         MapContents {
@@ -205,7 +212,7 @@ impl Planner {
         }
     }
 
-    /// Operations for later have been run: the ids in them may get new owners.
+    /// Operations for later have been applied: the ids in them may be used again.
     pub fn retired(&mut self, retire: &[Op]) {
         for op in retire {
             match op {

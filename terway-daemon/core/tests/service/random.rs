@@ -146,7 +146,7 @@ fn any_node() -> impl Strategy<Value = Node> {
     })
 }
 
-fn any_change() -> impl Strategy<Value = Change> {
+pub(crate) fn any_change() -> impl Strategy<Value = Change> {
     let up = |object| Change::Upsert(Box::new(object));
     let gone = |kind, name: String| Change::Delete(ObjectKey { kind, name: ObjectName::new("ns", &name) });
     prop_oneof![
@@ -161,7 +161,7 @@ fn any_change() -> impl Strategy<Value = Change> {
     ]
 }
 
-fn any_settings() -> impl Strategy<Value = Settings> {
+pub(crate) fn any_settings() -> impl Strategy<Value = Settings> {
     any::<bool>().prop_map(|in_cluster_loadbalance| Settings {
         in_cluster_loadbalance,
         maglev_size: 251,

@@ -144,10 +144,19 @@ impl World {
             plan.ops.iter().for_each(|op| end.apply(op));
             end
         });
-        for op in &plan.ops {
-            self.kernel.apply(op);
-            check_step(op, &before, &oracle::seen(&self.kernel), &after);
-        }
+        let kernel = &mut self.kernel;
+        self.planner.execute(plan, &mut |batch| {
+            for op in batch {
+                kernel.apply(op);
+                check_step(op, &before, &oracle::seen(kernel), &after);
+            }
+            Vec::new()
+        });
+        self.take_in(plan);
+    }
+
+    /// What a plan reports besides operations, and its operations for later.
+    pub(crate) fn take_in(&mut self, plan: &Plan) {
         self.pending.extend(plan.retire.iter().cloned());
         for (object, messages) in &plan.object_errors {
             match messages.is_empty() {
@@ -167,13 +176,16 @@ impl World {
     pub(crate) fn settle(&mut self) {
         let before = oracle::seen(&self.kernel);
         let pending = std::mem::take(&mut self.pending);
-        for op in &pending {
-            self.kernel.apply(op);
-            let fits = matches!(op, Op::RemoveBackend(..) | Op::RemoveTable(_) | Op::ReleasePort(_));
-            assert!(fits, "{op:?} is not for later");
-            assert_eq!(oracle::seen(&self.kernel), before, "{op:?} changed what clients get");
-        }
-        self.planner.retired(&pending);
+        let kernel = &mut self.kernel;
+        self.planner.execute_retired(&pending, &mut |batch| {
+            for op in batch {
+                kernel.apply(op);
+                let fits = matches!(op, Op::RemoveBackend(..) | Op::RemoveTable(_) | Op::ReleasePort(_));
+                assert!(fits, "{op:?} is not for later");
+                assert_eq!(oracle::seen(kernel), before, "{op:?} changed what clients get");
+            }
+            Vec::new()
+        });
     }
 
     pub(crate) fn expected(&self) -> Everything {
@@ -231,7 +243,7 @@ impl World {
     }
 }
 
-fn check_step(
+pub(crate) fn check_step(
     op: &Op,
     before: &BTreeMap<FrontendKeyOf, Expected>,
     now: &BTreeMap<FrontendKeyOf, Expected>,
@@ -245,10 +257,10 @@ fn check_step(
     }
 }
 
-type FrontendKeyOf = terway_core::service::FrontendKey;
+pub(crate) type FrontendKeyOf = terway_core::service::FrontendKey;
 
 /// Equal up to source ranges, which change one by one.
-fn similar(a: Option<&Expected>, b: Option<&Expected>) -> bool {
+pub(crate) fn similar(a: Option<&Expected>, b: Option<&Expected>) -> bool {
     let strip = |e: &Expected| Expected { ranges: e.ranges.as_ref().map(|_| Vec::new()), ..e.clone() };
     a.map(strip) == b.map(strip)
 }

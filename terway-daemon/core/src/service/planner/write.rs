@@ -1,5 +1,7 @@
 //! The second half of planning: from what was touched to operations in their order.
 
+use std::sync::Arc;
+
 use super::entries::BackendValue;
 use super::{Planner, Touched};
 use crate::objects::Protocol;
@@ -20,6 +22,7 @@ impl Planner {
             } else if entry.users == 0 {
                 if entry.written {
                     gone.push(entry.id);
+                    plan.replaced.tables.insert(entry.id, Arc::clone(&table));
                 } else {
                     self.table_ids.give_back(entry.id.0);
                 }
@@ -35,6 +38,9 @@ impl Planner {
                 Some(frontend) if entry.written != Some(frontend) => plan.ops.push(Op::PutFrontend(*key, frontend)),
                 None if entry.written.is_some() => removed.push(Op::RemoveFrontend(*key)),
                 _ => {}
+            }
+            if entry.written != desired {
+                plan.replaced.frontends.extend(entry.written.map(|old| (*key, old)));
             }
             self.errors.of_frontend(*key, entry.references.iter().map(|claim| &*claim.owner));
             entry.written = desired;
@@ -84,6 +90,7 @@ impl Planner {
         }
         // A backend that gets worse is written once no frontend leads new clients to it any more.
         let degraded = entry.written.is_some_and(|old| state < old.state);
+        plan.replaced.backends.extend(entry.written.map(|old| (entry.id, old.at(key))));
         let op = Op::PutBackend(entry.id, life.at(key));
         if degraded {
             worse.push(op);
