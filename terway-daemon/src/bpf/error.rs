@@ -67,15 +67,13 @@ pub enum BpfError {
         /// Why.
         source: MapError,
     },
-    /// The kernel refused a netlink request.
-    #[error("{step} on interface {ifindex}: {source}")]
+    /// A netlink request failed.
+    #[error("interface {ifindex}: {source}")]
     Netlink {
-        /// What was asked.
-        step: &'static str,
-        /// The interface; 0 if none is concerned.
+        /// Interface index; 0 if the request is about none.
         ifindex: u32,
-        /// Why.
-        source: io::Error,
+        /// The request and its error.
+        source: crate::net::NetError,
     },
     /// More endpoints than the datapath holds.
     #[error("the datapath holds at most {0} endpoints")]
@@ -106,9 +104,8 @@ impl BpfError {
     #[must_use]
     pub fn is_gone(&self) -> bool {
         match self {
-            Self::Netlink { source, .. } | Self::System { source, .. } => {
-                matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENXIO))
-            }
+            Self::Netlink { source, .. } => matches!(source.errno(), Some(libc::ENODEV | libc::ENXIO)),
+            Self::System { source, .. } => matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)),
             _ => false,
         }
     }

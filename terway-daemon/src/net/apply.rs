@@ -6,25 +6,25 @@ use std::path::Path;
 
 use terway_core::route::{NetOp, Rule, Selector, Step, StepNetns};
 
-use super::socket::{Netlink, Refusal, Request};
-use super::{NetError, decode, encode};
+use super::socket::{ErrorReply, NetlinkSocket, Request};
+use super::{NetError, decode, messages};
 
 /// A netlink socket in a network namespace, with the interface indices known there.
 struct Netns<'a> {
-    netlink: &'a mut Netlink,
+    netlink: &'a mut NetlinkSocket,
     indices: Vec<(String, u32)>,
 }
 
 impl Netns<'_> {
-    fn index_of(&mut self, dev: &str) -> Result<u32, Refusal> {
+    fn index_of(&mut self, dev: &str) -> Result<u32, ErrorReply> {
         if let Some((_, index)) = self.indices.iter().find(|(name, _)| name == dev) {
             return Ok(*index);
         }
-        let gone = || Refusal { errno: libc::ENODEV, extack: None };
-        let (message, flags) = encode::get_link(dev);
-        let lost = |error: NetError| Refusal { errno: error.errno().unwrap_or_default(), extack: None };
-        let answer = self.netlink.request(message, flags).map_err(lost)??;
-        let index = decode::link_of(answer).ok_or_else(gone)?.link.index;
+        let no_device = || ErrorReply { errno: libc::ENODEV, extack: None };
+        let (message, flags) = messages::get_link(dev);
+        let lost = |error: NetError| ErrorReply { errno: error.errno().unwrap_or_default(), extack: None };
+        let reply = self.netlink.request(message, flags).map_err(lost)??;
+        let index = decode::link_of(reply).ok_or_else(no_device)?.link.index;
         self.indices.push((dev.to_owned(), index));
         Ok(index)
     }
@@ -38,12 +38,12 @@ pub(super) struct StepContext<'a> {
 
 impl<'a> StepContext<'a> {
     /// The node's namespace, with known interface indices.
-    pub(super) fn host(netlink: &'a mut Netlink, indices: Vec<(String, u32)>) -> Self {
+    pub(super) fn host(netlink: &'a mut NetlinkSocket, indices: Vec<(String, u32)>) -> Self {
         Self { host: Netns { netlink, indices }, pod: None }
     }
 
     /// Adds the pod's namespace. The calling thread must be in it.
-    pub(super) fn and_pod(self, netlink: &'a mut Netlink, indices: Vec<(String, u32)>) -> Self {
+    pub(super) fn and_pod(self, netlink: &'a mut NetlinkSocket, indices: Vec<(String, u32)>) -> Self {
         Self { pod: Some(Netns { netlink, indices }), ..self }
     }
 
@@ -98,8 +98,8 @@ pub(super) fn run<'s>(
                     pending.push(Pending { op, part });
                 }
             }
-            Err(refusal) if already_done(op, refusal.errno) => {}
-            Err(refusal) => return Err(refusal.during(step.to_string())),
+            Err(error) if already_done(op, error.errno) => {}
+            Err(error) => return Err(error.during(step.to_string())),
         }
     }
     flush(context.netns(step_netns)?, &mut batch, &mut pending)
@@ -109,13 +109,13 @@ fn flush(netns: &mut Netns<'_>, batch: &mut Vec<Request>, pending: &mut Vec<Pend
     if batch.is_empty() {
         return Ok(());
     }
-    let answers = netns.netlink.batch(std::mem::take(batch))?;
+    let replies = netns.netlink.batch(std::mem::take(batch))?;
     let mut conflicting = Vec::new();
     let mut failure = None;
-    for (Pending { op, part }, answer) in pending.drain(..).zip(answers) {
-        match (part, answer) {
-            (Part::Operation, Err(refusal)) if failure.is_none() && !already_done(op, refusal.errno) => {
-                failure = Some(refusal.during(op.to_string()));
+    for (Pending { op, part }, reply) in pending.drain(..).zip(replies) {
+        match (part, reply) {
+            (Part::Operation, Err(error)) if failure.is_none() && !already_done(op, error.errno) => {
+                failure = Some(error.during(op.to_string()));
             }
             (Part::ConflictingRule, Ok(_)) => {
                 if let NetOp::AddRule(rule) = op {
@@ -132,45 +132,45 @@ fn flush(netns: &mut Netns<'_>, batch: &mut Vec<Request>, pending: &mut Vec<Pend
 }
 
 /// Deletes all rules with this priority and selector, then adds ours again. Called after one such rule was found: others may precede ours.
-fn remove_conflicting_rules(netlink: &mut Netlink, rule: &Rule) -> Result<(), NetError> {
+fn remove_conflicting_rules(netlink: &mut NetlinkSocket, rule: &Rule) -> Result<(), NetError> {
     loop {
-        let (message, flags) = encode::delete_conflicting_rule(rule);
+        let (message, flags) = messages::delete_conflicting_rule(rule);
         match netlink.request(message, flags)? {
             Ok(_) => {}
-            Err(refusal) if refusal.errno == libc::ENOENT => break,
-            Err(refusal) => return Err(refusal.during(format!("delete {rule}"))),
+            Err(error) if error.errno == libc::ENOENT => break,
+            Err(error) => return Err(error.during(format!("delete {rule}"))),
         }
     }
-    let (message, flags) = encode::add_rule(rule);
+    let (message, flags) = messages::add_rule(rule);
     match netlink.request(message, flags)? {
-        Err(refusal) if refusal.errno != libc::EEXIST => Err(refusal.during(format!("add {rule}"))),
+        Err(error) if error.errno != libc::EEXIST => Err(error.during(format!("add {rule}"))),
         _ => Ok(()),
     }
 }
 
 /// The netlink requests of an operation. Links are created and deleted in `pod.rs`, which checks their owner.
-fn requests(op: &NetOp, netns: &mut Netns<'_>) -> Result<Vec<(Part, Request)>, Refusal> {
+fn requests(op: &NetOp, netns: &mut Netns<'_>) -> Result<Vec<(Part, Request)>, ErrorReply> {
     let request = match op {
-        NetOp::SetMac { dev, mac } => encode::set_mac(netns.index_of(dev)?, *mac),
-        NetOp::SetMtu { dev, mtu } => encode::set_mtu(netns.index_of(dev)?, *mtu),
-        NetOp::NoAddrGen { dev } => encode::no_addr_gen(netns.index_of(dev)?),
-        NetOp::SetUp { dev } => encode::set_up(netns.index_of(dev)?, true),
-        NetOp::SetDown { dev } => encode::set_up(netns.index_of(dev)?, false),
-        NetOp::AddAddress { dev, address } => encode::add_address(netns.index_of(dev)?, *address),
-        NetOp::DelAddress { dev, address } => encode::delete_address(netns.index_of(dev)?, *address),
-        NetOp::AddRoute(route) => encode::add_route(route, netns.index_of(&route.dev)?),
-        NetOp::DelRoute(route) => encode::delete_route(route, netns.index_of(&route.dev)?),
+        NetOp::SetMac { dev, mac } => messages::set_mac(netns.index_of(dev)?, *mac),
+        NetOp::SetMtu { dev, mtu } => messages::set_mtu(netns.index_of(dev)?, *mtu),
+        NetOp::NoAddrGen { dev } => messages::no_addr_gen(netns.index_of(dev)?),
+        NetOp::SetUp { dev } => messages::set_up(netns.index_of(dev)?, true),
+        NetOp::SetDown { dev } => messages::set_up(netns.index_of(dev)?, false),
+        NetOp::AddAddress { dev, address } => messages::add_address(netns.index_of(dev)?, *address),
+        NetOp::DelAddress { dev, address } => messages::delete_address(netns.index_of(dev)?, *address),
+        NetOp::AddRoute(route) => messages::add_route(route, netns.index_of(&route.dev)?)?,
+        NetOp::DelRoute(route) => messages::delete_route(route, netns.index_of(&route.dev)?)?,
         NetOp::AddRule(rule) => {
-            let add = (Part::Operation, encode::add_rule(rule));
+            let add = (Part::Operation, messages::add_rule(rule));
             // The first matching rule wins: a leftover rule to another ENI's table must not precede ours.
             return Ok(match rule.selector {
-                Selector::From(_) => vec![(Part::ConflictingRule, encode::delete_conflicting_rule(rule)), add],
+                Selector::From(_) => vec![(Part::ConflictingRule, messages::delete_conflicting_rule(rule)), add],
                 Selector::To(_) => vec![add],
             });
         }
-        NetOp::DelRule(rule) => encode::delete_rule(rule),
-        NetOp::AddNeighbour(neighbour) => encode::add_neighbour(neighbour, netns.index_of(&neighbour.dev)?),
-        NetOp::DelNeighbour(neighbour) => encode::delete_neighbour(neighbour, netns.index_of(&neighbour.dev)?),
+        NetOp::DelRule(rule) => messages::delete_rule(rule),
+        NetOp::AddNeighbour(neighbour) => messages::add_neighbour(neighbour, netns.index_of(&neighbour.dev)?),
+        NetOp::DelNeighbour(neighbour) => messages::delete_neighbour(neighbour, netns.index_of(&neighbour.dev)?),
         NetOp::AddVeth { .. } | NetOp::DelLink { .. } | NetOp::Sysctl { .. } => return Ok(Vec::new()),
     };
     Ok(vec![(Part::Operation, request)])

@@ -11,8 +11,8 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 use terway_core::ident::Mac;
 use terway_core::route::{Link, RULE_FROM_POD, RULE_TO_POD, Rule, Scope, Selector, TABLE_BASE, TABLE_MAIN};
 
-use super::encode::PROTOCOL;
-use super::socket::{attributes, inner, text};
+use super::messages::PROTOCOL;
+use super::socket::{attributes, route_message, text};
 
 /// Length of `struct nlmsghdr`.
 const NLMSGHDR: usize = 16;
@@ -81,8 +81,8 @@ pub(super) fn deleted_link(message: &[u8]) -> Option<u32> {
 }
 
 /// The link in a reply.
-pub(super) fn link_of(answer: Option<Vec<u8>>) -> Option<NamedLink> {
-    link(answer.as_deref()?)
+pub(super) fn link_of(reply: Option<Vec<u8>>) -> Option<NamedLink> {
+    link(reply.as_deref()?)
 }
 
 /// An address with its interface index; the local one where the two ends of a point-to-point link differ.
@@ -146,9 +146,9 @@ pub(super) fn route(message: &RouteMessage) -> Option<(u32, terway_core::route::
     Some((oif?, route))
 }
 
-/// Whether the reply to [`super::encode::get_route`] says that the address is local.
-pub(super) fn is_local(answer: &[u8]) -> bool {
-    match inner(answer) {
+/// Whether the reply to [`super::messages::get_route`] says that the address is local.
+pub(super) fn is_local(reply: &[u8]) -> bool {
+    match route_message(reply) {
         Some(Message::NewRoute(message)) => message.header.kind == RouteType::Local,
         _ => false,
     }

@@ -13,8 +13,8 @@ use terway_core::route::{
 use super::apply::{self, StepContext};
 use super::decode::NamedLink;
 use super::netns::{NetnsPool, PodNetns, Worker};
-use super::socket::Netlink;
-use super::{NetError, NetMonitor, decode, encode, observe, pod};
+use super::socket::NetlinkSocket;
+use super::{NetError, NetMonitor, decode, messages, observe, pod};
 
 /// Number of threads. The RTNL mutex serialises changes anyway; a few threads suffice to prepare requests and to read.
 const THREADS: usize = 4;
@@ -93,7 +93,7 @@ impl Host {
         let (plan, netns) = (plan.clone(), netns.clone());
         self.pool
             .run(move |worker| {
-                worker.inside(&netns, |host| pod::create(host, &mut Netlink::open()?, &plan, netns.as_raw_fd()))
+                worker.inside(&netns, |host| pod::create(host, &mut NetlinkSocket::route()?, &plan, netns.as_raw_fd()))
             })
             .await
     }
@@ -106,7 +106,9 @@ impl Host {
         self.refuse_host_netns(netns)?;
         let (plan, netns) = (plan.clone(), netns.clone());
         self.pool
-            .run(move |worker| worker.inside(&netns, |host| pod::enable(host, &mut Netlink::open()?, &plan, links)))
+            .run(move |worker| {
+                worker.inside(&netns, |host| pod::enable(host, &mut NetlinkSocket::route()?, &plan, links))
+            })
             .await
     }
 
@@ -127,7 +129,7 @@ impl Host {
         let (plan, netns) = (plan.clone(), netns.clone());
         let job = move |worker: &mut Worker| {
             // A socket belongs to the namespace in which it was opened.
-            let mut pod = worker.inside(&netns, |_| Netlink::open())?;
+            let mut pod = worker.inside(&netns, |_| NetlinkSocket::route())?;
             if let Err(error) = wait_until_persisted() {
                 return Ok(Err(error));
             }
@@ -275,8 +277,9 @@ impl Host {
         let netns = netns.clone();
         self.pool
             .run(move |worker| {
-                worker
-                    .inside(&netns, |_| observe::read_state(&mut Netlink::open()?, sysctls.iter().map(String::as_str)))
+                worker.inside(&netns, |_| {
+                    observe::read_state(&mut NetlinkSocket::route()?, sysctls.iter().map(String::as_str))
+                })
             })
             .await
     }
@@ -322,7 +325,7 @@ impl Host {
                     steps.into_iter().partition(|step| step.netns == StepNetns::Pod);
                 apply::run(&outside, &mut StepContext::host(worker.host()?, Vec::new()))?;
                 worker.inside(&netns, |host| {
-                    let mut pod = Netlink::open()?;
+                    let mut pod = NetlinkSocket::route()?;
                     apply::run(&inside, &mut StepContext::host(host, Vec::new()).and_pod(&mut pod, Vec::new()))
                 })
             })
@@ -391,27 +394,27 @@ fn sysctl_paths(steps: &[Step], netns: StepNetns) -> BTreeSet<String> {
     paths.collect()
 }
 
-fn apply_one(host: &mut Netlink, op: NetOp) -> Result<(), NetError> {
+fn apply_one(host: &mut NetlinkSocket, op: NetOp) -> Result<(), NetError> {
     apply::run(&[Step::host(op)], &mut StepContext::host(host, Vec::new()))
 }
 
 /// The link of an ENI, if its name is still the one in the plan.
-fn eni_link(host: &mut Netlink, plan: &EniPlan) -> Result<NamedLink, NetError> {
+fn eni_link(host: &mut NetlinkSocket, plan: &EniPlan) -> Result<NamedLink, NetError> {
     let (index, planned) = (plan.inputs.ifindex, plan.inputs.ifname.clone());
-    let (message, flags) = encode::get_link_at(index);
+    let (message, flags) = messages::get_link_at(index);
     match host.request(message, flags)?.map(decode::link_of) {
         Ok(Some(link)) if link.name == planned => Ok(link),
         Ok(Some(link)) => Err(NetError::Renamed { index, planned, found: link.name }),
         Ok(None) => Err(NetError::Renamed { index, planned, found: "gone".to_owned() }),
-        Err(refusal) if refusal.errno == libc::ENODEV => {
+        Err(error) if error.errno == libc::ENODEV => {
             Err(NetError::Renamed { index, planned, found: "gone".to_owned() })
         }
-        Err(refusal) => Err(refusal.during(format!("look up interface {planned}"))),
+        Err(error) => Err(error.during(format!("look up interface {planned}"))),
     }
 }
 
 /// Removes addresses from an ENI that are not in its plan.
-fn remove_unplanned_addresses(host: &mut Netlink, plan: &EniPlan) -> Result<(), NetError> {
+fn remove_unplanned_addresses(host: &mut NetlinkSocket, plan: &EniPlan) -> Result<(), NetError> {
     let planned: Vec<_> = plan.inputs.node.iter().map(IpNetwork::from).collect();
     let dev = &plan.inputs.ifname;
     let all = observe::addresses(host)?;

@@ -11,15 +11,15 @@
 mod apply;
 mod cookie;
 mod decode;
-mod encode;
 mod error;
 mod host;
+mod messages;
 mod monitor;
 mod netns;
 mod observe;
 mod pod;
 mod sockdiag;
-mod socket;
+pub(crate) mod socket;
 
 pub use cookie::netns_cookie;
 pub use error::NetError;

@@ -20,7 +20,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::decode::NamedLink;
 use super::netns::PodNetns;
-use super::socket::{Netlink, inner};
+use super::socket::{NetlinkSocket, route_message};
 use super::{NetError, decode, observe};
 
 /// Receive buffer for events while the thread is busy: some thousand links.
@@ -136,8 +136,8 @@ impl NetMonitor {
 
 /// State of the monitor thread.
 struct Listener {
-    events: Netlink,
-    dumps: Netlink,
+    events: NetlinkSocket,
+    dumps: NetlinkSocket,
     shared: Arc<Shared>,
     addresses: BTreeSet<(u32, IpNetwork)>,
 }
@@ -147,12 +147,12 @@ impl Listener {
         if PodNetns::own()?.id() != netns.id() {
             netns.enter()?;
         }
-        let mut events = Netlink::open()?;
+        let mut events = NetlinkSocket::route()?;
         events.set_receive_buffer(RECEIVE_BYTES)?;
         for group in [libc::RTNLGRP_LINK, libc::RTNLGRP_IPV4_IFADDR, libc::RTNLGRP_IPV6_IFADDR] {
             events.subscribe(group)?;
         }
-        let mut listener = Self { events, dumps: Netlink::open()?, shared, addresses: BTreeSet::new() };
+        let mut listener = Self { events, dumps: NetlinkSocket::route()?, shared, addresses: BTreeSet::new() };
         listener.resync()?;
         Ok(listener)
     }
@@ -213,7 +213,7 @@ impl Listener {
                 self.remove_nic(index);
                 continue;
             }
-            match inner(&message) {
+            match route_message(&message) {
                 Some(Message::NewAddress(message)) => {
                     addresses_changed |=
                         decode::address(&message).is_some_and(|address| self.addresses.insert(address));

@@ -22,7 +22,7 @@ use nix::sys::statfs::{FsType, fstatfs};
 use tokio::sync::oneshot;
 
 use super::NetError;
-use super::socket::Netlink;
+use super::socket::NetlinkSocket;
 
 /// `NSFS_MAGIC` (include/uapi/linux/magic.h).
 const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
@@ -134,7 +134,7 @@ impl Shared {
 pub struct Worker {
     host_netns: PodNetns,
     /// Socket in the node's namespace, opened on first use.
-    host: Option<Netlink>,
+    host: Option<NetlinkSocket>,
     /// Set when the thread could not return to the node's namespace; it must end.
     cannot_return: bool,
 }
@@ -214,9 +214,9 @@ impl Drop for NetnsPool {
 
 impl Worker {
     /// The socket in the node's namespace.
-    pub(super) fn host(&mut self) -> Result<&mut Netlink, NetError> {
+    pub(super) fn host(&mut self) -> Result<&mut NetlinkSocket, NetError> {
         if self.host.is_none() {
-            self.host = Some(Netlink::open()?);
+            self.host = Some(NetlinkSocket::route()?);
         }
         // Opened one line above.
         self.host.as_mut().ok_or(NetError::Worker)
@@ -226,7 +226,7 @@ impl Worker {
     pub(super) fn inside<T>(
         &mut self,
         netns: &PodNetns,
-        job: impl FnOnce(&mut Netlink) -> Result<T, NetError>,
+        job: impl FnOnce(&mut NetlinkSocket) -> Result<T, NetError>,
     ) -> Result<T, NetError> {
         self.host()?;
         netns.enter()?;

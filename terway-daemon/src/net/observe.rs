@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use netlink_packet_route::address::{AddressHeaderFlags, AddressMessage};
-use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
+use netlink_packet_route::address::AddressHeaderFlags;
 use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::RouteMessage;
 use netlink_packet_route::rule::RuleMessage;
@@ -13,14 +12,14 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 use terway_core::route::KernelState;
 
 use super::decode::NamedLink;
-use super::socket::{Netlink, inner};
-use super::{NetError, apply, decode};
+use super::socket::{NetlinkSocket, route_message};
+use super::{NetError, apply, decode, messages};
 
 const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
 
 /// Reads links, addresses, routes, rules and neighbours, and the listed sysctls. The calling thread must be in the socket's namespace.
 pub(super) fn read_state<'a>(
-    netlink: &mut Netlink,
+    netlink: &mut NetlinkSocket,
     sysctls: impl IntoIterator<Item = &'a str>,
 ) -> Result<KernelState, NetError> {
     let mut state = KernelState::default();
@@ -38,8 +37,8 @@ pub(super) fn read_state<'a>(
     for family in FAMILIES {
         let mut message = RouteMessage::default();
         message.header.address_family = family;
-        for answer in netlink.dump("list routes", Message::GetRoute(message))? {
-            if let Some(Message::NewRoute(message)) = inner(&answer)
+        for reply in netlink.dump("list routes", Message::GetRoute(message))? {
+            if let Some(Message::NewRoute(message)) = route_message(&reply)
                 && let Some((index, mut route)) = decode::route(&message)
                 && let Some(name) = names.get(&index)
             {
@@ -49,15 +48,15 @@ pub(super) fn read_state<'a>(
         }
         let mut message = RuleMessage::default();
         message.header.family = family;
-        for answer in netlink.dump("list rules", Message::GetRule(message))? {
-            if let Some(Message::NewRule(message)) = inner(&answer) {
+        for reply in netlink.dump("list rules", Message::GetRule(message))? {
+            if let Some(Message::NewRule(message)) = route_message(&reply) {
                 state.rules.extend(decode::rule(&message));
             }
         }
         let mut message = NeighbourMessage::default();
         message.header.family = family;
-        for answer in netlink.dump("list neighbours", Message::GetNeighbour(message))? {
-            if let Some(Message::NewNeighbour(message)) = inner(&answer)
+        for reply in netlink.dump("list neighbours", Message::GetNeighbour(message))? {
+            if let Some(Message::NewNeighbour(message)) = route_message(&reply)
                 && let Some((index, mut neighbour)) = decode::neighbour(&message)
                 && let Some(name) = names.get(&index)
             {
@@ -74,18 +73,16 @@ pub(super) fn read_state<'a>(
     Ok(state)
 }
 
-pub(super) fn links(netlink: &mut Netlink) -> Result<Vec<NamedLink>, NetError> {
-    let mut message = LinkMessage::default();
-    message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
-    let answers = netlink.dump("list links", Message::GetLink(message))?;
-    Ok(answers.iter().filter_map(|answer| decode::link(answer)).collect())
+pub(super) fn links(netlink: &mut NetlinkSocket) -> Result<Vec<NamedLink>, NetError> {
+    let replies = netlink.dump("list links", messages::dump_links())?;
+    Ok(replies.iter().filter_map(|reply| decode::link(reply)).collect())
 }
 
-pub(super) fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNetwork)>, NetError> {
-    let answers = netlink.dump("list addresses", Message::GetAddress(AddressMessage::default()))?;
-    Ok(answers
+pub(super) fn addresses(netlink: &mut NetlinkSocket) -> Result<Vec<(u32, IpNetwork)>, NetError> {
+    let replies = netlink.dump("list addresses", messages::dump_addresses())?;
+    Ok(replies
         .iter()
-        .filter_map(|answer| match inner(answer) {
+        .filter_map(|reply| match route_message(reply) {
             Some(Message::NewAddress(message)) => decode::address(&message),
             _ => None,
         })
@@ -93,9 +90,9 @@ pub(super) fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNetwork)>, 
 }
 
 /// Whether an interface has a link-local address for neighbour solicitations (`ndisc_send_ns` uses no tentative one).
-pub(super) fn has_usable_link_local(netlink: &mut Netlink, index: u32) -> Result<bool, NetError> {
-    let answers = netlink.dump("list addresses", Message::GetAddress(AddressMessage::default()))?;
-    Ok(answers.iter().any(|answer| match inner(answer) {
+pub(super) fn has_usable_link_local(netlink: &mut NetlinkSocket, index: u32) -> Result<bool, NetError> {
+    let replies = netlink.dump("list addresses", messages::dump_addresses())?;
+    Ok(replies.iter().any(|reply| match route_message(reply) {
         Some(Message::NewAddress(message)) if message.header.index == index => {
             let is_assigned = !message.header.flags.contains(AddressHeaderFlags::Tentative);
             let local = |net: IpNetwork| matches!(net.ip(), IpAddr::V6(v6) if v6.is_unicast_link_local());

@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -22,7 +21,7 @@ use super::cgroup::{self, CgroupAt};
 use super::metrics::ServiceMetrics;
 use super::{Setup, lock};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER, SocketRow};
-use crate::net::{DestroyOutcome, Host, PodNetns, SockDiag, netns_cookie};
+use crate::net::{DestroyOutcome, Host, NetError, PodNetns, SockDiag, netns_cookie};
 
 /// How often it is looked whether the programs are still attached.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
@@ -227,12 +226,12 @@ impl SocketPath {
         if own == 0 || doomed.netns().contains(&own) {
             let doomed = Arc::clone(&doomed);
             let done = self.host.pool().run_in_host(move || end_here(&doomed)).await;
-            tally.take(done.map_err(io::Error::other).flatten());
+            tally.take(done.flatten());
         }
         for netns in self.places(&doomed, own).await {
             let doomed = Arc::clone(&doomed);
             let done = self.host.pool().run_in(&netns, move || end_here(&doomed)).await;
-            tally.take(done.map_err(io::Error::other).flatten());
+            tally.take(done.flatten());
         }
         for ((protocol, outcome), count) in tally.0 {
             self.metrics.sockets_ended(protocol, outcome, count);
@@ -290,7 +289,7 @@ const UNSUPPORTED: &str = "unsupported";
 struct Tally(BTreeMap<(u8, &'static str), u64>);
 
 impl Tally {
-    fn take(&mut self, done: io::Result<Self>) {
+    fn take(&mut self, done: Result<Self, NetError>) {
         match done {
             Ok(other) => other.0.into_iter().for_each(|(what, count)| *self.0.entry(what).or_default() += count),
             Err(error) => warn!(%error, "cannot look for sockets in a network namespace"),
@@ -299,7 +298,7 @@ impl Tally {
 }
 
 /// Ends the doomed sockets of the calling thread's network namespace.
-fn end_here(doomed: &StaleSockets) -> io::Result<Tally> {
+fn end_here(doomed: &StaleSockets) -> Result<Tally, NetError> {
     let mut tally = Tally::default();
     let mut diag = SockDiag::open()?;
     for protocol in doomed.protocols() {
