@@ -79,7 +79,7 @@ impl From<NetError> for Error {
         let code = match &error {
             NetError::Netns { .. } => errors::CNI_NETNS,
             NetError::IfnameTaken { .. } => errors::IFNAME_TAKEN,
-            NetError::Worker => errors::INTERNAL,
+            NetError::Worker => errors::PANIC,
             _ => errors::NET_FAILED,
         };
         Self::new(code, error.to_string())

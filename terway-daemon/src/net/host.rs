@@ -15,6 +15,7 @@ use super::decode::NamedLink;
 use super::netns::{NetnsPool, PodNetns, Worker};
 use super::socket::NetlinkSocket;
 use super::{NetError, NetMonitor, decode, messages, observe, pod};
+use crate::supervise;
 
 /// Number of threads. The RTNL mutex serialises changes anyway; a few threads suffice to prepare requests and to read.
 const THREADS: usize = 4;
@@ -59,12 +60,12 @@ impl Host {
         Ok(Self { pool: NetnsPool::new(THREADS)? })
     }
 
-    /// Starts a monitor of the node's NICs and addresses.
+    /// Starts a monitor of the node's NICs and addresses, and of deletions by others.
     ///
     /// # Errors
     /// When the sockets cannot be opened.
     pub fn monitor(&self) -> Result<NetMonitor, NetError> {
-        NetMonitor::start(self.pool.host_netns())
+        NetMonitor::start(self.pool.host_netns(), self.pool.own_ports())
     }
 
     /// The thread pool, for other work inside pods' namespaces.
@@ -140,6 +141,7 @@ impl Host {
                 return Ok(Err(error));
             }
             let installed = Instant::now();
+            supervise::injection_point("connect-pod");
             worker.inside(&netns, |host| pod::enable(host, &mut pod, &plan, links))?;
             Ok(Ok(ConnectTimings {
                 create: created - start,

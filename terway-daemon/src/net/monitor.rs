@@ -1,34 +1,48 @@
-//! Monitor of rtnetlink events: the node's NICs and addresses.
+//! Monitor of rtnetlink events: the node's NICs and addresses, and deletions of our rules, routes and addresses by others.
 //!
 //! One thread receives rtnetlink's multicast groups. It subscribes first and dumps the state afterwards, so that no change is missed; when
-//! the kernel dropped events (`ENOBUFS`), it dumps the state again.
+//! the kernel dropped events (`ENOBUFS`), it dumps the state again. After a panic or a failed system call it starts anew.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use terway_core::cidr::Cidr as _;
 use terway_core::ident::Mac;
+use terway_core::route::TABLE_MAIN;
 use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, timeout_at};
 
 use super::decode::NamedLink;
-use super::netns::PodNetns;
-use super::socket::{NetlinkSocket, route_message};
+use super::netns::{PodNetns, PortSet};
+use super::socket::{NetlinkSocket, message_type, route_message, sender_port};
 use super::{NetError, decode, observe};
+use crate::supervise::{self, OnPanic};
 
 /// Receive buffer for events while the thread is busy: some thousand links.
 const RECEIVE_BYTES: usize = 4 << 20;
 /// Events that a slow subscriber may lag behind before it gets `RecvError::Lagged`.
 const EVENTS: usize = 256;
-/// Delay before a failed resync is repeated, in milliseconds.
+/// Delay before the monitor starts anew after an error, in milliseconds.
 const RETRY_MS: u16 = 200;
+
+/// The multicast groups that the monitor subscribes to.
+const GROUPS: [u32; 7] = [
+    libc::RTNLGRP_LINK,
+    libc::RTNLGRP_IPV4_IFADDR,
+    libc::RTNLGRP_IPV6_IFADDR,
+    libc::RTNLGRP_IPV4_ROUTE,
+    libc::RTNLGRP_IPV6_ROUTE,
+    libc::RTNLGRP_IPV4_RULE,
+    libc::RTNLGRP_IPV6_RULE,
+];
 
 /// A network interface that may be an ENI.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +77,8 @@ struct Shared {
     version: watch::Sender<u64>,
     events: broadcast::Sender<NicEvent>,
     addresses: watch::Sender<Arc<Vec<IpNetwork>>>,
+    /// Number of deletions by others.
+    deletions: watch::Sender<u64>,
 }
 
 impl Shared {
@@ -73,31 +89,42 @@ impl Shared {
 }
 
 impl NetMonitor {
-    /// Starts the thread in the namespace `netns`. When this returns, the present NICs and addresses are known.
-    pub(super) fn start(netns: &PodNetns) -> Result<Self, NetError> {
+    /// Starts the thread in the namespace `netns`. When this returns, the present NICs and addresses are known. `own_ports` are the sockets
+    /// whose deletions are ours.
+    pub(super) fn start(netns: &PodNetns, own_ports: Arc<PortSet>) -> Result<Self, NetError> {
         let shared = Arc::new(Shared {
             nics: Mutex::default(),
             version: watch::Sender::new(0),
             events: broadcast::Sender::new(EVENTS),
             addresses: watch::Sender::new(Arc::default()),
+            deletions: watch::Sender::new(0),
         });
         let (stop, stop_signal) =
             UnixStream::pair().map_err(|source| NetError::io("start the network monitor", source))?;
         let (started, outcome) = std::sync::mpsc::sync_channel(1);
         let (netns, seen) = (netns.clone(), Arc::clone(&shared));
-        let body = move || match Listener::open(&netns, seen) {
-            Ok(listener) => {
-                let _ = started.send(Ok(()));
-                listener.listen(&stop_signal);
-            }
-            Err(error) => {
-                let _ = started.send(Err(error));
-            }
+        let body = move || {
+            let listener = match Listener::open(&netns, Arc::clone(&seen), Arc::clone(&own_ports)) {
+                Ok(listener) => listener,
+                Err(error) => return drop(started.send(Err(error))),
+            };
+            // An error says that the starter is gone, and then so is the other end of `stop_signal`.
+            drop(started.send(Ok(())));
+            let mut first = Some(listener);
+            restart_on_failure(&stop_signal, || {
+                let listener = match first.take() {
+                    Some(listener) => listener,
+                    None => {
+                        let listener = Listener::open(&netns, Arc::clone(&seen), Arc::clone(&own_ports))?;
+                        listener.report_deletion();
+                        listener
+                    }
+                };
+                listener.listen(&stop_signal)
+            });
         };
-        thread::Builder::new()
-            .name("net-monitor".to_owned())
-            .stack_size(512 * 1024)
-            .spawn(body)
+        let builder = thread::Builder::new().stack_size(512 * 1024);
+        supervise::spawn_thread_from(builder, "net-monitor", OnPanic::Restart, body)
             .map_err(|source| NetError::io("start the network monitor", source))?;
         outcome.recv().unwrap_or(Err(NetError::Worker))?;
         Ok(Self { shared, _stop: stop })
@@ -127,10 +154,34 @@ impl NetMonitor {
         self.shared.events.subscribe()
     }
 
+    /// Subscribes to deletions of rules, routes and addresses of ours by other processes: the number of times that some were deleted. Events
+    /// that the kernel dropped count as a deletion.
+    #[must_use]
+    pub fn deletions(&self) -> watch::Receiver<u64> {
+        self.shared.deletions.subscribe()
+    }
+
     /// Subscribes to the node's addresses that are reachable from other hosts, sorted.
     #[must_use]
     pub fn addresses(&self) -> watch::Receiver<Arc<Vec<IpNetwork>>> {
         self.shared.addresses.subscribe()
+    }
+}
+
+/// Runs `run` until it returns `Ok`, and again after each error and panic, unless the other end of `stop_signal` has closed.
+fn restart_on_failure(stop_signal: &UnixStream, mut run: impl FnMut() -> Result<(), NetError>) {
+    loop {
+        match catch_unwind(AssertUnwindSafe(&mut run)) {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => tracing::error!(%error, "the network monitor failed and starts anew"),
+            Err(_) => tracing::error!("the network monitor panicked and starts anew"),
+        }
+        if !matches!(
+            poll(&mut [PollFd::new(stop_signal.as_fd(), PollFlags::POLLIN)], PollTimeout::from(RETRY_MS)),
+            Ok(0)
+        ) {
+            return;
+        }
     }
 }
 
@@ -139,55 +190,49 @@ struct Listener {
     events: NetlinkSocket,
     dumps: NetlinkSocket,
     shared: Arc<Shared>,
+    own_ports: Arc<PortSet>,
     addresses: BTreeSet<(u32, IpNetwork)>,
+    /// Indices of our links.
+    own_links: BTreeSet<u32>,
 }
 
 impl Listener {
-    fn open(netns: &PodNetns, shared: Arc<Shared>) -> Result<Self, NetError> {
+    fn open(netns: &PodNetns, shared: Arc<Shared>, own_ports: Arc<PortSet>) -> Result<Self, NetError> {
         if PodNetns::own()?.id() != netns.id() {
             netns.enter()?;
         }
         let mut events = NetlinkSocket::route()?;
         events.set_receive_buffer(RECEIVE_BYTES)?;
-        for group in [libc::RTNLGRP_LINK, libc::RTNLGRP_IPV4_IFADDR, libc::RTNLGRP_IPV6_IFADDR] {
+        for group in GROUPS {
             events.subscribe(group)?;
         }
-        let mut listener = Self { events, dumps: NetlinkSocket::route()?, shared, addresses: BTreeSet::new() };
+        let (dumps, addresses, own_links) = (NetlinkSocket::route()?, BTreeSet::new(), BTreeSet::new());
+        let mut listener = Self { events, dumps, shared, own_ports, addresses, own_links };
         listener.resync()?;
         Ok(listener)
     }
 
-    fn listen(mut self, stop_signal: &UnixStream) {
-        let mut needs_resync = false;
+    /// Processes events until the other end of `stop_signal` closes.
+    fn listen(mut self, stop_signal: &UnixStream) -> Result<(), NetError> {
         loop {
             let mut ready = [
                 PollFd::new(stop_signal.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.events.as_fd(), PollFlags::POLLIN),
             ];
-            let timeout = if needs_resync { PollTimeout::from(RETRY_MS) } else { PollTimeout::NONE };
-            match poll(&mut ready, timeout) {
+            match poll(&mut ready, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => {
-                    tracing::error!(%errno, "the network monitor failed");
-                    return;
-                }
+                Err(errno) => return Err(NetError::io("wait for netlink events", errno)),
             }
             let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or_default();
             let (should_stop, has_events) = (is_ready(&ready[0]), is_ready(&ready[1]));
             if should_stop {
-                return;
+                return Ok(());
             }
-            if has_events {
-                needs_resync |= !self.read_events();
-            }
-            if needs_resync {
-                match self.resync() {
-                    Ok(()) => needs_resync = false,
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot list the node's links");
-                        thread::sleep(Duration::from_millis(u64::from(RETRY_MS)));
-                    }
-                }
+            supervise::injection_point("net-monitor");
+            if has_events && !self.read_events() {
+                self.resync()?;
+                // What was deleted meanwhile is unknown.
+                self.report_deletion();
             }
         }
     }
@@ -195,7 +240,18 @@ impl Listener {
     /// Processes one datagram of events; false if events were lost.
     fn read_events(&mut self) -> bool {
         let mut events = Vec::new();
-        match self.events.events(|message| events.push(message.to_vec())) {
+        let own_ports = Arc::clone(&self.own_ports);
+        // New routes and rules, and our own deletions, are the bulk of the events of a busy node.
+        let is_relevant = |message: &[u8]| {
+            !matches!(message_type(message), libc::RTM_NEWROUTE | libc::RTM_NEWRULE)
+                && !(matches!(message_type(message), libc::RTM_DELROUTE | libc::RTM_DELRULE)
+                    && own_ports.contains(sender_port(message)))
+        };
+        match self.events.events(|message| {
+            if is_relevant(message) {
+                events.push(message.to_vec());
+            }
+        }) {
             Ok(()) => {}
             Err(libc::EAGAIN) => return true,
             Err(errno) => {
@@ -203,13 +259,14 @@ impl Listener {
                 return false;
             }
         }
-        let mut addresses_changed = false;
+        let (mut addresses_changed, mut is_deletion) = (false, false);
         for message in events {
             if let Some(found) = decode::link(&message) {
                 self.update_nic(found);
                 continue;
             }
             if let Some(index) = decode::deleted_link(&message) {
+                self.own_links.remove(&index);
                 self.remove_nic(index);
                 continue;
             }
@@ -218,15 +275,26 @@ impl Listener {
                     addresses_changed |=
                         decode::address(&message).is_some_and(|address| self.addresses.insert(address));
                 }
-                Some(Message::DelAddress(message)) => {
-                    addresses_changed |=
-                        decode::address(&message).is_some_and(|address| self.addresses.remove(&address));
+                Some(Message::DelAddress(deleted)) => {
+                    let Some(address) = decode::address(&deleted) else { continue };
+                    addresses_changed |= self.addresses.remove(&address);
+                    is_deletion |=
+                        self.shared.nics().contains_key(&address.0) && !self.own_ports.contains(sender_port(&message));
                 }
+                Some(Message::DelRoute(deleted)) => {
+                    is_deletion |= decode::route(&deleted).is_some_and(|(index, route)| {
+                        route.table != TABLE_MAIN || (route.dst.is_host() && self.own_links.contains(&index))
+                    });
+                }
+                Some(Message::DelRule(deleted)) => is_deletion |= decode::rule(&deleted).is_some(),
                 _ => {}
             }
         }
         if addresses_changed {
             self.publish_addresses();
+        }
+        if is_deletion {
+            self.report_deletion();
         }
         true
     }
@@ -237,12 +305,22 @@ impl Listener {
         let present: BTreeSet<u32> = links.iter().map(|found| found.link.index).collect();
         let removed: Vec<u32> = self.shared.nics().keys().copied().filter(|index| !present.contains(index)).collect();
         removed.into_iter().for_each(|index| self.remove_nic(index));
+        self.own_links.retain(|index| present.contains(index));
         links.into_iter().for_each(|found| self.update_nic(found));
         self.publish_addresses();
         Ok(())
     }
 
-    fn update_nic(&self, found: NamedLink) {
+    fn report_deletion(&self) {
+        self.shared.deletions.send_modify(|deletions| *deletions = deletions.wrapping_add(1));
+    }
+
+    fn update_nic(&mut self, found: NamedLink) {
+        if found.link.is_ours() {
+            self.own_links.insert(found.link.index);
+        } else {
+            self.own_links.remove(&found.link.index);
+        }
         // VLANs, IPvlan interfaces and bridges have the MAC address of their lower NIC. (In the simulated cloud a NIC is a veth.)
         let is_nic = matches!(found.link.kind.as_deref(), None | Some("veth"));
         let nic = match found.link.mac {
@@ -282,5 +360,32 @@ impl Listener {
             }
             modified
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn monitor_restarts_after_panic_and_error_until_it_is_stopped() {
+        let (stop, stop_signal) = UnixStream::pair().unwrap();
+        let mut runs = 0;
+        restart_on_failure(&stop_signal, || {
+            runs += 1;
+            match runs {
+                1 => panic!("a test's panic"),
+                2 => Err(NetError::Worker),
+                _ => Ok(()),
+            }
+        });
+        assert_eq!(runs, 3);
+        drop(stop);
+        let mut runs = 0;
+        restart_on_failure(&stop_signal, || {
+            runs += 1;
+            Err(NetError::Worker)
+        });
+        assert_eq!(runs, 1, "nobody wants it any more");
     }
 }

@@ -7,7 +7,7 @@
 //! A panic in a job is caught: its caller gets [`NetError::Worker`], the thread returns to the node's namespace and drops its socket, on which
 //! replies may be pending. A thread that cannot return is replaced.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -23,6 +23,7 @@ use tokio::sync::oneshot;
 
 use super::NetError;
 use super::socket::NetlinkSocket;
+use crate::supervise::{self, OnPanic};
 
 /// `NSFS_MAGIC` (include/uapi/linux/magic.h).
 const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
@@ -100,8 +101,24 @@ pub struct NetnsPool {
     shared: Arc<Shared>,
 }
 
+/// Port ids of the netlink sockets by which the pool changes the node's namespace.
+#[derive(Debug, Default)]
+pub(super) struct PortSet(Mutex<BTreeSet<u32>>);
+
+impl PortSet {
+    fn ports(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        // Nothing under the lock can panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn contains(&self, port: u32) -> bool {
+        self.ports().contains(&port)
+    }
+}
+
 struct Shared {
     host_netns: PodNetns,
+    ports: Arc<PortSet>,
     queue: Mutex<Queue>,
     wake: Condvar,
 }
@@ -135,6 +152,7 @@ pub struct Worker {
     host_netns: PodNetns,
     /// Socket in the node's namespace, opened on first use.
     host: Option<NetlinkSocket>,
+    ports: Arc<PortSet>,
     /// Set when the thread could not return to the node's namespace; it must end.
     cannot_return: bool,
 }
@@ -145,7 +163,12 @@ impl NetnsPool {
     /// # Errors
     /// When the own namespace cannot be opened or no thread can be started.
     pub fn new(threads: usize) -> Result<Self, NetError> {
-        let shared = Arc::new(Shared { host_netns: PodNetns::own()?, queue: Mutex::default(), wake: Condvar::new() });
+        let shared = Arc::new(Shared {
+            host_netns: PodNetns::own()?,
+            ports: Arc::default(),
+            queue: Mutex::default(),
+            wake: Condvar::new(),
+        });
         for _ in 0..threads {
             start(&shared, false).map_err(|source| NetError::io("start a network thread", source))?;
         }
@@ -155,6 +178,11 @@ impl NetnsPool {
     /// The node's network namespace.
     pub(super) fn host_netns(&self) -> &PodNetns {
         &self.shared.host_netns
+    }
+
+    /// Port ids of the sockets by which the pool changes the node's namespace.
+    pub(super) fn own_ports(&self) -> Arc<PortSet> {
+        Arc::clone(&self.shared.ports)
     }
 
     /// Runs `job` on one of the threads.
@@ -216,10 +244,19 @@ impl Worker {
     /// The socket in the node's namespace.
     pub(super) fn host(&mut self) -> Result<&mut NetlinkSocket, NetError> {
         if self.host.is_none() {
-            self.host = Some(NetlinkSocket::route()?);
+            let socket = NetlinkSocket::route()?;
+            self.ports.ports().insert(socket.port());
+            self.host = Some(socket);
         }
         // Opened one line above.
         self.host.as_mut().ok_or(NetError::Worker)
+    }
+
+    /// Closes the socket in the node's namespace; the next job opens another.
+    fn close_host(&mut self) {
+        if let Some(socket) = self.host.take() {
+            self.ports.ports().remove(&socket.port());
+        }
     }
 
     /// Runs `job` with this thread inside `netns`; `job` gets the socket of the node's namespace.
@@ -253,7 +290,8 @@ impl Drop for ReturnToHost<'_> {
 fn start(shared: &Arc<Shared>, replacement: bool) -> io::Result<()> {
     let shared = Arc::clone(shared);
     let body = move || serve(&shared, replacement);
-    thread::Builder::new().name("netns".to_owned()).stack_size(512 * 1024).spawn(body).map(drop)
+    let builder = thread::Builder::new().stack_size(512 * 1024);
+    supervise::spawn_thread_from(builder, "netns", OnPanic::Contain, body).map(drop)
 }
 
 fn serve(shared: &Arc<Shared>, replacement: bool) {
@@ -263,12 +301,13 @@ fn serve(shared: &Arc<Shared>, replacement: bool) {
         shared.close();
         return;
     }
-    let mut worker = Worker { host_netns: shared.host_netns.clone(), host: None, cannot_return: false };
+    let ports = Arc::clone(&shared.ports);
+    let mut worker = Worker { host_netns: shared.host_netns.clone(), host: None, ports, cannot_return: false };
     while let Some(job) = next(shared) {
         if catch_unwind(AssertUnwindSafe(|| job(&mut worker))).is_err() {
             tracing::error!("a job of the network thread pool panicked");
             // Replies to a half-finished exchange may be pending in it.
-            worker.host = None;
+            worker.close_host();
         }
         if worker.cannot_return {
             if let Err(error) = start(shared, true) {

@@ -13,7 +13,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{
-    Socket, SocketAddr,
+    Socket,
     protocols::{NETLINK_ROUTE, NETLINK_SOCK_DIAG},
 };
 use nix::errno::Errno;
@@ -65,6 +65,8 @@ pub(crate) type Reply = Result<Option<Vec<u8>>, ErrorReply>;
 #[derive(Debug)]
 pub(crate) struct NetlinkSocket {
     socket: Socket,
+    /// Port id of the socket.
+    port: u32,
     sequence: u32,
     outgoing: Vec<u8>,
     incoming: Vec<u8>,
@@ -86,14 +88,19 @@ impl NetlinkSocket {
 
     fn open(protocol: isize) -> Result<Self, NetError> {
         let mut socket = Socket::new(protocol).map_err(open_failed)?;
-        socket.bind(&SocketAddr::new(0, 0)).map_err(open_failed)?;
+        let port = socket.bind_auto().map_err(open_failed)?.port_number();
         socket.set_ext_ack(true).map_err(open_failed)?;
         // Error replies without a copy of the request's body.
         socket.set_cap_ack(true).map_err(open_failed)?;
         // Replies are queued when a request has been sent. The time-out covers a kernel that breaks this, and lost replies.
         setsockopt(&socket.as_fd(), sockopt::ReceiveTimeout, &TimeVal::seconds(2))
             .map_err(|errno| open_failed(errno.into()))?;
-        Ok(Self { socket, sequence: 0, outgoing: Vec::new(), incoming: Vec::with_capacity(DATAGRAM_BYTES) })
+        Ok(Self { socket, port, sequence: 0, outgoing: Vec::new(), incoming: Vec::with_capacity(DATAGRAM_BYTES) })
+    }
+
+    /// The socket's port id, which events that its requests cause carry as `nlmsg_pid`.
+    pub(crate) const fn port(&self) -> u32 {
+        self.port
     }
 
     /// Joins a multicast group (`RTNLGRP_*`).
@@ -298,6 +305,16 @@ fn messages(datagram: &[u8]) -> impl Iterator<Item = &[u8]> {
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some(message)
     })
+}
+
+/// The type of a message.
+pub(super) fn message_type(message: &[u8]) -> u16 {
+    Header::of(message).map_or(0, |header| header.kind)
+}
+
+/// The port id of the socket whose request caused an event (`nlmsg_pid`); 0 if the kernel acted by itself or does not report it.
+pub(super) fn sender_port(message: &[u8]) -> u32 {
+    message.get(12..HEADER).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
 }
 
 /// Parses an rtnetlink message. One that the library cannot parse, such as a newer kernel's, is `None`.

@@ -1,4 +1,4 @@
-//! What the kernel tells of NICs and addresses.
+//! The monitor of rtnetlink events: NICs, addresses, deletions by others.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,8 +9,11 @@ use tokio::time::Instant as TokioInstant;
 
 use crate::rig::{Netns, Node, Stack, ifindex, skipped};
 
+/// Time limit for an event; none of the tests depends on how soon it comes.
+const EVENT: Duration = Duration::from_secs(30);
+
 #[test]
-fn nics_are_found_when_they_appear() {
+fn nic_is_found_by_mac_when_it_appears() {
     if skipped() {
         return;
     }
@@ -26,7 +29,7 @@ fn nics_are_found_when_they_appear() {
         let mut events = watch.events();
         let wait = |mac: Mac| {
             let watch: Arc<NetMonitor> = Arc::clone(&watch);
-            async move { watch.wait_for_mac(mac, TokioInstant::now() + Duration::from_secs(10)).await }
+            async move { watch.wait_for_mac(mac, TokioInstant::now() + EVENT).await }
         };
         let waiters: Vec<_> = (0..20).map(|_| tokio::spawn(wait(late))).collect();
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -43,7 +46,7 @@ fn nics_are_found_when_they_appear() {
         node.netns.ip("link set eth2 name ens7");
         let mut seen = Vec::new();
         while !seen.contains(&"ens7".to_owned()) {
-            match tokio::time::timeout(Duration::from_secs(5), events.recv()).await.unwrap().unwrap() {
+            match tokio::time::timeout(EVENT, events.recv()).await.unwrap().unwrap() {
                 NicEvent::Present(nic) => seen.push(nic.name),
                 NicEvent::Removed(nic) => panic!("{nic:?}"),
             }
@@ -51,9 +54,7 @@ fn nics_are_found_when_they_appear() {
         assert!(watch.nics().iter().any(|nic| nic.name == "ens7" && nic.mac == late));
         node.vpc.ip("link del nic-peer");
         let gone = loop {
-            if let NicEvent::Removed(nic) =
-                tokio::time::timeout(Duration::from_secs(5), events.recv()).await.unwrap().unwrap()
-            {
+            if let NicEvent::Removed(nic) = tokio::time::timeout(EVENT, events.recv()).await.unwrap().unwrap() {
                 break nic;
             }
         };
@@ -63,7 +64,7 @@ fn nics_are_found_when_they_appear() {
 }
 
 #[test]
-fn our_own_links_are_no_nics_and_floods_end_in_the_truth() {
+fn pod_links_are_no_nics_and_a_flood_of_link_events_is_survived() {
     if skipped() {
         return;
     }
@@ -80,10 +81,10 @@ fn our_own_links_are_no_nics_and_floods_end_in_the_truth() {
     node.netns.ip(&format!("-batch {}", file.path().display()));
     let last: Mac = "02:00:00:00:00:77".parse().unwrap();
     node.netns.ip("link add last address 02:00:00:00:00:77 type veth peer name last-peer");
-    let found = node.runtime.block_on(watch.wait_for_mac(last, TokioInstant::now() + Duration::from_secs(10)));
+    let found = node.runtime.block_on(watch.wait_for_mac(last, TokioInstant::now() + EVENT));
     assert!(found.is_some());
     // The peer of "last" may be told of before or after it.
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + EVENT;
     let expected = ["eth1", "f0", "f100", "f200", "g0", "g100", "g200", "last", "last-peer"];
     loop {
         let mut names: Vec<String> = watch.nics().into_iter().map(|nic| nic.name).collect();
@@ -97,7 +98,7 @@ fn our_own_links_are_no_nics_and_floods_end_in_the_truth() {
 }
 
 #[test]
-fn addresses_are_told_as_they_change() {
+fn host_addresses_follow_address_events() {
     if skipped() {
         return;
     }
@@ -106,7 +107,7 @@ fn addresses_are_told_as_they_change() {
     let mut addresses = watch.addresses();
     assert!(addresses.borrow_and_update().is_empty(), "neither loopback nor link-local counts");
     let mut change = || {
-        let change = async { tokio::time::timeout(Duration::from_secs(5), addresses.changed()).await };
+        let change = async { tokio::time::timeout(EVENT, addresses.changed()).await };
         node.runtime.block_on(change).unwrap().unwrap();
         addresses.borrow_and_update().iter().map(ToString::to_string).collect::<Vec<_>>()
     };
@@ -118,4 +119,53 @@ fn addresses_are_told_as_they_change() {
     assert_eq!(change(), ["fd00::5/64"]);
     let listed = node.runtime.block_on(node.host.host_addresses()).unwrap();
     assert_eq!(listed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["fd00::5/64"]);
+}
+
+#[test]
+fn deletions_by_others_are_reported_and_our_own_are_not() {
+    if skipped() {
+        return;
+    }
+    let node = Node::ready(Stack::Dual);
+    let monitor = node.host.monitor().unwrap();
+    let (mut deletions, mut addresses) = (monitor.deletions(), monitor.addresses());
+    let (pod, plan) = (Netns::new(), node.plan(Stack::Dual, "c1", "web", 7));
+    // Events arrive in order: once this address is known, so is what happened before it.
+    let mut last = 0;
+    let mut has_deletions = |deletions: &mut tokio::sync::watch::Receiver<u64>| {
+        last += 1;
+        let marker = format!("169.254.20.{last}/32");
+        node.netns.ip(&format!("addr add {marker} dev lo"));
+        let seen = addresses.wait_for(|all| all.iter().any(|network| network.to_string() == marker));
+        node.runtime.block_on(async { tokio::time::timeout(EVENT, seen).await.unwrap().map(drop).unwrap() });
+        let has_changed = deletions.has_changed().unwrap();
+        deletions.mark_unchanged();
+        has_changed
+    };
+    let name = &plan.inputs.host_ifname;
+    for deletion in [
+        "rule del priority 512".to_owned(),
+        "-6 rule del priority 2048".to_owned(),
+        format!("route del 10.0.1.7/32 dev {name}"),
+        format!("-6 route del fd00:1::7/128 dev {name}"),
+        format!("route del default table {}", terway_core::route::eni_table(node.eni.inputs.ifindex)),
+        "addr del 10.0.0.9/32 dev eth1".to_owned(),
+        "-6 addr del fd00:1::9/128 dev eth1".to_owned(),
+    ] {
+        node.ensure_eni();
+        node.up(&plan, &pod);
+        assert!(!has_deletions(&mut deletions), "before {deletion}");
+        node.netns.ip(&deletion);
+        assert!(has_deletions(&mut deletions), "{deletion}");
+    }
+    node.ensure_eni();
+    node.up(&plan, &pod);
+    // Things of others that look alike.
+    node.netns.ip("rule add from 10.9.9.9 lookup 1999 priority 2048");
+    node.netns.ip("rule del from 10.9.9.9 lookup 1999 priority 2048");
+    node.netns.ip("route add 10.9.9.9/32 dev eth1");
+    node.netns.ip("route del 10.9.9.9/32 dev eth1");
+    assert!(!has_deletions(&mut deletions));
+    node.down(&plan);
+    assert!(!has_deletions(&mut deletions), "the teardown is ours");
 }

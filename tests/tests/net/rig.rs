@@ -1,4 +1,4 @@
-//! What the tests stand on: namespaces without names, a node with an ENI, and a VPC at its other end.
+//! Test environment: anonymous network namespaces, a node with an ENI, and a VPC at the ENI's other end.
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -39,7 +39,7 @@ impl Netns {
 
     /// Waits until the kernel's workers have seen that a link's other end is up, and given it its link-local address.
     pub(crate) fn settle(&self, dev: &str) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         let settled = || {
             let local = self.ip(&format!("-6 -o addr show dev {dev} scope link"));
             self.ip(&format!("-o link show {dev}")).contains("state UP")
@@ -230,7 +230,7 @@ pub(crate) fn ifindex(netns: &Netns, name: &str) -> u32 {
 
 /// Sends a datagram from one namespace to an address of another, and back; the source address must survive both ways.
 pub(crate) fn exchange(from: &Netns, source: IpAddr, to: &Netns, target: IpAddr) -> Result<(), String> {
-    exchange_within(Duration::from_secs(5), from, source, to, target)
+    exchange_within(Duration::from_secs(30), from, source, to, target)
 }
 
 /// Whether nothing comes through, for as long as one is willing to wait for what does not happen.
