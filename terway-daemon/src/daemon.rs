@@ -166,6 +166,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
             }
         }),
     );
+    supervise::spawn("audit-on-deletion", Arc::clone(&engine).repair_deletions());
     supervise::spawn(
         "del-queue",
         repeat(QUEUE_EVERY, {

@@ -1,4 +1,5 @@
-//! Once a minute: is the node as the store says? What is not and can be set right is, and what nobody owns is removed.
+//! Audits of the node, once a minute and after deletions by other processes: the kernel's and the datapath's state is compared with the
+//! store, differences are repaired, and leftovers removed.
 //!
 //! What counts as evidence, and what it justifies, is decided by [`terway_core::reconcile`]. Here it is read and done. Corrections exclude the
 //! wiring and unwiring of pods ([`Engine::wiring`]) and look at the store again, so that they never act on what was true a moment ago.
@@ -6,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, Mac};
@@ -21,6 +23,20 @@ use super::Engine;
 use super::pod::{PodOptions, net_error};
 use crate::cloud::EniFilter;
 use crate::net::NetError;
+
+/// Time from the first deletion by another process to the audit: one that deletes an entry often deletes several.
+const COLLECT_DELETIONS: Duration = Duration::from_millis(100);
+/// Pause after such an audit, so that a process that deletes again and again does not keep the daemon busy.
+const PAUSE_BETWEEN_REPAIRS: Duration = Duration::from_millis(900);
+
+/// The actions that an audit takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AuditScope {
+    /// All that are due.
+    Everything,
+    /// Repairs. Removals need two audits with the regular interval between them.
+    RepairsOnly,
+}
 
 /// What audits remember.
 #[derive(Default)]
@@ -126,6 +142,21 @@ impl Engine {
 
     /// Compares, repairs, removes, and frees what pods left without a DEL (runtimes do forget some).
     pub async fn audit(self: &Arc<Self>) {
+        self.audit_within(AuditScope::Everything).await;
+    }
+
+    /// Repairs rules, routes and addresses soon after another process has deleted them. Runs as long as the daemon.
+    pub async fn repair_deletions(self: Arc<Self>) {
+        let mut deletions = self.links.deletions();
+        while deletions.changed().await.is_ok() {
+            tokio::time::sleep(COLLECT_DELETIONS).await;
+            deletions.mark_unchanged();
+            self.audit_within(AuditScope::RepairsOnly).await;
+            tokio::time::sleep(PAUSE_BETWEEN_REPAIRS).await;
+        }
+    }
+
+    async fn audit_within(self: &Arc<Self>, scope: AuditScope) {
         let Observation { snapshot, kernel, datapath, .. } = self.look(false).await;
         for error in [kernel, datapath].into_iter().filter_map(Result::err) {
             warn!(%error, "the audit could not read everything");
@@ -139,7 +170,10 @@ impl Engine {
             .filter(|f| f.action == Action::None && f.kind.is_mismatch())
             .map(|f| problem(&snapshot, f))
             .collect();
-        let due = lock(&self.audit.confirmation).due(found);
+        let due = match scope {
+            AuditScope::Everything => lock(&self.audit.confirmation).due(found),
+            AuditScope::RepairsOnly => found.into_iter().filter(|finding| finding.action.is_repair()).collect(),
+        };
         let due: Vec<Finding> = due.into_iter().filter(|finding| finding.action != Action::None).collect();
         if !due.is_empty() {
             let _alone = self.wiring.write().await;

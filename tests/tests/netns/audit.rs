@@ -139,6 +139,42 @@ fn the_audit_heals_what_others_break() -> Result<()> {
     })
 }
 
+/// With the audit an hour away, only the events of the deletions can lead to their repair.
+#[test]
+fn deleted_rules_routes_and_addresses_are_repaired_on_rtnetlink_events() -> Result<()> {
+    with_cluster(one_node(3600), |cluster| {
+        let node = cluster.node(1);
+        baseline(node, 15)?;
+        let a = pod(node, "a")?;
+        let (dev, _, table) = host_end(node, "a")?;
+        let (v4, v6) = (a.v4()?.to_string(), a.v6()?.to_string());
+        let eni = node.status()?.enis.into_iter().next().context("an ENI")?.ifname;
+        let show = |line: &str| node.netns().output("ip", &line.split(' ').collect::<Vec<_>>());
+        let addresses = show(&format!("-o -4 addr show dev {eni}"))?;
+        let address = addresses.split_whitespace().nth(3).context("the ENI has an address")?.to_owned();
+        for (delete, query, entry) in [
+            (
+                format!("rule del from {v4} lookup {table} pref 2048"),
+                "rule".to_owned(),
+                format!("from {v4} lookup {table}"),
+            ),
+            (format!("-6 rule del to {v6} lookup main pref 512"), "-6 rule".to_owned(), format!("to {v6} lookup main")),
+            (format!("route del {v4} dev {dev}"), "route".to_owned(), format!("{v4} dev {dev}")),
+            (format!("-6 route del {v6} dev {dev}"), "-6 route".to_owned(), format!("{v6} dev {dev}")),
+            (format!("route del default table {table}"), format!("route show table {table}"), "default".to_owned()),
+            (format!("addr del {address} dev {eni}"), format!("-o addr show dev {eni}"), format!("inet {address} ")),
+        ] {
+            ensure!(show(&query)?.contains(&entry), "{entry} is not among\n{}", show(&query)?);
+            show(&delete)?;
+            node.wait(Duration::from_secs(60), &delete, |_| Ok(show(&query)?.contains(&entry)))?;
+        }
+        node.wait(Duration::from_secs(60), "everything is as planned", |node| Ok(kinds(node)?.is_empty()))?;
+        probe::ping(&a.ns, cluster.external_addresses().0, &[])?;
+        node.del(&a)?;
+        Ok(())
+    })
+}
+
 fn metrics(address: &str) -> Result<String> {
     use std::io::{Read as _, Write as _};
     let mut stream = std::net::TcpStream::connect(address)?;
@@ -156,7 +192,7 @@ fn the_command_line_tells_what_does_not_fit() -> Result<()> {
         baseline(node, 15)?;
         let a = pod(node, "a")?;
         let v4 = a.v4()?.to_string();
-        let (dev, index, table) = host_end(node, "a")?;
+        let (dev, index, _) = host_end(node, "a")?;
         for good in [&["status"][..], &["mapping"], &["metadata"], &["eni", "list"], &["show"], &["list", "-o", "wide"]]
         {
             let (code, text) = cli(node, good)?;
@@ -180,14 +216,15 @@ fn the_command_line_tells_what_does_not_fit() -> Result<()> {
         let vswitch = eni["vswitch"].as_str().context("a vSwitch")?;
         ensure!(json(node, &["show", "vswitch", vswitch])?.1["eniIDs"].as_array().is_some_and(|ids| !ids.is_empty()));
 
-        node.netns().output("ip", &["rule", "del", "from", &v4, "lookup", &table.to_string(), "pref", "2048"])?;
-        node.netns().output("ip", &["route", "del", &v4, "dev", &dev])?;
+        // Deleted rules and routes would be repaired at once; these wait for the next audit.
+        node.netns().output("ip", &["neigh", "del", &v4, "dev", &dev])?;
+        node.netns().output("ip", &["link", "set", &dev, "mtu", "1400"])?;
         forget_endpoint(node, index)?;
-        ensure!(kinds(node)? == ["endpoint-missing", "route-missing", "rule-missing"], "{:?}", kinds(node)?);
+        ensure!(kinds(node)? == ["endpoint-missing", "link-differs", "neighbour-missing"], "{:?}", kinds(node)?);
         let (code, text) = cli(node, &["mapping"])?;
-        ensure!(code == 1 && text.contains("WRONG") && text.contains("rule-missing"), "{code}: {text}");
+        ensure!(code == 1 && text.contains("WRONG") && text.contains("neighbour-missing"), "{code}: {text}");
         let (code, text) = cli(node, &["show", "pod", &format!("{}/a", namespace(node)?)])?;
-        ensure!(code == 1 && text.contains("rule WRONG"), "{code}: {text}");
+        ensure!(code == 1 && text.contains("link WRONG"), "{code}: {text}");
 
         ensure!(cli(node, &["show", "eni", "eni-unknown"])?.0 == 1);
         ensure!(cli(node, &["show", "pod", "no-slash"])?.0 == 2);

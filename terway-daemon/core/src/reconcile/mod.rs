@@ -274,6 +274,12 @@ impl Action {
         }
     }
 
+    /// Whether it restores a planned state. Such an action may be repeated at any time; it needs no second audit.
+    #[must_use]
+    pub const fn is_repair(&self) -> bool {
+        matches!(self, Self::Repair(_) | Self::RestoreEndpoint(_))
+    }
+
     /// Whether it takes something away.
     #[must_use]
     pub const fn removes(&self) -> bool {
