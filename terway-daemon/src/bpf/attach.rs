@@ -2,7 +2,6 @@
 //!
 //! Links are pinned outside of the versioned folder: the next version of the daemon takes them over.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -97,11 +96,12 @@ pub(super) fn detach(links: &Path, ifindex: u32) -> Result<(), BpfError> {
     HOOKS.iter().try_for_each(|(_, _, name)| unlink(&pin_path(links, ifindex, name)))
 }
 
-/// The interfaces that have pinned links.
+/// The interface indices that have pinned links.
+#[cfg(feature = "test-api")]
 pub(super) fn pinned_ifindexes(links: &Path) -> Result<Vec<u32>, BpfError> {
     let failed = |source| BpfError::Pin { path: links.to_owned(), source };
     let mut found = Vec::new();
-    for entry in fs::read_dir(links).map_err(failed)? {
+    for entry in std::fs::read_dir(links).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
         let ifindex = name.to_str().and_then(|name| name.strip_prefix("eni-")?.split('-').next()?.parse::<u32>().ok());
         found.extend(ifindex);
