@@ -2,7 +2,6 @@
 //!
 //! For a part whose packages apt could only install by removing others, or that a user without root needs.
 
-use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,8 +18,6 @@ use crate::workspace::{Workspace, which};
 const PROGRAMS: [&str; 4] = ["usr/bin", "usr/sbin", "bin", "sbin"];
 /// Where libraries of a package are; folders of an architecture lie below.
 const LIBRARIES: [&str; 2] = ["usr/lib", "lib"];
-/// How often what stands in the way is left out before we give up.
-const ATTEMPTS: usize = 8;
 
 /// Programs of the machine, and of a folder of unpacked packages where the machine has none.
 #[derive(Clone, Debug)]
@@ -85,14 +82,14 @@ impl Unpacked {
     /// Downloads packages with all that they depend on and the machine lacks, and unpacks them; they replace what was unpacked before.
     ///
     /// # Errors
-    /// A package is not to be had, or apt finds no way to install it even on a machine without what conflicts with it.
+    /// A package is not to be had, or apt finds no way to install it.
     pub(super) fn fetch(&self, packages: &[&str]) -> Result<()> {
         let parent = self.root.parent().context("the cache has no folder")?;
         fs::create_dir_all(parent)?;
         let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(parent)?;
         let files = work.path().join("files");
         fs::create_dir_all(&files)?;
-        let chosen = choose(packages, work.path())?;
+        let chosen = choose(packages)?;
         let _step = Step::start(&format!("downloading {} packages into {}", chosen.len(), self.root.display()));
         let mut download = Command::new("apt-get");
         download.args(["-q", "-o", "Acquire::Retries=5", "-o", "APT::Sandbox::User=root", "download"]);
@@ -110,62 +107,25 @@ impl Unpacked {
     }
 }
 
-/// The packages that apt would install, as `NAME=VERSION`, on a machine without those that it would have to remove or to upgrade for it.
-fn choose(packages: &[&str], work: &Path) -> Result<Vec<String>> {
-    let mut status = fs::read_to_string("/var/lib/dpkg/status").context("this machine has no dpkg")?;
-    let mut in_the_way = BTreeSet::new();
-    for _ in 0..ATTEMPTS {
-        let file = work.join("status");
-        fs::write(&file, &status)?;
-        let mut simulation = Command::new("apt-get");
-        simulation.args(["-s", "-y", "-q", "--no-install-recommends"]).env("LC_ALL", "C");
-        simulation.arg("-o").arg(format!("Dir::State::status={}", file.display())).arg("install").args(packages);
-        let plan = Plan::parse(&process::output_as(&mut simulation, "apt-get -s install")?);
-        if plan.in_the_way.is_empty() {
-            return Ok(plan.new);
-        }
-        in_the_way.extend(plan.in_the_way);
-        status = without(&status, &in_the_way);
+/// The packages that apt would install or upgrade, as `NAME=VERSION`. What it would remove is of no interest: nothing is installed.
+fn choose(packages: &[&str]) -> Result<Vec<String>> {
+    let mut simulation = Command::new("apt-get");
+    simulation.args(["-s", "-y", "-q", "--no-install-recommends", "install"]).args(packages).env("LC_ALL", "C");
+    let chosen = planned(&process::output_as(&mut simulation, "apt-get -s install")?);
+    if chosen.is_empty() {
+        bail!("apt would install nothing for {}", packages.join(" "));
     }
-    bail!("apt does not find how to install {} (in the way: {in_the_way:?})", packages.join(" "))
+    Ok(chosen)
 }
 
-/// What `apt-get -s install` says it would do.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Plan {
-    /// `NAME=VERSION` of what is not installed.
-    new: Vec<String>,
-    /// Installed packages that it would remove or upgrade.
-    in_the_way: BTreeSet<String>,
-}
-
-impl Plan {
-    fn parse(text: &str) -> Self {
-        let mut plan = Self::default();
-        for line in text.lines() {
-            let mut words = line.split_whitespace();
-            match (words.next(), words.next(), words.next()) {
-                (Some("Remv"), Some(name), _) => drop(plan.in_the_way.insert(name.to_owned())),
-                (Some("Inst"), Some(name), Some(installed)) if installed.starts_with('[') => {
-                    plan.in_the_way.insert(name.to_owned());
-                }
-                (Some("Inst"), Some(name), Some(version)) => {
-                    plan.new.push(format!("{name}={}", version.trim_start_matches('(')));
-                }
-                _ => {}
-            }
-        }
-        plan
-    }
-}
-
-/// A dpkg status file without the stanzas of some packages.
-fn without(status: &str, names: &BTreeSet<String>) -> String {
-    let named = |stanza: &str| {
-        let name = stanza.lines().find_map(|line| line.strip_prefix("Package:"));
-        name.is_some_and(|name| names.contains(name.trim()))
+/// `NAME=VERSION` of each line `Inst NAME [INSTALLED] (VERSION …)`.
+fn planned(simulation: &str) -> Vec<String> {
+    let package = |line: &str| {
+        let (name, rest) = line.strip_prefix("Inst ")?.split_once(' ')?;
+        let version = rest.split_once('(')?.1.split_whitespace().next()?;
+        Some(format!("{name}={version}"))
     };
-    status.split("\n\n").filter(|stanza| !named(stanza)).map(|stanza| format!("{}\n\n", stanza.trim_end())).collect()
+    simulation.lines().filter_map(package).collect()
 }
 
 /// Downloads and unpacks `packages` unless each of `programs` is on the machine or among what was unpacked; says whether it did.
@@ -198,20 +158,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_apt_would_remove_or_upgrade_is_in_the_way() {
-        let plan = Plan::parse(
+    fn what_apt_would_install_or_upgrade_is_fetched_and_nothing_is_removed() {
+        let planned = planned(
             "Reading package lists...\nRemv qemu-utils [1:10]\nInst bpftool (7.1.0+6.1.192-3 Debian [amd64])\n\
              Inst linux-perf [6.1.187-1] (6.1.192-3 Debian [amd64])\nInst seabios (1.16 Debian [all]) []\n\
              Conf bpftool (7.1.0 Debian [amd64])\n",
         );
-        assert_eq!(plan.new, ["bpftool=7.1.0+6.1.192-3", "seabios=1.16"]);
-        assert_eq!(plan.in_the_way, BTreeSet::from(["linux-perf".into(), "qemu-utils".into()]));
-    }
-
-    #[test]
-    fn a_status_file_loses_whole_stanzas() {
-        let status = "Package: a\nStatus: install ok installed\n\nPackage: ab\nDepends: a\n\nPackage: c\n";
-        assert_eq!(without(status, &BTreeSet::from(["a".into()])), "Package: ab\nDepends: a\n\nPackage: c\n\n");
+        assert_eq!(planned, ["bpftool=7.1.0+6.1.192-3", "linux-perf=6.1.192-3", "seabios=1.16"]);
     }
 
     #[test]

@@ -143,6 +143,11 @@ fn emulator(workspace: &Workspace) -> Result<Command> {
 fn hardware_virtualisation() -> bool {
     /// `KVM_CREATE_VM` (include/uapi/linux/kvm.h): `_IO(KVMIO, 0x01)`.
     const CREATE_VM: libc::Ioctl = 0xae01;
+    // Without them KVM may still be there by other means (kvm-pvm), which boot only kernels made for it.
+    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    if !flags.split_whitespace().any(|flag| matches!(flag, "svm" | "vmx")) {
+        return false;
+    }
     let Ok(device) = File::options().read(true).write(true).open("/dev/kvm") else { return false };
     // SAFETY: the descriptor is open, and the request takes a number, 0 for the default type of machine.
     let vm = unsafe { libc::ioctl(device.as_raw_fd(), CREATE_VM, 0) };
