@@ -30,6 +30,7 @@ use crate::identity::{self, Node};
 use crate::memory;
 use crate::metrics::{self, Metrics};
 use crate::net::Host;
+use crate::objects::{Feed, ObjectMetrics, ObjectStore, Subscriber, feed};
 use crate::options::Options;
 use crate::policy::{self, Policies, PolicyMetrics};
 use crate::queue;
@@ -96,14 +97,16 @@ pub async fn run(options: Options) -> Result<(), Error> {
     };
     let (pool, effects) = Pool::restore(reload::pool(&options, &config, &node), snapshot, Moment::ZERO)
         .map_err(|error| failed(errors::STORE_FAILED, "restore", &error))?;
-    let (policies, listener) = Policies::start(policy::Setup {
+    let objects = Arc::new(ObjectStore::default());
+    let policies = Policies::start(policy::Setup {
         datapath: Arc::clone(&datapath),
         addresses: links.addresses(),
         config: source.subscribe(),
         metrics: PolicyMetrics::new(&mut registry),
     })?;
     let services = services::Setup {
-        origin: options.objects.clone(),
+        objects: Arc::clone(&objects),
+        has_source: options.objects.is_some(),
         facts: service::NodeFacts { name: facts.node.as_str().into(), zone: Some(facts.identity.zone.as_str().into()) },
         settings: service::Settings { in_cluster_loadbalance: config.in_cluster_loadbalance, ..Default::default() },
         datapath: Arc::clone(&datapath),
@@ -112,7 +115,6 @@ pub async fn run(options: Options) -> Result<(), Error> {
         cgroup: options.cgroup.clone(),
         end_sockets: options.end_sockets,
         host: Arc::clone(&host),
-        listener,
     };
     let parts = Parts {
         pool,
@@ -132,6 +134,13 @@ pub async fn run(options: Options) -> Result<(), Error> {
     forget_older_maps(&datapath).await;
     let pods = Arc::clone(&engine);
     let services = Services::start(services, move || pods.pod_namespaces());
+    let feed = Feed::start(feed::Setup {
+        open: feed::open(options.objects.clone()),
+        store: objects,
+        // The order of delivery: see the feed's contract.
+        subscribers: vec![Arc::clone(&policies) as Arc<dyn Subscriber>, Arc::clone(&services) as Arc<dyn Subscriber>],
+        metrics: ObjectMetrics::new(&mut registry),
+    });
     supervise::spawn("uplink", Arc::clone(&engine).serve_external_clients());
     let conntrack = Conntrack::start(
         Arc::clone(&datapath),
@@ -193,11 +202,19 @@ pub async fn run(options: Options) -> Result<(), Error> {
     // Before it serves: who asks it to stop as soon as it does gets an orderly stop.
     let signalled = signalled();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let service =
-        Service::server(Arc::clone(&engine), Arc::clone(&source), services, conntrack, policies, http, metrics.clone());
+    let service = Service {
+        engine: Arc::clone(&engine),
+        source: Arc::clone(&source),
+        objects: feed,
+        services,
+        conntrack,
+        policies,
+        http,
+        metrics: metrics.clone(),
+    };
     let mut server = supervise::spawn(
         "grpc-server",
-        tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
+        tonic::transport::Server::builder().add_service(service.into_server()).serve_with_incoming_shutdown(
             socket::trusted(listener),
             async {
                 let _ = stopped.await;

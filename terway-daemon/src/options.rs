@@ -7,7 +7,8 @@ use clap::Parser;
 
 use crate::cloud::{EndpointNetwork, KEY_FOLDER, Scheme, SignatureMethod};
 use crate::config_source::Paths;
-use crate::services::{CgroupAt, Origin};
+use crate::objects::Origin;
+use crate::services::CgroupAt;
 use terway_core::service::SocketTermination;
 
 /// The node daemon of the terway container network.
@@ -32,7 +33,8 @@ pub struct Options {
     /// Where the runtime looks for network configurations.
     #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
     pub cni_conf_dir: PathBuf,
-    /// Where Services and their endpoints come from: dir:PATH, a folder of manifests. Without it, the node serves no Services.
+    /// Source of Kubernetes objects (Services, EndpointSlices, pods, namespaces, nodes, NetworkPolicies, ClusterNetworkPolicies): dir:PATH, a
+    /// folder of manifests. Without it, the node serves no Services and enforces no policies.
     #[arg(long, env = "TERWAY_OBJECTS", value_name = "SOURCE")]
     pub objects: Option<Origin>,
     /// The cgroup (version 2) whose processes are served at the socket: its folder, or none; default: the root of the hierarchy.

@@ -19,6 +19,7 @@ use crate::conntrack::Conntrack;
 use crate::engine::{AddRequest, Engine, Filter, RecentAndLive, dropped_packet};
 use crate::http;
 use crate::metrics::{Metrics, Phase, Verb};
+use crate::objects::Feed;
 use crate::policy::Policies;
 use crate::services::Services;
 use crate::supervise;
@@ -29,28 +30,31 @@ const SYNC_WITHIN: Duration = Duration::from_secs(10);
 /// The service on top of an engine.
 #[derive(Clone)]
 pub struct Service {
-    engine: Arc<Engine>,
-    source: Arc<ConfigSource>,
-    services: Arc<Services>,
-    conntrack: Arc<Conntrack>,
-    policies: Arc<Policies>,
-    http: Arc<http::Server>,
-    metrics: Metrics,
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) source: Arc<ConfigSource>,
+    pub(crate) objects: Arc<Feed>,
+    pub(crate) services: Arc<Services>,
+    pub(crate) conntrack: Arc<Conntrack>,
+    pub(crate) policies: Arc<Policies>,
+    pub(crate) http: Arc<http::Server>,
+    pub(crate) metrics: Metrics,
 }
 
 impl Service {
     /// A tonic service that can be added to a server.
-    #[must_use]
-    pub fn server(
-        engine: Arc<Engine>,
-        source: Arc<ConfigSource>,
-        services: Arc<Services>,
-        conntrack: Arc<Conntrack>,
-        policies: Arc<Policies>,
-        http: Arc<http::Server>,
-        metrics: Metrics,
-    ) -> NodeNetworkServer<Self> {
-        NodeNetworkServer::new(Self { engine, source, services, conntrack, policies, http, metrics })
+    pub(crate) fn into_server(self) -> NodeNetworkServer<Self> {
+        NodeNetworkServer::new(self)
+    }
+
+    /// Waits until the maps hold the Services; the error names what is in the way as far as it is known.
+    async fn services_synced(&self) -> Result<(), Error> {
+        if self.services.synced(SYNC_WITHIN).await {
+            return Ok(());
+        }
+        let problem = self.objects.problems().into_iter().chain(self.services.problems()).next();
+        let reason =
+            problem.map_or_else(|| "The objects are still being read.".to_owned(), |problem| problem.to_string());
+        Err(Error::new(errors::SERVICES_UNSYNCED, reason))
     }
 
     /// Answers one call: times it, counts it, and turns a panic in it into an error.
@@ -194,7 +198,7 @@ impl NodeNetwork for Service {
                 mtu: (request.mtu > 0).then_some(request.mtu),
             };
             let (key, pod) = (add.key.clone(), add.pod.clone());
-            self.services.synced(SYNC_WITHIN).await?;
+            self.services_synced().await?;
             let network = self.engine.add(add).await?;
             let addresses: Vec<&str> = network.addresses.iter().map(|a| a.cidr.as_str()).collect();
             info!(%pod, container = key.container_id, eni = network.eni, ?addresses, took = ?start.elapsed(), "pod added");
@@ -239,6 +243,7 @@ impl NodeNetwork for Service {
             let configuration = configuration(&self.source.status());
             status.problems.extend(configuration.failure.clone());
             status.configuration = Some(configuration);
+            status.problems.extend(self.objects.problems().iter().map(detail));
             status.problems.extend(self.services.problems().iter().map(detail));
             status.problems.extend(self.http.problem().iter().map(detail));
             status.problems.extend(supervise::problems().iter().map(detail));

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::document::{self, Content};
-use super::{Batch, ObjectSource, Problem, SourceError, Update};
+use super::{Batch, ObjectSource, Problem, Scope, SourceError, Update};
 use crate::inotify::Descriptor;
 
 /// How often a folder that was removed is looked for.
@@ -162,8 +162,7 @@ impl DirSource {
                 }
             }
         }
-        let mut updates: Vec<Update> = by_kind.into_iter().map(|(kind, all)| Update::Replace(kind, all)).collect();
-        updates.push(Update::Synced);
+        let updates: Vec<Update> = by_kind.into_iter().map(|(kind, all)| Update::Replace(kind, all)).collect();
         Ok(Batch { updates, problems: Some(self.view.problems()) })
     }
 
@@ -338,8 +337,7 @@ impl View {
     pub(super) fn problems(&self) -> Vec<Problem> {
         let own = self.files.iter().flat_map(|(file, state)| {
             state.problems.iter().map(|(line, reason)| Problem {
-                file: file.to_path_buf(),
-                line: *line,
+                scope: Scope::Document { file: file.to_path_buf(), line: *line },
                 reason: reason.clone(),
             })
         });
@@ -348,7 +346,7 @@ impl View {
             files.iter().map(move |file| {
                 let line = self.files.get(file).and_then(|state| state.get(key)).map_or(1, |held| held.line);
                 let reason = format!("{key} stands in {first} too, and that one counts");
-                Problem { file: file.to_path_buf(), line, reason }
+                Problem { scope: Scope::Document { file: file.to_path_buf(), line }, reason }
             })
         });
         let mut all: Vec<Problem> = own.chain(twice).collect();

@@ -2,16 +2,18 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use terway_core::objects::Objects;
+use terway_core::objects::Kind;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::dir::View;
 use super::document::read;
-use super::{Batch, DirSource, ObjectSource as _};
+use super::store::StoreWriter;
+use super::{Batch, DirSource, ObjectSource as _, ObjectStore, Scope};
 
 const TWO: &str = "\
 # a comment
@@ -105,28 +107,32 @@ fn service(name: &str, ip: &str) -> String {
 
 struct Watched {
     dir: tempfile::TempDir,
-    news: mpsc::Receiver<Batch>,
-    objects: Objects,
+    batches: mpsc::Receiver<Batch>,
+    store: Arc<ObjectStore>,
+    writer: StoreWriter,
     problems: Vec<String>,
 }
 
 impl Watched {
     async fn start(dir: tempfile::TempDir) -> Self {
         let source = Box::new(DirSource::new(dir.path()).unwrap());
-        let (send, news) = mpsc::channel(16);
+        let (send, batches) = mpsc::channel(16);
         tokio::spawn(source.run(send));
-        let mut this = Self { dir, news, objects: Objects::default(), problems: Vec::new() };
-        assert!(this.next().await, "the first batch completes the view");
+        let store = Arc::<ObjectStore>::default();
+        let writer = StoreWriter::new(Arc::clone(&store));
+        let mut this = Self { dir, batches, store, writer, problems: Vec::new() };
+        assert!(this.next().await, "the first batch lists every kind");
         this
     }
 
+    /// Applies the next batch; whether all kinds are synced then.
     async fn next(&mut self) -> bool {
-        let batch = timeout(Duration::from_secs(5), self.news.recv()).await.expect("news within five seconds").unwrap();
+        let batch = timeout(Duration::from_secs(5), self.batches.recv()).await.expect("a batch within 5 s").unwrap();
         if let Some(problems) = &batch.problems {
             self.problems =
                 problems.iter().map(|p| p.to_string().replace(&self.dir.path().display().to_string(), "")).collect();
         }
-        batch.apply(&mut self.objects).1
+        self.writer.apply(vec![batch]).has_synced(&Kind::ALL)
     }
 
     fn write(&self, name: &str, text: &str) {
@@ -134,7 +140,7 @@ impl Watched {
     }
 
     fn services(&self) -> Vec<String> {
-        self.objects.services().values().map(|s| format!("{} {}", s.meta.object.name, s.cluster_ips[0])).collect()
+        self.store.read().services().values().map(|s| format!("{} {}", s.meta.object.name, s.cluster_ips[0])).collect()
     }
 }
 
@@ -160,7 +166,7 @@ async fn files_come_change_and_go() {
     fs::remove_file(w.dir.path().join("b.yaml")).unwrap();
     w.next().await;
     assert_eq!(w.services(), ["a 10.96.0.3"]);
-    assert_eq!(w.objects.pods().len(), 0);
+    assert_eq!(w.store.read().pods().len(), 0);
 }
 
 #[tokio::test]
@@ -230,7 +236,7 @@ async fn a_folder_that_goes_takes_nothing_with_it() {
     fs::write(path.join("b.yaml"), service("b", "10.96.0.2")).unwrap();
     let mut w = Watched::start(inner).await;
     fs::rename(&path, outer.path().join("away")).unwrap();
-    assert!(timeout(Duration::from_millis(300), w.news.recv()).await.is_err(), "a missing folder says nothing");
+    assert!(timeout(Duration::from_millis(300), w.batches.recv()).await.is_err(), "a missing folder says nothing");
     fs::create_dir(&path).unwrap();
     fs::write(path.join("a.yaml"), service("a", "10.96.0.1")).unwrap();
     w.next().await;
@@ -257,7 +263,8 @@ proptest! {
             (0..3_usize, prop::option::weighted(0.8, prop::collection::vec(prop::option::of(1..4_u8), 3))), 1..24),
     ) {
         let dir = tempfile::tempdir().unwrap();
-        let (mut view, mut objects) = (View::default(), Objects::default());
+        let store = Arc::<ObjectStore>::default();
+        let (mut view, mut writer) = (View::default(), StoreWriter::new(Arc::clone(&store)));
         let mut files: [Written; 3] = Default::default();
         for (at, written) in steps {
             let path = dir.path().join(format!("{at}.yaml"));
@@ -271,7 +278,8 @@ proptest! {
                 }
             }
             files[at] = written;
-            Batch { updates: view.load(&path), problems: None }.apply(&mut objects);
+            writer.apply(vec![Batch { updates: view.load(&path), problems: None }]);
+            let objects = store.read();
 
             let (mut wanted, mut besides) = (Vec::new(), Vec::new());
             for i in 0..3 {
@@ -283,7 +291,8 @@ proptest! {
                 objects.services().values().map(|s| format!("{} {}", s.meta.object.name, s.cluster_ips[0])).collect();
             prop_assert_eq!(served, wanted);
             let told = view.problems().into_iter().map(|p| {
-                let name = p.file.file_name().unwrap().to_str().unwrap().to_owned();
+                let Scope::Document { file, .. } = &p.scope else { panic!("{p:?}") };
+                let name = file.file_name().unwrap().to_str().unwrap().to_owned();
                 (name, (0..3).find(|i| p.reason.starts_with(&format!("Service default/s{i} stands"))).unwrap())
             });
             besides.sort();

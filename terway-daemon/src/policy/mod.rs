@@ -1,6 +1,6 @@
 //! Network policies of this node: from the source of objects, by the compiler, into the datapath.
 //!
-//! Objects come from [`crate::services`], which reads the source. A step (compile, write maps) runs on a blocking thread under one lock; a pod's
+//! Objects come from the [feed](crate::objects::feed). A step (compile, write maps) runs on a blocking thread under one lock; a pod's
 //! ADD and DEL take that lock themselves, so that a pod's interface carries no packet before its policies stand in the maps. As long as the
 //! source has not told everything, running pods keep what an earlier daemon wrote; a new pod is denied every direction in which a policy that
 //! is known might restrict it. Operations that the kernel refuses are kept in their order and tried again, and meanwhile no pod is added.
@@ -14,17 +14,19 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use ipnetwork::IpNetwork;
 use terway_core::config::Config;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, PodRef};
-use terway_core::objects::Applied;
+use terway_core::objects::Kind;
 use terway_proto::v1;
 use tokio::sync::{Notify, mpsc, watch};
 use tracing::warn;
 
 use crate::bpf::{self, Datapath};
 use crate::follow::{self, burst, until};
+use crate::objects::{ObjectChanges, Subscriber};
 
 use ledger::Ledger;
 pub use metrics::PolicyMetrics;
@@ -48,14 +50,8 @@ const IDLE: Duration = Duration::from_millis(50);
 /// How often what the kernel refused is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What has changed, as [`crate::services`] tells it.
-#[derive(Clone, Debug)]
-pub struct News {
-    /// The changes, in order.
-    pub changes: Vec<Applied>,
-    /// The source has told everything.
-    pub complete: bool,
-}
+/// The kinds of objects that policies are compiled from.
+const KINDS: [Kind; 4] = [Kind::Namespace, Kind::Pod, Kind::NetworkPolicy, Kind::ClusterNetworkPolicy];
 
 /// What policies are made with.
 #[derive(Debug)]
@@ -74,17 +70,18 @@ pub struct Setup {
 #[derive(Debug)]
 pub struct Policies {
     state: Mutex<State>,
+    commands: mpsc::UnboundedSender<Arc<ObjectChanges>>,
     /// A pod came or went, which may leave something for later.
     changed: Notify,
     started: Instant,
 }
 
 impl Policies {
-    /// Takes up what an earlier daemon left, and begins to follow. The sender is where changes are told.
+    /// Takes up what an earlier daemon left, and begins to follow.
     ///
     /// # Errors
     /// When the maps cannot be read or written.
-    pub fn start(setup: Setup) -> Result<(Arc<Self>, mpsc::UnboundedSender<News>), Error> {
+    pub fn start(setup: Setup) -> Result<Arc<Self>, Error> {
         let Setup { datapath, mut addresses, mut config, metrics } = setup;
         let enforce = config.borrow_and_update().policy_enabled;
         let node = follow::addresses(&mut addresses);
@@ -92,10 +89,11 @@ impl Policies {
         metrics.count_by(&ledger);
         let state = State::new(datapath, metrics, ledger, node, enforce)
             .map_err(|error| Error::new(errors::POLICY_FAILED, error.to_string()))?;
-        let this = Arc::new(Self { state: Mutex::new(state), changed: Notify::new(), started: Instant::now() });
-        let (sender, news) = mpsc::unbounded_channel();
-        tokio::spawn(Arc::clone(&this).follow(news, addresses, config));
-        Ok((this, sender))
+        let (commands, received) = mpsc::unbounded_channel();
+        let this =
+            Arc::new(Self { state: Mutex::new(state), commands, changed: Notify::new(), started: Instant::now() });
+        tokio::spawn(Arc::clone(&this).follow(received, addresses, config));
+        Ok(this)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -186,14 +184,14 @@ impl Policies {
 
     async fn follow(
         self: Arc<Self>,
-        mut news: mpsc::UnboundedReceiver<News>,
+        mut changes: mpsc::UnboundedReceiver<Arc<ObjectChanges>>,
         mut addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
         mut config: watch::Receiver<Arc<Config>>,
     ) {
         let mut due = None;
         loop {
             let work = tokio::select! {
-                Some(first) = news.recv() => Work::News(burst(first, || news.try_recv().ok())),
+                Some(first) = changes.recv() => Work::Objects(burst(first, || changes.try_recv().ok())),
                 Ok(()) = addresses.changed() => Work::Addresses(follow::addresses(&mut addresses)),
                 Ok(()) = config.changed() => Work::Enforce(config.borrow_and_update().policy_enabled),
                 () = self.changed.notified() => {
@@ -224,6 +222,15 @@ impl Policies {
             this.state().settle(generation).then(|| Instant::now() + IDLE)
         };
         tokio::task::spawn_blocking(work).await.unwrap_or(Some(Instant::now() + RETRY))
+    }
+}
+
+#[async_trait]
+impl Subscriber for Policies {
+    /// Returns at once: a compile may take seconds, and Services shall not wait for it.
+    async fn deliver(&self, changes: Arc<ObjectChanges>) {
+        // Nobody receives any more when the daemon ends.
+        let _ = self.commands.send(changes);
     }
 }
 

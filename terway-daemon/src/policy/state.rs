@@ -14,11 +14,12 @@ use terway_core::policy::{
 use terway_proto::v1;
 use tracing::{error, info};
 
-use super::News;
+use super::KINDS;
 use super::ledger::Ledger;
 use super::metrics::PolicyMetrics;
 use super::view;
 use crate::bpf::{BpfError, Datapath};
+use crate::objects::ObjectChanges;
 
 /// The set of pods that are held back before there is a compiler: it has no entries, and its defaults deny. The compiler counts up from 1.
 const HELD: SetId = SetId(u32::MAX - 1);
@@ -26,7 +27,8 @@ const HELD: SetId = SetId(u32::MAX - 1);
 /// One thing to do.
 #[derive(Debug)]
 pub(super) enum Work {
-    News(Vec<News>),
+    /// Objects have changed.
+    Objects(Vec<Arc<ObjectChanges>>),
     /// The node has these addresses.
     Addresses(Vec<IpAddr>),
     /// Whether policies are enforced.
@@ -120,13 +122,12 @@ impl State {
     pub(super) fn step(&mut self, work: Work) {
         let start = Instant::now();
         match work {
-            Work::News(all) => {
-                let mut complete = false;
-                let mut events = Vec::new();
-                for News { changes, complete: told } in all {
-                    events.extend(changes.into_iter().filter_map(Event::from_applied));
-                    complete |= told;
-                }
+            Work::Objects(all) => {
+                let complete = all.last().is_some_and(|last| last.has_synced(&KINDS));
+                let events = all
+                    .iter()
+                    .flat_map(|batch| batch.changes.iter().cloned().filter_map(Event::from_applied))
+                    .collect();
                 self.events(events);
                 if complete && self.compiler.is_none() {
                     self.take_over(start);

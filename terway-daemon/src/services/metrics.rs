@@ -53,8 +53,8 @@ impl ServiceMetrics {
             metrics.syncs.clone(),
         );
         registry.register(
-            "terway_object_problems",
-            "Documents that cannot be used, and Services served otherwise than meant",
+            "terway_service_problems",
+            "Services and host ports that are not served as their objects ask for",
             metrics.problems.clone(),
         );
         registry.register(

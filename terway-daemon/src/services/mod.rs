@@ -12,24 +12,22 @@ mod state;
 mod view;
 
 use std::collections::{BTreeSet, HashMap};
-use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use ipnetwork::IpNetwork;
 use terway_core::errors::{self, Error};
-use terway_core::objects::Objects;
+use terway_core::objects::Kind;
 use terway_core::service::{NodeFacts, Settings, SocketTermination};
 use terway_proto::v1;
-use tokio::sync::{mpsc, watch};
-use tracing::{error, warn};
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::warn;
 
 use crate::bpf::Datapath;
-use crate::follow::{self, burst, until};
+use crate::follow::{self, until};
 use crate::net::Host;
-use crate::objects::{Batch, DirSource, ObjectSource as _, Update};
-use crate::policy::News;
+use crate::objects::{ObjectChanges, ObjectStore, Subscriber};
 
 pub use cgroup::CgroupAt;
 use health::{Health, Refused};
@@ -37,34 +35,15 @@ pub use metrics::ServiceMetrics;
 pub use sockets::SocketPath;
 use state::{Outlets, State, Work};
 
-/// How often a folder that cannot be watched is tried again.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
-
-/// Batches that may wait; a source that is faster waits too.
-const WAITING: usize = 64;
-
-/// Where objects come from: the value of `--objects`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Origin {
-    /// `dir:PATH`: the manifests of a folder.
-    Dir(PathBuf),
-}
-
-impl FromStr for Origin {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once(':') {
-            Some(("dir", path)) if !path.is_empty() => Ok(Self::Dir(path.into())),
-            _ => Err("is not dir:PATH".to_owned()),
-        }
-    }
-}
+/// The kinds of objects that Services are planned from.
+const KINDS: [Kind; 4] = [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::Pod];
 
 /// What Services are made with.
 pub struct Setup {
-    /// Where the objects come from; with none, the node serves no Services.
-    pub origin: Option<Origin>,
+    /// All objects, written by the feed.
+    pub objects: Arc<ObjectStore>,
+    /// Whether there is an object source; without one, the node serves no Services.
+    pub has_source: bool,
     /// Who the node is.
     pub facts: NodeFacts,
     /// What its administrator set.
@@ -81,8 +60,6 @@ pub struct Setup {
     pub end_sockets: SocketTermination,
     /// Who can enter network namespaces.
     pub host: Arc<Host>,
-    /// Who else wants to know what changes.
-    pub listener: mpsc::UnboundedSender<News>,
 }
 
 /// See the [module](self).
@@ -91,7 +68,7 @@ pub struct Services {
     state: Mutex<State>,
     /// What is wrong, kept apart so that asking never waits for a step.
     problems: Mutex<Vec<Error>>,
-    source_failure: Mutex<Option<Error>>,
+    commands: mpsc::UnboundedSender<Work>,
     health: Arc<Refused>,
     in_force: watch::Receiver<bool>,
     sockets: Arc<SocketPath>,
@@ -102,14 +79,15 @@ impl Services {
     #[must_use]
     pub fn start(setup: Setup, pods: impl Fn() -> Vec<String> + Send + Sync + 'static) -> Arc<Self> {
         let sockets = Arc::new(SocketPath::new(&setup, Box::new(pods)));
-        let Setup { origin, facts, settings, datapath, addresses, metrics, listener, .. } = setup;
+        let Setup { objects, facts, settings, datapath, addresses, metrics, .. } = setup;
         let (health, ports) = watch::channel(Health::default());
         let (tell, in_force) = watch::channel(false);
-        let outlets = Outlets { health, in_force: tell, listener };
+        let outlets = Outlets { health, in_force: tell };
+        let (commands, received) = mpsc::unbounded_channel();
         let this = Arc::new(Self {
-            state: Mutex::new(State::new(datapath, facts, settings, metrics, outlets)),
+            state: Mutex::new(State::new(datapath, objects, facts, settings, metrics, outlets)),
             problems: Mutex::default(),
-            source_failure: Mutex::default(),
+            commands,
             health: Arc::default(),
             in_force,
             sockets: Arc::clone(&sockets),
@@ -118,18 +96,15 @@ impl Services {
         // Before the first pod: what is attached is part of how a node looks to whoever compares.
         sockets.attach_now();
         tokio::spawn(sockets.run());
-        let (sender, news) = mpsc::channel(WAITING);
-        tokio::spawn(Arc::clone(&this).follow(news, addresses));
-        tokio::spawn(Arc::clone(&this).feed(origin, sender));
+        tokio::spawn(Arc::clone(&this).follow(received, addresses));
         this
     }
 
-    /// What is wrong with objects, their source, or writing what follows from them.
+    /// What is wrong with Services, or with writing them.
     #[must_use]
     pub fn problems(&self) -> Vec<Error> {
-        let failure = lock(&self.source_failure).clone();
         let problems = lock(&self.problems).clone();
-        failure.into_iter().chain(problems).chain(self.health.problems()).collect()
+        problems.into_iter().chain(self.health.problems()).collect()
     }
 
     /// Waits, for so long at the most, until the maps have held for the first time what follows from all objects: a pod that starts
@@ -137,17 +112,11 @@ impl Services {
     ///
     /// A daemon that takes over maps of an earlier one lets pods start even so: the Services in them are served.
     ///
-    /// # Errors
-    /// [`errors::SERVICES_UNSYNCED`], with what is in the way as far as it is known.
-    pub async fn synced(&self, limit: Duration) -> Result<(), Error> {
+    /// Returns whether that is so.
+    pub async fn synced(&self, limit: Duration) -> bool {
         let mut in_force = self.in_force.clone();
         let waited = tokio::time::timeout(limit, in_force.wait_for(|synced| *synced)).await;
-        if matches!(waited, Ok(Ok(_))) {
-            return Ok(());
-        }
-        let reason =
-            self.problems().first().map_or_else(|| "The objects are still being read.".to_owned(), ToString::to_string);
-        Err(Error::new(errors::SERVICES_UNSYNCED, reason))
+        matches!(waited, Ok(Ok(_)))
     }
 
     /// How Services are resolved at the socket.
@@ -171,39 +140,16 @@ impl Services {
         if numbers.is_empty() { HashMap::new() } else { lock(&self.state).names(numbers) }
     }
 
-    /// Keeps a source running for as long as anybody listens.
-    async fn feed(self: Arc<Self>, origin: Option<Origin>, news: mpsc::Sender<Batch>) {
-        let Some(Origin::Dir(path)) = origin else {
-            // No objects is a complete view too: what an earlier daemon served is taken away.
-            let _ = news.send(Batch { updates: vec![Update::Synced], problems: None }).await;
-            return;
-        };
-        loop {
-            let ended = match DirSource::new(&path) {
-                Ok(source) => {
-                    lock(&self.source_failure).take();
-                    Box::new(source).run(news.clone()).await
-                }
-                Err(error) => Err(error),
-            };
-            let Err(error) = ended else { return };
-            if lock(&self.source_failure).replace(Error::new(errors::OBJECTS_UNREADABLE, error.to_string())).is_none() {
-                error!(%error, "no news of objects; Services stay as they are");
-            }
-            tokio::time::sleep(LOOK_AGAIN).await;
-        }
-    }
-
     async fn follow(
         self: Arc<Self>,
-        mut news: mpsc::Receiver<Batch>,
+        mut commands: mpsc::UnboundedReceiver<Work>,
         mut addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
     ) {
         let first = follow::addresses(&mut addresses);
         let mut due = self.step(Work::Addresses(first)).await;
         loop {
             let work = tokio::select! {
-                Some(batch) = news.recv() => Work::News(burst(batch, || news.try_recv().ok())),
+                Some(command) = commands.recv() => command,
                 Ok(()) = addresses.changed() => Work::Addresses(follow::addresses(&mut addresses)),
                 () = until(due) => Work::Due,
             };
@@ -234,20 +180,18 @@ impl Services {
     }
 }
 
+#[async_trait]
+impl Subscriber for Services {
+    /// Returns when the maps hold what follows from the changes, or the write has failed and will be tried again.
+    async fn deliver(&self, changes: Arc<ObjectChanges>) {
+        let (done, is_done) = oneshot::channel();
+        if self.commands.send(Work::Objects(changes, done)).is_ok() {
+            // The sender is dropped without a message when the step panics.
+            let _ = is_done.await;
+        }
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-/// All batches, in order, taken into the store: what changed, and whether the view became complete.
-fn take_in(objects: &mut Objects, batches: Vec<Batch>) -> (Vec<terway_core::objects::Applied>, bool) {
-    let (mut applied, mut synced) = (Vec::new(), false);
-    for batch in batches {
-        let (more, complete) = batch.apply(objects);
-        applied.extend(more);
-        synced |= complete;
-    }
-    (applied, synced)
-}
-
-#[cfg(test)]
-mod tests;

@@ -66,7 +66,7 @@ impl SocketPath {
         Self {
             datapath: Arc::clone(&setup.datapath),
             // Without Services there is nothing to resolve.
-            wanted: if setup.origin.is_some() { setup.cgroup.clone() } else { Some(CgroupAt::None) },
+            wanted: if setup.has_source { setup.cgroup.clone() } else { Some(CgroupAt::None) },
             whose: setup.end_sockets,
             host: Arc::clone(&setup.host),
             pods,

@@ -7,26 +7,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use terway_core::errors::{self, Error};
-use terway_core::objects::{ObjectKey, Objects};
+use terway_core::objects::ObjectKey;
 use terway_core::service::{MapContents, NodeFacts, Op, Plan, Planner, Settings, invalidates_backend};
 use terway_proto::v1;
-use tokio::sync::mpsc::UnboundedSender;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
 use super::health::Health;
 use super::metrics::ServiceMetrics;
-use super::{take_in, view};
+use super::{KINDS, view};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER};
 use crate::memory;
-use crate::objects::{self, Batch};
-use crate::policy::News;
+use crate::objects::{ObjectChanges, ObjectStore};
 
 /// The first and the longest time until maps that refused a write are tried again. Not shorter than [`RETIRE_AFTER`]: reading the maps
 /// forgets what was still to be retired, and its places may be used at once.
 const RETRY: (Duration, Duration) = (RETIRE_AFTER, Duration::from_secs(60));
 
-/// Problems that are told one by one; a folder of rubbish shall not make the status unreadable.
+/// Problems that the status lists one by one.
 const TOLD: usize = 20;
 
 /// Where news go.
@@ -36,8 +34,6 @@ pub(super) struct Outlets {
     pub(super) health: watch::Sender<Health>,
     /// True for good once the maps have held what follows from all objects.
     pub(super) in_force: watch::Sender<bool>,
-    /// To whoever else wants to know what changes.
-    pub(super) listener: UnboundedSender<News>,
 }
 
 /// What the planner finds wrong, by object.
@@ -46,7 +42,8 @@ type Complaints = BTreeMap<ObjectKey, BTreeSet<String>>;
 /// One thing to do.
 #[derive(Debug)]
 pub(super) enum Work {
-    News(Vec<Batch>),
+    /// Objects have changed; the sender is used when the step is done.
+    Objects(Arc<ObjectChanges>, oneshot::Sender<()>),
     /// The node has these addresses.
     Addresses(Vec<IpAddr>),
     /// A time that [`State::step`] named has come.
@@ -59,7 +56,7 @@ pub(super) struct State {
     facts: NodeFacts,
     settings: Settings,
     metrics: ServiceMetrics,
-    objects: Objects,
+    objects: Arc<ObjectStore>,
     /// None before the first sync, and after a failure.
     planner: Option<Planner>,
     synced: bool,
@@ -68,7 +65,6 @@ pub(super) struct State {
     retry: Option<Instant>,
     patience: Duration,
     addresses: Vec<IpAddr>,
-    documents: Vec<objects::Problem>,
     complaints: Complaints,
     failure: Option<Error>,
     outlets: Outlets,
@@ -87,6 +83,7 @@ impl fmt::Debug for State {
 impl State {
     pub(super) fn new(
         datapath: Arc<Datapath>,
+        objects: Arc<ObjectStore>,
         facts: NodeFacts,
         settings: Settings,
         metrics: ServiceMetrics,
@@ -101,14 +98,13 @@ impl State {
             facts,
             settings,
             metrics,
-            objects: Objects::default(),
+            objects,
             planner: None,
             synced: false,
             retire: VecDeque::new(),
             retry: None,
             patience: RETRY.0,
             addresses: Vec::new(),
-            documents: Vec::new(),
             complaints: BTreeMap::new(),
             failure: None,
             outlets,
@@ -125,8 +121,12 @@ impl State {
     /// Does it, and tells when there is more to do.
     pub(super) fn step(&mut self, work: Work) -> Option<Instant> {
         let start = Instant::now();
+        let mut waiting = None;
         let outcome = match work {
-            Work::News(batches) => self.news(batches, start),
+            Work::Objects(changes, done) => {
+                waiting = Some(done);
+                self.changed(&changes, start)
+            }
             Work::Addresses(addresses) => {
                 self.addresses = addresses;
                 self.datapath.services().set_node_addresses(&self.addresses)
@@ -138,24 +138,21 @@ impl State {
         }
         let (frontends, backends) = self.datapath.services().counts();
         self.metrics.entries(frontends, backends);
+        if let Some(done) = waiting {
+            let _ = done.send(());
+        }
         self.retire.front().map(|(due, _)| *due).into_iter().chain(self.retry).chain(self.tidy).min()
     }
 
-    fn news(&mut self, mut batches: Vec<Batch>, start: Instant) -> Result<(), BpfError> {
-        if let Some(documents) = batches.iter_mut().rev().find_map(|batch| batch.problems.take()) {
-            self.documents = documents;
-        }
-        let (changes, complete) = take_in(&mut self.objects, batches);
-        // Policies go first: they decide whom Services let in. Nobody listens any more when the daemon ends.
-        let _ = self.outlets.listener.send(News { changes: changes.clone(), complete });
-        let first = complete && !self.synced;
-        self.synced |= complete;
-        if first {
+    fn changed(&mut self, changes: &ObjectChanges, start: Instant) -> Result<(), BpfError> {
+        let first = changes.has_synced(&KINDS) && !self.synced;
+        self.synced |= first;
+        if first || (self.synced && changes.resync) {
             return self.restore(start);
         }
         // Without a planner, before the first sync or until the retry, the objects are enough.
         let Some(planner) = &mut self.planner else { return Ok(()) };
-        let plan = planner.update(&self.objects, &changes);
+        let plan = planner.update(&self.objects.read(), &changes.changes);
         self.carry_out(plan, start)
     }
 
@@ -188,7 +185,7 @@ impl State {
         let kernel = self.datapath.services().recover()?;
         let found = kernel.frontends.len();
         let mut planner = Planner::restore(self.facts.clone(), self.settings.clone(), kernel);
-        let plan = planner.sync(&self.objects);
+        let plan = planner.sync(&self.objects.read());
         let (now, later) = (plan.ops.len(), plan.retire.len());
         // What was wrong and no longer is, is in no news of a planner that has only begun.
         let wrong = planner.object_errors();
@@ -201,7 +198,7 @@ impl State {
         self.patience = RETRY.0;
         // Some may have ended before this daemon looked.
         self.lives_ended = true;
-        let services = self.objects.services().len();
+        let services = self.objects.read().services().len();
         // Not now: those who were told of all objects have not yet let go of them.
         self.tidy = Some(Instant::now() + RETIRE_AFTER);
         info!(services, frontends_found = found, writes = now, for_later = later, took = ?start.elapsed(), "Services are in force");
@@ -267,11 +264,10 @@ impl State {
 
     /// All that is wrong, the worst first.
     pub(super) fn problems(&self) -> Vec<Error> {
-        let documents = self.documents.iter().map(|p| Error::new(errors::OBJECT_INVALID, format!("{p}.")));
         let complaints = self.complaints.iter().flat_map(|(object, messages)| {
             messages.iter().map(move |text| Error::new(errors::SERVICE_PROBLEM, format!("{object}: {text}.")))
         });
-        let mut all: Vec<Error> = documents.chain(complaints).collect();
+        let mut all: Vec<Error> = complaints.collect();
         self.metrics.problems(all.len());
         all.truncate(TOLD);
         self.failure.iter().cloned().chain(all).collect()

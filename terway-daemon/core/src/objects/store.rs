@@ -88,7 +88,9 @@ macro_rules! tables {
                 }
             }
 
-            fn names(&self, kind: Kind) -> Vec<ObjectName> {
+            /// The names of all objects of a kind, in order.
+            #[must_use]
+            pub fn names(&self, kind: Kind) -> Vec<ObjectName> {
                 match kind {
                     $(Kind::$variant => self.$field.keys().cloned().collect(),)*
                 }

@@ -1,0 +1,174 @@
+//! The interface between a source of Kubernetes objects (a folder, an API server) and the [feed](super::feed).
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use async_trait::async_trait;
+use terway_core::objects::{Change, Kind, Object, ObjectKey};
+use tokio::sync::mpsc;
+
+use super::DirSource;
+
+/// An update of the object store. Updates are applied in the order in which a source sends them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Update {
+    /// A complete list of one kind: stored objects of the kind that are not in it are deleted. Makes the kind synced.
+    Replace(Kind, Vec<Object>),
+    /// A complete list of one kind begins. Its objects follow as upserts, in one or more batches, so that a large list is never in memory
+    /// twice. Other changes of the kind may come in between.
+    ListBegin(Kind),
+    /// The list has ended: stored objects of the kind without an upsert since [`Update::ListBegin`] are deleted. Makes the kind synced.
+    ListEnd(Kind),
+    /// One object was created, updated or deleted. Allowed before the kind is synced.
+    Change(Change),
+}
+
+/// Where a [`Problem`] is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scope {
+    /// The whole source, such as an API server that cannot be reached.
+    Source,
+    /// All objects of one kind, such as a list that is forbidden.
+    Kind(Kind),
+    /// One object that cannot be decoded. Its last good version stays in the store.
+    Object(ObjectKey),
+    /// One document of a file. Objects that it held before stay in the store.
+    Document {
+        /// The file.
+        file: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+    },
+}
+
+/// What a source cannot read at the moment, and why. What it has sent before stays in force.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Problem {
+    /// What cannot be read.
+    pub scope: Scope,
+    /// The reason, without a full stop.
+    pub reason: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.scope {
+            Scope::Source => f.write_str(&self.reason),
+            Scope::Kind(kind) => write!(f, "{kind}: {}", self.reason),
+            Scope::Object(key) => write!(f, "{key}: {}", self.reason),
+            Scope::Document { file, line } => write!(f, "{}:{line}: {}", file.display(), self.reason),
+        }
+    }
+}
+
+/// Updates that subscribers see together: a subscriber never acts on a part of a batch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// The updates, in order.
+    pub updates: Vec<Update>,
+    /// All problems of the source, if they have changed.
+    pub problems: Option<Vec<Problem>>,
+}
+
+/// Why a source ended. The feed starts it again.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The folder cannot be watched or listed.
+    #[error("cannot watch {}: {source}", path.display())]
+    Watch {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The feed panicked while applying a batch.
+    #[error("a batch of object changes was lost")]
+    BatchLost,
+    /// The source's task panicked.
+    #[error("the object source panicked: {0}")]
+    Panicked(String),
+}
+
+/// A source of objects: one run from the first list to the end.
+///
+/// A run sends a complete list of every kind ([`Update::Replace`] or [`Update::ListBegin`] to [`Update::ListEnd`]), in any order and as soon as
+/// it has it, then changes. It reports what it can recover from by itself as [`Problem`]s and goes on; what it has sent stays in the store meanwhile.
+/// A kind that the cluster does not serve is an empty list; a kind that must not be read is a problem, and never a list.
+#[async_trait]
+pub trait ObjectSource: Send {
+    /// Runs until the receiver is gone.
+    ///
+    /// # Errors
+    /// What it cannot recover from by itself.
+    async fn run(self: Box<Self>, batches: mpsc::Sender<Batch>) -> Result<(), SourceError>;
+}
+
+/// The source of a node without object source: every kind is empty, so what an earlier daemon wrote for objects is removed.
+#[derive(Debug)]
+pub struct EmptySource;
+
+#[async_trait]
+impl ObjectSource for EmptySource {
+    async fn run(self: Box<Self>, batches: mpsc::Sender<Batch>) -> Result<(), SourceError> {
+        let updates = Kind::ALL.into_iter().map(|kind| Update::Replace(kind, Vec::new())).collect();
+        if batches.send(Batch { updates, problems: None }).await.is_ok() {
+            batches.closed().await;
+        }
+        Ok(())
+    }
+}
+
+/// The value of `--objects`: which source is used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// `dir:PATH`: the manifests of a folder.
+    Dir(PathBuf),
+}
+
+impl Origin {
+    /// Opens the source.
+    ///
+    /// # Errors
+    /// When the source cannot be reached now; opening may be tried again.
+    pub fn open(&self) -> Result<Box<dyn ObjectSource>, SourceError> {
+        match self {
+            Self::Dir(path) => Ok(Box::new(DirSource::new(path)?)),
+        }
+    }
+}
+
+impl FromStr for Origin {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("dir", path)) if !path.is_empty() => Ok(Self::Dir(path.into())),
+            _ => Err("is not dir:PATH".to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Dir(path) => write!(f, "dir:{}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_objects_option_names_source_and_path() {
+        let origin: Origin = "dir:/etc/objects".parse().unwrap();
+        assert_eq!(origin, Origin::Dir("/etc/objects".into()));
+        assert_eq!(origin.to_string(), "dir:/etc/objects");
+        for bad in ["/etc/objects", "dir:", "kube:x", ""] {
+            assert!(bad.parse::<Origin>().is_err(), "{bad}");
+        }
+    }
+}
