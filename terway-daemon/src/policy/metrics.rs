@@ -1,4 +1,4 @@
-//! What is counted about policies.
+//! Metrics of the policy actor.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -14,39 +14,39 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use terway_core::policy::Stats;
 
-use super::ledger::{Ledger, word};
+use super::counters::{PolicyCounters, direction_label};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KindLabels {
     kind: &'static str,
 }
 
-/// Numbers of policies.
+/// Metrics of the policy actor.
 #[derive(Clone, Debug)]
 pub struct PolicyMetrics {
     entries: Family<KindLabels, Gauge>,
-    held: Gauge,
+    quarantined: Gauge,
     steps: Histogram,
-    ledger: Arc<OnceLock<Arc<Ledger>>>,
+    counters: Arc<OnceLock<Arc<PolicyCounters>>>,
 }
 
-/// What policies decided, read from the kernel at each scrape.
+/// Collector of policy verdicts, read from the kernel at each scrape.
 #[derive(Debug)]
-struct Verdicts(Arc<OnceLock<Arc<Ledger>>>);
+struct VerdictCollector(Arc<OnceLock<Arc<PolicyCounters>>>);
 
-impl Collector for Verdicts {
+impl Collector for VerdictCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let sums = self.0.get().map(|ledger| ledger.sums()).unwrap_or_default();
+        let totals = self.0.get().map(|counters| counters.totals()).unwrap_or_default();
         let (name, help) = (
             "terway_policy_verdicts",
-            "Connections that a network policy let begin, and packets that it had dropped, at pods of this node",
+            "Connections that a network policy allowed, and packets that it denied, at pods of this node",
         );
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for ((policy, direction), verdicts) in &sums {
+        for ((policy, direction), verdicts) in &totals {
             let policy = policy.name.to_string();
-            for (verdict, tally) in [("allowed", verdicts.allowed), ("denied", verdicts.denied)] {
-                let labels = [("policy", policy.as_str()), ("direction", word(*direction)), ("verdict", verdict)];
-                ConstCounter::new(tally.packets).encode(family.encode_family(&labels)?)?;
+            for (verdict, count) in [("allowed", verdicts.allowed), ("denied", verdicts.denied)] {
+                let labels = [("policy", policy.as_str()), ("direction", direction_label(*direction)), ("verdict", verdict)];
+                ConstCounter::new(count.packets).encode(family.encode_family(&labels)?)?;
             }
         }
         Ok(())
@@ -59,35 +59,35 @@ impl PolicyMetrics {
     pub fn new(registry: &mut Registry) -> Self {
         let metrics = Self {
             entries: Family::default(),
-            held: Gauge::default(),
+            quarantined: Gauge::default(),
             // A new pod takes a part of a millisecond, two changes in a row a grace period, a large cluster's first compile some seconds.
-            ledger: Arc::default(),
+            counters: Arc::default(),
             steps: Histogram::new([0.000_1, 0.000_25, 0.000_5, 0.001, 0.002, 0.005, 0.02, 0.05, 0.1, 0.5, 2.0, 5.0]),
         };
-        registry.register("terway_policy_entries", "What network policies are compiled to", metrics.entries.clone());
+        registry.register("terway_policy_entries", "Entries that network policies are compiled to", metrics.entries.clone());
         registry.register(
-            "terway_policy_held_pods",
-            "Pods of this node that are held back because their labels are not known",
-            metrics.held.clone(),
+            "terway_policy_quarantined_pods",
+            "Pods of this node in quarantine: denied until their labels are known",
+            metrics.quarantined.clone(),
         );
         registry.register_with_unit(
             "terway_policy_step",
-            "Time from the arrival of changed objects until the maps held what follows from them",
+            "Time from the arrival of changed objects until the maps are written",
             Unit::Seconds,
             metrics.steps.clone(),
         );
-        registry.register_collector(Box::new(Verdicts(Arc::clone(&metrics.ledger))));
+        registry.register_collector(Box::new(VerdictCollector(Arc::clone(&metrics.counters))));
         metrics
     }
 
-    /// Says where counters of policies come from.
-    pub(super) fn count_by(&self, ledger: &Arc<Ledger>) {
-        // Policies are started once.
-        let _ = self.ledger.set(Arc::clone(ledger));
+    /// Sets the counters that a scrape reads.
+    pub(super) fn read_from(&self, counters: &Arc<PolicyCounters>) {
+        // The actor is started once.
+        let _ = self.counters.set(Arc::clone(counters));
     }
 
-    /// Sets how much there is.
-    pub(super) fn stats(&self, stats: &Stats, held: usize) {
+    /// Sets the gauges.
+    pub(super) fn stats(&self, stats: &Stats, quarantined: usize) {
         let Stats { policies, pods, classes, identities, cidrs, sets, entries, port_tables, endpoints } = *stats;
         for (kind, count) in [
             ("policies", policies),
@@ -102,7 +102,7 @@ impl PolicyMetrics {
         ] {
             self.entries.get_or_create(&KindLabels { kind }).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
-        self.held.set(i64::try_from(held).unwrap_or(i64::MAX));
+        self.quarantined.set(i64::try_from(quarantined).unwrap_or(i64::MAX));
     }
 
     /// Records one step.

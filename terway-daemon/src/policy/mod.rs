@@ -1,14 +1,14 @@
-//! Network policies of this node: from the source of objects, by the compiler, into the datapath.
+//! The policy actor: compiles network policies and writes them to the datapath's maps.
 //!
-//! Objects come from the [feed](crate::objects::feed). A step (compile, write maps) runs on a blocking thread under one lock; a pod's
-//! ADD and DEL take that lock themselves, so that a pod's interface carries no packet before its policies stand in the maps. As long as the
-//! source has not told everything, running pods keep what an earlier daemon wrote; a new pod is denied every direction in which a policy that
-//! is known might restrict it. Operations that the kernel refuses are kept in their order and tried again, and meanwhile no pod is added.
+//! Objects come from the [feed](crate::objects::feed). A step (compile, write maps) runs on a blocking thread under one lock. ADD and DEL of a
+//! pod take that lock themselves, so that a pod's policies are in the maps before its interface carries packets. Until the objects are
+//! synced, running pods keep what an earlier daemon wrote, and a new pod is in quarantine: each direction that a policy known so far may
+//! restrict is denied. Operations that the kernel refuses are kept in their order and retried; no pod is added meanwhile.
 
-mod ledger;
+mod counters;
 mod metrics;
+mod report;
 mod state;
-mod view;
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -19,8 +19,8 @@ use ipnetwork::IpNetwork;
 use terway_core::config::Config;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, PodRef};
-use terway_core::objects::Kind;
-use terway_proto::v1;
+use terway_core::objects::{Kind, ObjectName};
+use terway_core::policy::{Explanation, FlowEnd};
 use tokio::sync::{Notify, mpsc, watch};
 use tracing::warn;
 
@@ -28,41 +28,43 @@ use crate::bpf::{self, Datapath};
 use crate::follow::{self, burst, until};
 use crate::objects::{ObjectChanges, Subscriber};
 
-use ledger::Ledger;
+use counters::PolicyCounters;
+pub(crate) use counters::{RuleCount, direction_label};
 pub use metrics::PolicyMetrics;
-use state::{State, Work};
+pub use report::{NAMED_POLICIES, PolicyEntry, PolicyList, PolicyStatus, PolicyVerdict};
+use state::{Command, State, WaitReason};
 
-/// How long an ADD waits for the source of objects to tell everything.
-const COMPLETE_WITHIN: Duration = Duration::from_secs(3);
+/// How long an ADD waits until the objects are synced.
+const SYNCED_WITHIN: Duration = Duration::from_secs(3);
 
-/// A source that has not told everything so long after the start is not waited for any more.
-const STARTING: Duration = Duration::from_secs(30);
+/// Objects that are not synced so long after the start are not waited for any more.
+const STARTUP: Duration = Duration::from_secs(30);
 
 /// How long an ADD waits for the pod's own object when a policy may restrict the pod; kubelet has it before it asks for the pod's network.
 const KNOWN_WITHIN: Duration = Duration::from_secs(1);
 
-/// How often a waiting ADD looks.
-const LOOK: Duration = Duration::from_millis(2);
+/// The interval at which a waiting ADD checks.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// What can wait is done when nothing has changed for so long.
+/// Deferred operations are run when nothing has changed for so long.
 const IDLE: Duration = Duration::from_millis(50);
 
-/// How often what the kernel refused is tried again.
+/// The interval at which refused operations are retried.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// The kinds of objects that policies are compiled from.
 const KINDS: [Kind; 4] = [Kind::Namespace, Kind::Pod, Kind::NetworkPolicy, Kind::ClusterNetworkPolicy];
 
-/// What policies are made with.
+/// Parameters of the policy actor.
 #[derive(Debug)]
 pub struct Setup {
-    /// The kernel's side.
+    /// The datapath.
     pub datapath: Arc<Datapath>,
     /// The node's own addresses, which always reach its pods.
     pub addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
     /// Whether policies are enforced.
     pub config: watch::Receiver<Arc<Config>>,
-    /// Counters.
+    /// Metrics.
     pub metrics: PolicyMetrics,
 }
 
@@ -77,7 +79,7 @@ pub struct Policies {
 }
 
 impl Policies {
-    /// Takes up what an earlier daemon left, and begins to follow.
+    /// Starts the actor over the maps of an earlier daemon.
     ///
     /// # Errors
     /// When the maps cannot be read or written.
@@ -85,14 +87,14 @@ impl Policies {
         let Setup { datapath, mut addresses, mut config, metrics } = setup;
         let enforce = config.borrow_and_update().policy_enabled;
         let node = follow::addresses(&mut addresses);
-        let ledger = Arc::new(Ledger::new(Arc::clone(&datapath)));
-        metrics.count_by(&ledger);
-        let state = State::new(datapath, metrics, ledger, node, enforce)
+        let counters = Arc::new(PolicyCounters::new(Arc::clone(&datapath)));
+        metrics.read_from(&counters);
+        let state = State::new(datapath, metrics, counters, node, enforce)
             .map_err(|error| Error::new(errors::POLICY_FAILED, error.to_string()))?;
         let (commands, received) = mpsc::unbounded_channel();
         let this =
             Arc::new(Self { state: Mutex::new(state), commands, changed: Notify::new(), started: Instant::now() });
-        tokio::spawn(Arc::clone(&this).follow(received, addresses, config));
+        tokio::spawn(Arc::clone(&this).run(received, addresses, config));
         Ok(this)
     }
 
@@ -100,31 +102,31 @@ impl Policies {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits, within bounds, until a pod's policies can be known: the source has told everything, and the pod itself if that matters.
-    pub async fn expect(&self, pod: &PodRef) {
+    /// Waits, within bounds, until a pod's policies are known: the objects are synced, and the pod's labels known if a policy may select it.
+    pub async fn wait_until_known(&self, pod: &PodRef) {
         let start = Instant::now();
         loop {
             let wait = match self.state.try_lock() {
-                Ok(state) => state.awaits(pod),
-                Err(TryLockError::Poisoned(state)) => state.into_inner().awaits(pod),
-                // A step is under way, and may be the one that is waited for.
-                Err(TryLockError::WouldBlock) => Some(state::Awaited::Step),
+                Ok(state) => state.wait_reason(pod),
+                Err(TryLockError::Poisoned(state)) => state.into_inner().wait_reason(pod),
+                // The step may be the one that makes the pod known.
+                Err(TryLockError::WouldBlock) => Some(WaitReason::StepInProgress),
             };
             let within = match wait {
                 None => return,
-                Some(state::Awaited::View) if self.started.elapsed() > STARTING => Duration::ZERO,
-                Some(state::Awaited::View | state::Awaited::Step) => COMPLETE_WITHIN,
-                Some(state::Awaited::Pod) => KNOWN_WITHIN,
+                Some(WaitReason::ObjectsUnsynced) if self.started.elapsed() > STARTUP => Duration::ZERO,
+                Some(WaitReason::ObjectsUnsynced | WaitReason::StepInProgress) => SYNCED_WITHIN,
+                Some(WaitReason::PodUnknown) => KNOWN_WITHIN,
             };
             if start.elapsed() >= within {
-                warn!(%pod, waiting_for = ?wait, "going on without; what a policy might restrict is denied");
+                warn!(%pod, reason = ?wait, "adding a pod whose policies are not known; directions that a policy may restrict are denied");
                 return;
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
-    /// Has a pod's policies in the maps, before its endpoint is written and its interface carries packets. Blocks.
+    /// Writes a pod's policies to the maps. To be called before its endpoint is written and its interface carries packets. Blocks.
     ///
     /// # Errors
     /// [`errors::POLICY_FAILED`] if the kernel refuses, or [`errors::BPF_FAILED`] if there is no room for another pod.
@@ -134,55 +136,55 @@ impl Policies {
         attached
     }
 
-    /// Forgets the pods whose endpoints have been removed. Blocks.
-    pub fn forget_gone(&self) {
-        self.state().forget_gone();
+    /// Detaches the pods whose endpoints were removed. Blocks.
+    pub fn detach_removed(&self) {
+        self.state().detach_removed();
         self.changed.notify_one();
     }
 
-    /// Asks on a thread that may block: a step holds the lock for as long as compiling takes, and the runtime has one worker.
-    async fn ask<T: Send + 'static>(
+    /// Reads the state on a blocking thread: a step holds the lock for as long as compiling takes, and the runtime has one worker.
+    async fn read<T: Send + 'static>(
         self: &Arc<Self>,
-        question: impl FnOnce(&State) -> T + Send + 'static,
+        read: impl FnOnce(&State) -> T + Send + 'static,
     ) -> Result<T, Error> {
         let this = Arc::clone(self);
-        let asked = tokio::task::spawn_blocking(move || question(&this.state()));
+        let asked = tokio::task::spawn_blocking(move || read(&this.state()));
         asked.await.map_err(|error| Error::new(errors::INTERNAL, error.to_string()))
     }
 
-    /// The line of the status, and what is wrong.
+    /// The status, and what is wrong.
     ///
     /// # Errors
     /// When the daemon is ending.
-    pub async fn status(self: &Arc<Self>) -> Result<(v1::PolicyStatus, Vec<Error>), Error> {
-        self.ask(|state| (state.status(), state.problems())).await
+    pub async fn status(self: &Arc<Self>) -> Result<(PolicyStatus, Vec<Error>), Error> {
+        self.read(|state| (state.status(), state.problems())).await
     }
 
-    /// Has someone ask for the names of what events hold, as they are at one moment. Blocks.
-    pub fn names<T>(&self, ask: impl FnOnce(&Names<'_>) -> T) -> T {
-        ask(&Names(&self.state()))
+    /// Calls `annotate` with the names of pods and rules as they are at one moment. Blocks.
+    pub fn annotate<T>(&self, annotate: impl FnOnce(&FlowAnnotator<'_>) -> T) -> T {
+        annotate(&FlowAnnotator(&self.state()))
     }
 
-    /// The policies in force.
+    /// The policies in force, of one namespace or name where these are not empty.
     ///
     /// # Errors
     /// When the daemon is ending.
-    pub async fn list(self: &Arc<Self>, request: v1::ListPoliciesRequest) -> Result<v1::ListPoliciesResponse, Error> {
-        self.ask(move |state| state.list(&request)).await
+    pub async fn list(self: &Arc<Self>, namespace: String, name: String) -> Result<PolicyList, Error> {
+        self.read(move |state| state.list(&namespace, &name)).await
     }
 
-    /// Why a connection passes or not.
+    /// Explains for each IP family why a connection is allowed or denied; the inner error says why that cannot be told.
     ///
     /// # Errors
     /// When the daemon is ending.
     pub async fn explain(
         self: &Arc<Self>,
-        request: v1::ExplainPolicyRequest,
-    ) -> Result<v1::ExplainPolicyResponse, Error> {
-        self.ask(move |state| state.explain(&request)).await
+        connection: Connection,
+    ) -> Result<Result<Vec<Explanation>, String>, Error> {
+        self.read(move |state| state.explain(&connection)).await
     }
 
-    async fn follow(
+    async fn run(
         self: Arc<Self>,
         mut changes: mpsc::UnboundedReceiver<Arc<ObjectChanges>>,
         mut addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
@@ -190,10 +192,10 @@ impl Policies {
     ) {
         let mut due = None;
         loop {
-            let work = tokio::select! {
-                Some(first) = changes.recv() => Work::Objects(burst(first, || changes.try_recv().ok())),
-                Ok(()) = addresses.changed() => Work::Addresses(follow::addresses(&mut addresses)),
-                Ok(()) = config.changed() => Work::Enforce(config.borrow_and_update().policy_enabled),
+            let command = tokio::select! {
+                Some(first) = changes.recv() => Command::Objects(burst(first, || changes.try_recv().ok())),
+                Ok(()) = addresses.changed() => Command::Addresses(follow::addresses(&mut addresses)),
+                Ok(()) = config.changed() => Command::Enforce(config.borrow_and_update().policy_enabled),
                 () = self.changed.notified() => {
                     due = Some(Instant::now() + IDLE);
                     continue;
@@ -204,22 +206,22 @@ impl Policies {
                 }
             };
             let this = Arc::clone(&self);
-            let step = move || this.state().step(work);
+            let step = move || this.state().step(command);
             if let Err(error) = tokio::task::spawn_blocking(step).await {
-                warn!(%error, "a step of policies ended by itself");
+                warn!(%error, "a step of the policy actor panicked");
             }
             due = Some(Instant::now() + IDLE);
         }
     }
 
-    /// Does what was left for later, or what was refused. The grace period is waited for without the lock, so that no ADD waits for it.
+    /// Runs deferred operations, or retries refused ones. The RCU grace period is waited for without the lock, so that no ADD waits for it.
     async fn idle(self: &Arc<Self>) -> Option<Instant> {
         let this = Arc::clone(self);
         let work = move || {
-            let before = this.state().unsettled();
-            let Some(generation) = before else { return this.state().retry().then(|| Instant::now() + RETRY) };
+            let deferred = this.state().deferred();
+            let Some(generation) = deferred else { return this.state().retry().then(|| Instant::now() + RETRY) };
             bpf::synchronize_rcu();
-            this.state().settle(generation).then(|| Instant::now() + IDLE)
+            this.state().run_deferred(generation).then(|| Instant::now() + IDLE)
         };
         tokio::task::spawn_blocking(work).await.unwrap_or(Some(Instant::now() + RETRY))
     }
@@ -234,20 +236,33 @@ impl Subscriber for Policies {
     }
 }
 
-/// Names of what events hold.
-#[derive(Debug)]
-pub struct Names<'a>(&'a State);
+/// A connection that [`Policies::explain`] is asked about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// Its source.
+    pub from: FlowEnd,
+    /// Its destination.
+    pub to: FlowEnd,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Destination port.
+    pub port: u16,
+}
 
-impl Names<'_> {
+/// Annotates flow events with the names of pods and policies.
+#[derive(Debug)]
+pub struct FlowAnnotator<'a>(&'a State);
+
+impl FlowAnnotator<'_> {
     /// The pod that has an address, of any node.
     #[must_use]
-    pub fn pod(&self, address: IpAddr) -> Option<v1::Pod> {
+    pub fn pod(&self, address: IpAddr) -> Option<ObjectName> {
         self.0.pod_at(address)
     }
 
-    /// What a decision means; none if it is none of this node.
+    /// The verdict that an event's number stands for; none if policies of this node do not apply.
     #[must_use]
-    pub fn decision(&self, decision: u32) -> Option<v1::FlowDecision> {
-        self.0.decision(decision)
+    pub fn verdict(&self, number: u32) -> Option<PolicyVerdict> {
+        self.0.verdict(number)
     }
 }

@@ -1,4 +1,4 @@
-//! What is known of policies, and the steps that change it. Steps block: they write maps.
+//! State of the policy actor: the compiler, local endpoints, and operations that are not written yet. Its methods block: they write maps.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -8,25 +8,28 @@ use std::time::Instant;
 
 use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, Family, PodRef};
+use terway_core::objects::ObjectName;
 use terway_core::policy::{
-    Compiler, EndpointPolicy, Event, Maps, MatchedRule, Op, SetId, SetRef, UNKNOWN_POD, Verdict, VerdictOrTable,
+    Compiler, EndpointPolicy, Event, Explanation, Maps, MatchedRule, Op, SetId, SetRef, UNKNOWN_POD, Verdict, VerdictOrTable,
 };
-use terway_proto::v1;
 use tracing::{error, info};
 
-use super::KINDS;
-use super::ledger::Ledger;
+use super::{Connection, KINDS};
+use super::counters::PolicyCounters;
 use super::metrics::PolicyMetrics;
-use super::view;
+use super::report::{self, PolicyList, PolicyStatus, PolicyVerdict};
 use crate::bpf::{BpfError, Datapath};
 use crate::objects::ObjectChanges;
 
-/// The set of pods that are held back before there is a compiler: it has no entries, and its defaults deny. The compiler counts up from 1.
-const HELD: SetId = SetId(u32::MAX - 1);
+/// The set of pods in quarantine: it has no entries, and its defaults deny. The compiler assigns ids from 1 upwards.
+const QUARANTINE: SetId = SetId(u32::MAX - 1);
 
-/// One thing to do.
+/// Pods in quarantine that the status lists by name.
+const LISTED: usize = 5;
+
+/// A command of the policy actor.
 #[derive(Debug)]
-pub(super) enum Work {
+pub(super) enum Command {
     /// Objects have changed.
     Objects(Vec<Arc<ObjectChanges>>),
     /// The node has these addresses.
@@ -35,18 +38,18 @@ pub(super) enum Work {
     Enforce(bool),
 }
 
-/// What an ADD waits for.
+/// The reason for which an ADD waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Awaited {
-    /// The source of objects.
-    View,
-    /// The end of a step.
-    Step,
-    /// The pod's own object.
-    Pod,
+pub(super) enum WaitReason {
+    /// The kinds of objects that policies need are not all synced.
+    ObjectsUnsynced,
+    /// The actor is busy with a step.
+    StepInProgress,
+    /// The pod's own object, with its labels, is not known.
+    PodUnknown,
 }
 
-/// A pod whose policies stand in the maps.
+/// A pod of this node whose policies are in the maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Attached {
     pod: PodRef,
@@ -57,24 +60,24 @@ struct Attached {
 pub(super) struct State {
     datapath: Arc<Datapath>,
     metrics: PolicyMetrics,
-    ledger: Arc<Ledger>,
-    /// The counters of an earlier daemon are not taken over yet.
-    heir: bool,
-    /// A policy has gone since the ledger was last tidied.
-    policy_gone: bool,
-    /// None before the view is complete.
+    counters: Arc<PolicyCounters>,
+    /// The counters of an earlier daemon are to be adopted once all operations are written.
+    adopt_counters: bool,
+    /// A policy was deleted since [`PolicyCounters::remove_deleted`].
+    is_policy_deleted: bool,
+    /// None before the objects are synced.
     compiler: Option<Compiler>,
-    /// What came before that, in order.
+    /// Events from before that, in order.
     early: Vec<Event>,
-    /// What a compiler makes of the first so many of these, if a pod has asked.
-    guess: Option<(Compiler, usize)>,
+    /// A provisional compiler with the first so many of these events, for pods that are added before the objects are synced.
+    provisional: Option<(Compiler, usize)>,
     attached: BTreeMap<u32, Attached>,
-    /// What is not written yet, in order. Not empty only after the kernel refused the first of it.
+    /// Operations that are not written yet, in order. Not empty only after the kernel refused the first.
     backlog: VecDeque<Op>,
     failure: Option<Error>,
     node: Vec<IpAddr>,
     enforce: bool,
-    /// One more with every step.
+    /// Incremented by every step.
     generation: u64,
 }
 
@@ -91,11 +94,11 @@ impl State {
     pub(super) fn new(
         datapath: Arc<Datapath>,
         metrics: PolicyMetrics,
-        ledger: Arc<Ledger>,
+        counters: Arc<PolicyCounters>,
         node: Vec<IpAddr>,
         enforce: bool,
     ) -> Result<Self, BpfError> {
-        // Maps that nobody has filled enforce nothing yet. What is written here says nothing about anybody, but is in force.
+        // Empty maps enforce nothing yet. These operations select no pod, but enforcement begins.
         if datapath.policies().read()?.cidrs.is_empty() {
             let (mut compiler, mut ops) = Compiler::new();
             ops.extend(compiler.step(Event::Enforce(enforce)));
@@ -104,12 +107,12 @@ impl State {
         Ok(Self {
             datapath,
             metrics,
-            ledger,
-            heir: false,
-            policy_gone: false,
+            counters,
+            adopt_counters: false,
+            is_policy_deleted: false,
             compiler: None,
             early: Vec::new(),
-            guess: None,
+            provisional: None,
             attached: BTreeMap::new(),
             backlog: VecDeque::new(),
             failure: None,
@@ -119,10 +122,10 @@ impl State {
         })
     }
 
-    pub(super) fn step(&mut self, work: Work) {
+    pub(super) fn step(&mut self, command: Command) {
         let start = Instant::now();
-        match work {
-            Work::Objects(all) => {
+        match command {
+            Command::Objects(all) => {
                 let complete = all.last().is_some_and(|last| last.has_synced(&KINDS));
                 let events = all
                     .iter()
@@ -133,13 +136,13 @@ impl State {
                     self.take_over(start);
                 }
             }
-            Work::Addresses(addresses) => {
+            Command::Addresses(addresses) => {
                 self.node.clone_from(&addresses);
                 if self.compiler.is_some() {
                     self.event(Event::NodeAddresses(addresses));
                 }
             }
-            Work::Enforce(enforce) => {
+            Command::Enforce(enforce) => {
                 if self.enforce != enforce {
                     info!(enforce, "network policies");
                 }
@@ -150,41 +153,41 @@ impl State {
             }
         }
         self.metrics.stepped(start.elapsed());
-        self.measure();
+        self.update_metrics();
     }
 
-    /// Compiles from what an earlier daemon left to what is known.
+    /// Compiles all known objects, and writes the difference to the maps of an earlier daemon.
     fn take_over(&mut self, start: Instant) {
         let found = match self.datapath.policies().read() {
             Ok(found) => found,
             Err(error) => return self.failed(&error),
         };
-        let (pods, blocks) = (found.addresses.len(), found.cidrs.len());
+        let (pods, cidrs) = (found.addresses.len(), found.cidrs.len());
         let known = [Event::NodeAddresses(self.node.clone()), Event::Enforce(self.enforce)];
         let events = known.into_iter().chain(std::mem::take(&mut self.early));
-        self.guess = None;
-        let (mut compiler, ops) = Compiler::take_over(&without_held(found), events);
+        self.provisional = None;
+        let (mut compiler, ops) = Compiler::take_over(&without_quarantine(found), events);
         let stats = compiler.stats();
-        self.ledger.follow(&mut compiler);
-        self.heir = true;
+        self.counters.update(&mut compiler);
+        self.adopt_counters = true;
         self.compiler = Some(compiler);
         let writes = ops.len();
         self.run(ops);
-        info!(?stats, addresses_found = pods, blocks_found = blocks, writes, took = ?start.elapsed(), "policies are in force");
+        info!(?stats, addresses_found = pods, cidrs_found = cidrs, writes, took = ?start.elapsed(), "network policies are in force");
     }
 
     fn event(&mut self, event: Event) {
         self.events(vec![event]);
     }
 
-    /// Takes events in; what follows from them is in the maps when this returns, unless the kernel refused.
+    /// Compiles events and writes the result to the maps.
     fn events(&mut self, mut events: Vec<Event>) {
         let Some(compiler) = &mut self.compiler else { return self.early.append(&mut events) };
-        let gone =
+        let is_deletion =
             |event: &Event| matches!(event, Event::NetworkPolicy(_, None) | Event::ClusterNetworkPolicy(_, None));
-        self.policy_gone |= events.iter().any(gone);
+        self.is_policy_deleted |= events.iter().any(is_deletion);
         let ops = compiler.steps(events);
-        self.ledger.follow(compiler);
+        self.counters.update(compiler);
         self.run(ops);
     }
 
@@ -198,20 +201,20 @@ impl State {
             self.backlog.pop_front();
         }
         self.failure = None;
-        // All is written: no packet meets a number of an earlier daemon any more.
-        if std::mem::take(&mut self.heir) {
-            self.ledger.inherit();
+        // Everything is written: no packet meets an id of an earlier daemon any more.
+        if std::mem::take(&mut self.adopt_counters) {
+            self.counters.adopt();
         }
     }
 
     fn failed(&mut self, error: &BpfError) {
         if self.failure.is_none() {
-            error!(%error, "network policies are not written");
+            error!(%error, "failed to write network policies");
         }
         self.failure = Some(Error::new(errors::POLICY_FAILED, format!("{error}.")));
     }
 
-    /// Tries again what was refused; whether there is still something.
+    /// Retries refused operations; returns whether some are still refused.
     pub(super) fn retry(&mut self) -> bool {
         if !self.backlog.is_empty() {
             self.run(Vec::new());
@@ -219,46 +222,46 @@ impl State {
         self.failure.is_some()
     }
 
-    /// If something can be done now that nothing happens, the generation in which that is so.
-    pub(super) fn unsettled(&self) -> Option<u64> {
-        let unsettled = self.compiler.as_ref().is_some_and(Compiler::has_deferred);
-        (self.backlog.is_empty() && unsettled).then_some(self.generation)
+    /// The generation in which the compiler has deferred operations, if it has any and everything else is written.
+    pub(super) fn deferred(&self) -> Option<u64> {
+        let has_deferred = self.compiler.as_ref().is_some_and(Compiler::has_deferred);
+        (self.backlog.is_empty() && has_deferred).then_some(self.generation)
     }
 
-    /// Does what was left for later. A grace period has passed since `generation`; if anything has happened since, that was in vain. Whether
-    /// there is more to do.
-    pub(super) fn settle(&mut self, generation: u64) -> bool {
+    /// Runs deferred operations, if no step came since `generation`, after which an RCU grace period has passed. Returns whether there is more to do.
+    pub(super) fn run_deferred(&mut self, generation: u64) -> bool {
         if generation == self.generation
             && let Some(compiler) = &mut self.compiler
         {
             let ops = compiler.run_deferred().into_iter().filter(|op| *op != Op::RcuBarrier).collect();
-            self.ledger.follow(compiler);
-            if std::mem::take(&mut self.policy_gone) {
-                self.ledger.forget(compiler);
+            self.counters.update(compiler);
+            if std::mem::take(&mut self.is_policy_deleted) {
+                self.counters.remove_deleted(compiler);
             }
             self.run(ops);
-            self.measure();
+            self.update_metrics();
         }
-        self.unsettled().is_some() || self.failure.is_some()
+        self.deferred().is_some() || self.failure.is_some()
     }
 
-    pub(super) fn awaits(&self, pod: &PodRef) -> Option<Awaited> {
+    /// The reason for which an ADD of the pod has to wait; none if its policies are known.
+    pub(super) fn wait_reason(&self, pod: &PodRef) -> Option<WaitReason> {
         match &self.compiler {
-            None => Some(Awaited::View),
-            Some(compiler) => (self.enforce && compiler.lacks_labels(pod)).then_some(Awaited::Pod),
+            None => Some(WaitReason::ObjectsUnsynced),
+            Some(compiler) => (self.enforce && compiler.lacks_labels(pod)).then_some(WaitReason::PodUnknown),
         }
     }
 
     pub(super) fn attach(&mut self, host_ifindex: u32, pod: &PodRef, addresses: Addresses) -> Result<(), Error> {
         let full = |error: BpfError| Error::new(errors::BPF_FAILED, error.to_string());
-        let (slot, there) = self.datapath.endpoints().reserve_slot(host_ifindex).map_err(full)?;
+        let (slot, exists) = self.datapath.endpoints().reserve_slot(host_ifindex).map_err(full)?;
         let new = Attached { pod: pod.clone(), addresses };
         if self.attached.get(&slot) != Some(&new) {
             self.attached.insert(slot, new);
             self.event(Event::Attach { slot, pod: pod.clone(), addresses });
-            // An endpoint that is there has what an earlier daemon wrote; another pod's must not be inherited.
-            if self.compiler.is_none() && !there {
-                self.hold(slot, addresses);
+            // An endpoint that exists keeps what an earlier daemon wrote; a new one must not get another pod's policies.
+            if self.compiler.is_none() && !exists {
+                self.quarantine(slot, addresses);
             }
         }
         match &self.failure {
@@ -267,16 +270,16 @@ impl State {
         }
     }
 
-    /// Denies a new pod, before the view is complete, what any policy known so far might deny it.
-    fn hold(&mut self, slot: u32, addresses: Addresses) {
-        let (guess, heard) = self.guess.get_or_insert_with(|| (Compiler::new().0, 0));
-        guess.steps(self.early.iter().skip(*heard).cloned());
-        *heard = self.early.len();
-        let mut value = guess.endpoint(slot).unwrap_or_default();
-        let held = SetRef { set: HELD, defaults: [VerdictOrTable::verdict(Verdict::deny(UNKNOWN_POD)); 4] };
+    /// Writes a new pod's endpoint before the objects are synced: a direction that a policy known so far may restrict is denied.
+    fn quarantine(&mut self, slot: u32, addresses: Addresses) {
+        let (provisional, applied) = self.provisional.get_or_insert_with(|| (Compiler::new().0, 0));
+        provisional.steps(self.early.iter().skip(*applied).cloned());
+        *applied = self.early.len();
+        let mut value = provisional.endpoint(slot).unwrap_or_default();
+        let denied = SetRef { set: QUARANTINE, defaults: [VerdictOrTable::verdict(Verdict::deny(UNKNOWN_POD)); 4] };
         for sides in [&mut value.ingress, &mut value.egress] {
-            let free = sides.iter().all(|side| side.set == SetId(0));
-            *sides = [SetRef::default(), if free { SetRef::default() } else { held }];
+            let is_unrestricted = sides.iter().all(|side| side.set == SetId(0));
+            *sides = [SetRef::default(), if is_unrestricted { SetRef::default() } else { denied }];
         }
         for address in addresses.iter() {
             value.identities[Family::of(address) as usize] = match self.datapath.policies().identity(address) {
@@ -287,96 +290,95 @@ impl State {
         self.run([0, 1].map(|version| Op::PutEndpoint { slot, version, value: Box::new(value) }).to_vec());
     }
 
-    pub(super) fn forget_gone(&mut self) {
-        let there = self.datapath.endpoints().slots();
-        let gone: Vec<u32> = self.attached.keys().copied().filter(|slot| !there.contains(slot)).collect();
-        for slot in gone {
+    /// Detaches the pods whose endpoints were removed.
+    pub(super) fn detach_removed(&mut self) {
+        let slots = self.datapath.endpoints().slots();
+        let removed: Vec<u32> = self.attached.keys().copied().filter(|slot| !slots.contains(slot)).collect();
+        for slot in removed {
             self.attached.remove(&slot);
             self.event(Event::Detach { slot });
             self.datapath.endpoints().release_slot(slot);
         }
     }
 
-    fn measure(&self) {
+    fn update_metrics(&self) {
         if let Some(compiler) = &self.compiler {
             self.metrics.stats(&compiler.stats(), compiler.pods_without_labels().len());
         }
     }
 
+    fn quarantined(&self) -> Vec<ObjectName> {
+        self.compiler.as_ref().map(Compiler::pods_without_labels).unwrap_or_default()
+    }
+
     pub(super) fn problems(&self) -> Vec<Error> {
-        let held = self.compiler.as_ref().map(Compiler::pods_without_labels).unwrap_or_default();
-        let held = (!held.is_empty() && self.enforce).then(|| {
-            let names: Vec<String> = held.iter().take(5).map(ToString::to_string).collect();
-            let more = if held.len() > names.len() {
-                format!(" and {} more", held.len() - names.len())
-            } else {
-                String::new()
+        let quarantined = self.quarantined();
+        let incomplete = (!quarantined.is_empty() && self.enforce).then(|| {
+            let names: Vec<String> = quarantined.iter().take(LISTED).map(ToString::to_string).collect();
+            let more = match quarantined.len() - names.len() {
+                0 => String::new(),
+                more => format!(" and {more} more"),
             };
             Error::new(errors::POLICY_INCOMPLETE, format!("{}{more}.", names.join(", ")))
         });
-        self.failure.iter().cloned().chain(held).collect()
+        self.failure.iter().cloned().chain(incomplete).collect()
     }
 
-    pub(super) fn status(&self) -> v1::PolicyStatus {
-        let stats = self.compiler.as_ref().map(Compiler::stats).unwrap_or_default();
-        let held = self.compiler.as_ref().map(Compiler::pods_without_labels).unwrap_or_default();
-        view::status(&stats, &held, self.enforce, self.compiler.is_some())
+    pub(super) fn status(&self) -> PolicyStatus {
+        PolicyStatus {
+            is_enforced: self.enforce,
+            is_synced: self.compiler.is_some(),
+            stats: self.compiler.as_ref().map(Compiler::stats).unwrap_or_default(),
+            quarantined: self.quarantined(),
+        }
     }
 
-    pub(super) fn list(&self, request: &v1::ListPoliciesRequest) -> v1::ListPoliciesResponse {
-        let Some(compiler) = &self.compiler else { return v1::ListPoliciesResponse::default() };
-        let pods = |slot: &u32| self.attached.get(slot).map(|attached| attached.pod.clone());
-        view::list(compiler, request, pods, self.enforce, &self.ledger)
+    pub(super) fn list(&self, namespace: &str, name: &str) -> PolicyList {
+        let Some(compiler) = &self.compiler else { return PolicyList::default() };
+        let pod = |slot: &u32| self.attached.get(slot).map(|attached| attached.pod.clone());
+        let policies = report::list(compiler, (namespace, name), pod, &self.counters);
+        PolicyList { is_enforced: self.enforce, is_synced: true, policies }
     }
 
     /// The pod that has an address.
-    pub(super) fn pod_at(&self, address: IpAddr) -> Option<v1::Pod> {
-        let named = |namespace: &str, name: &str| v1::Pod {
-            namespace: namespace.to_owned(),
-            name: name.to_owned(),
-            uid: String::new(),
-        };
+    pub(super) fn pod_at(&self, address: IpAddr) -> Option<ObjectName> {
         if let Some(compiler) = &self.compiler {
-            return compiler.pod_at(address).map(|pod| named(&pod.namespace, &pod.name));
+            return compiler.pod_at(address).cloned();
         }
-        let has = |attached: &&Attached| attached.addresses.iter().any(|own| own == address);
-        self.attached.values().find(has).map(|attached| named(&attached.pod.namespace, &attached.pod.name))
+        let has_address = |attached: &&Attached| attached.addresses.iter().any(|own| own == address);
+        let pod = &self.attached.values().find(has_address)?.pod;
+        Some(ObjectName::new(&pod.namespace, &pod.name))
     }
 
-    /// What a decision of an event says; none if this node decides nothing there.
-    pub(super) fn decision(&self, decision: u32) -> Option<v1::FlowDecision> {
-        let decision = Verdict(decision);
-        let number = decision.rule_id();
-        let (reason, policies) = if number == UNKNOWN_POD {
+    /// The verdict of a flow event; none if policies of this node do not apply.
+    pub(super) fn verdict(&self, number: u32) -> Option<PolicyVerdict> {
+        let verdict = Verdict(number);
+        let id = verdict.rule_id();
+        let (rule, policies) = if id == UNKNOWN_POD {
             (MatchedRule::UnknownPod.to_string(), Vec::new())
         } else {
-            let reason = self.compiler.as_ref().and_then(|compiler| compiler.rule(number));
-            match reason {
-                Some(reason) => (reason.to_string(), view::policies(reason)),
-                None if number.0 == 0 => return None,
-                None => ("a rule that is no more".to_owned(), Vec::new()),
+            match self.compiler.as_ref().and_then(|compiler| compiler.rule(id)) {
+                Some(rule) => (rule.to_string(), report::policies(rule)),
+                None if id.0 == 0 => return None,
+                None => ("a rule that no longer exists".to_owned(), Vec::new()),
             }
         };
-        Some(v1::FlowDecision { allowed: decision.is_allowed(), reason, policies })
+        Some(PolicyVerdict { is_allowed: verdict.is_allowed(), rule, policies })
     }
 
-    pub(super) fn explain(&self, request: &v1::ExplainPolicyRequest) -> v1::ExplainPolicyResponse {
-        match &self.compiler {
-            Some(compiler) => view::explain(compiler, request),
-            None => v1::ExplainPolicyResponse {
-                families: Vec::new(),
-                problem: "the source of objects has not told everything yet".to_owned(),
-            },
-        }
+    pub(super) fn explain(&self, connection: &Connection) -> Result<Vec<Explanation>, String> {
+        let Some(compiler) = &self.compiler else { return Err("not all objects are listed yet".to_owned()) };
+        let Connection { from, to, protocol, port } = connection;
+        compiler.explain(from, to, *protocol, *port).map_err(|unexplained| unexplained.to_string())
     }
 }
 
-/// Maps without the set of pods that are held back, after which the compiler must not count.
-fn without_held(mut found: Maps) -> Maps {
+/// Maps without the quarantine set, whose id must not count for those that the compiler assigns.
+fn without_quarantine(mut found: Maps) -> Maps {
     for value in found.endpoints.values_mut().flatten() {
         let EndpointPolicy { ingress, egress, .. } = value;
         for side in ingress.iter_mut().chain(egress) {
-            if side.set == HELD {
+            if side.set == QUARANTINE {
                 *side = SetRef::default();
             }
         }

@@ -1,4 +1,4 @@
-//! Where processes are: the root of the cgroup hierarchy of version 2, wherever it is mounted.
+//! The root cgroup of the cgroup2 hierarchy, wherever it is mounted.
 
 use std::convert::Infallible;
 use std::fs;
@@ -8,7 +8,7 @@ use std::str::FromStr;
 /// The value of `--cgroup`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CgroupAt {
-    /// Nowhere.
+    /// No cgroup: the socket programs are not attached.
     None,
     /// The folder of a cgroup.
     Path(PathBuf),
@@ -25,18 +25,18 @@ impl FromStr for CgroupAt {
 /// The folder of the root cgroup.
 ///
 /// # Errors
-/// Why there is none, in a sentence that says what to do about it.
+/// The reason for which it cannot be found, with the remedy.
 pub(super) fn find() -> Result<PathBuf, String> {
     let table = fs::read_to_string("/proc/self/mountinfo").map_err(|error| format!("/proc/self/mountinfo: {error}"))?;
     let mounts = mounts(&table);
     if let Some(root) = mounts.iter().find(|mount| is_root(mount)) {
         return Ok(root.clone());
     }
-    let advice = "mount one where terwayd sees it, or name it with --cgroup";
+    let remedy = "mount one where terwayd sees it, or name it with --cgroup";
     Err(match mounts.first() {
-        None => format!("no cgroup2 file system is mounted; {advice}"),
+        None => format!("no cgroup2 file system is mounted; {remedy}"),
         Some(other) => {
-            format!("{} is not the root of the cgroup2 hierarchy but a container's part; {advice}", other.display())
+            format!("{} is not the root of the cgroup2 hierarchy but a part of it in a container; {remedy}", other.display())
         }
     })
 }
@@ -47,7 +47,7 @@ fn is_root(folder: &Path) -> bool {
     folder.join("cgroup.procs").exists() && !folder.join("cgroup.events").exists()
 }
 
-/// Where file systems of this type are mounted, as proc_pid_mountinfo(5) tells: the one systemd uses comes first on a pure machine, and
+/// The mount points of cgroup2 file systems, from proc_pid_mountinfo(5): the one systemd uses comes first on a pure machine, and
 /// `/sys/fs/cgroup/unified` is the only one on a hybrid machine.
 fn mounts(table: &str) -> Vec<PathBuf> {
     let of = |line: &str| {
@@ -76,12 +76,12 @@ mod tests {
 ";
 
     #[test]
-    fn a_hybrid_machine_mounts_it_beside_the_others() {
+    fn cgroup2_mount_of_a_hybrid_hierarchy() {
         assert_eq!(mounts(HYBRID), [Path::new("/sys/fs/cgroup/unified")]);
     }
 
     #[test]
-    fn a_pure_machine_has_it_at_the_top_and_paths_are_unescaped() {
+    fn cgroup2_mount_of_a_unified_hierarchy_and_escaped_paths() {
         let table = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n\
                      99 23 0:26 / /mnt/my\\040cgroup rw - cgroup2 none rw\n\
                      31 23 0:27 / /sys/fs/bpf rw - bpf bpf rw\nnot a line\n";
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_root_is_the_root() {
+    fn a_container_part_of_the_hierarchy_is_not_the_root() {
         let folder = tempfile::tempdir().unwrap();
         assert!(!is_root(folder.path()));
         fs::write(folder.path().join("cgroup.procs"), "").unwrap();
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn the_option_names_a_folder_or_none() {
+    fn cgroup_option_names_a_folder_or_none() {
         assert_eq!("none".parse(), Ok(CgroupAt::None));
         assert_eq!("/sys/fs/cgroup".parse(), Ok(CgroupAt::Path("/sys/fs/cgroup".into())));
     }

@@ -1,7 +1,7 @@
-//! `healthCheckNodePort`: for a Service with `externalTrafficPolicy: Local` the node says by HTTP how many endpoints it has, so that
-//! load balancers send to nodes that have one.
+//! Health checks (`healthCheckNodePort`): for a Service with `externalTrafficPolicy: Local` the node answers by HTTP with its number of ready
+//! endpoints, so that load balancers send to nodes that have one.
 //!
-//! What is answered is kube-proxy's word for word (pkg/proxy/healthcheck/service_health.go): balancers are set up for it.
+//! The response equals kube-proxy's (pkg/proxy/healthcheck/service_health.go), for which load balancers are configured.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,28 +24,28 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-/// How often a port that is somebody else's is tried again.
-const TRY_AGAIN: Duration = Duration::from_secs(10);
+/// The interval at which a port that is in use is retried.
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Connections that may wait; what axum's own listeners have.
+/// The backlog of connections, as axum's own listeners have it.
 const BACKLOG: i32 = 128;
 
-/// What all ports answer: by port, the Service and its ready endpoints on this node.
+/// Health-check ports, each with its Service and the number of ready endpoints on this node.
 pub(super) type Ports = BTreeMap<u16, (ObjectName, u32)>;
 
-/// What the planner's side says.
+/// The state that health checks report.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Health {
     pub(super) ports: Ports,
-    /// Whether the maps hold what they should.
+    /// Whether the maps are up to date.
     pub(super) in_force: bool,
 }
 
-/// The servers' side: which ports cannot be had, and why.
+/// Health-check ports that cannot be bound, with the reason.
 #[derive(Debug, Default)]
-pub(super) struct Refused(Mutex<BTreeMap<u16, Error>>);
+pub(super) struct UnboundPorts(Mutex<BTreeMap<u16, Error>>);
 
-impl Refused {
+impl UnboundPorts {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u16, Error>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -56,43 +56,43 @@ impl Refused {
     }
 }
 
-/// Opens and closes ports as Services come and go. RangeAllocator until the sender is gone.
-pub(super) async fn serve(mut news: watch::Receiver<Health>, refused: Arc<Refused>) {
+/// Opens and closes health-check ports as Services come and go. Runs until the sender is gone.
+pub(super) async fn serve(mut state: watch::Receiver<Health>, unbound: Arc<UnboundPorts>) {
     let mut open: BTreeMap<u16, JoinHandle<()>> = BTreeMap::new();
     loop {
-        let wanted = news.borrow_and_update().ports.clone();
+        let ports = state.borrow_and_update().ports.clone();
         open.retain(|port, server| {
-            let keep = wanted.contains_key(port);
+            let keep = ports.contains_key(port);
             if !keep {
-                // The listener goes with its task.
+                // The task owns the listener.
                 server.abort();
-                info!(port, "health checks are no longer answered");
+                info!(port, "closed a health-check port");
             }
             keep
         });
-        refused.lock().retain(|port, _| wanted.contains_key(port));
-        for (port, (service, _)) in &wanted {
+        unbound.lock().retain(|port, _| ports.contains_key(port));
+        for (port, (service, _)) in &ports {
             if open.contains_key(port) {
                 continue;
             }
             match listener(*port) {
                 Ok(listener) => {
-                    refused.lock().remove(port);
-                    info!(port, %service, "answering health checks");
-                    open.insert(*port, tokio::spawn(answer(listener, *port, news.clone())));
+                    unbound.lock().remove(port);
+                    info!(port, %service, "opened a health-check port");
+                    open.insert(*port, tokio::spawn(answer(listener, *port, state.clone())));
                 }
                 Err(error) => {
                     let error = Error::new(errors::HEALTH_PORT, format!("port {port} of Service {service}: {error}."));
-                    if refused.lock().insert(*port, error.clone()).is_none() {
-                        warn!(%error, "health checks are not answered");
+                    if unbound.lock().insert(*port, error.clone()).is_none() {
+                        warn!(%error, "cannot open a health-check port");
                     }
                 }
             }
         }
-        let waiting = !refused.lock().is_empty();
+        let waiting = !unbound.lock().is_empty();
         tokio::select! {
-            changed = news.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(TRY_AGAIN), if waiting => {}
+            changed = state.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(RETRY_INTERVAL), if waiting => {}
         }
     }
 }
@@ -110,7 +110,7 @@ fn listener(port: u16) -> io::Result<TcpListener> {
 fn socket_of(family: AddressFamily, port: u16) -> io::Result<std::net::TcpListener> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(family, SockType::Stream, flags, None)?;
-    // A restart shall not wait for the last answers to be forgotten.
+    // A restart must not wait for connections in TIME-WAIT.
     setsockopt(&fd, sockopt::ReuseAddr, &true)?;
     if family == AddressFamily::Inet6 {
         setsockopt(&fd, sockopt::Ipv6V6Only, &false)?;
@@ -125,14 +125,14 @@ fn socket_of(family: AddressFamily, port: u16) -> io::Result<std::net::TcpListen
     Ok(fd.into())
 }
 
-async fn answer(listener: TcpListener, port: u16, news: watch::Receiver<Health>) {
+async fn answer(listener: TcpListener, port: u16, state: watch::Receiver<Health>) {
     // Any path and any method, as kube-proxy has it.
     let router = Router::new().fallback(move || {
-        let reply = reply(&news.borrow(), port);
+        let reply = reply(&state.borrow(), port);
         async move { reply }
     });
     if let Err(error) = axum::serve(listener, router).await {
-        warn!(port, %error, "health checks are not answered any more");
+        warn!(port, %error, "the health-check server failed");
     }
 }
 
@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nodes_without_an_endpoint_or_without_maps_are_not_healthy() {
+    fn health_check_fails_without_endpoints_or_with_stale_maps() {
         for (endpoints, in_force, status) in [(2, true, 200), (0, true, 503), (2, false, 503)] {
             let ports = [(30_000, (ObjectName::new("ns", "web"), endpoints))].into();
             let reply = reply(&Health { ports, in_force }, 30_000);

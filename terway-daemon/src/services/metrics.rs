@@ -1,4 +1,4 @@
-//! What is counted about Services.
+//! Metrics of the Service actor.
 
 use std::time::Duration;
 
@@ -14,20 +14,20 @@ struct KindLabels {
     kind: &'static str,
 }
 
-/// Numbers of Services.
+/// Metrics of the Service actor.
 #[derive(Clone, Debug)]
 pub struct ServiceMetrics {
     entries: Family<KindLabels, Gauge>,
     syncs: Histogram,
     problems: Gauge,
     socket_programs: Gauge,
-    sockets_ended: Family<EndedLabels, Counter>,
+    sockets_destroyed: Family<DestroyedLabels, Counter>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct EndedLabels {
+struct DestroyedLabels {
     protocol: &'static str,
-    /// `ended`, or why not: `gone`, `unsupported`, `failed`.
+    /// `destroyed`, or why not: `gone`, `unsupported`, `failed`.
     outcome: &'static str,
 }
 
@@ -43,12 +43,12 @@ impl ServiceMetrics {
             ]),
             problems: Gauge::default(),
             socket_programs: Gauge::default(),
-            sockets_ended: Family::default(),
+            sockets_destroyed: Family::default(),
         };
-        registry.register("terway_services", "What the datapath's maps hold of Services", metrics.entries.clone());
+        registry.register("terway_services", "Entries of the Service maps", metrics.entries.clone());
         registry.register_with_unit(
             "terway_service_sync",
-            "Time from the arrival of changed objects until the maps held what follows from them",
+            "Time from the arrival of changed objects until the maps are written",
             Unit::Seconds,
             metrics.syncs.clone(),
         );
@@ -59,13 +59,13 @@ impl ServiceMetrics {
         );
         registry.register(
             "terway_socket_programs",
-            "Programs that resolve Services at the socket, as far as they are attached; 0 leaves them to the packets' path",
+            "Attached programs that resolve Services at the socket; with 0 Services are resolved by packets only",
             metrics.socket_programs.clone(),
         );
         registry.register(
-            "terway_sockets_ended",
-            "Sockets that had a Service's backend which is gone, by what became of them",
-            metrics.sockets_ended.clone(),
+            "terway_sockets_destroyed",
+            "Sockets whose backend was removed, by outcome",
+            metrics.sockets_destroyed.clone(),
         );
         metrics
     }
@@ -75,10 +75,10 @@ impl ServiceMetrics {
         self.socket_programs.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
-    /// Counts sockets whose backend is gone.
-    pub(super) fn sockets_ended(&self, protocol: u8, outcome: &'static str, count: u64) {
+    /// Counts sockets whose backend was removed.
+    pub(super) fn sockets_destroyed(&self, protocol: u8, outcome: &'static str, count: u64) {
         let protocol = if protocol == libc::IPPROTO_UDP as u8 { "udp" } else { "tcp" };
-        self.sockets_ended.get_or_create(&EndedLabels { protocol, outcome }).inc_by(count);
+        self.sockets_destroyed.get_or_create(&DestroyedLabels { protocol, outcome }).inc_by(count);
     }
 
     /// Sets how many frontends and backends the maps hold.

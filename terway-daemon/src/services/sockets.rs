@@ -1,8 +1,8 @@
-//! Services at the socket: the programs on the cgroup, and the sockets that end with their backend.
+//! Socket programs: resolve Services at the socket of clients on a cgroup, and destroy sockets whose backend was removed.
 //!
-//! Which sockets end is decided by `terway_core::service::StaleSockets`. They are looked for twice: at once when a backend's life has ended, and again a
-//! second later, because a program that was just running may have written one meanwhile. Then what the table holds of dead
-//! backends is forgotten.
+//! `terway_core::service::StaleSockets` decides which sockets are destroyed. The table is swept twice: at once when a backend is removed, and
+//! again after [`RETIRE_AFTER`], because a program that was running may still have written an entry of it. The second sweep also removes the
+//! entries of removed backends.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use terway_core::service::{SocketTermination, StaleSockets, TranslatedSocket};
-use terway_proto::v1;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
@@ -23,26 +22,27 @@ use super::{Setup, lock};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER, SocketRow};
 use crate::net::{DestroyOutcome, Host, NetError, PodNetns, SockDiag, netns_cookie};
 
-/// How often it is looked whether the programs are still attached.
-const LOOK_AGAIN: Duration = Duration::from_secs(60);
+/// The interval at which the attachment of the programs is checked.
+const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Tells the paths of the network namespaces of pods.
-type Pods = Box<dyn Fn() -> Vec<String> + Send + Sync>;
+/// Returns the paths of the network namespaces of the node's pods.
+type PodNamespaces = Box<dyn Fn() -> Vec<String> + Send + Sync>;
 
 /// See the [module](self).
 pub struct SocketPath {
     datapath: Arc<Datapath>,
-    /// Where, if it was said.
-    wanted: Option<CgroupAt>,
-    whose: SocketTermination,
+    /// The option `--cgroup`.
+    cgroup: Option<CgroupAt>,
+    termination: SocketTermination,
     host: Arc<Host>,
-    pods: Pods,
+    pods: PodNamespaces,
     metrics: ServiceMetrics,
     state: Mutex<State>,
-    ended: Notify,
-    count: AtomicU64,
-    /// The kernel has said that it cannot end sockets.
-    unable: AtomicBool,
+    backends_removed: Notify,
+    /// Sockets destroyed so far.
+    destroyed: AtomicU64,
+    /// The kernel cannot destroy sockets.
+    is_unsupported: AtomicBool,
     /// Cookies of network namespaces, by device and inode number.
     cookies: Mutex<HashMap<(u64, u64), u64>>,
 }
@@ -51,71 +51,84 @@ pub struct SocketPath {
 struct State {
     /// The cgroup, once programs were attached to it.
     cgroup: Option<PathBuf>,
-    /// What is wrong; told once in the log, and as long as it lasts in the status.
+    /// The reason for which not all programs are attached; empty if all are.
     reason: String,
+}
+
+/// Status of the socket programs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SocketPathStatus {
+    /// The cgroup, if programs are attached.
+    pub cgroup: Option<PathBuf>,
+    /// The number of attached programs.
+    pub programs: usize,
+    /// The reason for which not all programs are attached; empty if all are.
+    pub reason: String,
+    /// Sockets that were destroyed because their backend was removed.
+    pub destroyed: u64,
 }
 
 impl fmt::Debug for SocketPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SocketPath").field("wanted", &self.wanted).field("whose", &self.whose).finish_non_exhaustive()
+        f.debug_struct("SocketPath").field("cgroup", &self.cgroup).field("termination", &self.termination).finish_non_exhaustive()
     }
 }
 
 impl SocketPath {
-    pub(super) fn new(setup: &Setup, pods: Pods) -> Self {
+    pub(super) fn new(setup: &Setup, pods: PodNamespaces) -> Self {
         Self {
             datapath: Arc::clone(&setup.datapath),
             // Without Services there is nothing to resolve.
-            wanted: if setup.has_source { setup.cgroup.clone() } else { Some(CgroupAt::None) },
-            whose: setup.end_sockets,
+            cgroup: if setup.has_source { setup.cgroup.clone() } else { Some(CgroupAt::None) },
+            termination: setup.end_sockets,
             host: Arc::clone(&setup.host),
             pods,
             metrics: setup.metrics.clone(),
             state: Mutex::default(),
-            ended: Notify::new(),
-            count: AtomicU64::new(0),
-            unable: AtomicBool::new(false),
+            backends_removed: Notify::new(),
+            destroyed: AtomicU64::new(0),
+            is_unsupported: AtomicBool::new(false),
             cookies: Mutex::default(),
         }
     }
 
-    /// Some backend's life has ended.
-    pub(super) fn lives_ended(&self) {
-        self.ended.notify_one();
+    /// Notifies that backends were removed.
+    pub(super) fn backends_removed(&self) {
+        self.backends_removed.notify_one();
     }
 
-    /// As the contract writes it.
-    pub(super) async fn view(self: &Arc<Self>) -> v1::SocketPath {
+    /// The status, with programs as they are attached now.
+    pub(super) async fn status(self: &Arc<Self>) -> SocketPathStatus {
         let this = Arc::clone(self);
-        let look = move || this.datapath.sockets().attached().unwrap_or_default();
-        let programs = tokio::task::spawn_blocking(look).await.unwrap_or_default();
+        let count = move || this.datapath.sockets().attached().unwrap_or_default();
+        let programs = tokio::task::spawn_blocking(count).await.unwrap_or_default();
         let state = lock(&self.state);
-        v1::SocketPath {
-            cgroup: state.cgroup.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
-            programs: u32::try_from(programs).unwrap_or(u32::MAX),
+        SocketPathStatus {
+            cgroup: state.cgroup.clone(),
+            programs,
             reason: state.reason.clone(),
-            ended: self.count.load(Ordering::Relaxed),
+            destroyed: self.destroyed.load(Ordering::Relaxed),
         }
     }
 
-    /// Keeps the programs attached and ends sockets; as long as the daemon runs.
+    /// Keeps the programs attached and destroys sockets. Runs as long as the daemon.
     pub(super) async fn run(self: Arc<Self>) {
-        let mut look_again = Instant::now() + LOOK_AGAIN;
-        let mut last_look: Option<Instant> = None;
+        let mut next_check = Instant::now() + CHECK_INTERVAL;
+        let mut second_sweep: Option<Instant> = None;
         loop {
-            let due = last_look.unwrap_or(look_again).min(look_again);
+            let due = second_sweep.unwrap_or(next_check).min(next_check);
             tokio::select! {
-                () = self.ended.notified() => {
+                () = self.backends_removed.notified() => {
                     self.sweep(false).await;
-                    last_look.get_or_insert(Instant::now() + RETIRE_AFTER);
+                    second_sweep.get_or_insert(Instant::now() + RETIRE_AFTER);
                 }
                 () = tokio::time::sleep_until(due) => {
-                    if last_look.take_if(|at| *at <= due).is_some() {
+                    if second_sweep.take_if(|at| *at <= due).is_some() {
                         self.sweep(true).await;
                     }
-                    if look_again <= due {
+                    if next_check <= due {
                         self.attach().await;
-                        look_again = Instant::now() + LOOK_AGAIN;
+                        next_check = Instant::now() + CHECK_INTERVAL;
                     }
                 }
             }
@@ -125,56 +138,56 @@ impl SocketPath {
     async fn attach(self: &Arc<Self>) {
         let this = Arc::clone(self);
         if let Err(error) = tokio::task::spawn_blocking(move || this.attach_now()).await {
-            warn!(%error, "attaching to sockets ended by itself");
+            warn!(%error, "attaching the socket programs panicked");
         }
     }
 
-    /// Attaches where nothing is attached yet, or not all.
+    /// Attaches the programs that are not attached yet.
     pub(super) fn attach_now(&self) {
-        let cgroup = match &self.wanted {
+        let cgroup = match &self.cgroup {
             Some(CgroupAt::None) => {
-                // What an earlier daemon attached would go on translating what nobody keeps true.
+                // Programs of an earlier daemon would translate by entries that are no longer updated.
                 let reason = match self.datapath.sockets().detach() {
                     Ok(()) => "not wanted".to_owned(),
                     Err(error) => error.to_string(),
                 };
-                return self.told(None, reason, false);
+                return self.set_state(None, reason, false);
             }
             Some(CgroupAt::Path(path)) => Ok(path.clone()),
             None => cgroup::find(),
         };
         let cgroup = match cgroup {
             Ok(cgroup) => cgroup,
-            Err(reason) => return self.told(None, reason, true),
+            Err(reason) => return self.set_state(None, reason, true),
         };
         let known = lock(&self.state).cgroup.clone();
-        if known.as_ref() == Some(&cgroup) && self.is_whole() {
+        if known.as_ref() == Some(&cgroup) && self.is_attached() {
             return;
         }
         match self.datapath.sockets().attach(&cgroup) {
             Ok(programs) => {
                 info!(cgroup = %cgroup.display(), programs = programs.attached, "Services are resolved at the socket");
                 let reason = programs.unprotected.map(|why| format!("ports of Services are not kept free: {why}"));
-                let bad = reason.is_some();
-                self.told(Some(cgroup), reason.unwrap_or_default(), bad);
+                let is_problem = reason.is_some();
+                self.set_state(Some(cgroup), reason.unwrap_or_default(), is_problem);
             }
-            Err(error) => self.told(None, said(&error), true),
+            Err(error) => self.set_state(None, first_line(&error), true),
         }
     }
 
-    fn is_whole(&self) -> bool {
+    fn is_attached(&self) -> bool {
         let attached = self.datapath.sockets().attached().unwrap_or_default();
         self.metrics.socket_programs(attached);
         let state = lock(&self.state);
-        // Those that could not be attached are not tried each minute.
+        // Bind programs that could not be attached are not retried each minute.
         attached == terway_abi::names::SOCKET_PROGRAMS.len() + terway_abi::names::BIND_PROGRAMS.len()
             || (!state.reason.is_empty() && attached == terway_abi::names::SOCKET_PROGRAMS.len())
     }
 
-    fn told(&self, cgroup: Option<PathBuf>, reason: String, bad: bool) {
+    fn set_state(&self, cgroup: Option<PathBuf>, reason: String, is_problem: bool) {
         self.metrics.socket_programs(self.datapath.sockets().attached().unwrap_or_default());
         let mut state = lock(&self.state);
-        if bad && state.reason != reason {
+        if is_problem && state.reason != reason {
             match &cgroup {
                 Some(_) => warn!("{reason}"),
                 None => warn!(
@@ -186,85 +199,85 @@ impl SocketPath {
         *state = State { cgroup, reason };
     }
 
-    /// Ends the sockets whose backend is gone.
-    async fn sweep(self: &Arc<Self>, forget: bool) {
+    /// Destroys the sockets whose backend was removed; with `remove_entries` also removes their entries of the table.
+    async fn sweep(self: &Arc<Self>, remove_entries: bool) {
         let this = Arc::clone(self);
-        let dead = tokio::task::spawn_blocking(move || -> Result<Vec<SocketRow>, BpfError> {
+        let stale = tokio::task::spawn_blocking(move || -> Result<Vec<SocketRow>, BpfError> {
             let all = this.datapath.sockets().list()?;
             Ok(all.into_iter().filter(|row| !row.alive).collect())
         });
-        let dead = match dead.await {
-            Ok(Ok(dead)) => dead,
-            Ok(Err(error)) => return warn!(%error, "cannot read which sockets Services have translated"),
-            Err(error) => return warn!(%error, "looking for sockets ended by itself"),
+        let stale = match stale.await {
+            Ok(Ok(rows)) => rows,
+            Ok(Err(error)) => return warn!(%error, "cannot read the table of translated sockets"),
+            Err(error) => return warn!(%error, "reading the table of translated sockets panicked"),
         };
-        if dead.is_empty() {
+        if stale.is_empty() {
             return;
         }
-        let doomed = StaleSockets::of(dead.iter().filter(|row| !row.note).map(translated), self.whose);
-        if !doomed.is_empty() && !self.unable.load(Ordering::Relaxed) {
-            self.end(Arc::new(doomed)).await;
+        let sockets = StaleSockets::of(stale.iter().filter(|row| !row.note).map(translated), self.termination);
+        if !sockets.is_empty() && !self.is_unsupported.load(Ordering::Relaxed) {
+            self.destroy(Arc::new(sockets)).await;
         }
-        // A socket that lives on keeps the name of its peer.
-        let ending = |row: &SocketRow| self.whose.protocols().contains(&row.protocol);
-        let dead: Vec<SocketRow> = dead.into_iter().filter(ending).collect();
-        if forget && !self.unable.load(Ordering::Relaxed) {
+        // A socket that is not destroyed still needs the entry for the name of its peer.
+        let is_destroyed = |row: &SocketRow| self.termination.protocols().contains(&row.protocol);
+        let stale: Vec<SocketRow> = stale.into_iter().filter(is_destroyed).collect();
+        if remove_entries && !self.is_unsupported.load(Ordering::Relaxed) {
             let datapath = Arc::clone(&self.datapath);
-            match tokio::task::spawn_blocking(move || datapath.sockets().forget(&dead)).await {
+            match tokio::task::spawn_blocking(move || datapath.sockets().forget(&stale)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => warn!(%error, "cannot forget sockets whose backend is gone"),
-                Err(error) => warn!(%error, "forgetting sockets ended by itself"),
+                Ok(Err(error)) => warn!(%error, "cannot remove entries of sockets whose backend was removed"),
+                Err(error) => warn!(%error, "removing entries of sockets panicked"),
             }
         }
     }
 
-    /// Enters each network namespace that has some, and ends them there.
-    async fn end(&self, doomed: Arc<StaleSockets>) {
-        let mut tally = Tally::default();
-        // 0: the kernel tells no cookies, so every namespace may have some.
+    /// Destroys sockets in each network namespace that has some.
+    async fn destroy(&self, sockets: Arc<StaleSockets>) {
+        let mut outcomes = Outcomes::default();
+        // 0: the kernel has no cookies of namespaces, so every namespace may have some.
         let own = self.datapath.features().host_netns;
-        if own == 0 || doomed.netns().contains(&own) {
-            let doomed = Arc::clone(&doomed);
-            let done = self.host.pool().run_in_host(move || end_here(&doomed)).await;
-            tally.take(done.flatten());
+        if own == 0 || sockets.netns().contains(&own) {
+            let sockets = Arc::clone(&sockets);
+            let done = self.host.pool().run_in_host(move || destroy_in_current_netns(&sockets)).await;
+            outcomes.add(done.flatten());
         }
-        for netns in self.places(&doomed, own).await {
-            let doomed = Arc::clone(&doomed);
-            let done = self.host.pool().run_in(&netns, move || end_here(&doomed)).await;
-            tally.take(done.flatten());
+        for netns in self.pod_namespaces(&sockets, own).await {
+            let sockets = Arc::clone(&sockets);
+            let done = self.host.pool().run_in(&netns, move || destroy_in_current_netns(&sockets)).await;
+            outcomes.add(done.flatten());
         }
-        for ((protocol, outcome), count) in tally.0 {
-            self.metrics.sockets_ended(protocol, outcome, count);
-            if outcome == ENDED {
-                self.count.fetch_add(count, Ordering::Relaxed);
-                debug!(protocol, count, "ended sockets whose backend is gone");
+        for ((protocol, outcome), count) in outcomes.0 {
+            self.metrics.sockets_destroyed(protocol, outcome, count);
+            if outcome == DESTROYED {
+                self.destroyed.fetch_add(count, Ordering::Relaxed);
+                debug!(protocol, count, "destroyed sockets whose backend was removed");
             }
-            if outcome == UNSUPPORTED && !self.unable.swap(true, Ordering::Relaxed) {
+            if outcome == UNSUPPORTED && !self.is_unsupported.swap(true, Ordering::Relaxed) {
                 warn!(
-                    "this kernel cannot end sockets (CONFIG_INET_DIAG_DESTROY): clients that hold a connected UDP socket to a Service \
-                     notice by themselves, or not, that their backend is gone"
+                    "this kernel cannot destroy sockets (CONFIG_INET_DIAG_DESTROY): clients with a connected UDP socket to a removed \
+                     backend have to notice by themselves"
                 );
             }
         }
     }
 
-    /// The network namespaces of pods that have doomed sockets.
-    async fn places(&self, doomed: &StaleSockets, own: u64) -> Vec<PodNetns> {
-        if own != 0 && doomed.netns().iter().all(|netns| *netns == own) {
+    /// The network namespaces of pods that have such sockets.
+    async fn pod_namespaces(&self, sockets: &StaleSockets, own: u64) -> Vec<PodNetns> {
+        if own != 0 && sockets.netns().iter().all(|netns| *netns == own) {
             return Vec::new();
         }
-        let mut places = HashMap::new();
+        let mut namespaces = HashMap::new();
         for path in (self.pods)() {
-            // A pod that is just going has no sockets to care for.
+            // The pod is being deleted, and its sockets with it.
             let Ok(netns) = self.host.open_netns(&path) else { continue };
-            places.insert(netns.id(), netns);
+            namespaces.insert(netns.id(), netns);
         }
-        lock(&self.cookies).retain(|id, _| places.contains_key(id));
+        lock(&self.cookies).retain(|id, _| namespaces.contains_key(id));
         if own == 0 {
-            return places.into_values().collect();
+            return namespaces.into_values().collect();
         }
         let mut wanted = Vec::new();
-        for (id, netns) in places {
+        for (id, netns) in namespaces {
             let known = lock(&self.cookies).get(&id).copied();
             let cookie = match known {
                 Some(cookie) => Some(cookie),
@@ -273,7 +286,7 @@ impl SocketPath {
             if let Some(cookie) = cookie {
                 lock(&self.cookies).insert(id, cookie);
             }
-            if cookie.is_none_or(|cookie| doomed.netns().contains(&cookie)) {
+            if cookie.is_none_or(|cookie| sockets.netns().contains(&cookie)) {
                 wanted.push(netns);
             }
         }
@@ -281,44 +294,44 @@ impl SocketPath {
     }
 }
 
-const ENDED: &str = "ended";
+const DESTROYED: &str = "destroyed";
 const UNSUPPORTED: &str = "unsupported";
 
-/// What became of sockets, by protocol.
+/// Numbers of sockets by protocol and outcome.
 #[derive(Default)]
-struct Tally(BTreeMap<(u8, &'static str), u64>);
+struct Outcomes(BTreeMap<(u8, &'static str), u64>);
 
-impl Tally {
-    fn take(&mut self, done: Result<Self, NetError>) {
+impl Outcomes {
+    fn add(&mut self, done: Result<Self, NetError>) {
         match done {
             Ok(other) => other.0.into_iter().for_each(|(what, count)| *self.0.entry(what).or_default() += count),
-            Err(error) => warn!(%error, "cannot look for sockets in a network namespace"),
+            Err(error) => warn!(%error, "cannot list sockets in a network namespace"),
         }
     }
 }
 
-/// Ends the doomed sockets of the calling thread's network namespace.
-fn end_here(doomed: &StaleSockets) -> Result<Tally, NetError> {
-    let mut tally = Tally::default();
+/// Destroys the stale sockets of the calling thread's network namespace.
+fn destroy_in_current_netns(sockets: &StaleSockets) -> Result<Outcomes, NetError> {
+    let mut outcomes = Outcomes::default();
     let mut diag = SockDiag::open()?;
-    for protocol in doomed.protocols() {
+    for protocol in sockets.protocols() {
         for socket in diag.connected(*protocol)? {
-            if !doomed.contains(socket.cookie, *protocol, socket.peer) {
+            if !sockets.contains(socket.cookie, *protocol, socket.peer) {
                 continue;
             }
             let outcome = match diag.destroy(&socket) {
-                Ok(DestroyOutcome::Destroyed) => ENDED,
+                Ok(DestroyOutcome::Destroyed) => DESTROYED,
                 Ok(DestroyOutcome::NotFound) => "gone",
                 Ok(DestroyOutcome::NotSupported) => UNSUPPORTED,
                 Err(error) => {
-                    debug!(%error, peer = %socket.peer, "cannot end a socket");
+                    debug!(%error, peer = %socket.peer, "cannot destroy a socket");
                     "failed"
                 }
             };
-            *tally.0.entry((*protocol, outcome)).or_default() += 1;
+            *outcomes.0.entry((*protocol, outcome)).or_default() += 1;
         }
     }
-    Ok(tally)
+    Ok(outcomes)
 }
 
 fn translated(row: &SocketRow) -> TranslatedSocket {
@@ -331,7 +344,7 @@ fn translated(row: &SocketRow) -> TranslatedSocket {
     }
 }
 
-/// An error with its causes, on one line: the verifier's words would fill pages.
-fn said(error: &BpfError) -> String {
+/// The first line of an error: the verifier's log would fill pages.
+fn first_line(error: &BpfError) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }

@@ -1,4 +1,4 @@
-//! What is known of Services, and the steps that change it. Steps block: they write maps.
+//! State of the Service actor: the planner and what is to be written later. Its methods block: they write maps.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
@@ -8,45 +8,44 @@ use std::time::{Duration, Instant};
 
 use terway_core::errors::{self, Error};
 use terway_core::objects::ObjectKey;
-use terway_core::service::{MapContents, NodeFacts, Op, Plan, Planner, Settings, invalidates_backend};
-use terway_proto::v1;
+use terway_core::service::{NodeFacts, Op, Plan, Planner, Settings, invalidates_backend};
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
 use super::health::Health;
 use super::metrics::ServiceMetrics;
-use super::{KINDS, view};
+use super::{KINDS, ServiceList, owner_name};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER};
 use crate::memory;
 use crate::objects::{ObjectChanges, ObjectStore};
 
-/// The first and the longest time until maps that refused a write are tried again. Not shorter than [`RETIRE_AFTER`]: reading the maps
-/// forgets what was still to be retired, and its places may be used at once.
+/// The first and the longest time until a failed write is retried. Not shorter than [`RETIRE_AFTER`]: the retry reads the maps anew, after which
+/// places that were still to be retired may be reused at once.
 const RETRY: (Duration, Duration) = (RETIRE_AFTER, Duration::from_secs(60));
 
 /// Problems that the status lists one by one.
-const TOLD: usize = 20;
+const LISTED: usize = 20;
 
-/// Where news go.
+/// Notifies the tasks that depend on Services.
 #[derive(Debug)]
-pub(super) struct Outlets {
-    /// To those who answer health checks.
+pub(super) struct Notifiers {
+    /// Health checks: ports and numbers of endpoints.
     pub(super) health: watch::Sender<Health>,
-    /// True for good once the maps have held what follows from all objects.
+    /// Becomes true once the maps hold the Services of all objects, and stays so.
     pub(super) in_force: watch::Sender<bool>,
 }
 
-/// What the planner finds wrong, by object.
-type Complaints = BTreeMap<ObjectKey, BTreeSet<String>>;
+/// Errors in objects as the planner reports them.
+type ObjectErrors = BTreeMap<ObjectKey, BTreeSet<String>>;
 
-/// One thing to do.
+/// A command of the Service actor.
 #[derive(Debug)]
-pub(super) enum Work {
+pub(super) enum Command {
     /// Objects have changed; the sender is used when the step is done.
     Objects(Arc<ObjectChanges>, oneshot::Sender<()>),
     /// The node has these addresses.
     Addresses(Vec<IpAddr>),
-    /// A time that [`State::step`] named has come.
+    /// The time that [`State::step`] returned has come.
     Due,
 }
 
@@ -60,18 +59,19 @@ pub(super) struct State {
     /// None before the first sync, and after a failure.
     planner: Option<Planner>,
     synced: bool,
-    /// Operations for later, and when; the earliest first.
+    /// Operations to be run at a later time, the earliest first.
     retire: VecDeque<(Instant, Vec<Op>)>,
     retry: Option<Instant>,
-    patience: Duration,
+    /// The time until the next retry after a failure.
+    backoff: Duration,
     addresses: Vec<IpAddr>,
-    complaints: Complaints,
+    object_errors: ObjectErrors,
     failure: Option<Error>,
-    outlets: Outlets,
-    /// A backend's life has ended since somebody asked.
-    lives_ended: bool,
-    /// When free memory is given back.
-    tidy: Option<Instant>,
+    notifiers: Notifiers,
+    /// A backend was removed since [`State::take_backends_removed`].
+    backends_removed: bool,
+    /// When free memory is returned to the kernel.
+    trim_memory: Option<Instant>,
 }
 
 impl fmt::Debug for State {
@@ -87,11 +87,11 @@ impl State {
         facts: NodeFacts,
         settings: Settings,
         metrics: ServiceMetrics,
-        outlets: Outlets,
+        notifiers: Notifiers,
     ) -> Self {
-        // An earlier daemon's Services are served, whoever reads objects now.
+        // The Services of an earlier daemon are in the maps and served, before any object is read.
         if !datapath.services().is_empty() {
-            outlets.in_force.send_replace(true);
+            notifiers.in_force.send_replace(true);
         }
         Self {
             datapath,
@@ -103,35 +103,35 @@ impl State {
             synced: false,
             retire: VecDeque::new(),
             retry: None,
-            patience: RETRY.0,
+            backoff: RETRY.0,
             addresses: Vec::new(),
-            complaints: BTreeMap::new(),
+            object_errors: BTreeMap::new(),
             failure: None,
-            outlets,
-            lives_ended: false,
-            tidy: None,
+            notifiers,
+            backends_removed: false,
+            trim_memory: None,
         }
     }
 
-    /// Whether a backend's life has ended since this was asked last.
-    pub(super) const fn lives_ended(&mut self) -> bool {
-        std::mem::replace(&mut self.lives_ended, false)
+    /// Whether a backend was removed since the last call.
+    pub(super) const fn take_backends_removed(&mut self) -> bool {
+        std::mem::replace(&mut self.backends_removed, false)
     }
 
-    /// Does it, and tells when there is more to do.
-    pub(super) fn step(&mut self, work: Work) -> Option<Instant> {
+    /// Executes a command; returns when the next one is due.
+    pub(super) fn step(&mut self, command: Command) -> Option<Instant> {
         let start = Instant::now();
         let mut waiting = None;
-        let outcome = match work {
-            Work::Objects(changes, done) => {
+        let outcome = match command {
+            Command::Objects(changes, done) => {
                 waiting = Some(done);
                 self.changed(&changes, start)
             }
-            Work::Addresses(addresses) => {
+            Command::Addresses(addresses) => {
                 self.addresses = addresses;
                 self.datapath.services().set_node_addresses(&self.addresses)
             }
-            Work::Due => self.due(start),
+            Command::Due => self.due(start),
         };
         if let Err(error) = outcome {
             self.failed(&error);
@@ -141,7 +141,7 @@ impl State {
         if let Some(done) = waiting {
             let _ = done.send(());
         }
-        self.retire.front().map(|(due, _)| *due).into_iter().chain(self.retry).chain(self.tidy).min()
+        self.retire.front().map(|(due, _)| *due).into_iter().chain(self.retry).chain(self.trim_memory).min()
     }
 
     fn changed(&mut self, changes: &ObjectChanges, start: Instant) -> Result<(), BpfError> {
@@ -159,7 +159,7 @@ impl State {
     fn due(&mut self, now: Instant) -> Result<(), BpfError> {
         while let Some((_, ops)) = self.retire.pop_front_if(|(due, _)| *due <= now) {
             self.datapath.services().apply(&ops)?;
-            self.lives_ended |= ops.iter().any(invalidates_backend);
+            self.backends_removed |= ops.iter().any(invalidates_backend);
             if let Some(planner) = &mut self.planner {
                 planner.retired(&ops);
             }
@@ -169,17 +169,17 @@ impl State {
             self.datapath.services().set_node_addresses(&self.addresses)?;
             if self.synced {
                 self.restore(now)?;
-                info!("Services are written again");
+                info!("Services are programmed again");
             }
         }
-        if self.tidy.is_some_and(|tidy| tidy <= now) {
-            self.tidy = None;
+        if self.trim_memory.is_some_and(|trim_memory| trim_memory <= now) {
+            self.trim_memory = None;
             memory::give_back();
         }
         Ok(())
     }
 
-    /// Plans everything from what the maps hold.
+    /// Reads the maps and plans the difference between them and all objects.
     fn restore(&mut self, start: Instant) -> Result<(), BpfError> {
         self.retire.clear();
         let kernel = self.datapath.services().recover()?;
@@ -187,43 +187,43 @@ impl State {
         let mut planner = Planner::restore(self.facts.clone(), self.settings.clone(), kernel);
         let plan = planner.sync(&self.objects.read());
         let (now, later) = (plan.ops.len(), plan.retire.len());
-        // What was wrong and no longer is, is in no news of a planner that has only begun.
-        let wrong = planner.object_errors();
-        self.complaints.retain(|object, _| wrong.contains_key(object));
+        // A new planner reports errors, but not that earlier ones are gone.
+        let errors = planner.object_errors();
+        self.object_errors.retain(|object, _| errors.contains_key(object));
         self.planner = Some(planner);
         self.carry_out(plan, start)?;
         self.failure = None;
-        self.tell_health();
-        self.outlets.in_force.send_replace(true);
-        self.patience = RETRY.0;
-        // Some may have ended before this daemon looked.
-        self.lives_ended = true;
+        self.notify_health();
+        self.notifiers.in_force.send_replace(true);
+        self.backoff = RETRY.0;
+        // Backends may have been removed while no daemon ran.
+        self.backends_removed = true;
         let services = self.objects.read().services().len();
-        // Not now: those who were told of all objects have not yet let go of them.
-        self.tidy = Some(Instant::now() + RETIRE_AFTER);
-        info!(services, frontends_found = found, writes = now, for_later = later, took = ?start.elapsed(), "Services are in force");
+        // Not now: subscribers of the feed may still hold the first changes.
+        self.trim_memory = Some(Instant::now() + RETIRE_AFTER);
+        info!(services, frontends_found = found, writes = now, deferred = later, took = ?start.elapsed(), "Services are in force");
         Ok(())
     }
 
     /// RangeAllocator a plan; what is newly wrong goes to the log.
     fn carry_out(&mut self, plan: Plan, start: Instant) -> Result<(), BpfError> {
         for (object, messages) in plan.object_errors {
-            let known = self.complaints.remove(&object).unwrap_or_default();
+            let known = self.object_errors.remove(&object).unwrap_or_default();
             for message in messages.difference(&known) {
                 warn!(%object, "{message}");
             }
             if !messages.is_empty() {
-                self.complaints.insert(object, messages);
+                self.object_errors.insert(object, messages);
             }
         }
         if !plan.health.is_empty() {
-            self.tell_health();
+            self.notify_health();
         }
         if plan.ops.is_empty() && plan.retire.is_empty() {
             return Ok(());
         }
         self.datapath.services().apply(&plan.ops)?;
-        self.lives_ended |= plan.ops.iter().any(invalidates_backend);
+        self.backends_removed |= plan.ops.iter().any(invalidates_backend);
         self.metrics.synced(start.elapsed());
         if !plan.retire.is_empty() {
             self.retire.push_back((Instant::now() + RETIRE_AFTER, plan.retire));
@@ -231,10 +231,10 @@ impl State {
         Ok(())
     }
 
-    /// Tells how many endpoints the ports for health checks are to name. A planner that failed leaves the numbers as they are.
-    fn tell_health(&self) {
+    /// Publishes the health-check ports and their numbers of endpoints. Without a planner the numbers stay as they are.
+    fn notify_health(&self) {
         let ports = self.planner.as_ref().map(Planner::health);
-        self.outlets.health.send_if_modified(|health| {
+        self.notifiers.health.send_if_modified(|health| {
             let next = Health {
                 ports: ports.unwrap_or_else(|| health.ports.clone()),
                 in_force: self.failure.is_none() && self.planner.is_some(),
@@ -246,48 +246,47 @@ impl State {
     }
 
     fn failed(&mut self, error: &BpfError) {
-        error!(%error, again_in = ?self.patience, "Services are not written");
+        error!(%error, retry_in = ?self.backoff, "failed to program Services");
         self.failure = Some(Error::new(errors::SERVICES_FAILED, format!("{error}.")));
-        self.distrust();
-        self.tell_health();
+        self.invalidate();
+        self.notify_health();
     }
 
-    /// Forgets what it believes of the maps; when they are read again.
-    pub(super) fn distrust(&mut self) -> Instant {
+    /// Discards the planner and schedules a re-read of the maps; returns when.
+    pub(super) fn invalidate(&mut self) -> Instant {
         self.planner = None;
         self.retire.clear();
-        let retry = Instant::now() + self.patience;
-        self.patience = (self.patience * 2).min(RETRY.1);
+        let retry = Instant::now() + self.backoff;
+        self.backoff = (self.backoff * 2).min(RETRY.1);
         self.retry = Some(retry);
         retry
     }
 
-    /// All that is wrong, the worst first.
+    /// What is wrong, the most important first.
     pub(super) fn problems(&self) -> Vec<Error> {
-        let complaints = self.complaints.iter().flat_map(|(object, messages)| {
+        let object_errors = self.object_errors.iter().flat_map(|(object, messages)| {
             messages.iter().map(move |text| Error::new(errors::SERVICE_PROBLEM, format!("{object}: {text}.")))
         });
-        let mut all: Vec<Error> = complaints.collect();
+        let mut all: Vec<Error> = object_errors.collect();
         self.metrics.problems(all.len());
-        all.truncate(TOLD);
+        all.truncate(LISTED);
         self.failure.iter().cloned().chain(all).collect()
     }
 
-    /// The owners of ports, by their numbers.
-    pub(super) fn names(&self, numbers: &BTreeSet<u32>) -> HashMap<u32, String> {
+    /// The owners of ports by port id.
+    pub(super) fn port_owners(&self, numbers: &BTreeSet<u32>) -> HashMap<u32, String> {
         let all = self.planner.iter().flat_map(Planner::views).filter(|view| numbers.contains(&view.id.0));
-        all.map(|view| (view.id.0, view::name(&view.owner).to_string())).collect()
+        all.map(|view| (view.id.0, owner_name(&view.owner).to_string())).collect()
     }
 
-    /// What is served.
-    pub(super) fn list(&self, namespace: &str, name: &str) -> v1::ListServicesResponse {
-        let Some(planner) = &self.planner else { return v1::ListServicesResponse::default() };
-        let kernel: MapContents = planner.map_contents();
-        let wanted = |part: &str, filter: &str| filter.is_empty() || part == filter;
+    /// The ports of a namespace and of an owner's name, where these are not empty.
+    pub(super) fn list(&self, namespace: &str, name: &str) -> ServiceList {
+        let Some(planner) = &self.planner else { return ServiceList::default() };
+        let matches = |part: &str, filter: &str| filter.is_empty() || part == filter;
         let ports = planner.views().filter(|view| {
-            let owner = view::name(&view.owner);
-            wanted(&owner.namespace, namespace) && wanted(&owner.name, name)
+            let owner = owner_name(&view.owner);
+            matches(&owner.namespace, namespace) && matches(&owner.name, name)
         });
-        v1::ListServicesResponse { ports: ports.map(|port| view::port(&port, &kernel)).collect(), synced: self.synced }
+        ServiceList { ports: ports.collect(), maps: planner.map_contents(), is_synced: self.synced }
     }
 }

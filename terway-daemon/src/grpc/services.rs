@@ -1,28 +1,38 @@
-//! Services as the contract writes them.
+//! Service ports, frontends and the socket programs as messages of the contract.
 
 use std::collections::BTreeMap;
 
-use terway_core::objects::ObjectName;
 use terway_core::service::{BackendId, BackendState, FrontendKind, MapContents, Owner, PortView, Selection};
 use terway_proto::v1;
 
-/// The owner's name, whatever its kind.
-pub(super) const fn name(owner: &Owner) -> &ObjectName {
-    match owner {
-        Owner::Service(name) | Owner::Pod(name) => name,
+use crate::services::{ServiceList, SocketPathStatus, owner_name};
+
+/// The reply of `ListServices`.
+pub(crate) fn list(list: &ServiceList) -> v1::ListServicesResponse {
+    let ports = list.ports.iter().map(|view| port(view, &list.maps)).collect();
+    v1::ListServicesResponse { ports, synced: list.is_synced }
+}
+
+/// The programs that resolve Services at the socket.
+pub(crate) fn socket_path(status: &SocketPathStatus) -> v1::SocketPath {
+    v1::SocketPath {
+        cgroup: status.cgroup.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
+        programs: u32::try_from(status.programs).unwrap_or(u32::MAX),
+        reason: status.reason.clone(),
+        ended: status.destroyed,
     }
 }
 
-pub(super) fn port(view: &PortView, kernel: &MapContents) -> v1::ServicePort {
-    let owner = name(&view.owner);
-    // A frontend that another owner has won is not this one's.
-    let held = view.frontends.iter().filter_map(|key| Some((key, kernel.frontends.get(key)?)));
-    let frontends = held.filter(|(_, frontend)| frontend.port == view.id).map(|(key, frontend)| v1::ServiceFrontend {
+fn port(view: &PortView, maps: &MapContents) -> v1::ServicePort {
+    let owner = owner_name(&view.owner);
+    // A frontend that several owners ask for belongs to one of them.
+    let entries = view.frontends.iter().filter_map(|key| Some((key, maps.frontends.get(key)?)));
+    let frontends = entries.filter(|(_, frontend)| frontend.port == view.id).map(|(key, frontend)| v1::ServiceFrontend {
         address: key.address.to_string(),
         port: key.port.into(),
         kind: kind(frontend.kind).to_owned(),
-        inside: Some(choice(frontend.inside, kernel)),
-        outside: Some(choice(frontend.outside, kernel)),
+        inside: Some(selection(frontend.inside, maps)),
+        outside: Some(selection(frontend.outside, maps)),
         affinity_seconds: frontend.affinity_seconds,
     });
     v1::ServicePort {
@@ -50,16 +60,16 @@ const fn kind(kind: FrontendKind) -> &'static str {
     }
 }
 
-fn choice(selection: Selection, kernel: &MapContents) -> v1::ServiceChoice {
+fn selection(selection: Selection, maps: &MapContents) -> v1::ServiceChoice {
     let verdict = match selection {
         Selection::Table(id) => {
-            let Some(table) = kernel.tables.get(&id) else { return v1::ServiceChoice::default() };
+            let Some(table) = maps.tables.get(&id) else { return v1::ServiceChoice::default() };
             let mut slots: BTreeMap<BackendId, u32> = BTreeMap::new();
             for slot in &table.slots {
                 *slots.entry(slot.backend).or_default() += 1;
             }
-            let known = slots.into_iter().filter_map(|(id, slots)| Some((kernel.backends.get(&id)?, slots)));
-            let mut backends: Vec<v1::ServiceBackend> = known
+            let backends = slots.into_iter().filter_map(|(id, slots)| Some((maps.backends.get(&id)?, slots)));
+            let mut backends: Vec<v1::ServiceBackend> = backends
                 .map(|(backend, slots)| v1::ServiceBackend {
                     address: backend.key.address.to_string(),
                     port: backend.key.port.into(),
