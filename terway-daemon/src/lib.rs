@@ -10,6 +10,7 @@ pub mod conntrack;
 pub mod daemon;
 pub mod engine;
 mod follow;
+mod grpc;
 pub mod http;
 pub mod identity;
 mod inotify;

@@ -17,6 +17,7 @@ use tracing::{info, warn};
 use crate::config_source::{ConfigSource, ConfigStatus};
 use crate::conntrack::Conntrack;
 use crate::engine::{AddRequest, Engine, Filter, RecentAndLive, dropped_packet};
+use crate::grpc::{self, attachment, error_detail};
 use crate::http;
 use crate::metrics::{Metrics, Phase, Verb};
 use crate::objects::Feed;
@@ -48,7 +49,7 @@ impl Service {
 
     /// Waits until the maps hold the Services; the error names what is in the way as far as it is known.
     async fn services_synced(&self) -> Result<(), Error> {
-        if self.services.synced(SYNC_WITHIN).await {
+        if self.services.wait_until_synced(SYNC_WITHIN).await {
             return Ok(());
         }
         let problem = self.objects.problems().into_iter().chain(self.services.problems()).next();
@@ -101,18 +102,7 @@ fn status(error: &Error) -> Status {
         errors::INTERNAL => Code::Internal,
         _ => Code::Unavailable,
     };
-    terway_proto::status(code, &detail(error))
-}
-
-/// An error of the catalogue as the contract writes it.
-pub(crate) fn detail(error: &Error) -> v1::ErrorDetail {
-    v1::ErrorDetail {
-        code: error.code.id.to_owned(),
-        cause: error.code.cause.to_owned(),
-        remedy: error.code.remedy.to_owned(),
-        detail: error.detail.clone(),
-        cni_code: error.code.cni,
-    }
+    terway_proto::status(code, &error_detail(error))
 }
 
 /// The configuration as the contract writes it.
@@ -126,7 +116,7 @@ fn configuration(status: &ConfigStatus) -> v1::Configuration {
     v1::Configuration {
         generation: status.generation,
         applied_at: status.applied_at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-        failure: status.failure.as_ref().map(|failure| detail(&failure.error)),
+        failure: status.failure.as_ref().map(|failure| error_detail(&failure.error)),
         warnings: status.warnings.iter().map(ToString::to_string).collect(),
         pending_restart: status.pending_restart.iter().map(change).collect(),
         last_edit: status.recent.back().into_iter().flat_map(|edit| &edit.changed).map(change).collect(),
@@ -159,16 +149,6 @@ fn key(attachment: Option<v1::Attachment>) -> Result<AttachmentKey, Error> {
         return Err(Error::new(errors::CNI_ENV, format!("interface name {:?} is not valid", key.ifname)));
     }
     Ok(key)
-}
-
-pub(crate) fn attachment(key: &AttachmentKey) -> v1::Attachment {
-    let AttachmentKey { network, container_id, ifname } = key.clone();
-    v1::Attachment { network, container_id, ifname }
-}
-
-pub(crate) fn pod(pod: &PodRef) -> v1::Pod {
-    let PodRef { namespace, name, uid } = pod.clone();
-    v1::Pod { namespace, name, uid }
 }
 
 /// The stream of flow events of one client: the recent ones, then, if `follow` is set, live ones that the filter takes. A client that
@@ -243,14 +223,14 @@ impl NodeNetwork for Service {
             let configuration = configuration(&self.source.status());
             status.problems.extend(configuration.failure.clone());
             status.configuration = Some(configuration);
-            status.problems.extend(self.objects.problems().iter().map(detail));
-            status.problems.extend(self.services.problems().iter().map(detail));
-            status.problems.extend(self.http.problem().iter().map(detail));
-            status.problems.extend(supervise::problems().iter().map(detail));
-            status.socket_path = Some(self.services.socket_path().await);
+            status.problems.extend(self.objects.problems().iter().map(error_detail));
+            status.problems.extend(self.services.problems().iter().map(error_detail));
+            status.problems.extend(self.http.problem().iter().map(error_detail));
+            status.problems.extend(supervise::problems().iter().map(error_detail));
+            status.socket_path = Some(grpc::services::socket_path(&self.services.socket_path().await));
             let (policy, problems) = self.policies.status().await?;
-            status.problems.extend(problems.iter().map(detail));
-            status.policy = Some(policy);
+            status.problems.extend(problems.iter().map(error_detail));
+            status.policy = Some(grpc::policy::status(&policy));
             Ok(status)
         };
         self.call("Status", report).await
@@ -261,21 +241,31 @@ impl NodeNetwork for Service {
         request: Request<v1::ListServicesRequest>,
     ) -> Result<Response<v1::ListServicesResponse>, Status> {
         let v1::ListServicesRequest { namespace, name } = request.into_inner();
-        self.call("ListServices", self.services.list(namespace, name)).await
+        let list = async { Ok(grpc::services::list(&self.services.list(namespace, name).await?)) };
+        self.call("ListServices", list).await
     }
 
     async fn list_policies(
         &self,
         request: Request<v1::ListPoliciesRequest>,
     ) -> Result<Response<v1::ListPoliciesResponse>, Status> {
-        self.call("ListPolicies", self.policies.list(request.into_inner())).await
+        let v1::ListPoliciesRequest { namespace, name } = request.into_inner();
+        let list = async { Ok(grpc::policy::list(&self.policies.list(namespace, name).await?)) };
+        self.call("ListPolicies", list).await
     }
 
     async fn explain_policy(
         &self,
         request: Request<v1::ExplainPolicyRequest>,
     ) -> Result<Response<v1::ExplainPolicyResponse>, Status> {
-        self.call("ExplainPolicy", self.policies.explain(request.into_inner())).await
+        let explain = async {
+            let explained = match grpc::policy::connection(&request.into_inner()) {
+                Ok(connection) => self.policies.explain(connection).await?,
+                Err(problem) => Err(problem),
+            };
+            Ok(grpc::policy::explanations(explained))
+        };
+        self.call("ExplainPolicy", explain).await
     }
 
     async fn list_flows(

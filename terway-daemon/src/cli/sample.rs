@@ -13,7 +13,7 @@ pub(super) fn all(render: impl Fn(Style) -> String) -> String {
 }
 
 fn error(code: terway_core::errors::Code, particulars: &str) -> v1::ErrorDetail {
-    crate::server::detail(&terway_core::errors::Error::new(code, particulars))
+    crate::grpc::error_detail(&terway_core::errors::Error::new(code, particulars))
 }
 
 fn pod(name: &str) -> v1::Pod {

@@ -15,7 +15,7 @@ use tracing::{debug, warn};
 
 use self::filter::{ALLOWED, DROPPED};
 use super::Engine;
-use crate::policy::Names;
+use crate::policy::FlowAnnotator;
 use crate::services::Services;
 use crate::supervise;
 
@@ -144,11 +144,11 @@ impl Engine {
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
         let numbers = batch.iter().map(|event| event.service).filter(|service| *service != 0);
-        let served = services.names(&numbers.collect());
+        let served = services.port_owners(&numbers.collect());
         let mut interfaces = Interfaces { engine: self, names: HashMap::new(), pods: None };
         let named: Vec<v1::FlowEvent> = self
             .policies
-            .names(|names| batch.iter().map(|event| name(event, at_ms, names, &served, &mut interfaces)).collect());
+            .annotate(|names| batch.iter().map(|event| name(event, at_ms, names, &served, &mut interfaces)).collect());
         for event in named {
             debug!(?event, "told");
             self.events.push(event);
@@ -176,7 +176,7 @@ impl Interfaces<'_> {
             let endpoints = engine.datapath.endpoints().list().into_iter();
             let pod = |endpoint: &crate::bpf::Endpoint| {
                 let own = attachments.iter().find(|a| a.lease.addresses == endpoint.addresses)?;
-                Some((endpoint.host_ifindex, crate::server::pod(&own.pod)))
+                Some((endpoint.host_ifindex, crate::grpc::pod(&own.pod)))
             };
             endpoints.filter_map(|endpoint| pod(&endpoint)).collect()
         });
@@ -187,7 +187,7 @@ impl Interfaces<'_> {
 fn name(
     event: &FlowEvent,
     at_ms: u64,
-    names: &Names<'_>,
+    names: &FlowAnnotator<'_>,
     served: &HashMap<u32, String>,
     interfaces: &mut Interfaces<'_>,
 ) -> v1::FlowEvent {
@@ -198,7 +198,7 @@ fn name(
     let port = |high, low| u32::from(u16::from_be_bytes([high, low]));
     let end = |words: [u32; 4], port: u32| {
         let address = address(event.family, words);
-        let pod = address.and_then(|address| names.pod(address));
+        let pod = address.and_then(|address| names.pod(address)).map(|pod| crate::grpc::pod_name(&pod));
         v1::FlowEnd { address: address.map(|address| address.to_string()).unwrap_or_default(), port, pod }
     };
     let (source, destination) = (end(event.src, port(a, b)), end(event.dst, port(c, d)));
@@ -206,7 +206,7 @@ fn name(
     // Of what answers, the connection's destination is who sends it.
     let elsewhere = event.policy_destination != event.dst && event.policy_destination != event.src;
     let translated = judged && (event.service != 0 || elsewhere);
-    let [egress, ingress] = event.verdicts.map(|decision| names.decision(decision));
+    let [egress, ingress] = event.verdicts.map(|number| names.verdict(number).map(crate::grpc::policy::verdict));
     let mac = |mac: [u8; 6]| if dropped { Mac(mac).to_string() } else { String::new() };
     v1::FlowEvent {
         at_ms,

@@ -9,7 +9,7 @@ use terway_proto::v1;
 
 use super::Engine;
 use super::audit::Observation;
-use crate::server::{attachment, detail, pod};
+use crate::grpc::{attachment, error_detail, pod};
 
 impl Engine {
     /// Compares store, kernel, datapath and, unless it shall be left out, the cloud.
@@ -18,7 +18,7 @@ impl Engine {
         let found = findings(&snapshot);
         let source = |name: &str, answer: &Result<(), Error>| v1::Source {
             name: name.to_owned(),
-            error: answer.as_ref().err().map(detail),
+            error: answer.as_ref().err().map(error_detail),
         };
         let mut sources = vec![source("store", &Ok(())), source("kernel", &kernel), source("datapath", &datapath)];
         sources.extend(cloud.as_ref().map(|answer| source("cloud", answer)));
@@ -84,7 +84,7 @@ impl Engine {
     pub async fn metadata(&self) -> v1::GetMetadataResponse {
         let mut reply = v1::GetMetadataResponse::default();
         let failed =
-            |error: &dyn std::error::Error| detail(&Error::new(errors::METADATA_UNREACHABLE, error.to_string()));
+            |error: &dyn std::error::Error| error_detail(&Error::new(errors::METADATA_UNREACHABLE, error.to_string()));
         let (identity, nics) = tokio::join!(self.cloud.node_identity(), self.cloud.nics());
         match identity {
             Ok(identity) => {

@@ -83,7 +83,7 @@ impl Engine {
         gate: Option<Gate>,
     ) -> Result<(), Error> {
         let plan = self.plan(key, pod, lease, &PodOptions::decode(options));
-        self.policies.expect(pod).await;
+        self.policies.wait_until_known(pod).await;
         let _wiring = self.wiring.read().await;
         let netns = self.host.open_netns(netns).map_err(net_error)?;
 
@@ -112,7 +112,7 @@ impl Engine {
     /// Takes the policies of pods out of the maps whose endpoints have been removed.
     pub(super) async fn forget_policies(&self) {
         let policies = Arc::clone(&self.policies);
-        supervise::blocking_scope("policy-maps", OnPanic::EndDaemon, move || policies.forget_gone()).await;
+        supervise::blocking_scope("policy-maps", OnPanic::EndDaemon, move || policies.detach_removed()).await;
     }
 
     /// Unwires a pod, whatever of it is there. Calls `datapath_removed` when no packet can come or go any more; the links take longer.
@@ -130,7 +130,7 @@ impl Engine {
         let policies = Arc::clone(&self.policies);
         self.with_datapath(move |datapath| {
             forget(datapath, addresses)?;
-            policies.forget_gone();
+            policies.detach_removed();
             Ok(())
         })
         .await?;

@@ -17,7 +17,7 @@ use terway_proto::v1;
 use super::Engine;
 use super::pod::{PodOptions, net_error};
 use crate::cloud::EniFilter;
-use crate::server::{attachment, detail, pod};
+use crate::grpc::{attachment, error_detail, pod};
 
 /// How long somebody at a terminal waits for one call of the cloud: `terway-cli` gives up after 30 s, and the client's own repeating
 /// may last longer.
@@ -129,7 +129,7 @@ impl Engine {
         });
         v1::StatusResponse {
             ready: self.ready().is_ok(),
-            problems: problems.iter().map(detail).collect(),
+            problems: problems.iter().map(error_detail).collect(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.facts.node.clone(),
             pool: Some(pool_counts(&stats)),
@@ -154,7 +154,7 @@ impl Engine {
         if ask_cloud {
             match self.answered(self.cloud.enis(&EniFilter::of_instance(self.instance()))).await {
                 Ok(enis) => listed.extend(enis.into_iter().map(|eni| (eni.id.clone(), eni))),
-                Err(error) => cloud_error = Some(detail(&error)),
+                Err(error) => cloud_error = Some(error_detail(&error)),
             }
         }
         let nics: HashMap<_, _> = self.links.nics().into_iter().map(|nic| (nic.mac, nic.name)).collect();
@@ -189,14 +189,14 @@ impl Engine {
                         }
                     }
                 }
-                Err(error) => cloud_error = Some(detail(&error)),
+                Err(error) => cloud_error = Some(error_detail(&error)),
             }
         }
         v1::GetPoolResponse {
             pool: Some(pool_counts(&stats)),
             enis,
             vswitches: vswitches.into_values().collect(),
-            problems: problems.into_iter().chain(self.delayed()).map(|problem| detail(&problem)).collect(),
+            problems: problems.into_iter().chain(self.delayed()).map(|problem| error_detail(&problem)).collect(),
             cloud_error,
         }
     }
@@ -290,7 +290,7 @@ fn eni_row(view: EniView, own: &[&AddressView], known: Option<cloud::Eni>, ifnam
         tags: known.map(|known| known.tags).unwrap_or_default(),
         reason: view.reason.map_or_else(|| reason_unused(view.phase).to_owned(), |reason| reason.detail),
         resting_seconds: seconds_until(view.backoff_until, now),
-        error: view.error.as_ref().map(detail),
+        error: view.error.as_ref().map(error_detail),
     }
 }
 
@@ -342,7 +342,7 @@ fn vswitches_of(enis: &[v1::Eni], views: Vec<VSwitchView>, now: Moment) -> BTree
             id: view.id.to_string(),
             available: view.available,
             configured: view.configured,
-            blocked: view.error.as_ref().map(detail),
+            blocked: view.error.as_ref().map(error_detail),
             resting_seconds: seconds_until(view.backoff_until, now),
             fragmented: view.fragmented_until.is_some(),
             ..Default::default()

@@ -27,14 +27,15 @@ fn port(view: &PortView, maps: &MapContents) -> v1::ServicePort {
     let owner = owner_name(&view.owner);
     // A frontend that several owners ask for belongs to one of them.
     let entries = view.frontends.iter().filter_map(|key| Some((key, maps.frontends.get(key)?)));
-    let frontends = entries.filter(|(_, frontend)| frontend.port == view.id).map(|(key, frontend)| v1::ServiceFrontend {
-        address: key.address.to_string(),
-        port: key.port.into(),
-        kind: kind(frontend.kind).to_owned(),
-        inside: Some(selection(frontend.inside, maps)),
-        outside: Some(selection(frontend.outside, maps)),
-        affinity_seconds: frontend.affinity_seconds,
-    });
+    let frontends =
+        entries.filter(|(_, frontend)| frontend.port == view.id).map(|(key, frontend)| v1::ServiceFrontend {
+            address: key.address.to_string(),
+            port: key.port.into(),
+            kind: kind(frontend.kind).to_owned(),
+            inside: Some(selection(frontend.inside, maps)),
+            outside: Some(selection(frontend.outside, maps)),
+            affinity_seconds: frontend.affinity_seconds,
+        });
     v1::ServicePort {
         kind: match view.owner {
             Owner::Service(_) => "Service",

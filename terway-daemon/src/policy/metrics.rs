@@ -45,7 +45,8 @@ impl Collector for VerdictCollector {
         for ((policy, direction), verdicts) in &totals {
             let policy = policy.name.to_string();
             for (verdict, count) in [("allowed", verdicts.allowed), ("denied", verdicts.denied)] {
-                let labels = [("policy", policy.as_str()), ("direction", direction_label(*direction)), ("verdict", verdict)];
+                let labels =
+                    [("policy", policy.as_str()), ("direction", direction_label(*direction)), ("verdict", verdict)];
                 ConstCounter::new(count.packets).encode(family.encode_family(&labels)?)?;
             }
         }
@@ -64,7 +65,11 @@ impl PolicyMetrics {
             counters: Arc::default(),
             steps: Histogram::new([0.000_1, 0.000_25, 0.000_5, 0.001, 0.002, 0.005, 0.02, 0.05, 0.1, 0.5, 2.0, 5.0]),
         };
-        registry.register("terway_policy_entries", "Entries that network policies are compiled to", metrics.entries.clone());
+        registry.register(
+            "terway_policy_entries",
+            "Entries that network policies are compiled to",
+            metrics.entries.clone(),
+        );
         registry.register(
             "terway_policy_quarantined_pods",
             "Pods of this node in quarantine: denied until their labels are known",

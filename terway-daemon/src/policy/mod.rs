@@ -177,10 +177,7 @@ impl Policies {
     ///
     /// # Errors
     /// When the daemon is ending.
-    pub async fn explain(
-        self: &Arc<Self>,
-        connection: Connection,
-    ) -> Result<Result<Vec<Explanation>, String>, Error> {
+    pub async fn explain(self: &Arc<Self>, connection: Connection) -> Result<Result<Vec<Explanation>, String>, Error> {
         self.read(move |state| state.explain(&connection)).await
     }
 

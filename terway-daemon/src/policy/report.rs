@@ -61,7 +61,9 @@ pub const NAMED_POLICIES: usize = 16;
 pub(super) fn policies(rule: &MatchedRule) -> Vec<String> {
     match rule {
         MatchedRule::Rule { policy, .. } => vec![policy.to_string()],
-        MatchedRule::Isolated { policies, .. } => policies.iter().take(NAMED_POLICIES).map(ToString::to_string).collect(),
+        MatchedRule::Isolated { policies, .. } => {
+            policies.iter().take(NAMED_POLICIES).map(ToString::to_string).collect()
+        }
         _ => Vec::new(),
     }
 }

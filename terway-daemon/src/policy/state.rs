@@ -10,14 +10,15 @@ use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, Family, PodRef};
 use terway_core::objects::ObjectName;
 use terway_core::policy::{
-    Compiler, EndpointPolicy, Event, Explanation, Maps, MatchedRule, Op, SetId, SetRef, UNKNOWN_POD, Verdict, VerdictOrTable,
+    Compiler, EndpointPolicy, Event, Explanation, Maps, MatchedRule, Op, SetId, SetRef, UNKNOWN_POD, Verdict,
+    VerdictOrTable,
 };
 use tracing::{error, info};
 
-use super::{Connection, KINDS};
 use super::counters::PolicyCounters;
 use super::metrics::PolicyMetrics;
 use super::report::{self, PolicyList, PolicyStatus, PolicyVerdict};
+use super::{Connection, KINDS};
 use crate::bpf::{BpfError, Datapath};
 use crate::objects::ObjectChanges;
 

@@ -36,7 +36,10 @@ pub(super) fn find() -> Result<PathBuf, String> {
     Err(match mounts.first() {
         None => format!("no cgroup2 file system is mounted; {remedy}"),
         Some(other) => {
-            format!("{} is not the root of the cgroup2 hierarchy but a part of it in a container; {remedy}", other.display())
+            format!(
+                "{} is not the root of the cgroup2 hierarchy but a part of it in a container; {remedy}",
+                other.display()
+            )
         }
     })
 }

@@ -70,7 +70,10 @@ pub struct SocketPathStatus {
 
 impl fmt::Debug for SocketPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SocketPath").field("cgroup", &self.cgroup).field("termination", &self.termination).finish_non_exhaustive()
+        f.debug_struct("SocketPath")
+            .field("cgroup", &self.cgroup)
+            .field("termination", &self.termination)
+            .finish_non_exhaustive()
     }
 }
 

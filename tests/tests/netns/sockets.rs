@@ -367,7 +367,9 @@ fn clients_of_udp_survive_their_backend() -> Result<()> {
             stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
             io::read_to_string(stream)
         })??;
-        for line in [r#"terway_sockets_destroyed_total{protocol="udp",outcome="destroyed"} 4"#, "terway_socket_programs 10"] {
+        for line in
+            [r#"terway_sockets_destroyed_total{protocol="udp",outcome="destroyed"} 4"#, "terway_socket_programs 10"]
+        {
             ensure!(metrics.contains(line), "{line} is not in\n{metrics}");
         }
         // The table has forgotten the dead, so that they are not looked for again.
