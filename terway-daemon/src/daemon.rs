@@ -100,6 +100,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let objects = Arc::new(ObjectStore::default());
     let policies = Policies::start(policy::Setup {
         datapath: Arc::clone(&datapath),
+        objects: Arc::clone(&objects),
         addresses: links.addresses(),
         config: source.subscribe(),
         metrics: PolicyMetrics::new(&mut registry),

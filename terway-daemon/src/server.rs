@@ -228,7 +228,7 @@ impl NodeNetwork for Service {
             status.problems.extend(self.http.problem().iter().map(error_detail));
             status.problems.extend(supervise::problems().iter().map(error_detail));
             status.socket_path = Some(grpc::services::socket_path(&self.services.socket_path().await));
-            let (policy, problems) = self.policies.status().await?;
+            let (policy, problems) = self.policies.status().await;
             status.problems.extend(problems.iter().map(error_detail));
             status.policy = Some(grpc::policy::status(&policy));
             Ok(status)
@@ -241,7 +241,7 @@ impl NodeNetwork for Service {
         request: Request<v1::ListServicesRequest>,
     ) -> Result<Response<v1::ListServicesResponse>, Status> {
         let v1::ListServicesRequest { namespace, name } = request.into_inner();
-        let list = async { Ok(grpc::services::list(&self.services.list(namespace, name).await?)) };
+        let list = async { Ok(grpc::services::list(&self.services.list(namespace, name).await)) };
         self.call("ListServices", list).await
     }
 
@@ -250,7 +250,7 @@ impl NodeNetwork for Service {
         request: Request<v1::ListPoliciesRequest>,
     ) -> Result<Response<v1::ListPoliciesResponse>, Status> {
         let v1::ListPoliciesRequest { namespace, name } = request.into_inner();
-        let list = async { Ok(grpc::policy::list(&self.policies.list(namespace, name).await?)) };
+        let list = async { Ok(grpc::policy::list(&self.policies.list(namespace, name).await)) };
         self.call("ListPolicies", list).await
     }
 
@@ -260,7 +260,7 @@ impl NodeNetwork for Service {
     ) -> Result<Response<v1::ExplainPolicyResponse>, Status> {
         let explain = async {
             let explained = match grpc::policy::connection(&request.into_inner()) {
-                Ok(connection) => self.policies.explain(connection).await?,
+                Ok(connection) => self.policies.explain(connection).await,
                 Err(problem) => Err(problem),
             };
             Ok(grpc::policy::explanations(explained))

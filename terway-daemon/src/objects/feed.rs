@@ -188,7 +188,7 @@ impl Feed {
             let changes = apply.await.unwrap_or_else(|error| {
                 error!(%error, "applying object changes panicked; listing all objects again");
                 self.relist.notify_one();
-                ObjectChanges { changes: Vec::new(), synced: lock(&writer).synced().clone(), resync: true }
+                lock(&writer).resync()
             });
             self.note_kinds(&lock(&writer));
             let newly_synced = changes.synced.len() > std::mem::replace(&mut synced, changes.synced.len());

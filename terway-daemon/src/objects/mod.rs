@@ -15,4 +15,4 @@ pub use dir::DirSource;
 pub use feed::{Feed, KindStatus, Subscriber};
 pub use metrics::ObjectMetrics;
 pub use source::{Batch, EmptySource, ObjectSource, Origin, Problem, Scope, SourceError, Update};
-pub use store::{ObjectChanges, ObjectStore};
+pub use store::{ObjectChanges, ObjectStore, Stored};

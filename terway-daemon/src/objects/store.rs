@@ -1,6 +1,7 @@
 //! The object store: the one copy of all Kubernetes objects in the daemon, and the writer that applies batches to it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Deref;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use terway_core::objects::{Applied, Change, Kind, ObjectKey, ObjectName, Objects};
@@ -9,13 +10,43 @@ use super::{Batch, KindStatus, Update};
 
 /// All objects, shared by the feed, which writes, and its subscribers, which read.
 #[derive(Debug, Default)]
-pub struct ObjectStore(RwLock<Objects>);
+pub struct ObjectStore(RwLock<Stored>);
+
+/// The contents of an [`ObjectStore`] at one moment.
+#[derive(Debug, Default)]
+pub struct Stored {
+    objects: Objects,
+    synced: BTreeSet<Kind>,
+    revision: u64,
+}
 
 impl ObjectStore {
     /// The objects as they are now. The feed waits as long as the guard is held.
     #[must_use]
-    pub fn read(&self) -> RwLockReadGuard<'_, Objects> {
+    pub fn read(&self) -> RwLockReadGuard<'_, Stored> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Stored {
+    /// Whether all of these kinds were listed completely.
+    #[must_use]
+    pub fn has_synced(&self, kinds: &[Kind]) -> bool {
+        kinds.iter().all(|kind| self.synced.contains(kind))
+    }
+
+    /// The revision: the last changes that the store holds are those with this [`ObjectChanges::revision`].
+    #[must_use]
+    pub const fn revision(&self) -> u64 {
+        self.revision
+    }
+}
+
+impl Deref for Stored {
+    type Target = Objects;
+
+    fn deref(&self) -> &Objects {
+        &self.objects
     }
 }
 
@@ -26,6 +57,8 @@ pub struct ObjectChanges {
     pub changes: Vec<Applied>,
     /// The kinds that were listed completely at least once. A kind never leaves this set.
     pub synced: BTreeSet<Kind>,
+    /// The revision of the store that these changes lead to, one more than before.
+    pub revision: u64,
     /// Changes may be missing (the feed panicked): a subscriber rebuilds its state from the store.
     pub resync: bool,
 }
@@ -42,39 +75,48 @@ impl ObjectChanges {
 #[derive(Debug)]
 pub(super) struct StoreWriter {
     store: Arc<ObjectStore>,
-    synced: BTreeSet<Kind>,
     /// For each kind whose list is under way: the stored objects that it has not named yet.
     unlisted: BTreeMap<Kind, BTreeSet<ObjectName>>,
 }
 
 impl StoreWriter {
     pub(super) fn new(store: Arc<ObjectStore>) -> Self {
-        Self { store, synced: BTreeSet::new(), unlisted: BTreeMap::new() }
+        Self { store, unlisted: BTreeMap::new() }
     }
 
     pub(super) fn apply(&mut self, batches: Vec<Batch>) -> ObjectChanges {
         let store = Arc::clone(&self.store);
-        let mut objects = store.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut stored = store.0.write().unwrap_or_else(PoisonError::into_inner);
         let mut changes = Vec::new();
         for update in batches.into_iter().flat_map(|batch| batch.updates) {
-            self.update(&mut objects, update, &mut changes);
+            self.update(&mut stored, update, &mut changes);
         }
-        ObjectChanges { changes, synced: self.synced.clone(), resync: false }
+        stored.revision += 1;
+        ObjectChanges { changes, synced: stored.synced.clone(), revision: stored.revision, resync: false }
     }
 
-    fn update(&mut self, objects: &mut Objects, update: Update, changes: &mut Vec<Applied>) {
+    /// After a panic in [`Self::apply`]: changes that subscribers must not take for the whole difference.
+    pub(super) fn resync(&mut self) -> ObjectChanges {
+        self.unlisted.clear();
+        let mut stored = self.store.0.write().unwrap_or_else(PoisonError::into_inner);
+        stored.revision += 1;
+        ObjectChanges { synced: stored.synced.clone(), revision: stored.revision, resync: true, ..Default::default() }
+    }
+
+    fn update(&mut self, stored: &mut Stored, update: Update, changes: &mut Vec<Applied>) {
+        let Stored { objects, synced, .. } = stored;
         match update {
             Update::Replace(kind, all) => {
                 self.unlisted.remove(&kind);
                 changes.extend(objects.replace(kind, all));
-                self.synced.insert(kind);
+                synced.insert(kind);
             }
             Update::ListBegin(kind) => drop(self.unlisted.insert(kind, objects.names(kind).into_iter().collect())),
             Update::ListEnd(kind) => {
                 let Some(unlisted) = self.unlisted.remove(&kind) else { return };
                 let delete = |name| Change::Delete(ObjectKey { kind, name });
                 changes.extend(unlisted.into_iter().filter_map(|name| objects.apply(delete(name))));
-                self.synced.insert(kind);
+                synced.insert(kind);
             }
             Update::Change(change) => {
                 let (kind, name) = match &change {
@@ -89,10 +131,6 @@ impl StoreWriter {
         }
     }
 
-    pub(super) const fn synced(&self) -> &BTreeSet<Kind> {
-        &self.synced
-    }
-
     /// All kinds with the number of their objects.
     pub(super) fn kinds(&self) -> Vec<KindStatus> {
         let objects = self.store.read();
@@ -105,7 +143,7 @@ impl StoreWriter {
             Kind::NetworkPolicy => objects.policies().len(),
             Kind::ClusterNetworkPolicy => objects.cluster_policies().len(),
         };
-        let status = |kind| KindStatus { kind, count: count(kind), is_synced: self.synced.contains(&kind) };
+        let status = |kind| KindStatus { kind, count: count(kind), is_synced: objects.synced.contains(&kind) };
         Kind::ALL.into_iter().map(status).collect()
     }
 }

@@ -172,6 +172,14 @@ impl PolicyCounters {
         self.state().removed.retain(|(policy, _), _| compiler.has_policy(policy));
     }
 
+    /// Has the rules of a compiler that was lost treated like an earlier daemon's, whose counts [`Self::adopt`] adopts.
+    pub(super) fn orphan(&self) {
+        let mut state = self.state();
+        for (rule, before) in std::mem::take(&mut state.active).into_values() {
+            state.found.entry(tag(&rule)).or_default().add(before);
+        }
+    }
+
     /// Adopts the counts of an earlier daemon's rules. To be called when no map holds their ids any more.
     pub(super) fn adopt(&self) {
         let mut state = self.state();

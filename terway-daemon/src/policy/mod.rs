@@ -3,7 +3,7 @@
 //! Objects come from the [feed](crate::objects::feed). A step (compile, write maps) runs on a blocking thread under one lock. ADD and DEL of a
 //! pod take that lock themselves, so that a pod's policies are in the maps before its interface carries packets. Until the objects are
 //! synced, running pods keep what an earlier daemon wrote, and a new pod is in quarantine: each direction that a policy known so far may
-//! restrict is denied. Operations that the kernel refuses are kept in their order and retried; no pod is added meanwhile.
+//! restrict is denied. After a panic of a step the compiler is made anew from the object store, over the maps as they are. Operations that the kernel refuses are kept in their order and retried; no pod is added meanwhile.
 
 mod counters;
 mod metrics;
@@ -11,7 +11,7 @@ mod report;
 mod state;
 
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -26,7 +26,8 @@ use tracing::warn;
 
 use crate::bpf::{self, Datapath};
 use crate::follow::{self, burst, until};
-use crate::objects::{ObjectChanges, Subscriber};
+use crate::objects::{ObjectChanges, ObjectStore, Subscriber};
+use crate::supervise;
 
 use counters::PolicyCounters;
 pub(crate) use counters::{RuleCount, direction_label};
@@ -60,6 +61,8 @@ const KINDS: [Kind; 4] = [Kind::Namespace, Kind::Pod, Kind::NetworkPolicy, Kind:
 pub struct Setup {
     /// The datapath.
     pub datapath: Arc<Datapath>,
+    /// All objects, written by the feed.
+    pub objects: Arc<ObjectStore>,
     /// The node's own addresses, which always reach its pods.
     pub addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
     /// Whether policies are enforced.
@@ -71,11 +74,21 @@ pub struct Setup {
 /// See the [module](self).
 #[derive(Debug)]
 pub struct Policies {
+    /// Poisoned by a panic: whoever locks it next rebuilds it.
     state: Mutex<State>,
-    commands: mpsc::UnboundedSender<Arc<ObjectChanges>>,
-    /// A pod came or went, which may leave something for later.
+    changes: mpsc::UnboundedSender<Arc<ObjectChanges>>,
+    /// The receivers of the actor's task.
+    inputs: tokio::sync::Mutex<Inputs>,
+    /// A pod was attached or detached, which may leave deferred operations.
     changed: Notify,
     started: Instant,
+}
+
+#[derive(Debug)]
+struct Inputs {
+    changes: mpsc::UnboundedReceiver<Arc<ObjectChanges>>,
+    addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
+    config: watch::Receiver<Arc<Config>>,
 }
 
 impl Policies {
@@ -84,22 +97,34 @@ impl Policies {
     /// # Errors
     /// When the maps cannot be read or written.
     pub fn start(setup: Setup) -> Result<Arc<Self>, Error> {
-        let Setup { datapath, mut addresses, mut config, metrics } = setup;
-        let enforce = config.borrow_and_update().policy_enabled;
-        let node = follow::addresses(&mut addresses);
+        let Setup { datapath, objects, addresses, config, metrics } = setup;
         let counters = Arc::new(PolicyCounters::new(Arc::clone(&datapath)));
         metrics.read_from(&counters);
-        let state = State::new(datapath, metrics, counters, node, enforce)
+        let state = State::new(datapath, objects, metrics, counters, config.borrow().policy_enabled)
             .map_err(|error| Error::new(errors::POLICY_FAILED, error.to_string()))?;
-        let (commands, received) = mpsc::unbounded_channel();
-        let this =
-            Arc::new(Self { state: Mutex::new(state), commands, changed: Notify::new(), started: Instant::now() });
-        tokio::spawn(Arc::clone(&this).run(received, addresses, config));
+        let (sender, changes) = mpsc::unbounded_channel();
+        let this = Arc::new(Self {
+            state: Mutex::new(state),
+            changes: sender,
+            inputs: tokio::sync::Mutex::new(Inputs { changes, addresses, config }),
+            changed: Notify::new(),
+            started: Instant::now(),
+        });
+        supervise::spawn_restarting("policies", {
+            let this = Arc::clone(&this);
+            move || Arc::clone(&this).run()
+        });
         Ok(this)
     }
 
+    /// The state. After a panic of whoever held it last, it is rebuilt from the object store and the maps first.
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(|poisoned| {
+            let mut state = poisoned.into_inner();
+            state.rebuild();
+            self.state.clear_poison();
+            state
+        })
     }
 
     /// Waits, within bounds, until a pod's policies are known: the objects are synced, and the pod's labels known if a policy may select it.
@@ -108,9 +133,8 @@ impl Policies {
         loop {
             let wait = match self.state.try_lock() {
                 Ok(state) => state.wait_reason(pod),
-                Err(TryLockError::Poisoned(state)) => state.into_inner().wait_reason(pod),
-                // The step may be the one that makes the pod known.
-                Err(TryLockError::WouldBlock) => Some(WaitReason::StepInProgress),
+                // The step, or the rebuild after a panic, may be the one that makes the pod known.
+                Err(TryLockError::WouldBlock | TryLockError::Poisoned(_)) => Some(WaitReason::StepInProgress),
             };
             let within = match wait {
                 None => return,
@@ -143,20 +167,13 @@ impl Policies {
     }
 
     /// Reads the state on a blocking thread: a step holds the lock for as long as compiling takes, and the runtime has one worker.
-    async fn read<T: Send + 'static>(
-        self: &Arc<Self>,
-        read: impl FnOnce(&State) -> T + Send + 'static,
-    ) -> Result<T, Error> {
+    async fn read<T: Send + 'static>(self: &Arc<Self>, read: impl FnOnce(&State) -> T + Send + 'static) -> T {
         let this = Arc::clone(self);
-        let asked = tokio::task::spawn_blocking(move || read(&this.state()));
-        asked.await.map_err(|error| Error::new(errors::INTERNAL, error.to_string()))
+        supervise::blocking(move || read(&this.state())).await
     }
 
     /// The status, and what is wrong.
-    ///
-    /// # Errors
-    /// When the daemon is ending.
-    pub async fn status(self: &Arc<Self>) -> Result<(PolicyStatus, Vec<Error>), Error> {
+    pub async fn status(self: &Arc<Self>) -> (PolicyStatus, Vec<Error>) {
         self.read(|state| (state.status(), state.problems())).await
     }
 
@@ -166,32 +183,31 @@ impl Policies {
     }
 
     /// The policies in force, of one namespace or name where these are not empty.
-    ///
-    /// # Errors
-    /// When the daemon is ending.
-    pub async fn list(self: &Arc<Self>, namespace: String, name: String) -> Result<PolicyList, Error> {
+    pub async fn list(self: &Arc<Self>, namespace: String, name: String) -> PolicyList {
         self.read(move |state| state.list(&namespace, &name)).await
     }
 
-    /// Explains for each IP family why a connection is allowed or denied; the inner error says why that cannot be told.
+    /// Explains for each IP family why a connection is allowed or denied.
     ///
     /// # Errors
-    /// When the daemon is ending.
-    pub async fn explain(self: &Arc<Self>, connection: Connection) -> Result<Result<Vec<Explanation>, String>, Error> {
+    /// Why that cannot be told, in a sentence.
+    pub async fn explain(self: &Arc<Self>, connection: Connection) -> Result<Vec<Explanation>, String> {
         self.read(move |state| state.explain(&connection)).await
     }
 
-    async fn run(
-        self: Arc<Self>,
-        mut changes: mpsc::UnboundedReceiver<Arc<ObjectChanges>>,
-        mut addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
-        mut config: watch::Receiver<Arc<Config>>,
-    ) {
-        let mut due = None;
+    /// Receives commands as long as the daemon runs. Started again after a panic: the state is rebuilt when it is locked.
+    async fn run(self: Arc<Self>) {
+        let mut inputs = self.inputs.lock().await;
+        let Inputs { changes, addresses, config } = &mut *inputs;
+        // Before the first objects: nothing may be compiled for a node without addresses.
+        self.step(Command::Addresses(follow::addresses(addresses))).await;
+        let enforce = config.borrow_and_update().policy_enabled;
+        self.step(Command::Enforce(enforce)).await;
+        let mut due = Some(Instant::now() + IDLE);
         loop {
             let command = tokio::select! {
                 Some(first) = changes.recv() => Command::Objects(burst(first, || changes.try_recv().ok())),
-                Ok(()) = addresses.changed() => Command::Addresses(follow::addresses(&mut addresses)),
+                Ok(()) = addresses.changed() => Command::Addresses(follow::addresses(addresses)),
                 Ok(()) = config.changed() => Command::Enforce(config.borrow_and_update().policy_enabled),
                 () = self.changed.notified() => {
                     due = Some(Instant::now() + IDLE);
@@ -202,13 +218,14 @@ impl Policies {
                     continue;
                 }
             };
-            let this = Arc::clone(&self);
-            let step = move || this.state().step(command);
-            if let Err(error) = tokio::task::spawn_blocking(step).await {
-                warn!(%error, "a step of the policy actor panicked");
-            }
+            self.step(command).await;
             due = Some(Instant::now() + IDLE);
         }
+    }
+
+    async fn step(self: &Arc<Self>, command: Command) {
+        let this = Arc::clone(self);
+        supervise::blocking(move || this.state().step(command)).await;
     }
 
     /// Runs deferred operations, or retries refused ones. The RCU grace period is waited for without the lock, so that no ADD waits for it.
@@ -220,7 +237,7 @@ impl Policies {
             bpf::synchronize_rcu();
             this.state().run_deferred(generation).then(|| Instant::now() + IDLE)
         };
-        tokio::task::spawn_blocking(work).await.unwrap_or(Some(Instant::now() + RETRY))
+        supervise::blocking(work).await
     }
 }
 
@@ -229,7 +246,7 @@ impl Subscriber for Policies {
     /// Returns at once: a compile may take seconds, and Services shall not wait for it.
     async fn deliver(&self, changes: Arc<ObjectChanges>) {
         // Nobody receives any more when the daemon ends.
-        let _ = self.commands.send(changes);
+        let _ = self.changes.send(changes);
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, Family, PodRef};
-use terway_core::objects::ObjectName;
+use terway_core::objects::{ObjectName, Objects};
 use terway_core::policy::{
     Compiler, EndpointPolicy, Event, Explanation, Maps, MatchedRule, Op, SetId, SetRef, UNKNOWN_POD, Verdict,
     VerdictOrTable,
@@ -20,7 +20,7 @@ use super::metrics::PolicyMetrics;
 use super::report::{self, PolicyList, PolicyStatus, PolicyVerdict};
 use super::{Connection, KINDS};
 use crate::bpf::{BpfError, Datapath};
-use crate::objects::ObjectChanges;
+use crate::objects::{ObjectChanges, ObjectStore};
 
 /// The set of pods in quarantine: it has no entries, and its defaults deny. The compiler assigns ids from 1 upwards.
 const QUARANTINE: SetId = SetId(u32::MAX - 1);
@@ -60,6 +60,9 @@ struct Attached {
 /// See the [module](super).
 pub(super) struct State {
     datapath: Arc<Datapath>,
+    objects: Arc<ObjectStore>,
+    /// Changes up to this revision of the store are compiled.
+    revision: u64,
     metrics: PolicyMetrics,
     counters: Arc<PolicyCounters>,
     /// The counters of an earlier daemon are to be adopted once all operations are written.
@@ -94,9 +97,9 @@ impl fmt::Debug for State {
 impl State {
     pub(super) fn new(
         datapath: Arc<Datapath>,
+        objects: Arc<ObjectStore>,
         metrics: PolicyMetrics,
         counters: Arc<PolicyCounters>,
-        node: Vec<IpAddr>,
         enforce: bool,
     ) -> Result<Self, BpfError> {
         // Empty maps enforce nothing yet. These operations select no pod, but enforcement begins.
@@ -107,6 +110,8 @@ impl State {
         }
         Ok(Self {
             datapath,
+            objects,
+            revision: 0,
             metrics,
             counters,
             adopt_counters: false,
@@ -117,7 +122,7 @@ impl State {
             attached: BTreeMap::new(),
             backlog: VecDeque::new(),
             failure: None,
-            node,
+            node: Vec::new(),
             enforce,
             generation: 0,
         })
@@ -126,17 +131,7 @@ impl State {
     pub(super) fn step(&mut self, command: Command) {
         let start = Instant::now();
         match command {
-            Command::Objects(all) => {
-                let complete = all.last().is_some_and(|last| last.has_synced(&KINDS));
-                let events = all
-                    .iter()
-                    .flat_map(|batch| batch.changes.iter().cloned().filter_map(Event::from_applied))
-                    .collect();
-                self.events(events);
-                if complete && self.compiler.is_none() {
-                    self.take_over(start);
-                }
-            }
+            Command::Objects(all) => self.changed(&all, start),
             Command::Addresses(addresses) => {
                 self.node.clone_from(&addresses);
                 if self.compiler.is_some() {
@@ -154,6 +149,47 @@ impl State {
             }
         }
         self.metrics.stepped(start.elapsed());
+        self.update_metrics();
+    }
+
+    fn changed(&mut self, all: &[Arc<ObjectChanges>], start: Instant) {
+        if all.iter().any(|changes| changes.resync) {
+            return self.rebuild();
+        }
+        // Older changes are contained in what the last rebuild has read from the store.
+        let new = all.iter().filter(|changes| changes.revision > self.revision);
+        let events = new.flat_map(|changes| changes.changes.iter().cloned().filter_map(Event::from_applied)).collect();
+        self.revision = all.last().map_or(0, |last| last.revision).max(self.revision);
+        self.events(events);
+        if self.compiler.is_none() && all.last().is_some_and(|last| last.has_synced(&KINDS)) {
+            self.take_over(start);
+        }
+    }
+
+    /// Makes the compiler anew from the object store and the pods of this node, over the maps as they are.
+    pub(super) fn rebuild(&mut self) {
+        let start = Instant::now();
+        let is_synced;
+        (self.early, is_synced) = {
+            let stored = self.objects.read();
+            self.revision = stored.revision();
+            (object_events(&stored), stored.has_synced(&KINDS))
+        };
+        let attach = |(slot, attached): (&u32, &Attached)| Event::Attach {
+            slot: *slot,
+            pod: attached.pod.clone(),
+            addresses: attached.addresses,
+        };
+        self.early.extend(self.attached.iter().map(attach));
+        self.compiler = None;
+        self.provisional = None;
+        self.backlog.clear();
+        self.failure = None;
+        self.is_policy_deleted = false;
+        self.counters.orphan();
+        if is_synced {
+            self.take_over(start);
+        }
         self.update_metrics();
     }
 
@@ -372,6 +408,18 @@ impl State {
         let Connection { from, to, protocol, port } = connection;
         compiler.explain(from, to, *protocol, *port).map_err(|unexplained| unexplained.to_string())
     }
+}
+
+/// The events that lead from no objects to those of the store.
+fn object_events(objects: &Objects) -> Vec<Event> {
+    let namespaces =
+        objects.namespaces().iter().map(|(name, new)| Event::Namespace(Arc::clone(&name.name), Some(Arc::clone(new))));
+    let pods = objects.pods().iter().map(|(name, new)| Event::Pod(name.clone(), Some(Arc::clone(new))));
+    let policies = objects.policies().iter();
+    let policies = policies.map(|(name, new)| Event::NetworkPolicy(name.clone(), Some(Arc::clone(new))));
+    let cluster = objects.cluster_policies().iter();
+    let cluster = cluster.map(|(name, new)| Event::ClusterNetworkPolicy(name.clone(), Some(Arc::clone(new))));
+    namespaces.chain(pods).chain(policies).chain(cluster).collect()
 }
 
 /// Maps without the quarantine set, whose id must not count for those that the compiler assigns.

@@ -24,6 +24,8 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
+use crate::supervise;
+
 /// The interval at which a port that is in use is retried.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -56,16 +58,23 @@ impl UnboundPorts {
     }
 }
 
+/// A server of a health-check port, closed when dropped: the task owns the listener.
+struct OpenPort(JoinHandle<()>);
+
+impl Drop for OpenPort {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// Opens and closes health-check ports as Services come and go. Runs until the sender is gone.
 pub(super) async fn serve(mut state: watch::Receiver<Health>, unbound: Arc<UnboundPorts>) {
-    let mut open: BTreeMap<u16, JoinHandle<()>> = BTreeMap::new();
+    let mut open: BTreeMap<u16, OpenPort> = BTreeMap::new();
     loop {
         let ports = state.borrow_and_update().ports.clone();
-        open.retain(|port, server| {
+        open.retain(|port, _| {
             let keep = ports.contains_key(port);
             if !keep {
-                // The task owns the listener.
-                server.abort();
                 info!(port, "closed a health-check port");
             }
             keep
@@ -79,7 +88,8 @@ pub(super) async fn serve(mut state: watch::Receiver<Health>, unbound: Arc<Unbou
                 Ok(listener) => {
                     unbound.lock().remove(port);
                     info!(port, %service, "opened a health-check port");
-                    open.insert(*port, tokio::spawn(answer(listener, *port, state.clone())));
+                    let server = answer(listener, *port, state.clone());
+                    open.insert(*port, OpenPort(supervise::spawn_contained("health-check", server)));
                 }
                 Err(error) => {
                     let error = Error::new(errors::HEALTH_PORT, format!("port {port} of Service {service}: {error}."));

@@ -2,7 +2,7 @@
 //!
 //! Objects come from the [feed](crate::objects::feed). One task receives commands; each step (plan, map writes) runs on a blocking thread, one
 //! after the other. Nothing is written before the objects are synced, so that a restart removes nothing that is only not known yet. After a
-//! failed write the maps are read anew and the whole difference is planned.
+//! failed write, or a panic of a step, the maps are read anew and the whole difference is planned.
 
 mod cgroup;
 mod health;
@@ -16,16 +16,16 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use ipnetwork::IpNetwork;
-use terway_core::errors::{self, Error};
+use terway_core::errors::Error;
 use terway_core::objects::{Kind, ObjectName};
 use terway_core::service::{MapContents, NodeFacts, Owner, PortView, Settings, SocketTermination};
 use tokio::sync::{mpsc, oneshot, watch};
-use tracing::warn;
 
 use crate::bpf::Datapath;
 use crate::follow::{self, until};
 use crate::net::Host;
 use crate::objects::{ObjectChanges, ObjectStore, Subscriber};
+use crate::supervise;
 
 pub use cgroup::CgroupAt;
 use health::{Health, UnboundPorts};
@@ -81,7 +81,10 @@ pub(crate) const fn owner_name(owner: &Owner) -> &ObjectName {
 /// See the [module](self).
 #[derive(Debug)]
 pub struct Services {
+    /// Poisoned by a panic: whoever locks it next invalidates it.
     state: Mutex<State>,
+    /// The receivers of the actor's task.
+    inputs: tokio::sync::Mutex<Inputs>,
     /// Problems, outside the state so that reading them never waits for a step.
     problems: Mutex<Vec<Error>>,
     commands: mpsc::UnboundedSender<Command>,
@@ -102,17 +105,24 @@ impl Services {
         let (commands, received) = mpsc::unbounded_channel();
         let this = Arc::new(Self {
             state: Mutex::new(State::new(datapath, objects, facts, settings, metrics, notifiers)),
+            inputs: tokio::sync::Mutex::new(Inputs { commands: received, addresses }),
             problems: Mutex::default(),
             commands,
             health: Arc::default(),
             in_force,
             sockets: Arc::clone(&sockets),
         });
-        tokio::spawn(health::serve(ports, Arc::clone(&this.health)));
-        // Before the first pod: what is attached is part of how a node looks to whoever compares.
+        supervise::spawn_restarting("health-checks", {
+            let unbound = Arc::clone(&this.health);
+            move || health::serve(ports.clone(), Arc::clone(&unbound))
+        });
+        // Before the first pod starts, so that its first socket is served.
         sockets.attach_now();
-        tokio::spawn(sockets.run());
-        tokio::spawn(Arc::clone(&this).run(received, addresses));
+        supervise::spawn_restarting("socket-programs", move || Arc::clone(&sockets).run());
+        supervise::spawn_restarting("services", {
+            let this = Arc::clone(&this);
+            move || Arc::clone(&this).run()
+        });
         this
     }
 
@@ -137,32 +147,36 @@ impl Services {
     }
 
     /// The ports that are served, of one namespace or name where these are not empty.
-    ///
-    /// # Errors
-    /// When the daemon is ending.
-    pub async fn list(self: &Arc<Self>, namespace: String, name: String) -> Result<ServiceList, Error> {
+    pub async fn list(self: &Arc<Self>, namespace: String, name: String) -> ServiceList {
         let this = Arc::clone(self);
-        let list = move || lock(&this.state).list(&namespace, &name);
-        tokio::task::spawn_blocking(list).await.map_err(|error| Error::new(errors::INTERNAL, error.to_string()))
+        supervise::blocking(move || this.state().list(&namespace, &name)).await
+    }
+
+    /// The state. After a panic of whoever held it last, the planner is made anew from the maps at the next step.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| {
+            let mut state = poisoned.into_inner();
+            state.invalidate();
+            self.state.clear_poison();
+            state
+        })
     }
 
     /// The owners of ports by port id: Services, or pods with host ports. Blocks.
     #[must_use]
     pub fn port_owners(&self, numbers: &BTreeSet<u32>) -> HashMap<u32, String> {
-        if numbers.is_empty() { HashMap::new() } else { lock(&self.state).port_owners(numbers) }
+        if numbers.is_empty() { HashMap::new() } else { self.state().port_owners(numbers) }
     }
 
-    async fn run(
-        self: Arc<Self>,
-        mut commands: mpsc::UnboundedReceiver<Command>,
-        mut addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
-    ) {
-        let first = follow::addresses(&mut addresses);
-        let mut due = self.step(Command::Addresses(first)).await;
+    /// Receives commands as long as the daemon runs. Started again after a panic, which has invalidated the state.
+    async fn run(self: Arc<Self>) {
+        let mut inputs = self.inputs.lock().await;
+        let Inputs { commands, addresses } = &mut *inputs;
+        let mut due = self.step(Command::Addresses(follow::addresses(addresses))).await;
         loop {
             let command = tokio::select! {
                 Some(command) = commands.recv() => command,
-                Ok(()) = addresses.changed() => Command::Addresses(follow::addresses(&mut addresses)),
+                Ok(()) = addresses.changed() => Command::Addresses(follow::addresses(addresses)),
                 () = until(due) => Command::Due,
             };
             due = self.step(command).await;
@@ -173,7 +187,7 @@ impl Services {
     async fn step(self: &Arc<Self>, command: Command) -> Option<Instant> {
         let this = Arc::clone(self);
         let step = move || {
-            let mut state = lock(&this.state);
+            let mut state = this.state();
             let due = state.step(command);
             *lock(&this.problems) = state.problems();
             if state.take_backends_removed() {
@@ -181,15 +195,14 @@ impl Services {
             }
             due
         };
-        match tokio::task::spawn_blocking(step).await {
-            Ok(due) => due,
-            Err(error) => {
-                // A panic may have left the planner half-changed.
-                warn!(%error, "a step of the Service actor panicked; reading the maps again");
-                Some(lock(&self.state).invalidate())
-            }
-        }
+        supervise::blocking(step).await
     }
+}
+
+#[derive(Debug)]
+struct Inputs {
+    commands: mpsc::UnboundedReceiver<Command>,
+    addresses: watch::Receiver<Arc<Vec<IpNetwork>>>,
 }
 
 #[async_trait]

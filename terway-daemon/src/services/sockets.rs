@@ -21,6 +21,7 @@ use super::metrics::ServiceMetrics;
 use super::{Setup, lock};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER, SocketRow};
 use crate::net::{DestroyOutcome, Host, NetError, PodNetns, SockDiag, netns_cookie};
+use crate::supervise;
 
 /// The interval at which the attachment of the programs is checked.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
@@ -104,7 +105,7 @@ impl SocketPath {
     pub(super) async fn status(self: &Arc<Self>) -> SocketPathStatus {
         let this = Arc::clone(self);
         let count = move || this.datapath.sockets().attached().unwrap_or_default();
-        let programs = tokio::task::spawn_blocking(count).await.unwrap_or_default();
+        let programs = supervise::blocking(count).await;
         let state = lock(&self.state);
         SocketPathStatus {
             cgroup: state.cgroup.clone(),
@@ -140,9 +141,7 @@ impl SocketPath {
 
     async fn attach(self: &Arc<Self>) {
         let this = Arc::clone(self);
-        if let Err(error) = tokio::task::spawn_blocking(move || this.attach_now()).await {
-            warn!(%error, "attaching the socket programs panicked");
-        }
+        supervise::blocking(move || this.attach_now()).await;
     }
 
     /// Attaches the programs that are not attached yet.
@@ -205,14 +204,13 @@ impl SocketPath {
     /// Destroys the sockets whose backend was removed; with `remove_entries` also removes their entries of the table.
     async fn sweep(self: &Arc<Self>, remove_entries: bool) {
         let this = Arc::clone(self);
-        let stale = tokio::task::spawn_blocking(move || -> Result<Vec<SocketRow>, BpfError> {
+        let stale = supervise::blocking(move || -> Result<Vec<SocketRow>, BpfError> {
             let all = this.datapath.sockets().list()?;
             Ok(all.into_iter().filter(|row| !row.alive).collect())
         });
         let stale = match stale.await {
-            Ok(Ok(rows)) => rows,
-            Ok(Err(error)) => return warn!(%error, "cannot read the table of translated sockets"),
-            Err(error) => return warn!(%error, "reading the table of translated sockets panicked"),
+            Ok(rows) => rows,
+            Err(error) => return warn!(%error, "cannot read the table of translated sockets"),
         };
         if stale.is_empty() {
             return;
@@ -226,10 +224,8 @@ impl SocketPath {
         let stale: Vec<SocketRow> = stale.into_iter().filter(is_destroyed).collect();
         if remove_entries && !self.is_unsupported.load(Ordering::Relaxed) {
             let datapath = Arc::clone(&self.datapath);
-            match tokio::task::spawn_blocking(move || datapath.sockets().forget(&stale)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => warn!(%error, "cannot remove entries of sockets whose backend was removed"),
-                Err(error) => warn!(%error, "removing entries of sockets panicked"),
+            if let Err(error) = supervise::blocking(move || datapath.sockets().forget(&stale)).await {
+                warn!(%error, "cannot remove entries of sockets whose backend was removed");
             }
         }
     }
