@@ -1,8 +1,8 @@
-//! Objects from the manifests in a folder: for one machine without an API server, for demonstrations, tests and benchmarks.
+//! The source `dir:PATH`: objects from the manifests of a folder, for machines without an API server, demonstrations, tests and benchmarks.
 //!
-//! Every `*.yaml`, `*.yml` and `*.json` of the folder is read, subfolders are not. A file counts as written when its writer closes it or moves it
-//! into place. A document that cannot be used is told and skipped; objects that its file held before stay until the file is right again or is
-//! removed. Where two files hold the same object, the one whose name sorts first counts.
+//! Every `*.yaml`, `*.yml` and `*.json` of the folder is read, subfolders are not. A file is read when its writer closes it or moves it
+//! into place. A document that cannot be read is a problem and skipped; objects that its file held before stay until the whole file can be read or is
+//! removed. If several files hold an object, the file whose name sorts first is the effective one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -25,66 +25,66 @@ use super::document::{self, Content};
 use super::{Batch, ObjectSource, Problem, Scope, SourceError, Update};
 use crate::inotify::Descriptor;
 
-/// How often a folder that was removed is looked for.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// The interval at which a removed folder is looked for.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The source.
+/// The source of a folder, watched by inotify.
 #[derive(Debug)]
 pub struct DirSource {
     path: PathBuf,
     inotify: AsyncFd<Descriptor>,
-    view: View,
+    index: FileIndex,
 }
 
-/// What the files hold. Objects themselves are not kept: the listener has them, and shares their names.
+/// The index of files: which objects each holds, and which file is effective for an object. The objects themselves are in the store only.
 #[derive(Debug, Default)]
-pub(super) struct View {
+pub(super) struct FileIndex {
     files: BTreeMap<Arc<Path>, FileState>,
-    /// The file that counts for an object: the first of those that hold it.
-    counts: IndexMap<ObjectKey, Arc<Path>>,
-    /// The others that hold it; few objects have any.
-    besides: BTreeMap<ObjectKey, BTreeSet<Arc<Path>>>,
+    /// The effective file of an object: the first of those that hold it.
+    effective: IndexMap<ObjectKey, Arc<Path>>,
+    /// The other files that hold an object; few objects have any.
+    shadowed: BTreeMap<ObjectKey, BTreeSet<Arc<Path>>>,
 }
 
 #[derive(Debug, Default)]
 struct FileState {
-    /// By key.
-    objects: Box<[Held]>,
+    /// Ordered by key.
+    objects: Box<[FileObject]>,
     problems: Vec<(usize, String)>,
 }
 
-/// An object as a file holds it.
+/// An object in a file.
 #[derive(Debug)]
-struct Held {
+struct FileObject {
     key: ObjectKey,
     line: usize,
     hash: u64,
 }
 
 impl FileState {
-    fn get(&self, key: &ObjectKey) -> Option<&Held> {
-        let at = self.objects.binary_search_by(|held| held.key.cmp(key)).ok()?;
+    fn get(&self, key: &ObjectKey) -> Option<&FileObject> {
+        let at = self.objects.binary_search_by(|object| object.key.cmp(key)).ok()?;
         self.objects.get(at)
     }
 }
 
-/// What the kernel said.
-enum News {
+/// A change of the folder.
+enum FolderEvent {
     Files(BTreeSet<PathBuf>),
-    /// It lost events, or a link to a whole folder of files was exchanged.
-    LookAtAll,
-    FolderGone,
+    /// Events were lost, or the symlink `..data` was replaced: all files may have changed.
+    AllFiles,
+    FolderRemoved,
 }
 
 impl DirSource {
-    /// Begins to watch a folder.
+    /// Starts to watch a folder.
     ///
     /// # Errors
-    /// When the folder does not exist or inotify is not to be had.
+    /// When the folder does not exist or inotify is not available.
     pub fn new(path: impl Into<PathBuf>) -> Result<Self, SourceError> {
         let path = path.into();
         let inotify = Self::watch(&path).map_err(|source| SourceError::Watch { path: path.clone(), source })?;
-        Ok(Self { path, inotify, view: View::default() })
+        Ok(Self { path, inotify, index: FileIndex::default() })
     }
 
     fn watch(path: &Path) -> io::Result<AsyncFd<Descriptor>> {
@@ -93,7 +93,7 @@ impl DirSource {
             | AddWatchFlags::IN_MOVED_TO
             | AddWatchFlags::IN_MOVED_FROM
             | AddWatchFlags::IN_DELETE
-            // A link needs no writing.
+            // A symlink is complete when it is created.
             | AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_DELETE_SELF
             | AddWatchFlags::IN_MOVE_SELF
@@ -102,39 +102,39 @@ impl DirSource {
         Descriptor::register(inotify)
     }
 
-    /// Waits for events and takes all there are.
-    async fn news(&self) -> io::Result<News> {
+    /// Waits for events and reads all there are.
+    async fn next_event(&self) -> io::Result<FolderEvent> {
         let events = self.inotify.async_io(Interest::READABLE, |inotify| Ok(inotify.read_events()?)).await?;
         let mut files = BTreeSet::new();
-        let mut more = Some(events);
-        let gone = AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_MOVE_SELF | AddWatchFlags::IN_IGNORED;
+        let mut next = Some(events);
+        let removed = AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_MOVE_SELF | AddWatchFlags::IN_IGNORED;
         let mut all = false;
-        while let Some(events) = more.take() {
+        while let Some(events) = next.take() {
             for event in &events {
-                if event.mask.intersects(gone | AddWatchFlags::IN_UNMOUNT) {
-                    return Ok(News::FolderGone);
+                if event.mask.intersects(removed | AddWatchFlags::IN_UNMOUNT) {
+                    return Ok(FolderEvent::FolderRemoved);
                 }
                 let path = event.name.as_ref().map(|name| self.path.join(name));
-                // kubelet mounts a ConfigMap as links into `..data`, and changes all of them by exchanging that.
-                let whole = event.name.as_ref().is_some_and(|name| name == "..data");
-                all |= whole || event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
-                let created = event.mask.contains(AddWatchFlags::IN_CREATE);
-                files.extend(path.filter(|p| document::is_manifest(p) && (!created || p.is_symlink())));
+                // kubelet mounts a ConfigMap as symlinks into `..data`, and updates all files by replacing that symlink.
+                let is_data_link = event.name.as_ref().is_some_and(|name| name == "..data");
+                all |= is_data_link || event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
+                let is_created = event.mask.contains(AddWatchFlags::IN_CREATE);
+                files.extend(path.filter(|p| document::is_manifest(p) && (!is_created || p.is_symlink())));
             }
-            more = match self.inotify.get_ref().read_events() {
+            next = match self.inotify.get_ref().read_events() {
                 Ok(events) => Some(events),
                 Err(Errno::EAGAIN) => None,
                 Err(error) => return Err(error.into()),
             };
         }
-        Ok(if all { News::LookAtAll } else { News::Files(files) })
+        Ok(if all { FolderEvent::AllFiles } else { FolderEvent::Files(files) })
     }
 
-    /// Waits until the folder is there again. Nothing is taken back meanwhile: a missing folder says nothing about the cluster.
-    async fn look_again(&mut self) {
-        warn!(path = %self.path.display(), "the folder of objects is gone; what it held stays in force until it is back");
+    /// Waits until the folder exists again. Meanwhile the last state stays in force: a missing folder does not mean that objects were deleted.
+    async fn wait_for_folder(&mut self) {
+        warn!(path = %self.path.display(), "the folder of objects was removed; the last state stays in force until it is back");
         loop {
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(RETRY_INTERVAL).await;
             if let Ok(inotify) = Self::watch(&self.path) {
                 self.inotify = inotify;
                 info!(path = %self.path.display(), "the folder of objects is back");
@@ -151,53 +151,53 @@ impl DirSource {
         list().map_err(|source| SourceError::Watch { path: self.path.clone(), source })
     }
 
-    /// Everything, as lists of each kind.
-    fn first(&mut self) -> Result<Batch, SourceError> {
+    /// A complete list of every kind.
+    fn list_all(&mut self) -> Result<Batch, SourceError> {
         let mut by_kind: BTreeMap<Kind, Vec<Object>> = Kind::ALL.into_iter().map(|kind| (kind, Vec::new())).collect();
         let mut interner = Interner::default();
         for path in self.list()? {
-            for update in self.view.load_with(&path, &mut interner) {
+            for update in self.index.load_with(&path, &mut interner) {
                 if let Update::Change(Change::Upsert(object)) = update {
                     by_kind.entry(object.kind()).or_default().push(*object);
                 }
             }
         }
         let updates: Vec<Update> = by_kind.into_iter().map(|(kind, all)| Update::Replace(kind, all)).collect();
-        Ok(Batch { updates, problems: Some(self.view.problems()) })
+        Ok(Batch { updates, problems: Some(self.index.problems()) })
     }
 
-    fn later(&mut self, paths: &BTreeSet<PathBuf>) -> Batch {
-        let before = self.view.problems();
-        let updates = paths.iter().flat_map(|path| self.view.load(path)).collect();
-        let problems = self.view.problems();
+    fn read_files(&mut self, paths: &BTreeSet<PathBuf>) -> Batch {
+        let before = self.index.problems();
+        let updates = paths.iter().flat_map(|path| self.index.load(path)).collect();
+        let problems = self.index.problems();
         Batch { updates, problems: (problems != before).then_some(problems) }
     }
 }
 
 #[async_trait]
 impl ObjectSource for DirSource {
-    async fn run(mut self: Box<Self>, news: mpsc::Sender<Batch>) -> Result<(), SourceError> {
-        let first = self.first()?;
-        tell(&first);
-        if news.send(first).await.is_err() {
+    async fn run(mut self: Box<Self>, batches: mpsc::Sender<Batch>) -> Result<(), SourceError> {
+        let first = self.list_all()?;
+        log_problems(&first);
+        if batches.send(first).await.is_err() {
             return Ok(());
         }
         loop {
-            let told = tokio::select! {
-                told = self.news() => told,
-                () = news.closed() => return Ok(()),
+            let event = tokio::select! {
+                event = self.next_event() => event,
+                () = batches.closed() => return Ok(()),
             };
-            let paths = match told.map_err(|source| SourceError::Watch { path: self.path.clone(), source })? {
-                News::Files(paths) => paths,
-                News::LookAtAll => self.everything()?,
-                News::FolderGone => {
-                    self.look_again().await;
-                    self.everything()?
+            let paths = match event.map_err(|source| SourceError::Watch { path: self.path.clone(), source })? {
+                FolderEvent::Files(paths) => paths,
+                FolderEvent::AllFiles => self.all_files()?,
+                FolderEvent::FolderRemoved => {
+                    self.wait_for_folder().await;
+                    self.all_files()?
                 }
             };
-            let batch = self.later(&paths);
-            tell(&batch);
-            if batch != Batch::default() && news.send(batch).await.is_err() {
+            let batch = self.read_files(&paths);
+            log_problems(&batch);
+            if batch != Batch::default() && batches.send(batch).await.is_err() {
                 return Ok(());
             }
         }
@@ -205,29 +205,29 @@ impl ObjectSource for DirSource {
 }
 
 impl DirSource {
-    /// The files that are there and those that were.
-    fn everything(&self) -> Result<BTreeSet<PathBuf>, SourceError> {
+    /// The files that exist and those that existed.
+    fn all_files(&self) -> Result<BTreeSet<PathBuf>, SourceError> {
         let mut paths = self.list()?;
-        paths.extend(self.view.files.keys().map(|path| path.to_path_buf()));
+        paths.extend(self.index.files.keys().map(|path| path.to_path_buf()));
         Ok(paths)
     }
 }
 
-fn tell(batch: &Batch) {
+fn log_problems(batch: &Batch) {
     for problem in batch.problems.iter().flatten() {
         warn!("{problem}");
     }
 }
 
-impl View {
-    /// Reads one file again, and tells what follows.
+impl FileIndex {
+    /// Reads a file again; returns the resulting updates.
     pub(super) fn load(&mut self, path: &Path) -> Vec<Update> {
         self.load_with(path, &mut Interner::default())
     }
 
-    /// The same for one of many files, whose objects share strings: what is freed again meanwhile is not scattered between what stays.
+    /// The same for one of many files whose objects share strings, which avoids fragmented memory.
     fn load_with(&mut self, path: &Path, interner: &mut Interner) -> Vec<Update> {
-        let (content, whole) = match std::fs::read_to_string(path) {
+        let (content, is_read) = match std::fs::read_to_string(path) {
             Ok(text) => (Some(document::read(path, &text)), true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => (None, true),
             Err(error) => {
@@ -239,33 +239,33 @@ impl View {
             Some((path, before)) => (path, before),
             None => (Arc::from(path), FileState::default()),
         };
-        let mut old: BTreeMap<ObjectKey, Held> =
-            before.objects.into_iter().map(|held| (held.key.clone(), held)).collect();
+        let mut old: BTreeMap<ObjectKey, FileObject> =
+            before.objects.into_iter().map(|object| (object.key.clone(), object)).collect();
         let Some(Content { objects, mut problems }) = content else {
-            return self.settle(&path, old.into_keys().collect(), BTreeMap::new());
+            return self.resolve(&path, old.into_keys().collect(), BTreeMap::new());
         };
-        let broken = !whole || !problems.is_empty();
+        let is_broken = !is_read || !problems.is_empty();
         let mut fresh: BTreeMap<ObjectKey, Object> = BTreeMap::new();
-        let mut state: BTreeMap<ObjectKey, Held> = BTreeMap::new();
+        let mut state: BTreeMap<ObjectKey, FileObject> = BTreeMap::new();
         let mut touched = BTreeSet::new();
         for (line, mut object) in objects {
             object.intern(interner);
             let key = object.key();
             if state.contains_key(&key) {
-                problems.push((line, format!("{key} stands in this file twice; the first one counts")));
+                problems.push((line, format!("{key} is in this file twice; the first one is used")));
                 continue;
             }
             let hash = fingerprint(&object);
-            let known = old.remove(&key).map(|held| held.hash);
-            state.insert(key.clone(), Held { key: key.clone(), line, hash });
+            let known = old.remove(&key).map(|object| object.hash);
+            state.insert(key.clone(), FileObject { key: key.clone(), line, hash });
             if known != Some(hash) {
                 touched.insert(key.clone());
                 fresh.insert(key, object);
             }
         }
         for (key, before) in old {
-            // The document that cannot be used may well be this one's.
-            if broken {
+            // The document that cannot be read may be this object.
+            if is_broken {
                 state.insert(key, before);
             } else {
                 touched.insert(key);
@@ -274,11 +274,11 @@ impl View {
         problems.sort();
         let objects = state.into_values().collect();
         self.files.insert(Arc::clone(&path), FileState { objects, problems });
-        self.settle(&path, touched, fresh)
+        self.resolve(&path, touched, fresh)
     }
 
-    /// Finds out, for objects whose state in one file changed, which file counts now.
-    fn settle(
+    /// Finds the effective file of objects whose state in one file has changed; returns the resulting updates.
+    fn resolve(
         &mut self,
         path: &Arc<Path>,
         touched: BTreeSet<ObjectKey>,
@@ -286,16 +286,16 @@ impl View {
     ) -> Vec<Update> {
         let mut updates = Vec::new();
         for key in touched {
-            let holds = self.files.get(path).is_some_and(|file| file.get(&key).is_some());
-            let counted = self.counts.get(&key).cloned();
-            match self.holder(path, &key, holds) {
+            let is_in_file = self.files.get(path).is_some_and(|file| file.get(&key).is_some());
+            let previous = self.effective.get(&key).cloned();
+            match self.update_effective(path, &key, is_in_file) {
                 None => updates.push(Update::Change(Change::Delete(key))),
                 Some(file) if file == *path => {
                     let object = fresh.remove(&key);
                     updates.extend(object.map(|object| Update::Change(Change::Upsert(Box::new(object)))));
                 }
-                // Another file held it all the while and counts from now on.
-                Some(file) if counted.as_ref() != Some(&file) => {
+                // Another file holds the object too and becomes the effective one.
+                Some(file) if previous.as_ref() != Some(&file) => {
                     let object = std::fs::read_to_string(&file).ok().and_then(|text| {
                         document::read(&file, &text).objects.into_iter().find(|(_, o)| o.key() == key)
                     });
@@ -307,33 +307,33 @@ impl View {
         updates
     }
 
-    /// Notes whether a file holds an object, and tells which one counts for it now.
-    fn holder(&mut self, path: &Arc<Path>, key: &ObjectKey, holds: bool) -> Option<Arc<Path>> {
-        let first = self.counts.get(key);
-        if first.is_none_or(|first| first == path) && !self.besides.contains_key(key) {
-            if holds {
-                self.counts.insert(key.clone(), Arc::clone(path));
+    /// Records whether a file holds an object; returns the effective file.
+    fn update_effective(&mut self, path: &Arc<Path>, key: &ObjectKey, is_in_file: bool) -> Option<Arc<Path>> {
+        let first = self.effective.get(key);
+        if first.is_none_or(|first| first == path) && !self.shadowed.contains_key(key) {
+            if is_in_file {
+                self.effective.insert(key.clone(), Arc::clone(path));
                 return Some(Arc::clone(path));
             }
-            self.counts.swap_remove(key);
+            self.effective.swap_remove(key);
             return None;
         }
-        let mut all = self.besides.remove(key).unwrap_or_default();
-        all.extend(self.counts.swap_remove(key));
-        if holds {
+        let mut all = self.shadowed.remove(key).unwrap_or_default();
+        all.extend(self.effective.swap_remove(key));
+        if is_in_file {
             all.insert(Arc::clone(path));
         } else {
             all.remove(path);
         }
         let first = all.pop_first()?;
-        self.counts.insert(key.clone(), Arc::clone(&first));
+        self.effective.insert(key.clone(), Arc::clone(&first));
         if !all.is_empty() {
-            self.besides.insert(key.clone(), all);
+            self.shadowed.insert(key.clone(), all);
         }
         Some(first)
     }
 
-    /// All that is wrong at the moment.
+    /// All problems at the moment.
     pub(super) fn problems(&self) -> Vec<Problem> {
         let own = self.files.iter().flat_map(|(file, state)| {
             state.problems.iter().map(|(line, reason)| Problem {
@@ -341,21 +341,21 @@ impl View {
                 reason: reason.clone(),
             })
         });
-        let twice = self.besides.iter().flat_map(|(key, files)| {
-            let first = self.counts.get(key).map(|first| first.display().to_string()).unwrap_or_default();
+        let shadowed = self.shadowed.iter().flat_map(|(key, files)| {
+            let first = self.effective.get(key).map(|first| first.display().to_string()).unwrap_or_default();
             files.iter().map(move |file| {
-                let line = self.files.get(file).and_then(|state| state.get(key)).map_or(1, |held| held.line);
-                let reason = format!("{key} stands in {first} too, and that one counts");
+                let line = self.files.get(file).and_then(|state| state.get(key)).map_or(1, |object| object.line);
+                let reason = format!("{key} is in {first} too, which is used");
                 Problem { scope: Scope::Document { file: file.to_path_buf(), line }, reason }
             })
         });
-        let mut all: Vec<Problem> = own.chain(twice).collect();
+        let mut all: Vec<Problem> = own.chain(shadowed).collect();
         all.sort();
         all
     }
 }
 
-/// Two states of an object with the same number are taken as the same; it lives in this process only.
+/// A hash by which two states of an object are compared, valid in this process only.
 fn fingerprint(object: &Object) -> u64 {
     let mut hasher = DefaultHasher::new();
     object.hash(&mut hasher);

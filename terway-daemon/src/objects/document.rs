@@ -1,4 +1,4 @@
-//! From the text of a file to objects, each with its line.
+//! Parser of manifests: from the text of a file to objects, each with its line.
 
 use std::path::Path;
 
@@ -6,16 +6,16 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use terway_core::objects::{Kind, Object};
 
-/// What a file holds.
+/// The contents of a file.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Content {
-    /// Objects of our kinds, with the line each begins at.
+    /// Objects of the kinds that are read, each with its first line.
     pub(super) objects: Vec<(usize, Object)>,
-    /// What cannot be used: line and reason.
+    /// Documents that cannot be read: line and reason.
     pub(super) problems: Vec<(usize, String)>,
 }
 
-/// Whether a file is read at all, by its name.
+/// Whether a file is a manifest, by its name.
 pub(super) fn is_manifest(path: &Path) -> bool {
     let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
     let known = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
@@ -29,41 +29,41 @@ struct Header {
     kind: String,
 }
 
-enum Meaning {
+enum DocumentKind {
     Object(Kind),
     List,
-    /// Somebody else's.
-    Foreign,
-    Wrong(String),
+    /// A kind that is not read.
+    Other,
+    Invalid(String),
 }
 
 impl Header {
-    fn meaning(&self) -> Meaning {
+    fn document_kind(&self) -> DocumentKind {
         if let Some(kind) = Kind::find(&self.api_version, &self.kind) {
-            return Meaning::Object(kind);
+            return DocumentKind::Object(kind);
         }
         let of_core = self.api_version == "v1";
         if of_core && self.kind == "List" || Kind::ALL.iter().any(|k| self.kind == format!("{k}List")) {
-            return Meaning::List;
+            return DocumentKind::List;
         }
         if self.kind.is_empty() {
-            return Meaning::Wrong("the document has no `kind`".to_owned());
+            return DocumentKind::Invalid("the document has no `kind`".to_owned());
         }
-        // The right group in another version is a mistake; another group is somebody else's kind of the same name.
+        // Another version of the same group is an error; another group has a kind of the same name that is not read.
         let group = |version: &str| version.rsplit_once('/').map_or(String::new(), |(group, _)| group.to_owned());
         let ours = Kind::ALL.into_iter().find(|k| k.name() == self.kind);
         match ours.filter(|k| group(k.api_version()) == group(&self.api_version)) {
-            Some(kind) => Meaning::Wrong(format!(
+            Some(kind) => DocumentKind::Invalid(format!(
                 "{kind} is read in apiVersion {}, not in {}",
                 kind.api_version(),
                 self.api_version
             )),
-            None => Meaning::Foreign,
+            None => DocumentKind::Other,
         }
     }
 }
 
-/// Reads a file by the format its name tells.
+/// Parses a file in the format of its extension.
 pub(super) fn read(path: &Path, text: &str) -> Content {
     if path.extension().is_some_and(|e| e == "json") { json(text) } else { yaml(text) }
 }
@@ -105,14 +105,14 @@ fn yaml_document(before: usize, text: &str, content: &mut Content) {
         Err(error) => return fail(content, &error),
     };
     let first = before + 1 + text.lines().take_while(|line| is_filler(line)).count();
-    match header.meaning() {
-        Meaning::Foreign => {}
-        Meaning::Wrong(why) => content.problems.push((first, why)),
-        Meaning::Object(kind) => match Object::read(kind, yaml_serde::Deserializer::from_str(text)) {
+    match header.document_kind() {
+        DocumentKind::Other => {}
+        DocumentKind::Invalid(why) => content.problems.push((first, why)),
+        DocumentKind::Object(kind) => match Object::read(kind, yaml_serde::Deserializer::from_str(text)) {
             Ok(object) => content.objects.push((first, object)),
             Err(error) => fail(content, &error),
         },
-        Meaning::List => match yaml_serde::from_str::<YamlList>(text) {
+        DocumentKind::List => match yaml_serde::from_str::<YamlList>(text) {
             Ok(list) => yaml_items(before, text, list, content),
             Err(error) => fail(content, &error),
         },
@@ -141,11 +141,11 @@ fn yaml_items(before: usize, text: &str, list: YamlList, content: &mut Content) 
                 continue;
             }
         };
-        match header.meaning() {
-            Meaning::Foreign => {}
-            Meaning::List => content.problems.push((line, format!("items[{i}]: a list in a list"))),
-            Meaning::Wrong(why) => content.problems.push((line, format!("items[{i}]: {why}"))),
-            Meaning::Object(kind) => match Object::read(kind, item) {
+        match header.document_kind() {
+            DocumentKind::Other => {}
+            DocumentKind::List => content.problems.push((line, format!("items[{i}]: a list in a list"))),
+            DocumentKind::Invalid(why) => content.problems.push((line, format!("items[{i}]: {why}"))),
+            DocumentKind::Object(kind) => match Object::read(kind, item) {
                 Ok(object) => content.objects.push((line, object)),
                 Err(error) => content.problems.push((line, format!("items[{i}]: {}", reason(&error)))),
             },
@@ -165,7 +165,7 @@ fn item_lines(text: &str) -> Vec<usize> {
         .collect()
 }
 
-/// The error without its position, which is told in the file's lines instead.
+/// The error without its position, which is reported as a line of the file.
 fn reason(error: &yaml_serde::Error) -> String {
     let text = error.to_string();
     text.rfind(" at line ").map_or(text.as_str(), |at| &text[..at]).to_owned()
@@ -203,19 +203,19 @@ fn json_document(text: &str, raw: &RawValue, top: bool, content: &mut Content) {
         Ok(header) => header,
         Err(error) => return fail(content, &error),
     };
-    match header.meaning() {
-        Meaning::Foreign => {}
-        Meaning::Wrong(why) => content.problems.push((before() + 1, why)),
-        Meaning::Object(kind) => match Object::read(kind, &mut serde_json::Deserializer::from_str(raw.get())) {
+    match header.document_kind() {
+        DocumentKind::Other => {}
+        DocumentKind::Invalid(why) => content.problems.push((before() + 1, why)),
+        DocumentKind::Object(kind) => match Object::read(kind, &mut serde_json::Deserializer::from_str(raw.get())) {
             // Lines of good objects are only told when two files hold the same one; counting newlines for each would be quadratic.
             Ok(object) => content.objects.push((if top { before() + 1 } else { 1 }, object)),
             Err(error) => fail(content, &error),
         },
-        Meaning::List if top => match serde_json::from_str::<JsonList<'_>>(raw.get()) {
+        DocumentKind::List if top => match serde_json::from_str::<JsonList<'_>>(raw.get()) {
             Ok(list) => list.items.into_iter().for_each(|item| json_document(text, item, false, content)),
             Err(error) => fail(content, &error),
         },
-        Meaning::List => content.problems.push((before() + 1, "a list in a list".to_owned())),
+        DocumentKind::List => content.problems.push((before() + 1, "a list in a list".to_owned())),
     }
 }
 

@@ -10,7 +10,7 @@ use terway_core::objects::Kind;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::dir::View;
+use super::dir::FileIndex;
 use super::document::read;
 use super::store::StoreWriter;
 use super::{Batch, DirSource, ObjectSource as _, ObjectStore, Scope};
@@ -42,7 +42,7 @@ fn lines(path: &str, text: &str) -> (Vec<String>, Vec<(usize, String)>) {
 }
 
 #[test]
-fn documents_are_read_one_by_one_and_told_by_line() {
+fn a_bad_document_is_reported_by_line_and_affects_no_other() {
     assert_eq!(lines("a.yaml", TWO), (vec!["3 Service shop/web".into(), "10 Service default/api".into()], vec![]));
     let wrong_type = TWO.replace("port: 80}", "port: high}");
     let (good, bad) = lines("a.yaml", &wrong_type);
@@ -55,7 +55,7 @@ fn documents_are_read_one_by_one_and_told_by_line() {
 }
 
 #[test]
-fn kinds_of_others_are_skipped_and_wrong_versions_are_told() {
+fn other_kinds_are_skipped_and_other_versions_are_problems() {
     let other = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: x}\n---\napiVersion: serving.knative.dev/v1\nkind: Service\nmetadata: {name: x}\n";
     assert_eq!(lines("a.yaml", other), (vec![], vec![]));
     let (_, bad) =
@@ -70,7 +70,7 @@ fn kinds_of_others_are_skipped_and_wrong_versions_are_told() {
 }
 
 #[test]
-fn lists_tell_the_line_of_the_bad_item() {
+fn a_bad_list_item_is_reported_by_line() {
     let list = "\
 apiVersion: v1
 kind: List
@@ -145,7 +145,7 @@ impl Watched {
 }
 
 #[tokio::test]
-async fn files_come_change_and_go() {
+async fn files_are_created_changed_and_removed() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("a.yaml"), service("a", "10.96.0.1")).unwrap();
     fs::write(dir.path().join("notes.txt"), "not ours").unwrap();
@@ -170,7 +170,7 @@ async fn files_come_change_and_go() {
 }
 
 #[tokio::test]
-async fn a_bad_file_keeps_what_it_held_and_tells_where_it_is_bad() {
+async fn a_bad_file_keeps_its_objects_and_is_reported_by_line() {
     let dir = tempfile::tempdir().unwrap();
     let good = format!("{}---\n{}", service("a", "10.96.0.1"), service("b", "10.96.0.2"));
     fs::write(dir.path().join("f.yaml"), &good).unwrap();
@@ -190,14 +190,14 @@ async fn a_bad_file_keeps_what_it_held_and_tells_where_it_is_bad() {
 }
 
 #[tokio::test]
-async fn one_object_in_two_files_is_told_and_the_first_name_counts() {
+async fn an_object_in_two_files_is_taken_from_the_first_name() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("m.yaml"), service("a", "10.96.0.1")).unwrap();
     let mut w = Watched::start(dir).await;
     w.write("z.yaml", &service("a", "10.96.0.2"));
     w.next().await;
     assert_eq!(w.services(), ["a 10.96.0.1"]);
-    assert!(w.problems[0].starts_with("/z.yaml:1: Service default/a stands in "), "{:?}", w.problems);
+    assert!(w.problems[0].starts_with("/z.yaml:1: Service default/a is in "), "{:?}", w.problems);
     w.write("b.yaml", &service("a", "10.96.0.3"));
     w.next().await;
     assert_eq!(w.services(), ["a 10.96.0.3"]);
@@ -228,7 +228,7 @@ async fn a_config_map_as_kubelet_mounts_it() {
 }
 
 #[tokio::test]
-async fn a_folder_that_goes_takes_nothing_with_it() {
+async fn a_removed_folder_deletes_nothing() {
     let outer = tempfile::tempdir().unwrap();
     let inner = tempfile::tempdir_in(outer.path()).unwrap();
     let path = inner.path().to_owned();
@@ -258,13 +258,13 @@ proptest! {
     /// After any writing and removing of files, each Service is as the first file has it that has it at all, every other holder is told, and
     /// a file that is read again unchanged tells nothing.
     #[test]
-    fn of_many_holders_the_first_counts(
+    fn the_first_of_several_files_is_effective(
         steps in prop::collection::vec(
             (0..3_usize, prop::option::weighted(0.8, prop::collection::vec(prop::option::of(1..4_u8), 3))), 1..24),
     ) {
         let dir = tempfile::tempdir().unwrap();
         let store = Arc::<ObjectStore>::default();
-        let (mut view, mut writer) = (View::default(), StoreWriter::new(Arc::clone(&store)));
+        let (mut index, mut writer) = (FileIndex::default(), StoreWriter::new(Arc::clone(&store)));
         let mut files: [Written; 3] = Default::default();
         for (at, written) in steps {
             let path = dir.path().join(format!("{at}.yaml"));
@@ -278,7 +278,7 @@ proptest! {
                 }
             }
             files[at] = written;
-            writer.apply(vec![Batch { updates: view.load(&path), problems: None }]);
+            writer.apply(vec![Batch { updates: index.load(&path), problems: None }]);
             let objects = store.read();
 
             let (mut wanted, mut besides) = (Vec::new(), Vec::new());
@@ -290,16 +290,16 @@ proptest! {
             let served: Vec<String> =
                 objects.services().values().map(|s| format!("{} {}", s.meta.object.name, s.cluster_ips[0])).collect();
             prop_assert_eq!(served, wanted);
-            let told = view.problems().into_iter().map(|p| {
+            let told = index.problems().into_iter().map(|p| {
                 let Scope::Document { file, .. } = &p.scope else { panic!("{p:?}") };
                 let name = file.file_name().unwrap().to_str().unwrap().to_owned();
-                (name, (0..3).find(|i| p.reason.starts_with(&format!("Service default/s{i} stands"))).unwrap())
+                (name, (0..3).find(|i| p.reason.starts_with(&format!("Service default/s{i} is in"))).unwrap())
             });
             besides.sort();
             let mut told: Vec<(String, usize)> = told.collect();
             told.sort();
             prop_assert_eq!(told, besides);
-            prop_assert_eq!(view.load(&path), vec![]);
+            prop_assert_eq!(index.load(&path), vec![]);
         }
     }
 }
