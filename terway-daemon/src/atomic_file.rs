@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
 /// Writes `content` to `path` by a temporary file in the same folder, fsync, rename, and fsync of the folder.
@@ -51,6 +51,18 @@ pub fn write_if_changed(path: &Path, content: &[u8]) -> io::Result<bool> {
     write(path, content).map(|()| true)
 }
 
+/// As [`write_private`], but leaves an identical file alone, whose mode it corrects if need be. Tells whether it changed anything.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_private_if_changed(path: &Path, content: &[u8]) -> io::Result<bool> {
+    let is_private = |path: &Path| Ok::<_, io::Error>(std::fs::metadata(path)?.permissions().mode() & 0o777 == 0o600);
+    if std::fs::read(path).is_ok_and(|old| old == content) && is_private(path)? {
+        return Ok(false);
+    }
+    write_private(path, content).map(|()| true)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,6 +79,11 @@ mod tests {
         std::fs::write(dir.path().join("10-terway.conflist.tmp"), b"left by a crash").unwrap();
         write_private(&path, b"three").unwrap();
         let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
+        assert_eq!((std::fs::read(&path).unwrap(), mode & 0o777), (b"three".to_vec(), 0o600));
+        assert!(!write_private_if_changed(&path, b"three").unwrap());
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(write_private_if_changed(&path, b"three").unwrap());
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!((std::fs::read(&path).unwrap(), mode & 0o777), (b"three".to_vec(), 0o600));
     }
 }

@@ -33,18 +33,21 @@ pub struct Options {
     /// Where the runtime looks for network configurations.
     #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
     pub cni_conf_dir: PathBuf,
+    /// Rename the files of other plugins that the runtime would take before terway's; without it they are only reported.
+    #[arg(long)]
+    pub cni_exclusive: bool,
     /// Source of Kubernetes objects (Services, EndpointSlices, pods, namespaces, nodes, NetworkPolicies, ClusterNetworkPolicies): dir:PATH, a
     /// folder of manifests. Without it, the node serves no Services and enforces no policies.
     #[arg(long, env = "TERWAY_OBJECTS", value_name = "SOURCE")]
     pub objects: Option<Origin>,
-    /// The cgroup (version 2) whose processes are served at the socket: its folder, or none; default: the root of the hierarchy.
+    /// The cgroup (version 2) whose processes get Services translated at connect(): its folder, or none; default: the root cgroup.
     #[arg(long, env = "TERWAY_CGROUP", value_name = "PATH")]
     pub cgroup: Option<CgroupAt>,
-    /// Whose sockets are ended when the backend that a Service gave them is gone: none, udp, or all for udp and tcp.
+    /// Which sockets are closed when the Service backend they are connected to is removed: none, udp, or all (udp and tcp).
     #[arg(long, default_value_t, value_name = "WHOSE")]
     pub end_sockets: SocketTermination,
-    /// Address of /metrics, /healthz and /readyz.
-    #[arg(long, default_value = "127.0.0.1:9099", value_name = "ADDR")]
+    /// Address of /metrics, /healthz and /readyz. A port that is taken is tried again.
+    #[arg(long, default_value = "127.0.0.1:19099", value_name = "ADDR")]
     pub listen: SocketAddr,
     /// Name of this node; default: the host name.
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
@@ -58,7 +61,7 @@ pub struct Options {
     /// VPC endpoint; default: the region's VPC endpoint.
     #[arg(long, env = "VPC_ENDPOINT", value_name = "URL")]
     pub vpc_endpoint: Option<String>,
-    /// How the endpoints are spoken to.
+    /// URL scheme of the endpoints.
     #[arg(long, env = "ALICLOUD_CLIENT_SCHEME", default_value = "https", value_parser = ["https", "http", "HTTPS", "HTTP"], value_name = "SCHEME")]
     pub endpoint_scheme: String,
     /// The network by which the region's endpoints are reached.
@@ -76,16 +79,18 @@ pub struct Options {
     /// Entries of the flow table, for each family; default: bpf_ct_max_v4 and bpf_ct_max_v6 of eni_conf.
     #[arg(long, value_name = "N")]
     pub flow_entries: Option<u32>,
-    /// Seconds an address rests before another pod may get it.
+    /// Quarantine of a released address before another pod may get it.
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     pub cooling: u64,
     /// Seconds between two audits of the node's links, rules, routes and datapath entries.
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     pub audit_interval: u64,
-    /// Divides the waiting times that have no key of their own (rests after refusals, the NIC's arrival, how long lists may lag) by this:
-    /// for tests, whose cloud is as fast as they want.
+    /// Divides the time-outs and pauses that have no option of their own by this factor. For tests.
     #[arg(long, hide = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub time_scale: u32,
+    /// Folder with the DMI identifiers of the machine. For tests.
+    #[arg(long, hide = true, default_value = "/sys/class/dmi/id", value_name = "DIR")]
+    pub dmi_dir: PathBuf,
     /// Log filter, such as info or terway_daemon=debug.
     #[arg(long, env = "TERWAY_LOG", default_value = "info", value_name = "FILTER")]
     pub log: String,

@@ -15,6 +15,7 @@ use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
 
 use crate::config_source::{ConfigSource, ConfigStatus};
+use crate::conflist::Conflist;
 use crate::conntrack::Conntrack;
 use crate::engine::{AddRequest, Engine, Filter, RecentAndLive, dropped_packet};
 use crate::grpc::{self, attachment, error_detail};
@@ -28,9 +29,9 @@ use crate::supervise;
 /// The limit for which an ADD waits for the first sync of Services: the largest sync takes two seconds, and the runtime retries anyway.
 const SYNC_WITHIN: Duration = Duration::from_secs(10);
 
-/// The service on top of an engine.
+/// The gRPC service `terway.v1.NodeNetwork` on top of the daemon's actors.
 #[derive(Clone)]
-pub struct Service {
+pub(crate) struct Service {
     pub(crate) engine: Arc<Engine>,
     pub(crate) source: Arc<ConfigSource>,
     pub(crate) objects: Arc<Feed>,
@@ -38,6 +39,7 @@ pub struct Service {
     pub(crate) conntrack: Arc<Conntrack>,
     pub(crate) policies: Arc<Policies>,
     pub(crate) http: Arc<http::Server>,
+    pub(crate) conflist: Arc<Conflist>,
     pub(crate) metrics: Metrics,
 }
 
@@ -225,6 +227,7 @@ impl NodeNetwork for Service {
             status.configuration = Some(configuration);
             status.problems.extend(self.objects.problems().iter().map(error_detail));
             status.problems.extend(self.services.problems().iter().map(error_detail));
+            status.problems.extend(self.conflist.problem().iter().map(error_detail));
             status.problems.extend(self.http.problem().iter().map(error_detail));
             status.problems.extend(supervise::problems().iter().map(error_detail));
             status.socket_path = Some(grpc::services::socket_path(&self.services.socket_path().await));

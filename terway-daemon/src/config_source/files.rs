@@ -10,16 +10,13 @@ use tracing::warn;
 
 use super::Outcome;
 use crate::atomic_file;
+use crate::file_watch::SWAPPED;
 
 /// The largest ConfigMap there is ("ConfigMaps" in the Kubernetes documentation: 1 MiB).
 const LARGEST: u64 = 1 << 20;
 
 /// The name a single file is read under.
 const ENI_CONF: &str = "eni_conf";
-
-/// kubelet mounts a ConfigMap as links through this one, and swaps it by rename: what is read below its target is of one version
-/// (kubernetes/pkg/volume/util/atomic_writer.go).
-pub(super) const SWAPPED: &str = "..data";
 
 /// Where the configuration lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,7 +47,7 @@ impl Paths {
     }
 
     /// Keeps what was read. The file has the access key in it, as the ConfigMap has, and is for root alone.
-    pub(super) fn keep(&self, read: &Outcome) {
+    pub(super) fn save_last_good(&self, read: &Outcome) {
         let (Some(path), Ok(ConfigDocuments { data, overlay })) = (&self.kept, read) else { return };
         let document = json!({"data": data, "overlay": overlay}).to_string();
         if fs::read(path).is_ok_and(|old| old == document.as_bytes()) {
@@ -62,7 +59,7 @@ impl Paths {
     }
 
     /// What was kept, if it can be read.
-    pub(super) fn kept(&self) -> Option<ConfigDocuments> {
+    pub(super) fn load_last_good(&self) -> Option<ConfigDocuments> {
         let mut kept: Value = serde_json::from_slice(&fs::read(self.kept.as_ref()?).ok()?).ok()?;
         let data = |value: Value| serde_json::from_value::<Option<ConfigMapData>>(value).ok();
         Some(ConfigDocuments { data: data(kept["data"].take())??, overlay: data(kept["overlay"].take())? })

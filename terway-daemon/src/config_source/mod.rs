@@ -3,7 +3,6 @@
 
 mod files;
 mod status;
-mod watch;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -13,9 +12,10 @@ use terway_core::errors::{self, Error};
 use tokio::sync::watch::{Receiver, Sender};
 use tracing::{error, info, warn};
 
+use crate::file_watch::Watch;
+
 pub use self::files::Paths;
 pub use self::status::{ConfigMetrics, ConfigStatus, Edit, Failure};
-use self::watch::Watch;
 
 /// How often the files are read although nothing was seen: not every file system tells.
 const READ_EVERY: Duration = Duration::from_secs(60);
@@ -48,19 +48,19 @@ impl ConfigSource {
     /// [`errors::CONFIG_REFUSED`] with every refused value, or [`errors::CONFIG_UNREADABLE`], when there is no earlier one either.
     pub fn open(paths: Paths, metrics: ConfigMetrics) -> Result<Self, Error> {
         let read = paths.read();
-        let (config, warnings, failure) = match judge(&read) {
+        let (config, warnings, failure) = match validate(&read) {
             Ok((config, warnings)) => {
-                paths.keep(&read);
+                paths.save_last_good(&read);
                 (config, warnings, None)
             }
             Err(failure) => {
-                let Some((config, warnings)) = paths.kept().and_then(|kept| kept.check().ok()) else {
+                let Some((config, warnings)) = paths.load_last_good().and_then(|kept| kept.check().ok()) else {
                     return Err(failure.error);
                 };
                 error!(
                     code = failure.error.code.id,
                     detail = failure.error.detail,
-                    "the configuration is bad; starting with the last good one"
+                    "eni-config is invalid; starting with the last good one"
                 );
                 (config, warnings, Some(*failure))
             }
@@ -103,7 +103,7 @@ impl ConfigSource {
             // Watch first, read then: what happens in between is seen.
             let watch = Watch::new(&self.paths.sources());
             self.reload();
-            watch.news(READ_EVERY).await;
+            watch.changed(READ_EVERY).await;
         }
     }
 
@@ -114,20 +114,20 @@ impl ConfigSource {
         if state.read == read {
             return;
         }
-        match judge(&read) {
+        match validate(&read) {
             Ok((config, warnings)) => {
                 let changed = state.live.update(config);
-                self.paths.keep(&read);
+                self.paths.save_last_good(&read);
                 for warning in warnings.iter().filter(|w| !state.status.warnings.contains(w)) {
                     warn!(key = warning.key, "eni-config: {}", warning.message);
                 }
                 for change in &changed {
                     info!(key = change.key, old = %change.old, new = %change.new, effect = %change.effect, "eni-config changed");
                 }
-                info!(generation = state.live.generation(), changes = changed.len(), "eni-config taken");
+                info!(generation = state.live.generation(), changes = changed.len(), "eni-config applied");
                 self.metrics.reloaded("applied");
                 let State { live, status, .. } = &mut *state;
-                status.took(live, changed, warnings, SystemTime::now());
+                status.record_change(live, changed, warnings, SystemTime::now());
             }
             Err(failure) => {
                 error!(
@@ -135,7 +135,7 @@ impl ConfigSource {
                     detail = failure.error.detail,
                     remedy = failure.error.code.remedy,
                     generation = state.live.generation(),
-                    "eni-config is bad; what was in force stays"
+                    "eni-config is invalid; the previous one stays in force"
                 );
                 self.metrics.reloaded(failure.result);
                 state.status.failure = Some(*failure);
@@ -152,7 +152,7 @@ impl ConfigSource {
     }
 }
 
-fn judge(read: &Outcome) -> Result<(Config, Vec<Warning>), Box<Failure>> {
+fn validate(read: &Outcome) -> Result<(Config, Vec<Warning>), Box<Failure>> {
     let failure =
         |code, result, detail| Box::new(Failure { at: SystemTime::now(), result, error: Error::new(code, detail) });
     let documents = read.as_ref().map_err(|reason| failure(errors::CONFIG_UNREADABLE, "unreadable", reason.clone()))?;

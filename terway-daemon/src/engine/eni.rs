@@ -20,7 +20,7 @@ const METADATA_WITHIN: Duration = Duration::from_secs(1);
 impl Engine {
     /// Waits for the NIC with this MAC and sets it up. Idempotent.
     pub(super) async fn configure_nic(&self, mac: Mac) -> Result<(u32, Subnet), Error> {
-        let within = self.facts.nic_within;
+        let within = self.info.nic_within;
         let nic = self
             .links
             .wait_for_mac(mac, Instant::now() + within)
@@ -80,10 +80,10 @@ impl Engine {
         EniPlan::shared(EniInputs {
             ifindex: nic.ifindex,
             ifname: nic.name.clone(),
-            mtu: self.facts.nic_mtu,
-            node: self.facts.addresses,
-            gateway_v4: self.facts.stack.v4().then_some(subnet.gateway_v4),
-            gateway_v6: subnet.gateway_v6.filter(|_| self.facts.stack.v6()),
+            mtu: self.info.nic_mtu,
+            node: self.info.addresses,
+            gateway_v4: self.info.stack.v4().then_some(subnet.gateway_v4),
+            gateway_v6: subnet.gateway_v6.filter(|_| self.info.stack.v6()),
         })
     }
 
@@ -92,8 +92,8 @@ impl Engine {
         EniPlan::shared(EniInputs {
             ifindex: nic.ifindex,
             ifname: nic.name.clone(),
-            mtu: self.facts.nic_mtu,
-            node: self.facts.addresses,
+            mtu: self.info.nic_mtu,
+            node: self.info.addresses,
             gateway_v4: None,
             gateway_v6: None,
         })

@@ -40,7 +40,7 @@ use reaper::Reaper;
 pub(crate) use events::{Filter, RecentAndLive, dropped_packet};
 
 pub use pod::PodOptions;
-pub use start::{Facts, Parts, gone};
+pub use start::{NodeInfo, Parts, vanished_pods};
 
 /// The engine's name as a supervised task.
 const TASK: &str = "engine";
@@ -80,7 +80,7 @@ pub struct Engine {
     wiring: RwLock<()>,
     events: events::FlowLog,
     flow_reader: tokio::sync::Mutex<Option<FlowEvents>>,
-    facts: Facts,
+    info: NodeInfo,
     subnets: subnets::Subnets,
     /// What pods get unless their network configuration says otherwise.
     defaults: Mutex<PodOptions>,
@@ -145,7 +145,7 @@ impl Engine {
     pub async fn add(self: &Arc<Self>, request: AddRequest) -> Result<v1::Network, Error> {
         let defaults = self.defaults().clone();
         let options = PodOptions { mtu: request.mtu.or(defaults.mtu), ..defaults };
-        let ip_stack = self.facts.stack;
+        let ip_stack = self.info.stack;
         let key = request.key.clone();
         let pod = request.pod.clone();
         let add = |ticket| {
@@ -204,7 +204,7 @@ impl Engine {
     }
 
     /// Ticks the pool when it asked for it. Runs as long as the daemon.
-    pub async fn tick(self: Arc<Self>) {
+    pub async fn run_timer(self: Arc<Self>) {
         let mut wake = self.wake.subscribe();
         loop {
             let due = *wake.borrow_and_update();
@@ -223,14 +223,20 @@ impl Engine {
         }
     }
 
+    /// The node's addresses that other hosts reach, now and later.
+    #[must_use]
+    pub fn node_addresses(&self) -> watch::Receiver<Arc<Vec<ipnetwork::IpNetwork>>> {
+        self.links.addresses()
+    }
+
     /// The families pods of this node get.
     #[must_use]
     pub fn stack(&self) -> IpStack {
-        self.facts.stack
+        self.info.stack
     }
 
     fn instance(&self) -> &InstanceId {
-        &self.facts.identity.instance
+        &self.info.identity.instance
     }
 }
 

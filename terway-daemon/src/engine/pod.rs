@@ -53,7 +53,7 @@ impl Engine {
             pod_mac: Mac::derived(&[b"pod", seed.as_bytes()]),
             addresses: lease.addresses,
             eni_ifindex: lease.nic.ifindex,
-            mtu: options.mtu.unwrap_or(self.facts.nic_mtu),
+            mtu: options.mtu.unwrap_or(self.info.nic_mtu),
             default_route: true,
             extra_routes: options.extra_routes.clone(),
         })

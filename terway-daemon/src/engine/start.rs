@@ -29,7 +29,7 @@ use crate::store::Store;
 
 /// What the engine knows of the node and does not change while it runs.
 #[derive(Clone, Debug)]
-pub struct Facts {
+pub struct NodeInfo {
     /// The node's name.
     pub node: String,
     /// Instance, type, region, zone.
@@ -69,7 +69,7 @@ pub struct Parts {
     /// Reports rtnetlink events of NICs and addresses.
     pub links: NetMonitor,
     /// What does not change.
-    pub facts: Facts,
+    pub info: NodeInfo,
     /// What pods get unless their network configuration says otherwise.
     pub defaults: PodOptions,
     /// Counters and times.
@@ -80,7 +80,7 @@ impl Engine {
     /// Makes an engine. Must be called on the runtime: the task that deletes links starts with it.
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
-        let Parts { pool, origin, store, cloud, datapath, policies, host, links, facts, defaults, metrics } = parts;
+        let Parts { pool, origin, store, cloud, datapath, policies, host, links, info, defaults, metrics } = parts;
         let pool_state = PoolState { pool, waiting: HashMap::new(), next_ticket: 0, written: 0 };
         let reaper = Reaper::start(Arc::clone(&host));
         Arc::new(Self {
@@ -96,31 +96,37 @@ impl Engine {
             host,
             links,
             reaper,
-            subnets: Subnets::load(facts.subnets.clone()),
+            subnets: Subnets::load(info.subnets.clone()),
             audit: super::audit::Audit::default(),
             wiring: RwLock::new(()),
             events: super::events::FlowLog::default(),
             flow_reader: tokio::sync::Mutex::new(None),
-            facts,
+            info,
             defaults: Mutex::new(defaults),
             metrics,
         })
     }
 
-    /// Brings the kernel in line with `records` and starts the pool's first effects.
+    /// Restores the kernel's state from `records` and starts the pool's first effects.
     ///
     /// Pods that are there are adopted in place: their programs are replaced atomically, their endpoints rewritten if they differ. What is
-    /// provably ours and of nobody who is known is removed.
+    /// provably ours and of nobody who is known is removed. A pod whose DEL is queued is going to be removed and is not adopted.
     ///
     /// # Errors
     /// When the kernel cannot be read.
-    pub async fn begin(self: &Arc<Self>, records: &[Record], effects: Vec<Effect>) -> Result<(), Error> {
+    pub async fn restore(
+        self: &Arc<Self>,
+        records: &[Record],
+        queued_dels: &BTreeSet<AttachmentKey>,
+        effects: Vec<Effect>,
+    ) -> Result<(), Error> {
         let attachments: Vec<&AttachmentRecord> =
             records.iter().filter_map(|r| if let Record::Attachment(a) = r { Some(a) } else { None }).collect();
         self.remove_leftovers(&attachments).await?;
-        for attachment in attachments.iter().filter(|a| a.phase == Phase::Ready) {
+        let running = attachments.iter().filter(|a| a.phase == Phase::Ready && !queued_dels.contains(&a.key));
+        for attachment in running {
             if let Err(error) = self.adopt(attachment).await {
-                warn!(pod = %attachment.pod, key = %attachment.key, %error, "a running pod could not be adopted whole");
+                warn!(pod = %attachment.pod, key = %attachment.key, %error, "failed to adopt a running pod");
             }
         }
         {
@@ -182,7 +188,10 @@ impl Engine {
 ///
 /// # Errors
 /// When the kernel cannot be asked.
-pub async fn gone(host: &Host, attachments: Vec<(AttachmentKey, String)>) -> Result<BTreeSet<AttachmentKey>, Error> {
+pub async fn vanished_pods(
+    host: &Host,
+    attachments: Vec<(AttachmentKey, String)>,
+) -> Result<BTreeSet<AttachmentKey>, Error> {
     let mut suspects = attachments;
     suspects.retain(|(_, netns)| matches!(host.open_netns(netns), Err(NetError::Netns { .. })));
     if suspects.is_empty() {

@@ -23,11 +23,11 @@ impl Engine {
     pub async fn serve_external_clients(self: Arc<Self>) {
         let mut pause = RETRY.0;
         loop {
-            let outcome = if self.facts.services { self.open_primary().await } else { self.close_uplinks().await };
+            let outcome = if self.info.services { self.open_primary().await } else { self.close_uplinks().await };
             match outcome {
                 Ok(()) => return,
                 Err(error) => {
-                    let mac = self.facts.identity.primary_mac;
+                    let mac = self.info.identity.primary_mac;
                     warn!(%mac, %error, again_in = ?pause, "clients outside are not served at the primary ENI");
                 }
             }
@@ -37,22 +37,22 @@ impl Engine {
     }
 
     async fn open_primary(&self) -> Result<(), Error> {
-        let (mac, within) = (self.facts.identity.primary_mac, self.facts.nic_within);
+        let (mac, within) = (self.info.identity.primary_mac, self.info.nic_within);
         let nic = self
             .links
             .wait_for_mac(mac, Instant::now() + within)
             .await
             .ok_or_else(|| Error::new(errors::NIC_MISSING, format!("MAC {mac}, waited {within:?}")))?;
         let subnet = self.subnet(mac).await?;
-        let uplink = self.uplink(nic.ifindex, self.facts.addresses, &subnet);
+        let uplink = self.uplink(nic.ifindex, self.info.addresses, &subnet);
         self.with_datapath(move |datapath| attach(datapath, nic.ifindex, uplink.as_ref())).await?;
-        info!(%mac, ifindex = nic.ifindex, ports = ?self.facts.own_ports, "clients outside are served");
+        info!(%mac, ifindex = nic.ifindex, ports = ?self.info.own_ports, "clients outside are served");
         Ok(())
     }
 
     /// Other ENIs keep their programs, for their pods.
     async fn close_uplinks(&self) -> Result<(), Error> {
-        let primary = self.links.nics().into_iter().find(|nic| nic.mac == self.facts.identity.primary_mac);
+        let primary = self.links.nics().into_iter().find(|nic| nic.mac == self.info.identity.primary_mac);
         self.with_datapath(move |datapath| {
             for uplink in datapath.uplinks().list()? {
                 if primary.as_ref().is_some_and(|primary| primary.ifindex == uplink.ifindex) {
@@ -67,12 +67,12 @@ impl Engine {
 
     /// What the datapath is told of an ENI, if the node serves Services. `node` is what the VPC takes from it as the node's own.
     pub(super) fn uplink(&self, ifindex: u32, node: Addresses, subnet: &Subnet) -> Option<Uplink> {
-        self.facts.services.then(|| Uplink {
+        self.info.services.then(|| Uplink {
             ifindex,
             node,
-            gateway_v4: self.facts.stack.v4().then_some(subnet.gateway_v4),
-            gateway_v6: subnet.gateway_v6.filter(|_| self.facts.stack.v6()),
-            ports: self.facts.own_ports.clone(),
+            gateway_v4: self.info.stack.v4().then_some(subnet.gateway_v4),
+            gateway_v6: subnet.gateway_v6.filter(|_| self.info.stack.v6()),
+            ports: self.info.own_ports.clone(),
         })
     }
 }

@@ -131,7 +131,7 @@ impl Engine {
             ready: self.ready().is_ok(),
             problems: problems.iter().map(error_detail).collect(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            node: self.facts.node.clone(),
+            node: self.info.node.clone(),
             pool: Some(pool_counts(&stats)),
             enis: enis.collect(),
             datapath: Some(self.datapath_view()),

@@ -164,24 +164,24 @@ impl Future for Commit {
     }
 }
 
-/// Renames an unreadable file to `<name>.corrupt-<n>` with the first free `n`, and says to what.
+/// Renames the file to `<name>.<label>-<n>` with the first free `n`, and returns the new path.
 ///
 /// Never done by [`Store::open`]: with the file goes the knowledge of which address is whose, and a pool that starts without it
 /// hands out addresses that running pods have. It is for a caller who has made sure that no pod is running, and who says so loudly.
 ///
 /// # Errors
 /// When no name is free or the rename fails.
-pub fn set_aside(path: &Path) -> io::Result<PathBuf> {
+pub fn set_aside(path: &Path, label: &str) -> io::Result<PathBuf> {
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     for n in 1..1000 {
-        let aside = path.with_file_name(format!("{name}.corrupt-{n}"));
+        let aside = path.with_file_name(format!("{name}.{label}-{n}"));
         if !aside.exists() {
             fs::rename(path, &aside)?;
             sync_folder(path)?;
             return Ok(aside);
         }
     }
-    Err(io::Error::other("a thousand corrupt files are here already"))
+    Err(io::Error::other("a thousand files were set aside already"))
 }
 
 /// Makes an empty store under another name first, so that a file of the right name is always complete: an empty or short one is damage, not

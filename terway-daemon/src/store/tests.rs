@@ -109,7 +109,7 @@ fn a_damaged_file_is_refused_untouched_and_set_aside_only_when_asked() {
         assert!(Error::from(&error).detail.contains("state.redb"), "{error}");
         assert_eq!(fs::read(&path).unwrap(), bytes, "{name}: the evidence was altered");
         refused += 1;
-        assert_eq!(set_aside(&path).unwrap(), folder.path().join(format!("state.redb.corrupt-{refused}")));
+        assert_eq!(set_aside(&path, "corrupt").unwrap(), folder.path().join(format!("state.redb.corrupt-{refused}")));
         assert!(!path.exists());
     }
     assert_eq!(Store::open(&path).unwrap().load().unwrap(), []);

@@ -4,7 +4,8 @@ use serde_json::{Map, Value, json};
 
 use super::{DEFAULT_QUEUE_DIR, DEFAULT_SOCKET};
 
-/// The file's name stays in front of other networks' (containerd takes the first of the folder by name) and ends as runtimes
+/// Name of the file. A runtime takes the first of the folder by name; `10-aws`, `10-calico`, `10-flannel` and `05-cilium` sort before this
+/// one, and the daemon reports them (`TW0110`). It ends as runtimes
 /// want it; written under another suffix and renamed, it is never seen half.
 pub const FILE_NAME: &str = "10-terway.conflist";
 

@@ -1,4 +1,4 @@
-//! Waits until something happens to files, by inotify.
+//! An inotify watch of files and folders that follows the links on the way to them.
 //!
 //! A file is where its path leads, and every folder and link on the way can be replaced: kubelet swaps a link, editors write beside and rename,
 //! people move folders. So every folder on the way is watched, each for the one name that matters in it.
@@ -14,8 +14,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
-use super::files::SWAPPED;
 use crate::inotify::Descriptor;
+
+/// kubelet mounts a ConfigMap as links through this one, and swaps it by rename: what is read below its target is of one version
+/// (kubernetes/pkg/volume/util/atomic_writer.go).
+pub(crate) const SWAPPED: &str = "..data";
 
 /// A change is over when nothing more came for this long.
 const QUIET: Duration = Duration::from_millis(100);
@@ -31,7 +34,7 @@ type Names = Option<BTreeSet<OsString>>;
 
 /// A watch of some files as their paths led when it was made.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(crate) struct Watch {
     inotify: Option<AsyncFd<Descriptor>>,
     names: HashMap<WatchDescriptor, Names>,
     /// A folder went away while the watch was made: look again soon.
@@ -39,12 +42,12 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Begins to watch. Where that is impossible, says so and looks from time to time instead.
-    pub(super) fn new(paths: &[&Path]) -> Self {
+    /// Starts to watch. Where that is impossible, logs it and polls instead.
+    pub(crate) fn new(paths: &[&Path]) -> Self {
         match Self::of(paths) {
             Ok(watch) => watch,
             Err(error) => {
-                warn!(%error, every = ?BLIND, "eni-config cannot be watched; reading it from time to time");
+                warn!(?paths, %error, every = ?BLIND, "failed to watch files; polling them instead");
                 Self { inotify: None, names: HashMap::new(), incomplete: false }
             }
         }
@@ -78,7 +81,7 @@ impl Watch {
     }
 
     /// Returns when something happened and is over, or after `at_most`.
-    pub(super) async fn news(&self, at_most: Duration) {
+    pub(crate) async fn changed(&self, at_most: Duration) {
         let Some(inotify) = &self.inotify else { return tokio::time::sleep(BLIND.min(at_most)).await };
         let at_most = if self.incomplete { QUIET } else { at_most };
         if timeout_at(Instant::now() + at_most, self.next(inotify)).await.is_err() {
