@@ -20,7 +20,7 @@ use tonic::{Code, Request, Response, Status};
 
 /// First pause before another attempt to connect; doubles up to `PAUSE_MAX`.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
-const PAUSE_MAX: Duration = Duration::from_millis(250);
+const PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// How often a call is sent whose connection broke under way: a daemon that is being replaced breaks it once.
 const ATTEMPTS: u32 = 3;
@@ -33,7 +33,7 @@ const ANSWER_TIME: Duration = Duration::from_millis(50);
 pub(crate) struct Budget {
     /// When the answer has to be on stdout.
     deadline: Instant,
-    /// How long a daemon that is not there is waited for.
+    /// How long the plugin waits for a daemon that does not listen.
     connect: Duration,
 }
 
@@ -41,15 +41,16 @@ impl Budget {
     /// The time of `verb`, counted from the plugin's start.
     ///
     /// kubelet gives up RunPodSandbox after 240 s and every other call after 120 s (runtimeRequestTimeout, doubled for sandboxes), and
-    /// containerd kills the plugin then; an answer of our own says more. A DEL and a STATUS are better answered soon: the
-    /// one can be queued, the other holds up the node's status.
+    /// containerd kills the plugin then; an answer of our own says more. An ADD waits for a daemon that restarts: after an error kubelet
+    /// tries again only ten seconds later. A DEL and a STATUS are better answered soon: the one can be queued, the other holds up the
+    /// node's status.
     pub(crate) fn new(verb: Verb, conf: &NetConf, started: Instant) -> Self {
         let (whole, connect) = match verb {
-            Verb::Add => (110_000, 5_000),
+            Verb::Add => (110_000, 8_000),
             Verb::Del => (30_000, 500),
             Verb::Check => (30_000, 2_000),
             Verb::Gc => (60_000, 2_000),
-            Verb::Status | Verb::Version => (1_500, 250),
+            Verb::Status | Verb::Version => (1_500, 700),
         };
         let whole = conf.timeout.unwrap_or(Duration::from_millis(whole));
         Self { deadline: started + whole, connect: Duration::from_millis(connect).min(whole / 2) }
@@ -68,18 +69,18 @@ impl Budget {
 /// Why a call has no answer.
 #[derive(Debug)]
 pub(crate) enum CallError {
-    /// Nobody listens.
+    /// No process listens on the socket.
     Unreachable(String),
     /// The connection broke under way: the daemon died, or is being replaced.
     Broken(String),
-    /// The time is over.
+    /// The deadline has passed.
     Late,
-    /// The daemon said no.
+    /// The daemon answered with an error.
     Refused(Failure),
 }
 
 impl CallError {
-    /// Puts it into the words of the catalogue.
+    /// The error of the catalogue that the runtime is told.
     pub(crate) fn failure(self, socket: &str) -> Failure {
         match self {
             Self::Unreachable(reason) | Self::Broken(reason) => {
@@ -111,7 +112,7 @@ where
             let client = connect(Path::new(socket), budget).await?;
             let mut request = Request::new(message.clone());
             request.set_timeout(budget.left().saturating_sub(ANSWER_TIME));
-            send(client, request).await.map(Response::into_inner).map_err(understand)
+            send(client, request).await.map(Response::into_inner).map_err(classify)
         };
         match tokio::time::timeout(budget.left(), whole).await {
             Err(_elapsed) => return Err(CallError::Late),
@@ -130,7 +131,7 @@ async fn connect(socket: &Path, budget: Budget) -> Result<Client, CallError> {
             Ok(stream) => break stream,
             Err(error) => error,
         };
-        if !may_pass(&error) || Instant::now() + pause > until {
+        if !is_transient(&error) || Instant::now() + pause > until {
             return Err(CallError::Unreachable(error.to_string()));
         }
         tokio::time::sleep(pause).await;
@@ -144,13 +145,13 @@ async fn connect(socket: &Path, budget: Budget) -> Result<Client, CallError> {
     Ok(NodeNetworkClient::with_origin(Connection(sender), http::Uri::from_static("http://terway")))
 }
 
-/// No socket yet, a socket of the daemon before, or a full queue of calls (unix(7)).
-fn may_pass(error: &io::Error) -> bool {
+/// Errors of a daemon that restarts: no socket yet, the socket of its predecessor, or a full backlog (unix(7)).
+fn is_transient(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock)
 }
 
-/// Tells the daemon's own errors from the ways in which a call can fail around it.
-fn understand(status: Status) -> CallError {
+/// Tells the daemon's own errors from failures of the connection.
+fn classify(status: Status) -> CallError {
     if let Some(detail) = terway_proto::detail(&status) {
         return CallError::Refused(Failure::from_parts(
             detail.cni_code,

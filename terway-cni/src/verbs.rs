@@ -1,4 +1,4 @@
-//! The verbs that speak to the daemon: the request put together, the answer taken apart.
+//! The CNI verbs that call the daemon: they encode the request and decode the answer.
 
 use std::time::Instant;
 
@@ -26,7 +26,7 @@ const LIMITED: u32 = 51;
 /// Carries out `request` and returns the document for stdout, if it has one.
 ///
 /// # Errors
-/// What the runtime is to be told.
+/// The CNI error for the runtime.
 pub(crate) fn run(request: &Request, conf: &NetConf, started: Instant) -> Result<Option<Value>, Failure> {
     let budget = Budget::new(request.verb(), conf, started);
     let verb = async {
@@ -121,7 +121,7 @@ fn attached(target: &Target, network: Network) -> Result<Attached, String> {
     Ok(Attached { host, pod, ips, routes })
 }
 
-/// Takes a pod's network away, or leaves word for the daemon to do so.
+/// DEL: removes a pod's network, or queues the request on disk for a daemon that is away.
 ///
 /// Fails only where the daemon itself refuses, which the runtime then repeats. Everything else must not: a DEL that fails for
 /// ever blocks the deletion of its pod for ever, where one that is lost leaves an address bound until the daemon finds the
@@ -207,15 +207,15 @@ async fn status(conf: &NetConf, budget: Budget) -> Result<(), Failure> {
     let limited = response.problems.iter().find(|problem| problem.cni_code == LIMITED);
     match (response.ready, limited) {
         (true, None) => Ok(()),
-        (_, Some(problem)) => Err(told(problem).with_code(LIMITED)),
+        (_, Some(problem)) => Err(failure_of(problem).with_code(LIMITED)),
         (false, None) => Err(match response.problems.first() {
-            Some(problem) => told(problem).with_code(NOT_AVAILABLE),
+            Some(problem) => failure_of(problem).with_code(NOT_AVAILABLE),
             None => Error::new(NOT_READY, "The daemon gives no reason.").into(),
         }),
     }
 }
 
-fn told(problem: &ErrorDetail) -> Failure {
+fn failure_of(problem: &ErrorDetail) -> Failure {
     Failure::from_parts(problem.cni_code, &problem.code, &problem.cause, &problem.detail, &problem.remedy)
 }
 

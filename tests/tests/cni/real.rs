@@ -61,7 +61,7 @@ impl Plugin for OnNode<'_> {
             release_within: Duration::from_secs(40),
             netns_code: Some(8),
             // An ADD waits 5 s for a daemon that is not there.
-            patience: Duration::from_secs(8),
+            patience: Duration::from_secs(12),
         }
     }
 }
