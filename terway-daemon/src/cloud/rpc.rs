@@ -14,7 +14,7 @@ use reqwest::Url;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use terway_core::cloud::{CloudError, ErrorClass};
-use tracing::{Instrument as _, debug, debug_span, field, warn};
+use tracing::{Instrument as _, debug, debug_span, field, info, warn};
 
 use super::config::{EcsConfig, Retry, SignatureMethod};
 use super::credentials::{Credentials, Keyring};
@@ -223,7 +223,7 @@ impl Rpc {
         }
         match (&result, error) {
             (_, Some(error)) => {
-                debug!(action, ?duration, class = ?error.class, code = error.code, request = error.request_id, words = error.message, "cloud call failed");
+                info!(action, ?duration, class = ?error.class, code = error.code, request_id = error.request_id, reason = error.message, "cloud call failed");
             }
             (Ok((_, request)), None) => debug!(action, ?duration, request, "cloud call"),
             (Err(_), None) => {}

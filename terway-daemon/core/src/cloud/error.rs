@@ -194,17 +194,23 @@ impl CloudError {
         if let Some((.., quota)) = meaning(&self.code).filter(|(.., quota)| !quota.is_empty()) {
             detail.extend(["quota \"", quota, "\": "]);
         }
-        detail + &self.to_string()
+        detail + &self.without_request_id()
+    }
+
+    /// The id of the request is only for logs: in an error of an ADD it would keep kubelet from merging its events.
+    fn without_request_id(&self) -> String {
+        if self.code.is_empty() {
+            format!("{}: {}", self.action, self.message)
+        } else {
+            format!("{}: {}: {}", self.action, self.code, self.message)
+        }
     }
 }
 
 impl fmt::Display for CloudError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.code.is_empty() {
-            write!(f, "{}: {}", self.action, self.message)
-        } else {
-            write!(f, "{}: {}: {} (request {})", self.action, self.code, self.message, self.request_id)
-        }
+        f.write_str(&self.without_request_id())?;
+        if self.request_id.is_empty() { Ok(()) } else { write!(f, " (request {})", self.request_id) }
     }
 }
 
@@ -224,6 +230,16 @@ mod tests {
             message: message.into(),
             request_id: if code.is_empty() { String::new() } else { "R-1".into() },
         }
+    }
+
+    #[test]
+    fn an_error_for_the_user_is_the_same_for_every_request() {
+        let first =
+            error("CreateNetworkInterface", ErrorClass::VSwitchExhausted, "InvalidVSwitchId.IpNotEnough", "no address");
+        let second = CloudError { request_id: "R-2".into(), ..first.clone() };
+        assert_eq!(first.explain(), second.explain());
+        assert!(!first.explain().detail.contains("R-1"), "{}", first.explain().detail);
+        assert!(first.to_string().ends_with("(request R-1)"), "the log keeps it: {first}");
     }
 
     /// Every code that the reference project acts on and every one that the help pages name.

@@ -395,10 +395,8 @@ impl Pool {
 
     fn full(&self) -> Error {
         let stats = self.stats();
-        Error::new(
-            errors::NO_ADDRESS,
-            format!("Of {} addresses {} are bound and {} cooling.", stats.capacity, stats.bound, stats.cooling),
-        )
+        // Without numbers that change from one attempt to the next: kubelet merges events of the same text.
+        Error::new(errors::NO_ADDRESS, format!("All {} addresses are bound or cooling.", stats.capacity))
     }
 
     /// Units the node can have at most.
