@@ -13,7 +13,7 @@ use terway_core::service::SocketTermination;
 
 /// The node daemon of the terway container network.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "terwayd", version, about)]
+#[command(name = "terwayd", version)]
 pub struct Options {
     /// The eni-config ConfigMap as mounted, or its `eni_conf` document alone; followed while the daemon runs.
     #[arg(long, default_value = "/etc/eni", value_name = "PATH")]
@@ -79,7 +79,7 @@ pub struct Options {
     /// Entries of the flow table, for each family; default: bpf_ct_max_v4 and bpf_ct_max_v6 of eni_conf.
     #[arg(long, value_name = "N")]
     pub flow_entries: Option<u32>,
-    /// Quarantine of a released address before another pod may get it.
+    /// Seconds for which a released address is not given to another pod.
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     pub cooling: u64,
     /// Seconds between two audits of the node's links, rules, routes and datapath entries.

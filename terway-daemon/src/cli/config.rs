@@ -7,71 +7,97 @@ use anyhow::{Result, bail};
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
 use terway_core::config::{
-    Config, InvalidValue, KEYS, Key, KeyChange, KeyLocation, REMOVED, Setting, Warning, by_name, nearest,
+    Config, ConfigDocuments, InvalidValue, KEYS, Key, KeyChange, KeyLocation, REMOVED, Setting, Warning, by_name,
+    nearest,
 };
 
+use super::config_input::{self, is_stdin};
+use super::daemon::Failure;
 use super::print;
 use super::table::{Style, pretty};
-use crate::config_source::Paths;
 
-/// What to do with a configuration.
+/// Subcommands of `terway-cli config`. They need no daemon.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Reads a configuration as the daemon would: every refused value, every warning. Exit code 1 if it would be refused.
+    /// Check a configuration as the daemon would: every invalid value and every warning. Exit code 1 if it is invalid.
+    #[command(after_help = "Examples:
+  terway-cli config check /etc/eni
+  terway-cli config check eni_conf.json --zone cn-hangzhou-k
+  kubectl -n kube-system get configmap eni-config -o yaml | terway-cli config check -")]
     Check {
-        /// `eni_conf`, or a folder with the data of the ConfigMap.
+        /// The configuration: a ConfigMap manifest (YAML or JSON), an eni_conf document, a folder as a ConfigMap is mounted, or - for
+        /// standard input.
+        #[arg(value_name = "PATH")]
         config: PathBuf,
-        /// The node's own configuration, merged over it; a document or a folder.
+        /// The node's own configuration, which is merged over the cluster's; same forms.
         #[arg(long, value_name = "PATH")]
         overlay: Option<PathBuf>,
-        /// A zone that nodes are in: also fails if it has no vSwitch.
+        /// A zone that nodes are in: the check fails if it has no vSwitch.
         #[arg(long, value_name = "ZONE")]
         zone: Option<String>,
     },
-    /// Explains a key: shape, default, unit, when a change takes effect. Without a key, lists all.
+    /// Explain a key: its value, default, unit, and when a change takes effect. Without a key, list all.
+    #[command(after_help = "Examples:
+  terway-cli config explain
+  terway-cli config explain max_pool_size")]
     Explain {
         /// The key.
+        #[arg(value_name = "KEY")]
         key: Option<String>,
     },
-    /// What changes from one configuration to another, and when each change takes effect. Exit code 1 if one would be refused.
+    /// Compare two configurations: what changes, and when each change takes effect. Exit code 1 if one of them is invalid.
+    #[command(after_help = "Example:
+  kubectl -n kube-system get configmap eni-config -o yaml | terway-cli config diff - new.yaml")]
     Diff {
-        /// The present one, a document or a folder.
+        /// The present configuration; forms as for check.
+        #[arg(value_name = "OLD")]
         old: PathBuf,
-        /// The new one, a document or a folder.
+        /// The new configuration; forms as for check.
+        #[arg(value_name = "NEW")]
         new: PathBuf,
     },
 }
 
-/// What the daemon would make of the files.
-type Checked = std::result::Result<(Config, Vec<Warning>), Vec<InvalidValue>>;
+/// Result of checking a configuration: the configuration or every invalid value, and the warnings.
+type Checked = (std::result::Result<Config, Vec<InvalidValue>>, Vec<Warning>);
 
 pub(super) fn run(command: &Command, style: Style) -> Result<ExitCode> {
-    let (text, good) = match command {
+    let (text, is_valid) = match command {
         Command::Check { config, overlay, zone } => check(&read(config, overlay.as_deref())?, zone.as_deref(), style),
         Command::Explain { key: None } => (list(style), true),
         Command::Explain { key: Some(name) } => (explain(name, style)?, true),
-        Command::Diff { old, new } => diff((old, read(old, None)?), (new, read(new, None)?), style),
+        Command::Diff { old, new } => {
+            one_stdin(old, Some(new))?;
+            diff((old, read(old, None)?), (new, read(new, None)?), style)
+        }
     };
     print(&text);
-    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if is_valid { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn one_stdin(first: &Path, second: Option<&Path>) -> Result<()> {
+    if is_stdin(first) && second.is_some_and(is_stdin) {
+        return Err(Failure::Usage("only one of the two can be - (standard input)".to_owned()).into());
+    }
+    Ok(())
 }
 
 fn read(config: &Path, overlay: Option<&Path>) -> Result<Checked> {
-    let paths = Paths { config: config.to_owned(), overlay: overlay.map(Path::to_owned), kept: None };
-    Ok(paths.read().map_err(anyhow::Error::msg)?.check())
+    one_stdin(config, overlay)?;
+    let data = config_input::read(config)?;
+    let overlay = overlay.map(config_input::read).transpose()?;
+    Ok(ConfigDocuments { data, overlay }.check_with_warnings())
 }
 
 fn check(checked: &Checked, zone: Option<&str>, style: Style) -> (String, bool) {
-    let (config, warnings, refused) = match checked {
-        Ok((config, warnings)) => (Some(config), warnings.as_slice(), [].as_slice()),
-        Err(refused) => (None, [].as_slice(), refused.as_slice()),
-    };
+    let (config, warnings) = (checked.0.as_ref().ok(), &checked.1);
+    let errors = checked.0.as_ref().err().map(Vec::as_slice).unwrap_or_default();
     let vswitches = config.zip(zone).map(|(config, zone)| config.vswitches_of(zone));
     let good = config.is_some() && vswitches.is_none_or(|list| !list.is_empty());
     if style.is_json() {
         let text = pretty(&json!({
             "valid": good,
-            "refused": refused.iter().map(invalid_json).collect::<Vec<_>>(),
+            "errors": errors.iter().map(invalid_json).collect::<Vec<_>>(),
             "warnings": warnings.iter().map(|w| json!({"key": w.key, "message": w.message})).collect::<Vec<_>>(),
             "zone": zone.map(|zone| json!({
                 "name": zone, "vswitches": vswitches.map(|list| list.iter().map(ToString::to_string).collect::<Vec<_>>()),
@@ -80,12 +106,12 @@ fn check(checked: &Checked, zone: Option<&str>, style: Style) -> (String, bool) 
         }));
         return (text, good);
     }
-    let mut lines: Vec<String> = refused.iter().map(|bad| format!("refused  {bad}")).collect();
+    let mut lines: Vec<String> = errors.iter().map(|bad| format!("error    {bad}")).collect();
     lines.extend(warnings.iter().map(|warning| format!("warning  {warning}")));
     if let Some((zone, list)) = zone.zip(vswitches) {
         let names: Vec<String> = list.iter().map(ToString::to_string).collect();
         lines.push(match names.as_slice() {
-            [] => format!("refused  vswitches: none in zone {zone}, so nodes there could make no ENI"),
+            [] => format!("error    vswitches: none in zone {zone}: nodes there cannot create an ENI"),
             names => format!("zone     {zone}: {}", names.join(", ")),
         });
     }
@@ -94,10 +120,10 @@ fn check(checked: &Checked, zone: Option<&str>, style: Style) -> (String, bool) 
         lines.push(format!("\n{}", style.table(&["KEY", "VALUE"], rows)));
     }
     lines.push(match (good, warnings.len()) {
-        (false, _) => "refused: the daemon would keep its last good configuration".to_owned(),
-        (true, 0) => "good".to_owned(),
-        (true, 1) => "good, with one warning".to_owned(),
-        (true, count) => format!("good, with {count} warnings"),
+        (false, _) => "invalid: the daemon would keep its last good configuration".to_owned(),
+        (true, 0) => "valid".to_owned(),
+        (true, 1) => "valid, with one warning".to_owned(),
+        (true, count) => format!("valid, with {count} warnings"),
     });
     (lines.join("\n") + "\n", good)
 }
@@ -146,7 +172,7 @@ fn list(style: Style) -> String {
             .map(str::to_owned)
             .to_vec()
     });
-    style.table(&["KEY", "DEFAULT", "UNIT", "TAKES EFFECT", "+VALUE"], rows)
+    style.table(&["KEY", "DEFAULT", "UNIT", "TAKES-EFFECT", "+VALUE"], rows)
 }
 
 fn explain(name: &str, style: Style) -> Result<String> {
@@ -167,7 +193,7 @@ fn explain(name: &str, style: Style) -> Result<String> {
     }
     let unit = if key.unit.is_empty() { String::new() } else { format!(" ({})", key.unit) };
     Ok(format!(
-        "{}\n\n{}\n\nstands     {}\nvalue      {}{unit}\ndefault    {}\neffective  {}\n",
+        "{}\n\n{}\n\nlocation   {}\nvalue      {}{unit}\ndefault    {}\neffective  {}\n",
         key.name,
         key.about,
         place(key),
@@ -177,21 +203,21 @@ fn explain(name: &str, style: Style) -> Result<String> {
     ))
 }
 
-/// What is wrong with which of two files.
-fn refused(sides: &[(&Path, Checked)], style: Style) -> String {
-    let sides = sides.iter().filter_map(|(path, checked)| Some((path.display(), checked.as_ref().err()?)));
+/// Every invalid value of two files.
+fn invalid(sides: &[(&Path, Checked)], style: Style) -> String {
+    let sides = sides.iter().filter_map(|(path, checked)| Some((path.display(), checked.0.as_ref().err()?)));
     if style.is_json() {
-        let files = sides.map(|(path, bad)| {
-            json!({"file": path.to_string(), "refused": bad.iter().map(invalid_json).collect::<Vec<_>>()})
-        });
+        let files = sides.map(
+            |(path, bad)| json!({"file": path.to_string(), "errors": bad.iter().map(invalid_json).collect::<Vec<_>>()}),
+        );
         return pretty(&json!({"valid": false, "files": files.collect::<Vec<_>>()}));
     }
-    sides.flat_map(|(path, bad)| bad.iter().map(move |bad| format!("refused  {path}: {bad}\n"))).collect()
+    sides.flat_map(|(path, bad)| bad.iter().map(move |bad| format!("error    {path}: {bad}\n"))).collect()
 }
 
 fn diff(old: (&Path, Checked), new: (&Path, Checked), style: Style) -> (String, bool) {
-    let (Ok((old_config, _)), Ok((new_config, _))) = (&old.1, &new.1) else {
-        return (refused(&[old, new], style), false);
+    let (Ok(old_config), Ok(new_config)) = (&old.1.0, &new.1.0) else {
+        return (invalid(&[old, new], style), false);
     };
     let changed = old_config.diff(new_config);
     let text = match style.is_json() {
@@ -201,12 +227,12 @@ fn diff(old: (&Path, Checked), new: (&Path, Checked), style: Style) -> (String, 
             });
             pretty(&json!({"valid": true, "changes": changes.collect::<Vec<_>>()}))
         }
-        _ if changed.is_empty() => "nothing changes\n".to_owned(),
+        _ if changed.is_empty() => "no changes\n".to_owned(),
         _ => {
             let rows = changed.iter().map(|change| {
                 vec![change.key.to_owned(), change.effect.to_string(), change.old.to_string(), change.new.to_string()]
             });
-            style.table(&["KEY", "TAKES EFFECT", "OLD", "NEW"], rows)
+            style.table(&["KEY", "TAKES-EFFECT", "OLD", "NEW"], rows)
         }
     };
     (text, true)
@@ -214,14 +240,16 @@ fn diff(old: (&Path, Checked), new: (&Path, Checked), style: Style) -> (String, 
 
 #[cfg(test)]
 mod tests {
-    use terway_core::config::parse;
-
     use super::super::Output;
     use super::*;
 
     const TEXT: Style = Style { output: Output::Table, headers: true };
     const JSON: Style = Style { output: Output::Json, headers: true };
     const WIDE: Style = Style { output: Output::Wide, headers: true };
+
+    fn parse(text: &str) -> Checked {
+        ConfigDocuments::of(text).check_with_warnings()
+    }
 
     const GOOD: &str =
         r#"{"vswitches":{"z":["vsw-1"]},"security_group":"sg-1","access_key":"id","access_secret":"hush","colour":1}"#;
@@ -239,12 +267,14 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_configuration_fails_with_every_reason() {
-        let bad = parse(r#"{"ip_stack":"v4","max_eni":-1}"#);
+    fn an_invalid_configuration_fails_with_every_reason_and_keeps_its_warnings() {
+        let bad = parse(r#"{"ip_stack":"v4","max_eni":-1,"colour":1}"#);
         let (text, good) = check(&bad, None, TEXT);
-        assert!(!good && text.lines().filter(|l| l.starts_with("refused  ")).count() == 3, "{text}");
+        assert!(!good && text.lines().filter(|l| l.starts_with("error    ")).count() == 3, "{text}");
         let json: Value = serde_json::from_str(&check(&bad, None, JSON).0).unwrap();
-        assert_eq!(json["refused"].as_array().map(Vec::len), Some(3));
+        assert_eq!(json["errors"].as_array().map(Vec::len), Some(3));
+        assert!(text.contains("warning  colour"), "{text}");
+        assert_eq!(json["warnings"][0]["key"], "colour");
     }
 
     #[test]
@@ -273,7 +303,7 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }
-        assert_eq!(diff((path, parse(GOOD)), (path, parse(GOOD)), TEXT), ("nothing changes\n".to_owned(), true));
+        assert_eq!(diff((path, parse(GOOD)), (path, parse(GOOD)), TEXT), ("no changes\n".to_owned(), true));
         assert!(!diff((path, parse(GOOD)), (path, parse("{}")), TEXT).1);
     }
 
@@ -290,6 +320,12 @@ mod tests {
         std::fs::write(&overlay, r#"{"vswitches":null}"#).unwrap();
         let command = Command::Check { config: file.clone(), overlay: Some(overlay), zone: None };
         assert_eq!(run(&command, TEXT).unwrap(), ExitCode::FAILURE);
+        let manifest = dir.path().join("eni-config.yaml");
+        std::fs::write(&manifest, json!({"kind": "ConfigMap", "data": {"eni_conf": GOOD}}).to_string()).unwrap();
+        let command = Command::Check { config: manifest, overlay: None, zone: Some("z".to_owned()) };
+        assert_eq!(run(&command, TEXT).unwrap(), ExitCode::SUCCESS);
+        let twice = Command::Diff { old: "-".into(), new: "-".into() };
+        assert!(run(&twice, TEXT).unwrap_err().to_string().contains("only one"));
         let missing = Command::Diff { old: file, new: dir.path().join("missing") };
         assert!(run(&missing, TEXT).unwrap_err().to_string().contains("missing"));
     }

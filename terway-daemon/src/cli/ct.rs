@@ -10,39 +10,39 @@ use super::table::{Style, block, pretty};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Verb {
-    /// Flows, a line for each direction that saw a packet.
+    /// List flows: a line for each direction that has seen a packet.
     List {
         #[command(flatten)]
         filter: Filter,
-        /// No more than so many lines.
+        /// Print at most N lines.
         #[arg(long, default_value_t = 1000, value_name = "N")]
         limit: u32,
     },
-    /// How full the tables are, and of what.
+    /// Show how full the flow tables are, and of what.
     Stats,
-    /// Deletes flows; their next packet is decided anew. Connections to Services may get another backend, and break.
+    /// Delete flows; their next packet takes the slow path. Connections to Services may get another backend, and break.
     Flush {
         #[command(flatten)]
         filter: Filter,
-        /// Really all of them, where nothing limits it.
+        /// Delete all flows, where no filter is given.
         #[arg(long)]
         all: bool,
     },
 }
 
-/// Which flows.
+/// Filter of flows; all conditions must match.
 #[derive(Clone, Debug, Default, Args)]
 pub(super) struct Filter {
-    /// With this pod of the node at one end.
+    /// Flows of this pod of the node.
     #[arg(long, value_name = "NS/NAME", value_parser = super::qualified)]
     pod: Option<(String, String)>,
-    /// With this address at one end.
+    /// Flows with this source or destination address.
     #[arg(long, value_name = "IP")]
     address: Option<IpAddr>,
-    /// With this port at one end.
+    /// Flows with this source or destination port.
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
-    /// tcp, udp, sctp, icmp, icmpv6, or a number.
+    /// Flows of this protocol: tcp, udp, sctp, icmp, icmpv6, or a number.
     #[arg(long, value_name = "PROTOCOL", value_parser = protocol)]
     proto: Option<u8>,
 }

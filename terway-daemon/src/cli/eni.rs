@@ -19,9 +19,9 @@ pub(super) fn enis(enis: &[v1::Eni], style: Style) -> String {
         "STATE",
         "USED/TOTAL",
         "INTERFACE",
-        "NOT-USED-BECAUSE",
+        "REASON",
         "+PREFIXES",
-        "+RESTING",
+        "+BACKOFF",
         "+MAC",
         "+SECURITY-GROUPS",
         "+TAGS",
@@ -60,7 +60,7 @@ pub(super) fn vswitches(vswitches: &[v1::VSwitch], style: Style) -> String {
         "USED/TOTAL",
         "CONFIGURED",
         "BLOCKED",
-        "+RESTING",
+        "+BACKOFF",
         "+PREFIXES",
     ];
     let rows = vswitches.iter().map(|v| {
@@ -80,7 +80,7 @@ pub(super) fn vswitches(vswitches: &[v1::VSwitch], style: Style) -> String {
     style.table(&head, rows)
 }
 
-/// A waiting time; empty if nothing is waited for.
+/// A back-off in seconds; empty if there is none.
 fn seconds(seconds: u32) -> String {
     if seconds == 0 { String::new() } else { format!("{seconds}s") }
 }
@@ -105,7 +105,7 @@ pub(super) fn eni_value(eni: &v1::Eni) -> Value {
         "id": eni.id, "mac": eni.mac, "vswitch": eni.vswitch, "role": eni.role, "status": eni.status,
         "state": eni.state, "interface": eni.ifname, "securityGroups": eni.security_groups, "tags": eni.tags,
         "used": bound(eni), "total": eni.addresses.len(), "reason": eni.reason,
-        "prefixes": eni.prefixes, "restingSeconds": eni.resting_seconds,
+        "prefixes": eni.prefixes, "backoffSeconds": eni.resting_seconds,
         "addresses": eni.addresses.iter().map(address_value).collect::<Vec<_>>(),
         "error": error_json(eni.error.as_ref()),
     })
@@ -119,7 +119,7 @@ pub(super) fn vswitch_value(v: &v1::VSwitch) -> Value {
     json!({
         "id": v.id, "zone": v.zone, "cidr": v.cidr, "available": v.available, "enis": v.enis,
         "addresses": v.addresses, "bound": v.bound, "blocked": error_json(v.blocked.as_ref()),
-        "configured": v.configured, "restingSeconds": v.resting_seconds, "fragmented": v.fragmented,
+        "configured": v.configured, "backoffSeconds": v.resting_seconds, "fragmented": v.fragmented,
     })
 }
 

@@ -6,33 +6,33 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use terway_proto::v1;
 
-/// Which flow events.
+/// Filter of flow events; all conditions must match.
 #[derive(Clone, Debug, Default, Args)]
 pub(super) struct Filter {
-    /// Stay and print those to come.
+    /// Wait for further events and print them.
     #[arg(short, long)]
     follow: bool,
-    /// With this pod at one end.
+    /// Events with this pod as source, destination or backend.
     #[arg(long, value_name = "NS/POD", value_parser = super::qualified)]
     pod: Option<(String, String)>,
-    /// Only what passed, or only what did not.
+    /// Events with this verdict.
     #[arg(long, value_enum)]
     verdict: Option<Verdict>,
-    /// Decided by this network policy, on either side.
+    /// Events that this network policy decided, at either end.
     #[arg(long, value_name = "[NS/]NAME")]
     policy: Option<String>,
-    /// With this port at one end.
+    /// Events with this source, destination or backend port.
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
-    /// No more than the latest so many of those that the daemon remembers.
+    /// Print at most the latest N of the events that the daemon remembers.
     #[arg(long, value_name = "N")]
     last: Option<u32>,
 }
 
-/// What became of a packet.
+/// Verdict of a flow event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Verdict {
-    /// New connections, as far as they are sampled (flow_events_one_in).
+    /// New connections (sampled, see flow_events_one_in).
     Allowed,
     /// Dropped packets.
     Dropped,

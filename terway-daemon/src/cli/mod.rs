@@ -1,9 +1,10 @@
-//! `terway-cli`: what the daemon of this node knows, for people and for scripts.
+//! `terway-cli`: the command line of the node daemon, for people and for scripts.
 //!
 //! Exit codes: 0 all is well, 1 the answer tells of a problem or mismatch (or the daemon refused), 2 wrong usage, 3 the daemon does not
 //! answer. The JSON is a contract: keys are added, never renamed (docs/operating.md).
 
 mod config;
+mod config_input;
 mod ct;
 mod daemon;
 mod drops;
@@ -30,33 +31,40 @@ use terway_proto::v1;
 use self::daemon::Failure;
 use self::table::Style;
 
-/// Looks into the terway daemon of this node.
+/// Inspects the terway daemon of this node: pods, ENIs, Services, network policies, flows, configuration.
 #[derive(Debug, Parser)]
-#[command(name = "terway-cli", version, about)]
-#[command(
-    after_help = "Exit codes: 0 all is well, 1 a problem or mismatch, 2 wrong usage, 3 the daemon does not answer."
-)]
+#[command(name = "terway-cli", version)]
+#[command(after_help = "Examples:
+  terway-cli status                        is this node healthy, and if not, what to do
+  terway-cli list -o wide                  pods with addresses, ENI and container id
+  terway-cli show pod default/web-0        one pod, every layer compared
+  terway-cli drops -f                      dropped packets as they come
+  terway-cli policy explain --from default/web-0 --to default/db-0:5432
+  terway-cli explain TW0202                cause and remedy of an error code
+
+Exit codes: 0 no problem, 1 a problem or mismatch was found or the daemon answered with an error, 2 wrong usage,
+3 the daemon does not answer.")]
 pub struct Cli {
-    /// The daemon's socket.
+    /// Socket of the daemon.
     #[arg(long, global = true, env = "TERWAY_SOCKET", default_value = terway_core::cni::DEFAULT_SOCKET, value_name = "PATH")]
     socket: PathBuf,
-    /// How to print.
-    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
+    /// Output format.
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table, value_name = "FORMAT")]
     output: Output,
-    /// Tables without their first line.
+    /// Print tables without the header line.
     #[arg(long, global = true)]
     no_headers: bool,
     #[command(subcommand)]
     command: Command,
 }
 
-/// How to print.
+/// Output format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// For people.
+    /// A table of the most important columns.
     #[value(alias = "text")]
     Table,
-    /// For people with wide screens.
+    /// A table of all columns.
     Wide,
     /// One JSON document.
     Json,
@@ -64,80 +72,87 @@ enum Output {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// One screen: can this node take pods, and if not, why. Exit code 1 if there is any problem.
+    /// Show whether this node can take pods, and every problem with its remedy. Exit code 1 if there is a problem.
     Status,
-    /// The pods of this node with their addresses, ENI and interface.
+    /// List the pods of this node with addresses, ENI and interface.
     List,
-    /// Everything about one pod, ENI, vSwitch or address; without a name, an overview.
+    /// Show one pod, ENI, vSwitch or address; without an argument, all vSwitches and ENIs.
+    #[command(after_help = "Examples:
+  terway-cli show
+  terway-cli show pod default/web-0
+  terway-cli show address 10.0.2.11")]
     Show {
         #[command(subcommand)]
         what: Option<show::What>,
     },
-    /// Each pod's way compared: store, link, routes, rules, datapath and cloud. Exit code 1 if they differ.
+    /// Compare each pod's state in store, kernel, datapath and cloud. Exit code 1 if they differ.
     Mapping {
-        /// Do not ask the cloud.
+        /// Do not ask the cloud API.
         #[arg(long)]
         no_cloud: bool,
     },
-    /// What the metadata service says of this node.
+    /// Show what the metadata service says about this node.
     Metadata,
-    /// The ENIs of this instance.
+    /// ENIs of this instance.
     Eni {
         #[command(subcommand)]
         verb: EniVerb,
     },
-    /// Dropped packets with reason, addresses and pod, the latest last.
+    /// Print dropped packets with reason, addresses and pod, oldest first.
     Drops {
-        /// Stay and print those to come.
+        /// Wait for further packets and print them.
         #[arg(short, long)]
         follow: bool,
     },
-    /// New connections, as far as they are sampled (flow_events_one_in), and dropped packets, with pods, Service and the policies that
-    /// decided; the latest last.
+    /// Print flow events: new connections (sampled, see flow_events_one_in) and dropped packets, with pods, Service and deciding policies.
+    #[command(after_help = "Examples:
+  terway-cli flows --last 20
+  terway-cli flows -f --pod default/web-0 --verdict dropped")]
     Flows {
         #[command(flatten)]
         filter: flows::Filter,
     },
-    /// Services, and pods' host ports, that this node serves.
+    /// Services and host ports that this node serves.
     Svc {
         #[command(subcommand)]
         verb: SvcVerb,
     },
-    /// Network policies, and why a connection passes or not.
+    /// Network policies, and why a connection is allowed or denied.
     Policy {
         #[command(subcommand)]
         verb: policy::Verb,
     },
-    /// Flows of the datapath: its connection tracking.
+    /// Connection tracking: the datapath's flow tables.
     Ct {
         #[command(subcommand)]
         verb: ct::Verb,
     },
-    /// Checks, explains and compares configurations (eni-config); needs no daemon.
+    /// Check, explain and compare configurations (eni-config); needs no daemon.
     Config {
         #[command(subcommand)]
         command: config::Command,
     },
-    /// Explains an error code such as TW0202.
+    /// Explain an error code such as TW0202; needs no daemon.
     Explain {
         /// The code.
+        #[arg(value_name = "CODE")]
         code: String,
     },
 }
 
 #[derive(Debug, Subcommand)]
 enum EniVerb {
-    /// All of them: role, vSwitch, state, addresses in use, and why one is not used.
+    /// List all ENIs: role, vSwitch, state, addresses in use, and why an ENI is not used.
     List,
 }
 
 #[derive(Debug, Subcommand)]
 enum SvcVerb {
-    /// All of them: a line for each address and port, with ready and all backends.
+    /// List all Services: a line for each address and port, with ready and all backends.
     List,
-    /// One with its backends. Exit code 1 if this node serves nothing of that name.
+    /// Show one Service with its backends. Exit code 1 if this node does not serve it.
     Show {
-        /// Its namespace and name.
+        /// Namespace and name of the Service.
         #[arg(value_name = "NS/NAME", value_parser = qualified)]
         name: (String, String),
     },
@@ -329,6 +344,9 @@ fn complete(reply: &v1::GetPoolResponse) -> bool {
 fn print(text: &str) {
     print!("{text}");
 }
+
+#[cfg(test)]
+mod help;
 
 #[cfg(test)]
 mod tests {

@@ -9,29 +9,29 @@ use terway_proto::v1;
 
 use super::table::{Style, pretty};
 
-/// The forms of `policy`.
+/// Subcommands of `policy`.
 #[derive(Debug, Subcommand)]
 pub(super) enum Verb {
-    /// All of them, with how many pods of this node each selects.
+    /// List all network policies, with how many pods of this node each selects.
     List,
-    /// One with the pods of this node that it selects. Exit code 1 if there is none of that name.
+    /// Show one network policy with the pods of this node that it selects. Exit code 1 if there is none of that name.
     Show {
-        /// Its namespace and name; a ClusterNetworkPolicy has only a name.
+        /// Namespace and name of the policy; a ClusterNetworkPolicy has only a name.
         #[arg(value_name = "[NS/]NAME")]
         name: String,
     },
-    /// Why a connection passes or not. Exit code 1 if it does not.
+    /// Explain why a connection is allowed or denied, at both ends. Exit code 1 if it is denied.
     Explain {
-        /// Who begins: a pod, or an address.
+        /// Source of the connection: a pod or an address.
         #[arg(long, value_name = "NS/POD|ADDRESS", value_parser = party)]
         from: v1::PolicyParty,
-        /// With whom: a pod or an address, a port, and a protocol that is TCP if it is not said.
+        /// Destination: a pod or an address, optionally a port, and a protocol (default TCP).
         #[arg(long, value_name = "NS/POD|ADDRESS[:PORT][/PROTOCOL]", value_parser = target)]
         to: Target,
     },
 }
 
-/// The far end of a connection.
+/// Destination of a connection.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Target {
     pub(super) party: v1::PolicyParty,
@@ -95,7 +95,7 @@ pub(super) fn list(reply: &v1::ListPoliciesResponse, style: Style) -> String {
         let [selected, allowed, denied] = numbers;
         vec![p.kind.clone(), name(p), selected, allowed, denied, p.denied_bytes.to_string(), pods(p).join(",")]
     });
-    style.table(&["KIND", "POLICY", "PODS", "ALLOWED", "DENIED", "+DENIED BYTES", "+SELECTS"], rows) + &remarks(reply)
+    style.table(&["KIND", "POLICY", "PODS", "ALLOWED", "DENIED", "+DENIED-BYTES", "+SELECTS"], rows) + &remarks(reply)
 }
 
 /// `policy show`: each with its pods.

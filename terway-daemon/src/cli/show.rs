@@ -12,28 +12,28 @@ use super::daemon::{self, Failure};
 use super::table::{Style, block, error_line, pod_name, pretty};
 use super::{Cli, eni, mapping, print, verdict};
 
-/// One thing.
+/// Subcommands of `show`.
 #[derive(Clone, Debug, Subcommand)]
 pub(super) enum What {
-    /// A pod: addresses, ENI, interface, container, and whether all layers fit.
+    /// Show a pod: addresses, ENI, interface, container, and whether all layers agree. Exit code 1 if they differ.
     Pod {
-        /// NAMESPACE/NAME.
-        #[arg(value_parser = namespaced)]
+        /// Namespace and name of the pod.
+        #[arg(value_name = "NS/NAME", value_parser = namespaced)]
         name: PodName,
     },
-    /// An ENI: state, vSwitch, security groups, tags, and each address with its pod.
+    /// Show an ENI: state, vSwitch, security groups, tags, and each address with its pod.
     Eni {
-        /// eni-….
+        /// Id of the ENI (eni-…).
         id: String,
     },
-    /// A vSwitch: what is left in it, what this node has of it.
+    /// Show a vSwitch: free addresses, and this node's ENIs and addresses in it.
     Vswitch {
-        /// vsw-….
+        /// Id of the vSwitch (vsw-…).
         id: String,
     },
-    /// An address: whose it is, and on which ENI.
+    /// Show an address: its pod and its ENI.
     Address {
-        /// IPv4 or IPv6.
+        /// An IPv4 or IPv6 address.
         address: IpAddr,
     },
 }
@@ -75,14 +75,14 @@ pub(super) async fn run(cli: &Cli, what: Option<&What>, style: Style) -> Result<
         Some(What::Eni { id }) => unknown("ENI", id),
         Some(What::Vswitch { id }) => unknown("vSwitch", id),
         Some(What::Address { address }) => unknown("address", &address.to_string()),
-        _ => unknown("thing", ""),
+        _ => unknown("object", ""),
     })?;
     print(&text);
     Ok(verdict(complete))
 }
 
-fn unknown(sort: &str, name: &str) -> Failure {
-    Failure::Refused(format!("the daemon of this node knows no {sort} {name}"))
+fn unknown(kind: &str, name: &str) -> Failure {
+    Failure::Refused(format!("the daemon of this node has no {kind} {name}"))
 }
 
 fn overview(reply: &v1::GetPoolResponse, style: Style) -> String {
@@ -149,7 +149,7 @@ fn one_eni(reply: &v1::GetPoolResponse, id: &str, style: Style) -> Option<String
         ("security groups", found.security_groups.join(", ")),
         ("tags", tags.join(", ")),
         ("addresses", format!("{} of {} in use", eni::bound(found), found.addresses.len())),
-        ("not used because", found.reason.clone()),
+        ("reason", found.reason.clone()),
         ("problem", error_line(&error)),
         ("remedy", error.remedy),
     ]);

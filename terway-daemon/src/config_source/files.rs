@@ -66,7 +66,7 @@ impl Paths {
     }
 }
 
-fn read_data(path: &Path) -> Result<ConfigMapData, String> {
+pub(crate) fn read_data(path: &Path) -> Result<ConfigMapData, String> {
     let of = |path: &Path, error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let meta = fs::metadata(path).map_err(|error| of(path, &error))?;
     if !meta.is_dir() {

@@ -15,6 +15,7 @@ use tracing::{error, info, warn};
 use crate::file_watch::Watch;
 
 pub use self::files::Paths;
+pub(crate) use self::files::read_data;
 pub use self::status::{ConfigMetrics, ConfigStatus, Edit, Failure};
 
 /// How often the files are read although nothing was seen: not every file system tells.

@@ -65,7 +65,13 @@ impl ConfigStatus {
         }
     }
 
-    pub(super) fn record_change(&mut self, live: &LiveConfig, changed: Vec<KeyChange>, warnings: Vec<Warning>, at: SystemTime) {
+    pub(super) fn record_change(
+        &mut self,
+        live: &LiveConfig,
+        changed: Vec<KeyChange>,
+        warnings: Vec<Warning>,
+        at: SystemTime,
+    ) {
         self.failure = None;
         self.warnings = warnings;
         self.pending_restart = live.pending();

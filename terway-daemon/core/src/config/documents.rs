@@ -57,6 +57,13 @@ impl ConfigDocuments {
     /// # Errors
     /// Every refused value at once, so that one edit can mend them all. No text of an error holds a secret.
     pub fn check(&self) -> Result<(Config, Vec<Warning>), Vec<InvalidValue>> {
+        let (config, warnings) = self.check_with_warnings();
+        config.map(|config| (config, warnings))
+    }
+
+    /// As [`Self::check`], with the warnings also of a configuration that is refused.
+    #[must_use]
+    pub fn check_with_warnings(&self) -> (Result<Config, Vec<InvalidValue>>, Vec<Warning>) {
         let merged = self.merged();
         let (layers, mut bad) = match merged {
             Ok(object) => (object, Vec::new()),
@@ -68,18 +75,18 @@ impl ConfigDocuments {
         if unread {
             // What the document would have said is not known: only what stands beside it can be judged.
             bad.append(&mut reader.bad);
-            return Err(bad);
+            return (Err(bad), reader.warnings);
         }
         let config = check(&mut reader, beside);
         if reader.bad.is_empty() {
-            return Ok((config, reader.warnings));
+            return (Ok(config), reader.warnings);
         }
         // Two files make one document: say which of them to mend.
         let own = self.overlay.as_ref().and_then(|data| object("", data.get(ENI_CONF.name)?).ok());
         for bad in reader.bad.iter_mut().filter(|bad| own.as_ref().is_some_and(|own| own.contains_key(&bad.key))) {
             bad.reason.push_str(" (set by the node's own configuration)");
         }
-        Err(reader.bad)
+        (Err(reader.bad), reader.warnings)
     }
 
     /// `eni_conf` with the overlay's laid over it.
