@@ -72,6 +72,8 @@ pub struct Options {
     pub cloud: fn(&mut CloudConfig),
     /// By what the daemon's own waiting times are divided.
     pub time_scale: u32,
+    /// Whether tests can make the daemon's tasks panic ([`Node::inject_panic`](crate::node::Node::inject_panic)).
+    pub panics: bool,
     /// The binaries of the containerd that every node gets, if any.
     pub containerd: Option<PathBuf>,
     /// Whether the daemons have Services, from each node's folder of manifests.
@@ -108,6 +110,7 @@ impl Options {
             conf: Value::Null,
             cloud: |_| {},
             time_scale: 1,
+            panics: false,
             containerd: None,
             objects: true,
             sockets: false,
@@ -219,6 +222,7 @@ impl Cluster {
             cooling: options.cooling,
             audit: options.audit,
             time_scale: options.time_scale,
+            panics: options.panics,
             objects: options.objects,
             cgroups: self.work.join(CGROUPS),
             sockets: options.sockets,

@@ -123,7 +123,7 @@ fn the_audit_heals_what_others_break() -> Result<()> {
         run("ip link del calistranger")?;
         run("ip rule del from 10.9.9.8 lookup 1999 pref 2048")?;
 
-        let metrics = node.netns().run(|| metrics("127.0.0.1:9099"))??;
+        let metrics = node.netns().run(|| metrics("127.0.0.1:19099"))??;
         for line in [
             r#"terway_reconcile_findings{kind="rule-missing"} 0"#,
             r#"terway_reconcile_corrections_total{action="remove"} 2"#,

@@ -68,7 +68,7 @@ fn flows_end_as_configured_and_are_counted() -> Result<()> {
             ensure!(tracking(node)?["capacityV4"] == 8192, "{}", tracking(node)?);
             let (tcp, udp) = open.stop()?;
             ensure!(tcp.lost == 0 && udp.lost == 0, "TCP {tcp:?}, UDP {udp:?}");
-            let metrics = node.netns().run(|| get("127.0.0.1:9099".parse()?, "/metrics"))??;
+            let metrics = node.netns().run(|| get("127.0.0.1:19099".parse()?, "/metrics"))??;
             for line in [
                 "terway_ct_pressure{family=\"ipv4\"} 0.",
                 "terway_ct_evicted_total 0",

@@ -363,7 +363,7 @@ fn clients_of_udp_survive_their_backend() -> Result<()> {
         let status = n1.cli(&["status"])?;
         ensure!(status.contains("4 sockets ended"), "{status}");
         let metrics = ns(n1).run(|| -> io::Result<String> {
-            let mut stream = TcpStream::connect("127.0.0.1:9099")?;
+            let mut stream = TcpStream::connect("127.0.0.1:19099")?;
             stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
             io::read_to_string(stream)
         })??;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -42,6 +42,8 @@ pub struct DaemonOptions {
     pub sockets: bool,
     /// The log filter.
     pub log: String,
+    /// Whether [`Node::inject_panic`] works; only in a daemon of the development profile.
+    pub panics: bool,
     /// Once true, waiting ends with an error.
     pub interrupted: Arc<AtomicBool>,
 }
@@ -161,7 +163,7 @@ impl Node {
             .arg("--cgroup")
             .arg(self.cgroup())
             .args(["--node", &self.name])
-            .args(["--listen", "127.0.0.1:9099"])
+            .args(["--listen", "127.0.0.1:19099"])
             .args(["--ecs-endpoint", &self.options.endpoint])
             .args(["--vpc-endpoint", &self.options.endpoint])
             .args(["--cooling", &self.options.cooling.to_string()])
@@ -178,8 +180,47 @@ impl Node {
         if self.options.objects {
             command.arg("--objects").arg(format!("dir:{}", self.objects_dir().display()));
         }
+        if self.options.panics {
+            command.env("TERWAY_PANIC_DIR", self.panic_dir());
+        }
         *slot = Some(command.spawn().context("start terwayd")?);
         Ok(())
+    }
+
+    fn panic_dir(&self) -> PathBuf {
+        self.work.join("panic")
+    }
+
+    /// Makes the daemon's task `task` panic the next time it runs, and returns when the daemon has seen that.
+    ///
+    /// # Errors
+    /// When the daemon does not look for it.
+    pub fn inject_panic(&self, task: &str) -> Result<()> {
+        fs::create_dir_all(self.panic_dir())?;
+        let file = self.panic_dir().join(task);
+        fs::write(&file, "")?;
+        self.wait(Duration::from_secs(20), "the daemon has seen the injected panic", |_| Ok(!file.exists()))
+    }
+
+    /// Waits until the daemon ends by itself and returns how; it can be started again then.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn daemon_exit(&self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let mut slot = self.daemon.lock();
+            let Some(child) = slot.as_mut() else { bail!("terwayd of {} was not started", self.name) };
+            if let Some(status) = child.try_wait()? {
+                *slot = None;
+                return Ok(status);
+            }
+            drop(slot);
+            if Instant::now() > deadline {
+                bail!("terwayd runs on after {limit:?}; the end of its log:\n{}", self.log_tail(30));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Where the daemon logs to.

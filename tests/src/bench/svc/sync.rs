@@ -72,7 +72,7 @@ pub(super) fn fill(node: &Node, numbers: Range<usize>) -> Result<()> {
 /// How many plans the daemon has carried out, and how many seconds that took altogether, from the arrival of the objects.
 fn syncs(node: &Node) -> Result<(f64, f64)> {
     let text = node.netns().run(|| -> Result<String> {
-        let mut stream = TcpStream::connect("127.0.0.1:9099")?;
+        let mut stream = TcpStream::connect("127.0.0.1:19099")?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
         let mut text = String::new();

@@ -33,7 +33,7 @@ fn counted(node: &Node, name: &str) -> Result<(u64, u64)> {
 }
 
 fn metric(node: &Node, verdict: &str) -> Result<u64> {
-    let metrics = node.netns().run(|| crate::conntrack::get("127.0.0.1:9099".parse()?, "/metrics"))??;
+    let metrics = node.netns().run(|| crate::conntrack::get("127.0.0.1:19099".parse()?, "/metrics"))??;
     let wanted =
         format!("terway_policy_verdicts_total{{policy=\"x/guard\",direction=\"ingress\",verdict=\"{verdict}\"}} ");
     let line = metrics.lines().find_map(|line| line.strip_prefix(&wanted));

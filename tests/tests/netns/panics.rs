@@ -1,0 +1,130 @@
+//! A panic in a task of the daemon: what the operator sees, what goes on, and that the next daemon has whole state.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use terway_sim::node::Node;
+use terway_sim::node::cni::Pod;
+use terway_sim::probe::{Echo, Traffic};
+
+use super::{SETTLE, agreement, fixed_pool, pod, with_cluster};
+
+const READY_WITHIN: Duration = Duration::from_secs(30);
+
+/// ADDs and DELs one pod after the other until `done`; returns how many ADDs there were. Every one must succeed: the plugin waits for a
+/// daemon that restarts.
+fn add_until(node: &Node, name: &str, done: &AtomicBool) -> Result<u32> {
+    let mut adds = 0;
+    while !done.load(Ordering::SeqCst) {
+        let mut pod = node.new_pod(&format!("{name}-{adds}"))?;
+        node.add(&mut pod).with_context(|| format!("ADD {adds} while the daemon panics"))?;
+        node.check(&pod)?;
+        node.del(&pod)?;
+        adds += 1;
+    }
+    Ok(adds)
+}
+
+#[test]
+fn a_panic_in_engine_or_store_ends_the_daemon_and_pods_keep_their_network() -> Result<()> {
+    with_cluster(
+        |options| {
+            (options.nodes, options.adapters, options.panics) = (1, 2, true);
+            fixed_pool(options);
+        },
+        |cluster| {
+            let node = cluster.node(1);
+            let pods = [pod(node, "a")?, pod(node, "b")?];
+            let _echo = Echo::start(&pods[1].ns)?;
+            let traffic = Traffic::start(&pods[0].ns, pods[1].v4()?)?;
+            for task in
+                ["engine", "store", "datapath", "engine-timer", "link-reaper", "audit", "del-queue", "grpc-server"]
+            {
+                let done = AtomicBool::new(false);
+                let adds = std::thread::scope(|scope| -> Result<u32> {
+                    let adds = scope.spawn(|| add_until(node, task, &done));
+                    let outcome = end_and_restart(node, task);
+                    done.store(true, Ordering::SeqCst);
+                    let adds = adds.join().map_err(|_panic| anyhow::anyhow!("the thread of ADDs panicked"))?;
+                    outcome?;
+                    adds
+                })
+                .with_context(|| format!("a panic in {task}"))?;
+                println!("panic in {task}: {adds} ADDs meanwhile");
+                for pod in &pods {
+                    node.check(pod).with_context(|| format!("after a panic in {task}"))?;
+                }
+                node.wait(SETTLE, "two pods are left", |node| Ok(node.list_pods()?.len() == 2))?;
+            }
+            let (tcp, udp) = traffic.stop()?;
+            ensure!(tcp.lost == 0 && udp.lost == 0, "TCP {tcp:?}, UDP {udp:?}");
+            agreement(cluster, node)
+        },
+    )
+}
+
+fn end_and_restart(node: &Node, task: &str) -> Result<()> {
+    node.inject_panic(task)?;
+    let status = node.daemon_exit(Duration::from_secs(20))?;
+    ensure!(status.code() == Some(101), "ended with {status}");
+    let log = node.log_tail(200);
+    let panic = log.lines().rev().find(|line| line.contains(" panic ")).context("no line about the panic")?;
+    for word in ["TW0108", &format!("task=\"{task}\""), "supervise.rs:", "the daemon ends"] {
+        ensure!(panic.contains(word), "{word} is missing in {panic}");
+    }
+    let last = log.lines().last().unwrap_or_default();
+    ensure!(last.contains("terwayd ends") && last.contains(task) && last.contains("TW0108"), "last line: {last}");
+    node.start_daemon()?;
+    node.wait_ready(READY_WITHIN)
+}
+
+#[test]
+fn a_panic_in_a_task_without_state_restarts_it_and_shows_in_status_and_metrics() -> Result<()> {
+    with_cluster(
+        |options| {
+            (options.nodes, options.panics) = (1, true);
+            fixed_pool(options);
+        },
+        |cluster| {
+            let node = cluster.node(1);
+            let pod: Pod = pod(node, "a")?;
+            for task in ["config-source", "http", "flow-log", "conflist"] {
+                node.inject_panic(task)?;
+                let name = format!("task {task} ");
+                node.wait(SETTLE, "status shows the panic", |node| {
+                    let problems = node.status()?.problems;
+                    Ok(problems.iter().any(|problem| problem.code == "TW0108" && problem.detail.contains(&name)))
+                })
+                .with_context(|| format!("a panic in {task}"))?;
+                let line = format!("terway_panics_total{{task=\"{task}\"}} 1");
+                node.wait(SETTLE, "the metric counts the panic", |node| Ok(metrics(node)?.contains(&line)))?;
+                let log = node.log_tail(200);
+                ensure!(log.contains("restarting a task that panicked"), "{log}");
+            }
+            // They do their work again.
+            node.edit_conf(serde_json::json!({"min_pool_size": 1}))?;
+            node.wait(SETTLE, "an edit of the configuration is taken", |node| {
+                Ok(node.status()?.configuration.is_some_and(|configuration| configuration.generation > 1))
+            })?;
+            std::fs::remove_file(node.cni_conf_dir().join("10-terway.conflist"))?;
+            node.wait(SETTLE, "the conflist is back", |node| Ok(node.conflist().is_ok()))?;
+            node.check(&pod)?;
+            node.del(&pod)?;
+            Ok(())
+        },
+    )
+}
+
+fn metrics(node: &Node) -> Result<String> {
+    node.netns().run(|| -> Result<String> {
+        let mut stream = TcpStream::connect("127.0.0.1:19099")?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    })?
+}
