@@ -282,7 +282,7 @@ fn report(info: &PanicHookInfo<'_>) {
     let unknown = if thread.name() == Some("main") { OnPanic::EndDaemon } else { OnPanic::Contain };
     let Task { name, on_panic } = CURRENT.get().unwrap_or(Task { name: "unsupervised", on_panic: unknown });
     PANICS.get_or_create(&TaskLabels { task: name }).inc();
-    let message = info.payload_as_str().unwrap_or("");
+    let reason = info.payload_as_str().unwrap_or("");
     let location = info.location().map(ToString::to_string).unwrap_or_default();
     let consequence = on_panic.consequence();
     // Empty unless RUST_BACKTRACE asks for one.
@@ -296,12 +296,12 @@ fn report(info: &PanicHookInfo<'_>) {
         task = name,
         thread = thread.name().unwrap_or_default(),
         location,
-        message,
+        reason,
         consequence,
         backtrace,
         "panic"
     );
-    let text = format!("panicked at {location}: {message}");
+    let text = format!("panicked at {location}: {reason}");
     if on_panic == OnPanic::EndDaemon {
         error!(
             code = errors::PANIC.id,
