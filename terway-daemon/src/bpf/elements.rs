@@ -255,4 +255,14 @@ impl<K: Pod, V: Pod> Elements<K, V> {
         }
         Ok(())
     }
+
+    /// Writes many elements as [`Self::put_all`] does, and goes on behind those that are refused; their indices and errors.
+    pub(super) fn put_each(&self, keys: &[K], values: &[V]) -> Vec<(usize, BpfError)> {
+        if self.put_all(keys, values).is_ok() {
+            return Vec::new();
+        }
+        // The kernel does not say on every version where a batch ended, and writing an element twice changes nothing.
+        let elements = keys.iter().zip(values).enumerate();
+        elements.filter_map(|(index, (key, value))| Some((index, self.put(key, value, 0).err()?))).collect()
+    }
 }

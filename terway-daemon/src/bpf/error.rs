@@ -78,13 +78,24 @@ pub enum BpfError {
     /// More endpoints than the datapath holds.
     #[error("the datapath holds at most {0} endpoints")]
     Full(u32),
-    /// A map of Services is full.
+    /// A Service map is full.
     #[error("the datapath holds at most {limit} {what}")]
     NoRoom {
         /// Of what.
         what: &'static str,
         /// How many it holds.
         limit: u32,
+    },
+    /// A map operation was not run because one that it depends on was refused.
+    #[error("{0} was refused")]
+    Dependency(&'static str),
+    /// Some of several map operations were refused; the others are in effect.
+    #[error("{count} map operations were refused, the first: {first}")]
+    Refused {
+        /// How many.
+        count: usize,
+        /// Why the first of them was.
+        first: String,
     },
     /// The events are being read already.
     #[error("the drop events are being read already")]
@@ -100,6 +111,15 @@ pub enum BpfError {
 }
 
 impl BpfError {
+    /// One error for those of several operations; none if there are none.
+    ///
+    /// # Errors
+    /// [`BpfError::Refused`].
+    pub fn of_all(errors: impl ExactSizeIterator<Item = String>) -> Result<(), Self> {
+        let (count, mut errors) = (errors.len(), errors);
+        errors.next().map_or(Ok(()), |first| Err(Self::Refused { count, first }))
+    }
+
     /// Whether this says that the interface does not exist (any more).
     #[must_use]
     pub fn is_gone(&self) -> bool {

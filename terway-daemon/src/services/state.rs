@@ -158,7 +158,7 @@ impl State {
 
     fn due(&mut self, now: Instant) -> Result<(), BpfError> {
         while let Some((_, ops)) = self.retire.pop_front_if(|(due, _)| *due <= now) {
-            self.datapath.services().apply(&ops)?;
+            BpfError::of_all(self.datapath.services().apply(&ops).into_iter().map(|(_, error)| error))?;
             self.backends_removed |= ops.iter().any(invalidates_backend);
             if let Some(planner) = &mut self.planner {
                 planner.retired(&ops);
@@ -222,7 +222,7 @@ impl State {
         if plan.ops.is_empty() && plan.retire.is_empty() {
             return Ok(());
         }
-        self.datapath.services().apply(&plan.ops)?;
+        BpfError::of_all(self.datapath.services().apply(&plan.ops).into_iter().map(|(_, error)| error))?;
         self.backends_removed |= plan.ops.iter().any(invalidates_backend);
         self.metrics.synced(start.elapsed());
         if !plan.retire.is_empty() {

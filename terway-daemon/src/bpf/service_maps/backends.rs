@@ -23,9 +23,18 @@ pub(super) struct BackendMaps {
     /// Mirror of the backend map.
     mirror: Mirror,
     /// Free ranges of the array of references.
-    pub(super) runs: RangeAllocator,
+    pub(super) ranges: RangeAllocator,
     /// Where tables are in that array.
     tables: BTreeMap<TableId, (BackendRange, Algorithm)>,
+}
+
+/// Result of writing several objects.
+#[derive(Default)]
+pub(super) struct Writes {
+    /// Writes that succeeded.
+    pub(super) count: u64,
+    /// Operations that failed, by their place in the batch.
+    pub(super) failed: Vec<(usize, Arc<BpfError>)>,
 }
 
 /// Backends by their numbers, which are dense: freed numbers are reused first.
@@ -75,7 +84,7 @@ impl BackendMaps {
         connection_counts: Elements<u32, u64>,
     ) -> Self {
         Self {
-            runs: RangeAllocator::new(members.capacity()),
+            ranges: RangeAllocator::new(members.capacity()),
             members,
             backends,
             connection_counts,
@@ -105,7 +114,7 @@ impl BackendMaps {
             }
             ControlFlow::Continue(())
         })?;
-        self.runs = RangeAllocator::new(self.members.capacity());
+        self.ranges = RangeAllocator::new(self.members.capacity());
         self.tables.clear();
         Ok(())
     }
@@ -114,20 +123,20 @@ impl BackendMaps {
     /// gets a new one.
     pub(super) fn adopt_table(
         &mut self,
-        run: BackendRange,
+        range: BackendRange,
         algorithm: Algorithm,
         contents: &mut MapContents,
     ) -> Result<Selection, BpfError> {
-        if !self.runs.reserve(run.first, run.count) {
+        if !self.ranges.reserve(range.first, range.count) {
             return Ok(Selection::Reject);
         }
-        let mut slots = Vec::with_capacity(run.count as usize);
-        for index in run.first..run.first + run.count {
+        let mut slots = Vec::with_capacity(range.count as usize);
+        for index in range.first..range.first + range.count {
             let member = self.members.get(&index)?.unwrap_or_default();
             slots.push(BackendRef { backend: BackendId(member.backend), generation: member.generation });
         }
         let id = TableId(self.tables.len() as u32 + 1);
-        self.tables.insert(id, (run, algorithm));
+        self.tables.insert(id, (range, algorithm));
         contents.tables.insert(id, Arc::new(Table { algorithm, slots }));
         Ok(Selection::Table(id))
     }
@@ -137,14 +146,17 @@ impl BackendMaps {
         self.tables.get(&id).copied()
     }
 
-    /// Writes backends that differ from the map; the number of writes.
-    pub(super) fn put_backends(&mut self, batch: &[Op]) -> Result<u64, BpfError> {
+    /// Writes backends that differ from the map.
+    pub(super) fn put_backends(&mut self, batch: &[Op]) -> Writes {
         let limit = self.backends.capacity();
-        let (mut new, mut numbers, mut entries) = (Vec::new(), Vec::new(), Vec::new());
-        for op in batch {
+        let mut writes = Writes::default();
+        let (mut new, mut numbers, mut entries, mut places) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (place, op) in batch.iter().enumerate() {
             let Op::PutBackend(id, backend) = op else { continue };
             if id.0 >= limit {
-                return Err(BpfError::NoRoom { what: "backends", limit: limit.saturating_sub(1) });
+                let error = BpfError::NoRoom { what: "backends", limit: limit.saturating_sub(1) };
+                writes.failed.push((place, Arc::new(error)));
+                continue;
             }
             let (entry, old) = (convert::backend_to_abi(backend), self.mirror.get(id.0));
             if old == Some(entry) {
@@ -155,13 +167,25 @@ impl BackendMaps {
             }
             numbers.push(id.0);
             entries.push(entry);
+            places.push(place);
         }
         // Programs do not count connections of a backend before it is written.
-        self.connection_counts.put_all(&new, &vec![0; new.len()])?;
-        self.backends.put_all(&numbers, &entries)?;
-        let writes = numbers.len() as u64;
-        numbers.into_iter().zip(entries).for_each(|(number, entry)| self.mirror.insert(number, entry));
-        Ok(writes)
+        if let Err(error) = self.connection_counts.put_all(&new, &vec![0; new.len()]) {
+            let error = Arc::new(error);
+            writes.failed.extend(places.into_iter().map(|place| (place, Arc::clone(&error))));
+            return writes;
+        }
+        let mut refused: BTreeMap<usize, BpfError> = self.backends.put_each(&numbers, &entries).into_iter().collect();
+        for (index, (number, entry)) in numbers.into_iter().zip(entries).enumerate() {
+            match (refused.remove(&index), places.get(index)) {
+                (Some(error), Some(place)) => writes.failed.push((*place, Arc::new(error))),
+                _ => {
+                    self.mirror.insert(number, entry);
+                    writes.count += 1;
+                }
+            }
+        }
+        writes
     }
 
     /// Puts a tombstone in the place of a backend: another generation, so that references to it are invalid.
@@ -172,27 +196,45 @@ impl BackendMaps {
         Ok(())
     }
 
-    /// Writes tables into free ranges; the number of writes.
-    pub(super) fn put_tables(&mut self, batch: &[Op]) -> Result<u64, BpfError> {
-        let (mut indices, mut members) = (Vec::new(), Vec::new());
-        for op in batch {
+    /// Writes tables into free ranges.
+    pub(super) fn put_tables(&mut self, batch: &[Op]) -> Writes {
+        let mut writes = Writes::default();
+        let (mut indices, mut references, mut tables) = (Vec::new(), Vec::new(), Vec::new());
+        let reference = |slot: &BackendRef| AbiBackendRef { backend: slot.backend.0, generation: slot.generation };
+        for (place, op) in batch.iter().enumerate() {
             let Op::PutTable(id, table) = op else { continue };
             let count = table.slots.len() as u32;
-            let limit = self.members.capacity();
-            let first = self.runs.take(count).ok_or(BpfError::NoRoom { what: "slots of backend tables", limit })?;
-            self.tables.insert(*id, (BackendRange { first, count }, table.algorithm));
+            let Some(first) = self.ranges.take(count) else {
+                let limit = self.members.capacity();
+                let error = BpfError::NoRoom { what: "slots of backend tables", limit };
+                writes.failed.push((place, Arc::new(error)));
+                continue;
+            };
             indices.extend(first..first + count);
-            let member = |slot: &BackendRef| AbiBackendRef { backend: slot.backend.0, generation: slot.generation };
-            members.extend(table.slots.iter().map(member));
+            references.extend(table.slots.iter().map(reference));
+            tables.push((place, *id, BackendRange { first, count }, table.algorithm));
         }
-        self.members.put_all(&indices, &members)?;
-        Ok(indices.len() as u64)
+        // Indices of an array that exist: the kernel refuses all of them or none.
+        match self.members.put_all(&indices, &references) {
+            Ok(()) => {
+                writes.count = indices.len() as u64;
+                self.tables.extend(tables.into_iter().map(|(_, id, range, algorithm)| (id, (range, algorithm))));
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                for (place, _, range, _) in tables {
+                    self.ranges.give_back(range.first, range.count);
+                    writes.failed.push((place, Arc::clone(&error)));
+                }
+            }
+        }
+        writes
     }
 
     /// Frees the range of a table.
     pub(super) fn remove_table(&mut self, id: TableId) {
-        if let Some((run, _)) = self.tables.remove(&id) {
-            self.runs.give_back(run.first, run.count);
+        if let Some((range, _)) = self.tables.remove(&id) {
+            self.ranges.give_back(range.first, range.count);
         }
     }
 

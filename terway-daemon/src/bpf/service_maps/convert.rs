@@ -57,14 +57,14 @@ pub(super) fn frontend_to_abi(
     table: impl Fn(TableId) -> Option<(BackendRange, Algorithm)>,
 ) -> AbiFrontend {
     let mut flags = 0;
-    let mut run = |selection: Selection, pass: u32, drop: u32| match selection {
-        Selection::Table(id) => table(id).map_or(BackendRange::default(), |(run, algorithm)| {
+    let mut range = |selection: Selection, pass: u32, drop: u32| match selection {
+        Selection::Table(id) => table(id).map_or(BackendRange::default(), |(range, algorithm)| {
             flags |= match algorithm {
                 Algorithm::Random => 0,
                 Algorithm::LeastConnections => frontend_flags::LEAST_CONNECTIONS,
                 Algorithm::Maglev => frontend_flags::MAGLEV,
             };
-            run
+            range
         }),
         Selection::Reject => BackendRange::default(),
         Selection::Drop => {
@@ -76,8 +76,8 @@ pub(super) fn frontend_to_abi(
             BackendRange::default()
         }
     };
-    let internal = run(frontend.inside, frontend_flags::EXTERNAL_ONLY, 0);
-    let external = run(frontend.outside, frontend_flags::IN_CLUSTER_ONLY, frontend_flags::DROP_WITHOUT_REPLY);
+    let internal = range(frontend.inside, frontend_flags::EXTERNAL_ONLY, 0);
+    let external = range(frontend.outside, frontend_flags::IN_CLUSTER_ONLY, frontend_flags::DROP_WITHOUT_REPLY);
     if frontend.check_source {
         flags |= frontend_flags::SOURCE_RANGES;
     }

@@ -27,8 +27,18 @@ pub(super) struct FrontendMaps {
     mirror: BTreeMap<FrontendKey, AbiFrontend>,
     /// The filter as it follows from the mirror and from the node's addresses.
     filter_counts: BTreeMap<u32, u32>,
+    /// Buckets of the filter that are to be written.
+    dirty_buckets: BTreeSet<u32>,
     /// The node's addresses that have NodePorts.
     node_addresses: BTreeSet<IpAddr>,
+}
+
+/// Result of writing frontends.
+pub(super) struct FrontendWrites {
+    /// Addresses of frontends that are new.
+    pub(super) new: Vec<IpAddr>,
+    /// Indices of frontends that the kernel refused.
+    pub(super) refused: Vec<(usize, BpfError)>,
 }
 
 fn bucket(address: IpAddr) -> u32 {
@@ -68,6 +78,7 @@ impl FrontendMaps {
             filter,
             mirror: BTreeMap::new(),
             filter_counts: BTreeMap::new(),
+            dirty_buckets: BTreeSet::new(),
             node_addresses: BTreeSet::new(),
         }
     }
@@ -116,65 +127,76 @@ impl FrontendMaps {
         let wanted: BTreeSet<IpAddr> = addresses.iter().copied().collect();
         let added: Vec<_> = wanted.difference(&self.node_addresses).copied().collect();
         let removed: Vec<_> = self.node_addresses.difference(&wanted).copied().collect();
-        for address in &added {
-            *self.filter_counts.entry(bucket(*address)).or_default() += 1;
-        }
-        for address in &removed {
-            self.uncount(*address);
-        }
+        added.iter().for_each(|address| self.count(*address));
+        removed.iter().for_each(|address| self.uncount(*address));
         self.node_addresses = wanted;
-        let mut wrong = Vec::new();
+        let (counts, dirty) = (&self.filter_counts, &mut self.dirty_buckets);
         self.filter.each(|number, present| {
-            if *present != self.filter_counts.get(number).copied().unwrap_or(0) {
-                wrong.push(*number);
+            if *present != counts.get(number).copied().unwrap_or(0) {
+                dirty.insert(*number);
             }
             ControlFlow::Continue(())
         })?;
-        self.write_filter(&wrong)?;
+        self.write_filter()?;
         Ok(added.into_iter().chain(removed).collect())
     }
 
+    fn count(&mut self, address: IpAddr) {
+        *self.filter_counts.entry(bucket(address)).or_default() += 1;
+        self.dirty_buckets.insert(bucket(address));
+    }
+
     fn uncount(&mut self, address: IpAddr) {
+        self.dirty_buckets.insert(bucket(address));
         if let Some(count) = self.filter_counts.get_mut(&bucket(address)) {
             *count = count.saturating_sub(1);
         }
     }
 
-    fn write_filter(&self, buckets: &[u32]) -> Result<(), BpfError> {
+    /// Writes the buckets of the filter that have changed.
+    pub(super) fn write_filter(&mut self) -> Result<(), BpfError> {
+        let buckets: Vec<u32> = self.dirty_buckets.iter().copied().collect();
         let count = |bucket| self.filter_counts.get(bucket).copied().unwrap_or(0);
         let counts: Vec<u32> = buckets.iter().map(count).collect();
-        self.filter.put_all(buckets, &counts)
+        self.filter.put_all(&buckets, &counts)?;
+        self.dirty_buckets.clear();
+        Ok(())
     }
 
-    /// Writes frontends, then the filter of their addresses; the addresses of new frontends.
-    pub(super) fn put(&mut self, frontends: &[(FrontendKey, AbiFrontend)]) -> Result<Vec<IpAddr>, BpfError> {
-        let (mut keys_v4, mut values_v4, mut keys_v6, mut values_v6) = (vec![], vec![], vec![], vec![]);
-        for (key, value) in frontends {
+    /// Writes frontends. The filter of their addresses is to be written next ([`Self::write_filter`]).
+    pub(super) fn put(&mut self, frontends: &[(FrontendKey, AbiFrontend)]) -> FrontendWrites {
+        let (mut keys_v4, mut values_v4, mut places_v4) = (vec![], vec![], vec![]);
+        let (mut keys_v6, mut values_v6, mut places_v6) = (vec![], vec![], vec![]);
+        for (place, (key, value)) in frontends.iter().enumerate() {
             match convert::key_to_abi(key) {
                 AbiKey::V4(key) => {
                     keys_v4.push(key);
                     values_v4.push(*value);
+                    places_v4.push(place);
                 }
                 AbiKey::V6(key) => {
                     keys_v6.push(key);
                     values_v6.push(*value);
+                    places_v6.push(place);
                 }
             }
         }
-        self.v4.put_all(&keys_v4, &values_v4)?;
-        self.v6.put_all(&keys_v6, &values_v6)?;
+        let refused_v4 = self.v4.put_each(&keys_v4, &values_v4).into_iter();
+        let refused_v6 = self.v6.put_each(&keys_v6, &values_v6).into_iter();
+        let refused_v4 = refused_v4.filter_map(|(index, error)| Some((*places_v4.get(index)?, error)));
+        let refused_v6 = refused_v6.filter_map(|(index, error)| Some((*places_v6.get(index)?, error)));
+        let refused: Vec<(usize, BpfError)> = refused_v4.chain(refused_v6).collect();
+        let skipped: BTreeSet<usize> = refused.iter().map(|(place, _)| *place).collect();
         let mut new = Vec::new();
-        for (key, value) in frontends {
+        for (_, (key, value)) in frontends.iter().enumerate().filter(|(place, _)| !skipped.contains(place)) {
             if self.mirror.insert(*key, *value).is_none()
                 && let Some(address) = filtered_address(key)
             {
-                *self.filter_counts.entry(bucket(address)).or_default() += 1;
+                self.count(address);
                 new.push(address);
             }
         }
-        let buckets: BTreeSet<u32> = new.iter().map(|address| bucket(*address)).collect();
-        self.write_filter(&buckets.into_iter().collect::<Vec<_>>())?;
-        Ok(new)
+        FrontendWrites { new, refused }
     }
 
     /// Removes a frontend, then its address from the filter; whether there was one.
@@ -186,7 +208,7 @@ impl FrontendMaps {
         let existed = self.mirror.remove(key).is_some();
         if existed && let Some(address) = filtered_address(key) {
             self.uncount(address);
-            self.write_filter(&[bucket(address)])?;
+            self.write_filter()?;
         }
         Ok(existed)
     }

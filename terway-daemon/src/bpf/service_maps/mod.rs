@@ -11,7 +11,7 @@ mod source_ranges;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -20,12 +20,14 @@ use std::time::Duration;
 use aya::Ebpf;
 use parking_lot::Mutex;
 use terway_abi::{BackendRange, frontend_flags};
-use terway_core::service::{Algorithm, MapContents, Op, Selection};
+#[cfg(feature = "test-api")]
+use terway_core::service::FrontendKey;
+use terway_core::service::{Algorithm, MapContents, Op, OpError, Selection};
 
 use super::endpoints::EndpointMaps;
 use super::error::BpfError;
 use super::rcu;
-use backends::BackendMaps;
+use backends::{BackendMaps, Writes};
 use frontends::FrontendMaps;
 use source_ranges::SourceRanges;
 
@@ -58,7 +60,8 @@ impl ServiceMaps {
         Ok(Self { state: Mutex::new(state), endpoints })
     }
 
-    /// Drops what this daemon believes and reads the maps: where a planner starts from ([`terway_core::service::Planner::restore`]).
+    /// Drops what this daemon believes and reads the maps: where a planner starts from
+    /// ([`terway_core::service::Planner::restore`]). To be called at start and after a panic of a caller.
     ///
     /// # Errors
     /// When a map cannot be read.
@@ -66,12 +69,13 @@ impl ServiceMaps {
         self.state.lock().recover()
     }
 
-    /// Runs operations in their order. Those that a plan defers are due after [`RETIRE_AFTER`].
+    /// Runs operations in their order; those that failed, by their place in `ops`. The others are in effect. Operations that a plan
+    /// defers are due after [`RETIRE_AFTER`].
     ///
-    /// # Errors
-    /// When a map is full or the kernel refuses. What was written before stays; call [`Self::recover`] and make a new planner.
-    pub fn apply(&self, ops: &[Op]) -> Result<(), BpfError> {
-        self.state.lock().apply(ops, &mut |addresses| self.endpoints.invalidate_addresses(addresses))
+    /// The planner decides what a failure concerns ([`terway_core::service::Planner::execute`] calls this with batches of one kind).
+    pub fn apply(&self, ops: &[Op]) -> Vec<OpError> {
+        let failed = self.state.lock().apply(ops, &mut |addresses| self.endpoints.invalidate_addresses(addresses));
+        failed.into_iter().map(|(place, error)| (place, error.to_string())).collect()
     }
 
     /// Sets which addresses of the node have NodePorts. To be called once after each start, too: it corrects the filter of addresses.
@@ -128,20 +132,21 @@ impl ServiceMaps {
     ///
     /// # Errors
     /// [`BpfError::Map`]; calling again completes it.
-    pub fn set_frontend(
-        &self,
-        key: &terway_core::service::FrontendKey,
-        value: &terway_abi::Frontend,
-    ) -> Result<(), BpfError> {
-        let new = self.state.lock().frontends.put(&[(*key, *value)])?;
-        self.endpoints.invalidate_addresses(&new)
+    pub fn set_frontend(&self, key: &FrontendKey, value: &terway_abi::Frontend) -> Result<(), BpfError> {
+        let mut state = self.state.lock();
+        let writes = state.frontends.put(&[(*key, *value)]);
+        state.frontends.write_filter()?;
+        match writes.refused.into_iter().next() {
+            Some((_, error)) => Err(error),
+            None => self.endpoints.invalidate_addresses(&writes.new),
+        }
     }
 
     /// Removes a frontend; `false` if there is none.
     ///
     /// # Errors
     /// [`BpfError::Map`]; calling again completes it.
-    pub fn remove_frontend(&self, key: &terway_core::service::FrontendKey) -> Result<bool, BpfError> {
+    pub fn remove_frontend(&self, key: &FrontendKey) -> Result<bool, BpfError> {
         self.state.lock().frontends.remove(key)
     }
 }
@@ -152,6 +157,8 @@ struct State {
     frontends: FrontendMaps,
     backends: BackendMaps,
     source_ranges: SourceRanges,
+    /// Addresses that have become a Service's, whose flows are to be invalidated.
+    uninvalidated: BTreeSet<IpAddr>,
     /// Writes to maps so far.
     writes: u64,
 }
@@ -160,8 +167,8 @@ struct State {
 type InvalidateFlows<'a> = dyn FnMut(&[IpAddr]) -> Result<(), BpfError> + 'a;
 
 impl State {
-    fn new(frontends: FrontendMaps, backends: BackendMaps, source_ranges: SourceRanges) -> Self {
-        Self { frontends, backends, source_ranges, writes: 0 }
+    const fn new(frontends: FrontendMaps, backends: BackendMaps, source_ranges: SourceRanges) -> Self {
+        Self { frontends, backends, source_ranges, uninvalidated: BTreeSet::new(), writes: 0 }
     }
 
     fn recover(&mut self) -> Result<MapContents, BpfError> {
@@ -172,18 +179,18 @@ impl State {
         let mut tables: BTreeMap<(u32, u32, Algorithm), Selection> = BTreeMap::new();
         for (key, frontend) in self.frontends.iter() {
             let algorithm = convert::algorithm(frontend.flags);
-            let mut selection = |run: BackendRange, pass: u32, drops: bool| -> Result<Selection, BpfError> {
+            let mut selection = |range: BackendRange, pass: u32, drops: bool| -> Result<Selection, BpfError> {
                 if frontend.flags & pass != 0 {
                     return Ok(Selection::Pass);
                 }
-                if run.count == 0 {
+                if range.count == 0 {
                     return Ok(if drops { Selection::Drop } else { Selection::Reject });
                 }
-                if let Some(known) = tables.get(&(run.first, run.count, algorithm)) {
+                if let Some(known) = tables.get(&(range.first, range.count, algorithm)) {
                     return Ok(*known);
                 }
-                let selection = self.backends.adopt_table(run, algorithm, &mut contents)?;
-                tables.insert((run.first, run.count, algorithm), selection);
+                let selection = self.backends.adopt_table(range, algorithm, &mut contents)?;
+                tables.insert((range.first, range.count, algorithm), selection);
                 Ok(selection)
             };
             let inside = selection(frontend.internal, frontend_flags::EXTERNAL_ONLY, false)?;
@@ -194,19 +201,26 @@ impl State {
         Ok(contents)
     }
 
-    /// Runs operations in their order, up to the first that fails.
-    ///
-    /// Operations of one kind that follow each other are written in one batch: they do not depend on each other.
-    fn apply(&mut self, ops: &[Op], invalidate: &mut InvalidateFlows<'_>) -> Result<(), BpfError> {
+    /// Runs operations in their order; those that failed, by their place. Operations of one kind that follow each other are written in
+    /// one batch: they do not depend on each other.
+    fn apply(&mut self, ops: &[Op], invalidate: &mut InvalidateFlows<'_>) -> Vec<(usize, Arc<BpfError>)> {
+        let (mut failed, mut begin) = (Vec::new(), 0);
         for batch in ops.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b)) {
-            match batch.first() {
-                Some(Op::PutBackend(..)) => self.writes += self.backends.put_backends(batch)?,
-                Some(Op::PutTable(..)) => self.writes += self.backends.put_tables(batch)?,
-                Some(Op::PutFrontend(..)) => self.put_frontends(batch, invalidate)?,
-                _ => batch.iter().try_for_each(|op| self.apply_one(op))?,
-            }
+            let writes = match batch.first() {
+                Some(Op::PutBackend(..)) => self.backends.put_backends(batch),
+                Some(Op::PutTable(..)) => self.backends.put_tables(batch),
+                Some(Op::PutFrontend(..)) => self.put_frontends(batch, invalidate),
+                _ => {
+                    let places = batch.iter().enumerate();
+                    let error = |(place, op)| Some((place, Arc::new(self.apply_one(op).err()?)));
+                    Writes { count: 0, failed: places.filter_map(error).collect() }
+                }
+            };
+            self.writes += writes.count;
+            failed.extend(writes.failed.into_iter().map(|(place, error)| (begin + place, error)));
+            begin += batch.len();
         }
-        Ok(())
+        failed
     }
 
     fn apply_one(&mut self, op: &Op) -> Result<(), BpfError> {
@@ -232,20 +246,41 @@ impl State {
         }
     }
 
-    fn put_frontends(&mut self, batch: &[Op], invalidate: &mut InvalidateFlows<'_>) -> Result<(), BpfError> {
-        let mut changed = Vec::new();
-        for op in batch {
+    /// Writes frontends that differ from the map, then the filter, and invalidates flows to addresses that are new.
+    fn put_frontends(&mut self, batch: &[Op], invalidate: &mut InvalidateFlows<'_>) -> Writes {
+        let (mut failed, mut changed, mut places) = (Vec::new(), Vec::new(), Vec::new());
+        for (place, op) in batch.iter().enumerate() {
             let Op::PutFrontend(key, frontend) = op else { continue };
+            let selections = [frontend.inside, frontend.outside];
+            let is_missing = |selection| matches!(selection, Selection::Table(id) if self.backends.table(id).is_none());
+            if selections.into_iter().any(is_missing) {
+                failed.push((place, Arc::new(BpfError::Dependency("its backend table"))));
+                continue;
+            }
             let entry = convert::frontend_to_abi(frontend, |id| self.backends.table(id));
-            if self.frontends.get(key) != Some(&entry) {
+            if self.frontends.get(key) != Some(&entry) || self.uninvalidated.contains(&key.address) {
                 changed.push((*key, entry));
+                places.push(place);
             }
         }
         if changed.is_empty() {
-            return Ok(());
+            return Writes { count: 0, failed };
         }
-        self.writes += changed.len() as u64;
-        let new = self.frontends.put(&changed)?;
-        invalidate(&new)
+        let writes = self.frontends.put(&changed);
+        self.uninvalidated.extend(writes.new);
+        let addresses: Vec<IpAddr> = self.uninvalidated.iter().copied().collect();
+        match self.frontends.write_filter().and_then(|()| invalidate(&addresses)) {
+            Ok(()) => {
+                self.uninvalidated.clear();
+                let place = |(index, error)| Some((*places.get(index)?, Arc::new(error)));
+                failed.extend(writes.refused.into_iter().filter_map(place));
+            }
+            // The frontends are in the map, but not in effect.
+            Err(error) => {
+                let error = Arc::new(error);
+                failed.extend(places.iter().map(|place| (*place, Arc::clone(&error))));
+            }
+        }
+        Writes { count: changed.len() as u64, failed }
     }
 }

@@ -9,8 +9,8 @@ use terway_abi::{Frontend as AbiFrontend, names};
 use terway_core::ident::Family;
 use terway_core::objects::{Change, Kind, Object, Objects, Protocol};
 use terway_core::service::{
-    Backend, BackendId, BackendKey, BackendRef, BackendState, Frontend, FrontendKey, FrontendKind, NodeFacts, Planner,
-    PortId, Settings, Table, TableId,
+    Backend, BackendId, BackendKey, BackendRef, BackendState, Entry, Frontend, FrontendKey, FrontendKind, NodeFacts,
+    Plan, Planner, PortId, Settings, Table, TableId,
 };
 
 use super::convert::{
@@ -43,7 +43,13 @@ fn frontend_keys_round_trip() {
 
 /// Runs operations; flows are not invalidated, since there are none.
 fn run(state: &mut State, ops: &[Op]) -> Result<(), BpfError> {
-    state.apply(ops, &mut |_| Ok(()))
+    BpfError::of_all(apply(state, ops).into_iter().map(|(_, error)| error))
+}
+
+/// Runs operations; those that failed, by their place.
+fn apply(state: &mut State, ops: &[Op]) -> Vec<OpError> {
+    let failed = state.apply(ops, &mut |_| Ok(()));
+    failed.into_iter().map(|(place, error)| (place, error.to_string())).collect()
 }
 
 #[test]
@@ -93,6 +99,11 @@ fn frontends_round_trip_except_for_their_kind() {
 
 /// Maps of the sizes of `terway_ebpf::kernel::maps`; none if this process may not create maps.
 fn maps() -> Option<State> {
+    maps_of(131_072)
+}
+
+/// The same with so many frontends of each family.
+fn maps_of(frontends: u32) -> Option<State> {
     /// `BPF_F_NO_PREALLOC` (include/uapi/linux/bpf.h): without it the kernel refuses a trie.
     const NO_PREALLOC: u32 = 1;
     fn array<V: aya::Pod>(name: &'static str, entries: u32) -> Result<Elements<u32, V>, BpfError> {
@@ -109,8 +120,8 @@ fn maps() -> Option<State> {
     }
     let create = || -> Result<State, BpfError> {
         let frontends = FrontendMaps::new(
-            hash(names::FRONTENDS_V4, 131_072)?,
-            hash(names::FRONTENDS_V6, 131_072)?,
+            hash(names::FRONTENDS_V4, frontends)?,
+            hash(names::FRONTENDS_V6, frontends)?,
             array(names::FRONTEND_FILTER, terway_abi::FRONTEND_FILTER_BUCKETS)?,
         );
         let backends = BackendMaps::new(
@@ -252,7 +263,7 @@ fn recovered_planner_writes_only_differences() {
     let plan = third.update(&objects, &applied);
     run(&mut state, &plan.ops).unwrap();
     run(&mut state, &plan.retire).unwrap();
-    assert_eq!(state.backends.runs.left(), state.backends.members.capacity(), "all places are free again");
+    assert_eq!(state.backends.ranges.left(), state.backends.members.capacity(), "all places are free again");
     let left = state.recover().unwrap();
     assert_eq!((left.frontends.len(), left.tables.len(), left.backends.len(), left.ranges.len()), (0, 0, 0, 0));
     assert!(left.generation > 0);
@@ -264,11 +275,129 @@ fn full_map_is_named_in_the_error() {
     let key = BackendKey { address: ip("10.0.0.1"), port: 80, protocol: Protocol::Tcp };
     let backend = Backend { key, state: BackendState::Ready, local: false, generation: 1 };
     let error = run(&mut state, &[Op::PutBackend(BackendId(131_072), backend)]).unwrap_err();
-    assert_eq!(error.to_string(), "the datapath holds at most 131071 backends");
+    assert_eq!(
+        error.to_string(),
+        "1 map operations were refused, the first: the datapath holds at most 131071 backends"
+    );
     let slots = vec![BackendRef { backend: BackendId(1), generation: 1 }; 1_048_577];
     let table = Arc::new(Table { algorithm: Algorithm::Random, slots });
     let error = run(&mut state, &[Op::PutTable(TableId(1), table)]).unwrap_err();
-    assert_eq!(error.to_string(), "the datapath holds at most 1048576 slots of backend tables");
+    assert_eq!(
+        error.to_string(),
+        "1 map operations were refused, the first: the datapath holds at most 1048576 slots of backend tables"
+    );
+}
+
+/// Runs a plan as the daemon does.
+fn execute(planner: &mut Planner, state: &mut State, plan: &Plan) {
+    planner.execute(plan, &mut |batch| apply(state, batch));
+    planner.execute_retired(&plan.retire, &mut |batch| apply(state, batch));
+}
+
+/// A Service with one port at one address: one frontend, and one for the other ports of the address.
+fn cluster_ip(i: usize) -> Change {
+    let json = format!(
+        r#"{{"metadata":{{"name":"s{i}","namespace":"ns"}},"spec":{{"clusterIP":"10.96.{}.{}","ports":[{{"name":"web","port":80}}]}}}}"#,
+        i / 250,
+        i % 250 + 1
+    );
+    object(Kind::Service, &json)
+}
+
+#[test]
+fn full_frontend_map_refuses_one_frontend_and_serves_the_others() {
+    const SERVICES: usize = 3;
+    let Some(mut state) = maps_of(2 * SERVICES as u32 - 1) else { return };
+    let mut objects = Objects::default();
+    for i in 0..SERVICES {
+        objects.apply(cluster_ip(i));
+        objects.apply(slice(i, &[1], "me"));
+    }
+    let mut planner = planner(state.recover().unwrap());
+    let plan = planner.sync(&objects);
+    execute(&mut planner, &mut state, &plan);
+    let refused: Vec<Entry> = planner.unapplied().map(|(entry, _)| entry).collect();
+    let [Entry::Frontend(refused)] = refused[..] else { panic!("{refused:?}") };
+    let served = clients(&state);
+    assert_eq!((served.len(), served.contains_key(&refused)), (2 * SERVICES - 1, false), "{served:?}");
+
+    // All others go on: each gets another backend.
+    for i in 0..SERVICES {
+        let applied: Vec<_> = objects.apply(slice(i, &[2], "me")).into_iter().collect();
+        let plan = planner.update(&objects, &applied);
+        execute(&mut planner, &mut state, &plan);
+    }
+    for (key, (_, _, inside, _)) in clients(&state).iter().filter(|(key, _)| key.protocol.is_some()) {
+        assert_eq!(
+            inside.iter().map(|backend| backend.address.to_string()[..5].to_owned()).collect::<Vec<_>>(),
+            ["10.2."],
+            "{key}"
+        );
+    }
+    let plan = planner.retry();
+    execute(&mut planner, &mut state, &plan);
+    assert!(!planner.is_applied() && !clients(&state).contains_key(&refused), "there is no room yet");
+
+    // Another Service goes, and makes room: the retry serves the frontend, and the flows of the time before go to it.
+    let other = (0..SERVICES).find(|i| refused.address != IpAddr::from([10, 96, 0, *i as u8 + 1])).unwrap();
+    let name = terway_core::objects::ObjectName::new("ns", &format!("s{other}"));
+    let gone = Change::Delete(terway_core::objects::ObjectKey { kind: Kind::Service, name });
+    let applied: Vec<_> = objects.apply(gone).into_iter().collect();
+    let plan = planner.update(&objects, &applied);
+    execute(&mut planner, &mut state, &plan);
+    let plan = planner.retry();
+    let mut invalidated = Vec::new();
+    planner.execute(&plan, &mut |batch| {
+        let failed = state.apply(batch, &mut |addresses| {
+            invalidated.extend_from_slice(addresses);
+            Ok(())
+        });
+        failed.into_iter().map(|(place, error)| (place, error.to_string())).collect()
+    });
+    assert!(planner.is_applied(), "{:?}", planner.unapplied().collect::<Vec<_>>());
+    assert!(clients(&state).contains_key(&refused));
+    assert_eq!(invalidated, [refused.address]);
+}
+
+#[test]
+fn failed_operations_are_told_by_their_place() {
+    let Some(mut state) = maps() else { return };
+    let key = |n: u8| BackendKey { address: IpAddr::from([10, 0, 0, n]), port: 80, protocol: Protocol::Tcp };
+    let backend = |n| Backend { key: key(n), state: BackendState::Ready, local: false, generation: 1 };
+    let frontend = |n: u8, table| {
+        let (inside, outside) = (Selection::Table(TableId(table)), Selection::Pass);
+        let kind = FrontendKind::ClusterIp;
+        let key = FrontendKey::new(IpAddr::from([10, 96, 0, n]), 80, Protocol::Tcp);
+        let port = PortId(n.into());
+        let (masquerade, check_source, affinity_seconds) = (false, false, 0);
+        Op::PutFrontend(key, Frontend { port, kind, inside, outside, masquerade, check_source, affinity_seconds })
+    };
+    let table = |id, slots| {
+        let slots = vec![BackendRef { backend: BackendId(1), generation: 1 }; slots];
+        Op::PutTable(TableId(id), Arc::new(Table { algorithm: Algorithm::Random, slots }))
+    };
+    let ops = [
+        Op::PutBackend(BackendId(131_072), backend(2)),
+        Op::PutBackend(BackendId(1), backend(1)),
+        table(1, 1_048_577),
+        table(2, 1),
+        frontend(1, 1),
+        frontend(2, 2),
+    ];
+    let failed = apply(&mut state, &ops);
+    assert_eq!(failed.iter().map(|(place, _)| *place).collect::<Vec<_>>(), [0, 2, 4], "{failed:?}");
+    assert_eq!(clients(&state).len(), 1);
+    // Flows that could not be invalidated: the frontend is not in effect, and is written again.
+    let refuse = |_: &[IpAddr]| Err(BpfError::Dependency("the epoch map"));
+    let tables = [table(1, 1)];
+    assert!(apply(&mut state, &tables).is_empty());
+    assert_eq!(state.apply(&ops[4..5], &mut { refuse }).len(), 1);
+    let mut invalidated = 0;
+    let again = state.apply(&ops[4..5], &mut |addresses| {
+        invalidated += addresses.len();
+        Ok(())
+    });
+    assert!(again.is_empty() && invalidated == 1, "{again:?}");
 }
 
 /// Figures: `cargo test --release -p terway-daemon --lib -- --ignored --nocapture bpf::service_maps`.
@@ -278,16 +407,8 @@ fn scale() {
     const SERVICES: usize = 30_000;
     let Some(mut state) = maps() else { return };
     let mut objects = Objects::default();
-    let plain = |i: usize| {
-        let json = format!(
-            r#"{{"metadata":{{"name":"s{i}","namespace":"ns"}},"spec":{{"clusterIP":"10.96.{}.{}","ports":[{{"name":"web","port":80}}]}}}}"#,
-            i / 250,
-            i % 250 + 1
-        );
-        object(Kind::Service, &json)
-    };
     for i in 0..SERVICES {
-        objects.apply(plain(i));
+        objects.apply(cluster_ip(i));
         objects.apply(slice(i, &[1, 2, 3, 4], "me"));
     }
     let start = std::time::Instant::now();
