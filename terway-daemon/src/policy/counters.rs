@@ -80,7 +80,8 @@ fn policies_of(rule: &MatchedRule) -> Option<(&[ObjectKey], Direction, bool)> {
         | MatchedRule::Disabled
         | MatchedRule::Loopback
         | MatchedRule::LocalNode
-        | MatchedRule::UnknownPod => None,
+        | MatchedRule::UnknownPod
+        | MatchedRule::NotProgrammed => None,
     }
 }
 

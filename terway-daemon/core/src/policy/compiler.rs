@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::cidr_region::CidrRegions;
 use super::commit::{Change, Deferred, append};
+use super::failures::{Failures, LOCKDOWN};
 use super::id_map::{NumberMap, NumberSet};
 use super::identity::with_name;
 use super::ids::{Counter, Identity, IdentityKind, PolicyVersion, PortTableId, RuleId, SetId};
@@ -141,6 +142,7 @@ pub struct Compiler {
     /// Policies have changed since endpoints were selected: those of these namespaces, or of any.
     reselect: Option<Option<BTreeSet<Arc<str>>>>,
     pub(super) deferred: Deferred,
+    pub(super) failures: Failures,
 }
 
 impl Compiler {
@@ -160,6 +162,7 @@ impl Compiler {
             classes.identity(IdentityKind::World, None, cell, &super::cidr_region::whole(family)).0
         });
         let sets = maps.endpoints.values().flatten().flat_map(|e| [e.ingress, e.egress]).flatten().map(|side| side.set);
+        let sets = sets.filter(|set| *set != LOCKDOWN);
         let sets = sets.chain(maps.peers.keys().map(|(set, _)| *set));
         let reasons = maps.port_tables.values().flatten().map(|entry| entry.verdict.rule_id());
         let sides = maps.endpoints.values().flatten().flat_map(|e| [&e.ingress, &e.egress]).flatten();
@@ -194,6 +197,7 @@ impl Compiler {
             change: Change::default(),
             reselect: None,
             deferred: Deferred::default(),
+            failures: Failures::default(),
         };
         let blocks: Vec<_> = compiler.blocks().collect();
         let writes = blocks.into_iter().map(|(net, identity)| Op::PutCidr { net, identities: [identity; 2] });
@@ -367,6 +371,12 @@ impl Compiler {
     pub(super) fn may_restrict(&self, namespace: &Arc<str>, direction: Direction) -> bool {
         let own = self.network.get(namespace).into_iter().flat_map(BTreeMap::values);
         own.chain(self.cluster.values()).any(|policy| policy.concerns(direction))
+    }
+
+    /// All policies in force.
+    pub(super) fn policy_objects(&self) -> impl Iterator<Item = &Policy> {
+        let all = self.network.values().flat_map(BTreeMap::values).chain(self.cluster.values());
+        all.map(|policy| &**policy)
     }
 
     /// What the number of a verdict means. Numbers of what is no longer in force are known until [`Compiler::run_deferred`].

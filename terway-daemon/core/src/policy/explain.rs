@@ -4,7 +4,9 @@ use std::net::IpAddr;
 
 use super::compiler::Compiler;
 use super::ids::{Identity, IdentityKind, PortTableId, Verdict};
-use super::matched_rule::{DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, RuleIds, UNKNOWN_POD, decided};
+use super::matched_rule::{
+    DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, NOT_PROGRAMMED, RuleIds, UNKNOWN_POD, decided,
+};
 use super::peers::Who;
 use super::pods::{PodId, keys_of};
 use super::port_table::PortTableEntry;
@@ -141,8 +143,13 @@ impl Compiler {
             Subject::Endpoint(slot) => {
                 let endpoint = self.endpoints.get(&slot);
                 let sets = endpoint.map(|e| e.sets[usize::from(direction == Direction::Egress)]).unwrap_or_default();
-                let said =
-                    sets.iter().filter_map(|set| self.sets.get(set)).map(|set| read(set, identity, protocol, port));
+                let said = sets.iter().filter_map(|id| Some((id, self.sets.get(id)?))).map(|(id, set)| {
+                    if self.failures.is_locked(*id) {
+                        Verdict::deny(NOT_PROGRAMMED)
+                    } else {
+                        read(set, identity, protocol, port)
+                    }
+                });
                 let answer = decided(said).map(|verdict| (verdict, self.reasons.get(verdict.rule_id()).cloned()));
                 (endpoint.map(|e| e.policies.clone()).unwrap_or_default(), true, answer)
             }

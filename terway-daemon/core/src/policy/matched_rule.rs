@@ -18,6 +18,8 @@ pub const LOOPBACK: RuleId = RuleId(3);
 pub const LOCAL_NODE: RuleId = RuleId(4);
 /// The pod's labels are not known yet, and a policy may select it.
 pub const UNKNOWN_POD: RuleId = RuleId(5);
+/// A policy of the endpoint could not be written into the maps.
+pub const NOT_PROGRAMMED: RuleId = RuleId(6);
 
 /// No policy that was asked decides: those of the next tier are asked, and after the last one the packet passes.
 pub(super) const UNDECIDED: Verdict = Verdict::allow(NO_POLICY);
@@ -45,6 +47,8 @@ pub enum MatchedRule {
     LocalNode,
     /// The pod's labels are not known yet, and a policy may select it.
     UnknownPod,
+    /// A policy of the pod could not be written into the maps; the pod is in lockdown until it is.
+    NotProgrammed,
     /// One rule decided.
     Rule {
         /// The policy it belongs to.
@@ -78,6 +82,7 @@ impl fmt::Display for MatchedRule {
             Self::Loopback => f.write_str("a pod always reaches itself"),
             Self::LocalNode => f.write_str("a node always reaches its own pods"),
             Self::UnknownPod => f.write_str("the pod's labels are not known yet, and a policy may select it"),
+            Self::NotProgrammed => f.write_str("a policy of the pod could not be written into the maps"),
             Self::Rule { policy, direction, index, name, action } => {
                 let direction = if *direction == Direction::Ingress { "ingress" } else { "egress" };
                 write!(f, "{policy}, {direction} rule {index}")?;
@@ -135,6 +140,7 @@ impl RuleIds {
             (LOOPBACK, MatchedRule::Loopback),
             (LOCAL_NODE, MatchedRule::LocalNode),
             (UNKNOWN_POD, MatchedRule::UnknownPod),
+            (NOT_PROGRAMMED, MatchedRule::NotProgrammed),
         ];
         Self {
             numbers: HashMap::new(),

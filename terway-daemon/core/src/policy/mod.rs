@@ -24,6 +24,7 @@ mod cidr_region;
 mod commit;
 mod compiler;
 mod explain;
+mod failures;
 mod id_map;
 mod identity;
 mod ids;
@@ -42,8 +43,11 @@ mod unknown_pods;
 
 pub use compiler::{Compiler, Effort, Event, Stats};
 pub use explain::{DirectionVerdict, ExplainError, Explanation, FlowEnd};
+pub use failures::{ApplyOp, Entry, Halted};
 pub use ids::{Identity, IdentityKind, PortTableId, RuleId, SetId, Verdict, VerdictOrTable};
 pub use maps::{Maps, Packet};
-pub use matched_rule::{DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, RuleIdChanges, UNKNOWN_POD};
+pub use matched_rule::{
+    DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, NOT_PROGRAMMED, RuleIdChanges, UNKNOWN_POD,
+};
 pub use op::{DirectionPolicy, EndpointPolicy, FlowScope, Op, SetRef, Versioned};
 pub use port_table::PortTableEntry;

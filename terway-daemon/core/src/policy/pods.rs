@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::commit::Item;
 use super::compiler::Compiler;
+use super::failures::LOCKED;
 use super::ids::{Identity, SetId};
 use super::op::{EndpointPolicy, FlowScope, Op, SetRef};
 use super::pod_class::{NamedPort, Profile, ProfileId};
@@ -230,13 +231,12 @@ impl Compiler {
     /// Works out which sets hold for an endpoint, and what its map entry says.
     pub(super) fn select(&mut self, slot: u32) {
         let Some(endpoint) = self.endpoints.get(&slot) else { return };
-        let (old, before, addresses) = (endpoint.sets, endpoint.value, endpoint.addresses);
+        let old = endpoint.sets;
         let namespace = Arc::clone(&endpoint.pod.namespace);
         let profile = self.known_pod(endpoint).and_then(|pod| self.pods.get(&pod)).map(|state| state.profile);
         let profile = profile.and_then(|id| self.classes.profile(id)).cloned();
         let policies = profile.as_ref().map_or_else(Vec::new, |p| self.selecting(&namespace, &p.labels));
         self.effort.selector_evaluations += self.asked_about(&namespace) as u64;
-        let mut value = EndpointPolicy::default();
         let mut sets = [[SetId(0); 2]; 2];
         for (n, direction) in [Direction::Ingress, Direction::Egress].into_iter().enumerate() {
             let keys = match &profile {
@@ -248,20 +248,34 @@ impl Compiler {
         for set in old.into_iter().flatten() {
             self.leave(set);
         }
-        let side = |set: SetId| self.sets.get(&set).map_or_else(SetRef::default, super::set::Set::side);
-        [value.ingress, value.egress] = sets.map(|both| both.map(side));
-        for address in addresses.iter() {
-            value.identities[Family::of(address) as usize] = self.seen(address);
-        }
         if let Some(endpoint) = self.endpoints.get_mut(&slot) {
             endpoint.sets = sets;
-            endpoint.value = value;
             endpoint.policies = policies.iter().map(|policy| policy.key.clone()).collect();
         }
-        if value != before {
-            self.change.endpoints.insert(slot, value);
-            self.change.stale.insert(FlowScope::Endpoint(slot));
+        self.write_endpoint(slot);
+    }
+
+    /// Brings an endpoint's map entry up to date with its sets and identities.
+    pub(super) fn write_endpoint(&mut self, slot: u32) {
+        let Some(endpoint) = self.endpoints.get(&slot) else { return };
+        let mut value = EndpointPolicy::default();
+        let side = |set: SetId| match self.sets.get(&set) {
+            Some(_) if self.failures.is_locked(set) => LOCKED,
+            Some(set) => set.side(),
+            None => SetRef::default(),
+        };
+        [value.ingress, value.egress] = endpoint.sets.map(|both| both.map(side));
+        for address in endpoint.addresses.iter() {
+            value.identities[Family::of(address) as usize] = self.seen(address);
         }
+        if value == endpoint.value {
+            return;
+        }
+        if let Some(endpoint) = self.endpoints.get_mut(&slot) {
+            endpoint.value = value;
+        }
+        self.change.endpoints.insert(slot, value);
+        self.change.stale.insert(FlowScope::Endpoint(slot));
     }
 
     /// A pod whose labels are not known is held back where a policy might select it.

@@ -18,6 +18,8 @@ pub(crate) struct Node {
     pub(crate) compiler: Compiler,
     pub(crate) maps: Maps,
     slots: BTreeMap<IpAddr, u32>,
+    /// Operations that fail.
+    pub(crate) fails: fn(&Op) -> bool,
 }
 
 pub(crate) fn name(full: &str) -> ObjectName {
@@ -38,10 +40,24 @@ fn six(full: &str) -> IpAddr {
     format!("fd00::{digits}").parse().unwrap()
 }
 
+fn apply(maps: &mut Maps, fails: fn(&Op) -> bool, op: &Op) -> Result<(), String> {
+    if fails(op) {
+        return Err("no room".to_owned());
+    }
+    maps.apply(op);
+    Ok(())
+}
+
 impl Node {
     pub(crate) fn new() -> Self {
         let (compiler, ops) = Compiler::new();
-        let mut node = Self { objects: Objects::default(), compiler, maps: Maps::default(), slots: BTreeMap::new() };
+        let mut node = Self {
+            objects: Objects::default(),
+            compiler,
+            maps: Maps::default(),
+            slots: BTreeMap::new(),
+            fails: |_| false,
+        };
         ops.iter().for_each(|op| node.maps.apply(op));
         node.step(Event::NodeAddresses(vec!["10.0.0.100".parse().unwrap()]));
         node
@@ -49,8 +65,19 @@ impl Node {
 
     pub(crate) fn step(&mut self, event: Event) -> Vec<Op> {
         let ops = self.compiler.step(event);
-        ops.iter().for_each(|op| self.maps.apply(op));
+        self.execute(ops.clone());
         ops
+    }
+
+    fn execute(&mut self, ops: Vec<Op>) {
+        let (maps, fails) = (&mut self.maps, self.fails);
+        self.compiler.execute(ops, &mut |op| apply(maps, fails, op)).unwrap();
+    }
+
+    /// Writes again what failed.
+    pub(crate) fn retry(&mut self) {
+        let (maps, fails) = (&mut self.maps, self.fails);
+        self.compiler.retry(&mut |op| apply(maps, fails, op)).unwrap();
     }
 
     pub(crate) fn object(&mut self, kind: Kind, document: &Value) -> Vec<Op> {

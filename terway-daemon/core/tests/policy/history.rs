@@ -18,7 +18,7 @@ use crate::world::{Local, World};
 use crate::{oracle, setting};
 
 /// Changes the world, and tells how the compiler hears of it; none when the dice chose something that cannot happen.
-fn change(world: &mut World, dice: &mut Dice, uid: &mut usize) -> Option<Event> {
+pub(crate) fn change(world: &mut World, dice: &mut Dice, uid: &mut usize) -> Option<Event> {
     let some_pod = |world: &World, dice: &mut Dice| {
         let names: Vec<&ObjectName> = world.pods.keys().collect();
         (!names.is_empty()).then(|| (*dice.pick(&names)).clone())
@@ -306,7 +306,7 @@ fn check_stale(ops: &[Op], before: &World, world: &World, packets: &[Checked], l
 }
 
 /// The maps hold what the compiler wants, the same in both phases, and nothing else.
-fn clean(compiler: &Compiler, maps: &Maps, world: &World, label: &str) {
+pub(crate) fn clean(compiler: &Compiler, maps: &Maps, world: &World, label: &str) {
     let mut found = maps.clone();
     found.endpoints.retain(|slot, _| world.locals.contains_key(slot));
     let wanted = compiler.maps();

@@ -9,6 +9,7 @@ mod complexity;
 mod counted;
 mod datapath;
 mod dice;
+mod failures;
 mod fixture;
 mod history;
 mod making;
