@@ -23,8 +23,12 @@ use super::audit::cli;
 use super::churn::{Random, seed};
 use super::{SETTLE, agreement, with_cluster};
 
-/// Pods that are made and deleted: each is an ADD and a DEL at least.
+/// Pods that are made and deleted in one round of demand: each is an ADD and a DEL at least.
 const PODS: u32 = 1000;
+/// Calls with an effect that make a result meaningful. A quick machine needs more rounds for as many.
+const EFFECTS: usize = 20;
+/// Rounds at most.
+const ROUNDS: u32 = 6;
 /// Callers of the plugin at a time.
 const CALLERS: u32 = 8;
 /// Pods that one caller keeps, in the phases of demand.
@@ -89,15 +93,26 @@ impl Live {
 }
 
 /// One caller: makes pods until all are made, and keeps as many as the phase demands.
-fn caller(node: &Node, number: u32, seed: u64, made: &AtomicU32, failed: &AtomicU32, live: &Live) -> Result<()> {
+fn caller(
+    cluster: &Cluster,
+    node: &Node,
+    number: u32,
+    seed: u64,
+    made: &AtomicU32,
+    failed: &AtomicU32,
+    live: &Live,
+) -> Result<()> {
     let mut random = Random(seed ^ u64::from(number) << 32);
     let mut running: Vec<Pod> = Vec::new();
     loop {
         let serial = made.fetch_add(1, Ordering::Relaxed);
-        if serial >= PODS {
+        // Whole rounds only, each with all phases of demand.
+        if serial >= PODS * ROUNDS || serial >= PODS && serial % PODS == 0 && cost(&cluster.cloud().log()).1 >= EFFECTS
+        {
+            made.fetch_max(PODS * ROUNDS, Ordering::Relaxed);
             break;
         }
-        let phase = serial as usize * DEMAND.len() / PODS as usize;
+        let phase = (serial % PODS) as usize * DEMAND.len() / PODS as usize;
         let mut pod = node.new_pod(&format!("s{serial}"))?;
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
@@ -153,7 +168,7 @@ fn soak(cluster: &Cluster, node: &Node, seed: u64) -> Result<()> {
     std::thread::scope(|scope| -> Result<()> {
         let (made, failed, live) = (&made, &failed, &live);
         let callers: Vec<_> =
-            (0..CALLERS).map(|n| scope.spawn(move || caller(node, n, seed, made, failed, live))).collect();
+            (0..CALLERS).map(|n| scope.spawn(move || caller(cluster, node, n, seed, made, failed, live))).collect();
         while callers.iter().any(|caller| !caller.is_finished()) {
             if let Ok(status) = node.status() {
                 most = most.max(addresses(&status));
@@ -173,13 +188,13 @@ fn soak(cluster: &Cluster, node: &Node, seed: u64) -> Result<()> {
     let (calls, needed) = cost(&log);
     let struck = cluster.cloud().calls().values().map(|c| c.failed + c.lost).sum::<u64>();
     println!(
-        "{PODS} pods in {elapsed:?}, {} ADDs repeated; the pool had {most} addresses, then {least}; {calls} calls for {needed} effects, \
+        "rounds of {PODS} pods in {elapsed:?}, {} ADDs repeated; the pool had {most} addresses, then {least}; {calls} calls for {needed} effects, \
          {struck} of {} calls refused or lost",
         failed.load(Ordering::Relaxed),
         log.len()
     );
     ensure!(most >= 28, "the pool did not grow: {most}");
-    ensure!(needed >= 20, "only {needed} calls had an effect: this proves nothing");
+    ensure!(needed >= EFFECTS, "only {needed} calls had an effect: this proves nothing");
     ensure!(struck > 0, "no call went wrong");
 
     cluster.cloud().set_faults(Vec::new());
@@ -202,8 +217,6 @@ fn soak(cluster: &Cluster, node: &Node, seed: u64) -> Result<()> {
     ensure!(idle * 20 <= needed, "{idle} calls that nothing forced, for {needed} effects: {}", listing(&log));
     // How many are struck is chance, and the square root of the calls a measure of it.
     ensure!(calls * 10 <= needed * 13 + 10 * calls.isqrt(), "{calls} calls for {needed} effects: {}", listing(&log));
-    // A minute on two cores; a machine that others use as well gets more.
-    ensure!(elapsed < Duration::from_secs(120), "it took {elapsed:?}");
     Ok(())
 }
 

@@ -10,9 +10,15 @@ use terway_core::objects::{
     IpMode, Kind, ObjectKey, ObjectName, Objects, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
 };
 use terway_core::service::{
-    ALGORITHM, Algorithm, BACKEND_TYPE, BackendKey, BackendState, FrontendKey, FrontendKind, HEADLESS, MapContents,
-    NodeFacts, PROXY_NAME, Selection, Settings, WEIGHT,
+    Algorithm, BackendKey, BackendState, FrontendKey, FrontendKind, MapContents, NodeFacts, Selection, Settings,
 };
+
+// Written out, not taken from the product: a label that is misspelt there must not be misspelt here.
+const ALGORITHM: &str = "terway.alibabacloud.com/load-balancing";
+const WEIGHT: &str = "terway.alibabacloud.com/weight";
+const BACKEND_TYPE: &str = "service.beta.kubernetes.io/backend-type";
+const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
+const HEADLESS: &str = "service.kubernetes.io/headless";
 
 /// Where a client ends up.
 #[derive(Clone, Debug, PartialEq, Eq)]
