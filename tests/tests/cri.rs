@@ -90,8 +90,8 @@ fn pods_live_and_die(cluster: &Cluster) -> Result<()> {
         }
         cri(node)?.remove_pod(sandbox)?;
     }
-    leftovers::settle_pods(n1, &before[0], SETTLE)?;
-    leftovers::settle_pods(n2, &before[1], SETTLE)
+    leftovers::wait_until_pods_removed(n1, &before[0], SETTLE)?;
+    leftovers::wait_until_pods_removed(n2, &before[1], SETTLE)
 }
 
 /// A container is in its node's cgroup, so its connections to Services are made straight to a backend; who is in the pod's network but not
@@ -141,7 +141,7 @@ fn containers_connect_at_the_socket(cluster: &Cluster) -> Result<()> {
         cri.stop_pod(&sandbox)?;
         cri.remove_pod(&sandbox)?;
     }
-    leftovers::settle_pods(node, &before, SETTLE)
+    leftovers::wait_until_pods_removed(node, &before, SETTLE)
 }
 
 /// Failures reach the user through the runtime, and deletions pass without the daemon.
@@ -167,7 +167,7 @@ fn without_the_daemon(cluster: &Cluster) -> Result<()> {
         cri.stop_pod(&id)?;
         cri.remove_pod(&id)?;
     }
-    leftovers::settle_pods(node, &before, SETTLE)
+    leftovers::wait_until_pods_removed(node, &before, SETTLE)
 }
 
 #[test]

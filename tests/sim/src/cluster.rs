@@ -214,7 +214,12 @@ impl Cluster {
 
     fn boot(&mut self, options: &Options) -> Result<()> {
         cgroup::mount_at(&self.work.join(CGROUPS))?;
-        self.vpc.plug_external("external", Arc::clone(&self.external), setup::EXTERNAL_V4, setup::EXTERNAL_V6)?;
+        self.vpc.attach_external_host(
+            "external",
+            Arc::clone(&self.external),
+            setup::EXTERNAL_V4,
+            setup::EXTERNAL_V6,
+        )?;
         let daemon = DaemonOptions {
             bin_dir: options.bin_dir.clone(),
             eni_conf: setup::eni_conf(options),

@@ -43,21 +43,21 @@ pub trait Fabric: Send + Sync {
     ///
     /// # Errors
     /// When the NIC could not be made. The cloud logs it and goes on: the daemon sees an ENI that is attached and never arrives.
-    fn plug(&self, node: &str, eni: &FabricEni) -> anyhow::Result<()>;
+    fn hotplug(&self, node: &str, eni: &FabricEni) -> anyhow::Result<()>;
 
     /// Takes the NIC of an ENI out of its node, wherever in that node it is by now. Succeeds when there is none.
     ///
     /// # Errors
     /// When the NIC is still there afterwards.
-    fn unplug(&self, node: &str, eni: &EniId, mac: Mac) -> anyhow::Result<()>;
+    fn hot_unplug(&self, node: &str, eni: &EniId, mac: Mac) -> anyhow::Result<()>;
 
-    /// The addresses of a plugged ENI, all of them and the primary one first, replacing what was said before.
+    /// The addresses of a hotplugged ENI, all of them and the primary one first, replacing what was said before.
     ///
     /// # Errors
     /// When the old set is still in force.
     fn set_addresses(&self, eni: &EniId, v4: &[Ipv4Addr], v6: &[Ipv6Addr]) -> anyhow::Result<()>;
 
-    /// The prefixes of a plugged ENI, all of them, replacing what was said before; none after a plug. Their addresses are carried as
+    /// The prefixes of a hotplugged ENI, all of them, replacing what was said before; none after a hotplug. Their addresses are carried as
     /// single ones are. A fabric without packets has nothing to do.
     ///
     /// # Errors
@@ -72,11 +72,11 @@ pub trait Fabric: Send + Sync {
 pub struct NoFabric;
 
 impl Fabric for NoFabric {
-    fn plug(&self, _node: &str, _eni: &FabricEni) -> anyhow::Result<()> {
+    fn hotplug(&self, _node: &str, _eni: &FabricEni) -> anyhow::Result<()> {
         Ok(())
     }
 
-    fn unplug(&self, _node: &str, _eni: &EniId, _mac: Mac) -> anyhow::Result<()> {
+    fn hot_unplug(&self, _node: &str, _eni: &EniId, _mac: Mac) -> anyhow::Result<()> {
         Ok(())
     }
 

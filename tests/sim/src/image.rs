@@ -1,13 +1,15 @@
-//! An OCI image made by hand of one static busybox, so that containers run without a registry or any outside address.
+//! An OCI image of one static busybox, so that containers run without a registry or any outside address.
 //!
-//! Formats: OCI image layout 1.0.0, image manifest v1, and POSIX ustar (pax(1), "ustar Interchange Format").
+//! Formats: OCI image layout 1.0.0, image manifest v1.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::json;
 use sha2::{Digest, Sha256};
+use tar::{Builder, EntryType, Header};
 
 /// The name under which the image is imported; it serves as the sandbox image too.
 pub const NAME: &str = "localhost/terway-sim:1";
@@ -67,26 +69,26 @@ pub fn write(out: &Path, extra: &[(PathBuf, &str)]) -> Result<()> {
         .iter()
         .find(|path| Path::new(path).exists())
         .context("busybox is missing (Debian package busybox-static)")?;
-    let mut layer = Tar::default();
+    let mut layer = Archive::new();
     for (folder, mode) in
         [("bin", 0o755), ("dev", 0o755), ("etc", 0o755), ("proc", 0o755), ("root", 0o755), ("sys", 0o755)]
             .into_iter()
             .chain([("tmp", 0o1777), ("www", 0o755)])
     {
-        layer.folder(folder, mode);
+        layer.folder(folder, mode)?;
     }
-    layer.file("bin/busybox", 0o755, &fs::read(busybox).with_context(|| format!("read {busybox}"))?);
+    layer.file("bin/busybox", 0o755, &fs::read(busybox).with_context(|| format!("read {busybox}"))?)?;
     for applet in APPLETS {
-        layer.link(&format!("bin/{applet}"), "busybox");
+        layer.link(&format!("bin/{applet}"), "busybox")?;
     }
-    layer.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n");
-    layer.file("etc/group", 0o644, b"root:x:0:\nnobody:x:65534:\n");
-    layer.file("www/index.html", 0o644, b"served by a pod\n");
-    layer.file("pause", 0o755, PAUSE);
+    layer.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")?;
+    layer.file("etc/group", 0o644, b"root:x:0:\nnobody:x:65534:\n")?;
+    layer.file("www/index.html", 0o644, b"served by a pod\n")?;
+    layer.file("pause", 0o755, PAUSE)?;
     for (from, to) in extra {
-        layer.file(to, 0o755, &fs::read(from).with_context(|| format!("read {}", from.display()))?);
+        layer.file(to, 0o755, &fs::read(from).with_context(|| format!("read {}", from.display()))?)?;
     }
-    let layer = layer.finish();
+    let layer = layer.finish()?;
 
     let config = json!({
         "architecture": oci_arch(), "os": "linux", "created": "1970-01-01T00:00:00Z",
@@ -114,13 +116,13 @@ pub fn write(out: &Path, extra: &[(PathBuf, &str)]) -> Result<()> {
     .to_string()
     .into_bytes();
 
-    let mut image = Tar::default();
-    image.file("oci-layout", 0o644, br#"{"imageLayoutVersion":"1.0.0"}"#);
-    image.file("index.json", 0o644, &index);
+    let mut image = Archive::new();
+    image.file("oci-layout", 0o644, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    image.file("index.json", 0o644, &index)?;
     for blob in [&config, &manifest, &layer] {
-        image.file(&format!("blobs/sha256/{}", hex::encode(Sha256::digest(blob))), 0o644, blob);
+        image.file(&format!("blobs/sha256/{}", hex::encode(Sha256::digest(blob))), 0o644, blob)?;
     }
-    fs::write(out, image.finish()).with_context(|| format!("write {}", out.display()))
+    fs::write(out, image.finish()?).with_context(|| format!("write {}", out.display()))
 }
 
 fn digest(blob: &[u8]) -> String {
@@ -131,50 +133,43 @@ const fn oci_arch() -> &'static str {
     if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }
 }
 
-/// A tar archive in memory; names are short enough for the plain ustar header.
-#[derive(Default)]
-struct Tar(Vec<u8>);
+/// A tar archive in memory.
+struct Archive(Builder<Vec<u8>>);
 
-impl Tar {
-    fn file(&mut self, name: &str, mode: u32, data: &[u8]) {
-        self.header(name, mode, data.len(), b'0', "");
-        self.0.extend_from_slice(data);
-        self.0.resize(self.0.len().next_multiple_of(512), 0);
+impl Archive {
+    fn new() -> Self {
+        Self(Builder::new(Vec::new()))
     }
 
-    fn folder(&mut self, name: &str, mode: u32) {
-        self.header(name, mode, 0, b'5', "");
+    fn file(&mut self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+        let mut header = header(EntryType::Regular, mode);
+        header.set_size(content.len() as u64);
+        self.0.append_data(&mut header, name, content)
     }
 
-    fn link(&mut self, name: &str, target: &str) {
-        self.header(name, 0o777, 0, b'2', target);
+    fn folder(&mut self, name: &str, mode: u32) -> io::Result<()> {
+        self.0.append_data(&mut header(EntryType::Directory, mode), name, io::empty())
     }
 
-    fn header(&mut self, name: &str, mode: u32, size: usize, kind: u8, target: &str) {
-        let mut block = [0u8; 512];
-        let mut put = |at: usize, bytes: &[u8]| block[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, name.as_bytes());
-        put(100, format!("{mode:07o}\0").as_bytes());
-        put(108, b"0000000\0");
-        put(116, b"0000000\0");
-        put(124, format!("{size:011o}\0").as_bytes());
-        put(136, b"00000000000\0");
-        // The checksum is taken with its own field full of blanks.
-        put(148, b"        ");
-        put(156, &[kind]);
-        put(157, target.as_bytes());
-        put(257, b"ustar\x0000");
-        put(265, b"root");
-        put(297, b"root");
-        let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
-        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-        self.0.extend_from_slice(&block);
+    fn link(&mut self, name: &str, target: &str) -> io::Result<()> {
+        self.0.append_link(&mut header(EntryType::Symlink, 0o777), name, target)
     }
 
-    fn finish(mut self) -> Vec<u8> {
-        self.0.resize(self.0.len() + 1024, 0);
-        self.0
+    fn finish(self) -> io::Result<Vec<u8>> {
+        self.0.into_inner()
     }
+}
+
+/// Of root, made at the beginning of 1970, so that the same input gives the same image.
+fn header(kind: EntryType, mode: u32) -> Header {
+    let mut header = Header::new_ustar();
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_size(0);
+    header
 }
 
 #[cfg(test)]

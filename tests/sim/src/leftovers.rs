@@ -202,8 +202,8 @@ fn walk(folder: &Path, found: &mut Vec<String>) -> std::io::Result<()> {
 ///
 /// # Errors
 /// After `limit`, with what remains.
-pub fn settle_pods(node_: &Node, before: &Snapshot, limit: Duration) -> Result<()> {
-    settle_by(node_, before, limit, |snapshot| {
+pub fn wait_until_pods_removed(node_: &Node, before: &Snapshot, limit: Duration) -> Result<()> {
+    wait_until_equal(node_, before, limit, |snapshot| {
         let mut snapshot = snapshot.clone();
         let enis: BTreeSet<String> = snapshot
             .0
@@ -232,11 +232,16 @@ pub fn settle_pods(node_: &Node, before: &Snapshot, limit: Duration) -> Result<(
 ///
 /// # Errors
 /// After `limit`, with the differences that remain.
-pub fn settle(node_: &Node, before: &Snapshot, limit: Duration) -> Result<()> {
-    settle_by(node_, before, limit, Snapshot::clone)
+pub fn wait_until_restored(node_: &Node, before: &Snapshot, limit: Duration) -> Result<()> {
+    wait_until_equal(node_, before, limit, Snapshot::clone)
 }
 
-fn settle_by(node_: &Node, before: &Snapshot, limit: Duration, view: impl Fn(&Snapshot) -> Snapshot) -> Result<()> {
+fn wait_until_equal(
+    node_: &Node,
+    before: &Snapshot,
+    limit: Duration,
+    view: impl Fn(&Snapshot) -> Snapshot,
+) -> Result<()> {
     let deadline = Instant::now() + limit;
     let before = view(before);
     loop {

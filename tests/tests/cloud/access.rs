@@ -87,7 +87,9 @@ async fn metadata_wants_a_token_and_tells_nothing_of_others() {
     let two = rig.sim.enis()[1].mac;
     is(rig.client().metadata().nic(two).await.unwrap_err(), ErrorClass::NotFound, "404");
     // The rule of the fabric: the address says who asks.
-    rig.sim.who_asks(Arc::new(|from| (from.ip() != IpAddr::from(Ipv4Addr::LOCALHOST)).then(|| "one".to_owned())));
+    rig.sim.set_caller_resolver(Arc::new(|from| {
+        (from.ip() != IpAddr::from(Ipv4Addr::LOCALHOST)).then(|| "one".to_owned())
+    }));
     is(rig.client().node_identity().await.unwrap_err(), ErrorClass::NotFound, "404");
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use terway_core::cloud::{EniKind, EniStatus, ErrorClass};
 use terway_daemon::cloud::{Cloud, CreateEni, EniFilter};
-use terway_sim::cloud::{CloudConfig, Fault, FaultKind, Order, Scenario, Step, Timing, When};
+use terway_sim::cloud::{AdminAction, CloudConfig, Fault, FaultKind, Scenario, Step, Timing, Trigger};
 
 use crate::{Rig, attached, eventually, is, one, request, world};
 
@@ -42,7 +42,7 @@ async fn what_is_written_may_be_seen_later() {
     let eni = cloud.create_eni(&request("t1", "vsw-a", 2)).await.unwrap();
     assert!(began.elapsed() >= Duration::from_millis(lag), "the whole answer is there only once it is shown");
     // One that answers in full is not shown yet, which is no reason to take it for gone.
-    rig.sim.order(Order::Timing(Timing { attach_ms: Some(0), ..Timing::default() })).unwrap();
+    rig.sim.apply(AdminAction::Timing(Timing { attach_ms: Some(0), ..Timing::default() })).unwrap();
     cloud.attach_eni(&eni.id, &one()).await.unwrap();
     assert_eq!(cloud.describe_eni(&eni.id).await.unwrap().status, EniStatus::Available, "behind");
     cloud.wait_eni(&eni.id, EniStatus::InUse, WITHIN).await.unwrap();
@@ -170,15 +170,15 @@ async fn others_hands_are_seen() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let (a, b) = (attached(&cloud, "a", 3).await, attached(&cloud, "b", 1).await);
-    rig.sim.order(Order::Unassign { eni: a.id.to_string(), address: a.v4[2].to_string() }).unwrap();
+    rig.sim.apply(AdminAction::Unassign { eni: a.id.to_string(), address: a.v4[2].to_string() }).unwrap();
     assert_eq!(cloud.describe_eni(&a.id).await.unwrap().v4, a.v4[..2]);
-    rig.sim.order(Order::DetachEni { eni: a.id.to_string() }).unwrap();
+    rig.sim.apply(AdminAction::DetachEni { eni: a.id.to_string() }).unwrap();
     let now = cloud.describe_eni(&a.id).await.unwrap();
     assert_eq!((now.status, now.instance), (EniStatus::Available, None));
     cloud.detach_eni(&a.id, &one()).await.unwrap();
-    rig.sim.order(Order::RemoveEni { eni: "secondary:2".into() }).unwrap();
+    rig.sim.apply(AdminAction::RemoveEni { eni: "secondary:2".into() }).unwrap();
     is(cloud.describe_eni(&b.id).await.unwrap_err(), ErrorClass::NotFound, "");
-    rig.sim.order(Order::Occupy { vswitch: "vsw-b".into(), leave: 2 }).unwrap();
+    rig.sim.apply(AdminAction::Occupy { vswitch: "vsw-b".into(), leave: 2 }).unwrap();
     assert_eq!(cloud.vswitches(&["vsw-b".into()]).await.unwrap()[0].available, 2);
     is(
         cloud.create_eni(&request("c", "vsw-b", 3)).await.unwrap_err(),
@@ -213,9 +213,9 @@ async fn a_scenario_happens_at_its_times_and_calls() {
     assert_eq!(http.put(&url).body("{\"step\": []}").send().await.unwrap().status(), 400);
     // A later scenario makes the steps of an earlier one void.
     let step =
-        |at_ms, leave| Step { at_ms, when: None, orders: vec![Order::Occupy { vswitch: "vsw-a".into(), leave }] };
+        |at_ms, leave| Step { at_ms, when: None, orders: vec![AdminAction::Occupy { vswitch: "vsw-a".into(), leave }] };
     rig.sim.play(Scenario { faults: Vec::new(), steps: vec![step(50, 7)] });
-    let waits = Step { when: Some(When { action: "X".into(), calls: 1 }), ..step(0, 3) };
+    let waits = Step { when: Some(Trigger { action: "X".into(), calls: 1 }), ..step(0, 3) };
     rig.sim.play(Scenario { faults: Vec::new(), steps: vec![waits] });
     tokio::time::sleep(Duration::from_millis(150)).await;
     assert!(cloud.vswitches(&["vsw-a".into()]).await.unwrap()[0].available > 1000);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::json;
 use terway_core::cloud::ErrorClass;
 use terway_daemon::cloud::{Aliyun, Cloud, CredentialSource, EcsConfig, EniFilter, Secret, SignatureMethod};
-use terway_sim::cloud::{CloudConfig, Fault, FaultKind, Order};
+use terway_sim::cloud::{AdminAction, CloudConfig, Fault, FaultKind};
 
 use crate::{KEY, KEY_SECRET, Rig, attached, eventually, is, request, world};
 
@@ -91,7 +91,7 @@ async fn a_token_file_is_read_again_when_its_keys_are_refused_or_expire() {
     let cloud = Aliyun::new(&EcsConfig { credentials, ..rig.config() }).unwrap();
     cloud.enis(&EniFilter::default()).await.unwrap();
     // Refused ahead of its time, and a successor is in the file.
-    rig.sim.order(Order::ExpireKeys).unwrap();
+    rig.sim.apply(AdminAction::ExpireKeys).unwrap();
     rig.sim.add_temporary_key("STS.file-2", "file-secret-2", "file-token-2", lifetime);
     write_token(&path, 2, lifetime);
     cloud.enis(&EniFilter::default()).await.unwrap();
@@ -111,8 +111,8 @@ async fn keys_and_limits_are_replaced_live() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     cloud.enis(&EniFilter::default()).await.unwrap();
-    rig.sim.order(Order::RevokeKey { id: KEY.into() }).unwrap();
-    rig.sim.order(Order::AddKey { id: "LTAI-new".into(), secret: "new".into() }).unwrap();
+    rig.sim.apply(AdminAction::RevokeKey { id: KEY.into() }).unwrap();
+    rig.sim.apply(AdminAction::AddKey { id: "LTAI-new".into(), secret: "new".into() }).unwrap();
     let refused = cloud.enis(&EniFilter::default()).await.unwrap_err();
     is(refused, ErrorClass::Forbidden, "InvalidAccessKeyId.NotFound");
     let (id, secret) = pair("LTAI-new", "new");

@@ -80,7 +80,7 @@ impl Rig {
     async fn with_fabric(config: CloudConfig, fabric: Arc<dyn Fabric>) -> Self {
         let sim = CloudSim::new(config, fabric).unwrap();
         // All callers come from 127.0.0.1 here.
-        sim.who_asks(Arc::new(|_| Some("one".to_owned())));
+        sim.set_caller_resolver(Arc::new(|_| Some("one".to_owned())));
         sim.power_on("one").await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use terway_core::cloud::{EniStatus, ErrorClass};
 use terway_daemon::cloud::{Cloud, CreateEni, MAX_PREFIXES_PER_CALL};
-use terway_sim::cloud::{Fault, FaultKind, Order};
+use terway_sim::cloud::{AdminAction, Fault, FaultKind};
 
 use crate::{Rig, attached, eventually, is, one, request, world};
 
@@ -55,7 +55,7 @@ async fn a_fragmented_vswitch_has_addresses_and_no_prefix() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let eni = cloud.create_eni(&request("t1", "vsw-b", 1)).await.unwrap();
-    rig.sim.order(Order::Fragment { vswitch: "vsw-b".into() }).unwrap();
+    rig.sim.apply(AdminAction::Fragment { vswitch: "vsw-b".into() }).unwrap();
     let code = "InvalidVSwitchId.IpNotEnough";
     is(cloud.assign_v4_prefixes(&eni.id, 1, "t2").await.unwrap_err(), ErrorClass::VSwitchExhausted, code);
     let wanted = CreateEni { v4_prefixes: 1, ..request("t3", "vsw-b", 1) };
@@ -63,7 +63,7 @@ async fn a_fragmented_vswitch_has_addresses_and_no_prefix() {
     is(cloud.create_eni(&wanted).await.unwrap_err(), ErrorClass::VSwitchExhausted, code);
     assert_eq!(cloud.vswitches(&["vsw-b".into()]).await.unwrap()[0].available, free, "a refusal takes nothing");
     assert_eq!(cloud.assign_v4(&eni.id, 5, "t4").await.unwrap().len(), 5);
-    rig.sim.order(Order::Vacate { vswitch: "vsw-b".into() }).unwrap();
+    rig.sim.apply(AdminAction::Vacate { vswitch: "vsw-b".into() }).unwrap();
     assert_eq!(cloud.assign_v4_prefixes(&eni.id, 1, "t5").await.unwrap().len(), 1);
 }
 

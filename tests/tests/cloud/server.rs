@@ -19,14 +19,14 @@ use crate::{Rig, attached, eventually, is, one, world};
 struct Recorder(Mutex<Vec<String>>);
 
 impl Fabric for Recorder {
-    fn plug(&self, node: &str, eni: &FabricEni) -> anyhow::Result<()> {
+    fn hotplug(&self, node: &str, eni: &FabricEni) -> anyhow::Result<()> {
         let text =
             format!("plug {node} {} {}+{}", if eni.primary { "primary" } else { "eni" }, eni.v4.len(), eni.v6.len());
         self.0.lock().unwrap().push(text);
         Ok(())
     }
 
-    fn unplug(&self, node: &str, _eni: &EniId, _mac: Mac) -> anyhow::Result<()> {
+    fn hot_unplug(&self, node: &str, _eni: &EniId, _mac: Mac) -> anyhow::Result<()> {
         self.0.lock().unwrap().push(format!("unplug {node}"));
         Ok(())
     }
@@ -64,7 +64,7 @@ async fn the_fabric_hears_everything_in_order() {
     let other = attached(&cloud, "t5", 1).await;
     eventually("the NIC arrives", async || cloud.subnet(other.mac).await.is_ok()).await;
     rig.sim.remove_eni(&other.id).unwrap();
-    rig.sim.settle().await.unwrap();
+    rig.sim.wait_until_idle().await.unwrap();
     assert_eq!(
         *recorder.0.lock().unwrap(),
         [

@@ -11,7 +11,7 @@ use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
 use terway_core::cidr;
 use terway_core::cloud::EniKind;
-use terway_sim::cloud::{CloudConfig, EniRecord, Fault, FaultKind, Order, VSwitchConfig};
+use terway_sim::cloud::{AdminAction, CloudConfig, EniRecord, Fault, FaultKind, VSwitchConfig};
 use terway_sim::cluster::{Cluster, Options};
 use terway_sim::node::Node;
 use terway_sim::node::cni::Pod;
@@ -144,7 +144,7 @@ fn problems(node: &Node) -> Result<Vec<String>> {
 
 fn throttled(cluster: &Cluster, on: bool) -> Result<()> {
     let limits = on.then(|| (String::new(), 0)).into_iter().collect();
-    cluster.cloud().order(Order::RateLimits(limits))
+    cluster.cloud().apply(AdminAction::RateLimits(limits))
 }
 
 fn outage(cluster: &Cluster, on: bool) {
@@ -159,7 +159,7 @@ fn an_empty_vswitch_is_named_and_a_second_one_cures_it() -> Result<()> {
         |options| small(options, 4),
         |cluster, node| {
             let mut running = pods(node, "a b")?;
-            cluster.cloud().order(Order::Occupy { vswitch: "vsw-pods".to_owned(), leave: 0 })?;
+            cluster.cloud().apply(AdminAction::Occupy { vswitch: "vsw-pods".to_owned(), leave: 0 })?;
             running.extend(fill(node, "more", 10)?);
             refused(node, "late", "TW0202", &["vsw-pods", "Add a vSwitch"])?;
             alive(cluster, &running)?;
@@ -215,7 +215,7 @@ fn enis_of_a_former_life_are_not_used() -> Result<()> {
             node.stop_daemon()?;
             let plant = |vswitch: &str, group: &str, tag: Option<&str>| {
                 let known: Vec<_> = secondary(cluster).into_iter().map(|eni| eni.id).collect();
-                cluster.cloud().order(Order::Plant {
+                cluster.cloud().apply(AdminAction::AttachForeignEni {
                     node: node.name().to_owned(),
                     vswitch: vswitch.to_owned(),
                     security_group: group.to_owned(),
@@ -261,7 +261,7 @@ fn a_full_quota_is_named_and_heals() -> Result<()> {
             let running = fill(node, "p", 10)?;
             ensure!(running.len() == 4, "one ENI has room for four, not {}", running.len());
             refused(node, "late", "TW0211", &["quota"])?;
-            cluster.cloud().order(Order::MaxEnis(None))?;
+            cluster.cloud().apply(AdminAction::MaxEnis(None))?;
             let late = pod_at_last(node, "late")?;
             alive(cluster, running.iter().chain([&late]))
         },
@@ -351,7 +351,7 @@ fn a_bad_edit_changes_nothing_and_is_shown() -> Result<()> {
             node.edit_conf(json!({"max_pool_size": 6}))?;
             healed()?;
 
-            node.scribble_conf(&good[..good.len() / 2])?;
+            node.overwrite_mounted_conf(&good[..good.len() / 2])?;
             failure(&["eni_conf"])?;
             running.push(pod(node, "d")?);
             node.edit_conf(json!({"vswitches": {"cn-sim-a": ["vsw-more"]}}))?;
@@ -470,7 +470,7 @@ fn what_is_taken_away_in_the_console_is_reported_with_its_pod() -> Result<()> {
             let eni = eni_of(cluster, running[0].v4()?)?;
             // A leaked address is taken in.
             let known = node.status()?.pool.unwrap_or_default();
-            cluster.cloud().order(Order::Assign { eni: eni.id.to_string() })?;
+            cluster.cloud().apply(AdminAction::Assign { eni: eni.id.to_string() })?;
             node.wait(HEALS, "the leaked address is the pool's", |node| {
                 let pool = node.status()?.pool.unwrap_or_default();
                 ensure!(pool.idle > known.idle, "{pool:?} after {known:?}");
@@ -491,7 +491,7 @@ fn what_is_taken_away_in_the_console_is_reported_with_its_pod() -> Result<()> {
                     Ok(true)
                 })
             };
-            cluster.cloud().order(Order::Unassign { eni: eni.id.to_string(), address: gone.to_string() })?;
+            cluster.cloud().apply(AdminAction::Unassign { eni: eni.id.to_string(), address: gone.to_string() })?;
             reported("TW0234", &victim.name)?;
             alive(cluster, [other])?;
             node.del(victim)?;
@@ -500,7 +500,7 @@ fn what_is_taken_away_in_the_console_is_reported_with_its_pod() -> Result<()> {
             ensure!(next.len() >= 8, "{} pods found room", next.len());
             alive(cluster, next.iter().chain([other]))?;
 
-            cluster.cloud().order(Order::DetachEni { eni: eni.id.to_string() })?;
+            cluster.cloud().apply(AdminAction::DetachEni { eni: eni.id.to_string() })?;
             reported("TW0233", &other.name)?;
             let (kept, lost): (Vec<_>, Vec<_>) = next
                 .iter()
@@ -596,7 +596,7 @@ fn pods_on_prefixes_reach_each_other_with_both_families() -> Result<()> {
             }
             alive(cluster, &all)?;
             // From now on there is no free block of sixteen: single addresses serve as well.
-            cluster.cloud().order(Order::Fragment { vswitch: "vsw-pods".to_owned() })?;
+            cluster.cloud().apply(AdminAction::Fragment { vswitch: "vsw-pods".to_owned() })?;
             let (mut more, mut singles) = (Vec::new(), 0);
             for number in 0..24 {
                 more.push(pod_at_last(n1, &format!("s{number}"))?);

@@ -134,7 +134,7 @@ fn the_audit_heals_what_others_break() -> Result<()> {
         drop(b);
         node.wait(SETTLE, "one pod is left", |node| Ok(node.list_pods()?.len() == 1))?;
         node.del(&a)?;
-        leftovers::settle(node, &before, SETTLE)?;
+        leftovers::wait_until_restored(node, &before, SETTLE)?;
         agreement(cluster, node)
     })
 }

@@ -56,7 +56,7 @@ fn sixty_four_pods_at_once() -> Result<()> {
                     deleting.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
                 })?;
                 println!("64 at once: added in {added:?}, deleted in {:?}", start.elapsed());
-                leftovers::settle(node, &before, SETTLE)?;
+                leftovers::wait_until_restored(node, &before, SETTLE)?;
             }
             agreement(cluster, node)
         },
@@ -87,7 +87,7 @@ fn a_thousand_pods_one_after_another() -> Result<()> {
             adds.sort();
             dels.sort();
             println!("ADD p50 {:?} p99 {:?}, DEL p50 {:?} p99 {:?}", adds[500], adds[990], dels[500], dels[990]);
-            leftovers::settle(node, &before, SETTLE)?;
+            leftovers::wait_until_restored(node, &before, SETTLE)?;
             agreement(cluster, node)
         },
     )
@@ -173,7 +173,7 @@ fn two_hundred_kills_leave_nothing() -> Result<()> {
             node.stop_daemon()?;
             node.start_daemon()?;
             node.wait_ready(Duration::from_secs(20))?;
-            leftovers::settle(node, &before, SETTLE)?;
+            leftovers::wait_until_restored(node, &before, SETTLE)?;
             agreement(cluster, node)
         },
     )

@@ -76,8 +76,8 @@ fn everybody_reaches_everybody_with_everything() -> Result<()> {
                 n1.del(pod)?;
             }
             n2.del(&pods[2])?;
-            leftovers::settle_pods(n1, &before[0], SETTLE)?;
-            leftovers::settle_pods(n2, &before[1], SETTLE)
+            leftovers::wait_until_pods_removed(n1, &before[0], SETTLE)?;
+            leftovers::wait_until_pods_removed(n2, &before[1], SETTLE)
         },
     )
 }

@@ -257,7 +257,7 @@ fn rolling_an_application_and_dns_loses_nothing() -> Result<()> {
                 cluster.node(number + 1).del(client)?;
             }
             for (node, before) in cluster.nodes().iter().zip(&before) {
-                leftovers::settle_pods(node, before, SETTLE)?;
+                leftovers::wait_until_pods_removed(node, before, SETTLE)?;
             }
             Ok(())
         },

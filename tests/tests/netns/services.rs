@@ -131,8 +131,8 @@ fn pods_reach_services_by_cluster_ip() -> Result<()> {
                 node.check(pod)?;
                 node.del(pod)?;
             }
-            leftovers::settle_pods(n1, &before[0], SETTLE)?;
-            leftovers::settle_pods(n2, &before[1], SETTLE)
+            leftovers::wait_until_pods_removed(n1, &before[0], SETTLE)?;
+            leftovers::wait_until_pods_removed(n2, &before[1], SETTLE)
         },
     )
 }

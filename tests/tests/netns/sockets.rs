@@ -229,8 +229,8 @@ fn node_and_pods_connect_straight_to_backends() -> Result<()> {
         for (node, pod) in [(n1, &a), (n2, &b), (n1, &c)] {
             node.del(pod)?;
         }
-        leftovers::settle_pods(n1, &before[0], SETTLE)?;
-        leftovers::settle_pods(n2, &before[1], SETTLE)
+        leftovers::wait_until_pods_removed(n1, &before[0], SETTLE)?;
+        leftovers::wait_until_pods_removed(n2, &before[1], SETTLE)
     })
 }
 

@@ -80,7 +80,7 @@ fn deletions_do_not_wait_for_the_daemon() -> Result<()> {
             probe::ping(&stays.ns, cluster.external_addresses().0, &[])?;
             node.check(&stays)?;
             node.del(&stays)?;
-            leftovers::settle(node, &before, SETTLE)?;
+            leftovers::wait_until_restored(node, &before, SETTLE)?;
             agreement(cluster, node)
         },
     )

@@ -3,7 +3,7 @@
 //!
 //! `ctr -n k8s.io images import FILE` takes it. The same input gives the same digest.
 
-mod tar;
+mod archive;
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use self::tar::Tar;
+use self::archive::Archive;
 use crate::binaries;
 use crate::process;
 use crate::setup::{self, Part};
@@ -47,7 +47,7 @@ pub(crate) fn run(workspace: &Workspace, output: Option<PathBuf>, name: &str) ->
 
 /// The one layer, uncompressed.
 fn layer(dir: &Path, work: &Path) -> Result<Vec<u8>> {
-    let mut tar = Tar::new(Vec::new());
+    let mut tar = Archive::new(Vec::new());
     for name in ["bin", "lib", "lib64", "sbin"] {
         tar.directory(&format!("usr/{name}"))?;
         tar.link(name, &format!("usr/{name}"))?;
@@ -75,7 +75,7 @@ fn layer(dir: &Path, work: &Path) -> Result<Vec<u8>> {
 
 /// Writes the layout around a layer; returns the digest of the manifest, by which the image is known.
 fn archive(out: impl Write, layer: &[u8], name: &str) -> Result<String> {
-    let mut tar = Tar::new(out);
+    let mut tar = Archive::new(out);
     tar.file("oci-layout", 0o644, &serde_json::to_vec(&json!({ "imageLayoutVersion": "1.0.0" }))?)?;
     let mut blob = |kind: &str, content: &[u8]| -> Result<Value> {
         let digest = sha256(content);

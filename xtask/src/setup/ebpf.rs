@@ -137,6 +137,8 @@ fn install_linker(workspace: &Workspace, llvm: u32) -> Result<()> {
     command
         .args(["bpf-linker", "--version", BPF_LINKER, "--locked", "--force"])
         .args(["--no-default-features", "--features", &format!("llvm-{llvm}")])
+        // Its release profile has full debug information, which takes longest; LLVM does the linker's work, and is there already.
+        .args(["--config", "profile.release.debug=false", "--config", "profile.release.opt-level=1"])
         // Its build script asks the llvm-config of this prefix.
         .env("LLVM_PREFIX", format!("/usr/lib/llvm-{llvm}"));
     progress::build(&mut command, "building bpf-linker")

@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
-use super::cpio::Cpio;
+use super::initramfs::Initramfs;
 use super::kernel::Kernel;
 use super::modules;
 use crate::process;
@@ -20,7 +20,7 @@ use crate::workspace::Workspace;
 
 const INIT: &str = include_str!("init.sh");
 /// Raise it when the base changes in a way that its inputs do not show.
-const BASE_FORMAT: u32 = 2;
+const BASE_FORMAT: u32 = 3;
 /// Top-level links of a merged /usr, as on Debian.
 const MERGED: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
 /// Left to the host's own programs, if asked for: busybox's versions differ in what tests look at.
@@ -51,25 +51,25 @@ pub(super) fn write(workspace: &Workspace, kernel: &Kernel, payload: &Payload, p
     let base = base(workspace, &programs, kernel)?;
     let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
     io::copy(&mut File::open(&base)?, &mut out)?;
-    let mut cpio = Cpio::new(out);
+    let mut archive = Initramfs::new(out);
     // These are links or folders in the base; an entry of the same name would replace them.
-    cpio.assume(&["usr", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "etc", "tmp", "root", "var", "run", "vm"]);
+    archive.assume(&["usr", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "etc", "tmp", "root", "var", "run", "vm"]);
     let mut command = payload.command.clone();
     if let Some(program) = command.first_mut()
         && program.contains('/')
         && Path::new(program.as_str()).is_file()
     {
         let host = fs::canonicalize(&program).with_context(|| program.clone())?;
-        add(&mut cpio, &programs, &host, &host)?;
+        add(&mut archive, &programs, &host, &host)?;
         *program = host.to_string_lossy().into_owned();
     }
     for tool in &payload.tools {
         let host = programs.find(tool).with_context(|| format!("no program `{tool}` for the guest"))?;
         // By its resolved file, under the name that was asked for (`iptables` and `tc` are links on some systems).
-        add(&mut cpio, &programs, &fs::canonicalize(&host)?, &programs.installed_at(&host))?;
+        add(&mut archive, &programs, &fs::canonicalize(&host)?, &programs.installed_at(&host))?;
     }
     for (host, guest) in &payload.files {
-        add(&mut cpio, &programs, host, guest)?;
+        add(&mut archive, &programs, host, guest)?;
     }
     let mut script = String::new();
     for (name, value) in &payload.environment {
@@ -77,8 +77,8 @@ pub(super) fn write(workspace: &Workspace, kernel: &Kernel, payload: &Payload, p
     }
     let words: Vec<_> = command.iter().map(|w| quoted(w)).collect();
     script.push_str(&format!("cd /\nexec {}\n", words.join(" ")));
-    cpio.file("vm/command", 0o644, script.as_bytes())?;
-    cpio.finish()?;
+    archive.file("vm/command", 0o644, script.as_bytes())?;
+    archive.finish()?;
     Ok(())
 }
 
@@ -104,82 +104,82 @@ fn base(workspace: &Workspace, programs: &Unpacked, kernel: &Kernel) -> Result<P
 }
 
 fn write_base(out: &mut impl Write, programs: &Unpacked, kernel: &Kernel, busybox: &Path) -> Result<()> {
-    let mut cpio = Cpio::new(out);
+    let mut archive = Initramfs::new(out);
     for dir in ["usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "proc", "sys", "dev", "run", "etc", "root", "var/lib"] {
-        cpio.directory(dir, 0o755)?;
+        archive.directory(dir, 0o755)?;
     }
     for dir in ["vm", "mnt", "opt"] {
-        cpio.directory(dir, 0o755)?;
+        archive.directory(dir, 0o755)?;
     }
-    cpio.directory("tmp", 0o1777)?;
+    archive.directory("tmp", 0o1777)?;
     for name in MERGED {
-        cpio.link(name, &format!("usr/{name}"))?;
+        archive.link(name, &format!("usr/{name}"))?;
     }
-    cpio.link("var/run", "/run")?;
-    cpio.link("var/tmp", "/tmp")?;
+    archive.link("var/run", "/run")?;
+    archive.link("var/tmp", "/tmp")?;
     // The kernel opens the console for init before devtmpfs is mounted.
-    cpio.device("dev/console", 0o600, (5, 1))?;
-    cpio.device("dev/null", 0o666, (1, 3))?;
-    cpio.file("usr/bin/busybox", 0o755, &fs::read(busybox)?)?;
+    archive.device("dev/console", 0o600, (5, 1))?;
+    archive.device("dev/null", 0o666, (1, 3))?;
+    archive.file("usr/bin/busybox", 0o755, &fs::read(busybox)?)?;
     // The shell is a starter too.
     let shell = fs::canonicalize("/bin/sh")?;
-    add(&mut cpio, programs, &shell, Path::new("/bin/sh"))?;
+    add(&mut archive, programs, &shell, Path::new("/bin/sh"))?;
     for name in STARTERS {
         let host = programs.find(name).with_context(|| format!("no program `{name}` for the guest"))?;
-        add(&mut cpio, programs, &fs::canonicalize(&host)?, &Path::new("/usr/bin").join(name))?;
+        add(&mut archive, programs, &fs::canonicalize(&host)?, &Path::new("/usr/bin").join(name))?;
     }
     let applets = process::output(Command::new(busybox).arg("--list"))?;
     for applet in applets.lines().filter(|a| !NOT_FROM_BUSYBOX.contains(a) && !STARTERS.contains(a)) {
-        cpio.link(&format!("usr/bin/{applet}"), "busybox")?;
+        archive.link(&format!("usr/bin/{applet}"), "busybox")?;
     }
     // Where the kernel calls it (CONFIG_MODPROBE_PATH).
-    cpio.link("usr/sbin/modprobe", "/bin/busybox")?;
-    cpio.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")?;
-    cpio.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
-    cpio.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n")?;
-    cpio.file("etc/nsswitch.conf", 0o644, b"passwd: files\ngroup: files\nhosts: files\n")?;
+    archive.link("usr/sbin/modprobe", "/bin/busybox")?;
+    archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")?;
+    archive.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
+    archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n")?;
+    archive.file("etc/nsswitch.conf", 0o644, b"passwd: files\ngroup: files\nhosts: files\n")?;
 
     let folder = format!("usr/lib/modules/{}", kernel.version);
     let chosen = modules::choose(programs, &kernel.modules)?;
     for module in chosen.values() {
-        cpio.file(&format!("{folder}/{}", module.path), 0o644, &module.object)?;
+        archive.file(&format!("{folder}/{}", module.path), 0o644, &module.object)?;
     }
     for (name, content) in modules::indexes(&chosen) {
-        cpio.file(&format!("{folder}/{name}"), 0o644, content.as_bytes())?;
+        archive.file(&format!("{folder}/{name}"), 0o644, content.as_bytes())?;
     }
     for name in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
         if let Ok(content) = fs::read(kernel.modules.join(name)) {
-            cpio.file(&format!("{folder}/{name}"), 0o644, &content)?;
+            archive.file(&format!("{folder}/{name}"), 0o644, &content)?;
         }
     }
-    cpio.file("init", 0o755, INIT.as_bytes())?;
-    cpio.finish()?;
+    archive.file("init", 0o755, INIT.as_bytes())?;
+    archive.finish()?;
     Ok(())
 }
 
 /// Adds a file with the libraries it loads, or a folder with all that is in it.
-fn add<W: Write>(cpio: &mut Cpio<W>, programs: &Unpacked, host: &Path, guest: &Path) -> Result<()> {
+fn add<W: Write>(archive: &mut Initramfs<W>, programs: &Unpacked, host: &Path, guest: &Path) -> Result<()> {
     let about = || format!("cannot put {} into the guest", host.display());
     let meta = fs::metadata(host).with_context(about)?;
     if meta.is_dir() {
-        cpio.directory(&place(guest), 0o755)?;
+        archive.directory(&place(guest), 0o755)?;
         for entry in fs::read_dir(host).with_context(about)? {
             let entry = entry?;
-            add(cpio, programs, &entry.path(), &guest.join(entry.file_name()))?;
+            add(archive, programs, &entry.path(), &guest.join(entry.file_name()))?;
         }
         return Ok(());
     }
     let executable = meta.permissions().mode() & 0o111 != 0;
-    if cpio.has(&place(guest)) {
+    if archive.has(&place(guest)) {
         return Ok(());
     }
-    cpio.file(&place(guest), if executable { 0o755 } else { 0o644 }, &fs::read(host).with_context(about)?)?;
+    archive.file(&place(guest), if executable { 0o755 } else { 0o644 }, &fs::read(host).with_context(about)?)?;
     if executable {
         let libraries = libraries(host, programs.holds(host).then(|| programs.libraries()).as_deref());
         for library in libraries.with_context(about)? {
             let name = place(&programs.installed_at(&library));
-            if !cpio.has(&name) {
-                cpio.file(&name, 0o755, &fs::read(&library)?)?;
+            if !archive.has(&name) {
+                archive.file(&name, 0o755, &fs::read(&library)?)?;
             }
         }
     }

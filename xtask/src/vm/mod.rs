@@ -3,8 +3,8 @@
 //! The guest is an initramfs: no disk, no network card, about three seconds a boot. Exit code: the command's own
 //! (128 and the number of a signal), 124 when its time was up, 125 when the guest died, 126 when it could not start.
 
-mod cpio;
 pub(crate) mod guest;
+mod initramfs;
 mod kernel;
 mod modules;
 mod qemu;

@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use object::read::elf::ElfFile64;
+use object::{Endianness, Object, ObjectSection};
 
 use crate::process;
 use crate::setup::Unpacked;
@@ -157,32 +159,12 @@ fn u32_be(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// The `key=value` strings of the section `.modinfo` of a 64-bit little-endian ELF object (elf(5)).
+/// The `key=value` strings of the section `.modinfo` of a 64-bit ELF object.
 fn modinfo(object: &[u8]) -> Option<Vec<(String, String)>> {
-    let number = |at: usize, size: usize| -> Option<usize> {
-        let mut bytes = [0; 8];
-        bytes[..size].copy_from_slice(object.get(at..at + size)?);
-        usize::try_from(u64::from_le_bytes(bytes)).ok()
-    };
-    if !object.starts_with(b"\x7fELF\x02\x01") {
-        return None;
-    }
-    // e_shoff, e_shentsize, e_shnum, e_shstrndx; of a section: sh_name, sh_offset, sh_size.
-    let (table, entry, count, names) = (number(0x28, 8)?, number(0x3a, 2)?, number(0x3c, 2)?, number(0x3e, 2)?);
-    let section = |index: usize| {
-        let at = table + index * entry;
-        Some((number(at, 4)?, number(at + 0x18, 8)?, number(at + 0x20, 8)?))
-    };
-    let (_, strings, _) = section(names)?;
-    for index in 0..count {
-        let (name, offset, size) = section(index)?;
-        if object.get(strings + name..)?.starts_with(b".modinfo\0") {
-            let text = String::from_utf8_lossy(object.get(offset..offset + size)?).into_owned();
-            let pairs = text.split('\0').filter_map(|s| s.split_once('='));
-            return Some(pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).collect());
-        }
-    }
-    None
+    let elf = ElfFile64::<Endianness>::parse(object).ok()?;
+    let text = String::from_utf8_lossy(elf.section_by_name(".modinfo")?.data().ok()?).into_owned();
+    let pairs = text.split('\0').filter_map(|pair| pair.split_once('='));
+    Some(pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
 }
 
 /// `modules.dep`, `modules.alias` and `modules.softdep`, by file name.
@@ -264,21 +246,24 @@ mod tests {
 
     #[test]
     fn modinfo_of_a_hand_made_object() {
-        // Header, then section data, then two section headers: the string table (0) and .modinfo (1).
+        // Header, then the data of two sections, then three section headers (elf(5)): none, the names, and .modinfo.
         let mut elf = vec![0; 0x40];
-        elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
-        elf.extend(b"\0.modinfo\0"); // 0x40
+        elf[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+        let names = b"\0.modinfo\0"; // at 0x40
+        elf.extend(names);
         let info = b"license=GPL\0depends=a,b\0";
         let at = elf.len();
         elf.extend(info);
         let table = elf.len();
-        elf[0x28..0x30].copy_from_slice(&(table as u64).to_le_bytes());
-        elf[0x3a..0x40].copy_from_slice(&[64, 0, 2, 0, 0, 0]);
-        for (name, offset, size) in [(0u32, 0x40u64, 10u64), (1, at as u64, info.len() as u64)] {
+        elf[0x28..0x30].copy_from_slice(&(table as u64).to_le_bytes()); // e_shoff
+        elf[0x34..0x36].copy_from_slice(&[64, 0]); // e_ehsize
+        elf[0x3a..0x40].copy_from_slice(&[64, 0, 3, 0, 1, 0]); // e_shentsize, e_shnum, e_shstrndx
+        for (name, kind, offset, size) in [(0u32, 0u32, 0, 0), (0, 3, 0x40, names.len()), (1, 1, at, info.len())] {
             let mut header = [0; 64];
             header[..4].copy_from_slice(&name.to_le_bytes());
-            header[0x18..0x20].copy_from_slice(&offset.to_le_bytes());
-            header[0x20..0x28].copy_from_slice(&size.to_le_bytes());
+            header[4..8].copy_from_slice(&kind.to_le_bytes());
+            header[0x18..0x20].copy_from_slice(&(offset as u64).to_le_bytes());
+            header[0x20..0x28].copy_from_slice(&(size as u64).to_le_bytes());
             elf.extend(header);
         }
         let pairs = modinfo(&elf).unwrap();

@@ -15,14 +15,14 @@ use super::vpc::Vpc;
 
 /// What goes on after the reply.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Follow {
+pub(super) enum FollowUp {
     Nothing,
     Attach(EniId, u64),
     Detach(EniId, u64),
     Delete(EniId),
 }
 
-pub(super) type Answer = Result<(Value, Follow), Refusal>;
+pub(super) type Answer = Result<(Value, FollowUp), Refusal>;
 
 /// Runs one call whose sender is known. `RequestId` is added by the caller.
 ///
@@ -38,21 +38,25 @@ pub(super) fn run(vpc: &mut Vpc, version: &str, action: &str, parameters: &Param
         }
     }
     match (version, action) {
-        ("2014-05-26", "DescribeInstanceTypes") => describe::instance_types(vpc, parameters).map(still),
-        ("2014-05-26", "DescribeNetworkInterfaces") => describe::network_interfaces(vpc, parameters).map(still),
-        ("2016-04-28", "DescribeVSwitches") => describe::vswitches(vpc, parameters).map(still),
-        ("2014-05-26", "CreateNetworkInterface") => once(vpc, action, parameters, addresses::create).map(still),
+        ("2014-05-26", "DescribeInstanceTypes") => describe::instance_types(vpc, parameters).map(without_follow_up),
+        ("2014-05-26", "DescribeNetworkInterfaces") => {
+            describe::network_interfaces(vpc, parameters).map(without_follow_up)
+        }
+        ("2016-04-28", "DescribeVSwitches") => describe::vswitches(vpc, parameters).map(without_follow_up),
+        ("2014-05-26", "CreateNetworkInterface") => {
+            once(vpc, action, parameters, addresses::create).map(without_follow_up)
+        }
         ("2014-05-26", "AssignPrivateIpAddresses") => {
-            once(vpc, action, parameters, |vpc, p| addresses::assign_v4(vpc, p, most)).map(still)
+            once(vpc, action, parameters, |vpc, p| addresses::assign_v4(vpc, p, most)).map(without_follow_up)
         }
         ("2014-05-26", "AssignIpv6Addresses") => {
-            once(vpc, action, parameters, |vpc, p| addresses::assign_v6(vpc, p, most)).map(still)
+            once(vpc, action, parameters, |vpc, p| addresses::assign_v6(vpc, p, most)).map(without_follow_up)
         }
         ("2014-05-26", "UnassignPrivateIpAddresses") => {
-            addresses::unassign(vpc, parameters, "PrivateIpAddress", "Ipv4Prefix").map(still)
+            addresses::unassign(vpc, parameters, "PrivateIpAddress", "Ipv4Prefix").map(without_follow_up)
         }
         ("2014-05-26", "UnassignIpv6Addresses") => {
-            addresses::unassign(vpc, parameters, "Ipv6Address", "Ipv6Prefix").map(still)
+            addresses::unassign(vpc, parameters, "Ipv6Address", "Ipv6Prefix").map(without_follow_up)
         }
         ("2014-05-26", "AttachNetworkInterface") => attach(vpc, parameters),
         ("2014-05-26", "DetachNetworkInterface") => detach(vpc, parameters),
@@ -64,8 +68,8 @@ pub(super) fn run(vpc: &mut Vpc, version: &str, action: &str, parameters: &Param
     }
 }
 
-fn still(reply: Value) -> (Value, Follow) {
-    (reply, Follow::Nothing)
+fn without_follow_up(reply: Value) -> (Value, FollowUp) {
+    (reply, FollowUp::Nothing)
 }
 
 /// Answers a repeated `ClientToken` with the first answer ("Ensure idempotence", ECS API reference). Refused calls are not remembered.
@@ -124,7 +128,7 @@ fn attach(vpc: &mut Vpc, parameters: &Parameters) -> Answer {
     eni.instance = Some(instance.id);
     eni.node = Some(instance.node);
     eni.attachment += 1;
-    Ok((json!({}), Follow::Attach(eni.id.clone(), eni.attachment)))
+    Ok((json!({}), FollowUp::Attach(eni.id.clone(), eni.attachment)))
 }
 
 fn detach(vpc: &mut Vpc, parameters: &Parameters) -> Answer {
@@ -139,7 +143,7 @@ fn detach(vpc: &mut Vpc, parameters: &Parameters) -> Answer {
     }
     eni.status = EniStatus::Detaching;
     eni.attachment += 1;
-    Ok((json!({}), Follow::Detach(eni.id.clone(), eni.attachment)))
+    Ok((json!({}), FollowUp::Detach(eni.id.clone(), eni.attachment)))
 }
 
 fn delete(vpc: &mut Vpc, parameters: &Parameters) -> Answer {
@@ -148,5 +152,5 @@ fn delete(vpc: &mut Vpc, parameters: &Parameters) -> Answer {
         return Err(Refusal::eni_state(eni.id.as_str(), &format!("{:?}", eni.status)));
     }
     eni.status = EniStatus::Deleting;
-    Ok((json!({}), Follow::Delete(eni.id.clone())))
+    Ok((json!({}), FollowUp::Delete(eni.id.clone())))
 }

@@ -1,4 +1,4 @@
-//! The admin endpoint: what [`CloudSim`](super::CloudSim) can do, as JSON over HTTP. Its paths are told at
+//! The admin endpoint: what [`CloudSim`](super::CloudSim) can do, as JSON over HTTP. Its paths are listed at
 //! [`CloudSim::serve_admin`](super::CloudSim::serve_admin).
 
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::admin_actions::AdminAction;
 use super::faults::Fault;
-use super::orders::Order;
 use super::scenario::{self, Scenario};
 use super::server::reply;
 use super::{CallRecord, Inner};
@@ -32,7 +32,7 @@ pub(super) fn router(inner: Arc<Inner>) -> Router {
         .with_state(inner)
 }
 
-fn told<T: Serialize>(value: &T) -> Response {
+fn json_reply<T: Serialize>(value: &T) -> Response {
     match serde_json::to_value(value) {
         Ok(value) => reply(StatusCode::OK, &value),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
@@ -50,16 +50,16 @@ fn with<T: DeserializeOwned>(body: &Bytes, f: impl FnOnce(T) -> anyhow::Result<V
 async fn state(State(inner): Cloud) -> Response {
     let state = inner.state.lock();
     let enis: Vec<_> = state.enis.values().collect();
-    told(&json!({"enis": enis}))
+    json_reply(&json!({"enis": enis}))
 }
 
 async fn calls(State(inner): Cloud) -> Response {
-    told(inner.calls.lock().counts())
+    json_reply(inner.calls.lock().counts())
 }
 
 async fn forget(State(inner): Cloud) -> Response {
     inner.calls.lock().clear();
-    told(&json!({}))
+    json_reply(&json!({}))
 }
 
 #[derive(Deserialize)]
@@ -70,40 +70,40 @@ struct After {
 
 async fn log(State(inner): Cloud, Query(After { after }): Query<After>) -> Response {
     let calls = inner.calls.lock();
-    told(&calls.records().filter(|record| record.number > after).collect::<Vec<&CallRecord>>())
+    json_reply(&calls.records().filter(|record| record.number > after).collect::<Vec<&CallRecord>>())
 }
 
 async fn faults(State(inner): Cloud) -> Response {
-    told(&inner.faults.lock().list())
+    json_reply(&inner.faults.lock().list())
 }
 
 async fn set_faults(State(inner): Cloud, body: Bytes) -> Response {
-    with(&body, |faults: Vec<Fault>| inner.obey(Order::Faults(faults)).map(|()| json!({})))
+    with(&body, |faults: Vec<Fault>| inner.apply_action(AdminAction::Faults(faults)).map(|()| json!({})))
 }
 
 async fn add_faults(State(inner): Cloud, body: Bytes) -> Response {
-    with(&body, |faults: Vec<Fault>| inner.obey(Order::AddFaults(faults)).map(|()| json!({})))
+    with(&body, |faults: Vec<Fault>| inner.apply_action(AdminAction::AddFaults(faults)).map(|()| json!({})))
 }
 
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Orders {
-    Many(Vec<Order>),
-    One(Order),
+enum AdminActions {
+    Many(Vec<AdminAction>),
+    One(AdminAction),
 }
 
 async fn orders(State(inner): Cloud, body: Bytes) -> Response {
-    with(&body, |orders: Orders| {
+    with(&body, |orders: AdminActions| {
         let orders = match orders {
-            Orders::Many(orders) => orders,
-            Orders::One(order) => vec![order],
+            AdminActions::Many(orders) => orders,
+            AdminActions::One(order) => vec![order],
         };
-        orders.into_iter().try_for_each(|order| inner.obey(order)).map(|()| json!({}))
+        orders.into_iter().try_for_each(|order| inner.apply_action(order)).map(|()| json!({}))
     })
 }
 
 async fn open(State(inner): Cloud) -> Response {
-    told(&json!({"open": scenario::open(&inner)}))
+    json_reply(&json!({"open": scenario::open(&inner)}))
 }
 
 async fn play(State(inner): Cloud, body: Bytes) -> Response {

@@ -126,7 +126,7 @@ impl Keys {
         };
         let hash = need("x-acs-content-sha256")?;
         if hash != hex::encode(Sha256::digest(request.body)) {
-            return Err(mismatch("x-acs-content-sha256 is not the hash of the body"));
+            return Err(signature_mismatch("x-acs-content-sha256 is not the hash of the body"));
         }
         let mut canonical = format!("{}\n{}\n{}\n", request.method, request.path, encode(&decode(request.query)));
         for name in &names {
@@ -192,7 +192,7 @@ impl Keys {
             }
         }
         if !matches(&key.secret) {
-            return Err(mismatch(&format!("server string to sign is: {to_sign}")));
+            return Err(signature_mismatch(&format!("server string to sign is: {to_sign}")));
         }
         self.nonces.retain(|_, seen| now.duration_since(*seen).is_ok_and(|age| age < 2 * WINDOW));
         if self.nonces.insert((claims.key.clone(), claims.nonce.clone()), now).is_some() {
@@ -202,7 +202,7 @@ impl Keys {
     }
 }
 
-fn mismatch(what: &str) -> Refusal {
+fn signature_mismatch(what: &str) -> Refusal {
     let message = format!("Specified signature is not matched with our calculation. {what}");
     Refusal::new(400, "SignatureDoesNotMatch", message)
 }

@@ -44,14 +44,14 @@ pub struct CallRecord {
     pub request_id: String,
 }
 
-pub(super) struct Book {
+pub(super) struct CallLog {
     began: Instant,
     counts: BTreeMap<String, Calls>,
     records: VecDeque<CallRecord>,
     number: u64,
 }
 
-impl Book {
+impl CallLog {
     pub(super) fn new() -> Self {
         Self { began: Instant::now(), counts: BTreeMap::new(), records: VecDeque::new(), number: 0 }
     }

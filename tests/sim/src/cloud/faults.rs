@@ -84,11 +84,11 @@ impl Fault {
 }
 
 pub(super) struct Faults {
-    armed: Vec<Armed>,
+    armed: Vec<ActiveFault>,
     random: fastrand::Rng,
 }
 
-struct Armed {
+struct ActiveFault {
     fault: Fault,
     seen: u64,
     struck: u64,
@@ -102,11 +102,11 @@ impl Faults {
     }
 
     pub(super) fn set(&mut self, faults: Vec<Fault>) {
-        self.armed = faults.into_iter().map(|fault| Armed { fault, seen: 0, struck: 0 }).collect();
+        self.armed = faults.into_iter().map(|fault| ActiveFault { fault, seen: 0, struck: 0 }).collect();
     }
 
     pub(super) fn add(&mut self, faults: Vec<Fault>) {
-        self.armed.extend(faults.into_iter().map(|fault| Armed { fault, seen: 0, struck: 0 }));
+        self.armed.extend(faults.into_iter().map(|fault| ActiveFault { fault, seen: 0, struck: 0 }));
     }
 
     pub(super) fn list(&self) -> Vec<Fault> {
@@ -114,9 +114,9 @@ impl Faults {
     }
 
     /// What strikes this call, in the order in which the faults were given.
-    pub(super) fn strike(&mut self, action: &str) -> Vec<FaultKind> {
+    pub(super) fn faults_for(&mut self, action: &str) -> Vec<FaultKind> {
         let mut kinds = Vec::new();
-        for Armed { fault, seen, struck } in &mut self.armed {
+        for ActiveFault { fault, seen, struck } in &mut self.armed {
             let concerned = match action.strip_prefix(&*fault.action) {
                 Some(rest) => rest.is_empty() || rest.starts_with('/') || fault.action.ends_with('/'),
                 None => fault.action == "*" && !action.starts_with("metadata"),
@@ -171,18 +171,18 @@ mod tests {
     fn faults_count_from_their_setting_and_repeat_by_seed() {
         let nth = Fault { nth: Some(2), ..Fault::next("A", 9, FaultKind::LoseReply) };
         let mut faults = Faults::new(1, vec![nth, Fault::next("*", 1, FaultKind::Garble)]);
-        assert_eq!(faults.strike("metadata/mac"), []);
+        assert_eq!(faults.faults_for("metadata/mac"), []);
         let mut parts = Faults::new(1, vec![Fault::next("metadata/ram", 9, FaultKind::LoseReply)]);
-        assert_eq!(parts.strike("metadata/mac"), []);
-        assert_eq!(parts.strike("metadata/ram/security-credentials/").len(), 1);
-        assert_eq!(faults.strike("A"), [FaultKind::Garble]);
-        assert_eq!(faults.strike("A"), [FaultKind::LoseReply]);
-        assert_eq!(faults.strike("A"), []);
+        assert_eq!(parts.faults_for("metadata/mac"), []);
+        assert_eq!(parts.faults_for("metadata/ram/security-credentials/").len(), 1);
+        assert_eq!(faults.faults_for("A"), [FaultKind::Garble]);
+        assert_eq!(faults.faults_for("A"), [FaultKind::LoseReply]);
+        assert_eq!(faults.faults_for("A"), []);
         let chance =
             Fault { action: "A".into(), nth: None, probability: Some(0.5), times: None, kind: FaultKind::LoseReply };
         let history = |seed| {
             let mut faults = Faults::new(seed, vec![chance.clone()]);
-            (0..64).map(|_| faults.strike("A").len()).collect::<Vec<_>>()
+            (0..64).map(|_| faults.faults_for("A").len()).collect::<Vec<_>>()
         };
         assert_eq!(history(7), history(7));
         assert_ne!(history(7), history(8));

@@ -6,20 +6,20 @@
 mod actions;
 mod addresses;
 mod admin;
+mod admin_actions;
 mod auth;
 mod calls;
 mod config;
 mod describe;
+mod fabric_queue;
 mod faults;
 mod history;
 mod metadata;
-mod orders;
 mod reply;
 mod scenario;
 mod server;
 mod timeline;
 mod vpc;
-mod wire;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -31,23 +31,23 @@ use anyhow::Context as _;
 use terway_core::ident::EniId;
 use tokio::net::TcpListener;
 
+pub use self::admin_actions::{AdminAction, Timing};
 use self::auth::Keys;
-use self::calls::Book;
+use self::calls::CallLog;
 pub use self::calls::{CallRecord, Calls};
 pub use self::config::{CloudConfig, InstanceConfig, InstanceTypeConfig, VSwitchConfig};
+use self::fabric_queue::{Command, FabricQueue};
 use self::faults::{Buckets, Faults};
 pub use self::faults::{Fault, FaultKind};
 use self::metadata::Sessions;
-pub use self::orders::{Order, Timing};
-use self::scenario::Stage;
-pub use self::scenario::{Scenario, Step, When};
+use self::scenario::RunningScenario;
+pub use self::scenario::{Scenario, Step, Trigger};
 pub use self::vpc::EniRecord;
 use self::vpc::Vpc;
-use self::wire::{Command, Wire};
 use crate::fabric::Fabric;
 
 /// Which node a metadata request comes from, by its source address.
-pub type WhoAsks = Arc<dyn Fn(SocketAddr) -> Option<String> + Send + Sync>;
+pub type CallerResolver = Arc<dyn Fn(SocketAddr) -> Option<String> + Send + Sync>;
 
 /// A handle to the cloud; clones are the same cloud.
 #[derive(Clone)]
@@ -61,10 +61,10 @@ struct Inner {
     sessions: Locked<Sessions>,
     faults: Locked<Faults>,
     buckets: Locked<Buckets>,
-    calls: Locked<Book>,
-    stage: Locked<Stage>,
-    wire: Wire,
-    who: Locked<Option<WhoAsks>>,
+    calls: Locked<CallLog>,
+    stage: Locked<RunningScenario>,
+    queue: FabricQueue,
+    who: Locked<Option<CallerResolver>>,
     clock_offset: AtomicI64,
     seed: u64,
 }
@@ -118,7 +118,7 @@ impl CloudSim {
     /// # Errors
     /// When the configuration contradicts itself.
     pub fn new(config: CloudConfig, fabric: Arc<dyn Fabric>) -> anyhow::Result<Self> {
-        let wire = Wire::new(fabric)?;
+        let queue = FabricQueue::new(fabric)?;
         let mut keys = Keys::default();
         for (id, secret) in &config.access_keys {
             keys.insert(id, secret);
@@ -128,19 +128,19 @@ impl CloudSim {
             sessions: Locked::default(),
             faults: Locked::new(Faults::new(config.seed, config.faults.clone())),
             buckets: Locked::new(Buckets::new(config.rate_limits.clone())),
-            calls: Locked::new(Book::new()),
+            calls: Locked::new(CallLog::new()),
             stage: Locked::default(),
             who: Locked::default(),
             clock_offset: AtomicI64::new(config.clock_offset),
             seed: config.seed,
-            wire: wire.clone(),
-            state: Locked::new(Vpc::new(config, wire)?),
+            queue: queue.clone(),
+            state: Locked::new(Vpc::new(config, queue)?),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Replaces the rule by which metadata callers are told apart. By default a caller is the node whose ENI has its address.
-    pub fn who_asks(&self, who: WhoAsks) {
+    pub fn set_caller_resolver(&self, who: CallerResolver) {
         *self.inner.who.lock() = Some(who);
     }
 
@@ -157,7 +157,7 @@ impl CloudSim {
     ///
     /// - `GET /state`, `GET /calls` (counts), `GET /log?after=N` (each call), `DELETE /calls`
     /// - `GET`, `PUT` (replace) and `POST` (add) `/faults`: a list of [`Fault`]
-    /// - `POST /orders`: one [`Order`] or a list
+    /// - `POST /orders`: one [`AdminAction`] or a list
     /// - `PUT /scenario`: a [`Scenario`], which begins at once; `GET /scenario`: `{"open": steps to come}`
     ///
     /// # Errors
@@ -181,8 +181,8 @@ impl CloudSim {
     ///
     /// # Errors
     /// When it names something that does not exist.
-    pub fn order(&self, order: Order) -> anyhow::Result<()> {
-        self.inner.obey(order)
+    pub fn apply(&self, order: AdminAction) -> anyhow::Result<()> {
+        self.inner.apply_action(order)
     }
 
     /// Adds temporary keys that live this long.
@@ -204,15 +204,15 @@ impl CloudSim {
             let eni = eni.clone();
             state.for_fabric(&eni).context("the primary ENI's vSwitch is gone")?
         };
-        self.inner.wire.run(Command::Plug { node: node.to_owned(), eni }).await
+        self.inner.queue.run(Command::Hotplug { node: node.to_owned(), eni }).await
     }
 
     /// Returns when the fabric has done all it was told so far.
     ///
     /// # Errors
     /// When the fabric's thread has died.
-    pub async fn settle(&self) -> anyhow::Result<()> {
-        self.inner.wire.run(Command::Barrier).await
+    pub async fn wait_until_idle(&self) -> anyhow::Result<()> {
+        self.inner.queue.run(Command::Barrier).await
     }
 
     /// All ENIs, ordered by id.
@@ -256,7 +256,7 @@ impl CloudSim {
     /// Makes all keys of RAM roles expire now; the metadata service gives out new ones from now on.
     pub fn expire_role_keys(&self) {
         // Never refused.
-        let _always = self.inner.obey(Order::ExpireKeys);
+        let _always = self.inner.apply_action(AdminAction::ExpireKeys);
     }
 
     /// What an administrator does in the console: takes an ENI away, whatever its state.
@@ -264,13 +264,13 @@ impl CloudSim {
     /// # Errors
     /// When there is no such ENI.
     pub fn remove_eni(&self, id: &EniId) -> anyhow::Result<()> {
-        self.inner.obey(Order::RemoveEni { eni: id.to_string() })
+        self.inner.apply_action(AdminAction::RemoveEni { eni: id.to_string() })
     }
 
     /// Whether no ENI is on its way from one state to another.
     #[must_use]
     pub fn is_quiet(&self) -> bool {
-        orders::quiet(&self.inner.state.lock())
+        admin_actions::quiet(&self.inner.state.lock())
     }
 }
 

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, info};
 
 use super::Inner;
+use super::admin_actions::AdminAction;
 use super::faults::Fault;
-use super::orders::Order;
 
 /// A script. As a file it is JSON, such as
 /// `{"faults": [{"action": "*", "probability": 0.2, "kind": "lose_reply"}],
@@ -35,16 +35,16 @@ pub struct Step {
     pub at_ms: u64,
     /// What it waits for.
     #[serde(default)]
-    pub when: Option<When>,
+    pub when: Option<Trigger>,
     /// What is done, in this order.
     #[serde(rename = "do")]
-    pub orders: Vec<Order>,
+    pub orders: Vec<AdminAction>,
 }
 
 /// A number of calls.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct When {
+pub struct Trigger {
     /// Of this action, or of `metadata`.
     pub action: String,
     /// As many answered since the scenario began, failed ones included.
@@ -64,7 +64,7 @@ impl Scenario {
 
 /// The scenario that runs.
 #[derive(Default)]
-pub(super) struct Stage {
+pub(super) struct RunningScenario {
     /// Counts scenarios: a timer of an earlier one is void.
     run: u64,
     waiting: Vec<Step>,
@@ -79,7 +79,12 @@ pub(super) fn begin(inner: &Arc<Inner>, scenario: Scenario) {
     let (now, later): (Vec<Step>, Vec<Step>) = scenario.steps.into_iter().partition(|step| step.when.is_none());
     let run = {
         let mut stage = inner.stage.lock();
-        *stage = Stage { run: stage.run + 1, open: now.len() + later.len(), waiting: later, calls: BTreeMap::new() };
+        *stage = RunningScenario {
+            run: stage.run + 1,
+            open: now.len() + later.len(),
+            waiting: later,
+            calls: BTreeMap::new(),
+        };
         stage.run
     };
     for step in now {
@@ -128,7 +133,7 @@ fn take(inner: &Arc<Inner>, run: u64, step: Step) {
     }
     for order in step.orders {
         info!(?order, "scenario");
-        if let Err(error) = inner.obey(order) {
+        if let Err(error) = inner.apply_action(order) {
             error!(error = format!("{error:#}"), "a step of the scenario failed");
         }
     }
@@ -147,8 +152,8 @@ mod tests {
                       {"when": {"action": "AttachNetworkInterface", "calls": 2}, "do": ["expire_keys"]}]}"#;
         let scenario: Scenario = serde_json::from_str(text).unwrap();
         assert_eq!(scenario.faults[0].kind, FaultKind::LoseReply);
-        assert_eq!(scenario.steps[0].orders, [Order::Occupy { vswitch: "vsw-a".into(), leave: 0 }]);
-        assert_eq!(scenario.steps[1].orders, [Order::ExpireKeys]);
+        assert_eq!(scenario.steps[0].orders, [AdminAction::Occupy { vswitch: "vsw-a".into(), leave: 0 }]);
+        assert_eq!(scenario.steps[1].orders, [AdminAction::ExpireKeys]);
         for bad in [r#"{"steps": [{"at": 1, "do": []}]}"#, r#"{"steps": [{"do": ["nonsense"]}]}"#, "3"] {
             assert!(serde_json::from_str::<Scenario>(bad).is_err(), "{bad}");
         }

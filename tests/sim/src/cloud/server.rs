@@ -16,7 +16,7 @@ use super::auth::{Call, Incoming};
 use super::calls::CallRecord;
 use super::faults::FaultKind;
 use super::reply::Refusal;
-use super::timeline::Course;
+use super::timeline::Completion;
 use super::{Inner, actions, metadata, scenario, timeline};
 
 /// No request has more; the longest is a `DescribeNetworkInterfaces` with 100 ids.
@@ -72,7 +72,7 @@ async fn openapi(inner: &Arc<Inner>, head: &request::Parts, body: &Bytes) -> Res
         Ok(call) => {
             let named = |name| call.parameters.get(name).map(str::to_owned);
             (record.token, record.subject) = (named("ClientToken"), named("NetworkInterfaceId"));
-            (call.action.clone(), perform(inner, call).await)
+            (call.action.clone(), execute(inner, call).await)
         }
         Err(refusal) => {
             let named = head.headers.get("x-acs-action").and_then(|action| action.to_str().ok());
@@ -120,38 +120,38 @@ struct Done {
 
 /// What goes wrong with one call.
 #[derive(Default)]
-struct Twists {
+struct CallFaults {
     delay: u64,
     lost: bool,
     garbled: bool,
     twice: bool,
     most: Option<u32>,
     later: Option<u64>,
-    course: Course,
+    completion: Completion,
 }
 
-fn twists(struck: Vec<FaultKind>) -> Result<Twists, Refusal> {
-    let mut twists = Twists::default();
+fn call_faults(struck: Vec<FaultKind>) -> Result<CallFaults, Refusal> {
+    let mut call_faults = CallFaults::default();
     for kind in struck {
         match kind {
             FaultKind::Error { code, status } => {
                 return Err(Refusal::new(status, &code, "This fault was ordered."));
             }
-            FaultKind::Delay { ms } => twists.delay += ms,
-            FaultKind::LoseReply => twists.lost = true,
-            FaultKind::Garble => twists.garbled = true,
-            FaultKind::Duplicate => twists.twice = true,
-            FaultKind::EffectLater { ms } => twists.later = Some(ms),
-            FaultKind::Partial { most } => twists.most = Some(most),
-            FaultKind::SlowEnd { ms } => twists.course.longer += Duration::from_millis(ms),
-            FaultKind::FailEnd => twists.course.fails = true,
-            FaultKind::NoNic => twists.course.no_nic = true,
+            FaultKind::Delay { ms } => call_faults.delay += ms,
+            FaultKind::LoseReply => call_faults.lost = true,
+            FaultKind::Garble => call_faults.garbled = true,
+            FaultKind::Duplicate => call_faults.twice = true,
+            FaultKind::EffectLater { ms } => call_faults.later = Some(ms),
+            FaultKind::Partial { most } => call_faults.most = Some(most),
+            FaultKind::SlowEnd { ms } => call_faults.completion.longer += Duration::from_millis(ms),
+            FaultKind::FailEnd => call_faults.completion.fails = true,
+            FaultKind::NoNic => call_faults.completion.no_nic = true,
         }
     }
-    Ok(twists)
+    Ok(call_faults)
 }
 
-async fn perform(inner: &Arc<Inner>, call: Call) -> Result<Done, Refusal> {
+async fn execute(inner: &Arc<Inner>, call: Call) -> Result<Done, Refusal> {
     if !inner.buckets.lock().admit(&call.action, Instant::now()) {
         return Err(Refusal::new(400, "Throttling.User", "Request was denied due to user flow control."));
     }
@@ -160,21 +160,21 @@ async fn perform(inner: &Arc<Inner>, call: Call) -> Result<Done, Refusal> {
         let by_action = &state.config.latency_ms;
         by_action.get(&call.action).or_else(|| by_action.get("")).copied().unwrap_or(0)
     };
-    let struck = inner.faults.lock().strike(&call.action);
-    let twists = twists(struck)?;
-    let Twists { lost, garbled, course, .. } = twists;
-    if latency + twists.delay > 0 {
-        tokio::time::sleep(Duration::from_millis(latency + twists.delay)).await;
+    let struck = inner.faults.lock().faults_for(&call.action);
+    let call_faults = call_faults(struck)?;
+    let CallFaults { lost, garbled, completion, .. } = call_faults;
+    if latency + call_faults.delay > 0 {
+        tokio::time::sleep(Duration::from_millis(latency + call_faults.delay)).await;
     }
-    let most = twists.most.unwrap_or(u32::MAX).max(1);
+    let most = call_faults.most.unwrap_or(u32::MAX).max(1);
     let run = move |inner: &Arc<Inner>, call: &Call| {
-        let (value, follow) =
+        let (value, follow_up) =
             inner.alter(|vpc| actions::run(vpc, &call.version, &call.action, &call.parameters, most))?;
-        timeline::begin(inner, follow, course);
+        timeline::begin(inner, follow_up, completion);
         Ok(value)
     };
     let answers_nothing = ["Attach", "Detach", "Delete", "Unassign"].iter().any(|verb| call.action.starts_with(verb));
-    if let Some(ms) = twists.later.filter(|_| answers_nothing) {
+    if let Some(ms) = call_faults.later.filter(|_| answers_nothing) {
         let inner = Arc::clone(inner);
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_millis(ms)).await;
@@ -184,7 +184,7 @@ async fn perform(inner: &Arc<Inner>, call: Call) -> Result<Done, Refusal> {
         return Ok(Done { value: json!({}), lost, garbled });
     }
     let mut result = run(inner, &call);
-    if twists.twice {
+    if call_faults.twice {
         result = run(inner, &call);
     }
     Ok(Done { value: result?, lost, garbled })
@@ -194,7 +194,7 @@ async fn ask_metadata(inner: &Arc<Inner>, from: SocketAddr, head: &request::Part
     let path = head.uri.path().trim_start_matches("/latest/").trim_start_matches("meta-data/");
     let mut lost = false;
     let mut ordered = None;
-    let struck = inner.faults.lock().strike(&format!("metadata/{path}"));
+    let struck = inner.faults.lock().faults_for(&format!("metadata/{path}"));
     for kind in struck {
         match kind {
             FaultKind::Error { status, .. } => ordered = ordered.or(StatusCode::from_u16(status).ok()),

@@ -9,13 +9,13 @@ use terway_core::ident::EniId;
 use tokio::time::sleep;
 
 use super::Inner;
-use super::actions::Follow;
+use super::actions::FollowUp;
+use super::fabric_queue::Command;
 use super::vpc::{EniRecord, Vpc};
-use super::wire::Command;
 
 /// How the later part of a call goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Course {
+pub(super) struct Completion {
     /// It takes this much longer.
     pub(super) longer: Duration,
     /// Attaching fails.
@@ -25,13 +25,13 @@ pub(super) struct Course {
 }
 
 /// Starts the later part of a call.
-pub(super) fn begin(inner: &Arc<Inner>, follow: Follow, course: Course) {
+pub(super) fn begin(inner: &Arc<Inner>, follow_up: FollowUp, completion: Completion) {
     let inner = Arc::clone(inner);
-    match follow {
-        Follow::Nothing => {}
-        Follow::Attach(eni, attachment) => drop(tokio::spawn(attach(inner, eni, attachment, course))),
-        Follow::Detach(eni, attachment) => drop(tokio::spawn(detach(inner, eni, attachment, course))),
-        Follow::Delete(eni) => drop(tokio::spawn(delete(inner, eni, course))),
+    match follow_up {
+        FollowUp::Nothing => {}
+        FollowUp::Attach(eni, attachment) => drop(tokio::spawn(attach(inner, eni, attachment, completion))),
+        FollowUp::Detach(eni, attachment) => drop(tokio::spawn(detach(inner, eni, attachment, completion))),
+        FollowUp::Delete(eni) => drop(tokio::spawn(delete(inner, eni, completion))),
     }
 }
 
@@ -40,20 +40,20 @@ fn change<R>(inner: &Inner, id: &EniId, attachment: u64, f: impl FnOnce(&mut Eni
     inner.alter(|vpc| vpc.enis.get_mut(id).filter(|eni| eni.attachment == attachment).map(f))
 }
 
-async fn attach(inner: Arc<Inner>, id: EniId, attachment: u64, course: Course) {
+async fn attach(inner: Arc<Inner>, id: EniId, attachment: u64, completion: Completion) {
     let (attaching, nic) = {
         let state = inner.state.lock();
         (Duration::from_millis(state.config.attach_ms), Duration::from_millis(state.config.nic_delay_ms))
     };
-    sleep(attaching + course.longer).await;
+    sleep(attaching + completion.longer).await;
     let attached = change(&inner, &id, attachment, |eni| {
-        if course.fails {
-            loose(eni);
+        if completion.fails {
+            mark_available(eni);
         } else {
             eni.status = EniStatus::InUse;
         }
     });
-    if attached.is_none() || course.fails || course.no_nic {
+    if attached.is_none() || completion.fails || completion.no_nic {
         return;
     }
     sleep(nic).await;
@@ -61,44 +61,44 @@ async fn attach(inner: Arc<Inner>, id: EniId, attachment: u64, course: Course) {
         let Some(eni) = vpc.enis.get_mut(&id).filter(|eni| eni.attachment == attachment) else { return };
         eni.plugged = true;
         let eni = eni.clone();
-        // Under the lock: addresses that change from now on are told after the plug.
-        if let (Some(node), Some(plug)) = (eni.node.clone(), vpc.for_fabric(&eni)) {
-            vpc.wire.send(Command::Plug { node, eni: plug });
+        // Under the lock: addresses that change from now on are told after the hotplug.
+        if let (Some(node), Some(nic)) = (eni.node.clone(), vpc.for_fabric(&eni)) {
+            vpc.queue.send(Command::Hotplug { node, eni: nic });
         }
         if !eni.v4_prefixes.is_empty() || !eni.v6_prefixes.is_empty() {
-            vpc.announce_prefixes(&eni);
+            vpc.push_prefixes(&eni);
         }
     });
 }
 
-fn loose(eni: &mut EniRecord) {
+fn mark_available(eni: &mut EniRecord) {
     eni.status = EniStatus::Available;
     eni.instance = None;
     eni.node = None;
     eni.plugged = false;
 }
 
-async fn detach(inner: Arc<Inner>, id: EniId, attachment: u64, course: Course) {
+async fn detach(inner: Arc<Inner>, id: EniId, attachment: u64, completion: Completion) {
     let detaching = Duration::from_millis(inner.state.lock().config.detach_ms);
-    sleep(detaching + course.longer).await;
+    sleep(detaching + completion.longer).await;
     let _gone_meanwhile = change(&inner, &id, attachment, |eni| {
-        unplug(&inner.wire, eni);
-        loose(eni);
+        hot_unplug(&inner.queue, eni);
+        mark_available(eni);
     });
 }
 
 /// Detaches an ENI without delay, whatever was going on with it.
 pub(super) fn detach_now(vpc: &mut Vpc, id: &EniId) {
-    let wire = vpc.wire.clone();
+    let queue = vpc.queue.clone();
     if let Some(eni) = vpc.enis.get_mut(id) {
-        unplug(&wire, eni);
-        loose(eni);
+        hot_unplug(&queue, eni);
+        mark_available(eni);
         eni.attachment += 1;
     }
 }
 
-async fn delete(inner: Arc<Inner>, id: EniId, course: Course) {
-    let deleting = Duration::from_millis(inner.state.lock().config.delete_ms) + course.longer;
+async fn delete(inner: Arc<Inner>, id: EniId, completion: Completion) {
+    let deleting = Duration::from_millis(inner.state.lock().config.delete_ms) + completion.longer;
     if !deleting.is_zero() {
         sleep(deleting).await;
     }
@@ -111,15 +111,15 @@ async fn delete(inner: Arc<Inner>, id: EniId, course: Course) {
 
 /// Takes the NIC and the addresses of an ENI that is no longer in the list.
 pub(super) fn release(vpc: &mut Vpc, eni: &EniRecord) {
-    unplug(&vpc.wire, eni);
+    hot_unplug(&vpc.queue, eni);
     let singles = eni.v4.iter().copied().map(IpAddr::V4).chain(eni.v6.iter().copied().map(IpAddr::V6));
     vpc.addresses.give_back(singles);
     vpc.addresses.give_back_v4_prefixes(&eni.v4_prefixes);
     vpc.addresses.give_back_v6_prefixes(&eni.v6_prefixes);
 }
 
-fn unplug(wire: &super::wire::Wire, eni: &EniRecord) {
+fn hot_unplug(queue: &super::fabric_queue::FabricQueue, eni: &EniRecord) {
     if let (true, Some(node)) = (eni.plugged, &eni.node) {
-        wire.send(Command::Unplug { node: node.clone(), eni: eni.id.clone(), mac: eni.mac });
+        queue.send(Command::HotUnplug { node: node.clone(), eni: eni.id.clone(), mac: eni.mac });
     }
 }

@@ -14,9 +14,9 @@ use terway_core::ident::{EniId, Mac, VSwitchId};
 
 use super::addresses::Addresses;
 use super::config::{CloudConfig, InstanceConfig, InstanceTypeConfig, VSwitchConfig};
+use super::fabric_queue::{Command, FabricQueue};
 use super::history::{Enis, History};
 use super::reply::Refusal;
-use super::wire::{Command, Wire};
 use crate::fabric::FabricEni;
 
 /// An ENI as the cloud has it.
@@ -80,7 +80,7 @@ pub(super) struct Vpc {
     pub(super) enis: BTreeMap<EniId, EniRecord>,
     /// `(action, ClientToken)` → what was asked and what was answered.
     pub(super) answered: HashMap<(String, String), (String, Value)>,
-    pub(super) wire: Wire,
+    pub(super) queue: FabricQueue,
     pub(super) addresses: Addresses,
     history: History,
     next_eni: u64,
@@ -88,11 +88,11 @@ pub(super) struct Vpc {
 }
 
 impl Vpc {
-    pub(super) fn new(config: CloudConfig, wire: Wire) -> anyhow::Result<Self> {
+    pub(super) fn new(config: CloudConfig, queue: FabricQueue) -> anyhow::Result<Self> {
         let mut vpc = Self {
             enis: BTreeMap::new(),
             answered: HashMap::new(),
-            wire,
+            queue,
             addresses: Addresses::default(),
             history: History::default(),
             next_eni: 0,
@@ -212,17 +212,17 @@ impl Vpc {
     }
 
     /// Tells the fabric an ENI's addresses, if it has the NIC.
-    pub(super) fn announce(&self, eni: &EniRecord) {
+    pub(super) fn push_addresses(&self, eni: &EniRecord) {
         if eni.plugged {
-            self.wire.send(Command::Addresses { eni: eni.id.clone(), v4: eni.v4.clone(), v6: eni.v6.clone() });
+            self.queue.send(Command::Addresses { eni: eni.id.clone(), v4: eni.v4.clone(), v6: eni.v6.clone() });
         }
     }
 
     /// Tells the fabric an ENI's prefixes, if it has the NIC.
-    pub(super) fn announce_prefixes(&self, eni: &EniRecord) {
+    pub(super) fn push_prefixes(&self, eni: &EniRecord) {
         if eni.plugged {
             let (v4, v6) = (eni.v4_prefixes.clone(), eni.v6_prefixes.clone());
-            self.wire.send(Command::Prefixes { eni: eni.id.clone(), v4, v6 });
+            self.queue.send(Command::Prefixes { eni: eni.id.clone(), v4, v6 });
         }
     }
 

@@ -103,7 +103,7 @@ pub(super) fn all(report: &mut Report, cluster: &Cluster) {
         }
         ensure!(before.len() == cluster.nodes().len(), "there was no snapshot before");
         for (node, before) in cluster.nodes().iter().zip(&before) {
-            leftovers::settle_pods(node, before, Duration::from_secs(10))?;
+            leftovers::wait_until_pods_removed(node, before, Duration::from_secs(10))?;
         }
         Ok(String::new())
     });

@@ -6,7 +6,7 @@ use anyhow::{Result, bail, ensure};
 use serde_json::json;
 
 use super::Report;
-use crate::cloud::{CloudConfig, Order, VSwitchConfig};
+use crate::cloud::{AdminAction, CloudConfig, VSwitchConfig};
 use crate::cluster::Cluster;
 use crate::node::Node;
 use crate::node::cni::Pod;
@@ -44,7 +44,7 @@ pub(super) fn all(report: &mut Report, cluster: &Cluster) {
         "an empty vSwitch is named to the pod, and an edit that adds another cures it without a restart",
         || {
             let pid = node.daemon_pid();
-            cluster.cloud().order(Order::Occupy { vswitch: "vsw-pods".to_owned(), leave: 0 })?;
+            cluster.cloud().apply(AdminAction::Occupy { vswitch: "vsw-pods".to_owned(), leave: 0 })?;
             let mut pods = Vec::new();
             let refusal = loop {
                 ensure!(pods.len() < 100, "the vSwitch gives without end");

@@ -73,14 +73,14 @@ pub struct Vpc {
 #[derive(Debug, Default)]
 struct State {
     nodes: BTreeMap<String, Arc<NetNs>>,
-    enis: BTreeMap<EniId, Plugged>,
+    enis: BTreeMap<EniId, HotpluggedEni>,
     primaries: BTreeMap<String, FabricEni>,
     gateways: BTreeSet<Ipv4Addr>,
     made: u32,
 }
 
 #[derive(Debug)]
-struct Plugged {
+struct HotpluggedEni {
     veth: String,
     mac: Mac,
     addresses: BTreeSet<IpAddr>,
@@ -126,7 +126,7 @@ impl Vpc {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a node known, so that the cloud may plug ENIs into it.
+    /// Makes a node known, so that the cloud may hotplug ENIs into it.
     pub fn add_node(&self, node: &str, ns: Arc<NetNs>) {
         self.state().nodes.insert(node.to_owned(), ns);
     }
@@ -149,7 +149,7 @@ impl Vpc {
     ///
     /// # Errors
     /// When the link cannot be made or configured.
-    pub fn plug_external(&self, name: &str, ns: Arc<NetNs>, v4: Ipv4Addr, v6: Ipv6Addr) -> Result<FabricEni> {
+    pub fn attach_external_host(&self, name: &str, ns: Arc<NetNs>, v4: Ipv4Addr, v6: Ipv6Addr) -> Result<FabricEni> {
         let [a, b, c, _] = v4.octets();
         let eni = FabricEni {
             id: EniId::new(format!("eni-{name}")),
@@ -164,7 +164,7 @@ impl Vpc {
             v6: vec![v6],
         };
         self.add_node(name, Arc::clone(&ns));
-        self.plug(name, &eni)?;
+        self.hotplug(name, &eni)?;
         configure_primary(&ns, &eni)?;
         Ok(eni)
     }
@@ -190,7 +190,7 @@ impl Vpc {
         Ok(spoofed)
     }
 
-    /// The primary ENI of a node, once the cloud has plugged it.
+    /// The primary ENI of a node, once the cloud has hotplugged it.
     #[must_use]
     pub fn primary(&self, node: &str) -> Option<FabricEni> {
         self.state().primaries.get(node).cloned()
@@ -199,17 +199,17 @@ impl Vpc {
     /// Gives the path behind one ENI another MTU, in bytes, as a tunnel or another network on the way would have.
     ///
     /// # Errors
-    /// When the ENI is not plugged or the kernel refuses.
+    /// When the ENI is not hotplugged or the kernel refuses.
     pub fn set_mtu(&self, eni: &EniId, mtu: u32) -> Result<()> {
         let state = self.state();
-        let plugged = state.enis.get(eni).with_context(|| format!("{eni} is not plugged"))?;
-        self.ns.ip(&format!("link set {} mtu {mtu}\n", plugged.veth))
+        let hotplugged = state.enis.get(eni).with_context(|| format!("{eni} is not hotplugged"))?;
+        self.ns.ip(&format!("link set {} mtu {mtu}\n", hotplugged.veth))
     }
 
     /// What the VPC carries for each ENI now.
     #[must_use]
     pub fn addresses(&self) -> BTreeMap<EniId, BTreeSet<IpAddr>> {
-        self.state().enis.iter().map(|(id, plugged)| (id.clone(), plugged.addresses.clone())).collect()
+        self.state().enis.iter().map(|(id, hotplugged)| (id.clone(), hotplugged.addresses.clone())).collect()
     }
 
     /// Removes the namespace and says what went wrong, which drop cannot.
@@ -247,10 +247,10 @@ impl Vpc {
 }
 
 impl Fabric for Vpc {
-    fn plug(&self, node: &str, eni: &FabricEni) -> Result<()> {
+    fn hotplug(&self, node: &str, eni: &FabricEni) -> Result<()> {
         let mut state = self.state();
         if state.enis.contains_key(&eni.id) {
-            bail!("{} is plugged already", eni.id);
+            bail!("{} is hotplugged already", eni.id);
         }
         let node_ns = Arc::clone(state.nodes.get(node).with_context(|| format!("no node {node} on this VPC"))?);
         let inside = if eni.primary { "eth0".to_owned() } else { next_name(&node_ns)? };
@@ -278,17 +278,17 @@ impl Fabric for Vpc {
         self.ns.sysctl(&[(&format!("ipv4/neigh/{veth}/proxy_delay"), "0")])?;
         let addresses = all(&eni.v4, &eni.v6);
         self.readdress(&veth, mac, &BTreeSet::new(), &addresses)?;
-        state.enis.insert(eni.id.clone(), Plugged { veth, mac, addresses, prefixes: BTreeSet::new() });
+        state.enis.insert(eni.id.clone(), HotpluggedEni { veth, mac, addresses, prefixes: BTreeSet::new() });
         if eni.primary {
             state.primaries.insert(node.to_owned(), eni.clone());
         }
         Ok(())
     }
 
-    fn unplug(&self, _node: &str, eni: &EniId, _mac: Mac) -> Result<()> {
+    fn hot_unplug(&self, _node: &str, eni: &EniId, _mac: Mac) -> Result<()> {
         let mut state = self.state();
-        let Some(plugged) = state.enis.remove(eni) else { return Ok(()) };
-        let Plugged { veth, mac, addresses, prefixes } = plugged;
+        let Some(hotplugged) = state.enis.remove(eni) else { return Ok(()) };
+        let HotpluggedEni { veth, mac, addresses, prefixes } = hotplugged;
         let mut nft = format!("delete element inet vpc macs {{ \"{veth}\" . {mac} }}\n");
         for address in addresses {
             writeln!(nft, "delete element inet vpc {} {{ \"{veth}\" . {address} }}", set_of(address))?;
@@ -306,17 +306,17 @@ impl Fabric for Vpc {
 
     fn set_addresses(&self, eni: &EniId, v4: &[Ipv4Addr], v6: &[Ipv6Addr]) -> Result<()> {
         let mut state = self.state();
-        let plugged = state.enis.get_mut(eni).with_context(|| format!("{eni} is not plugged"))?;
+        let hotplugged = state.enis.get_mut(eni).with_context(|| format!("{eni} is not hotplugged"))?;
         let new = all(v4, v6);
-        self.readdress(&plugged.veth, plugged.mac, &plugged.addresses, &new)?;
-        plugged.addresses = new;
+        self.readdress(&hotplugged.veth, hotplugged.mac, &hotplugged.addresses, &new)?;
+        hotplugged.addresses = new;
         Ok(())
     }
 
     fn set_prefixes(&self, eni: &EniId, v4: &[Ipv4Network], v6: &[Ipv6Network]) -> Result<()> {
         let mut state = self.state();
-        let Plugged { veth, mac, prefixes, .. } =
-            state.enis.get_mut(eni).with_context(|| format!("{eni} is not plugged"))?;
+        let HotpluggedEni { veth, mac, prefixes, .. } =
+            state.enis.get_mut(eni).with_context(|| format!("{eni} is not hotplugged"))?;
         let new: BTreeSet<IpNetwork> =
             v4.iter().copied().map(IpNetwork::V4).chain(v6.iter().copied().map(IpNetwork::V6)).collect();
         // One neighbour for all addresses of all prefixes, of either family: an /80 has too many for one each.

@@ -120,7 +120,7 @@ impl Node {
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn scribble_conf(&self, text: &str) -> Result<()> {
+    pub fn overwrite_mounted_conf(&self, text: &str) -> Result<()> {
         fs::write(self.configuration.folder().join("eni_conf"), text).context("write the mounted file")
     }
 

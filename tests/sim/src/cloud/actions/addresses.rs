@@ -49,7 +49,7 @@ pub(super) fn create(vpc: &mut Vpc, parameters: &Parameters) -> Result<Value, Re
         let message = "The number of network interfaces exceeds the limit of the region.";
         return Err(Refusal::new(403, "MaxEniCountExceeded", message));
     }
-    room(vpc, &groups, 1 + secondary + v4_prefixes)?;
+    check_group_capacity(vpc, &groups, 1 + secondary + v4_prefixes)?;
     let mut eni = vpc.new_eni(id, EniKind::Secondary, Vec::new(), Vec::new());
     let taken = (|| {
         eni.v4 = vpc.addresses.take_v4(&vswitch, 1 + secondary)?;
@@ -79,7 +79,7 @@ pub(super) fn create(vpc: &mut Vpc, parameters: &Parameters) -> Result<Value, Re
 }
 
 /// Whether `more` addresses fit into each of these security groups.
-fn room<S: AsRef<str>>(vpc: &Vpc, groups: &[S], more: u32) -> Result<(), Refusal> {
+fn check_group_capacity<S: AsRef<str>>(vpc: &Vpc, groups: &[S], more: u32) -> Result<(), Refusal> {
     for group in groups.iter().map(AsRef::as_ref) {
         let Some(capacity) = vpc.config.security_group_capacity.get(group) else { continue };
         let members = vpc.enis.values().filter(|eni| eni.security_groups.iter().any(|own| own == group));
@@ -92,7 +92,7 @@ fn room<S: AsRef<str>>(vpc: &Vpc, groups: &[S], more: u32) -> Result<(), Refusal
 }
 
 /// The ENI of a call, if it is in a state in which its addresses may change.
-fn settled<'a>(vpc: &'a Vpc, parameters: &Parameters) -> Result<&'a EniRecord, Refusal> {
+fn eni_in_stable_state<'a>(vpc: &'a Vpc, parameters: &Parameters) -> Result<&'a EniRecord, Refusal> {
     let eni = vpc.eni(parameters.need("NetworkInterfaceId")?)?;
     match eni.status {
         EniStatus::Available | EniStatus::InUse => Ok(eni),
@@ -116,23 +116,23 @@ pub(super) fn over(what: &str) -> String {
 }
 
 pub(super) fn assign_v4(vpc: &mut Vpc, parameters: &Parameters, most: u32) -> Result<Value, Refusal> {
-    let mut eni = settled(vpc, parameters)?.clone();
+    let mut eni = eni_in_stable_state(vpc, parameters)?.clone();
     let (count, of_prefixes) = wanted(parameters, "SecondaryPrivateIpAddressCount", "Ipv4PrefixCount")?;
     let limit = vpc.limits(&eni).map_or(DETACHED_V4, |limits| limits.v4_per_adapter);
     if eni.v4_count() + count as usize > limit as usize {
         return Err(Refusal::new(403, "QuotaExceeded.PrivateIpAddress", over("private IP")));
     }
-    room(vpc, &eni.security_groups, count)?;
+    check_group_capacity(vpc, &eni.security_groups, count)?;
     let vswitch = vpc.vswitch(&eni.vswitch).ok_or_else(|| Refusal::missing("VSwitchId"))?.clone();
     let (mut taken, mut prefixes) = (Vec::new(), Vec::new());
     if of_prefixes {
         prefixes = vpc.addresses.take_v4_prefixes(&vswitch, count.min(most))?;
         eni.v4_prefixes.extend(&prefixes);
-        vpc.announce_prefixes(&eni);
+        vpc.push_prefixes(&eni);
     } else {
         taken = vpc.addresses.take_v4(&vswitch, count.min(most))?;
         eni.v4.extend(&taken);
-        vpc.announce(&eni);
+        vpc.push_addresses(&eni);
     }
     let reply = json!({"AssignedPrivateIpAddressesSet": {
         "NetworkInterfaceId": eni.id,
@@ -144,7 +144,7 @@ pub(super) fn assign_v4(vpc: &mut Vpc, parameters: &Parameters, most: u32) -> Re
 }
 
 pub(super) fn assign_v6(vpc: &mut Vpc, parameters: &Parameters, most: u32) -> Result<Value, Refusal> {
-    let mut eni = settled(vpc, parameters)?.clone();
+    let mut eni = eni_in_stable_state(vpc, parameters)?.clone();
     let (count, of_prefixes) = wanted(parameters, "Ipv6AddressCount", "Ipv6PrefixCount")?;
     let limit = vpc.limits(&eni).map_or(DETACHED_V6, |limits| limits.v6_per_adapter);
     if eni.v6_count() + count as usize > limit as usize {
@@ -155,11 +155,11 @@ pub(super) fn assign_v6(vpc: &mut Vpc, parameters: &Parameters, most: u32) -> Re
     if of_prefixes {
         prefixes = vpc.addresses.take_v6_prefixes(&vswitch, count.min(most))?;
         eni.v6_prefixes.extend(&prefixes);
-        vpc.announce_prefixes(&eni);
+        vpc.push_prefixes(&eni);
     } else {
         taken = vpc.addresses.take_v6(&vswitch, count.min(most))?;
         eni.v6.extend(&taken);
-        vpc.announce(&eni);
+        vpc.push_addresses(&eni);
     }
     let reply = json!({
         "NetworkInterfaceId": eni.id,
@@ -184,7 +184,7 @@ pub(super) fn unassign(
     addresses: &str,
     prefixes: &str,
 ) -> Result<Value, Refusal> {
-    let mut eni = settled(vpc, parameters)?.clone();
+    let mut eni = eni_in_stable_state(vpc, parameters)?.clone();
     let gone: BTreeSet<IpAddr> = parsed(parameters, addresses)?;
     let gone_prefixes: BTreeSet<IpNetwork> = parsed(parameters, prefixes)?;
     if gone.is_empty() && gone_prefixes.is_empty() {
@@ -215,7 +215,7 @@ pub(super) fn unassign(
     if !gone.is_empty() {
         eni.v4.retain(|address| !gone.contains(&IpAddr::V4(*address)));
         eni.v6.retain(|address| !gone.contains(&IpAddr::V6(*address)));
-        vpc.announce(&eni);
+        vpc.push_addresses(&eni);
         vpc.addresses.give_back(gone);
     }
     if !gone_prefixes.is_empty() {
@@ -223,7 +223,7 @@ pub(super) fn unassign(
             eni.v4_prefixes.extract_if(.., |own| gone_prefixes.contains(&IpNetwork::V4(*own))).collect();
         let v6: Vec<Ipv6Network> =
             eni.v6_prefixes.extract_if(.., |own| gone_prefixes.contains(&IpNetwork::V6(*own))).collect();
-        vpc.announce_prefixes(&eni);
+        vpc.push_prefixes(&eni);
         vpc.addresses.give_back_v4_prefixes(&v4);
         vpc.addresses.give_back_v6_prefixes(&v6);
     }

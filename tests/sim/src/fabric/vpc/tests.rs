@@ -28,7 +28,7 @@ fn node(vpc: &Vpc, name: &str, host: u8) -> TestNode {
     let ns = Arc::new(NetNs::create(name).unwrap());
     vpc.add_node(name, Arc::clone(&ns));
     let eni = eni(&format!("eni-{name}"), true, host);
-    vpc.plug(name, &eni).unwrap();
+    vpc.hotplug(name, &eni).unwrap();
     configure_primary(&ns, &eni).unwrap();
     TestNode { ns, eni }
 }
@@ -71,7 +71,7 @@ fn instances_reach_each_other_their_gateway_and_servers_of_the_vpc() {
     });
     assert_eq!(peer.ip().to_string(), "10.7.0.1");
     let ext = Arc::new(NetNs::create(&format!("{prefix}-x")).unwrap());
-    vpc.plug_external("x", Arc::clone(&ext), Ipv4Addr::new(10, 99, 0, 5), "fd99::5".parse().unwrap()).unwrap();
+    vpc.attach_external_host("x", Arc::clone(&ext), Ipv4Addr::new(10, 99, 0, 5), "fd99::5".parse().unwrap()).unwrap();
     assert!(pings(&ext, &["10.7.0.1"]) && pings(&ext, &["fd07::2"]));
     assert_eq!(vpc.spoofed().unwrap(), Spoofed::default());
     vpc.delete().unwrap();
@@ -95,7 +95,7 @@ fn prefixes_are_carried_like_single_addresses() {
     vpc.set_prefixes(&a.eni.id, &[], &v6).unwrap();
     assert!(!pings(&a.ns, &["-I", own[0], "10.7.0.2"]) && pings(&a.ns, &["-I", own[1], "fd07::2"]));
     assert_eq!(vpc.spoofed().unwrap().v4, before.v4 + 2);
-    vpc.unplug("", &a.eni.id, a.eni.mac).unwrap();
+    vpc.hot_unplug("", &a.eni.id, a.eni.mac).unwrap();
     vpc.delete().unwrap();
 }
 
@@ -119,7 +119,7 @@ fn what_an_eni_must_not_send_is_dropped_and_counted() {
     assert_eq!(vpc.spoofed().unwrap(), Spoofed { mac: 0, v4: 2, v6: 1 });
     // The right address by the wrong ENI, and a foreign MAC.
     let second = eni("eni-second", false, 3);
-    vpc.plug(&format!("{prefix}-a"), &second).unwrap();
+    vpc.hotplug(&format!("{prefix}-a"), &second).unwrap();
     assert!(a.ns.output("ip", &["-br", "link"]).unwrap().contains("eth1"));
     a.ns.ip("link set eth1 up\nroute add 10.7.0.2 via 10.7.0.253 dev eth1 onlink src 10.7.0.1\n").unwrap();
     assert!(!pings(&a.ns, &["10.7.0.2"]));
@@ -132,7 +132,7 @@ fn what_an_eni_must_not_send_is_dropped_and_counted() {
     assert!(vpc.spoofed().unwrap().mac >= 1);
     // Unplugged, the NIC is gone from the node, and unplugging again is no error.
     for _ in 0..2 {
-        vpc.unplug("", &second.id, second.mac).unwrap();
+        vpc.hot_unplug("", &second.id, second.mac).unwrap();
     }
     assert!(!a.ns.output("ip", &["-br", "link"]).unwrap().contains("eth1"));
     assert_eq!(vpc.addresses().len(), 2);

@@ -12,16 +12,16 @@ use terway_core::cidr;
 use terway_core::cloud::{EniKind, EniStatus};
 use terway_core::ident::EniId;
 
+use super::fabric_queue::Command;
 use super::faults::{Buckets, Fault};
 use super::reply::Refusal;
 use super::vpc::Vpc;
-use super::wire::Command;
 use super::{Inner, timeline};
 
 /// One change. An ENI is named by its id, or as `secondary:N`: the Nth one by id, from 1, without the primary ones.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Order {
+pub enum AdminAction {
     /// Deletes an ENI, whatever its state; its NIC goes with it.
     RemoveEni {
         /// Which.
@@ -33,7 +33,7 @@ pub enum Order {
         eni: String,
     },
     /// Attaches an ENI that somebody else made, with three addresses of each family, as a recycled instance carries them.
-    Plant {
+    AttachForeignEni {
         /// The node.
         node: String,
         /// The ENI's vSwitch.
@@ -128,81 +128,81 @@ pub struct Timing {
 
 impl Inner {
     /// Does what is ordered, at once.
-    pub(super) fn obey(self: &Arc<Self>, order: Order) -> anyhow::Result<()> {
+    pub(super) fn apply_action(self: &Arc<Self>, order: AdminAction) -> anyhow::Result<()> {
         match order {
-            Order::RemoveEni { eni } => self.alter(|vpc| {
+            AdminAction::RemoveEni { eni } => self.alter(|vpc| {
                 let id = find(vpc, &eni)?;
                 let eni = vpc.enis.remove(&id).with_context(|| format!("no ENI {id}"))?;
                 timeline::release(vpc, &eni);
                 Ok(())
             }),
-            Order::DetachEni { eni } => self.alter(|vpc| {
+            AdminAction::DetachEni { eni } => self.alter(|vpc| {
                 let id = find(vpc, &eni)?;
                 timeline::detach_now(vpc, &id);
                 Ok(())
             }),
-            Order::Plant { node, vswitch, security_group, tags } => {
-                self.alter(|vpc| plant(vpc, &node, &vswitch, security_group, tags))
+            AdminAction::AttachForeignEni { node, vswitch, security_group, tags } => {
+                self.alter(|vpc| attach_foreign_eni(vpc, &node, &vswitch, security_group, tags))
             }
-            Order::Assign { eni } => self.alter(|vpc| assign(vpc, &eni)),
-            Order::MaxEnis(most) => {
+            AdminAction::Assign { eni } => self.alter(|vpc| assign(vpc, &eni)),
+            AdminAction::MaxEnis(most) => {
                 self.state.lock().config.max_enis = most;
                 Ok(())
             }
-            Order::Unassign { eni, address } => self.alter(|vpc| unassign(vpc, &eni, &address)),
-            Order::Occupy { vswitch, leave } => self.alter(|vpc| {
+            AdminAction::Unassign { eni, address } => self.alter(|vpc| unassign(vpc, &eni, &address)),
+            AdminAction::Occupy { vswitch, leave } => self.alter(|vpc| {
                 let vswitch = vpc.vswitch(&vswitch).context("no such vSwitch")?.clone();
                 vpc.addresses.occupy(&vswitch, leave);
                 Ok(())
             }),
-            Order::Fragment { vswitch } => self.alter(|vpc| {
+            AdminAction::Fragment { vswitch } => self.alter(|vpc| {
                 let vswitch = vpc.vswitch(&vswitch).context("no such vSwitch")?.clone();
                 vpc.addresses.fragment(&vswitch);
                 Ok(())
             }),
-            Order::Vacate { vswitch } => {
+            AdminAction::Vacate { vswitch } => {
                 self.state.lock().addresses.vacate(&vswitch);
                 Ok(())
             }
-            Order::Faults(faults) => {
+            AdminAction::Faults(faults) => {
                 self.faults.lock().set(faults);
                 Ok(())
             }
-            Order::AddFaults(faults) => {
+            AdminAction::AddFaults(faults) => {
                 self.faults.lock().add(faults);
                 Ok(())
             }
-            Order::ExpireKeys => {
+            AdminAction::ExpireKeys => {
                 let now = self.now();
                 self.sessions.lock().forget_roles();
                 self.keys.lock().expire_temporary(now);
                 Ok(())
             }
-            Order::ForgetMetadataTokens => {
+            AdminAction::ForgetMetadataTokens => {
                 self.sessions.lock().forget_tokens();
                 Ok(())
             }
-            Order::RevokeKey { id } => {
+            AdminAction::RevokeKey { id } => {
                 self.keys.lock().remove(&id);
                 Ok(())
             }
-            Order::AddKey { id, secret } => {
+            AdminAction::AddKey { id, secret } => {
                 self.keys.lock().insert(&id, &secret);
                 Ok(())
             }
-            Order::Clock { offset } => {
+            AdminAction::Clock { offset } => {
                 self.clock_offset.store(offset, Ordering::Relaxed);
                 Ok(())
             }
-            Order::RateLimits(limits) => {
+            AdminAction::RateLimits(limits) => {
                 *self.buckets.lock() = Buckets::new(limits);
                 Ok(())
             }
-            Order::Latency(latency) => {
+            AdminAction::Latency(latency) => {
                 self.state.lock().config.latency_ms = latency;
                 Ok(())
             }
-            Order::Timing(timing) => {
+            AdminAction::Timing(timing) => {
                 let mut vpc = self.state.lock();
                 // What was true until now is what a reader with a lag may still see.
                 vpc.remember_always();
@@ -234,7 +234,7 @@ fn find(vpc: &Vpc, name: &str) -> anyhow::Result<EniId> {
     Ok(eni.id.clone())
 }
 
-fn plant(
+fn attach_foreign_eni(
     vpc: &mut Vpc,
     node: &str,
     vswitch: &str,
@@ -253,8 +253,8 @@ fn plant(
     eni.status = EniStatus::InUse;
     (eni.instance, eni.node, eni.plugged) = (Some(instance), Some(node.to_owned()), true);
     (eni.security_groups, eni.tags) = (vec![security_group], tags);
-    if let Some(plug) = vpc.for_fabric(&eni) {
-        vpc.wire.send(Command::Plug { node: node.to_owned(), eni: plug });
+    if let Some(nic) = vpc.for_fabric(&eni) {
+        vpc.queue.send(Command::Hotplug { node: node.to_owned(), eni: nic });
     }
     vpc.enis.insert(eni.id.clone(), eni);
     Ok(())
@@ -274,7 +274,7 @@ fn assign(vpc: &mut Vpc, eni: &str) -> anyhow::Result<()> {
     eni.v4.extend(v4);
     eni.v6.extend(v6);
     let eni = eni.clone();
-    vpc.announce(&eni);
+    vpc.push_addresses(&eni);
     Ok(())
 }
 
@@ -302,7 +302,7 @@ fn unassign(vpc: &mut Vpc, eni: &str, what: &str) -> anyhow::Result<()> {
     if eni.count() == before {
         bail!("{id} has no {what}");
     }
-    vpc.announce(&eni);
+    vpc.push_addresses(&eni);
     Ok(())
 }
 

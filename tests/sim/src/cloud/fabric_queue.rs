@@ -11,11 +11,11 @@ use tracing::error;
 use crate::fabric::{Fabric, FabricEni};
 
 pub(super) enum Command {
-    Plug {
+    Hotplug {
         node: String,
         eni: FabricEni,
     },
-    Unplug {
+    HotUnplug {
         node: String,
         eni: EniId,
         mac: Mac,
@@ -38,12 +38,12 @@ type Answer = oneshot::Sender<anyhow::Result<()>>;
 
 /// The sending end. The thread ends when the last one is dropped.
 #[derive(Clone)]
-pub(super) struct Wire(mpsc::Sender<(Command, Option<Answer>)>);
+pub(super) struct FabricQueue(mpsc::Sender<(Command, Option<Answer>)>);
 
-impl Wire {
+impl FabricQueue {
     pub(super) fn new(fabric: Arc<dyn Fabric>) -> anyhow::Result<Self> {
         let (sender, receiver) = mpsc::channel::<(Command, Option<Answer>)>();
-        std::thread::Builder::new().name("sim-wire".to_owned()).spawn(move || {
+        std::thread::Builder::new().name("sim-fabric".to_owned()).spawn(move || {
             for (command, answer) in receiver {
                 let result = run(&*fabric, &command);
                 match answer {
@@ -51,7 +51,7 @@ impl Wire {
                     Some(answer) => drop(answer.send(result)),
                     None => {
                         if let Err(error) = result {
-                            error!(error = format!("{error:#}"), "the fabric did not obey");
+                            error!(error = format!("{error:#}"), "the fabric refused a command");
                         }
                     }
                 }
@@ -77,8 +77,8 @@ impl Wire {
 
 fn run(fabric: &dyn Fabric, command: &Command) -> anyhow::Result<()> {
     match command {
-        Command::Plug { node, eni } => fabric.plug(node, eni),
-        Command::Unplug { node, eni, mac } => fabric.unplug(node, eni, *mac),
+        Command::Hotplug { node, eni } => fabric.hotplug(node, eni),
+        Command::HotUnplug { node, eni, mac } => fabric.hot_unplug(node, eni, *mac),
         Command::Addresses { eni, v4, v6 } => fabric.set_addresses(eni, v4, v6),
         Command::Prefixes { eni, v4, v6 } => fabric.set_prefixes(eni, v4, v6),
         Command::Barrier => Ok(()),
