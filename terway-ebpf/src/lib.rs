@@ -2,7 +2,7 @@
 //! under the host's `cargo test`; what touches the kernel (`kernel`) exists only in the BPF build, and `bin/terway.rs` holds the
 //! programs, which are shells around this.
 //!
-//! The way of a packet: [`parse`] → flow table → (first packet only: [`decide`] → [`flow`] entries of both directions) → verdict.
+//! The way of a packet: [`parse`] → flow table → (first packet only: [`route`] → [`flow`] entries of both directions) → verdict.
 
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
@@ -10,7 +10,6 @@
 #![cfg_attr(not(test), warn(clippy::indexing_slicing))]
 
 pub mod csum;
-pub mod decide;
 pub mod family;
 pub mod flow;
 pub mod frame;
@@ -19,7 +18,8 @@ pub mod nat;
 pub mod neighbour;
 pub mod parse;
 pub mod policy;
-pub mod refuse;
+pub mod reject;
+pub mod route;
 pub mod service;
 
 #[cfg(target_arch = "bpf")]

@@ -15,8 +15,8 @@ mod programs {
     use terway_ebpf::family::{V4, V6};
     use terway_ebpf::frame::Frame as _;
     use terway_ebpf::kernel::exit::{Verdict, finish};
-    use terway_ebpf::kernel::first::other;
-    use terway_ebpf::kernel::path::{FROM_POD, FROM_VPC, TO_POD, forward, leave};
+    use terway_ebpf::kernel::slow_path::other;
+    use terway_ebpf::kernel::fast_path::{FROM_POD, FROM_VPC, TO_POD, forward, leave};
     use terway_ebpf::kernel::skb::Skb;
     use terway_ebpf::kernel::socket::{Call, Sock, back_v4, back_v6, bind_v4, bind_v6, there_v4, there_v6};
     use terway_ebpf::parse::ethertype;

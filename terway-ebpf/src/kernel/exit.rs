@@ -6,7 +6,7 @@ use terway_abi::{Counter, DROP_BASE, Drop, FlowEvent, MacPair, PathCounter, Prog
 
 use super::maps::{COUNTERS, Desk, EVENT_BUDGET, EVENTS, EVENTS_PER_SECOND, HZ, Kernel};
 use super::skb::Skb;
-use super::tell::{spend, tally};
+use super::flow_events::{spend, tally};
 use crate::family::{V4, V6};
 use crate::frame::Frame;
 use crate::parse::ethertype;

@@ -14,7 +14,7 @@ use terway_abi::{
     frontend_filter_v4, frontend_filter_v6, policy_index,
 };
 
-use crate::decide::Tables;
+use crate::route::Tables;
 use crate::family::{Family, V4, V6};
 use crate::parse::Packet;
 use crate::policy::{Case, Decision, Policies};
@@ -72,7 +72,7 @@ pub struct Desk<F: Family> {
     pub choice: Choice<F::Addr>,
     /// What policies are asked about.
     pub case: Case<F::Addr>,
-    /// Not 0 if the packet's flow is known, and policies have changed since it was judged; see [`super::judge`].
+    /// Not 0 if the packet's flow is known, and policies have changed since it was judged; see [`super::policy_check`].
     pub stale: u32,
     /// What policies decided about the case, egress first.
     pub verdicts: [Decision; 2],
@@ -124,7 +124,7 @@ pub struct Choice<A> {
     pub source: u32,
     /// The ENI in whose name the packet goes on to another node; 0 if it does not.
     pub uplink: u32,
-    /// A seat of [`super::first`].
+    /// A seat of [`super::slow_path`].
     pub seat: u32,
     /// Not 0 if the packet is a translated answer whose entry is void: it is on the desk, as `reply`.
     pub kept: u32,

@@ -1,17 +1,17 @@
 //! What touches the kernel: the packet, the maps, the way through the tables, and the exit.
 
 pub mod exit;
-pub mod first;
-pub mod icmp;
-pub mod judge;
+pub mod slow_path;
+pub mod icmp_nat;
+pub mod policy_check;
 pub mod maps;
 pub mod nat;
-pub mod path;
-pub mod refuse;
-pub mod serve;
+pub mod fast_path;
+pub mod reject;
+pub mod service_nat;
 pub mod skb;
 pub mod socket;
-pub mod tell;
+pub mod flow_events;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

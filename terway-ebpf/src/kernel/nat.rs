@@ -4,8 +4,8 @@ use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::{bpf_csum_update, bpf_l4_csum_replace, bpf_skb_store_bytes};
 use terway_abi::Flow;
 
-use super::icmp;
-use super::path::Layout;
+use super::icmp_nat;
+use super::fast_path::Layout;
 use super::skb::{Skb, Window};
 use crate::family::Family;
 use crate::frame::Frame as _;
@@ -26,7 +26,7 @@ pub(super) fn rewrite<F: Family>(
     // SAFETY: the caller's entry, which stays mapped for the program's run.
     let flow = unsafe { &*flow };
     if let Some(quote) = layout.quote {
-        return icmp::rewrite::<F>(skb, flow, quote, away);
+        return icmp_nat::rewrite::<F>(skb, flow, quote, away);
     }
     if F::readdress(&mut window, &flow.nat_src, &flow.nat_dst, flow.address_delta).is_none() {
         return false;

@@ -7,7 +7,7 @@ use terway_abi::{BackendRef, SOCKET_DATAGRAM_BACKEND, SOCKET_REVERSE_NAT, Socket
 
 use super::exit::now;
 use super::maps::{HOST_NETNS, HZ, Maps, SETS_ERRNO, SOCKET_NAT};
-use crate::decide::Tables;
+use crate::route::Tables;
 use crate::family::{Family, V4, V6};
 use crate::parse::{TCP, UDP};
 use crate::service::{self, Asker, Outcome, Services};

@@ -8,11 +8,11 @@ use aya_ebpf::bindings::__sk_buff;
 use terway_abi::{PORT_REMAPPED, PathCounter, flow_flags, same_route_epoch};
 
 use super::exit::{Verdict, count};
-use super::first::layout;
+use super::slow_path::layout;
 use super::maps::{Desk, Kernel, Maps};
-use super::path::{Way, lookup, use_known};
+use super::fast_path::{Way, lookup, use_known};
 use super::skb::Skb;
-use crate::decide::Tables;
+use crate::route::Tables;
 use crate::family::Family;
 use crate::flow;
 use crate::policy::{self, Case, Policies};

@@ -8,19 +8,19 @@ use terway_abi::{
 };
 
 use super::exit::{Verdict, count, now};
-use super::first::{Checks, Neighbourly, first, unusual};
-use super::icmp::Quote;
+use super::slow_path::{Checks, Neighbourly, first, unusual};
+use super::icmp_nat::Quote;
 use super::maps::{BACKENDS, Kernel, Maps};
 use super::nat;
 use super::skb::{Skb, Window};
-use crate::decide::{self, Tables};
+use crate::route::{self, Tables};
 use crate::family::Family;
 use crate::flow;
 use crate::frame::Frame;
 use crate::icmp;
 use crate::parse::tcp_flags;
 use crate::policy::Policies;
-use crate::refuse::Refusal;
+use crate::reject::Refusal;
 use crate::service::Services;
 
 /// What a family needs to go this way.
@@ -117,7 +117,7 @@ where
         outline = F::outline(&window);
     }
     let Some(outline) = outline else { return Verdict::drop(Drop::Truncated) };
-    match decide::to_vpc::<F, _>(&Maps, &outline.src, skb.ifindex()) {
+    match route::to_vpc::<F, _>(&Maps, &outline.src, skb.ifindex()) {
         Ok(()) => forward::<F, TO_VPC>(skb, window),
         Err(reason) => Verdict::drop(reason),
     }
@@ -192,7 +192,7 @@ where
     // A backend that has gone from its Service still owes answers to what it was asked before, and they are the Service's.
     let answers = flow::side(entry, from_high).flags & ANSWERS == ANSWERS;
     let drift = if answers || backend_is_current::<F>(entry) {
-        decide::drift::<F, _>(&Maps, entry.slots, entry.epochs)
+        route::drift::<F, _>(&Maps, entry.slots, entry.epochs)
     } else {
         u32::MAX
     };
@@ -213,7 +213,7 @@ where
     Some(Known { side, flow, from_maker, stale: drift != 0 })
 }
 
-/// What has changed about an entry's ends, as [`decide::drift`] has it, and about its backend, whose end makes it void.
+/// What has changed about an entry's ends, as [`route::drift`] has it, and about its backend, whose end makes it void.
 #[inline(always)]
 pub(super) fn drift<F: Way>(flow: &Flow<F::Addr>) -> u32
 where
@@ -222,7 +222,7 @@ where
     if !backend_is_current::<F>(flow) {
         return u32::MAX;
     }
-    decide::drift::<F, _>(&Maps, flow.slots, flow.epochs)
+    route::drift::<F, _>(&Maps, flow.slots, flow.epochs)
 }
 
 /// Whether an entry's backend is as it was, or it has none.

@@ -11,18 +11,18 @@ use terway_abi::{
 };
 
 use super::exit::{Verdict, count, now};
-use super::icmp::Quote;
-use super::judge::{STALE, STALE_MOVED, permitted, resume};
+use super::icmp_nat::Quote;
+use super::policy_check::{STALE, STALE_MOVED, permitted, resume};
 use super::maps::{DEBUG, Desk, Maps, Replaced};
-use super::path::{
+use super::fast_path::{
     ANSWERS, Before, FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, drift, entry, hook, is_stale, kinds,
     known, lookup, send, use_known,
 };
-use super::refuse::refuse;
-use super::serve::{prepare_both, recall, remember_both, serve};
+use super::reject::refuse;
+use super::service_nat::{prepare_both, recall, remember_both, serve};
 use super::skb::{Skb, Window};
-use super::tell::begun;
-use crate::decide::{self, Decision, Tables};
+use super::flow_events::begun;
+use crate::route::{self, Decision, Tables};
 use crate::family::{Family, Glance, V4, V6};
 use crate::flow::{self, Basis, Route};
 use crate::frame::{Frame as _, zero};
@@ -266,15 +266,15 @@ where
     let decision = match PROGRAM {
         FROM_POD => {
             let macs = skb.window().macs().ok_or(Drop::Truncated)?;
-            decide::from_pod(&Maps, endpoint::<F>(skb)?, packet, &desk.choice.address, macs)?
+            route::from_pod(&Maps, endpoint::<F>(skb)?, packet, &desk.choice.address, macs)?
         }
-        TO_POD => decide::to_pod(&Maps, packet, skb.ifindex())?,
+        TO_POD => route::to_pod(&Maps, packet, skb.ifindex())?,
         // An answer to this node in whose name its request was sent on, which goes on to the client.
         _ if served || !F::same(&desk.choice.address, &packet.dst) => {
             let only_here = served && desk.choice.local != 0;
-            decide::from_client::<F, _>(&Maps, &packet.src, &desk.choice.address, only_here, skb.ifindex())?
+            route::from_client::<F, _>(&Maps, &packet.src, &desk.choice.address, only_here, skb.ifindex())?
         }
-        _ => decide::from_vpc(&Maps, packet, skb.ifindex())?,
+        _ => route::from_vpc(&Maps, packet, skb.ifindex())?,
     };
     let Decision::Way(route) = decision else { return Ok(Verdict::next(const { kinds::<PROGRAM>() }.stack)) };
     let kept = desk.choice.kept != 0;

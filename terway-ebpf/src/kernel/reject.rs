@@ -5,10 +5,10 @@ use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_peer, bpf_skb_change_tail};
 use terway_abi::{Drop, MARK_CHECKED, PathCounter};
 
 use super::exit::Verdict;
-use super::path::FROM_VPC;
+use super::fast_path::FROM_VPC;
 use super::skb::Skb;
 use crate::parse::{Fragment, Packet, TCP, tcp_flags};
-use crate::refuse::{Refusal, turn_back};
+use crate::reject::{Refusal, turn_back};
 
 /// Makes the packet of a client into its answer and sends that back to where it came from. What is not to be answered, or is of a
 /// shape that would take too long to answer, is dropped ([`Drop::NoBackend`]).

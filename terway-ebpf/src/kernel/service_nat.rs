@@ -8,11 +8,11 @@ use terway_abi::{
 };
 
 use super::exit::{Verdict, count, now};
-use super::first::{endpoint, layout};
+use super::slow_path::{endpoint, layout};
 use super::maps::{Choice, Desk, HZ, Maps, burden};
-use super::path::{FROM_POD, FROM_VPC, Way, drift, is_current, send};
+use super::fast_path::{FROM_POD, FROM_VPC, Way, drift, is_current, send};
 use super::skb::{Skb, Window};
-use crate::decide::{self, Tables};
+use crate::route::{self, Tables};
 use crate::flow::{self, Place, Route};
 use crate::frame::{Frame as _, zero};
 use crate::nat::{self, Ports, Tuple};
@@ -41,7 +41,7 @@ where
     (choice.member.backend, choice.source) = (NO_BACKEND, 0);
     if PROGRAM == FROM_POD {
         // What follows may be remembered, and answered.
-        decide::sender(endpoint::<F>(skb)?, packet, skb.window().macs().ok_or(Drop::Truncated)?)?;
+        route::sender(endpoint::<F>(skb)?, packet, skb.window().macs().ok_or(Drop::Truncated)?)?;
     }
     let node = || Maps.is_host(&packet.dst);
     let (inside, ports, protocol) = (PROGRAM == FROM_POD, packet.ports, packet.protocol);
