@@ -1,92 +1,92 @@
-//! What differs between IPv4 and IPv6, so that everything else is written once.
+//! The address families: what differs between IPv4 and IPv6.
 
 use terway_abi::{Drop, Endpoint, Nexthop, remote_slot_v4, remote_slot_v6};
 
 use crate::csum;
-use crate::flow::{self, copy};
+use crate::flow::{self, copy_words};
 use crate::frame::{ETH_LEN, Frame};
 use crate::nat;
 use crate::parse::{self, Packet};
 
 /// An address family.
 pub trait Family: Sized + 'static {
-    /// An address as it stands in the packet.
+    /// An address in network byte order.
     type Addr: Copy + 'static;
-    /// 4 or 6.
+    /// The IP version: 4 or 6.
     const VERSION: u8;
-    /// The unspecified address; also "none" in an [`Endpoint`].
-    const NONE: Self::Addr;
-    /// ICMP's number in this family.
+    /// The unspecified address; in an [`Endpoint`] it means that there is none.
+    const UNSPECIFIED: Self::Addr;
+    /// The protocol number of ICMP in this family.
     const ICMP: u8;
-    /// Where the transport header of a packet of common shape begins.
-    const TRANSPORT: u32;
-    /// Where the source address stands in the IP header.
-    const SRC: u32;
-    /// Where the destination address stands in the IP header.
-    const DST: u32;
+    /// Offset of the transport header behind a plain IP header.
+    const TRANSPORT_OFFSET: u32;
+    /// Offset of the source address in the IP header.
+    const SRC_OFFSET: u32;
+    /// Offset of the destination address in the IP header.
+    const DST_OFFSET: u32;
 
-    /// Addresses and ports of a packet of the most common shape (no options, no fragment, TCP or UDP); `None` if it needs
+    /// The headers of a common packet: TCP or UDP without options, extension headers or fragmentation. `None` if the packet needs
     /// [`Family::parse`].
-    fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>>;
+    fn fast_headers<P: Frame>(frame: &P) -> Option<FastHeaders<Self>>;
 
-    /// Addresses, protocol and, if they stand right behind a plain header, ports: what a drop is reported with.
-    fn outline<P: Frame>(frame: &P) -> Option<Glance<Self>>;
+    /// The L3 header: addresses and protocol, and ports if they follow a plain header. For drop events and source checks.
+    fn l3_header<P: Frame>(frame: &P) -> Option<FastHeaders<Self>>;
 
-    /// Any packet.
+    /// Parses any packet.
     ///
     /// # Errors
-    /// The reason to drop it.
+    /// The drop reason.
     fn parse<P: Frame>(frame: &P, packet: &mut Packet<Self>) -> Result<(), Drop>;
 
-    /// Whether two addresses are the same.
+    /// Whether two addresses are equal.
     ///
-    /// Not `==`: for four words LLVM makes that one 16-byte comparison, aligns the variable to 16 bytes for it, and then dies of a
-    /// copy with that alignment (`BPFInstrInfo::expandMEMCPY`, LLVM 22).
+    /// Not `==`: LLVM 22 turns a comparison of four words into a 16-byte one, aligns the variable to 16 bytes, and then crashes on a copy
+    /// with that alignment (`BPFInstrInfo::expandMEMCPY`).
     fn same(a: &Self::Addr, b: &Self::Addr) -> bool;
 
-    /// Writes an address, word by word; see [`copy`].
+    /// Writes an address, word by word; see [`copy_words`].
     fn assign(to: &mut Self::Addr, from: &Self::Addr);
 
     /// The borrow of `a - b - borrow`, of addresses as numbers in the order of [`terway_abi::FlowKey`]: 0 or 1.
     fn borrow(a: &Self::Addr, b: &Self::Addr, borrow: u32) -> u32;
 
-    /// The two as they are if `mask` is 0, exchanged if it has all bits.
-    fn exchange(a: &Self::Addr, b: &Self::Addr, mask: u32) -> (Self::Addr, Self::Addr);
+    /// The two addresses, swapped if `mask` has all bits, unchanged if it is 0.
+    fn swap_if(a: &Self::Addr, b: &Self::Addr, mask: u32) -> (Self::Addr, Self::Addr);
 
-    /// What changing an address adds to a ones' complement sum; see [`nat::difference`].
-    fn difference(old: &Self::Addr, new: &Self::Addr, sum: u32) -> u32;
+    /// The change of a ones' complement sum by a change of address; see [`nat::checksum_delta`].
+    fn checksum_delta(old: &Self::Addr, new: &Self::Addr, sum: u32) -> u32;
 
-    /// Writes both addresses into the header, and into its checksum what that adds.
-    fn readdress<P: Frame>(frame: &mut P, src: &Self::Addr, dst: &Self::Addr, sum: u32) -> Option<()>;
+    /// Writes both addresses into the IP header, and updates its checksum by `sum`.
+    fn rewrite_addresses<P: Frame>(frame: &mut P, src: &Self::Addr, dst: &Self::Addr, sum: u32) -> Option<()>;
 
-    /// The address that an event holds so.
-    fn narrow(address: &[u32; 4]) -> Self::Addr;
+    /// The address from four words, as events hold it.
+    fn from_words(address: &[u32; 4]) -> Self::Addr;
 
-    /// Takes one from the TTL or hop limit; `None` if it does not allow another hop.
-    fn hop<P: Frame>(frame: &mut P) -> Option<()>;
+    /// Decrements the TTL or hop limit; `None` if it expires.
+    fn decrement_ttl<P: Frame>(frame: &mut P) -> Option<()>;
 
-    /// The endpoint's address of this family, [`Family::NONE`] if it has none.
+    /// The endpoint's address of this family, [`Family::UNSPECIFIED`] if it has none.
     fn address(endpoint: &Endpoint) -> Self::Addr;
 
     /// Whether the endpoint's ENI has a gateway of this family.
     fn has_gateway(endpoint: &Endpoint) -> bool;
 
-    /// Writes the gateway of the endpoint's ENI.
+    /// Writes the gateway of the endpoint's ENI into a next hop.
     fn gateway(endpoint: &Endpoint, nexthop: &mut Nexthop);
 
-    /// The slot of an address that is nobody's here.
-    fn bucket(address: &Self::Addr) -> u32;
+    /// The epoch slot of a remote address.
+    fn remote_slot(address: &Self::Addr) -> u32;
 
-    /// Why packets between these addresses never leave a pod, if they don't.
+    /// The drop reason for addresses that are never routed from a pod.
     fn unroutable(src: &Self::Addr, dst: &Self::Addr) -> Option<Drop>;
 
-    /// The address as an event holds it.
-    fn widen(address: &Self::Addr) -> [u32; 4];
+    /// The address as four words, as events hold it.
+    fn to_words(address: &Self::Addr) -> [u32; 4];
 }
 
-/// What the fast path takes from a packet.
+/// The headers that the fast path needs.
 #[derive(Clone, Copy)]
-pub struct Glance<F: Family> {
+pub struct FastHeaders<F: Family> {
     /// Source address.
     pub src: F::Addr,
     /// Destination address.
@@ -110,20 +110,20 @@ pub struct V4;
 impl Family for V4 {
     type Addr = u32;
     const VERSION: u8 = 4;
-    const NONE: u32 = 0;
+    const UNSPECIFIED: u32 = 0;
     const ICMP: u8 = parse::ICMP;
-    const TRANSPORT: u32 = ETH_LEN as u32 + 20;
-    const SRC: u32 = 12;
-    const DST: u32 = 16;
+    const TRANSPORT_OFFSET: u32 = ETH_LEN as u32 + 20;
+    const SRC_OFFSET: u32 = 12;
+    const DST_OFFSET: u32 = 16;
 
     #[inline(always)]
-    fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
-        parse::glance_v4(frame)
+    fn fast_headers<P: Frame>(frame: &P) -> Option<FastHeaders<Self>> {
+        parse::fast_headers_v4(frame)
     }
 
     #[inline(always)]
-    fn outline<P: Frame>(frame: &P) -> Option<Glance<Self>> {
-        parse::outline_v4(frame)
+    fn l3_header<P: Frame>(frame: &P) -> Option<FastHeaders<Self>> {
+        parse::l3_header_v4(frame)
     }
 
     #[inline(always)]
@@ -147,32 +147,32 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn difference(old: &u32, new: &u32, sum: u32) -> u32 {
-        nat::difference(*old, *new, sum)
+    fn checksum_delta(old: &u32, new: &u32, sum: u32) -> u32 {
+        nat::checksum_delta(*old, *new, sum)
     }
 
     #[inline(always)]
-    fn readdress<P: Frame>(frame: &mut P, src: &u32, dst: &u32, sum: u32) -> Option<()> {
+    fn rewrite_addresses<P: Frame>(frame: &mut P, src: &u32, dst: &u32, sum: u32) -> Option<()> {
         let check = frame.read::<u16>(ETH_LEN + 10)?;
-        frame.write(ETH_LEN + 10, nat::adjust(check, sum))?;
+        frame.write(ETH_LEN + 10, nat::update_checksum(check, sum))?;
         frame.write(ETH_LEN + 12, *src)?;
         frame.write(ETH_LEN + 16, *dst)
     }
 
     #[inline(always)]
-    fn narrow(address: &[u32; 4]) -> u32 {
+    fn from_words(address: &[u32; 4]) -> u32 {
         let [first, ..] = *address;
         first
     }
 
     #[inline(always)]
-    fn exchange(a: &u32, b: &u32, mask: u32) -> (u32, u32) {
+    fn swap_if(a: &u32, b: &u32, mask: u32) -> (u32, u32) {
         let changed = (a ^ b) & mask;
         (a ^ changed, b ^ changed)
     }
 
     #[inline(always)]
-    fn hop<P: Frame>(frame: &mut P) -> Option<()> {
+    fn decrement_ttl<P: Frame>(frame: &mut P) -> Option<()> {
         let word = frame.read::<u32>(ETH_LEN + 8)?;
         frame.write(ETH_LEN + 8, csum::decrement_ttl(word)?)
     }
@@ -194,7 +194,7 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn bucket(address: &u32) -> u32 {
+    fn remote_slot(address: &u32) -> u32 {
         remote_slot_v4(*address)
     }
 
@@ -212,7 +212,7 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn widen(address: &u32) -> [u32; 4] {
+    fn to_words(address: &u32) -> [u32; 4] {
         [*address, 0, 0, 0]
     }
 }
@@ -231,20 +231,20 @@ pub fn is_link_local(address: &[u32; 4]) -> bool {
 impl Family for V6 {
     type Addr = [u32; 4];
     const VERSION: u8 = 6;
-    const NONE: [u32; 4] = [0; 4];
+    const UNSPECIFIED: [u32; 4] = [0; 4];
     const ICMP: u8 = parse::ICMPV6;
-    const TRANSPORT: u32 = ETH_LEN as u32 + 40;
-    const SRC: u32 = 8;
-    const DST: u32 = 24;
+    const TRANSPORT_OFFSET: u32 = ETH_LEN as u32 + 40;
+    const SRC_OFFSET: u32 = 8;
+    const DST_OFFSET: u32 = 24;
 
     #[inline(always)]
-    fn glance<P: Frame>(frame: &P) -> Option<Glance<Self>> {
-        parse::glance_v6(frame)
+    fn fast_headers<P: Frame>(frame: &P) -> Option<FastHeaders<Self>> {
+        parse::fast_headers_v6(frame)
     }
 
     #[inline(always)]
-    fn outline<P: Frame>(frame: &P) -> Option<Glance<Self>> {
-        parse::outline_v6(frame)
+    fn l3_header<P: Frame>(frame: &P) -> Option<FastHeaders<Self>> {
+        parse::l3_header_v6(frame)
     }
 
     #[inline(always)]
@@ -260,7 +260,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn assign(to: &mut [u32; 4], from: &[u32; 4]) {
-        copy(to, from);
+        copy_words(to, from);
     }
 
     #[inline(always)]
@@ -271,15 +271,15 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn difference(old: &[u32; 4], new: &[u32; 4], sum: u32) -> u32 {
+    fn checksum_delta(old: &[u32; 4], new: &[u32; 4], sum: u32) -> u32 {
         let ([a, b, c, d], [e, f, g, h]) = (*old, *new);
-        nat::difference(d, h, nat::difference(c, g, nat::difference(b, f, nat::difference(a, e, sum))))
+        nat::checksum_delta(d, h, nat::checksum_delta(c, g, nat::checksum_delta(b, f, nat::checksum_delta(a, e, sum))))
     }
 
     #[inline(always)]
-    fn readdress<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], _sum: u32) -> Option<()> {
+    fn rewrite_addresses<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], _sum: u32) -> Option<()> {
         let ([a, b, c, d], [e, f, g, h]) = (*src, *dst);
-        // The last word first: if it fits, all do.
+        // The last word first: if it is in the frame, all are.
         frame.write(ETH_LEN + 36, h)?;
         for (word, value) in [a, b, c, d, e, f, g].into_iter().enumerate() {
             frame.write(ETH_LEN + 8 + 4 * word, value)?;
@@ -288,19 +288,19 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn narrow(address: &[u32; 4]) -> [u32; 4] {
+    fn from_words(address: &[u32; 4]) -> [u32; 4] {
         *address
     }
 
     #[inline(always)]
-    fn exchange(a: &[u32; 4], b: &[u32; 4], mask: u32) -> ([u32; 4], [u32; 4]) {
+    fn swap_if(a: &[u32; 4], b: &[u32; 4], mask: u32) -> ([u32; 4], [u32; 4]) {
         let ([a, b, c, d], [e, f, g, h]) = (*a, *b);
         let [p, q, r, s] = [(a ^ e) & mask, (b ^ f) & mask, (c ^ g) & mask, (d ^ h) & mask];
         ([a ^ p, b ^ q, c ^ r, d ^ s], [e ^ p, f ^ q, g ^ r, h ^ s])
     }
 
     #[inline(always)]
-    fn hop<P: Frame>(frame: &mut P) -> Option<()> {
+    fn decrement_ttl<P: Frame>(frame: &mut P) -> Option<()> {
         let limit = frame.read::<u8>(ETH_LEN + 7)?;
         if limit <= 1 {
             return None;
@@ -315,17 +315,17 @@ impl Family for V6 {
 
     #[inline(always)]
     fn has_gateway(endpoint: &Endpoint) -> bool {
-        !Self::same(&endpoint.gateway_v6, &Self::NONE)
+        !Self::same(&endpoint.gateway_v6, &Self::UNSPECIFIED)
     }
 
     #[inline(always)]
     fn gateway(endpoint: &Endpoint, nexthop: &mut Nexthop) {
         nexthop.family = AF_INET6;
-        copy(&mut nexthop.address, &endpoint.gateway_v6);
+        copy_words(&mut nexthop.address, &endpoint.gateway_v6);
     }
 
     #[inline(always)]
-    fn bucket(address: &[u32; 4]) -> u32 {
+    fn remote_slot(address: &[u32; 4]) -> u32 {
         remote_slot_v6(*address)
     }
 
@@ -346,7 +346,7 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn widen(address: &[u32; 4]) -> [u32; 4] {
+    fn to_words(address: &[u32; 4]) -> [u32; 4] {
         *address
     }
 }
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn what_never_leaves_a_pod() {
+    fn unroutable_addresses_are_dropped() {
         for (dst, want) in [
             ("10.0.0.1", None),
             ("169.254.169.254", None),

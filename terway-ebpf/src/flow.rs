@@ -1,4 +1,4 @@
-//! Flow entries: how they are made, for both directions at once, and what an established packet asks of them.
+//! Flow entries: keys, directions, and their content from a route.
 
 use terway_abi::{
     Action, Endpoint, Flow, FlowDirection, FlowKey, HOOK_INGRESS, HOOK_TO_POD, HOOK_TO_VPC, MacPair, Nexthop,
@@ -8,83 +8,83 @@ use terway_abi::{
 use crate::family::Family;
 use crate::parse::tcp_flags;
 
-/// One end of a way through the node.
+/// One end of a route through the node.
 #[derive(Clone, Copy)]
-pub enum Place<'a> {
-    /// A pod of this node.
+pub enum RouteEnd<'a> {
+    /// A local pod.
     Pod(&'a Endpoint),
-    /// Beyond the ENI of this endpoint, which is the pod at the other end of the way, or the node for those whom it serves.
+    /// The VPC, through the ENI of this endpoint: the pod at the other end of the route, or the node's endpoint of an uplink.
     Vpc(&'a Endpoint),
-    /// The host stack, and this pod is the other end.
+    /// The host stack; the other end is this pod.
     Host(&'a Endpoint),
-    /// The host stack, and the other end is beyond the ENI of this endpoint.
+    /// The host stack; the other end is in the VPC, through the ENI of this uplink endpoint.
     Node(&'a Endpoint),
 }
 
-/// What an address was decided by, and the epoch at which that was true.
+/// The epoch slot of an address, and the epoch at which the route was decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Basis {
+pub struct EpochRef {
     /// Index into the epoch map.
     pub slot: u32,
-    /// Its value.
+    /// The epoch at that time.
     pub epoch: u32,
-    /// The first value that means the same pod.
-    pub since: u32,
+    /// The first epoch of the same endpoint.
+    pub first_epoch: u32,
 }
 
-/// A decided way: from where to where, and how long that holds.
+/// A route through the node, with the epochs that it depends on.
 #[derive(Clone, Copy)]
 pub struct Route<'a> {
-    /// Where the packet comes from.
-    pub origin: Place<'a>,
-    /// Where it goes.
-    pub target: Place<'a>,
-    /// What the source address was decided by.
-    pub source: Basis,
-    /// What the destination address was decided by.
-    pub destination: Basis,
+    /// Where packets come from.
+    pub origin: RouteEnd<'a>,
+    /// Where packets go.
+    pub target: RouteEnd<'a>,
+    /// Epoch of the source address.
+    pub source: EpochRef,
+    /// Epoch of the destination address.
+    pub destination: EpochRef,
 }
 
 impl<'a> Route<'a> {
-    /// The way back.
+    /// The route of the opposite direction.
     #[inline(always)]
     #[must_use]
-    pub const fn back(&self) -> Self {
+    pub const fn reversed(&self) -> Self {
         Self { origin: self.target, target: self.origin, source: self.destination, destination: self.source }
     }
 
-    /// The interface and hook that packets on this way meet first.
+    /// The interface and hook at which packets of this route arrive.
     #[inline(always)]
     #[must_use]
     pub const fn hook(&self) -> (u32, u8) {
         match self.origin {
-            Place::Pod(pod) => (pod.host_ifindex, HOOK_INGRESS),
-            Place::Vpc(pod) => (pod.eni_ifindex, HOOK_INGRESS),
-            Place::Host(pod) => (pod.host_ifindex, HOOK_TO_POD),
-            Place::Node(node) => (node.eni_ifindex, HOOK_TO_VPC),
+            RouteEnd::Pod(pod) => (pod.host_ifindex, HOOK_INGRESS),
+            RouteEnd::Vpc(pod) => (pod.eni_ifindex, HOOK_INGRESS),
+            RouteEnd::Host(pod) => (pod.host_ifindex, HOOK_TO_POD),
+            RouteEnd::Node(node) => (node.eni_ifindex, HOOK_TO_VPC),
         }
     }
 
-    /// Fills one side of a flow entry for this way: what its action needs, and nothing else of it.
+    /// Fills one direction of a zeroed flow entry: interface, hook, and what the forwarding action needs.
     #[inline(always)]
-    pub fn fill<F: Family>(&self, side: &mut FlowDirection) {
-        if let Place::Pod(pod) = self.origin {
-            copy(&mut side.expected_macs.0, &pod.from_pod_macs.0);
+    pub fn fill_direction<F: Family>(&self, side: &mut FlowDirection) {
+        if let RouteEnd::Pod(pod) = self.origin {
+            copy_words(&mut side.expected_macs.0, &pod.from_pod_macs.0);
         }
         let (ifindex, hook) = self.hook();
         (side.ifindex, side.hook) = (ifindex, u32::from(hook));
         match (self.origin, self.target) {
-            // The host stack routed it here; all that is left is to let it pass.
-            (Place::Host(_) | Place::Node(_), _) | (_, Place::Host(_) | Place::Node(_)) => {
+            // The host stack routes the packet.
+            (RouteEnd::Host(_) | RouteEnd::Node(_), _) | (_, RouteEnd::Host(_) | RouteEnd::Node(_)) => {
                 side.action = Action::Stack as u32;
             }
-            (_, Place::Pod(pod)) => {
+            (_, RouteEnd::Pod(pod)) => {
                 let MacPair([a, b, c]) = &pod.to_pod_macs;
                 let Nexthop { family, address: [d, e, ..] } = &mut side.nexthop;
                 (*family, *d, *e) = (*a, *b, *c);
                 (side.action, side.oif) = (Action::Local as u32, pod.host_ifindex);
             }
-            (_, Place::Vpc(pod)) => {
+            (_, RouteEnd::Vpc(pod)) => {
                 F::gateway(pod, &mut side.nexthop);
                 (side.action, side.oif) = (Action::Vpc as u32, pod.eni_ifindex);
             }
@@ -92,33 +92,33 @@ impl<'a> Route<'a> {
     }
 }
 
-/// What a side with [`Action::Local`] writes into the frame.
+/// The MAC addresses that a direction with [`Action::Local`] writes into the frame.
 #[inline(always)]
 #[must_use]
-pub const fn written(side: &FlowDirection) -> MacPair {
+pub const fn to_pod_macs_of(side: &FlowDirection) -> MacPair {
     let Nexthop { family, address: [d, e, ..] } = side.nexthop;
     MacPair([family, d, e])
 }
 
-/// Copies words one by one. An assignment becomes `memmove`, which on the BPF target is a loop over bytes.
+/// Copies word by word. An assignment would become `memmove`, a loop over bytes on the BPF target.
 #[inline(always)]
-pub(crate) fn copy<const N: usize>(to: &mut [u32; N], from: &[u32; N]) {
+pub(crate) fn copy_words<const N: usize>(to: &mut [u32; N], from: &[u32; N]) {
     for (to, from) in to.iter_mut().zip(from) {
-        // SAFETY: a reference is readable. Volatile, so that the loop is not made into a `memcpy` again.
+        // SAFETY: a reference is readable. Volatile, so that LLVM does not turn the loop into `memcpy`.
         *to = unsafe { core::ptr::read_volatile(from) };
     }
 }
 
-/// The key of a packet's flow, and which end sends it: 0 for the low one, 1 for the high one.
+/// The key of a packet's flow, and the sending end: 0 for the low end, 1 for the high end.
 ///
-/// Without a branch: the verifier would follow what comes after once for each way through here.
+/// Branch-free: the verifier would explore all later code once per branch.
 #[inline(always)]
 #[must_use]
-pub fn key<F: Family>(src: &F::Addr, dst: &F::Addr, ports: u32, protocol: u8) -> (FlowKey<F::Addr>, u32) {
+pub fn flow_key<F: Family>(src: &F::Addr, dst: &F::Addr, ports: u32, protocol: u8) -> (FlowKey<F::Addr>, u32) {
     let [source, destination] = [ports & 0xffff, ports >> 16];
     let from_high = F::borrow(dst, src, borrow(destination, source, 0));
     let mask = 0_u32.wrapping_sub(from_high);
-    let (low, high) = F::exchange(src, dst, mask);
+    let (low, high) = F::swap_if(src, dst, mask);
     let ports = ports ^ ((ports ^ ports.rotate_left(16)) & mask);
     (FlowKey { low, high, ports, class: u32::from(protocol) }, from_high)
 }
@@ -130,7 +130,7 @@ pub(crate) fn borrow(a: u32, b: u32, borrow: u32) -> u32 {
     (opaque(difference) >> 63) as u32
 }
 
-/// The same value, of which the compiler knows nothing: it would make branches of arithmetic that avoids them.
+/// The same value, opaque to the compiler, which would turn branch-free arithmetic into branches.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "bpf"), expect(unused_mut, reason = "the kernel's half changes it"))]
 pub(crate) fn opaque(mut value: u64) -> u64 {
@@ -142,35 +142,34 @@ pub(crate) fn opaque(mut value: u64) -> u64 {
     value
 }
 
-/// The side of a flow that an end uses.
+/// The direction of a flow in which an end sends.
 #[inline(always)]
 #[must_use]
-pub fn side<A>(flow: &mut Flow<A>, from_high: u32) -> &mut FlowDirection {
+pub fn direction<A>(flow: &mut Flow<A>, from_high: u32) -> &mut FlowDirection {
     let index = opaque(u64::from(from_high ^ flow.initiator)) & 1;
-    // SAFETY: the index is 0 or 1. Without `get`, whose branch would be one more thing to verify.
+    // SAFETY: the index is 0 or 1. `get` would add a branch to verify.
     unsafe { flow.directions.get_unchecked_mut(index as usize) }
 }
 
-/// Whether a packet with these TCP flags may use an entry with these flags.
-///
-/// A new connection (SYN without ACK) on ports whose last connection has ended is decided anew.
+/// Whether a packet with these TCP flags belongs to the connection of an entry with these flags: a SYN without ACK after a FIN or RST opens
+/// a new one.
 #[inline(always)]
 #[must_use]
-pub const fn continues(flags: u32, tcp: u8) -> bool {
+pub const fn is_same_connection(flags: u32, tcp: u8) -> bool {
     let opens = tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN;
     !(opens && flags & (flow_flags::FIN | flow_flags::RST) != 0)
 }
 
-/// What an entry remembers of a packet's TCP flags.
+/// The [`flow_flags`] of a packet's TCP flags.
 #[inline(always)]
 #[must_use]
-pub const fn remembered(tcp: u8) -> u32 {
-    // SYN, FIN and RST stand in other places here than in the header.
+pub const fn tracked_tcp_flags(tcp: u8) -> u32 {
+    // The bits of SYN, FIN and RST differ from those in the header.
     ((tcp & tcp_flags::FIN) as u32) << 2 | (tcp & tcp_flags::SYN) as u32 | ((tcp & tcp_flags::RST) as u32) << 1
 }
 
-/// The TCP flags that change what an entry remembers.
-pub const NOTABLE: u8 = tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST;
+/// The TCP flags that are tracked in flow entries.
+pub const TRACKED_TCP_FLAGS: u8 = tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST;
 
 #[cfg(test)]
 mod tests {
@@ -195,31 +194,32 @@ mod tests {
 
     fn filled(route: &Route<'_>) -> FlowDirection {
         let mut side = FlowDirection::default();
-        route.fill::<V4>(&mut side);
+        route.fill_direction::<V4>(&mut side);
         side
     }
 
     #[test]
-    fn the_sides_of_both_directions_are_each_others_mirror() {
+    fn reversed_route_fills_the_opposite_direction() {
         let (a, b) = (pod(1), pod(2));
-        let (source, destination) = (Basis { slot: 1, epoch: 7, since: 7 }, Basis { slot: 2, epoch: 7, since: 7 });
-        let local = Route { origin: Place::Pod(&a), target: Place::Pod(&b), source, destination };
-        assert_eq!((local.hook(), local.back().hook()), ((1, HOOK_INGRESS), (2, HOOK_INGRESS)));
-        let (there, back) = (filled(&local), filled(&local.back()));
+        let (source, destination) =
+            (EpochRef { slot: 1, epoch: 7, first_epoch: 7 }, EpochRef { slot: 2, epoch: 7, first_epoch: 7 });
+        let local = Route { origin: RouteEnd::Pod(&a), target: RouteEnd::Pod(&b), source, destination };
+        assert_eq!((local.hook(), local.reversed().hook()), ((1, HOOK_INGRESS), (2, HOOK_INGRESS)));
+        let (there, back) = (filled(&local), filled(&local.reversed()));
         assert_eq!((there.action, there.oif, back.oif), (Action::Local as u32, 2, 1));
         assert_eq!((there.ifindex, back.ifindex), (1, 2));
-        assert_eq!((there.expected_macs, written(&there)), (a.from_pod_macs, b.to_pod_macs));
-        assert_eq!((back.expected_macs, written(&back)), (b.from_pod_macs, a.to_pod_macs));
+        assert_eq!((there.expected_macs, to_pod_macs_of(&there)), (a.from_pod_macs, b.to_pod_macs));
+        assert_eq!((back.expected_macs, to_pod_macs_of(&back)), (b.from_pod_macs, a.to_pod_macs));
 
-        let out = Route { target: Place::Vpc(&a), ..local };
-        assert_eq!((out.hook(), out.back().hook()), ((1, HOOK_INGRESS), (101, HOOK_INGRESS)));
-        let (there, back) = (filled(&out), filled(&out.back()));
+        let out = Route { target: RouteEnd::Vpc(&a), ..local };
+        assert_eq!((out.hook(), out.reversed().hook()), ((1, HOOK_INGRESS), (101, HOOK_INGRESS)));
+        let (there, back) = (filled(&out), filled(&out.reversed()));
         assert_eq!((there.action, there.oif, there.nexthop.address[0]), (Action::Vpc as u32, 101, 0xfd));
-        assert_eq!((back.action, back.oif, written(&back)), (Action::Local as u32, 1, a.to_pod_macs));
+        assert_eq!((back.action, back.oif, to_pod_macs_of(&back)), (Action::Local as u32, 1, a.to_pod_macs));
 
-        let host = Route { target: Place::Host(&a), ..local };
-        assert_eq!(host.back().hook(), (1, HOOK_TO_POD));
-        let (there, back) = (filled(&host), filled(&host.back()));
+        let host = Route { target: RouteEnd::Host(&a), ..local };
+        assert_eq!(host.reversed().hook(), (1, HOOK_TO_POD));
+        let (there, back) = (filled(&host), filled(&host.reversed()));
         assert_eq!(
             (there.action, there.expected_macs, back.action),
             (Action::Stack as u32, a.from_pod_macs, Action::Stack as u32)
@@ -228,31 +228,32 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_from_outside_goes_back_by_the_same_interface() {
+    fn replies_to_external_clients_use_the_same_uplink() {
         let (pod, uplink) = (pod(1), Endpoint { eni_ifindex: 200, gateway_v4: 0xfe, ..Endpoint::default() });
-        let (source, destination) = (Basis { slot: 1, epoch: 7, since: 0 }, Basis { slot: 2, epoch: 7, since: 0 });
-        let local = Route { origin: Place::Vpc(&uplink), target: Place::Pod(&pod), source, destination };
-        let (there, back) = (filled(&local), filled(&local.back()));
+        let (source, destination) =
+            (EpochRef { slot: 1, epoch: 7, first_epoch: 0 }, EpochRef { slot: 2, epoch: 7, first_epoch: 0 });
+        let local = Route { origin: RouteEnd::Vpc(&uplink), target: RouteEnd::Pod(&pod), source, destination };
+        let (there, back) = (filled(&local), filled(&local.reversed()));
         assert_eq!((there.ifindex, there.action, there.oif), (200, Action::Local as u32, 1));
-        // Not by the pod's own ENI, which is 101.
+        // Through the uplink, not through the pod's own ENI 101.
         assert_eq!((back.ifindex, back.action, back.oif, back.nexthop.address[0]), (1, Action::Vpc as u32, 200, 0xfe));
-        let remote = Route { target: Place::Vpc(&uplink), ..local };
-        for side in [filled(&remote), filled(&remote.back())] {
+        let remote = Route { target: RouteEnd::Vpc(&uplink), ..local };
+        for side in [filled(&remote), filled(&remote.reversed())] {
             assert_eq!((side.ifindex, side.hook, side.action, side.oif), (200, 0, Action::Vpc as u32, 200));
         }
-        let host = Route { target: Place::Node(&uplink), ..local };
-        let (there, back) = (filled(&host), filled(&host.back()));
+        let host = Route { target: RouteEnd::Node(&uplink), ..local };
+        let (there, back) = (filled(&host), filled(&host.reversed()));
         assert_eq!((there.hook, there.action), (HOOK_INGRESS.into(), Action::Stack as u32));
         assert_eq!((back.ifindex, back.hook, back.action), (200, HOOK_TO_VPC.into(), Action::Stack as u32));
     }
 
-    /// Both directions find one entry, and different directions of it; and the key keeps what the packet said.
+    /// Packets of both ends have the same key and use different directions; the key keeps addresses and ports.
     fn meets<F: Family>(src: F::Addr, dst: F::Addr, ports: u32)
     where
         F::Addr: PartialEq + core::fmt::Debug,
     {
-        let (there, high) = key::<F>(&src, &dst, ports, 6);
-        let (back, answers) = key::<F>(&dst, &src, ports.rotate_left(16), 6);
+        let (there, high) = flow_key::<F>(&src, &dst, ports, 6);
+        let (back, answers) = flow_key::<F>(&dst, &src, ports.rotate_left(16), 6);
         assert_eq!(there, back);
         let to_itself = src == dst && ports.rotate_left(16) == ports;
         assert_eq!(high == answers, to_itself);
@@ -262,15 +263,15 @@ mod tests {
         };
         assert_eq!(said, (src, dst, ports));
         let mut flow = FlowV4 { initiator: high, ..FlowV4::default() };
-        side(&mut flow, high).packets = 1;
-        side(&mut flow, answers).bytes = 2;
+        direction(&mut flow, high).packets = 1;
+        direction(&mut flow, answers).bytes = 2;
         let [made, other] = flow.directions;
         assert_eq!((made.packets, if to_itself { made } else { other }.bytes), (1, 2));
     }
 
     proptest! {
         #[test]
-        fn both_directions_meet_in_one_entry(src in 0_u32..4, dst in 0_u32..4, ports in any::<u32>(), at in 0_usize..4, same in any::<bool>()) {
+        fn flow_key_is_the_same_in_both_directions(src in 0_u32..4, dst in 0_u32..4, ports in any::<u32>(), at in 0_usize..4, same in any::<bool>()) {
             let ports = if same { ports & 0xffff | ports << 16 } else { ports };
             meets::<V4>(src, dst, ports);
             let (mut from, mut to) = ([7; 4], [7; 4]);
@@ -280,19 +281,19 @@ mod tests {
     }
 
     #[test]
-    fn flags_are_remembered_and_end_a_connection() {
+    fn tcp_flags_are_tracked_and_end_a_connection() {
         for tcp in 0..=255_u8 {
-            let flags = remembered(tcp);
+            let flags = tracked_tcp_flags(tcp);
             assert_eq!(flags & flow_flags::SYN != 0, tcp & tcp_flags::SYN != 0);
             assert_eq!(flags & flow_flags::FIN != 0, tcp & tcp_flags::FIN != 0);
             assert_eq!(flags & flow_flags::RST != 0, tcp & tcp_flags::RST != 0);
             assert_eq!(flags & !(flow_flags::SYN | flow_flags::FIN | flow_flags::RST), 0);
-            assert_eq!(flags == 0, tcp & NOTABLE == 0);
+            assert_eq!(flags == 0, tcp & TRACKED_TCP_FLAGS == 0);
         }
-        assert!(continues(flow_flags::SYN, tcp_flags::SYN), "a repeated SYN");
-        assert!(!continues(flow_flags::SYN | flow_flags::FIN, tcp_flags::SYN));
-        assert!(!continues(flow_flags::RST, tcp_flags::SYN));
-        assert!(continues(flow_flags::FIN, tcp_flags::SYN | tcp_flags::ACK));
-        assert!(continues(flow_flags::FIN, tcp_flags::ACK));
+        assert!(is_same_connection(flow_flags::SYN, tcp_flags::SYN), "a repeated SYN");
+        assert!(!is_same_connection(flow_flags::SYN | flow_flags::FIN, tcp_flags::SYN));
+        assert!(!is_same_connection(flow_flags::RST, tcp_flags::SYN));
+        assert!(is_same_connection(flow_flags::FIN, tcp_flags::SYN | tcp_flags::ACK));
+        assert!(is_same_connection(flow_flags::FIN, tcp_flags::ACK));
     }
 }

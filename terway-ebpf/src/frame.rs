@@ -1,8 +1,8 @@
-//! Access to the bytes of a frame, the same in the kernel and in tests.
+//! Access to the bytes of a frame, in the kernel and in tests.
 
 use terway_abi::MacPair;
 
-/// Types that may be read from and written to a packet as they are.
+/// Plain data that may be read from and written to a packet.
 ///
 /// # Safety
 /// Every bit pattern must be a value of the type, and it must have no padding.
@@ -17,7 +17,7 @@ unsafe impl Plain for u32 {}
 // SAFETY: three integers of the same size.
 unsafe impl Plain for MacPair {}
 
-/// Fills a value with zeros, word by word: LLVM would call `memset`, which on the BPF target is a loop over bytes.
+/// Zeroes a value word by word: `memset` is a loop over bytes on the BPF target.
 ///
 /// # Safety
 /// All zeros must be a value of `T`.
@@ -35,31 +35,31 @@ pub const ETH_LEN: usize = 14;
 
 /// A frame, beginning with its Ethernet header.
 pub trait Frame {
-    /// The `T` that stands `at` bytes from the start, which must be a constant; `None` if the frame ends before.
+    /// Reads a `T` at a constant offset; `None` beyond the end of the frame.
     fn read<T: Plain>(&self, at: usize) -> Option<T>;
 
-    /// As [`Frame::read`], for an offset that depends on the packet.
-    fn read_far<T: Plain>(&self, at: usize) -> Option<T>;
+    /// Reads a `T` at an offset that depends on the packet.
+    fn read_dynamic<T: Plain>(&self, at: usize) -> Option<T>;
 
-    /// The same number, of which the verifier forgets what it knew.
+    /// The same number, with unknown bounds for the verifier.
     ///
-    /// It follows every way through the options and extension headers, and follows what comes behind them once for each different
-    /// thing that it knows then. A number that it knows nothing of is the same on all ways.
+    /// The verifier explores each path through options and extension headers, and the code behind them once per distinct state. A number
+    /// with unknown bounds makes these states equal, so that they are pruned.
     #[inline(always)]
-    fn blur(&self, number: usize) -> usize {
+    fn hide_from_verifier(&self, number: usize) -> usize {
         number
     }
 
-    /// Overwrites what stands `at` bytes from the start, which must be a constant; `None` if the frame ends before, and then nothing is written.
+    /// Writes a value at a constant offset; `None`, and nothing is written, beyond the end of the frame.
     fn write<T: Plain>(&mut self, at: usize, value: T) -> Option<()>;
 
-    /// The two addresses of the Ethernet header.
+    /// The MAC addresses of the Ethernet header.
     #[inline(always)]
     fn macs(&self) -> Option<MacPair> {
         self.read(0)
     }
 
-    /// The Ethernet type as it stands in the frame.
+    /// The Ethernet type in network byte order.
     #[inline(always)]
     fn ethertype(&self) -> Option<u16> {
         self.read(12)
@@ -75,7 +75,7 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Frame for B {
         Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
     }
 
-    fn read_far<T: Plain>(&self, at: usize) -> Option<T> {
+    fn read_dynamic<T: Plain>(&self, at: usize) -> Option<T> {
         self.read(at)
     }
 

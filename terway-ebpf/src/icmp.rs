@@ -1,55 +1,55 @@
-//! ICMP errors: which flow they belong to.
+//! ICMP errors: the flow that an error is related to.
 //!
-//! An error speaks of a packet that was on its way the other way, so it belongs to the flow that answers that packet. It is
-//! delivered like that flow's packets; the address of the router that sent it is not part of the flow.
+//! An error quotes a packet of the opposite direction, so it is forwarded like a packet of the quoted flow's reverse direction. The address
+//! of the router that sends the error is not part of the flow.
 
 use crate::family::{Family, V4, V6};
-use crate::flow::copy;
+use crate::flow::copy_words;
 use crate::frame::Frame;
 use crate::parse::{self, Fragment, Packet, SCTP, TCP, UDP, UDPLITE};
 
-/// What an error needs of its family.
-pub trait Inner: Family {
-    /// Addresses and protocol of the packet at `at`, as far as the error quotes it; returns where its transport header begins.
-    fn inner<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize>;
+/// The quoted IP header, by family.
+pub trait QuotedHeader: Family {
+    /// Parses addresses and protocol of the quoted packet at `at`; returns the offset of its transport header.
+    fn quoted_header<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize>;
 }
 
-impl Inner for V4 {
+impl QuotedHeader for V4 {
     #[inline(always)]
-    fn inner<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize> {
+    fn quoted_header<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize> {
         parse::header_v4(frame, at, packet).ok()
     }
 }
 
-impl Inner for V6 {
+impl QuotedHeader for V6 {
     #[inline(always)]
-    fn inner<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize> {
-        // Quoted packets with extension headers belong to no flow: their error is a packet like any other.
-        let header = frame.read_far::<parse::Ipv6Header>(at)?;
-        copy(&mut packet.src, &header.src);
-        copy(&mut packet.dst, &header.dst);
+    fn quoted_header<P: Frame>(frame: &P, at: usize, packet: &mut Packet<Self>) -> Option<usize> {
+        // Errors that quote extension headers are related to no flow.
+        let header = frame.read_dynamic::<parse::Ipv6Header>(at)?;
+        copy_words(&mut packet.src, &header.src);
+        copy_words(&mut packet.dst, &header.dst);
         packet.protocol = header.next;
         Some(at + size_of::<parse::Ipv6Header>())
     }
 }
 
-/// Reads addresses, protocol and ports of the packet at `at` that an error quotes; `None` if it does not say.
+/// Parses addresses, protocol and ports of the quoted packet at `at`; `None` if the quote is too short.
 ///
-/// The error belongs to the flow with all of these changed over.
+/// The error is related to the flow of that tuple, in the opposite direction.
 #[inline(always)]
-pub fn answer<P: Frame, F: Inner>(frame: &P, at: usize, quoted: &mut Packet<F>) -> Option<()> {
-    let transport = F::inner(frame, at, quoted)?;
+pub fn parse_quoted_packet<P: Frame, F: QuotedHeader>(frame: &P, at: usize, quoted: &mut Packet<F>) -> Option<()> {
+    let transport = F::quoted_header(frame, at, quoted)?;
     quoted.transport = transport as u32;
     if quoted.fragment == Fragment::Later {
         return None;
     }
     let ports = match quoted.protocol {
-        TCP | UDP | UDPLITE | SCTP => frame.read_far::<u32>(transport)?,
+        TCP | UDP | UDPLITE | SCTP => frame.read_dynamic::<u32>(transport)?,
         protocol if protocol == F::ICMP => {
-            parse::icmp_ports::<F>(frame.read_far::<u8>(transport)?, frame.read_far::<u16>(transport + 4)?)
+            parse::icmp_ports::<F>(frame.read_dynamic::<u8>(transport)?, frame.read_dynamic::<u16>(transport + 4)?)
         }
         _ => 0,
     };
-    quoted.ports = frame.blur(ports as usize) as u32;
+    quoted.ports = frame.hide_from_verifier(ports as usize) as u32;
     Some(())
 }

@@ -1,12 +1,11 @@
-//! The datapath as a library: how packets are parsed, what is decided about them, and what a flow remembers. Everything here runs
-//! under the host's `cargo test`; what touches the kernel (`kernel`) exists only in the BPF build, and `bin/terway.rs` holds the
-//! programs, which are shells around this.
+//! The datapath library: packet parser, flow keys, routes, policies, Services and NAT. It runs under the host's `cargo test`. The kernel half
+//! (`kernel`) exists in the BPF build only, and `bin/terway.rs` holds the programs.
 //!
-//! The way of a packet: [`parse`] → flow table → (first packet only: [`route`] → [`flow`] entries of both directions) → verdict.
+//! Packet path: [`parse`] → flow table lookup → (without a usable entry: [`service`] → [`route`] → [`policy`] → new [`flow`] entry) → verdict.
 
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
-// An index is a panic, and a panic is a program that the verifier refuses.
+// Indexing can panic, and the verifier rejects a program with a panic path.
 #![cfg_attr(not(test), warn(clippy::indexing_slicing))]
 
 pub mod csum;

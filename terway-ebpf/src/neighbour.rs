@@ -1,6 +1,6 @@
-//! What a pod may say about neighbours: only the truth about itself.
+//! Spoofing checks of ARP and neighbour discovery from pods: messages may name the pod's own addresses only.
 //!
-//! The host end of the veth answers for the pod's gateway, so these messages go to the host stack and nowhere else.
+//! The host end of the veth answers for the pod's gateway, so these messages go to the host stack only.
 
 use terway_abi::{Drop, Endpoint};
 
@@ -74,19 +74,20 @@ const OPTIONS: usize = 4;
 /// [`Drop::SpoofedNeighbour`] if not; router advertisements and redirects, which no pod has business sending, count as that too.
 #[inline(always)]
 pub fn check_neighbour<P: Frame>(frame: &P, packet: &Packet<V6>, pod: &Endpoint) -> Result<(), Drop> {
-    let at = frame.blur(packet.transport as usize);
-    let own =
-        |address: &[u32; 4]| is_link_local(address) || (!V6::same(&pod.v6, &V6::NONE) && V6::same(address, &pod.v6));
-    let options = match frame.read_far::<u8>(at).ok_or(Drop::Truncated)? {
-        ROUTER_SOLICITATION if own(&packet.src) || V6::same(&packet.src, &V6::NONE) => at + 8,
-        NEIGHBOUR_SOLICITATION if own(&packet.src) || V6::same(&packet.src, &V6::NONE) => at + 24,
+    let at = frame.hide_from_verifier(packet.transport as usize);
+    let own = |address: &[u32; 4]| {
+        is_link_local(address) || (!V6::same(&pod.v6, &V6::UNSPECIFIED) && V6::same(address, &pod.v6))
+    };
+    let options = match frame.read_dynamic::<u8>(at).ok_or(Drop::Truncated)? {
+        ROUTER_SOLICITATION if own(&packet.src) || V6::same(&packet.src, &V6::UNSPECIFIED) => at + 8,
+        NEIGHBOUR_SOLICITATION if own(&packet.src) || V6::same(&packet.src, &V6::UNSPECIFIED) => at + 24,
         NEIGHBOUR_ADVERTISEMENT if own(&packet.src) && own(&target(frame, at)?) => at + 24,
         _ => return Err(Drop::SpoofedNeighbour),
     };
     let mut at = options;
     for _ in 0..OPTIONS {
-        at = frame.blur(at);
-        let Some(option) = frame.read_far::<LinkOption>(at) else { break };
+        at = frame.hide_from_verifier(at);
+        let Some(option) = frame.read_dynamic::<LinkOption>(at) else { break };
         let link = option.kind == SOURCE_LINK || option.kind == TARGET_LINK;
         if option.units == 0 || (link && option.mac != halves(pod.from_pod_macs.source())) {
             return Err(Drop::SpoofedNeighbour);
@@ -98,6 +99,6 @@ pub fn check_neighbour<P: Frame>(frame: &P, packet: &Packet<V6>, pod: &Endpoint)
 
 #[inline(always)]
 fn target<P: Frame>(frame: &P, at: usize) -> Result<[u32; 4], Drop> {
-    let word = |i: usize| frame.read_far::<u32>(at + 8 + 4 * i).ok_or(Drop::Truncated);
+    let word = |i: usize| frame.read_dynamic::<u32>(at + 8 + 4 * i).ok_or(Drop::Truncated);
     Ok([word(0)?, word(1)?, word(2)?, word(3)?])
 }

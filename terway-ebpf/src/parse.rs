@@ -1,12 +1,12 @@
-//! From bytes to what identifies a packet: addresses, ports, protocol, fragment, and what kind of payload it has.
+//! The packet parser: addresses, ports, protocol, fragmentation and payload type.
 //!
-//! Two depths. The *glance* knows the shape that nearly all packets have and costs a handful of instructions. The *parse* walks
-//! options and extension headers within fixed bounds and says why it refuses what it refuses.
+//! Two levels. [`Family::fast_headers`] reads common packets with few instructions. [`Family::parse`] walks options and extension headers
+//! within fixed bounds, and gives a drop reason for what it does not accept.
 
 use terway_abi::Drop;
 
-use crate::family::{Family, Glance, V4, V6};
-use crate::flow::copy;
+use crate::family::{Family, FastHeaders, V4, V6};
+use crate::flow::copy_words;
 use crate::frame::{ETH_LEN, Frame, Plain, zero};
 
 /// Protocol numbers (IANA "Assigned Internet Protocol Numbers").
@@ -34,7 +34,7 @@ pub mod tcp_flags {
     pub const ACK: u8 = 16;
 }
 
-/// Ethernet types as they stand in the frame.
+/// Ethernet types in network byte order.
 pub mod ethertype {
     /// IPv4.
     pub const IPV4: u16 = 0x0800_u16.to_be();
@@ -44,29 +44,29 @@ pub mod ethertype {
     pub const ARP: u16 = 0x0806_u16.to_be();
 }
 
-/// What a packet carries, as far as it matters here.
+/// The payload type of a packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Payload {
-    /// Anything that only addresses, ports and protocol identify.
+    /// Any other payload.
     #[default]
     Plain,
-    /// An ICMP error; the packet it speaks of begins at [`Packet::inner`].
+    /// An ICMP error; the quoted packet begins at [`Packet::inner`].
     IcmpError,
     /// An ICMPv6 neighbour or router message (types 133 to 137).
     Neighbour,
 }
 
-/// Whether a packet is whole.
+/// The fragmentation state of a packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Fragment {
     /// Not a fragment.
     #[default]
     Whole,
-    /// The first one: it has the ports.
+    /// The first fragment: it has the ports.
     First,
-    /// A later one: it has no ports.
+    /// A later fragment: it has no ports.
     Later,
 }
 
@@ -81,28 +81,28 @@ pub struct Packet<F: Family> {
     pub ports: u32,
     /// Protocol number of the transport header.
     pub protocol: u8,
-    /// TCP's flags.
+    /// TCP flags; 0 for other protocols.
     pub tcp_flags: u8,
-    /// What it carries.
+    /// Payload type.
     pub payload: Payload,
-    /// Whether it is whole.
+    /// Fragmentation state.
     pub fragment: Fragment,
-    /// The identification of its fragments, as in the packet.
+    /// The IP identification, as in the packet.
     pub fragment_id: u32,
     /// Offset of the transport header in the frame.
     pub transport: u32,
-    /// Offset, in the frame, of the packet that an ICMP error speaks of.
+    /// Offset, in the frame, of the packet that an ICMP error quotes.
     pub inner: u32,
 }
 
 impl<F: Family> Packet<F> {
-    /// An empty one, to be filled by [`Family::parse`].
+    /// An empty packet, to be filled by [`Family::parse`].
     #[inline(always)]
     #[must_use]
     pub fn new() -> Self {
         Self {
-            src: F::NONE,
-            dst: F::NONE,
+            src: F::UNSPECIFIED,
+            dst: F::UNSPECIFIED,
             ports: 0,
             protocol: 0,
             tcp_flags: 0,
@@ -114,7 +114,7 @@ impl<F: Family> Packet<F> {
         }
     }
 
-    /// Makes it [`Packet::new`] again.
+    /// Resets to [`Packet::new`].
     #[inline(always)]
     pub fn clear(&mut self) {
         // SAFETY: it consists of integers, and of enums that have a variant 0.
@@ -162,7 +162,7 @@ pub struct Ipv6Header {
     pub version_class_flow: u32,
     /// Bytes after this header.
     pub length: u16,
-    /// PathCounter of the next header.
+    /// Type of the next header.
     pub next: u8,
     /// Hop limit.
     pub hops: u8,
@@ -172,7 +172,7 @@ pub struct Ipv6Header {
     pub dst: [u32; 4],
 }
 
-/// The common packet in one piece: header without options, then ports.
+/// A plain IP header and the ports behind it, read at once.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Ipv4Common {
@@ -200,53 +200,53 @@ const _: () = assert!(size_of::<Ipv6Header>() == 40 && size_of::<Ipv6Common>() =
 
 const IPV4_LEN: usize = size_of::<Ipv4Header>();
 const IPV6_LEN: usize = size_of::<Ipv6Header>();
-/// Where TCP's flags stand in its header.
+/// Offset of the flags in the TCP header.
 const TCP_FLAGS_AT: usize = 13;
-/// More-fragments and the 13 bits of offset; the other two flags do not matter.
+/// The more-fragments flag and the 13 bits of the fragment offset.
 const FRAGMENT_MASK: u16 = 0x3fff_u16.to_be();
 const OFFSET_MASK: u16 = 0x1fff_u16.to_be();
 
-/// See [`Family::glance`].
+/// See [`Family::fast_headers`].
 #[inline(always)]
-pub(crate) fn glance_v4<P: Frame>(frame: &P) -> Option<Glance<V4>> {
+pub(crate) fn fast_headers_v4<P: Frame>(frame: &P) -> Option<FastHeaders<V4>> {
     let Ipv4Common { header, ports } = frame.read::<Ipv4Common>(ETH_LEN)?;
     if header.version_ihl != 0x45 || header.fragment & FRAGMENT_MASK != 0 {
         return None;
     }
-    let tcp_flags = glance_transport(frame, header.protocol, ETH_LEN + IPV4_LEN)?;
-    Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.protocol, tcp_flags })
+    let tcp_flags = fast_transport(frame, header.protocol, ETH_LEN + IPV4_LEN)?;
+    Some(FastHeaders { src: header.src, dst: header.dst, ports, protocol: header.protocol, tcp_flags })
 }
 
-/// See [`Family::glance`].
+/// See [`Family::fast_headers`].
 #[inline(always)]
-pub(crate) fn glance_v6<P: Frame>(frame: &P) -> Option<Glance<V6>> {
+pub(crate) fn fast_headers_v6<P: Frame>(frame: &P) -> Option<FastHeaders<V6>> {
     let Ipv6Common { header, ports } = frame.read::<Ipv6Common>(ETH_LEN)?;
     if header.version_class_flow.to_ne_bytes()[0] >> 4 != 6 {
         return None;
     }
-    let tcp_flags = glance_transport(frame, header.next, ETH_LEN + IPV6_LEN)?;
-    Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.next, tcp_flags })
+    let tcp_flags = fast_transport(frame, header.next, ETH_LEN + IPV6_LEN)?;
+    Some(FastHeaders { src: header.src, dst: header.dst, ports, protocol: header.next, tcp_flags })
 }
 
-/// See [`Family::outline`].
+/// See [`Family::l3_header`].
 #[inline(always)]
-pub(crate) fn outline_v4<P: Frame>(frame: &P) -> Option<Glance<V4>> {
+pub(crate) fn l3_header_v4<P: Frame>(frame: &P) -> Option<FastHeaders<V4>> {
     let header = frame.read::<Ipv4Header>(ETH_LEN)?;
     let first = header.version_ihl == 0x45 && header.fragment & OFFSET_MASK == 0;
-    let ports = if first { outline_ports(frame, header.protocol, ETH_LEN + IPV4_LEN) } else { 0 };
-    Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.protocol, tcp_flags: 0 })
+    let ports = if first { l3_ports(frame, header.protocol, ETH_LEN + IPV4_LEN) } else { 0 };
+    Some(FastHeaders { src: header.src, dst: header.dst, ports, protocol: header.protocol, tcp_flags: 0 })
 }
 
-/// See [`Family::outline`].
+/// See [`Family::l3_header`].
 #[inline(always)]
-pub(crate) fn outline_v6<P: Frame>(frame: &P) -> Option<Glance<V6>> {
+pub(crate) fn l3_header_v6<P: Frame>(frame: &P) -> Option<FastHeaders<V6>> {
     let header = frame.read::<Ipv6Header>(ETH_LEN)?;
-    let ports = outline_ports(frame, header.next, ETH_LEN + IPV6_LEN);
-    Some(Glance { src: header.src, dst: header.dst, ports, protocol: header.next, tcp_flags: 0 })
+    let ports = l3_ports(frame, header.next, ETH_LEN + IPV6_LEN);
+    Some(FastHeaders { src: header.src, dst: header.dst, ports, protocol: header.next, tcp_flags: 0 })
 }
 
 #[inline(always)]
-fn outline_ports<P: Frame>(frame: &P, protocol: u8, at: usize) -> u32 {
+fn l3_ports<P: Frame>(frame: &P, protocol: u8, at: usize) -> u32 {
     match protocol {
         TCP | UDP | SCTP => frame.read::<u32>(at).unwrap_or(0),
         _ => 0,
@@ -254,7 +254,7 @@ fn outline_ports<P: Frame>(frame: &P, protocol: u8, at: usize) -> u32 {
 }
 
 #[inline(always)]
-fn glance_transport<P: Frame>(frame: &P, protocol: u8, at: usize) -> Option<u8> {
+fn fast_transport<P: Frame>(frame: &P, protocol: u8, at: usize) -> Option<u8> {
     match protocol {
         TCP => frame.read::<u8>(at + TCP_FLAGS_AT),
         UDP => Some(0),
@@ -262,10 +262,10 @@ fn glance_transport<P: Frame>(frame: &P, protocol: u8, at: usize) -> Option<u8> 
     }
 }
 
-/// IPv4 options that name the routers of the way (RFC 791 section 3.1).
+/// IPv4 source-route options (RFC 791 section 3.1).
 const LOOSE_SOURCE_ROUTE: u8 = 131;
 const STRICT_SOURCE_ROUTE: u8 = 137;
-/// How many of them are followed. `ping -R` sends two, a router alert is one; the verifier's work doubles with each.
+/// Maximum number of options. `ping -R` sends two, a router alert is one; each doubles the verifier's work.
 const OPTIONS: usize = 8;
 
 /// See [`Family::parse`].
@@ -273,19 +273,19 @@ const OPTIONS: usize = 8;
 pub(crate) fn parse_v4<P: Frame>(frame: &P, packet: &mut Packet<V4>) -> Result<(), Drop> {
     let transport = header_v4(frame, ETH_LEN, packet)?;
     if transport > ETH_LEN + IPV4_LEN {
-        refuse_source_route(frame, transport)?;
+        reject_source_route(frame, transport)?;
     }
     packet.transport = transport as u32;
     if packet.fragment == Fragment::Later { Ok(()) } else { transport_header(frame, packet) }
 }
 
-/// The IPv4 header at `at`; returns where the header after it begins. Options are not looked at.
+/// Parses the IPv4 header at `at`; returns the offset of the next header. Options are skipped.
 #[inline(always)]
 pub(crate) fn header_v4<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V4>) -> Result<usize, Drop> {
-    let header = frame.read_far::<Ipv4Header>(at).ok_or(Drop::Truncated)?;
+    let header = frame.read_dynamic::<Ipv4Header>(at).ok_or(Drop::Truncated)?;
     let header_len = usize::from(header.version_ihl & 0x0f) * 4;
     let length = usize::from(u16::from_be(header.length));
-    // A length of 0 stands for more than 64 KiB in packets that the kernel merged ("BIG TCP", `iph_totlen`, include/linux/ip.h).
+    // A length of 0 means more than 64 KiB in packets that the kernel has merged ("BIG TCP", `iph_totlen`, include/linux/ip.h).
     if header.version_ihl >> 4 != 4 || header_len < IPV4_LEN || (length != 0 && length < header_len) {
         return Err(Drop::BadHeader);
     }
@@ -299,25 +299,25 @@ pub(crate) fn header_v4<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V4>)
     } else {
         Fragment::Whole
     };
-    Ok(frame.blur(at + header_len))
+    Ok(frame.hide_from_verifier(at + header_len))
 }
 
-/// Walks the IPv4 options up to `end`.
+/// Walks the IPv4 options up to `end`, and rejects source routes.
 #[inline(always)]
-fn refuse_source_route<P: Frame>(frame: &P, end: usize) -> Result<(), Drop> {
+fn reject_source_route<P: Frame>(frame: &P, end: usize) -> Result<(), Drop> {
     let mut at = ETH_LEN + IPV4_LEN;
     for _ in 0..OPTIONS {
-        at = frame.blur(at);
+        at = frame.hide_from_verifier(at);
         if at >= end {
             return Ok(());
         }
-        let kind = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
+        let kind = frame.read_dynamic::<u8>(at).ok_or(Drop::Truncated)?;
         match kind {
             0 => return Ok(()),
             1 => at += 1,
             LOOSE_SOURCE_ROUTE | STRICT_SOURCE_ROUTE => return Err(Drop::SourceRoute),
             _ => {
-                let length = frame.read_far::<u8>(at + 1).ok_or(Drop::Truncated)?;
+                let length = frame.read_dynamic::<u8>(at + 1).ok_or(Drop::Truncated)?;
                 if length < 2 {
                     return Err(Drop::BadHeader);
                 }
@@ -335,7 +335,7 @@ const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION: u8 = 60;
 const MOBILITY: u8 = 135;
-/// How many of them are followed. More than three in a row is unheard of (RFC 9098).
+/// Maximum number of extension headers. More than three are unheard of (RFC 9098).
 const CHAIN: usize = 6;
 
 /// See [`Family::parse`].
@@ -345,38 +345,38 @@ pub(crate) fn parse_v6<P: Frame>(frame: &P, packet: &mut Packet<V6>) -> Result<(
     if packet.fragment == Fragment::Later { Ok(()) } else { transport_header(frame, packet) }
 }
 
-/// The IPv6 header at `at` and its extension headers.
+/// Parses the IPv6 header at `at` and its extension headers.
 #[inline(always)]
 pub(crate) fn header_v6<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V6>) -> Result<(), Drop> {
-    let header = frame.read_far::<Ipv6Header>(at).ok_or(Drop::Truncated)?;
+    let header = frame.read_dynamic::<Ipv6Header>(at).ok_or(Drop::Truncated)?;
     if header.version_class_flow.to_ne_bytes()[0] >> 4 != 6 {
         return Err(Drop::BadHeader);
     }
-    copy(&mut packet.src, &header.src);
-    copy(&mut packet.dst, &header.dst);
+    copy_words(&mut packet.src, &header.src);
+    copy_words(&mut packet.dst, &header.dst);
     let (mut next, mut at) = (header.next, at + IPV6_LEN);
     for _ in 0..CHAIN {
-        (next, at) = (frame.blur(usize::from(next)) as u8, frame.blur(at));
+        (next, at) = (frame.hide_from_verifier(usize::from(next)) as u8, frame.hide_from_verifier(at));
         let length = match next {
             HOP_BY_HOP | DESTINATION | MOBILITY => (extension_length(frame, at)? + 1) * 8,
             ROUTING => {
-                // Segments left: somebody on the way is still to rewrite the destination.
-                if frame.read_far::<u8>(at + 3).ok_or(Drop::Truncated)? != 0 {
+                // Segments left: a router on the path would rewrite the destination.
+                if frame.read_dynamic::<u8>(at + 3).ok_or(Drop::Truncated)? != 0 {
                     return Err(Drop::SourceRoute);
                 }
                 (extension_length(frame, at)? + 1) * 8
             }
             AUTHENTICATION => (extension_length(frame, at)? + 2) * 4,
             FRAGMENT => {
-                let offset = u16::from_be(frame.read_far::<u16>(at + 2).ok_or(Drop::Truncated)?);
-                packet.fragment_id = frame.read_far::<u32>(at + 4).ok_or(Drop::Truncated)?;
+                let offset = u16::from_be(frame.read_dynamic::<u16>(at + 2).ok_or(Drop::Truncated)?);
+                packet.fragment_id = frame.read_dynamic::<u32>(at + 4).ok_or(Drop::Truncated)?;
                 packet.fragment = match (offset & 0xfff8, offset & 1) {
                     (0, 0) => Fragment::Whole, // an "atomic" fragment, RFC 6946
                     (0, _) => Fragment::First,
                     _ => Fragment::Later,
                 };
                 if packet.fragment == Fragment::Later {
-                    packet.protocol = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
+                    packet.protocol = frame.read_dynamic::<u8>(at).ok_or(Drop::Truncated)?;
                     packet.transport = (at + 8) as u32;
                     return Ok(());
                 }
@@ -388,7 +388,7 @@ pub(crate) fn header_v6<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V6>)
                 return Ok(());
             }
         };
-        next = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
+        next = frame.read_dynamic::<u8>(at).ok_or(Drop::Truncated)?;
         at += length;
     }
     Err(Drop::HeaderChain)
@@ -396,22 +396,22 @@ pub(crate) fn header_v6<P: Frame>(frame: &P, at: usize, packet: &mut Packet<V6>)
 
 #[inline(always)]
 fn extension_length<P: Frame>(frame: &P, at: usize) -> Result<usize, Drop> {
-    frame.read_far::<u8>(at + 1).map(usize::from).ok_or(Drop::Truncated)
+    frame.read_dynamic::<u8>(at + 1).map(usize::from).ok_or(Drop::Truncated)
 }
 
-/// Ports and kind of payload, from the transport header.
+/// Parses ports and payload type from the transport header.
 #[inline(always)]
 fn transport_header<P: Frame, F: Family>(frame: &P, packet: &mut Packet<F>) -> Result<(), Drop> {
     let at = packet.transport as usize;
     match packet.protocol {
         TCP => {
-            packet.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?;
-            packet.tcp_flags = frame.read_far::<u8>(at + TCP_FLAGS_AT).ok_or(Drop::Truncated)?;
+            packet.ports = frame.read_dynamic::<u32>(at).ok_or(Drop::Truncated)?;
+            packet.tcp_flags = frame.read_dynamic::<u8>(at + TCP_FLAGS_AT).ok_or(Drop::Truncated)?;
         }
-        UDP | UDPLITE | SCTP => packet.ports = frame.read_far::<u32>(at).ok_or(Drop::Truncated)?,
+        UDP | UDPLITE | SCTP => packet.ports = frame.read_dynamic::<u32>(at).ok_or(Drop::Truncated)?,
         protocol if protocol == F::ICMP => {
-            let kind = frame.read_far::<u8>(at).ok_or(Drop::Truncated)?;
-            let identifier = frame.read_far::<u16>(at + 4).ok_or(Drop::Truncated)?;
+            let kind = frame.read_dynamic::<u8>(at).ok_or(Drop::Truncated)?;
+            let identifier = frame.read_dynamic::<u16>(at + 4).ok_or(Drop::Truncated)?;
             packet.payload = if icmp_error::<F>(kind) {
                 Payload::IcmpError
             } else if F::VERSION == 6 && (133..=137).contains(&kind) {
@@ -424,19 +424,19 @@ fn transport_header<P: Frame, F: Family>(frame: &P, packet: &mut Packet<F>) -> R
         }
         _ => {}
     }
-    packet.ports = frame.blur(packet.ports as usize) as u32;
-    packet.protocol = frame.blur(usize::from(packet.protocol)) as u8;
-    packet.tcp_flags = frame.blur(usize::from(packet.tcp_flags)) as u8;
+    packet.ports = frame.hide_from_verifier(packet.ports as usize) as u32;
+    packet.protocol = frame.hide_from_verifier(usize::from(packet.protocol)) as u8;
+    packet.tcp_flags = frame.hide_from_verifier(usize::from(packet.tcp_flags)) as u8;
     Ok(())
 }
 
-/// Whether an ICMP message of this type carries the packet it complains about (RFC 1122 section 3.2.2, RFC 4443 section 2.1).
+/// Whether an ICMP message of this type is an error that quotes a packet (RFC 1122 section 3.2.2, RFC 4443 section 2.1).
 #[inline(always)]
 fn icmp_error<F: Family>(kind: u8) -> bool {
     if F::VERSION == 4 { matches!(kind, 3 | 4 | 5 | 11 | 12) } else { kind < 128 }
 }
 
-/// What an ICMP query has instead of ports: its identifier, on the side that asks.
+/// The ports word of an ICMP query: its identifier, in place of the requester's port.
 #[inline(always)]
 pub(crate) fn icmp_ports<F: Family>(kind: u8, identifier: u16) -> u32 {
     let [high, low] = identifier.to_ne_bytes();
@@ -495,23 +495,23 @@ mod tests {
     const TCP_SYN: [u8; 20] = [0x9c, 0x40, 0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 0, 0, 0, 0, 0, 0];
 
     #[test]
-    fn the_common_shape_is_seen_at_a_glance() {
-        let glance = V4::glance(&v4(TCP, 0x4000, &[], &TCP_SYN)).unwrap();
-        assert_eq!(glance.src.to_ne_bytes(), [10, 0, 0, 1]);
-        assert_eq!(glance.ports.to_ne_bytes(), [0x9c, 0x40, 0, 80]);
-        assert_eq!((glance.protocol, glance.tcp_flags), (TCP, tcp_flags::SYN));
-        let glance = V6::glance(&v6(UDP, &[0, 53, 0, 54, 0, 8, 0, 0])).unwrap();
-        assert_eq!(glance.dst.map(u32::to_ne_bytes).concat(), (17..=32).collect::<Vec<u8>>());
-        assert_eq!((glance.ports.to_ne_bytes(), glance.tcp_flags), ([0, 53, 0, 54], 0));
-        assert!(V4::glance(&v4(TCP, 0x2000, &[], &TCP_SYN)).is_none(), "a fragment");
-        assert!(V4::glance(&v4(TCP, 0, &[1, 1, 1, 1], &TCP_SYN)).is_none(), "options");
-        assert!(V4::glance(&v4(ICMP, 0, &[], &[0; 20])).is_none(), "another protocol");
-        assert!(V4::glance(&v4(TCP, 0, &[], &TCP_SYN[..13])).is_none(), "cut off before the flags");
-        assert!(V6::glance(&v6(0, &[0; 40])).is_none(), "an extension header");
+    fn fast_headers_accept_common_packets_only() {
+        let fast_headers = V4::fast_headers(&v4(TCP, 0x4000, &[], &TCP_SYN)).unwrap();
+        assert_eq!(fast_headers.src.to_ne_bytes(), [10, 0, 0, 1]);
+        assert_eq!(fast_headers.ports.to_ne_bytes(), [0x9c, 0x40, 0, 80]);
+        assert_eq!((fast_headers.protocol, fast_headers.tcp_flags), (TCP, tcp_flags::SYN));
+        let fast_headers = V6::fast_headers(&v6(UDP, &[0, 53, 0, 54, 0, 8, 0, 0])).unwrap();
+        assert_eq!(fast_headers.dst.map(u32::to_ne_bytes).concat(), (17..=32).collect::<Vec<u8>>());
+        assert_eq!((fast_headers.ports.to_ne_bytes(), fast_headers.tcp_flags), ([0, 53, 0, 54], 0));
+        assert!(V4::fast_headers(&v4(TCP, 0x2000, &[], &TCP_SYN)).is_none(), "a fragment");
+        assert!(V4::fast_headers(&v4(TCP, 0, &[1, 1, 1, 1], &TCP_SYN)).is_none(), "options");
+        assert!(V4::fast_headers(&v4(ICMP, 0, &[], &[0; 20])).is_none(), "another protocol");
+        assert!(V4::fast_headers(&v4(TCP, 0, &[], &TCP_SYN[..13])).is_none(), "cut off before the flags");
+        assert!(V6::fast_headers(&v6(0, &[0; 40])).is_none(), "an extension header");
     }
 
     #[test]
-    fn queries_keep_their_identifier_on_the_side_that_asks() {
+    fn icmp_identifier_replaces_the_requesters_port() {
         let ask = parse::<V4>(&v4(ICMP, 0, &[], &[8, 0, 0, 0, 0xab, 0xcd, 0, 1])).ok().unwrap();
         let answer = parse::<V4>(&v4(ICMP, 0, &[], &[0, 0, 0, 0, 0xab, 0xcd, 0, 1])).ok().unwrap();
         assert_eq!(ask.ports.to_ne_bytes(), [0xab, 0xcd, 0, 0]);
@@ -523,7 +523,7 @@ mod tests {
     }
 
     #[test]
-    fn fragments_of_ipv6_tell_their_place() {
+    fn ipv6_fragment_header_is_parsed() {
         let udp = [0, 1, 0, 2, 0, 8, 0, 0];
         let of = |field: u16| {
             let mut rest = vec![UDP, 0];
@@ -538,15 +538,15 @@ mod tests {
         assert_eq!((of(8).protocol, of(8).fragment_id.to_ne_bytes()), (UDP, [9, 9, 9, 9]));
     }
 
-    /// What a glance says, the parse must say too: a packet must not have one flow on the fast path and another on the slow one.
+    /// Both levels of the parser must agree: a packet must not have one flow on the fast path and another on the slow path.
     fn agree<F: Family>(bytes: &Vec<u8>)
     where
         F::Addr: PartialEq + core::fmt::Debug,
     {
-        let Some(glance) = F::glance(bytes) else { return };
-        let Ok(packet) = parse::<F>(bytes) else { panic!("a glance took what the parse refuses") };
-        assert_eq!((glance.src, glance.dst, glance.ports), (packet.src, packet.dst, packet.ports));
-        assert_eq!((glance.protocol, glance.tcp_flags), (packet.protocol, packet.tcp_flags));
+        let Some(fast_headers) = F::fast_headers(bytes) else { return };
+        let Ok(packet) = parse::<F>(bytes) else { panic!("fast_headers accepted what parse rejects") };
+        assert_eq!((fast_headers.src, fast_headers.dst, fast_headers.ports), (packet.src, packet.dst, packet.ports));
+        assert_eq!((fast_headers.protocol, fast_headers.tcp_flags), (packet.protocol, packet.tcp_flags));
         assert_eq!((packet.fragment, packet.payload), (Fragment::Whole, Payload::Plain));
     }
 
@@ -554,7 +554,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
         #[test]
-        fn nothing_makes_the_parser_panic_and_both_depths_agree(
+        fn parser_accepts_any_bytes_and_both_levels_agree(
             mut bytes in proptest::collection::vec(any::<u8>(), 0..140),
             v6 in any::<bool>(),
             shape in prop_oneof![Just(None), Just(Some(0x45_u8)), Just(Some(0x4f)), Just(Some(0x60))],
@@ -576,7 +576,7 @@ mod tests {
         }
 
         #[test]
-        fn options_never_run_over_the_header(options in proptest::collection::vec(any::<u8>(), 0..10)) {
+        fn ipv4_options_end_at_the_header_length(options in proptest::collection::vec(any::<u8>(), 0..10)) {
             let options: Vec<u8> = options.iter().flat_map(|b| [*b, 0, 2, 1]).collect();
             let parsed = parse::<V4>(&v4(TCP, 0, &options, &TCP_SYN));
             if let Ok(packet) = parsed {
@@ -586,7 +586,7 @@ mod tests {
         }
     }
 
-    /// The glance does not look at the length field, whose faults change no flow; the parse does.
+    /// The fast path ignores the length field, which does not identify a flow; the full parser checks it.
     fn agree_v4_with_length(bytes: &mut Vec<u8>) {
         if let Some(length) = bytes.get_mut(16..18) {
             length.copy_from_slice(&[0, 100]);

@@ -1,19 +1,19 @@
-//! The answer to a packet for a Service that nobody serves: a reset for TCP, "port unreachable" for the rest, as from a host
-//! whose port is closed. The packet itself is made into it.
+//! Replies that reject a packet to a Service without backends: a TCP reset, or ICMP port unreachable for other protocols, as from a closed
+//! port. The packet itself is rewritten into the reply.
 
 use terway_abi::MacPair;
 
 use crate::family::{Family, V4, V6};
 use crate::frame::{ETH_LEN, Frame};
-use crate::nat::difference;
+use crate::nat::checksum_delta;
 use crate::parse::{ICMP, ICMPV6, TCP, tcp_flags};
 
 /// Words of a TCP header without options.
 const TCP_WORDS: usize = 5;
 
-/// What a reset is made from.
+/// The fields of a TCP reset.
 #[derive(Clone, Copy)]
-pub struct Segment {
+pub struct ResetFields {
     /// Ports as in the packet.
     ports: u32,
     /// Sequence number of the reset.
@@ -24,47 +24,47 @@ pub struct Segment {
     flags: u8,
 }
 
-/// What differs between the families.
-pub trait Refusal: Family {
-    /// Bytes of a frame with a reset.
-    const RESET: u32;
-    /// Bytes of a frame with an error.
-    const ERROR: u32;
-    /// Words that an error quotes.
+/// The rejecting replies, by family.
+pub trait Reject: Family {
+    /// Frame length of a reset.
+    const RESET_LEN: u32;
+    /// Frame length of an ICMP error.
+    const ERROR_LEN: u32;
+    /// The words that an ICMP error quotes.
     type Quote;
 
     /// Reads what a reset needs from a TCP segment in a frame of common shape.
-    fn segment<P: Frame>(frame: &P) -> Option<Segment>;
+    fn read_segment<P: Frame>(frame: &P) -> Option<ResetFields>;
     /// Writes the reset from `src` to `dst` behind the Ethernet header.
-    fn reset<P: Frame>(frame: &mut P, src: &Self::Addr, dst: &Self::Addr, segment: &Segment) -> Option<()>;
+    fn write_reset<P: Frame>(frame: &mut P, src: &Self::Addr, dst: &Self::Addr, segment: &ResetFields) -> Option<()>;
     /// Reads what an error quotes of a frame of common shape.
-    fn quote<P: Frame>(frame: &P) -> Option<Self::Quote>;
+    fn read_quote<P: Frame>(frame: &P) -> Option<Self::Quote>;
     /// Writes the error from `src` to `dst` behind the Ethernet header.
-    fn error<P: Frame>(frame: &mut P, src: &Self::Addr, dst: &Self::Addr, quote: &Self::Quote) -> Option<()>;
+    fn write_error<P: Frame>(frame: &mut P, src: &Self::Addr, dst: &Self::Addr, quote: &Self::Quote) -> Option<()>;
 }
 
-/// Sends a frame back to where it came from.
+/// Swaps the MAC addresses of a frame.
 #[inline(always)]
-pub fn turn_back<P: Frame>(frame: &mut P) -> Option<()> {
+pub fn swap_macs<P: Frame>(frame: &mut P) -> Option<()> {
     let macs: MacPair = frame.macs()?;
     frame.write(0, MacPair::new(macs.source(), macs.destination()))
 }
 
-/// RFC 9293 section 3.10.7.1: what a reset says of a segment of this many bytes, headers of TCP included.
+/// The fields of the reset to a segment of `length` bytes, TCP header included (RFC 9293 section 3.10.7.1).
 #[inline(always)]
-fn answer<P: Frame>(frame: &P, at: usize, length: u32) -> Option<Segment> {
+fn reset_fields<P: Frame>(frame: &P, at: usize, length: u32) -> Option<ResetFields> {
     let (seq, ack) = (u32::from_be(frame.read(at + 4)?), u32::from_be(frame.read(at + 8)?));
     let (offset, flags) = (frame.read::<u8>(at + 12)?, frame.read::<u8>(at + 13)?);
     let ports = frame.read::<u32>(at)?.rotate_left(16);
     if flags & tcp_flags::ACK != 0 {
-        return Some(Segment { ports, seq: ack, ack: 0, flags: tcp_flags::RST });
+        return Some(ResetFields { ports, seq: ack, ack: 0, flags: tcp_flags::RST });
     }
     let payload = length.wrapping_sub(u32::from(offset >> 4) * 4);
     let extent = payload + u32::from(flags & tcp_flags::SYN != 0) + u32::from(flags & tcp_flags::FIN != 0);
-    Some(Segment { ports, seq: 0, ack: seq.wrapping_add(extent), flags: tcp_flags::RST | tcp_flags::ACK })
+    Some(ResetFields { ports, seq: 0, ack: seq.wrapping_add(extent), flags: tcp_flags::RST | tcp_flags::ACK })
 }
 
-/// The checksum of data with this sum, in the last two bytes of a word that ends in zeros.
+/// Writes the checksum of `sum` into the last two bytes of a word that ends in zeros.
 #[inline(always)]
 fn with_check(word: u32, sum: u32) -> u32 {
     let folded = (sum & 0xffff) + (sum >> 16);
@@ -75,17 +75,17 @@ fn with_check(word: u32, sum: u32) -> u32 {
 
 #[inline(always)]
 fn sum<const N: usize>(words: &[u32; N], start: u32) -> u32 {
-    // The difference from nothing (all ones, whose complement is 0) is the sum itself.
-    words.iter().fold(start, |sum, word| difference(u32::MAX, *word, sum))
+    // The delta from all ones, whose complement is 0, is the sum itself.
+    words.iter().fold(start, |sum, word| checksum_delta(u32::MAX, *word, sum))
 }
 
 /// Writes a TCP header; `pseudo` is the sum of its pseudo header.
 #[inline(always)]
-fn write_tcp<P: Frame>(frame: &mut P, at: usize, segment: &Segment, pseudo: u32) -> Option<()> {
-    let Segment { ports, seq, ack, flags } = *segment;
+fn write_tcp<P: Frame>(frame: &mut P, at: usize, segment: &ResetFields, pseudo: u32) -> Option<()> {
+    let ResetFields { ports, seq, ack, flags } = *segment;
     let words: [u32; TCP_WORDS] =
         [ports, seq.to_be(), ack.to_be(), (0x5000_0000 | (u32::from(flags) << 16)).to_be(), 0];
-    // The checksum stands in the first half of the last word.
+    // The checksum is in the first half of the last word.
     let check = with_check(0, sum(&words, pseudo)).rotate_left(16);
     let [a, b, c, d, _] = words;
     write_words(frame, at, &[a, b, c, d, check])
@@ -110,7 +110,7 @@ fn read_words<P: Frame, const N: usize>(frame: &P, at: usize) -> Option<[u32; N]
 
 const V4_LEN: usize = 20;
 const V6_LEN: usize = 40;
-/// The time to live of a packet that begins here.
+/// The TTL or hop limit of a reply.
 const TTL: u32 = 64;
 
 #[inline(always)]
@@ -129,33 +129,33 @@ fn write_v6<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], next: u8, l
     write_words(frame, ETH_LEN + 24, dst)
 }
 
-impl Refusal for V4 {
-    const RESET: u32 = (ETH_LEN + V4_LEN + 4 * TCP_WORDS) as u32;
-    const ERROR: u32 = (ETH_LEN + V4_LEN + 8 + V4_LEN + 8) as u32;
+impl Reject for V4 {
+    const RESET_LEN: u32 = (ETH_LEN + V4_LEN + 4 * TCP_WORDS) as u32;
+    const ERROR_LEN: u32 = (ETH_LEN + V4_LEN + 8 + V4_LEN + 8) as u32;
     /// RFC 792: the header and eight bytes.
     type Quote = [u32; 7];
 
     #[inline(always)]
-    fn segment<P: Frame>(frame: &P) -> Option<Segment> {
+    fn read_segment<P: Frame>(frame: &P) -> Option<ResetFields> {
         let length = u32::from(u16::from_be(frame.read(ETH_LEN + 2)?));
-        answer(frame, ETH_LEN + V4_LEN, length.wrapping_sub(V4_LEN as u32))
+        reset_fields(frame, ETH_LEN + V4_LEN, length.wrapping_sub(V4_LEN as u32))
     }
 
     #[inline(always)]
-    fn reset<P: Frame>(frame: &mut P, src: &u32, dst: &u32, segment: &Segment) -> Option<()> {
+    fn write_reset<P: Frame>(frame: &mut P, src: &u32, dst: &u32, segment: &ResetFields) -> Option<()> {
         write_v4(frame, *src, *dst, TCP, (V4_LEN + 4 * TCP_WORDS) as u32)?;
         let pseudo = sum(&[*src, *dst, ((u32::from(TCP) << 16) | (4 * TCP_WORDS as u32)).to_be()], 0);
         write_tcp(frame, ETH_LEN + V4_LEN, segment, pseudo)
     }
 
     #[inline(always)]
-    fn quote<P: Frame>(frame: &P) -> Option<[u32; 7]> {
+    fn read_quote<P: Frame>(frame: &P) -> Option<[u32; 7]> {
         read_words(frame, ETH_LEN)
     }
 
     #[inline(always)]
-    fn error<P: Frame>(frame: &mut P, src: &u32, dst: &u32, quote: &[u32; 7]) -> Option<()> {
-        write_v4(frame, *src, *dst, ICMP, Self::ERROR - ETH_LEN as u32)?;
+    fn write_error<P: Frame>(frame: &mut P, src: &u32, dst: &u32, quote: &[u32; 7]) -> Option<()> {
+        write_v4(frame, *src, *dst, ICMP, Self::ERROR_LEN - ETH_LEN as u32)?;
         // Destination unreachable, port unreachable.
         let first = 0x0303_0000_u32.to_be();
         let words = [with_check(first, sum(quote, first)), 0];
@@ -164,19 +164,19 @@ impl Refusal for V4 {
     }
 }
 
-impl Refusal for V6 {
-    const RESET: u32 = (ETH_LEN + V6_LEN + 4 * TCP_WORDS) as u32;
-    const ERROR: u32 = (ETH_LEN + V6_LEN + 8 + V6_LEN + 8) as u32;
+impl Reject for V6 {
+    const RESET_LEN: u32 = (ETH_LEN + V6_LEN + 4 * TCP_WORDS) as u32;
+    const ERROR_LEN: u32 = (ETH_LEN + V6_LEN + 8 + V6_LEN + 8) as u32;
     /// RFC 4443 wants as much as fits; receivers need the header and the ports.
     type Quote = [u32; 12];
 
     #[inline(always)]
-    fn segment<P: Frame>(frame: &P) -> Option<Segment> {
-        answer(frame, ETH_LEN + V6_LEN, u32::from(u16::from_be(frame.read(ETH_LEN + 4)?)))
+    fn read_segment<P: Frame>(frame: &P) -> Option<ResetFields> {
+        reset_fields(frame, ETH_LEN + V6_LEN, u32::from(u16::from_be(frame.read(ETH_LEN + 4)?)))
     }
 
     #[inline(always)]
-    fn reset<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], segment: &Segment) -> Option<()> {
+    fn write_reset<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], segment: &ResetFields) -> Option<()> {
         let length = 4 * TCP_WORDS as u32;
         write_v6(frame, src, dst, TCP, length)?;
         let pseudo = sum(dst, sum(src, sum(&[length.to_be(), u32::from(TCP).to_be()], 0)));
@@ -184,13 +184,13 @@ impl Refusal for V6 {
     }
 
     #[inline(always)]
-    fn quote<P: Frame>(frame: &P) -> Option<[u32; 12]> {
+    fn read_quote<P: Frame>(frame: &P) -> Option<[u32; 12]> {
         read_words(frame, ETH_LEN)
     }
 
     #[inline(always)]
-    fn error<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], quote: &[u32; 12]) -> Option<()> {
-        let length = Self::ERROR - (ETH_LEN + V6_LEN) as u32;
+    fn write_error<P: Frame>(frame: &mut P, src: &[u32; 4], dst: &[u32; 4], quote: &[u32; 12]) -> Option<()> {
+        let length = Self::ERROR_LEN - (ETH_LEN + V6_LEN) as u32;
         write_v6(frame, src, dst, ICMPV6, length)?;
         // Destination unreachable, port unreachable.
         let first = 0x0104_0000_u32.to_be();
@@ -256,13 +256,13 @@ mod tests {
     }
 
     #[test]
-    fn a_syn_is_reset() {
+    fn syn_is_rejected_with_reset() {
         let mut bytes = v4(TCP, &SYN);
-        let segment = V4::segment(&bytes).unwrap();
+        let segment = V4::read_segment(&bytes).unwrap();
         let [src, dst] = words::<2>(&bytes[26..34]);
-        bytes.resize(V4::RESET as usize, 0);
-        turn_back(&mut bytes).unwrap();
-        V4::reset(&mut bytes, &dst, &src, &segment).unwrap();
+        bytes.resize(V4::RESET_LEN as usize, 0);
+        swap_macs(&mut bytes).unwrap();
+        V4::write_reset(&mut bytes, &dst, &src, &segment).unwrap();
         assert_eq!(bytes[..12], [2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1]);
         assert_eq!((total(&bytes[14..34]), total(&covered(&bytes))), (0xffff, 0xffff));
         assert_eq!(bytes[26..34], [10, 96, 0, 1, 10, 0, 0, 1]);
@@ -270,41 +270,41 @@ mod tests {
         assert_eq!(bytes[34..48], [0, 80, 0x9c, 0x40, 0, 0, 0, 0, 0, 0, 1, 1, 0x50, 0x14]);
 
         let mut bytes = v6(TCP, &SYN);
-        let segment = V6::segment(&bytes).unwrap();
+        let segment = V6::read_segment(&bytes).unwrap();
         let (src, dst) = (words::<4>(&bytes[22..38]), words::<4>(&bytes[38..54]));
-        bytes.resize(V6::RESET as usize, 0);
-        V6::reset(&mut bytes, &dst, &src, &segment).unwrap();
+        bytes.resize(V6::RESET_LEN as usize, 0);
+        V6::write_reset(&mut bytes, &dst, &src, &segment).unwrap();
         assert_eq!(total(&covered(&bytes)), 0xffff);
         assert_eq!(bytes[54..68], [0, 80, 0x9c, 0x40, 0, 0, 0, 0, 0, 0, 1, 1, 0x50, 0x14]);
     }
 
     #[test]
-    fn what_acknowledges_is_reset_where_it_is() {
+    fn ack_is_rejected_with_reset_at_its_sequence() {
         let mut bytes = v4(TCP, &SYN);
         bytes[34 + 8..34 + 12].copy_from_slice(&[0, 0, 0, 9]);
         bytes[34 + 13] = 0x10;
-        let segment = V4::segment(&bytes).unwrap();
+        let segment = V4::read_segment(&bytes).unwrap();
         assert_eq!((segment.seq, segment.ack, segment.flags), (9, 0, tcp_flags::RST));
     }
 
     #[test]
-    fn a_datagram_is_answered_with_an_error() {
+    fn datagram_is_rejected_with_port_unreachable() {
         let datagram = [0, 1, 0, 53, 0, 8, 0xab, 0xcd];
         let mut bytes = v4(17, &datagram);
         let quoted = bytes[14..].to_vec();
-        let quote = V4::quote(&bytes).unwrap();
+        let quote = V4::read_quote(&bytes).unwrap();
         let [src, dst] = words::<2>(&bytes[26..34]);
-        bytes.resize(V4::ERROR as usize, 0);
-        V4::error(&mut bytes, &dst, &src, &quote).unwrap();
+        bytes.resize(V4::ERROR_LEN as usize, 0);
+        V4::write_error(&mut bytes, &dst, &src, &quote).unwrap();
         assert_eq!((total(&bytes[14..34]), total(&bytes[34..])), (0xffff, 0xffff));
         assert_eq!((&bytes[34..36], &bytes[42..]), (&[3, 3][..], &quoted[..]));
 
         let mut bytes = v6(17, &datagram);
         let quoted = bytes[14..].to_vec();
-        let quote = V6::quote(&bytes).unwrap();
+        let quote = V6::read_quote(&bytes).unwrap();
         let (src, dst) = (words::<4>(&bytes[22..38]), words::<4>(&bytes[38..54]));
-        bytes.resize(V6::ERROR as usize, 0);
-        V6::error(&mut bytes, &dst, &src, &quote).unwrap();
+        bytes.resize(V6::ERROR_LEN as usize, 0);
+        V6::write_error(&mut bytes, &dst, &src, &quote).unwrap();
         assert_eq!(total(&covered(&bytes)), 0xffff);
         assert_eq!((&bytes[54..56], &bytes[62..]), (&[1, 4][..], &quoted[..]));
     }

@@ -1,67 +1,67 @@
-//! What is done with the first packet of a flow. The tables are asked through a trait, so that the same code runs on the kernel's
-//! maps and, in tests, on ordinary ones.
+//! Routes of new flows: from where to where a packet goes, and the source checks. The lookups are a trait: the kernel's maps in the
+//! datapath, ordinary maps in tests.
 
 use terway_abi::{Drop, Endpoint, MacPair, NO_SLOT, POLICY_EPOCH_MASK, Uplink};
 
 use crate::family::Family;
-use crate::flow::{Basis, Place, Route};
+use crate::flow::{EpochRef, Route, RouteEnd};
 use crate::parse::Packet;
 
-/// What the daemon has told the kernel.
+/// Lookups of endpoints, uplinks, host prefixes and epochs, all written by the daemon.
 pub trait Tables<F: Family> {
-    /// The pod whose host end this is.
+    /// The endpoint with this host interface.
     fn by_ifindex(&self, ifindex: u32) -> Option<&Endpoint>;
-    /// The pod of this node that has this address.
+    /// The local endpoint with this address.
     fn by_address(&self, address: &F::Addr) -> Option<&Endpoint>;
-    /// The ENI whose interface this is, if clients outside are served by it.
+    /// The uplink with this interface.
     fn uplink(&self, ifindex: u32) -> Option<&Uplink>;
-    /// Whether the host stack serves this address.
+    /// Whether the address is one of the host stack's prefixes.
     fn is_host(&self, address: &F::Addr) -> bool;
-    /// The epoch of a slot.
+    /// The current epoch of a slot.
     fn epoch(&self, slot: u32) -> u32;
 }
 
-/// What a decision comes to.
+/// The routing decision for a packet.
 #[derive(Clone, Copy)]
-pub enum Decision<'a> {
-    /// This way, and so do the packets that follow.
-    Way(Route<'a>),
-    /// To the host stack, without a memory: it is no pod's packet.
-    NotOurs,
+pub enum RouteDecision<'a> {
+    /// Forward this packet and those that follow by this route.
+    Forward(Route<'a>),
+    /// Pass to the host stack, without a flow entry: the packet is for no pod.
+    HostStack,
 }
 
-/// Of an address that is nobody's here.
+/// The epoch of a remote address.
 ///
-/// The epoch is read *before* the tables are asked whether it is somebody's: if it becomes somebody's in between, the flow made
-/// from this is void at once.
+/// Read *before* the lookup of the address among the endpoints: if an endpoint gets the address in between, the flow entry is invalid at
+/// once.
 #[inline(always)]
-fn nobody<F: Family, T: Tables<F>>(tables: &T, address: &F::Addr) -> Basis {
-    let slot = F::bucket(address);
+fn remote_epoch<F: Family, T: Tables<F>>(tables: &T, address: &F::Addr) -> EpochRef {
+    let slot = F::remote_slot(address);
     let epoch = tables.epoch(slot);
-    Basis { slot, epoch, since: epoch }
+    EpochRef { slot, epoch, first_epoch: epoch }
 }
 
-/// Of an address that is this pod's. The epoch stands in the endpoint itself, so it is as old as what is decided from it; that of
-/// policies is read here, before they are asked.
+/// The epoch of a local endpoint. The route epoch is that in the endpoint's value, as old as the other fields that the route is made of; the
+/// policy epoch is read here, before the policy check.
 #[inline(always)]
-fn pods<F: Family, T: Tables<F>>(tables: &T, pod: &Endpoint) -> Basis {
+fn endpoint_epoch<F: Family, T: Tables<F>>(tables: &T, pod: &Endpoint) -> EpochRef {
     let epoch = pod.epoch & !POLICY_EPOCH_MASK | tables.epoch(pod.slot) & POLICY_EPOCH_MASK;
-    Basis { slot: pod.slot, epoch, since: pod.first_epoch }
+    EpochRef { slot: pod.slot, epoch, first_epoch: pod.first_epoch }
 }
 
-/// Whether a pod may send this packet at all.
+/// Checks the source of a packet from a pod: MAC addresses, source address, and that the destination is unicast.
 ///
 /// # Errors
-/// The reason to drop it.
+/// The drop reason.
 #[inline(always)]
-pub fn sender<F: Family>(pod: &Endpoint, packet: &Packet<F>, macs: MacPair) -> Result<(), Drop> {
+pub fn check_source<F: Family>(pod: &Endpoint, packet: &Packet<F>, macs: MacPair) -> Result<(), Drop> {
     if macs.source() != pod.from_pod_macs.source() {
         return Err(Drop::SpoofedMac);
     }
     if let Some(drop) = F::unroutable(&packet.src, &packet.dst) {
         return Err(drop);
     }
-    if F::same(&packet.src, &F::NONE) || !F::same(&packet.src, &F::address(pod)) {
+    if F::same(&packet.src, &F::UNSPECIFIED) || !F::same(&packet.src, &F::address(pod)) {
         return Err(Drop::SpoofedSource);
     }
     if macs != pod.from_pod_macs {
@@ -70,10 +70,10 @@ pub fn sender<F: Family>(pod: &Endpoint, packet: &Packet<F>, macs: MacPair) -> R
     Ok(())
 }
 
-/// A packet that a pod sent, and that goes to `to`: its destination, or the backend that a Service chose.
+/// The route of a packet from a pod to `to`: the packet's destination, or the selected backend.
 ///
 /// # Errors
-/// The reason to drop it.
+/// The drop reason.
 #[inline(always)]
 pub fn from_pod<'a, F: Family, T: Tables<F>>(
     tables: &'a T,
@@ -81,59 +81,64 @@ pub fn from_pod<'a, F: Family, T: Tables<F>>(
     packet: &Packet<F>,
     to: &F::Addr,
     macs: MacPair,
-) -> Result<Decision<'a>, Drop> {
-    sender(pod, packet, macs)?;
-    let unowned = nobody(tables, to);
+) -> Result<RouteDecision<'a>, Drop> {
+    check_source(pod, packet, macs)?;
+    let remote = remote_epoch(tables, to);
     let (target, destination) = match tables.by_address(to) {
-        Some(peer) => (Place::Pod(peer), pods(tables, peer)),
-        None if tables.is_host(to) => (Place::Host(pod), unowned),
-        None if F::has_gateway(pod) => (Place::Vpc(pod), unowned),
+        Some(peer) => (RouteEnd::Pod(peer), endpoint_epoch(tables, peer)),
+        None if tables.is_host(to) => (RouteEnd::Host(pod), remote),
+        None if F::has_gateway(pod) => (RouteEnd::Vpc(pod), remote),
         None => return Err(Drop::NoGateway),
     };
-    Ok(Decision::Way(Route { origin: Place::Pod(pod), target, source: pods(tables, pod), destination }))
+    Ok(RouteDecision::Forward(Route {
+        origin: RouteEnd::Pod(pod),
+        target,
+        source: endpoint_epoch(tables, pod),
+        destination,
+    }))
 }
 
-/// A packet that came in by the ENI `ifindex`.
+/// The route of a packet from the VPC through the ENI `ifindex` to a local pod.
 ///
 /// # Errors
-/// The reason to drop it.
+/// The drop reason.
 #[inline(always)]
 pub fn from_vpc<'a, F: Family, T: Tables<F>>(
     tables: &'a T,
     packet: &Packet<F>,
     ifindex: u32,
-) -> Result<Decision<'a>, Drop> {
-    let source = nobody(tables, &packet.src);
-    let Some(pod) = tables.by_address(&packet.dst) else { return Ok(Decision::NotOurs) };
+) -> Result<RouteDecision<'a>, Drop> {
+    let source = remote_epoch(tables, &packet.src);
+    let Some(pod) = tables.by_address(&packet.dst) else { return Ok(RouteDecision::HostStack) };
     if pod.eni_ifindex != ifindex {
         return Err(Drop::WrongEni);
     }
-    // A pod of this node reaches another one without the VPC, so from there such a source is a lie.
+    // Traffic between local pods never crosses the VPC, so this source address is spoofed.
     if tables.by_address(&packet.src).is_some() {
         return Err(Drop::SpoofedSource);
     }
-    Ok(Decision::Way(Route {
-        origin: Place::Vpc(pod),
-        target: Place::Pod(pod),
+    Ok(RouteDecision::Forward(Route {
+        origin: RouteEnd::Vpc(pod),
+        target: RouteEnd::Pod(pod),
         source,
-        destination: pods(tables, pod),
+        destination: endpoint_epoch(tables, pod),
     }))
 }
 
-/// A packet from `src`, outside, that came in by the ENI `ifindex` for a Service, and that goes to `to`, the backend that was chosen.
-/// With `local` only this node will do.
+/// The route of a packet from the external client `src` through the ENI `ifindex` to the backend address `to`. With `is_local_only` the
+/// backend must be on this node.
 ///
 /// # Errors
-/// The reason to drop it.
+/// The drop reason.
 #[inline(always)]
-pub fn from_client<'a, F: Family, T: Tables<F>>(
+pub fn from_external_client<'a, F: Family, T: Tables<F>>(
     tables: &'a T,
     src: &F::Addr,
     to: &F::Addr,
-    local: bool,
+    is_local_only: bool,
     ifindex: u32,
-) -> Result<Decision<'a>, Drop> {
-    let (source, unowned) = (nobody(tables, src), nobody(tables, to));
+) -> Result<RouteDecision<'a>, Drop> {
+    let (source, remote) = (remote_epoch(tables, src), remote_epoch(tables, to));
     if tables.by_address(src).is_some() {
         return Err(Drop::SpoofedSource);
     }
@@ -142,46 +147,46 @@ pub fn from_client<'a, F: Family, T: Tables<F>>(
         return Err(Drop::NoUplink);
     }
     let (target, destination) = match tables.by_address(to) {
-        Some(pod) => (Place::Pod(pod), pods(tables, pod)),
-        None if tables.is_host(to) => (Place::Node(node), unowned),
-        None if local => return Err(Drop::NoBackend),
-        // The backend's answers must come back here, so it gets to see the node.
-        None if F::same(&F::address(node), &F::NONE) => return Err(Drop::NoUplink),
-        None => (Place::Vpc(node), unowned),
+        Some(pod) => (RouteEnd::Pod(pod), endpoint_epoch(tables, pod)),
+        None if tables.is_host(to) => (RouteEnd::Node(node), remote),
+        None if is_local_only => return Err(Drop::NoBackend),
+        // SNAT to the node brings the backend's replies back here.
+        None if F::same(&F::address(node), &F::UNSPECIFIED) => return Err(Drop::NoUplink),
+        None => (RouteEnd::Vpc(node), remote),
     };
-    Ok(Decision::Way(Route { origin: Place::Vpc(node), target, source, destination }))
+    Ok(RouteDecision::Forward(Route { origin: RouteEnd::Vpc(node), target, source, destination }))
 }
 
-/// A packet that the host stack sends to the pod behind `ifindex`.
+/// The route of a packet from the host stack to the pod with the host interface `ifindex`.
 ///
 /// # Errors
-/// The reason to drop it.
+/// The drop reason.
 #[inline(always)]
 pub fn to_pod<'a, F: Family, T: Tables<F>>(
     tables: &'a T,
     packet: &Packet<F>,
     ifindex: u32,
-) -> Result<Decision<'a>, Drop> {
-    let source = nobody(tables, &packet.src);
+) -> Result<RouteDecision<'a>, Drop> {
+    let source = remote_epoch(tables, &packet.src);
     let pod = tables.by_ifindex(ifindex).ok_or(Drop::UnknownEndpoint)?;
-    // Neighbour discovery and the like: it is not sent to the pod's address, and no flow comes of it.
-    if F::same(&packet.dst, &F::NONE) || !F::same(&packet.dst, &F::address(pod)) {
-        return Ok(Decision::NotOurs);
+    // Neighbour discovery and other packets that are not to the pod's address create no flow entry.
+    if F::same(&packet.dst, &F::UNSPECIFIED) || !F::same(&packet.dst, &F::address(pod)) {
+        return Ok(RouteDecision::HostStack);
     }
-    // A pod's packet that the host stack forwarded (to the backend of a Service, say) depends on that pod too.
-    let source = tables.by_address(&packet.src).map_or(source, |pod| pods(tables, pod));
-    Ok(Decision::Way(Route {
-        origin: Place::Host(pod),
-        target: Place::Pod(pod),
+    // The source may be a local pod whose packet the host stack has forwarded; then the flow depends on that endpoint too.
+    let source = tables.by_address(&packet.src).map_or(source, |pod| endpoint_epoch(tables, pod));
+    Ok(RouteDecision::Forward(Route {
+        origin: RouteEnd::Host(pod),
+        target: RouteEnd::Pod(pod),
         source,
-        destination: pods(tables, pod),
+        destination: endpoint_epoch(tables, pod),
     }))
 }
 
-/// A packet with this source that leaves by the ENI `ifindex` and that [`from_pod`] has not seen.
+/// Checks the source address of a packet that leaves through the ENI `ifindex` and that `from_pod` has not checked.
 ///
 /// # Errors
-/// [`Drop::WrongEni`]: the address is a pod's, and another ENI owns it.
+/// [`Drop::WrongEni`]: the address is a local pod's, and another ENI owns it.
 #[inline(always)]
 pub fn to_vpc<F: Family, T: Tables<F>>(tables: &T, src: &F::Addr, ifindex: u32) -> Result<(), Drop> {
     match tables.by_address(src) {
@@ -190,22 +195,22 @@ pub fn to_vpc<F: Family, T: Tables<F>>(tables: &T, src: &F::Addr, ifindex: u32) 
     }
 }
 
-/// What has changed about the ends of an entry since it was made, as bits of epochs: none, only some of [`POLICY_EPOCH_MASK`], or others,
-/// which make it void.
+/// The difference between the epochs of a flow entry and the current ones, as bits: 0 if the entry is current, bits of
+/// [`POLICY_EPOCH_MASK`] only if its policy verdict is stale, other bits if its route is stale and the entry invalid.
 #[inline(always)]
-pub fn drift<F: Family, T: Tables<F>>(tables: &T, slots: [u32; 2], epochs: [u32; 2]) -> u32 {
+pub fn epoch_diff<F: Family, T: Tables<F>>(tables: &T, slots: [u32; 2], epochs: [u32; 2]) -> u32 {
     let ([source, destination], [at_source, at_destination]) = (slots, epochs);
-    // An entry that was never filled has slot 0 twice.
+    // An entry that was never filled has slot 0.
     if source == NO_SLOT {
         return u32::MAX;
     }
     (tables.epoch(source) ^ at_source) | (tables.epoch(destination) ^ at_destination)
 }
 
-/// Whether both ends of an entry are as they were when it was made.
+/// Whether neither route nor policies of an entry have changed.
 #[inline(always)]
-pub fn holds<F: Family, T: Tables<F>>(tables: &T, slots: [u32; 2], epochs: [u32; 2]) -> bool {
-    drift(tables, slots, epochs) == 0
+pub fn is_current_entry<F: Family, T: Tables<F>>(tables: &T, slots: [u32; 2], epochs: [u32; 2]) -> bool {
+    epoch_diff(tables, slots, epochs) == 0
 }
 
 #[cfg(test)]
@@ -217,7 +222,7 @@ mod tests {
     use super::*;
     use crate::family::{V4, V6};
 
-    /// The tables as ordinary maps.
+    /// The lookups on ordinary maps.
     #[derive(Debug, Default)]
     struct Node {
         pods: BTreeMap<u32, Endpoint>,
@@ -232,7 +237,7 @@ mod tests {
         }
 
         fn by_address(&self, address: &F::Addr) -> Option<&Endpoint> {
-            self.pods.values().find(|pod| F::widen(&F::address(pod)) == F::widen(address))
+            self.pods.values().find(|pod| F::to_words(&F::address(pod)) == F::to_words(address))
         }
 
         fn uplink(&self, ifindex: u32) -> Option<&Uplink> {
@@ -240,7 +245,7 @@ mod tests {
         }
 
         fn is_host(&self, address: &F::Addr) -> bool {
-            self.host.contains(&F::widen(address))
+            self.host.contains(&F::to_words(address))
         }
 
         fn epoch(&self, slot: u32) -> u32 {
@@ -295,25 +300,25 @@ mod tests {
         packet
     }
 
-    fn place(place: Place<'_>) -> (&'static str, u32) {
+    fn place(place: RouteEnd<'_>) -> (&'static str, u32) {
         match place {
-            Place::Pod(pod) => ("pod", pod.host_ifindex),
-            Place::Vpc(pod) => ("vpc", pod.host_ifindex),
-            Place::Host(pod) => ("host", pod.host_ifindex),
-            Place::Node(node) => ("node", node.eni_ifindex),
+            RouteEnd::Pod(pod) => ("pod", pod.host_ifindex),
+            RouteEnd::Vpc(pod) => ("vpc", pod.host_ifindex),
+            RouteEnd::Host(pod) => ("host", pod.host_ifindex),
+            RouteEnd::Node(node) => ("node", node.eni_ifindex),
         }
     }
 
-    /// What is decided, in a word.
-    fn said(decision: Result<Decision<'_>, Drop>) -> Result<Option<(&'static str, u32)>, Drop> {
+    /// The decision in a comparable form.
+    fn said(decision: Result<RouteDecision<'_>, Drop>) -> Result<Option<(&'static str, u32)>, Drop> {
         decision.map(|decision| match decision {
-            Decision::Way(route) => Some(place(route.target)),
-            Decision::NotOurs => None,
+            RouteDecision::Forward(route) => Some(place(route.target)),
+            RouteDecision::HostStack => None,
         })
     }
 
     #[test]
-    fn where_a_pods_packets_go() {
+    fn route_from_pod_by_destination() {
         let node = node();
         let pod = |n: u32| node.pods.get(&n).unwrap();
         for (n, dst, want) in [
@@ -336,17 +341,17 @@ mod tests {
             said(from_pod(&node, pod(1), &packet::<V6>(v6(1), v6(3)), &v6(3), pod(1).from_pod_macs)),
             Ok(Some(("vpc", 1)))
         );
-        // Having no address of a family is not having the unspecified one.
+        // An endpoint without an address of the family must not match the unspecified address.
         let none = packet::<V6>([0; 4], v6(2));
         assert_eq!(said(from_pod(&node, pod(3), &none, &none.dst, pod(3).from_pod_macs)), Err(Drop::SpoofedSource));
     }
 
     #[test]
-    fn where_clients_outside_are_sent() {
+    fn route_from_external_client_by_backend() {
         let node = node();
         for (src, to, local, ifindex, want) in [
             (9, 1, false, 49, Ok(Some(("pod", 1)))),
-            // The pod's own ENI is another one than the client came by.
+            // The pod's own ENI differs from the client's uplink.
             (9, 3, true, 49, Ok(Some(("pod", 3)))),
             (9, 100, true, 49, Ok(Some(("node", 49)))),
             (9, 20, false, 49, Ok(Some(("vpc", 0)))),
@@ -354,45 +359,45 @@ mod tests {
             (2, 1, false, 49, Err(Drop::SpoofedSource)),
             (9, 1, false, 50, Err(Drop::NoUplink)),
         ] {
-            let decision = from_client::<V4, _>(&node, &v4(src), &v4(to), local, ifindex);
-            if let Ok(Decision::Way(route)) = decision {
-                let Place::Vpc(origin) = route.origin else { panic!("from somewhere else") };
+            let decision = from_external_client::<V4, _>(&node, &v4(src), &v4(to), local, ifindex);
+            if let Ok(RouteDecision::Forward(route)) = decision {
+                let RouteEnd::Vpc(origin) = route.origin else { panic!("from somewhere else") };
                 assert_eq!(origin.eni_ifindex, 49);
             }
             assert_eq!(said(decision), want, "{src} to {to}");
         }
-        // There is no IPv6 address to send it on with.
-        assert_eq!(said(from_client::<V6, _>(&node, &v6(9), &v6(1), false, 49)), Ok(Some(("pod", 1))));
-        assert_eq!(said(from_client::<V6, _>(&node, &v6(9), &v6(20), false, 49)), Err(Drop::NoUplink));
+        // The uplink has no IPv6 address for SNAT.
+        assert_eq!(said(from_external_client::<V6, _>(&node, &v6(9), &v6(1), false, 49)), Ok(Some(("pod", 1))));
+        assert_eq!(said(from_external_client::<V6, _>(&node, &v6(9), &v6(20), false, 49)), Err(Drop::NoUplink));
     }
 
     #[test]
-    fn entries_hold_until_an_end_changes() {
+    fn epoch_diff_tells_stale_route_from_stale_policy() {
         let mut node = node();
         let pod = *node.pods.get(&1).unwrap();
         let sent = packet::<V4>(v4(1), v4(9));
-        let Ok(Decision::Way(route)) = from_pod(&node, &pod, &sent, &sent.dst, pod.from_pod_macs) else {
+        let Ok(RouteDecision::Forward(route)) = from_pod(&node, &pod, &sent, &sent.dst, pod.from_pod_macs) else {
             panic!("not sent")
         };
         let (slots, epochs) =
             ([route.source.slot, route.destination.slot], [route.source.epoch, route.destination.epoch]);
-        assert!(holds::<V4, _>(&node, slots, epochs));
+        assert!(is_current_entry::<V4, _>(&node, slots, epochs));
         for slot in slots {
             let before = node.epochs.insert(slot, 99 << 16);
-            assert!(drift::<V4, _>(&node, slots, epochs) > POLICY_EPOCH_MASK);
+            assert!(epoch_diff::<V4, _>(&node, slots, epochs) > POLICY_EPOCH_MASK);
             let policies = terway_abi::next_policy_epoch(before.unwrap_or(0));
             node.epochs.insert(slot, policies);
-            assert!((1..=POLICY_EPOCH_MASK).contains(&drift::<V4, _>(&node, slots, epochs)));
+            assert!((1..=POLICY_EPOCH_MASK).contains(&epoch_diff::<V4, _>(&node, slots, epochs)));
             node.epochs.insert(slot, before.unwrap_or(0));
         }
-        assert!(holds::<V4, _>(&node, slots, epochs));
-        assert!(!holds::<V4, _>(&node, [0, 0], [0, 0]), "an entry that was never filled");
-        // An endpoint that is being changed: its new epoch is in its value, and not yet in the map.
+        assert!(is_current_entry::<V4, _>(&node, slots, epochs));
+        assert!(!is_current_entry::<V4, _>(&node, [0, 0], [0, 0]), "an entry that was never filled");
+        // During a change of an endpoint its new epoch is in its value, but not yet in the epoch map.
         let changing = Endpoint { epoch: 2 << 16, ..pod };
-        let Ok(Decision::Way(route)) = from_pod(&node, &changing, &sent, &sent.dst, pod.from_pod_macs) else {
+        let Ok(RouteDecision::Forward(route)) = from_pod(&node, &changing, &sent, &sent.dst, pod.from_pod_macs) else {
             panic!("not sent")
         };
-        assert!(!holds::<V4, _>(
+        assert!(!is_current_entry::<V4, _>(
             &node,
             [route.source.slot, route.destination.slot],
             [route.source.epoch, route.destination.epoch]
@@ -400,22 +405,22 @@ mod tests {
     }
 
     proptest! {
-        /// Invariant 2, and its like: whatever the addresses, a packet leaves a pod only as that pod, and enters one only by its ENI.
+        /// Invariant 2: whatever the addresses, a packet leaves a pod only with the pod's source, and enters it only through its ENI.
         #[test]
-        fn nobody_sends_as_somebody_else(n in 1_u32..4, src in 0_u8..12, dst in 0_u8..12, mac in 1_u8..4, eni in 50_u32..52) {
+        fn source_checks_hold_for_all_addresses(n in 1_u32..4, src in 0_u8..12, dst in 0_u8..12, mac in 1_u8..4, eni in 50_u32..52) {
             let node = node();
             let pod = node.pods.get(&n).unwrap();
             let sent = packet::<V4>(v4(src), v4(dst));
-            if let Ok(Decision::Way(route)) = from_pod(&node, pod, &sent, &sent.dst, MacPair::new([0xaa; 6], [mac; 6])) {
+            if let Ok(RouteDecision::Forward(route)) = from_pod(&node, pod, &sent, &sent.dst, MacPair::new([0xaa; 6], [mac; 6])) {
                 prop_assert_eq!(u32::from(src), n);
                 prop_assert_eq!(u32::from(mac), n);
                 prop_assert_eq!(place(route.origin), ("pod", n));
-                if let Place::Vpc(by) = route.target {
+                if let RouteEnd::Vpc(by) = route.target {
                     prop_assert_eq!(by.eni_ifindex, pod.eni_ifindex);
                     prop_assert!(!(1..4).contains(&dst), "a pod's address went to the VPC");
                 }
             }
-            if let Ok(Decision::Way(route)) = from_vpc(&node, &sent, eni) {
+            if let Ok(RouteDecision::Forward(route)) = from_vpc(&node, &sent, eni) {
                 prop_assert_eq!(place(route.target), ("pod", u32::from(dst)));
                 prop_assert!(!(1..4).contains(&src));
                 prop_assert_eq!(node.pods.get(&u32::from(dst)).unwrap().eni_ifindex, eni);

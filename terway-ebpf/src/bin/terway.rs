@@ -1,4 +1,4 @@
-//! The eBPF programs, in one object file: shells around `terway_ebpf`, whose way is parse → decide → verdict → [`finish`].
+//! The eBPF programs, in one object file: thin entry points of `terway_ebpf`. Each computes a verdict and ends in [`finish`].
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
@@ -14,11 +14,16 @@ mod programs {
     use terway_abi::{Drop, MARK_CHECKED, PathCounter, Program};
     use terway_ebpf::family::{V4, V6};
     use terway_ebpf::frame::Frame as _;
-    use terway_ebpf::kernel::exit::{Verdict, finish};
-    use terway_ebpf::kernel::slow_path::other;
-    use terway_ebpf::kernel::fast_path::{FROM_POD, FROM_VPC, TO_POD, forward, leave};
+    use terway_ebpf::kernel::exit::finish;
+    use terway_ebpf::kernel::fast_path::{process, process_to_vpc};
+    use terway_ebpf::kernel::hook::{FROM_POD, FROM_VPC, TO_POD};
+    use terway_ebpf::kernel::neighbour::non_ip_from_pod;
     use terway_ebpf::kernel::skb::Skb;
-    use terway_ebpf::kernel::socket::{Call, Sock, back_v4, back_v6, bind_v4, bind_v6, there_v4, there_v6};
+    use terway_ebpf::kernel::socket::{
+        Call, Sock, bind_v4, bind_v6, translate_destination_v4, translate_destination_v6, translate_source_v4,
+        translate_source_v6,
+    };
+    use terway_ebpf::kernel::verdict::Verdict;
     use terway_ebpf::parse::ethertype;
 
     /// Ingress of the host end of a pod's veth: what the pod sends.
@@ -28,9 +33,9 @@ mod programs {
         let window = skb.window();
         let verdict = match window.ethertype() {
             _ if skb.has_vlan() => Verdict::drop(Drop::VlanTagged),
-            Some(ethertype::IPV4) => forward::<V4, FROM_POD>(skb, window),
-            Some(ethertype::IPV6) => forward::<V6, FROM_POD>(skb, window),
-            _ => other(skb.0),
+            Some(ethertype::IPV4) => process::<V4, FROM_POD>(skb, window),
+            Some(ethertype::IPV6) => process::<V6, FROM_POD>(skb, window),
+            _ => non_ip_from_pod(skb.0),
         };
         finish(skb, Program::FromPod, verdict)
     }
@@ -41,9 +46,9 @@ mod programs {
         let skb = Skb(ctx.skb.skb);
         let window = skb.window();
         let verdict = match window.ethertype() {
-            Some(ethertype::IPV4) => forward::<V4, TO_POD>(skb, window),
-            Some(ethertype::IPV6) => forward::<V6, TO_POD>(skb, window),
-            _ => Verdict::next(PathCounter::Neighbour),
+            Some(ethertype::IPV4) => process::<V4, TO_POD>(skb, window),
+            Some(ethertype::IPV6) => process::<V6, TO_POD>(skb, window),
+            _ => Verdict::pass(PathCounter::Neighbour),
         };
         finish(skb, Program::ToPod, verdict)
     }
@@ -54,11 +59,11 @@ mod programs {
         let skb = Skb(ctx.skb.skb);
         let window = skb.window();
         let verdict = match window.ethertype() {
-            // Frames for others (a capture makes the NIC take them) and tagged ones are no pod's.
-            _ if !skb.is_to_us() || skb.has_vlan() => Verdict::next(PathCounter::VpcToHost),
-            Some(ethertype::IPV4) => forward::<V4, FROM_VPC>(skb, window),
-            Some(ethertype::IPV6) => forward::<V6, FROM_VPC>(skb, window),
-            _ => Verdict::next(PathCounter::VpcToHost),
+            // Frames to another host (the NIC accepts them during a capture) and tagged frames are for no pod.
+            _ if !skb.is_to_us() || skb.has_vlan() => Verdict::pass(PathCounter::VpcToHost),
+            Some(ethertype::IPV4) => process::<V4, FROM_VPC>(skb, window),
+            Some(ethertype::IPV6) => process::<V6, FROM_VPC>(skb, window),
+            _ => Verdict::pass(PathCounter::VpcToHost),
         };
         finish(skb, Program::FromVpc, verdict)
     }
@@ -68,14 +73,14 @@ mod programs {
     pub(crate) fn to_vpc(ctx: TcContext) -> i32 {
         let skb = Skb(ctx.skb.skb);
         if skb.mark() == MARK_CHECKED {
-            // `from_pod` has checked and counted it. The mark ends here, where others begin to read marks.
+            // Checked and counted by `from_pod`. The mark is cleared before others read marks.
             skb.set_mark(0);
             return aya_ebpf::bindings::TC_ACT_UNSPEC;
         }
         let verdict = match skb.window().ethertype() {
-            Some(ethertype::IPV4) => leave::<V4>(skb),
-            Some(ethertype::IPV6) => leave::<V6>(skb),
-            _ => Verdict::next(PathCounter::HostToVpc),
+            Some(ethertype::IPV4) => process_to_vpc::<V4>(skb),
+            Some(ethertype::IPV6) => process_to_vpc::<V6>(skb),
+            _ => Verdict::pass(PathCounter::HostToVpc),
         };
         finish(skb, Program::ToVpc, verdict)
     }
@@ -92,21 +97,21 @@ mod programs {
 
     socket_programs! {
         /// `connect` to an IPv4 address.
-        connect4 = there_v4(Connect);
+        connect4 = translate_destination_v4(Connect);
         /// `connect` to an IPv6 address.
-        connect6 = there_v6(Connect);
+        connect6 = translate_destination_v6(Connect);
         /// `sendto` and `sendmsg` with an IPv4 address.
-        sendmsg4 = there_v4(Send);
+        sendmsg4 = translate_destination_v4(Send);
         /// `sendto` and `sendmsg` with an IPv6 address.
-        sendmsg6 = there_v6(Send);
+        sendmsg6 = translate_destination_v6(Send);
         /// `recvfrom` and `recvmsg` of IPv4.
-        recvmsg4 = back_v4();
+        recvmsg4 = translate_source_v4();
         /// `recvfrom` and `recvmsg` of IPv6.
-        recvmsg6 = back_v6();
+        recvmsg6 = translate_source_v6();
         /// `getpeername` of IPv4.
-        getpeername4 = back_v4();
+        getpeername4 = translate_source_v4();
         /// `getpeername` of IPv6.
-        getpeername6 = back_v6();
+        getpeername6 = translate_source_v6();
         /// `bind` to an IPv4 address.
         bind4 = bind_v4();
         /// `bind` to an IPv6 address.

@@ -1,5 +1,4 @@
-//! ICMP errors of translated flows: what they quote is the packet as it was on the other side of the translation, and whoever gets
-//! the error must recognise it as his own.
+//! NAT of ICMP errors about flows with NAT: the quoted packet has the translated tuple, and must get the tuple that the receiver knows.
 
 use aya_ebpf::bindings::BPF_F_PSEUDO_HDR;
 use aya_ebpf::helpers::{bpf_csum_update, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes};
@@ -7,12 +6,12 @@ use terway_abi::Flow;
 
 use super::skb::Skb;
 use crate::family::Family;
-use crate::nat::{adjust, difference};
+use crate::nat::{add_sums, checksum_delta, update_checksum};
 use crate::parse::{TCP, UDP};
 
-/// Where an ICMP error quotes the packet that it speaks of.
+/// The location of the packet that an ICMP error quotes.
 #[derive(Clone, Copy)]
-pub(super) struct Quote {
+pub(super) struct QuotedPacket {
     /// Offset of the ICMP header in the frame.
     pub(super) icmp: u32,
     /// Offset of the quoted packet.
@@ -23,41 +22,43 @@ pub(super) struct Quote {
     pub(super) protocol: u8,
 }
 
-/// Rewrites an ICMP error that goes the way of `flow`. With `away` it leaves the node as the flow's own packets do, from an address
-/// that the VPC takes from this node; else only an error of the flow's far end gets another source, and a router keeps its name.
+/// Translates an ICMP error in the direction of `flow`. `false` if the packet is too short.
 ///
-/// What was known of the packet's bytes is void afterwards.
+/// With `to_vpc` the error leaves the node through an ENI, and gets the flow's source address, which the VPC accepts from this node. Else
+/// only an error of the flow's other end gets that source; an error of a router keeps its own.
+///
+/// Windows taken before are invalid afterwards.
 #[inline(always)]
-pub(super) fn rewrite<F: Family>(skb: Skb, flow: &Flow<F::Addr>, quote: Quote, away: bool) -> bool {
-    rewritten::<F>(skb, flow, quote, away).is_some()
+pub(super) fn rewrite<F: Family>(skb: Skb, flow: &Flow<F::Addr>, quote: QuotedPacket, to_vpc: bool) -> bool {
+    try_rewrite::<F>(skb, flow, quote, to_vpc).is_some()
 }
 
 #[inline(always)]
-fn rewritten<F: Family>(skb: Skb, flow: &Flow<F::Addr>, quote: Quote, away: bool) -> Option<()> {
-    let Quote { icmp, packet, transport, protocol } = quote;
+fn try_rewrite<F: Family>(skb: Skb, flow: &Flow<F::Addr>, quote: QuotedPacket, to_vpc: bool) -> Option<()> {
+    let QuotedPacket { icmp, packet, transport, protocol } = quote;
     let mut window = skb.window();
-    let outer = F::outline(&window)?;
-    let mut far = F::NONE;
-    load(skb, packet + F::DST, &mut far)?;
+    let outer = F::l3_header(&window)?;
+    let mut other_end = F::UNSPECIFIED;
+    load(skb, packet + F::DST_OFFSET, &mut other_end)?;
     let mut src = outer.src;
-    if away || F::same(&outer.src, &far) {
+    if to_vpc || F::same(&outer.src, &other_end) {
         F::assign(&mut src, &flow.nat_src);
     }
-    let sum = F::difference(&outer.src, &src, F::difference(&outer.dst, &flow.nat_dst, 0));
-    F::readdress(&mut window, &src, &flow.nat_dst, sum)?;
+    let sum = F::checksum_delta(&outer.src, &src, F::checksum_delta(&outer.dst, &flow.nat_dst, 0));
+    F::rewrite_addresses(&mut window, &src, &flow.nat_dst, sum)?;
 
-    // The quoted packet went the other way.
-    store(skb, packet + F::SRC, &flow.nat_dst)?;
-    store(skb, packet + F::DST, &flow.nat_src)?;
+    // The quoted packet went in the opposite direction.
+    store(skb, packet + F::SRC_OFFSET, &flow.nat_dst)?;
+    store(skb, packet + F::DST_OFFSET, &flow.nat_src)?;
     store(skb, transport, &flow.nat_ports.rotate_left(16))?;
     let mut body = flow.port_delta;
     if F::VERSION == 4 {
         let mut check = 0_u16;
         load(skb, packet + 10, &mut check)?;
-        store(skb, packet + 10, &adjust(check, flow.address_delta))?;
-        // What the addresses add to the ICMP checksum, this checksum takes off again.
+        store(skb, packet + 10, &update_checksum(check, flow.address_delta))?;
+        // The changes of the addresses and of this checksum cancel each other in the ICMP checksum.
     } else {
-        body = plus(body, flow.address_delta);
+        body = add_sums(body, flow.address_delta);
     }
     let check_at = match protocol {
         TCP => transport + 16,
@@ -65,12 +66,12 @@ fn rewritten<F: Family>(skb: Skb, flow: &Flow<F::Addr>, quote: Quote, away: bool
         _ => 0,
     };
     let mut check = 0_u16;
-    // Most errors end before TCP's.
+    // Most errors end before the TCP checksum.
     if check_at != 0 && load(skb, check_at, &mut check).is_some() && !(protocol == UDP && check == 0) {
-        let new = adjust(adjust(check, flow.address_delta), flow.port_delta);
+        let new = update_checksum(update_checksum(check, flow.address_delta), flow.port_delta);
         let new = if protocol == UDP && new == 0 { u16::MAX } else { new };
         store(skb, check_at, &new)?;
-        body = difference(u32::from(check), u32::from(new), body);
+        body = checksum_delta(u32::from(check), u32::from(new), body);
     }
     let check = icmp + 2;
     // SAFETY: valid context; the helpers check the offsets.
@@ -84,12 +85,6 @@ fn rewritten<F: Family>(skb: Skb, flow: &Flow<F::Addr>, quote: Quote, away: bool
         }
         (bpf_l4_csum_replace(skb.0, check, 0, u64::from(body), 0) >= 0).then_some(())
     }
-}
-
-/// The sum of two ones' complement sums.
-#[inline(always)]
-fn plus(a: u32, b: u32) -> u32 {
-    difference(u32::MAX, b, a)
 }
 
 #[inline(always)]

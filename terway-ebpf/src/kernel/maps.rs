@@ -1,4 +1,5 @@
-//! Every map and global, with the reason for its size. Names, keys and values are `terway-abi`'s; the daemon may change sizes.
+//! Maps and globals, with the reason for each size, and the lookups of the library on them. Names, keys and values are `terway-abi`'s; the
+//! daemon may change sizes.
 
 use aya_ebpf::{
     Global,
@@ -7,36 +8,39 @@ use aya_ebpf::{
 };
 use aya_ebpf::{bindings::BPF_F_NO_PREALLOC, maps::lpm_trie};
 use terway_abi::{
-    Affinity, AffinityKey, Backend, BackendRef, COUNTERS as COUNTER_COUNT, Counter, EPOCH_SLOTS, Endpoint, EventBudget,
-    FRONTEND_FILTER_BUCKETS, Flow, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6, FragmentValue,
-    Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS, NO_BACKEND, PeerKey,
+    Affinity, AffinityKey, Backend, BackendRef, COUNTERS as COUNTER_COUNT, Counter, Drop, EPOCH_SLOTS, Endpoint,
+    EventBudget, FRONTEND_FILTER_BUCKETS, Flow, FlowKeyV4, FlowKeyV6, FlowV4, FlowV6, FragmentKeyV4, FragmentKeyV6,
+    FragmentValue, Frontend, FrontendKey, FrontendKeyV4, FrontendKeyV6, MAX_ENDPOINTS, MAX_UPLINKS, PeerKey,
     PolicyCounter, PolicyEndpoint, PortKey, SocketKey, SocketValue, SourceRangeV4, SourceRangeV6, Uplink, Versioned,
     frontend_filter_v4, frontend_filter_v6, policy_index,
 };
 
-use crate::route::Tables;
+use super::scratch::Scratch;
+use super::skb::Skb;
 use crate::family::{Family, V4, V6};
-use crate::parse::Packet;
-use crate::policy::{Case, Decision, Policies};
+use crate::icmp::QuotedHeader;
+use crate::policy::Policies;
+use crate::reject::Reject;
+use crate::route::Tables;
 use crate::service::Services;
 
-/// Pods by host interface. Not preallocated: most nodes have tens of pods.
+/// Endpoints by host interface. Not preallocated: most nodes have tens of pods.
 #[map]
 pub static ENDPOINTS: HashMap<u32, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
 
-/// Pods by IPv4 address.
+/// Endpoints by IPv4 address.
 #[map]
 pub static ENDPOINTS_V4: HashMap<u32, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
 
-/// Pods by IPv6 address.
+/// Endpoints by IPv6 address.
 #[map]
 pub static ENDPOINTS_V6: HashMap<[u32; 4], Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
 
-/// Epochs of endpoints and of buckets of other addresses.
+/// Epochs of endpoints and of remote addresses.
 #[map]
 pub static EPOCHS: Array<u32> = Array::with_max_entries(EPOCH_SLOTS, 0);
 
-/// Prefixes that the host stack serves: its own addresses and `host_stack_cidrs`, tens of them.
+/// Prefixes of the host stack: the node's addresses and `host_stack_cidrs`, tens of them.
 #[map]
 pub static HOST_V4: lpm_trie::LpmTrie<u32, u32> = lpm_trie::LpmTrie::with_max_entries(4096, 0);
 
@@ -44,103 +48,23 @@ pub static HOST_V4: lpm_trie::LpmTrie<u32, u32> = lpm_trie::LpmTrie::with_max_en
 #[map]
 pub static HOST_V6: lpm_trie::LpmTrie<[u32; 4], u32> = lpm_trie::LpmTrie::with_max_entries(4096, 0);
 
-/// Flows. The daemon sets the size; two entries make a connection, and an entry takes about 200 bytes.
+/// The flow table. The daemon sets the size; a connection takes one entry, or two with NAT, of about 200 bytes each.
 #[map]
 pub static FLOWS_V4: LruHashMap<FlowKeyV4, FlowV4> = LruHashMap::with_max_entries(65_536, 0);
 
-/// As [`FLOWS_V4`], about 250 bytes an entry.
+/// As [`FLOWS_V4`], about 250 bytes per entry.
 #[map]
 pub static FLOWS_V6: LruHashMap<FlowKeyV6, FlowV6> = LruHashMap::with_max_entries(65_536, 0);
 
-/// What the slow path works on. Not pinned and nobody else's: one CPU's memory for one packet.
-///
-/// Not on the stack: that is too small, and the verifier remembers what stands there and follows each way with each different
-/// memory, while of a map's value it knows nothing.
-#[repr(C)]
-pub struct Desk<F: Family> {
-    /// The packet.
-    pub packet: Packet<F>,
-    /// The packet that an ICMP error quotes.
-    pub quoted: Packet<F>,
-    /// The flow that is about to be inserted.
-    pub flow: Flow<F::Addr>,
-    /// That of the answers, if they have one of their own; or, where an answer is decided anew, the one that it had.
-    pub reply: Flow<F::Addr>,
-    /// What the entry was that it replaces.
-    pub replaced: Replaced,
-    /// Where the packet goes.
-    pub choice: Choice<F::Addr>,
-    /// What policies are asked about.
-    pub case: Case<F::Addr>,
-    /// Not 0 if the packet's flow is known, and policies have changed since it was judged; see [`super::policy_check`].
-    pub stale: u32,
-    /// What policies decided about the case, egress first.
-    pub verdicts: [Decision; 2],
-}
-
-impl<F: Family> Desk<F> {
-    /// The Service whose backend was chosen for the packet; 0 if there is none.
-    #[inline(always)]
-    pub const fn service(&self) -> u32 {
-        if self.choice.member.backend == NO_BACKEND { 0 } else { self.choice.service }
-    }
-}
-
-/// What the flow table held under the packet's key; zeros if there was nothing.
-#[repr(C, align(8))]
-pub struct Replaced {
-    /// Not 0 if the answers of a Service's backend are there, which look the same.
-    pub taken: u32,
-    /// Not 0 if the packet's sender is the one who answered.
-    pub answers: u32,
-    /// Not 0 if the answers were translated.
-    pub translated: u32,
-    /// Zero.
-    pub spare: u32,
-    /// What decided about the packet's sender and the other end.
-    pub slots: [u32; 2],
-    /// And when.
-    pub epochs: [u32; 2],
-}
-
-/// Where a packet goes: its destination, or the backend that a Service chose for it.
-#[repr(C, align(8))]
-pub struct Choice<A> {
-    /// The address.
-    pub address: A,
-    /// The port as in the packet, in the first two bytes.
-    pub port: u32,
-    /// The backend; nobody if it is not for a Service.
-    pub member: BackendRef,
-    /// The Service.
-    pub service: u32,
-    /// Not 0 if the Service refuses the packet.
-    pub refused: u32,
-    /// Not 0 if the backend is the sender itself.
-    pub itself: u32,
-    /// Not 0 if a backend on another node will not do.
-    pub local: u32,
-    /// The source port that the backend knows the connection by, as in the packet; 0 if that is still to be found.
-    pub source: u32,
-    /// The ENI in whose name the packet goes on to another node; 0 if it does not.
-    pub uplink: u32,
-    /// A seat of [`super::slow_path`].
-    pub seat: u32,
-    /// Not 0 if the packet is a translated answer whose entry is void: it is on the desk, as `reply`.
-    pub kept: u32,
-    /// Zero.
-    pub spare: u32,
-}
-
-/// The desk of IPv4.
+/// Scratch memory of IPv4 packets.
 #[map]
-pub static DESK_V4: PerCpuArray<Desk<V4>> = PerCpuArray::with_max_entries(1, 0);
+pub static SCRATCH_V4: PerCpuArray<Scratch<V4>> = PerCpuArray::with_max_entries(1, 0);
 
-/// The desk of IPv6.
+/// Scratch memory of IPv6 packets.
 #[map]
-pub static DESK_V6: PerCpuArray<Desk<V6>> = PerCpuArray::with_max_entries(1, 0);
+pub static SCRATCH_V6: PerCpuArray<Scratch<V6>> = PerCpuArray::with_max_entries(1, 0);
 
-/// Fragmented packets on their way: they live for milliseconds.
+/// Ports of fragmented packets, needed for milliseconds.
 #[map]
 pub static FRAGMENTS_V4: LruHashMap<FragmentKeyV4, FragmentValue> = LruHashMap::with_max_entries(4096, 0);
 
@@ -148,7 +72,7 @@ pub static FRAGMENTS_V4: LruHashMap<FragmentKeyV4, FragmentValue> = LruHashMap::
 #[map]
 pub static FRAGMENTS_V6: LruHashMap<FragmentKeyV6, FragmentValue> = LruHashMap::with_max_entries(4096, 0);
 
-/// Ports of Services, 30 000 of which are in order. Not preallocated: most clusters have hundreds.
+/// Frontends: enough for 30 000 Services. Not preallocated: most clusters have hundreds.
 #[map]
 pub static FRONTENDS_V4: HashMap<FrontendKeyV4, Frontend> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 
@@ -156,11 +80,11 @@ pub static FRONTENDS_V4: HashMap<FrontendKeyV4, Frontend> = HashMap::with_max_en
 #[map]
 pub static FRONTENDS_V6: HashMap<FrontendKeyV6, Frontend> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 
-/// Whether an address may be a Service's.
+/// The frontend filter: number of frontends by hash bucket of their address.
 #[map]
 pub static FRONTEND_FILTER: Array<u32> = Array::with_max_entries(FRONTEND_FILTER_BUCKETS, 0);
 
-/// Runs of backends: 8 MiB, which is 30 000 Services of four backends and fifty Maglev tables of 16 381. The daemon sets the size.
+/// Backend ranges: 8 MiB, enough for 30 000 Services with four backends and fifty Maglev tables of 16 381 entries. The daemon sets the size.
 #[map]
 pub static BACKEND_REFS: Array<BackendRef> = Array::with_max_entries(1_048_576, 0);
 
@@ -168,15 +92,15 @@ pub static BACKEND_REFS: Array<BackendRef> = Array::with_max_entries(1_048_576, 
 #[map]
 pub static BACKENDS: Array<Backend> = Array::with_max_entries(131_072, 0);
 
-/// Their open connections, for the choice of the least loaded.
+/// Active connections of backends, for least-connections selection.
 #[map]
 pub static ACTIVE_CONNS: Array<u64> = Array::with_max_entries(131_072, 0);
 
-/// Clients that are held to a backend.
+/// Session affinity entries.
 #[map]
 pub static AFFINITY: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_entries(65_536, 0);
 
-/// Source ranges of Services.
+/// The loadBalancerSourceRanges of Services.
 #[map]
 pub static SRC_RANGES_V4: lpm_trie::LpmTrie<SourceRangeV4, u32> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
 
@@ -184,34 +108,34 @@ pub static SRC_RANGES_V4: lpm_trie::LpmTrie<SourceRangeV4, u32> = lpm_trie::LpmT
 #[map]
 pub static SRC_RANGES_V6: lpm_trie::LpmTrie<SourceRangeV6, u32> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
 
-/// Sockets whose peer was translated.
+/// Socket translations.
 #[map]
 pub static SOCKET_NAT: LruHashMap<SocketKey, SocketValue> = LruHashMap::with_max_entries(65_536, 0);
 
-/// Which phase of the policies counts.
+/// The policy control word.
 #[map]
 pub static POLICY_CONTROL: Array<u32> = Array::with_max_entries(1, 0);
 
-/// What policies say about pods, for each phase: 704 KiB.
+/// Policies of endpoints, in two versions: 704 KiB.
 #[map]
 pub static POLICY_ENDPOINTS: Array<PolicyEndpoint> = Array::with_max_entries(2 * MAX_ENDPOINTS, 0);
 
-/// What sets say about identities. Two hundred pods of a node with fifty different policies, in a cluster with a thousand classes of
-/// pods, take some ten thousand; a daemon that takes over needs twice that for a moment. Not preallocated, here and below: a value
-/// that is replaced or removed is not used again before all readers are gone.
+/// Peer entries of policy sets. Two hundred pods with fifty different policies, in a cluster with a thousand classes of pods, take some ten
+/// thousand; during a take-over twice that. Not preallocated, here and below: a replaced or deleted value is not reused before an RCU grace
+/// period has passed.
 #[map]
 pub static POLICY_PEERS: HashMap<PeerKey, Versioned> = HashMap::with_max_entries(262_144, BPF_F_NO_PREALLOC);
 
-/// Port tables: some ten prefixes for each combination of rules.
+/// Port tables: some ten prefixes per combination of rules.
 #[map]
 pub static POLICY_PORTS: lpm_trie::LpmTrie<PortKey, u32> = lpm_trie::LpmTrie::with_max_entries(262_144, 0);
 
-/// What reasons decided: of the policies that select pods of this node, some rules each. An entry takes 24 bytes for each CPU.
+/// Counters of policy rules: some rules per policy that selects a local pod. An entry takes 24 bytes per CPU.
 #[map]
 pub static POLICY_COUNTERS: PerCpuHashMap<u32, PolicyCounter> =
     PerCpuHashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
 
-/// Identities of pods and of this node: a cluster of 100 000 pods.
+/// Identities of pods and of the local node, by address: enough for 100 000 pods.
 #[map]
 pub static IPCACHE_V4: HashMap<u32, Versioned> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 
@@ -219,26 +143,27 @@ pub static IPCACHE_V4: HashMap<u32, Versioned> = HashMap::with_max_entries(131_0
 #[map]
 pub static IPCACHE_V6: HashMap<[u32; 4], Versioned> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 
-/// Identities of blocks: those that policies name.
+/// Identities of the CIDRs in policies.
 #[map]
 pub static IPCACHE_NET_V4: lpm_trie::LpmTrie<u32, Versioned> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
 
 /// As [`IPCACHE_NET_V4`].
 #[map]
 pub static IPCACHE_NET_V6: lpm_trie::LpmTrie<[u32; 4], Versioned> = lpm_trie::LpmTrie::with_max_entries(65_536, 0);
-/// ENIs by which clients outside are served. Not preallocated: most nodes have a handful.
+
+/// Uplinks. Not preallocated: most nodes have a handful.
 #[map]
 pub static UPLINKS: HashMap<u32, Uplink> = HashMap::with_max_entries(MAX_UPLINKS, BPF_F_NO_PREALLOC);
 
-/// Packets and bytes by way and by drop reason.
+/// Packets and bytes by path and by drop reason.
 #[map]
 pub static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(COUNTER_COUNT, 0);
 
-/// How many events this CPU may still report.
+/// Rate limit of events per CPU.
 #[map]
 pub static EVENT_BUDGET: PerCpuArray<EventBudget> = PerCpuArray::with_max_entries(1, 0);
 
-/// Dropped packets and new connections: some 2 300 events, which is seconds of the budget of many CPUs.
+/// Flow events: room for some 2 300, which is the budget of many CPUs for seconds.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 
@@ -254,36 +179,36 @@ pub static EVENTS_PER_SECOND: Global<u32> = Global::new(100);
 #[unsafe(no_mangle)]
 pub static DEBUG: Global<u32> = Global::new(0);
 
-/// The cookie of the node's own network namespace; 0 for the first one of the machine.
+/// The cookie of the host's network namespace; 0 for the initial namespace.
 #[unsafe(no_mangle)]
 pub static HOST_NETNS: Global<u64> = Global::new(0);
 
-/// Whether programs on sockets can say with which error a system call fails.
+/// Whether `bpf_set_retval` exists: a rejected system call gets its own errno.
 #[unsafe(no_mangle)]
 pub static SETS_ERRNO: Global<u32> = Global::new(0);
 
-/// The kernel's maps as what decisions ask.
+/// The lookups of the library, on the kernel's maps.
 pub struct Maps;
 
-/// The maps of a family.
-pub trait Kernel: Family {
-    /// Its flow table.
+/// The maps of an address family.
+pub trait FamilyMaps: Family {
+    /// The flow table.
     fn flows() -> &'static LruHashMap<terway_abi::FlowKey<Self::Addr>, Flow<Self::Addr>>;
-    /// This CPU's desk.
-    fn desk() -> &'static PerCpuArray<Desk<Self>>;
-    /// Its fragments.
+    /// The scratch memory.
+    fn scratch() -> &'static PerCpuArray<Scratch<Self>>;
+    /// The ports of fragmented packets.
     fn fragments() -> &'static LruHashMap<terway_abi::FragmentKey<Self::Addr>, FragmentValue>;
 }
 
-impl Kernel for V4 {
+impl FamilyMaps for V4 {
     #[inline(always)]
     fn flows() -> &'static LruHashMap<FlowKeyV4, FlowV4> {
         &FLOWS_V4
     }
 
     #[inline(always)]
-    fn desk() -> &'static PerCpuArray<Desk<V4>> {
-        &DESK_V4
+    fn scratch() -> &'static PerCpuArray<Scratch<V4>> {
+        &SCRATCH_V4
     }
 
     #[inline(always)]
@@ -292,15 +217,15 @@ impl Kernel for V4 {
     }
 }
 
-impl Kernel for V6 {
+impl FamilyMaps for V6 {
     #[inline(always)]
     fn flows() -> &'static LruHashMap<FlowKeyV6, FlowV6> {
         &FLOWS_V6
     }
 
     #[inline(always)]
-    fn desk() -> &'static PerCpuArray<Desk<V6>> {
-        &DESK_V6
+    fn scratch() -> &'static PerCpuArray<Scratch<V6>> {
+        &SCRATCH_V6
     }
 
     #[inline(always)]
@@ -309,24 +234,38 @@ impl Kernel for V6 {
     }
 }
 
+/// An address family with all that the packet path needs.
+pub trait DatapathFamily: FamilyMaps + QuotedHeader + Reject {}
+impl<F: FamilyMaps + QuotedHeader + Reject> DatapathFamily for F {}
+
+/// The endpoint of the pod that sends the packet, by the interface of the hook.
+#[inline(always)]
+pub(super) fn sending_endpoint<F: Family>(skb: Skb) -> Result<&'static Endpoint, Drop>
+where
+    Maps: Tables<F>,
+{
+    const MAPS: &Maps = &Maps;
+    MAPS.by_ifindex(skb.ifindex()).ok_or(Drop::UnknownEndpoint)
+}
+
 #[inline(always)]
 fn endpoint<K>(map: &'static HashMap<K, Endpoint>, key: &K) -> Option<&'static Endpoint> {
-    // SAFETY: an entry that is deleted while it is read may be reused for another pod. The reader then sees that pod's slot and
-    // epoch with it, or a mixture that fails the epoch check of the next packet (the deletion bumps the epoch).
+    // SAFETY: an entry that is deleted while it is read may be reused for another endpoint. The reader then sees that endpoint's slot and
+    // epoch, or a mixture that fails the epoch check of the next packet (deletion raises the epoch).
     unsafe { map.get(key) }
 }
 
 #[inline(always)]
 fn uplink(ifindex: u32) -> Option<&'static Uplink> {
-    // SAFETY: the daemon replaces values whole, and an ENI's never changes but once the ENI is gone.
+    // SAFETY: the daemon replaces values whole, and the value of an ENI changes only after the ENI is removed.
     unsafe { UPLINKS.get(&ifindex) }
 }
 
 #[inline(always)]
 fn epoch(slot: u32) -> u32 {
-    // Slots come from the daemon and from hashing; one beyond the map has an epoch that no entry carries twice in a row.
+    // Slots come from the daemon and from hashing. For one beyond the map the result matches no entry.
     EPOCHS.get(slot).map_or(u32::MAX, |epoch| {
-        // SAFETY: the map's value outlives the program run. Volatile: the daemon writes it meanwhile, and every read counts.
+        // SAFETY: the map's value outlives the program run. Volatile: the daemon writes it concurrently.
         unsafe { core::ptr::read_volatile(epoch) }
     })
 }
@@ -386,27 +325,27 @@ impl Tables<V6> for Maps {
 }
 
 macro_rules! services {
-    ($family:ty, $frontends:ident, $filter:path, $in_ranges:expr) => {
+    ($family:ty, $frontends:ident, $filter:path, $source_ranges:expr) => {
         impl Services<$family> for Maps {
             #[inline(always)]
-            fn may_serve(&self, address: &<$family as Family>::Addr) -> bool {
+            fn may_be_frontend(&self, address: &<$family as Family>::Addr) -> bool {
                 FRONTEND_FILTER.get($filter(*address)).is_some_and(|count| *count != 0)
             }
 
             #[inline(always)]
             fn frontend(&self, key: &FrontendKey<<$family as Family>::Addr>) -> Option<&Frontend> {
-                // SAFETY: the daemon replaces values whole. One that is deleted while it is read may be reused for another Service:
-                // it was valid when the packet came, and what it names stays for a second.
+                // SAFETY: the daemon replaces values whole. One that is deleted while it is read may be reused for another Service;
+                // the backend range that it refers to stays for a second.
                 unsafe { $frontends.get(key) }
             }
 
             #[inline(always)]
-            fn in_ranges(&self, service: u32, client: &<$family as Family>::Addr) -> bool {
-                $in_ranges(service, client)
+            fn in_source_ranges(&self, service: u32, client: &<$family as Family>::Addr) -> bool {
+                $source_ranges(service, client)
             }
 
             #[inline(always)]
-            fn member(&self, index: u32) -> BackendRef {
+            fn backend_ref(&self, index: u32) -> BackendRef {
                 BACKEND_REFS.get(index).copied().unwrap_or_default()
             }
 
@@ -416,20 +355,20 @@ macro_rules! services {
             }
 
             #[inline(always)]
-            fn load(&self, number: u32) -> u64 {
+            fn active_connections(&self, number: u32) -> u64 {
                 ACTIVE_CONNS.get(number).copied().unwrap_or_default()
             }
 
             #[inline(always)]
-            fn held(&self, key: &AffinityKey) -> Option<Affinity> {
-                // SAFETY: copied at once; of a value that is reused meanwhile, the backend's life decides whether it counts.
+            fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+                // SAFETY: copied at once; of a value that is reused meanwhile, the backend's generation decides whether it is valid.
                 unsafe { AFFINITY.get(key) }.copied()
             }
 
             #[inline(always)]
-            fn hold(&self, key: &AffinityKey, value: &Affinity) {
-                // If the table does not take it, the next connection may go elsewhere.
-                let _full = AFFINITY.insert(key, value, 0);
+            fn update_affinity(&self, key: &AffinityKey, value: &Affinity) {
+                // If the insertion fails, the next connection may go to another backend.
+                let _result = AFFINITY.insert(key, value, 0);
             }
         }
     };
@@ -444,28 +383,28 @@ services!(V6, FRONTENDS_V6, frontend_filter_v6, |service, client: &[u32; 4]| {
 });
 
 macro_rules! policies {
-    ($family:ty, $exact:ident, $net:ident, $bits:literal) => {
+    ($family:ty, $addresses:ident, $cidrs:ident, $bits:literal) => {
         impl Policies<$family> for Maps {
             #[inline(always)]
-            fn gate(&self) -> u32 {
+            fn control_word(&self) -> u32 {
                 // SAFETY: the map's value outlives the program run. Volatile: read once, after the epochs.
-                POLICY_CONTROL.get(0).map_or(0, |gate| unsafe { core::ptr::read_volatile(gate) })
+                POLICY_CONTROL.get(0).map_or(0, |control| unsafe { core::ptr::read_volatile(control) })
             }
 
             #[inline(always)]
-            fn endpoint(&self, slot: u32, phase: u32) -> Option<&PolicyEndpoint> {
-                POLICY_ENDPOINTS.get(policy_index(slot, phase))
+            fn endpoint(&self, slot: u32, version: u32) -> Option<&PolicyEndpoint> {
+                POLICY_ENDPOINTS.get(policy_index(slot, version))
             }
 
             #[inline(always)]
-            fn exact(&self, address: &<$family as Family>::Addr) -> Option<&Versioned> {
-                // SAFETY: values are replaced whole, and the old ones stay for a grace period.
-                unsafe { $exact.get(address) }
+            fn identity(&self, address: &<$family as Family>::Addr) -> Option<&Versioned> {
+                // SAFETY: values are replaced whole, and the old ones stay for an RCU grace period.
+                unsafe { $addresses.get(address) }
             }
 
             #[inline(always)]
-            fn block(&self, address: &<$family as Family>::Addr) -> Option<&Versioned> {
-                $net.get(lpm_trie::Key::new($bits, *address))
+            fn cidr_identity(&self, address: &<$family as Family>::Addr) -> Option<&Versioned> {
+                $cidrs.get(lpm_trie::Key::new($bits, *address))
             }
 
             #[inline(always)]
@@ -485,11 +424,11 @@ macro_rules! policies {
 policies!(V4, IPCACHE_V4, IPCACHE_NET_V4, 32);
 policies!(V6, IPCACHE_V6, IPCACHE_NET_V6, 128);
 
-/// Counts a connection of a backend. Without a lock: the daemon sets the counts right when it sweeps.
+/// Counts an active connection of a backend. Not atomic: the daemon corrects the counts in each garbage collection.
 #[inline(always)]
-pub fn burden(backend: u32) {
-    if let Some(load) = ACTIVE_CONNS.get_ptr_mut(backend) {
-        // SAFETY: the value stays mapped; a lost addition is allowed for.
-        unsafe { *load = (*load).wrapping_add(1) };
+pub fn count_connection(backend: u32) {
+    if let Some(count) = ACTIVE_CONNS.get_ptr_mut(backend) {
+        // SAFETY: the value stays mapped; a lost addition is acceptable.
+        unsafe { *count = (*count).wrapping_add(1) };
     }
 }

@@ -1,123 +1,132 @@
-//! Policies at flow set-up, and again for a known flow when they have changed.
+//! The policy check of new flows, and of known flows after a policy change.
 //!
-//! A connection is judged in the direction in which it began, once, for both ends that are pods of this node. Answers pass by the
-//! flow's entry. When policies change, the entry stays, with its translation and its counters; its next packet, whichever end sends it,
-//! has the connection judged again.
+//! A connection is checked in its original direction, once, for both ends that are local pods. Replies pass by the flow entry. After a
+//! policy change the entry stays, with its NAT and counters: the next packet of either direction has the connection checked again.
 
 use aya_ebpf::bindings::__sk_buff;
 use terway_abi::{PORT_REMAPPED, PathCounter, flow_flags, same_route_epoch};
 
-use super::exit::{Verdict, count};
-use super::slow_path::layout;
-use super::maps::{Desk, Kernel, Maps};
-use super::fast_path::{Way, lookup, use_known};
+use super::counters::count;
+use super::flow_table::lookup;
+use super::forward::forward_hit;
+use super::maps::{DatapathFamily, FamilyMaps, Maps};
+use super::nat::PacketLayout;
+use super::scratch::Scratch;
 use super::skb::Skb;
-use crate::route::Tables;
+use super::verdict::{Outcome, StageResult, Verdict};
 use crate::family::Family;
 use crate::flow;
-use crate::policy::{self, Case, Policies};
+use crate::policy::{self, Policies, PolicyQuery};
+use crate::route::Tables;
 
-/// [`Desk::stale`]: the packet's flow is known, and policies have changed since it was judged.
-pub(super) const STALE: u32 = 1;
-/// [`Desk::stale`]: its flow is known under another source port ([`PORT_REMAPPED`]), and may have to be judged again.
-pub(super) const STALE_MOVED: u32 = 2;
-
-/// Asks the policies about the case on the desk; open if it passes.
+/// Checks the query in `scratch` against the policies: [`Outcome::Continue`] if it is allowed.
 ///
-/// The epochs that go into the entry have been read before.
+/// The epochs of the flow entry have been read before.
 #[inline(never)]
-fn judge<F: Kernel>(desk: &mut Desk<F>) -> Verdict
+fn check<F: FamilyMaps>(scratch: &mut Scratch<F>) -> StageResult
 where
     Maps: Policies<F>,
 {
-    let decisions = policy::verdict::<F, _>(&Maps, &desk.case);
-    desk.verdicts = decisions;
-    match policy::forbidden(decisions) {
-        Some((reason, rule)) => Verdict::forbidden(reason, rule),
-        None => Verdict::OPEN,
+    let verdicts = policy::check::<F, _>(&Maps, &scratch.policy_query);
+    scratch.verdicts = verdicts;
+    match policy::denied(verdicts) {
+        Some((reason, rule_id)) => Outcome::Done(Verdict::denied(reason, rule_id)),
+        None => Outcome::Continue,
     }
+    .into()
 }
 
-/// One end of a packet's way: its address, and the slot of what decided about that.
+/// One end of a connection: its address and its epoch slot.
 type End<'a, F> = (&'a <F as Family>::Addr, u32);
 
-/// Puts a case on the desk; `answers` if the sender of the packet is not the one who began.
+/// Writes a policy query in the original direction; `is_reply` if the packet goes in the reply direction.
 #[inline(always)]
-fn put<F: Family>(case: &mut Case<F::Addr>, from: End<'_, F>, to: End<'_, F>, ports: u32, protocol: u8, answers: bool) {
-    case.protocol = u32::from(protocol);
-    if answers {
-        F::assign(&mut case.source, to.0);
-        F::assign(&mut case.destination, from.0);
-        (case.slots, case.port) = ([to.1, from.1], ports & 0xffff);
+fn write_query<F: Family>(
+    query: &mut PolicyQuery<F::Addr>,
+    from: End<'_, F>,
+    to: End<'_, F>,
+    ports: u32,
+    protocol: u8,
+    is_reply: bool,
+) {
+    query.protocol = u32::from(protocol);
+    if is_reply {
+        F::assign(&mut query.source, to.0);
+        F::assign(&mut query.destination, from.0);
+        (query.slots, query.port) = ([to.1, from.1], ports & 0xffff);
     } else {
-        F::assign(&mut case.source, from.0);
-        F::assign(&mut case.destination, to.0);
-        (case.slots, case.port) = ([from.1, to.1], ports >> 16);
+        F::assign(&mut query.source, from.0);
+        F::assign(&mut query.destination, to.0);
+        (query.slots, query.port) = ([from.1, to.1], ports >> 16);
     }
 }
 
-/// Whether policies allow the connection that the packet on the desk begins, or belongs to; open if they do.
+/// Checks the connection of the packet in `scratch` against the policies: [`Outcome::Continue`] if it is allowed.
 ///
-/// To be called when its entry is on the desk, whose maker is the packet's sender, and before it is written. With `translated` the packet
-/// goes to what is chosen; its source is the client's true address.
+/// Called between preparation and insertion of the flow entry, whose initiator is the packet's sender. With `has_nat` the destination is
+/// that after DNAT; the source is always the client's own address.
 #[inline(always)]
-pub(super) fn permitted<F: Way>(desk: &mut Desk<F>, translated: bool, answers: bool) -> Verdict
+pub(super) fn check_new_flow<F: DatapathFamily>(scratch: &mut Scratch<F>, has_nat: bool, is_reply: bool) -> StageResult
 where
     Maps: Policies<F>,
 {
-    let Desk { packet, flow, choice, case, .. } = &mut *desk;
-    let [own, other] = flow.slots;
-    let ports = if translated { choice.port << 16 } else { packet.ports };
-    put::<F>(case, (&packet.src, own), (&choice.address, other), ports, packet.protocol, answers);
-    judge::<F>(desk)
+    let Scratch { packet, flow, destination, policy_query, .. } = &mut *scratch;
+    let [sender, other] = flow.slots;
+    let ports = if has_nat { destination.port << 16 } else { packet.ports };
+    let to = (&destination.address, other);
+    write_query::<F>(policy_query, (&packet.src, sender), to, ports, packet.protocol, is_reply);
+    check::<F>(scratch)
 }
 
-/// Judges the flow of the packet on the desk again, whose policies have changed, and sends the packet by it. Open if it is to be decided
-/// like a first packet.
+/// The stage for a known flow: checks its policies again if they are stale, and forwards the packet. `class` is 0, or [`PORT_REMAPPED`] to
+/// look up the key with that bit. [`Outcome::Continue`] if there is no usable entry any more.
 #[inline(never)]
-pub(super) fn resume<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
+pub(super) fn recheck_policy<F: DatapathFamily, const PROGRAM: u8>(
+    ctx: *mut __sk_buff,
+    scratch: &mut Scratch<F>,
+    class: u32,
+) -> StageResult
 where
     Maps: Policies<F> + Tables<F>,
 {
     let (skb, window) = (Skb(ctx), Skb(ctx).window());
-    let packet = &desk.packet;
-    let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
-    if desk.stale == STALE_MOVED {
-        key.class |= PORT_REMAPPED;
+    let packet = &scratch.packet;
+    let (mut key, is_high_end) = flow::flow_key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    key.class |= class & PORT_REMAPPED;
+    let Some(hit) = lookup::<F, PROGRAM>(skb, &window, &key, is_high_end) else { return Outcome::Continue.into() };
+    let flags = hit.direction.flags;
+    if !flow::is_same_connection(flags, packet.tcp_flags) {
+        return Outcome::Continue.into();
     }
-    let Some(known) = lookup::<F, PROGRAM>(skb, &window, &key, from_high) else { return Verdict::OPEN };
-    let flags = known.side.flags;
-    if !flow::continues(flags, packet.tcp_flags) {
-        return Verdict::OPEN;
-    }
-    if !known.stale {
-        known.side.flags |= flow::remembered(packet.tcp_flags);
-        return use_known::<F, PROGRAM>(skb, window, known, layout(packet));
+    if !hit.is_policy_stale {
+        hit.direction.flags |= flow::tracked_tcp_flags(packet.tcp_flags);
+        return Outcome::Done(forward_hit::<F, PROGRAM>(skb, window, hit, PacketLayout::of(packet))).into();
     }
     count(PathCounter::FlowStale as u32, skb.len());
-    let translated = flags & flow_flags::NAT != 0;
-    let answers = flags & flow_flags::REPLY != 0;
-    let flow = known.flow;
-    // SAFETY: the entry stays mapped for the program's run, and these fields are not of the side that is borrowed; see `lookup` for who
-    // else writes it.
-    let (slots, before, mapped) = unsafe { ((*flow).slots, (*flow).epochs, (*flow).nat_ports) };
-    let [makers, others] = slots;
-    let (own, other) = if known.from_maker { (makers, others) } else { (others, makers) };
-    let now = [Tables::<F>::epoch(&Maps, makers), Tables::<F>::epoch(&Maps, others)];
+    let has_nat = flags & flow_flags::NAT != 0;
+    let is_reply = flags & flow_flags::REPLY != 0;
+    let flow = hit.flow;
+    // SAFETY: the entry stays mapped for the program run, and these fields are not of the direction that is borrowed; see `check_entry`
+    // for concurrent writers.
+    let (slots, before, nat_ports) = unsafe { ((*flow).slots, (*flow).epochs, (*flow).nat_ports) };
+    let [initiator, responder] = slots;
+    let (sender, other) = if hit.is_initiator { (initiator, responder) } else { (responder, initiator) };
+    let now = [Tables::<F>::epoch(&Maps, initiator), Tables::<F>::epoch(&Maps, responder)];
     // SAFETY: as above.
-    let to = if translated { unsafe { &(*flow).nat_dst } } else { &packet.dst };
-    let ports = if translated { packet.ports & 0xffff | mapped & 0xffff_0000 } else { packet.ports };
-    put::<F>(&mut desk.case, (&packet.src, own), (to, other), ports, packet.protocol, answers);
-    let verdict = judge::<F>(desk);
-    if !verdict.is_open() {
-        return verdict;
+    let to = if has_nat { unsafe { &(*flow).nat_dst } } else { &packet.dst };
+    let ports = if has_nat { packet.ports & 0xffff | nat_ports & 0xffff_0000 } else { packet.ports };
+    let (from, to) = ((&packet.src, sender), (to, other));
+    write_query::<F>(&mut scratch.policy_query, from, to, ports, packet.protocol, is_reply);
+    let checked = check::<F>(scratch);
+    if let Outcome::Done(_) = checked.outcome() {
+        return checked;
     }
-    let ([now_makers, now_others], [makers, others]) = (now, before);
-    // If the way has changed since the entry was found, it stays void.
-    if same_route_epoch(now_makers, makers) && same_route_epoch(now_others, others) {
+    let ([now_initiator, now_responder], [at_initiator, at_responder]) = (now, before);
+    // If a route epoch has changed since the lookup, the entry stays invalid.
+    if same_route_epoch(now_initiator, at_initiator) && same_route_epoch(now_responder, at_responder) {
         // SAFETY: as above.
         unsafe { (*flow).epochs = now };
     }
-    known.side.flags |= flow::remembered(desk.packet.tcp_flags);
-    use_known::<F, PROGRAM>(skb, window, known, layout(&desk.packet))
+    hit.direction.flags |= flow::tracked_tcp_flags(scratch.packet.tcp_flags);
+    Outcome::Done(forward_hit::<F, PROGRAM>(skb, window, hit, PacketLayout::of(&scratch.packet))).into()
 }

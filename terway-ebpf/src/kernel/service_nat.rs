@@ -1,4 +1,4 @@
-//! Services in the packet path: choose a backend, and remember the translation in both directions.
+//! Service NAT: backend selection, and the pair of flow entries of a connection with NAT.
 
 use aya_ebpf::bindings::{__sk_buff, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
@@ -7,235 +7,246 @@ use terway_abi::{
     frontend_flags,
 };
 
-use super::exit::{Verdict, count, now};
-use super::slow_path::{endpoint, layout};
-use super::maps::{Choice, Desk, HZ, Maps, burden};
-use super::fast_path::{FROM_POD, FROM_VPC, Way, drift, is_current, send};
+use super::counters::{count, jiffies};
+use super::flow_table::{epoch_diff, is_current_backend};
+use super::forward::emit;
+use super::hook::{FROM_POD, FROM_VPC};
+use super::maps::{DatapathFamily, HZ, Maps, count_connection, sending_endpoint};
+use super::nat::PacketLayout;
+use super::scratch::{Destination, Scratch};
 use super::skb::{Skb, Window};
-use crate::route::{self, Tables};
-use crate::flow::{self, Place, Route};
+use super::verdict::{Outcome, StageResult, Verdict};
+use crate::flow::{self, Route, RouteEnd};
 use crate::frame::{Frame as _, zero};
-use crate::nat::{self, Ports, Tuple};
+use crate::nat::{self, PortRange, Tuple};
 use crate::parse::{Fragment, Packet, Payload, SCTP, tcp_flags};
-use crate::service::{self, Asker, Outcome, Services};
+use crate::route::{self, Tables};
+use crate::service::{self, Client, Selection, Services};
 
-/// How many source ports are tried.
-const TRIES: u32 = 6;
+/// Number of source ports that are tried before the connection is dropped.
+const PORT_ATTEMPTS: u32 = 6;
 
-/// Chooses a backend, if the packet is for a Service: it stands in the desk's choice then, or that the packet is refused.
+/// The stage of Services: looks up the frontend of the packet's destination and selects a backend, which becomes the destination.
+/// [`Outcome::Reject`] if the Service has no backend.
 #[inline(never)]
-pub(super) fn serve<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
+pub(super) fn select_service_backend<F: DatapathFamily, const PROGRAM: u8>(
+    ctx: *mut __sk_buff,
+    scratch: &mut Scratch<F>,
+) -> StageResult
 where
     Maps: Tables<F> + Services<F>,
 {
-    served::<F, PROGRAM>(Skb(ctx), desk).into()
+    select::<F, PROGRAM>(Skb(ctx), scratch).into()
 }
 
 #[inline(always)]
-fn served<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Result<Verdict, Drop>
+fn select<F: DatapathFamily, const PROGRAM: u8>(skb: Skb, scratch: &mut Scratch<F>) -> Result<Outcome, Drop>
 where
     Maps: Tables<F> + Services<F>,
 {
-    let Desk { packet, choice, .. } = desk;
-    let (recalled, source) = (choice.member, choice.source);
-    (choice.member.backend, choice.source) = (NO_BACKEND, 0);
+    let Scratch { packet, destination, .. } = scratch;
+    let (previous, previous_port) = (destination.backend_ref, destination.nat_source_port);
+    (destination.backend_ref.backend, destination.nat_source_port) = (NO_BACKEND, 0);
     if PROGRAM == FROM_POD {
-        // What follows may be remembered, and answered.
-        route::sender(endpoint::<F>(skb)?, packet, skb.window().macs().ok_or(Drop::Truncated)?)?;
+        // Session affinity is stored, and a reply may be sent, before the route stage checks the source.
+        route::check_source(sending_endpoint::<F>(skb)?, packet, skb.window().macs().ok_or(Drop::Truncated)?)?;
     }
-    let node = || Maps.is_host(&packet.dst);
-    let (inside, ports, protocol) = (PROGRAM == FROM_POD, packet.ports, packet.protocol);
-    let found = service::find::<F, _>(&Maps, &packet.dst, ports, protocol, inside, node);
-    let Some(frontend) = found else { return Ok(Verdict::OPEN) };
+    let is_node_address = || Maps.is_host(&packet.dst);
+    let (in_cluster, ports, protocol) = (PROGRAM == FROM_POD, packet.ports, packet.protocol);
+    let found = service::find_frontend::<F, _>(&Maps, &packet.dst, ports, protocol, in_cluster, is_node_address);
+    let Some(frontend) = found else { return Ok(Outcome::Continue) };
     // SAFETY: the helper has no preconditions.
     let random = unsafe { bpf_get_prandom_u32() };
-    let asker = Asker { client: F::widen(&packet.src), kind: F::VERSION.into(), random, now: now(), hz: HZ.load() };
-    let hash = service::hash::<F>(&packet.src, ports, frontend.affinity != 0);
-    let mut outcome = service::choose::<F, _>(&Maps, frontend, inside, hash, &asker);
-    if let Outcome::Chosen(_) = outcome
-        && source != 0
+    let address = F::to_words(&packet.src);
+    let client = Client { client: address, kind: F::VERSION.into(), random, now: jiffies(), hz: HZ.load() };
+    let hash = service::client_hash::<F>(&packet.src, ports, frontend.affinity != 0);
+    let mut selection = service::select_backend::<F, _>(&Maps, frontend, in_cluster, hash, &client);
+    if let Selection::Backend(_) = selection
+        && previous_port != 0
     {
-        (outcome, choice.source) = (Outcome::Chosen(recalled), source);
+        (selection, destination.nat_source_port) = (Selection::Backend(previous), previous_port);
     }
-    match outcome {
-        Outcome::Other => Ok(Verdict::OPEN),
-        Outcome::Excluded => Err(Drop::SourceRange),
-        Outcome::Refused { silent: true } => Err(Drop::NoBackend),
-        Outcome::Refused { silent: false } => {
-            choice.refused = 1;
-            Ok(Verdict::OPEN)
-        }
-        Outcome::Chosen(member) => {
-            let backend = Services::<F>::backend(&Maps, member.backend).ok_or(Drop::NoBackend)?;
-            let Choice { address, port, member: chosen, service, local, .. } = choice;
-            *local = frontend.flags & frontend_flags::EXTERNAL_LOCAL;
-            F::assign(address, &F::narrow(&backend.address));
+    match selection {
+        Selection::NotService => Ok(Outcome::Continue),
+        Selection::SourceRangeDenied => Err(Drop::SourceRange),
+        Selection::NoBackend { drop: true } => Err(Drop::NoBackend),
+        Selection::NoBackend { drop: false } => Ok(Outcome::Reject),
+        Selection::Backend(selected) => {
+            let backend = Services::<F>::backend(&Maps, selected.backend).ok_or(Drop::NoBackend)?;
+            let Destination { address, port, backend_ref, service, is_local_only, .. } = destination;
+            *is_local_only = frontend.flags & frontend_flags::EXTERNAL_LOCAL != 0;
+            F::assign(address, &F::from_words(&backend.address));
             *port = u32::from(backend.port);
-            *chosen = member;
+            *backend_ref = selected;
             *service = frontend.service;
-            Ok(Verdict::OPEN)
+            Ok(Outcome::Continue)
         }
     }
 }
 
-/// Puts on the desk what [`before`] finds. A stage of its own, for the stack's sake.
+/// The stage that looks up the previous backend and source port of an established connection, for [`select_service_backend`]. Returns
+/// 1 if there are any.
 #[inline(never)]
-pub(super) fn recall<F: Way>(desk: &mut Desk<F>) -> u32 {
-    let Desk { packet, choice, .. } = desk;
-    let Some((member, source)) = before::<F>(packet) else { return 0 };
-    (choice.member, choice.source) = (member, source);
+pub(super) fn lookup_previous_backend<F: DatapathFamily>(scratch: &mut Scratch<F>) -> u32 {
+    let Scratch { packet, destination, .. } = scratch;
+    let Some((backend_ref, source_port)) = previous_backend::<F>(packet) else { return 0 };
+    (destination.backend_ref, destination.nat_source_port) = (backend_ref, source_port);
     1
 }
 
-/// The backend of a connection that goes on, and the source port that it is known by there, if its entry is void only because
-/// something else on its way has changed.
+/// The backend of an established connection and its source port after NAT, if its entry is invalid for another reason than its backend.
 #[inline(always)]
-fn before<F: Way>(packet: &Packet<F>) -> Option<(BackendRef, u32)> {
+fn previous_backend<F: DatapathFamily>(packet: &Packet<F>) -> Option<(BackendRef, u32)> {
     if packet.tcp_flags & tcp_flags::SYN != 0 {
         return None;
     }
-    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    let (key, is_high_end) = flow::flow_key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     // SAFETY: read at once; an entry that is reused meanwhile is a race that every preallocated map has.
     let old = unsafe { F::flows().get(&key) }?;
-    let ([side, _], member) = (&old.directions, BackendRef { backend: old.backend, generation: old.generation });
-    let own = old.initiator == from_high && side.flags & flow_flags::NAT != 0;
-    (own && member.backend != NO_BACKEND && is_current(member)).then_some((member, old.nat_ports & 0xffff))
+    let [direction, _] = &old.directions;
+    let backend_ref = BackendRef { backend: old.backend, generation: old.generation };
+    let is_original = old.initiator == is_high_end && direction.flags & flow_flags::NAT != 0;
+    (is_original && backend_ref.backend != NO_BACKEND && is_current_backend(backend_ref))
+        .then_some((backend_ref, old.nat_ports & 0xffff))
 }
 
-/// Makes the entries of a connection whose packets are translated, to a Service or, without a backend, only to another source port:
-/// one for each direction, because their packets look different. As far as the way decides about them.
+/// Prepares the two flow entries of a connection with NAT from its route: to a backend, or, without one, to another source port. One for
+/// each direction, because the tuples of their packets differ.
 #[inline(always)]
-pub(super) fn prepare_both<F: Way, const PROGRAM: u8>(desk: &mut Desk<F>, route: &Route<'_>) -> Result<(), Drop> {
-    let Desk { packet, flow, reply, choice, .. } = desk;
-    // Of a later fragment or an ICMP error there is nothing to learn.
+pub(super) fn prepare_nat_pair<F: DatapathFamily, const PROGRAM: u8>(
+    scratch: &mut Scratch<F>,
+    route: &Route<'_>,
+) -> Result<(), Drop> {
+    let Scratch { packet, flow, reply_flow, destination, .. } = scratch;
+    // Later fragments and ICMP errors without a flow cannot begin a connection.
     if packet.fragment == Fragment::Later || packet.payload != Payload::Plain {
         return Err(Drop::NotTranslatable);
     }
-    if packet.protocol == SCTP && choice.port != packet.ports >> 16 {
+    if packet.protocol == SCTP && destination.port != packet.ports >> 16 {
         return Err(Drop::NotTranslatable);
     }
     // SAFETY: flow entries consist of integers.
     unsafe {
         zero(flow);
-        zero(reply);
+        zero(reply_flow);
     }
-    let (source, destination) = (route.source, route.destination);
-    for (entry, maker, other) in [(&mut *flow, source, destination), (&mut *reply, destination, source)] {
-        entry.slots = [maker.slot, other.slot];
-        entry.epochs = [maker.epoch, other.epoch];
+    let (from, to) = (route.source, route.destination);
+    for (entry, initiator, other) in [(&mut *flow, from, to), (&mut *reply_flow, to, from)] {
+        entry.slots = [initiator.slot, other.slot];
+        entry.epochs = [initiator.epoch, other.epoch];
     }
-    let ([side, _], [other, _]) = (&mut flow.directions, &mut reply.directions);
-    route.fill::<F>(side);
-    route.back().fill::<F>(other);
-    side.flags = flow_flags::SEEN | flow::remembered(packet.tcp_flags);
-    other.flags = flow_flags::REPLY;
-    choice.itself = match (route.origin, route.target) {
-        (Place::Pod(pod), Place::Pod(peer)) => u32::from(pod.host_ifindex == peer.host_ifindex),
-        _ => 0,
+    let ([original, _], [reply, _]) = (&mut flow.directions, &mut reply_flow.directions);
+    route.fill_direction::<F>(original);
+    route.reversed().fill_direction::<F>(reply);
+    original.flags = flow_flags::SEEN | flow::tracked_tcp_flags(packet.tcp_flags);
+    reply.flags = flow_flags::REPLY;
+    destination.is_hairpin = match (route.origin, route.target) {
+        (RouteEnd::Pod(pod), RouteEnd::Pod(peer)) => pod.host_ifindex == peer.host_ifindex,
+        _ => false,
     };
-    choice.uplink = match (route.origin, route.target) {
-        (Place::Vpc(_), Place::Vpc(node)) if PROGRAM == FROM_VPC => node.eni_ifindex,
+    destination.snat_uplink = match (route.origin, route.target) {
+        (RouteEnd::Vpc(_), RouteEnd::Vpc(node)) if PROGRAM == FROM_VPC => node.eni_ifindex,
         _ => 0,
     };
     Ok(())
 }
 
-/// Writes those entries, and sends the packet.
+/// Inserts the two entries of [`prepare_nat_pair`], and forwards the packet.
 #[inline(always)]
-pub(super) fn remember_both<F: Way, const PROGRAM: u8>(
+pub(super) fn create_nat_pair<F: DatapathFamily, const PROGRAM: u8>(
     skb: Skb,
     window: Window,
-    desk: &mut Desk<F>,
+    scratch: &mut Scratch<F>,
 ) -> Result<Verdict, Drop>
 where
     Maps: Tables<F>,
 {
-    let Desk { packet, flow, reply, choice, .. } = desk;
-    let now = now();
-    for entry in [&mut *flow, &mut *reply] {
+    let Scratch { packet, flow, reply_flow, destination, .. } = scratch;
+    let now = jiffies();
+    for entry in [&mut *flow, &mut *reply_flow] {
         entry.created = now;
         (entry.backend, entry.generation, entry.service) =
-            (choice.member.backend, choice.member.generation, choice.service);
-        let [side, _] = &mut entry.directions;
-        side.last_seen = now;
+            (destination.backend_ref.backend, destination.backend_ref.generation, destination.service);
+        let [direction, _] = &mut entry.directions;
+        direction.last_seen = now;
     }
-    let [side, _] = &mut flow.directions;
-    (side.packets, side.bytes) = (1, u64::from(skb.len()));
+    let [direction, _] = &mut flow.directions;
+    (direction.packets, direction.bytes) = (1, u64::from(skb.len()));
 
-    // A pod that is its own backend would not take a packet that comes from its own address: there it comes from the Service.
-    let sent = Tuple { src: &packet.src, dst: &packet.dst, ports: packet.ports };
-    let mut src = if choice.itself != 0 { &packet.dst } else { &packet.src };
-    let mut ports = Draw { first: packet.ports & 0xffff, others: Ports::CLIENTS };
-    // What goes on to another node goes in this one's name, so that the answers come back here.
-    let own;
-    if PROGRAM == FROM_VPC && choice.uplink != 0 {
-        let uplink = Tables::<F>::uplink(&Maps, choice.uplink).ok_or(Drop::NoUplink)?;
-        own = F::address(&uplink.node);
-        src = &own;
-        ports.others = Ports { first: uplink.first_snat_port, count: uplink.snat_port_count };
+    // A pod drops packets from its own address, so with a hairpin the Service's address is the source.
+    let original = Tuple { src: &packet.src, dst: &packet.dst, ports: packet.ports };
+    let mut src = if destination.is_hairpin { &packet.dst } else { &packet.src };
+    let mut candidates = SourcePorts { first: packet.ports & 0xffff, range: PortRange::EPHEMERAL };
+    // Packets to a backend on another node are masqueraded (SNAT to the node), so that replies come back here.
+    let node_address;
+    if PROGRAM == FROM_VPC && destination.snat_uplink != 0 {
+        let uplink = Tables::<F>::uplink(&Maps, destination.snat_uplink).ok_or(Drop::NoUplink)?;
+        node_address = F::address(&uplink.node);
+        src = &node_address;
+        candidates.range = PortRange { first: uplink.first_snat_port, count: uplink.snat_port_count };
         if packet.protocol != SCTP {
             // SAFETY: the helper has no preconditions.
-            ports.first = u32::from(ports.others.draw(unsafe { bpf_get_prandom_u32() }));
+            candidates.first = u32::from(candidates.range.pick(unsafe { bpf_get_prandom_u32() }));
         }
     }
-    if choice.source != 0 {
-        ports.first = choice.source;
+    if destination.nat_source_port != 0 {
+        candidates.first = destination.nat_source_port;
     }
-    let to = Tuple { src, dst: &choice.address, ports: choice.port << 16 };
-    let ports = settle_port::<F>(reply, sent, to, packet.protocol, ports)?;
-    nat::translate::<F>(flow, sent, Tuple { ports, ..to });
-    let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
-    flow.initiator = from_high;
-    if choice.member.backend == NO_BACKEND {
-        key.class |= PORT_REMAPPED;
+    let translated = Tuple { src, dst: &destination.address, ports: destination.port << 16 };
+    let ports = insert_reply_entry::<F>(reply_flow, original, translated, packet.protocol, candidates)?;
+    nat::set_nat::<F>(flow, original, Tuple { ports, ..translated });
+    let (mut key, is_high_end) = flow::flow_key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    flow.initiator = is_high_end;
+    if destination.has_backend() {
+        count_connection(destination.backend_ref.backend);
     } else {
-        burden(choice.member.backend);
+        key.class |= PORT_REMAPPED;
     }
-    let full = F::flows().insert(&key, &*flow, 0).is_err();
-    count(if full { PathCounter::FlowInsertFailed } else { PathCounter::FlowNew } as u32, skb.len());
-    let [side, _] = &flow.directions;
-    Ok(send::<F, PROGRAM>(skb, window, side, &raw const *flow, layout(packet)))
+    let failed = F::flows().insert(&key, &*flow, 0).is_err();
+    count(if failed { PathCounter::FlowInsertFailed } else { PathCounter::FlowNew } as u32, skb.len());
+    let [direction, _] = &flow.directions;
+    Ok(emit::<F, PROGRAM>(skb, window, direction, &raw const *flow, PacketLayout::of(packet)))
 }
 
-/// Which source ports are tried.
+/// The source ports to try.
 #[derive(Clone, Copy)]
-struct Draw {
-    /// The first, as in the packet.
+struct SourcePorts {
+    /// The first port, as in the packet.
     first: u32,
-    /// From which the others are drawn.
-    others: Ports,
+    /// The range of the other ports, which are drawn at random.
+    range: PortRange,
 }
 
-/// Inserts the entry of the answers under the first source port, or, if the answers of another connection look the same, under
-/// another; returns the ports that packets to the backend get.
+/// Inserts the reply entry under the first source port whose reply tuple does not collide with another connection's. Returns the ports of
+/// the original direction after NAT.
 #[inline(always)]
-fn settle_port<F: Way>(
-    reply: &mut Flow<F::Addr>,
-    sent: Tuple<'_, F::Addr>,
-    to: Tuple<'_, F::Addr>,
+fn insert_reply_entry<F: DatapathFamily>(
+    reply_flow: &mut Flow<F::Addr>,
+    original: Tuple<'_, F::Addr>,
+    translated: Tuple<'_, F::Addr>,
     protocol: u8,
-    draw: Draw,
+    candidates: SourcePorts,
 ) -> Result<u32, Drop>
 where
     Maps: Tables<F>,
 {
-    let mut source = draw.first;
-    let back = Tuple { src: sent.dst, dst: sent.src, ports: sent.ports.rotate_left(16) };
-    for _ in 0..TRIES {
-        let ports = source | to.ports;
-        let come = Tuple { src: to.dst, dst: to.src, ports: ports.rotate_left(16) };
-        let (key, from_high) = flow::key::<F>(come.src, come.dst, come.ports, protocol);
-        reply.initiator = from_high;
-        nat::translate::<F>(reply, come, back);
-        // An insertion that is refused takes as long as one that is not.
-        // SAFETY: only whether there is one counts.
-        let taken = unsafe { F::flows().get(&key) }.is_some();
-        if !taken && F::flows().insert(&key, &*reply, u64::from(BPF_NOEXIST)).is_ok() {
+    let mut source_port = candidates.first;
+    let reply_to_client = Tuple { src: original.dst, dst: original.src, ports: original.ports.rotate_left(16) };
+    for _ in 0..PORT_ATTEMPTS {
+        let ports = source_port | translated.ports;
+        let reply = Tuple { src: translated.dst, dst: translated.src, ports: ports.rotate_left(16) };
+        let (key, is_high_end) = flow::flow_key::<F>(reply.src, reply.dst, reply.ports, protocol);
+        reply_flow.initiator = is_high_end;
+        nat::set_nat::<F>(reply_flow, reply, reply_to_client);
+        // A refused insertion takes as long as a successful one, so the lookup comes first.
+        // SAFETY: only the existence of the entry counts.
+        let is_taken = unsafe { F::flows().get(&key) }.is_some();
+        if !is_taken && F::flows().insert(&key, &*reply_flow, u64::from(BPF_NOEXIST)).is_ok() {
             return Ok(ports);
         }
-        if is_free::<F>(&key, back) {
-            // Full, or its last connection is over: the packet goes its way in either case.
-            let _full = F::flows().insert(&key, &*reply, 0);
+        if is_replaceable::<F>(&key, reply_to_client) {
+            // The insertion fails if the table is full; the packet is forwarded all the same.
+            let _result = F::flows().insert(&key, &*reply_flow, 0);
             return Ok(ports);
         }
         if protocol == SCTP {
@@ -243,24 +254,25 @@ where
         }
         count(PathCounter::PortRemapped as u32, 0);
         // SAFETY: the helper has no preconditions.
-        source = u32::from(draw.others.draw(unsafe { bpf_get_prandom_u32() }));
+        source_port = u32::from(candidates.range.pick(unsafe { bpf_get_prandom_u32() }));
     }
     Err(Drop::SnatPortsExhausted)
 }
 
-/// Whether the entry of this key may be overwritten by that of answers which become `back`.
+/// Whether the entry of this key may be replaced by the reply entry that translates to `reply_to_client`: it belongs to the same
+/// connection, its connection has ended, or it is invalid.
 #[inline(always)]
-fn is_free<F: Way>(key: &FlowKey<F::Addr>, back: Tuple<'_, F::Addr>) -> bool
+fn is_replaceable<F: DatapathFamily>(key: &FlowKey<F::Addr>, reply_to_client: Tuple<'_, F::Addr>) -> bool
 where
     Maps: Tables<F>,
 {
     // SAFETY: read at once; an entry that is reused meanwhile is a race that every preallocated map has.
-    let Some(taken) = (unsafe { F::flows().get(key) }) else { return true };
-    let [side, other] = &taken.directions;
-    let over = (side.flags | other.flags) & (flow_flags::FIN | flow_flags::RST) != 0;
-    let own = side.flags & flow_flags::NAT != 0
-        && taken.nat_ports == back.ports
-        && F::same(&taken.nat_src, back.src)
-        && F::same(&taken.nat_dst, back.dst);
-    own || over || drift::<F>(taken) > POLICY_EPOCH_MASK
+    let Some(entry) = (unsafe { F::flows().get(key) }) else { return true };
+    let [direction, other] = &entry.directions;
+    let has_ended = (direction.flags | other.flags) & (flow_flags::FIN | flow_flags::RST) != 0;
+    let is_same_connection = direction.flags & flow_flags::NAT != 0
+        && entry.nat_ports == reply_to_client.ports
+        && F::same(&entry.nat_src, reply_to_client.src)
+        && F::same(&entry.nat_dst, reply_to_client.dst);
+    is_same_connection || has_ended || epoch_diff::<F>(entry) > POLICY_EPOCH_MASK
 }

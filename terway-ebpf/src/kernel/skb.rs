@@ -1,4 +1,4 @@
-//! The packet at a traffic-control hook: its context and its directly accessible bytes.
+//! Packet access at a traffic-control hook: the context and the directly accessible bytes.
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::{bpf_csum_update, bpf_skb_pull_data};
@@ -8,20 +8,20 @@ use crate::frame::{Frame, Plain};
 /// `PACKET_HOST` (include/uapi/linux/if_packet.h): the frame was addressed to the interface.
 const PACKET_HOST: u32 = 0;
 
-/// Offsets beyond this are not looked at: headers end well before, and the verifier needs a bound (`MAX_PACKET_OFF`).
+/// Bound of dynamic offsets: headers end well before, and the verifier needs a bound (`MAX_PACKET_OFF`).
 const REACH: usize = 512;
 
-/// How many bytes are made directly accessible for a full parse.
+/// Number of bytes that are made directly accessible for a full parse.
 const HEADERS: u32 = 192;
 
 /// The bytes of a packet that may be read and written directly.
 ///
-/// A window is void after any helper that moves the packet; only [`Skb::pull`] is used here, and it returns a new one.
+/// A window is invalid after any helper that may move the packet.
 #[derive(Clone, Copy)]
 pub struct Window {
     data: usize,
     end: usize,
-    /// Any number that the verifier cannot know.
+    /// A number that the verifier cannot know; see [`Frame::hide_from_verifier`].
     noise: usize,
 }
 
@@ -38,9 +38,9 @@ impl Frame for Window {
     }
 
     #[inline(always)]
-    fn read_far<T: Plain>(&self, at: usize) -> Option<T> {
-        // The verifier follows registers, not values: what is compared must be what is used, in the same 64 bits, and LLVM must not
-        // see that it could be something else. The comparison must be "start plus size beyond end", which LLVM would turn around
+    fn read_dynamic<T: Plain>(&self, at: usize) -> Option<T> {
+        // The verifier derives bounds for the compared register only: the compared value must be the one that is used, in the same 64
+        // bits, so LLVM must not rewrite either. The comparison must have the form "start plus size beyond end", which LLVM would change
         // for a single byte.
         let at = opaque(at);
         if at > REACH {
@@ -55,7 +55,7 @@ impl Frame for Window {
     }
 
     #[inline(always)]
-    fn blur(&self, mut number: usize) -> usize {
+    fn hide_from_verifier(&self, mut number: usize) -> usize {
         // SAFETY: two operations on one register that cancel each other.
         unsafe {
             core::arch::asm!(
@@ -82,8 +82,7 @@ impl Frame for Window {
 
 /// Reads a value in whole words where its alignment allows it.
 ///
-/// LLVM is not left to copy structs: what it does not take apart becomes a call of `memcpy` or `memmove`, which on this target copy
-/// byte by byte.
+/// A struct copy may become a call of `memcpy` or `memmove`, which copy byte by byte on this target.
 ///
 /// # Safety
 /// As for `*from`.
@@ -120,7 +119,7 @@ unsafe fn store<T: Plain>(to: *mut T, value: T) {
     }
 }
 
-/// The same value, of which the compiler knows nothing.
+/// The same value, opaque to the compiler.
 #[inline(always)]
 fn opaque(mut value: usize) -> usize {
     // An empty template would leave two entries for one instruction in the line table, which the kernel refuses.
@@ -155,7 +154,7 @@ macro_rules! field {
 }
 
 impl Skb {
-    /// What is directly accessible now.
+    /// The directly accessible bytes.
     #[inline(always)]
     #[must_use]
     pub fn window(self) -> Window {
@@ -222,14 +221,14 @@ impl Skb {
         unsafe { (*self.0).mark = mark }
     }
 
-    /// Tells a NIC-computed checksum of the packet that the hop limit has fallen by one.
+    /// Updates the NIC's checksum over the packet (`CHECKSUM_COMPLETE`) after the hop limit was decremented.
     ///
-    /// The kernel keeps it (`CHECKSUM_COMPLETE`) over everything behind the Ethernet header, and IPv6 has no header checksum that
-    /// would make up for the change. For other packets the helper does nothing.
+    /// It covers everything after the Ethernet header, and IPv6 has no header checksum that would cancel the change. For other packets the
+    /// helper does nothing.
     #[inline(always)]
-    pub fn hop_limit_fell(self) {
-        let fell = u32::from(0x0001_u16.to_be());
+    pub fn update_csum_for_hop_limit(self) {
+        let change = u32::from(0x0001_u16.to_be());
         // SAFETY: valid context; adding the complement subtracts.
-        unsafe { bpf_csum_update(self.0, !fell) };
+        unsafe { bpf_csum_update(self.0, !change) };
     }
 }

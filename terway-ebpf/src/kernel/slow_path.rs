@@ -1,385 +1,474 @@
-//! The slow path: understand the packet, decide, write the flow for both directions, and send it.
+//! The slow path: packets without a usable flow entry. A state machine of stages.
 //!
-//! The stack has 512 bytes for a whole chain of calls, so each stage is a function of its own, whose frame is gone when the next
-//! one runs, and what they share lies on the [`Desk`].
+//! | stage | outcome | next |
+//! |---|---|---|
+//! | [`parse_and_lookup`] (packets without common headers) | [`Outcome::Done`] | return the verdict |
+//! | | [`Outcome::RelatedIcmp`] | [`forward_related_icmp`] → return |
+//! | | [`Outcome::StalePolicy`] | [`recheck_policy`] |
+//! | | [`Outcome::Continue`] | [`keep_reply_nat`] |
+//! | conntrack lookup of the fast path (packets with common headers) | policy stale | [`recheck_policy`] |
+//! | | else | [`keep_reply_nat`] |
+//! | [`recheck_policy`] | [`Outcome::Done`] | return the verdict |
+//! | | [`Outcome::Continue`] (entry not usable any more) | [`keep_reply_nat`] |
+//! | [`keep_reply_nat`] (previous entry translated replies) | reply | [`route_and_check_policy`] |
+//! | | else | [`select_service_backend`] |
+//! | [`lookup_previous_backend`], [`select_service_backend`] (destination may be a Service) | [`Outcome::Done`] | return the verdict |
+//! | | [`Outcome::Reject`] | [`reject()`] → return |
+//! | | [`Outcome::Continue`] | [`route_and_check_policy`] |
+//! | [`route_and_check_policy`] | [`Outcome::Done`] | return the verdict |
+//! | | [`Outcome::UseRemapped`] | [`recheck_policy`] of the key with [`PORT_REMAPPED`] → return |
+//! | | [`Outcome::CreateEntry`], [`Outcome::CreateNatPair`] | [`create_entry`] |
+//! | [`create_entry`], which emits the packet | verdict | [`report_new_connection`] if not dropped → return |
+//!
+//! Each stage is an `inline(never)` function that is called from the program itself: its stack frame is gone when the next stage runs (the
+//! limit is 512 bytes for the whole call chain). Stages share the [`Scratch`] memory.
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::bpf_printk;
-use terway_abi::{
-    Action, Drop, Endpoint, Flow, FragmentKey, FragmentValue, NO_BACKEND, POLICY_EPOCH_MASK, PORT_REMAPPED,
-    PathCounter, flow_flags, is_epoch_between,
-};
+use terway_abi::{Action, Drop, Flow, POLICY_EPOCH_MASK, PORT_REMAPPED, PathCounter, flow_flags, is_epoch_between};
 
-use super::exit::{Verdict, count, now};
-use super::icmp_nat::Quote;
-use super::policy_check::{STALE, STALE_MOVED, permitted, resume};
-use super::maps::{DEBUG, Desk, Maps, Replaced};
-use super::fast_path::{
-    ANSWERS, Before, FROM_POD, FROM_VPC, Known, Layout, TO_POD, TO_VPC, Way, drift, entry, hook, is_stale, kinds,
-    known, lookup, send, use_known,
-};
-use super::reject::refuse;
-use super::service_nat::{prepare_both, recall, remember_both, serve};
+use super::counters::{count, jiffies};
+use super::flow_events::report_new_connection;
+use super::flow_table::{FlowHit, Lookup, REPLY_NAT, check_entry, entry, epoch_diff, is_policy_stale, lookup};
+use super::forward::{emit, forward_hit};
+use super::fragments::resolve_ports;
+use super::hook::{FROM_POD, FROM_VPC, TO_POD, TO_VPC, hook, path_counters};
+use super::icmp_nat::QuotedPacket;
+use super::maps::{DatapathFamily, Maps, sending_endpoint};
+use super::nat::PacketLayout;
+use super::neighbour::{Checks, NeighbourCheck};
+use super::policy_check::{check_new_flow, recheck_policy};
+use super::reject::reject;
+use super::scratch::{PreviousEntry, Scratch};
+use super::service_nat::{create_nat_pair, lookup_previous_backend, prepare_nat_pair, select_service_backend};
 use super::skb::{Skb, Window};
-use super::flow_events::begun;
-use crate::route::{self, Decision, Tables};
-use crate::family::{Family, Glance, V4, V6};
-use crate::flow::{self, Basis, Route};
+use super::verdict::{Outcome, StageResult, Verdict};
+use crate::family::{Family, FastHeaders};
+use crate::flow::{self, EpochRef, Route};
 use crate::frame::{Frame as _, zero};
 use crate::icmp;
-use crate::neighbour;
-use crate::parse::{Fragment, Packet, Payload, ethertype, tcp_flags};
+use crate::parse::{Fragment, Packet, Payload, tcp_flags};
 use crate::policy::{self, Policies};
+use crate::route::{self, RouteDecision, Tables};
 use crate::service::{self, Services};
 
-/// This CPU's desk; what an earlier packet left on it is still there.
+/// This CPU's scratch memory. It still holds what an earlier packet left.
 #[inline(always)]
-pub(super) fn desk<F: Way>() -> Option<&'static mut Desk<F>> {
-    let desk = F::desk().get_ptr_mut(0)?;
-    // SAFETY: the value is this CPU's own, and programs at these hooks do not preempt each other on a CPU. It began as zeros, which
-    // are a value: integers, and enums that have a variant 0; and one is taken at a time.
-    Some(unsafe { &mut *desk })
+fn scratch<F: DatapathFamily>() -> Option<&'static mut Scratch<F>> {
+    let scratch = F::scratch().get_ptr_mut(0)?;
+    // SAFETY: the value belongs to this CPU, and programs at these hooks do not preempt each other on a CPU. Zeros are valid: integers,
+    // booleans, and enums with a variant 0. One reference is taken per packet.
+    Some(unsafe { &mut *scratch })
 }
 
-/// The first packet of a flow, of common shape: the fast path has read all there is to know.
+/// Processes a packet with common headers, after the conntrack lookup of the fast path.
 #[inline(always)]
-pub(super) fn first<F: Way, const PROGRAM: u8>(skb: Skb, glance: &Glance<F>, stale: bool, before: Before<F>) -> Verdict
+pub(super) fn process_headers<F: DatapathFamily, const PROGRAM: u8>(
+    skb: Skb,
+    headers: &FastHeaders<F>,
+    policy_stale: bool,
+    lookup: Lookup<F>,
+) -> Verdict
 where
     Maps: Tables<F> + Services<F> + Policies<F>,
 {
-    // An array of one entry always has it.
-    let Some(desk) = desk::<F>() else { return Verdict::drop(Drop::Truncated) };
-    desk.packet.clear();
-    F::assign(&mut desk.packet.src, &glance.src);
-    F::assign(&mut desk.packet.dst, &glance.dst);
-    desk.packet.ports = glance.ports;
-    (desk.packet.protocol, desk.packet.tcp_flags) = (glance.protocol, glance.tcp_flags);
-    desk.packet.transport = F::TRANSPORT;
-    desk.stale = if stale { STALE } else { 0 };
-    note(&mut desk.replaced, before);
-    decide_on::<F, PROGRAM>(skb, desk)
+    // The array has one entry, so the lookup never fails.
+    let Some(scratch) = scratch::<F>() else { return Verdict::drop(Drop::Truncated) };
+    scratch.packet.clear();
+    F::assign(&mut scratch.packet.src, &headers.src);
+    F::assign(&mut scratch.packet.dst, &headers.dst);
+    scratch.packet.ports = headers.ports;
+    (scratch.packet.protocol, scratch.packet.tcp_flags) = (headers.protocol, headers.tcp_flags);
+    scratch.packet.transport = F::TRANSPORT_OFFSET;
+    snapshot_previous(&mut scratch.previous, lookup);
+    run_stages::<F, PROGRAM>(skb, scratch, policy_stale)
 }
 
-/// The stages of a packet that is understood.
+/// Processes a packet without common headers: parses it first.
 #[inline(always)]
-fn decide_on<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Verdict
+pub(super) fn process_unparsed<F: DatapathFamily, const PROGRAM: u8>(skb: Skb) -> Verdict
 where
     Maps: Tables<F> + Services<F> + Policies<F>,
+    Checks: NeighbourCheck<F>,
 {
-    if desk.stale != 0 {
-        let resumed = resume::<F, PROGRAM>(skb.0, desk);
-        if !resumed.is_open() {
-            return resumed;
-        }
-    }
-    (desk.choice.member.backend, desk.choice.refused) = (NO_BACKEND, 0);
-    F::assign(&mut desk.choice.address, &desk.packet.dst);
-    (desk.choice.port, desk.choice.source) = (desk.packet.ports >> 16, 0);
-    desk.choice.kept = if desk.replaced.translated != 0 { keep::<F>(desk) } else { 0 };
-    let clients = PROGRAM == FROM_POD || PROGRAM == FROM_VPC;
-    if clients && desk.choice.kept == 0 && service::is_served(desk.packet.protocol) && Maps.may_serve(&desk.packet.dst)
-    {
-        // Read back by `serve`.
-        let _found = recall::<F>(desk);
-        let early = serve::<F, PROGRAM>(skb.0, desk);
-        if !early.is_open() {
-            return early;
-        }
-        if desk.choice.refused != 0 {
-            return refuse::<F, PROGRAM>(skb.0, &desk.packet);
-        }
-    }
-    let early = settle::<F, PROGRAM>(skb.0, desk);
-    if !early.is_open() {
-        return early;
-    }
-    if desk.choice.seat == MOVED_ON {
-        desk.stale = STALE_MOVED;
-        let resumed = resume::<F, PROGRAM>(skb.0, desk);
-        // Gone since it was found.
-        return if resumed.is_open() { Verdict::drop(Drop::NotTranslatable) } else { resumed };
-    }
-    let sent = enter::<F, PROGRAM>(skb.0, desk);
-    if !sent.is_drop() {
-        begun::<F>(skb.0, desk, PROGRAM);
-    }
-    sent
-}
-
-/// A packet of another shape.
-///
-/// The stages are called from the program itself, not one from the other: their frames take turns on the stack.
-#[inline(always)]
-pub(super) fn unusual<F: Way, const PROGRAM: u8>(skb: Skb) -> Verdict
-where
-    Maps: Tables<F> + Services<F> + Policies<F>,
-    Checks: Neighbourly<F>,
-{
-    let Some(desk) = desk::<F>() else { return Verdict::drop(Drop::Truncated) };
-    desk.packet.clear();
-    desk.stale = 0;
-    note(&mut desk.replaced, Before { entry: None, from_high: 0 });
-    let early = understand::<F, PROGRAM>(skb.0, desk);
-    if early.is_related() {
-        return relate::<F, PROGRAM>(skb.0, desk);
-    }
-    if !early.is_open() {
-        return early;
-    }
+    let Some(scratch) = scratch::<F>() else { return Verdict::drop(Drop::Truncated) };
+    scratch.packet.clear();
+    snapshot_previous(&mut scratch.previous, Lookup { entry: None, is_high_end: 0 });
+    let policy_stale = match parse_and_lookup::<F, PROGRAM>(skb.0, scratch).outcome() {
+        Outcome::Done(verdict) => return verdict,
+        Outcome::RelatedIcmp => return forward_related_icmp::<F, PROGRAM>(skb.0, scratch),
+        Outcome::StalePolicy => true,
+        _ => false,
+    };
     if PROGRAM == TO_VPC {
-        return Verdict::next(const { kinds::<PROGRAM>() }.stack);
+        return Verdict::pass(const { path_counters::<PROGRAM>() }.stack);
     }
-    decide_on::<F, PROGRAM>(skb, desk)
+    run_stages::<F, PROGRAM>(skb, scratch, policy_stale)
 }
 
-/// Parses the packet and looks up its flow. Ends early for what needs no decision.
+/// The stages of a parsed packet; see the table above.
+#[inline(always)]
+fn run_stages<F: DatapathFamily, const PROGRAM: u8>(skb: Skb, scratch: &mut Scratch<F>, policy_stale: bool) -> Verdict
+where
+    Maps: Tables<F> + Services<F> + Policies<F>,
+{
+    scratch.destination.set_original::<F>(&scratch.packet);
+    if policy_stale && let Outcome::Done(verdict) = recheck_policy::<F, PROGRAM>(skb.0, scratch, 0).outcome() {
+        return verdict;
+    }
+    scratch.destination.keeps_reply_nat = scratch.previous.is_reply_nat && keep_reply_nat::<F>(scratch) != 0;
+    let has_clients = PROGRAM == FROM_POD || PROGRAM == FROM_VPC;
+    if has_clients
+        && !scratch.destination.keeps_reply_nat
+        && service::is_supported_protocol(scratch.packet.protocol)
+        && Maps.may_be_frontend(&scratch.packet.dst)
+    {
+        // The result is in the scratch memory.
+        let _found = lookup_previous_backend::<F>(scratch);
+        match select_service_backend::<F, PROGRAM>(skb.0, scratch).outcome() {
+            Outcome::Done(verdict) => return verdict,
+            Outcome::Reject => return reject::<F, PROGRAM>(skb.0, &scratch.packet),
+            _ => {}
+        }
+    }
+    let has_nat = match route_and_check_policy::<F, PROGRAM>(skb.0, scratch).outcome() {
+        Outcome::Done(verdict) => return verdict,
+        Outcome::UseRemapped => {
+            return match recheck_policy::<F, PROGRAM>(skb.0, scratch, PORT_REMAPPED).outcome() {
+                Outcome::Done(verdict) => verdict,
+                // The entry was deleted since the lookup.
+                _ => Verdict::drop(Drop::NotTranslatable),
+            };
+        }
+        Outcome::CreateNatPair => 1,
+        _ => 0,
+    };
+    let verdict = create_entry::<F, PROGRAM>(skb.0, scratch, has_nat);
+    if !verdict.is_drop() {
+        report_new_connection::<F>(skb.0, scratch, PROGRAM);
+    }
+    verdict
+}
+
+/// The stage of packets without common headers: parses the packet, resolves fragments, and looks up its flow entry.
 #[inline(never)]
-fn understand<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
+fn parse_and_lookup<F: DatapathFamily, const PROGRAM: u8>(ctx: *mut __sk_buff, scratch: &mut Scratch<F>) -> StageResult
 where
     Maps: Tables<F>,
-    Checks: Neighbourly<F>,
+    Checks: NeighbourCheck<F>,
 {
-    let understood = understood::<F, PROGRAM>(Skb(ctx), desk);
-    // What comes from the VPC for the host is the host's to judge: fragments out of order, options, and all.
-    if PROGRAM == FROM_VPC && understood.is_err() && Maps.by_address(&desk.packet.dst).is_none() {
-        return Verdict::next(PathCounter::VpcToHost);
+    let result = try_parse_and_lookup::<F, PROGRAM>(Skb(ctx), scratch);
+    // Packets of the VPC to the host are the host stack's to judge, malformed ones and later fragments included.
+    if PROGRAM == FROM_VPC && result.is_err() && Maps.by_address(&scratch.packet.dst).is_none() {
+        return Outcome::Done(Verdict::pass(PathCounter::VpcToHost)).into();
     }
-    if PROGRAM == TO_VPC && understood.is_err() {
-        return Verdict::next(PathCounter::HostToVpc);
+    if PROGRAM == TO_VPC && result.is_err() {
+        return Outcome::Done(Verdict::pass(PathCounter::HostToVpc)).into();
     }
-    understood.into()
+    result.into()
 }
 
 #[inline(always)]
-fn understood<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Result<Verdict, Drop>
+fn try_parse_and_lookup<F: DatapathFamily, const PROGRAM: u8>(
+    skb: Skb,
+    scratch: &mut Scratch<F>,
+) -> Result<Outcome, Drop>
 where
     Maps: Tables<F>,
-    Checks: Neighbourly<F>,
+    Checks: NeighbourCheck<F>,
 {
-    let Desk { packet, quoted, stale, replaced, .. } = desk;
+    let Scratch { packet, quoted, previous, .. } = scratch;
     let window = skb.pull();
     F::parse(&window, packet)?;
-    let place = (skb.ifindex(), hook::<PROGRAM>());
     if packet.payload == Payload::Neighbour {
         if PROGRAM == FROM_POD {
-            Checks::neighbour(&window, packet, endpoint::<F>(skb)?)?;
+            Checks::check_neighbour(&window, packet, sending_endpoint::<F>(skb)?)?;
         }
-        return Ok(Verdict::next(match PROGRAM {
+        return Ok(Outcome::Done(Verdict::pass(match PROGRAM {
             FROM_VPC => PathCounter::VpcToHost,
             TO_VPC => PathCounter::HostToVpc,
             _ => PathCounter::Neighbour,
-        }));
+        })));
     }
     if packet.fragment != Fragment::Whole {
-        reassociate::<F>(packet, place)?;
+        resolve_ports::<F>(packet, (skb.ifindex(), hook::<PROGRAM>()))?;
     }
     if packet.payload == Payload::IcmpError {
-        return Ok(quoting::<F, PROGRAM>(skb, window, packet, quoted));
+        return Ok(lookup_quoted::<F, PROGRAM>(skb, window, packet, quoted));
     }
-    // The fast path could not look it up.
-    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    let (key, is_high_end) = flow::flow_key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     let entry = entry::<F>(&key);
-    note(replaced, Before { entry, from_high });
-    Ok(match entry.and_then(|entry| known::<F, PROGRAM>(skb, &window, entry, from_high)) {
-        Some(known) if is_stale::<F, PROGRAM>(&known) => {
-            *stale = STALE;
-            Verdict::OPEN
+    snapshot_previous(previous, Lookup { entry, is_high_end });
+    Ok(match entry.and_then(|entry| check_entry::<F, PROGRAM>(skb, &window, entry, is_high_end)) {
+        Some(hit) if is_policy_stale::<F, PROGRAM>(&hit) => Outcome::StalePolicy,
+        Some(hit) if flow::is_same_connection(hit.direction.flags, packet.tcp_flags) => {
+            hit.direction.flags |= flow::tracked_tcp_flags(packet.tcp_flags);
+            Outcome::Done(forward_hit::<F, PROGRAM>(skb, window, hit, PacketLayout::of(packet)))
         }
-        Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => {
-            known.side.flags |= flow::remembered(packet.tcp_flags);
-            use_known::<F, PROGRAM>(skb, window, known, layout(packet))
-        }
-        _ => Verdict::OPEN,
+        _ => Outcome::Continue,
     })
 }
 
-/// An ICMP error goes the way of the flow it belongs to, if that is known, and judged as policies are now.
+/// Looks up the flow that an ICMP error is related to, and forwards the error if the flow has no NAT and no stale policy.
 #[inline(always)]
-fn quoting<F: Way, const PROGRAM: u8>(skb: Skb, window: Window, packet: &Packet<F>, quoted: &mut Packet<F>) -> Verdict
+fn lookup_quoted<F: DatapathFamily, const PROGRAM: u8>(
+    skb: Skb,
+    window: Window,
+    packet: &Packet<F>,
+    quoted: &mut Packet<F>,
+) -> Outcome
 where
     Maps: Tables<F>,
 {
     quoted.clear();
-    if icmp::answer::<_, F>(&window, packet.inner as usize, quoted).is_none() {
-        return Verdict::OPEN;
+    if icmp::parse_quoted_packet::<_, F>(&window, packet.inner as usize, quoted).is_none() {
+        return Outcome::Continue;
     }
-    // It must go where that flow goes. From a pod it must also come from there; elsewhere it comes from any router, but a pod of
-    // this node is none, and would not come in by an ENI.
-    let goes = F::same(&quoted.src, &packet.dst);
-    let comes = match PROGRAM {
+    // The destination must be the quoted packet's source. An error from a pod must come from the quoted destination; an error from
+    // elsewhere may come from any router, but no local pod arrives through an ENI.
+    let has_destination = F::same(&quoted.src, &packet.dst);
+    let has_source = match PROGRAM {
         FROM_POD => F::same(&quoted.dst, &packet.src),
         FROM_VPC => Maps.by_address(&packet.src).is_none(),
         _ => true,
     };
-    match flow_of_quoted::<F, PROGRAM>(skb, &window, quoted) {
-        Some(known) if goes && comes && !is_stale::<F, PROGRAM>(&known) => match known.side.flags & flow_flags::NAT {
-            0 => use_known::<F, PROGRAM>(skb, window, known, layout(packet)),
-            _ => Verdict::RELATED,
-        },
-        _ => Verdict::OPEN,
+    match quoted_flow::<F, PROGRAM>(skb, &window, quoted) {
+        Some(hit) if has_destination && has_source && !is_policy_stale::<F, PROGRAM>(&hit) => {
+            match hit.direction.flags & flow_flags::NAT {
+                0 => Outcome::Done(forward_hit::<F, PROGRAM>(skb, window, hit, PacketLayout::of(packet))),
+                _ => Outcome::RelatedIcmp,
+            }
+        }
+        _ => Outcome::Continue,
     }
 }
 
-/// The flow is the quoted packet's, and the error goes the other way.
+/// The flow of a quoted packet, in the opposite direction: the one that the ICMP error takes.
 #[inline(always)]
-fn flow_of_quoted<F: Way, const PROGRAM: u8>(skb: Skb, window: &Window, quoted: &Packet<F>) -> Option<Known<F>>
+fn quoted_flow<F: DatapathFamily, const PROGRAM: u8>(
+    skb: Skb,
+    window: &Window,
+    quoted: &Packet<F>,
+) -> Option<FlowHit<F>>
 where
     Maps: Tables<F>,
 {
-    let (key, quoted_from_high) = flow::key::<F>(&quoted.src, &quoted.dst, quoted.ports, quoted.protocol);
-    lookup::<F, PROGRAM>(skb, window, &key, quoted_from_high ^ 1)
+    let (key, is_high_end) = flow::flow_key::<F>(&quoted.src, &quoted.dst, quoted.ports, quoted.protocol);
+    lookup::<F, PROGRAM>(skb, window, &key, is_high_end ^ 1)
 }
 
-/// An ICMP error about a flow whose packets are translated ([`Verdict::RELATED`]).
+/// The stage of an ICMP error about a flow with NAT: translates and forwards it.
 #[inline(never)]
-fn relate<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &Desk<F>) -> Verdict
+fn forward_related_icmp<F: DatapathFamily, const PROGRAM: u8>(ctx: *mut __sk_buff, scratch: &Scratch<F>) -> Verdict
 where
     Maps: Tables<F>,
 {
-    let Desk { packet, quoted, .. } = desk;
+    let Scratch { packet, quoted, .. } = scratch;
     let (skb, window) = (Skb(ctx), Skb(ctx).window());
-    let quote =
-        Quote { icmp: packet.transport, packet: packet.inner, transport: quoted.transport, protocol: quoted.protocol };
-    match flow_of_quoted::<F, PROGRAM>(skb, &window, quoted) {
-        Some(known) => use_known::<F, PROGRAM>(skb, window, known, Layout { quote: Some(quote), ..layout(packet) }),
-        // Gone since it was found.
+    let quote = QuotedPacket {
+        icmp: packet.transport,
+        packet: packet.inner,
+        transport: quoted.transport,
+        protocol: quoted.protocol,
+    };
+    match quoted_flow::<F, PROGRAM>(skb, &window, quoted) {
+        Some(hit) => {
+            let layout = PacketLayout { quote: Some(quote), ..PacketLayout::of(packet) };
+            forward_hit::<F, PROGRAM>(skb, window, hit, layout)
+        }
+        // The entry was deleted since the lookup.
         None => Verdict::drop(Drop::NotTranslatable),
     }
 }
 
-/// Decides: the way, and whether policies allow it. Open if they do; the flow's entry is on the desk then.
+/// The stage that decides the route of a new flow, prepares its entries, and checks it against the policies.
 #[inline(never)]
-fn settle<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
+fn route_and_check_policy<F: DatapathFamily, const PROGRAM: u8>(
+    ctx: *mut __sk_buff,
+    scratch: &mut Scratch<F>,
+) -> StageResult
 where
     Maps: Tables<F> + Policies<F>,
 {
-    settled::<F, PROGRAM>(Skb(ctx), desk).into()
+    try_route_and_check_policy::<F, PROGRAM>(Skb(ctx), scratch).into()
 }
 
 #[inline(always)]
-fn settled<F: Way, const PROGRAM: u8>(skb: Skb, desk: &mut Desk<F>) -> Result<Verdict, Drop>
+fn try_route_and_check_policy<F: DatapathFamily, const PROGRAM: u8>(
+    skb: Skb,
+    scratch: &mut Scratch<F>,
+) -> Result<Outcome, Drop>
 where
     Maps: Tables<F> + Policies<F>,
 {
-    let packet = &desk.packet;
-    let served = (PROGRAM == FROM_POD || PROGRAM == FROM_VPC) && desk.choice.member.backend != NO_BACKEND;
+    let packet = &scratch.packet;
+    let to_backend = (PROGRAM == FROM_POD || PROGRAM == FROM_VPC) && scratch.destination.has_backend();
     let decision = match PROGRAM {
         FROM_POD => {
             let macs = skb.window().macs().ok_or(Drop::Truncated)?;
-            route::from_pod(&Maps, endpoint::<F>(skb)?, packet, &desk.choice.address, macs)?
+            route::from_pod(&Maps, sending_endpoint::<F>(skb)?, packet, &scratch.destination.address, macs)?
         }
         TO_POD => route::to_pod(&Maps, packet, skb.ifindex())?,
-        // An answer to this node in whose name its request was sent on, which goes on to the client.
-        _ if served || !F::same(&desk.choice.address, &packet.dst) => {
-            let only_here = served && desk.choice.local != 0;
-            route::from_client::<F, _>(&Maps, &packet.src, &desk.choice.address, only_here, skb.ifindex())?
+        // To a backend, or a reply to a masqueraded connection, which goes on to the client.
+        _ if to_backend || !F::same(&scratch.destination.address, &packet.dst) => {
+            let is_local_only = to_backend && scratch.destination.is_local_only;
+            let (src, to) = (&packet.src, &scratch.destination.address);
+            route::from_external_client::<F, _>(&Maps, src, to, is_local_only, skb.ifindex())?
         }
         _ => route::from_vpc(&Maps, packet, skb.ifindex())?,
     };
-    let Decision::Way(route) = decision else { return Ok(Verdict::next(const { kinds::<PROGRAM>() }.stack)) };
-    let kept = desk.choice.kept != 0;
-    let seat = match served {
-        true => TAKEN,
-        false if kept => FREE,
-        false => seat::<F, PROGRAM>(skb, packet, &desk.replaced),
+    let RouteDecision::Forward(route) = decision else {
+        return Ok(Outcome::Done(Verdict::pass(const { path_counters::<PROGRAM>() }.stack)));
     };
-    let answers = seat == FREE && answers::<F>(packet, &desk.replaced, &route);
-    desk.choice.seat = seat;
-    match seat {
-        FREE => {
-            prepare::<F>(&mut desk.flow, &route, answers);
-            if kept && answers {
-                translate_on::<F>(&mut desk.flow, &desk.reply);
-            } else if !F::same(&desk.choice.address, &packet.dst) {
-                // It looks like an answer, and comes from another pod than the one that was asked.
+    let keeps_reply_nat = scratch.destination.keeps_reply_nat;
+    let tuple = match (to_backend, keeps_reply_nat) {
+        (true, _) => TupleState::Collision,
+        (false, true) => TupleState::Free,
+        (false, false) => tuple_state::<F, PROGRAM>(skb, packet, &scratch.previous),
+    };
+    let (has_nat, is_reply) = match tuple {
+        TupleState::Free => {
+            let is_reply = is_reply::<F>(packet, &scratch.previous, &route);
+            prepare_entry::<F>(&mut scratch.flow, &route, is_reply);
+            if keeps_reply_nat && is_reply {
+                copy_reply_nat::<F>(&mut scratch.flow, &scratch.reply_flow);
+            } else if !F::same(&scratch.destination.address, &packet.dst) {
+                // The tuple is that of a reply with NAT, but the sender is not the pod that the connection went to.
                 return Err(Drop::NotTranslatable);
             }
+            (false, is_reply)
         }
-        TAKEN => prepare_both::<F, PROGRAM>(desk, &route)?,
-        // It is judged when its entry is used.
-        _ => return Ok(Verdict::OPEN),
-    }
-    Ok(permitted::<F>(desk, seat == TAKEN, answers))
+        TupleState::Collision => {
+            prepare_nat_pair::<F, PROGRAM>(scratch, &route)?;
+            (true, false)
+        }
+        // Its policies are checked when its entry is used.
+        TupleState::Remapped => return Ok(Outcome::UseRemapped),
+    };
+    Ok(match check_new_flow::<F>(scratch, has_nat, is_reply).outcome() {
+        Outcome::Done(denied) => Outcome::Done(denied),
+        _ if has_nat => Outcome::CreateNatPair,
+        _ => Outcome::CreateEntry,
+    })
 }
 
-/// Remembers what is on the desk, and sends the packet.
+/// The stage that inserts the flow entries (two with `has_nat`), and emits the packet.
 #[inline(never)]
-fn enter<F: Way, const PROGRAM: u8>(ctx: *mut __sk_buff, desk: &mut Desk<F>) -> Verdict
+fn create_entry<F: DatapathFamily, const PROGRAM: u8>(
+    ctx: *mut __sk_buff,
+    scratch: &mut Scratch<F>,
+    has_nat: u32,
+) -> Verdict
 where
     Maps: Tables<F>,
 {
     let (skb, window) = (Skb(ctx), Skb(ctx).window());
-    if desk.choice.seat == TAKEN {
-        return remember_both::<F, PROGRAM>(skb, window, desk).into();
+    if has_nat != 0 {
+        return create_nat_pair::<F, PROGRAM>(skb, window, scratch).into();
     }
-    remember::<F, PROGRAM>(skb, window, &desk.packet, &mut desk.flow)
+    create_single_entry::<F, PROGRAM>(skb, window, &scratch.packet, &mut scratch.flow)
 }
 
-/// A connection can have the entry that its packets lead to.
-const FREE: u32 = 0;
-/// The answers of a Service's backend are there, which look the same: the connection gets another source port. Or it is for a Service.
-const TAKEN: u32 = 1;
-/// It has got another port already.
-const MOVED_ON: u32 = 2;
+/// The tuple of a new flow in the flow table.
+#[derive(Clone, Copy)]
+enum TupleState {
+    /// The flow can be stored under its own tuple.
+    Free,
+    /// The flow needs NAT: it is for a Service, or its tuple is the reply tuple of another connection with NAT, and its source port must be
+    /// remapped.
+    Collision,
+    /// The flow is stored under its key with [`PORT_REMAPPED`].
+    Remapped,
+}
 
-/// Puts down what is replaced, before it may be gone.
+/// The state of a packet's tuple, for a packet that is for no Service.
 #[inline(always)]
-fn note<F: Way>(replaced: &mut Replaced, before: Before<F>)
+fn tuple_state<F: DatapathFamily, const PROGRAM: u8>(
+    skb: Skb,
+    packet: &Packet<F>,
+    previous: &PreviousEntry,
+) -> TupleState
 where
     Maps: Tables<F>,
 {
-    let Before { entry, from_high } = before;
-    let Some(old) = entry else {
-        (replaced.taken, replaced.answers, replaced.translated) = (0, 0, 0);
-        return;
-    };
-    // SAFETY: the value stays mapped for the program's run; an entry that is reused meanwhile is a race that every preallocated map
-    // has.
-    let old = unsafe { &mut *old };
-    let ([side, other], by_other) = (&old.directions, old.initiator != from_high);
-    let others = by_other && side.flags & flow_flags::NAT != 0;
-    let reset = (side.flags | other.flags) & flow_flags::RST != 0;
-    replaced.taken = u32::from(others && !reset && drift::<F>(old) <= POLICY_EPOCH_MASK);
-    let ([makers, others], [at_makers, at_others]) = (old.slots, old.epochs);
-    (replaced.slots, replaced.epochs) =
-        if by_other { ([others, makers], [at_others, at_makers]) } else { ([makers, others], [at_makers, at_others]) };
-    let flags = flow::side(old, from_high).flags;
-    replaced.answers = flags & flow_flags::REPLY;
-    replaced.translated = u32::from(flags & ANSWERS == ANSWERS);
+    if !service::is_supported_protocol(packet.protocol) {
+        return TupleState::Free;
+    }
+    // The other connection may have ended meanwhile: an established connection keeps its remapped port. A new one need not look.
+    if previous.collides || packet.tcp_flags & tcp_flags::SYN == 0 {
+        let (mut key, is_high_end) = flow::flow_key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+        key.class |= PORT_REMAPPED;
+        match lookup::<F, PROGRAM>(skb, &skb.window(), &key, is_high_end) {
+            Some(hit) if flow::is_same_connection(hit.direction.flags, packet.tcp_flags) => {
+                return TupleState::Remapped;
+            }
+            _ => {}
+        }
+    }
+    if previous.collides { TupleState::Collision } else { TupleState::Free }
 }
 
-/// Puts the entry of a translated answer on the desk, which is void, and where its translation sends it; 0 if it is none.
+/// Takes a snapshot of the entry that is about to be replaced.
+#[inline(always)]
+fn snapshot_previous<F: DatapathFamily>(previous: &mut PreviousEntry, lookup: Lookup<F>)
+where
+    Maps: Tables<F>,
+{
+    let Lookup { entry, is_high_end } = lookup;
+    let Some(old) = entry else {
+        (previous.collides, previous.is_reply, previous.is_reply_nat) = (false, false, false);
+        return;
+    };
+    // SAFETY: the value stays mapped for the program run; an entry that is reused meanwhile is a race that every preallocated map has.
+    let old = unsafe { &mut *old };
+    let ([direction, other], is_responder) = (&old.directions, old.initiator != is_high_end);
+    let is_foreign_reply = is_responder && direction.flags & flow_flags::NAT != 0;
+    let is_reset = (direction.flags | other.flags) & flow_flags::RST != 0;
+    previous.collides = is_foreign_reply && !is_reset && epoch_diff::<F>(old) <= POLICY_EPOCH_MASK;
+    let ([initiator, responder], [at_initiator, at_responder]) = (old.slots, old.epochs);
+    (previous.slots, previous.epochs) = if is_responder {
+        ([responder, initiator], [at_responder, at_initiator])
+    } else {
+        ([initiator, responder], [at_initiator, at_responder])
+    };
+    let flags = flow::direction(old, is_high_end).flags;
+    previous.is_reply = flags & flow_flags::REPLY != 0;
+    previous.is_reply_nat = flags & REPLY_NAT == REPLY_NAT;
+}
+
+/// The stage that copies the invalid entry of a reply with NAT into the scratch memory, and takes its translated destination as the
+/// destination; 0 if the packet is no such reply.
 ///
-/// What has changed is the way, mostly of somebody else. The client knows nobody but the Service, so whatever the new way is, its answers
-/// come from there.
+/// The entry is invalid because a route has changed. The client knows the Service's address only, so replies keep their NAT whatever the
+/// new route is.
 #[inline(never)]
-fn keep<F: Way>(desk: &mut Desk<F>) -> u32 {
-    let Desk { packet, reply, choice, .. } = desk;
-    if opens(packet) {
+fn keep_reply_nat<F: DatapathFamily>(scratch: &mut Scratch<F>) -> u32 {
+    let Scratch { packet, reply_flow, destination, .. } = scratch;
+    if is_syn(packet) {
         return 0;
     }
-    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    let (key, is_high_end) = flow::flow_key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
     let Some(old) = entry::<F>(&key) else { return 0 };
     // SAFETY: copied at once; an entry that is reused meanwhile is a race that every preallocated map has.
-    *reply = unsafe { *old };
-    let [side, _] = &reply.directions;
-    if reply.initiator != from_high || side.flags & ANSWERS != ANSWERS {
+    *reply_flow = unsafe { *old };
+    let [direction, _] = &reply_flow.directions;
+    if reply_flow.initiator != is_high_end || direction.flags & REPLY_NAT != REPLY_NAT {
         return 0;
     }
-    F::assign(&mut choice.address, &reply.nat_dst);
+    F::assign(&mut destination.address, &reply_flow.nat_dst);
     1
 }
 
-/// Has a new entry translate as the old one did. What left by an ENI leaves by the same one: that of the client, and not the pod's.
+/// Copies the NAT of the previous reply entry into the new one. If both leave through an ENI, the ENI and next hop stay too: they are those
+/// of the client's uplink, not those of the pod.
 #[inline(always)]
-fn translate_on<F: Way>(flow: &mut Flow<F::Addr>, old: &Flow<F::Addr>) {
-    let ([side, other], [before, _]) = (&mut flow.directions, &old.directions);
-    if side.action == Action::Vpc as u32 && before.action == Action::Vpc as u32 {
-        (side.oif, side.nexthop) = (before.oif, before.nexthop);
+fn copy_reply_nat<F: DatapathFamily>(flow: &mut Flow<F::Addr>, old: &Flow<F::Addr>) {
+    let ([direction, other], [previous, _]) = (&mut flow.directions, &old.directions);
+    if direction.action == Action::Vpc as u32 && previous.action == Action::Vpc as u32 {
+        (direction.oif, direction.nexthop) = (previous.oif, previous.nexthop);
     }
-    side.flags |= before.flags;
-    // The requests have an entry of their own.
-    // SAFETY: a side consists of integers.
+    direction.flags |= previous.flags;
+    // The original direction has an entry of its own.
+    // SAFETY: a direction consists of integers.
     unsafe { zero(other) };
     F::assign(&mut flow.nat_src, &old.nat_src);
     F::assign(&mut flow.nat_dst, &old.nat_dst);
@@ -387,172 +476,65 @@ fn translate_on<F: Way>(flow: &mut Flow<F::Addr>, old: &Flow<F::Addr>) {
     (flow.backend, flow.generation, flow.service) = (old.backend, old.generation, old.service);
 }
 
-/// Where a connection stands.
+/// Prepares the flow entry of both directions from the route.
 #[inline(always)]
-fn seat<F: Way, const PROGRAM: u8>(skb: Skb, packet: &Packet<F>, replaced: &Replaced) -> u32
-where
-    Maps: Tables<F>,
-{
-    if !service::is_served(packet.protocol) {
-        return FREE;
-    }
-    let taken = replaced.taken != 0;
-    // The other connection may have ended meanwhile. This one goes on where it is, and a new one need not look.
-    if taken || packet.tcp_flags & tcp_flags::SYN == 0 {
-        let (mut key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
-        key.class |= PORT_REMAPPED;
-        match lookup::<F, PROGRAM>(skb, &skb.window(), &key, from_high) {
-            Some(known) if flow::continues(known.side.flags, packet.tcp_flags) => return MOVED_ON,
-            _ => {}
-        }
-    }
-    if taken { TAKEN } else { FREE }
-}
-
-/// Where a packet's transport header is.
-#[inline(always)]
-pub(super) fn layout<F: Family>(packet: &Packet<F>) -> Layout {
-    let transport = if packet.fragment == Fragment::Later { 0 } else { packet.transport };
-    Layout { protocol: packet.protocol, transport, quote: None }
-}
-
-/// Makes the entry of both directions, as far as the way decides about it.
-#[inline(always)]
-fn prepare<F: Way>(flow: &mut Flow<F::Addr>, route: &Route<'_>, answers: bool) {
+fn prepare_entry<F: DatapathFamily>(flow: &mut Flow<F::Addr>, route: &Route<'_>, is_reply: bool) {
     // SAFETY: a flow entry consists of integers.
     unsafe { zero(flow) };
     flow.slots = [route.source.slot, route.destination.slot];
     flow.epochs = [route.source.epoch, route.destination.epoch];
-    let [side, other] = &mut flow.directions;
-    route.fill::<F>(side);
-    route.back().fill::<F>(other);
-    let reverse = |it: bool| if it { flow_flags::REPLY } else { 0 };
-    (side.flags, other.flags) = (flow_flags::SEEN | reverse(answers), reverse(!answers));
+    let [direction, other] = &mut flow.directions;
+    route.fill_direction::<F>(direction);
+    route.reversed().fill_direction::<F>(other);
+    let reply_flag = |is_reply: bool| if is_reply { flow_flags::REPLY } else { 0 };
+    (direction.flags, other.flags) = (flow_flags::SEEN | reply_flag(is_reply), reply_flag(!is_reply));
 }
 
-/// Writes the entry of both directions and sends the packet by it.
+/// Inserts the flow entry of both directions, and emits the packet.
 #[inline(always)]
-fn remember<F: Way, const PROGRAM: u8>(
+fn create_single_entry<F: DatapathFamily, const PROGRAM: u8>(
     skb: Skb,
     window: Window,
     packet: &Packet<F>,
     flow: &mut Flow<F::Addr>,
 ) -> Verdict {
-    let (key, from_high) = flow::key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
-    let now = now();
-    (flow.created, flow.initiator) = (now, from_high);
+    let (key, is_high_end) = flow::flow_key::<F>(&packet.src, &packet.dst, packet.ports, packet.protocol);
+    let now = jiffies();
+    (flow.created, flow.initiator) = (now, is_high_end);
     let whole: *const _ = flow;
-    let [side, other] = &mut flow.directions;
-    // An ICMP error that belongs to no flow is not the beginning of one.
+    let [direction, other] = &mut flow.directions;
+    // An ICMP error without a flow does not begin one.
     if packet.payload == Payload::IcmpError {
-        return send::<F, PROGRAM>(skb, window, side, whole, layout(packet));
+        return emit::<F, PROGRAM>(skb, window, direction, whole, PacketLayout::of(packet));
     }
-    side.flags |= flow::remembered(packet.tcp_flags);
-    (side.last_seen, other.last_seen) = (now, now);
-    (side.packets, side.bytes) = (1, u64::from(skb.len()));
-    let full = F::flows().insert(&key, &*flow, 0).is_err();
-    count(if full { PathCounter::FlowInsertFailed } else { PathCounter::FlowNew } as u32, skb.len());
-    let [side, _] = &flow.directions;
-    if DEBUG.load() != 0 {
-        // The branch is gone from the verified program when the global is 0.
-        // SAFETY: the macro counts its arguments.
-        unsafe { bpf_printk!(c"terway: flow on %d class %x action %d", side.ifindex, key.class, side.action) };
-    }
-    send::<F, PROGRAM>(skb, window, side, whole, layout(packet))
+    direction.flags |= flow::tracked_tcp_flags(packet.tcp_flags);
+    (direction.last_seen, other.last_seen) = (now, now);
+    (direction.packets, direction.bytes) = (1, u64::from(skb.len()));
+    let failed = F::flows().insert(&key, &*flow, 0).is_err();
+    count(if failed { PathCounter::FlowInsertFailed } else { PathCounter::FlowNew } as u32, skb.len());
+    let [direction, _] = &flow.directions;
+    emit::<F, PROGRAM>(skb, window, direction, whole, PacketLayout::of(packet))
 }
 
-/// Whether the sender of this packet is the one who answers: so says the entry that it is about to replace, if that was made between
-/// the same pods. What voids an entry is where packets go, and not who began.
+/// Whether the packet goes in the reply direction: the entry that it replaces says so, and was created between the same endpoints. An
+/// invalid entry has an outdated route, but its direction still holds.
 ///
-/// What the packet says of itself does not count, as it would open a way past policies: without an entry, who speaks first began.
+/// The packet's own flags do not count: a sender could use them to bypass policies. Without an entry the sender is the initiator.
 #[inline(always)]
-fn answers<F: Way>(packet: &Packet<F>, replaced: &Replaced, route: &Route<'_>) -> bool {
-    if opens(packet) || replaced.answers == 0 {
+fn is_reply<F: DatapathFamily>(packet: &Packet<F>, previous: &PreviousEntry, route: &Route<'_>) -> bool {
+    if is_syn(packet) || !previous.is_reply {
         return false;
     }
-    let ([own, other], [at_own, at_other]) = (replaced.slots, replaced.epochs);
-    let same = |slot: u32, epoch: u32, now: Basis| {
-        !policy::is_pod(now.slot) || slot == now.slot && is_epoch_between(now.since, epoch, now.epoch)
+    let ([sender, other], [at_sender, at_other]) = (previous.slots, previous.epochs);
+    let is_same_endpoint = |slot: u32, epoch: u32, now: EpochRef| {
+        !policy::is_pod(now.slot) || slot == now.slot && is_epoch_between(now.first_epoch, epoch, now.epoch)
     };
-    same(own, at_own, route.source) && same(other, at_other, route.destination)
+    is_same_endpoint(sender, at_sender, route.source) && is_same_endpoint(other, at_other, route.destination)
 }
 
-/// Whether a packet can only be the first of a connection.
+/// Whether the packet opens a TCP connection (SYN without ACK).
 #[inline(always)]
-fn opens<F: Family>(packet: &Packet<F>) -> bool {
+fn is_syn<F: Family>(packet: &Packet<F>) -> bool {
     const BOTH: u8 = tcp_flags::SYN | tcp_flags::ACK;
     packet.tcp_flags & BOTH == tcp_flags::SYN
-}
-
-#[inline(always)]
-pub(super) fn endpoint<F: Family>(skb: Skb) -> Result<&'static Endpoint, Drop>
-where
-    Maps: Tables<F>,
-{
-    const MAPS: &Maps = &Maps;
-    MAPS.by_ifindex(skb.ifindex()).ok_or(Drop::UnknownEndpoint)
-}
-
-/// Notes the ports of a first fragment, and gives them to the later ones.
-#[inline(always)]
-fn reassociate<F: Way>(packet: &mut Packet<F>, (ifindex, hook): (u32, u8)) -> Result<(), Drop> {
-    let key = FragmentKey {
-        src: packet.src,
-        dst: packet.dst,
-        id: packet.fragment_id,
-        ifindex,
-        class: u32::from(packet.protocol) | u32::from(hook) << 8,
-        spare: 0,
-    };
-    if packet.fragment == Fragment::First {
-        let value = FragmentValue { ports: packet.ports, seen: now() };
-        // If the table does not take it, the later fragments are dropped with their own reason.
-        let _full = F::fragments().insert(&key, &value, 0);
-        return Ok(());
-    }
-    // SAFETY: copied at once; a value that is reused meanwhile gives other ports, and the flow decides for those.
-    let value = unsafe { F::fragments().get(&key) }.ok_or(Drop::UnknownFragment)?;
-    packet.ports = value.ports;
-    Ok(())
-}
-
-/// Neighbour discovery exists in one family only.
-pub trait Neighbourly<F: Family> {
-    /// See [`neighbour::check_neighbour`].
-    ///
-    /// # Errors
-    /// The reason to drop it.
-    fn neighbour(window: &Window, packet: &Packet<F>, pod: &Endpoint) -> Result<(), Drop>;
-}
-
-/// The checks of neighbour messages.
-pub struct Checks;
-
-impl Neighbourly<V4> for Checks {
-    #[inline(always)]
-    fn neighbour(_: &Window, _: &Packet<V4>, _: &Endpoint) -> Result<(), Drop> {
-        Ok(())
-    }
-}
-
-impl Neighbourly<V6> for Checks {
-    #[inline(always)]
-    fn neighbour(window: &Window, packet: &Packet<V6>, pod: &Endpoint) -> Result<(), Drop> {
-        neighbour::check_neighbour(window, packet, pod)
-    }
-}
-
-/// A frame from a pod that is not IP.
-#[inline(never)]
-pub fn other(ctx: *mut __sk_buff) -> Verdict {
-    let skb = Skb(ctx);
-    let window = skb.pull();
-    let checked = match window.ethertype() {
-        Some(ethertype::ARP) => endpoint::<V4>(skb)
-            .and_then(|pod| neighbour::check_arp(&window, pod))
-            .map(|()| Verdict::next(PathCounter::Neighbour)),
-        Some(_) => Err(Drop::UnknownEthertype),
-        None => Err(Drop::Truncated),
-    };
-    checked.into()
 }

@@ -1,28 +1,28 @@
-//! Services at the socket: `connect` and `sendmsg` go to a backend, and what the application asks afterwards is answered with the
-//! Service's address. Packets then need no translation.
+//! Service translation at the socket: `connect` and `sendmsg` get a backend's address, `recvmsg` and `getpeername` the frontend's. Packets
+//! of such sockets need no NAT.
 
 use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval};
 use terway_abi::{BackendRef, SOCKET_DATAGRAM_BACKEND, SOCKET_REVERSE_NAT, SocketKey, SocketValue, frontend_flags};
 
-use super::exit::now;
+use super::counters::jiffies;
 use super::maps::{HOST_NETNS, HZ, Maps, SETS_ERRNO, SOCKET_NAT};
-use crate::route::Tables;
 use crate::family::{Family, V4, V6};
 use crate::parse::{TCP, UDP};
-use crate::service::{self, Asker, Outcome, Services};
+use crate::route::Tables;
+use crate::service::{self, Client, Selection, Services};
 
-/// What the kernel is told: go on with the system call.
-const GO_ON: i32 = 1;
-/// The system call fails, with `EPERM` unless [`refuse`] has told another error.
-const REFUSE: i32 = 0;
+/// Return value: proceed with the system call.
+const PROCEED: i32 = 1;
+/// Return value: the system call fails, with `EPERM` unless [`reject_call`] has set another errno.
+const REJECT: i32 = 0;
 
-/// What a closed port gives (include/uapi/asm-generic/errno.h).
+/// Errno of a closed port (include/uapi/asm-generic/errno.h).
 const ECONNREFUSED: i32 = 111;
-/// What a port gives that somebody has bound already.
+/// Errno of a port that is already bound.
 const EADDRINUSE: i32 = 98;
 
-/// The second and third word of an IPv4 address in IPv6's clothes (RFC 4291 section 2.5.5.2).
+/// The third word of an IPv4-mapped IPv6 address (RFC 4291 section 2.5.5.2).
 const MAPPED: u32 = 0x0000_ffff_u32.to_be();
 
 /// The context of a socket-address program.
@@ -68,13 +68,13 @@ const IP6: usize = core::mem::offset_of!(bpf_sock_addr, user_ip6);
 const PORT: usize = core::mem::offset_of!(bpf_sock_addr, user_port);
 const PROTOCOL: usize = core::mem::offset_of!(bpf_sock_addr, protocol);
 
-/// How an address stands in the context.
-trait Stands: Family {
+/// Access to the address in the context, by family.
+trait ContextAddress: Family {
     fn read(sock: Sock) -> Self::Addr;
     fn write(sock: Sock, address: &Self::Addr);
 }
 
-impl Stands for V6 {
+impl ContextAddress for V6 {
     #[inline(always)]
     fn read(sock: Sock) -> [u32; 4] {
         [get!(sock, IP6), get!(sock, IP6 + 4), get!(sock, IP6 + 8), get!(sock, IP6 + 12)]
@@ -90,7 +90,7 @@ impl Stands for V6 {
     }
 }
 
-/// Whether the context of an IPv6 socket names an IPv4 address, and which.
+/// The IPv4 address of an IPv4-mapped IPv6 address.
 #[inline(always)]
 fn mapped(address: &[u32; 4]) -> Option<u32> {
     let [a, b, c, d] = *address;
@@ -105,30 +105,30 @@ fn socket_cookie(sock: Sock) -> u64 {
 
 /// The cookie of the socket's network namespace.
 #[inline(always)]
-pub(super) fn netns(sock: Sock) -> u64 {
+fn netns_cookie(sock: Sock) -> u64 {
     // SAFETY: valid context.
     unsafe { bpf_get_netns_cookie(sock.0.cast()) }
 }
 
-/// Whether this is the cookie of the node's own network namespace.
+/// Whether this is the cookie of the host's network namespace.
 #[inline(always)]
-pub(super) fn is_node(netns: u64) -> bool {
+fn is_host_netns(netns: u64) -> bool {
     let host = match HOST_NETNS.load() {
-        // SAFETY: without a context the helper speaks of the first network namespace.
+        // SAFETY: without a context the helper returns the cookie of the initial network namespace.
         0 => unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) },
         cookie => cookie,
     };
     netns == host
 }
 
-/// Has the system call fail with this error, or, where the kernel knows only one, with `EPERM`.
+/// Makes the system call fail with this errno; with `EPERM` on kernels without `bpf_set_retval`.
 #[inline(always)]
-pub(super) fn refuse(errno: i32) -> i32 {
+fn reject_call(errno: i32) -> i32 {
     if SETS_ERRNO.load() != 0 {
-        // SAFETY: the helper only notes the number, which is one of an error.
+        // SAFETY: the helper stores the number, which is a valid errno.
         unsafe { bpf_set_retval(-errno) };
     }
-    REFUSE
+    REJECT
 }
 
 #[inline(always)]
@@ -143,18 +143,23 @@ const fn words(cookie: u64) -> [u32; 2] {
     [cookie as u32, (cookie >> 32) as u32]
 }
 
-/// What a system call does with the address.
+/// The system call that names an address.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Call {
-    /// `connect`: all that is sent goes there.
+    /// `connect`.
     Connect,
-    /// `sendto` and `sendmsg` of a datagram on a socket that is not connected.
+    /// `sendto` or `sendmsg` on an unconnected datagram socket.
     Send,
 }
 
-/// The backend that a socket's destination comes to, its address and port; or what the kernel is told.
+/// The backend (address and port) for a socket's destination, none if it is for no Service; or the return value of a rejected call.
 #[inline(always)]
-fn choose<F: Family>(sock: Sock, call: Call, address: &F::Addr, loopback: bool) -> Result<Option<(F::Addr, u32)>, i32>
+fn select_backend<F: Family>(
+    sock: Sock,
+    call: Call,
+    address: &F::Addr,
+    loopback: bool,
+) -> Result<Option<(F::Addr, u32)>, i32>
 where
     Maps: Tables<F> + Services<F>,
 {
@@ -162,67 +167,70 @@ where
     if !matches!(protocol, TCP | UDP) {
         return Ok(None);
     }
-    let own = netns(sock);
+    let own = netns_cookie(sock);
     let found = if loopback {
-        // A pod's loopback is its own. The node's has its ports of Services, and is in no filter.
-        if !is_node(own) {
+        // Only the host's loopback has NodePorts. Loopback addresses are not in the frontend filter.
+        if !is_host_netns(own) {
             return Ok(None);
         }
-        service::at_node::<F, _>(&Maps, port << 16, protocol)
+        service::find_nodeport::<F, _>(&Maps, port << 16, protocol)
     } else {
-        service::find::<F, _>(&Maps, address, port << 16, protocol, true, || Maps.is_host(address))
+        service::find_frontend::<F, _>(&Maps, address, port << 16, protocol, true, || Maps.is_host(address))
     };
     let Some(frontend) = found else { return Ok(None) };
-    let node = is_node(own);
-    // Not for clients in the cluster; or, of a pod, for the packets' path: it knows how many connections a backend has, and what the
-    // hash is made of.
-    let theirs = frontend_flags::MAGLEV | frontend_flags::LEAST_CONNECTIONS;
-    if frontend.flags & frontend_flags::EXTERNAL_ONLY != 0 || (!node && frontend.flags & theirs != 0) {
+    let is_host = is_host_netns(own);
+    // Not for clients in the cluster. Or a pod's connection that needs the packet path, which counts active connections and hashes ports.
+    let packet_path = frontend_flags::MAGLEV | frontend_flags::LEAST_CONNECTIONS;
+    if frontend.flags & frontend_flags::EXTERNAL_ONLY != 0 || (!is_host && frontend.flags & packet_path != 0) {
         return Ok(None);
     }
     let cookie = socket_cookie(sock);
-    let memory =
-        SocketKey { kind: SOCKET_DATAGRAM_BACKEND, ..socket_key(sock, cookie, F::widen(address), port, F::VERSION) };
-    let known = remembered::<F>(call, &memory, frontend.service);
-    let member = match known {
-        Some(member) => member,
+    let datagram_key =
+        SocketKey { kind: SOCKET_DATAGRAM_BACKEND, ..socket_key(sock, cookie, F::to_words(address), port, F::VERSION) };
+    let previous = previous_backend::<F>(call, &datagram_key, frontend.service);
+    let selected = match previous {
+        Some(backend_ref) => backend_ref,
         None => {
             // SAFETY: the helper has no preconditions.
             let random = unsafe { bpf_get_prandom_u32() };
-            let asker =
-                Asker { client: [own as u32, (own >> 32) as u32, 0, 0], kind: 0, random, now: now(), hz: HZ.load() };
-            match service::choose::<F, _>(&Maps, frontend, true, random, &asker) {
-                Outcome::Chosen(member) => member,
-                // A pod's packet is answered where it leaves the pod, by a reset or an ICMP error. The node's own would leave.
-                Outcome::Refused { .. } if node => return Err(refuse(ECONNREFUSED)),
+            let client = Client {
+                client: [own as u32, (own >> 32) as u32, 0, 0],
+                kind: 0,
+                random,
+                now: jiffies(),
+                hz: HZ.load(),
+            };
+            match service::select_backend::<F, _>(&Maps, frontend, true, random, &client) {
+                Selection::Backend(backend_ref) => backend_ref,
+                // A pod's packet is rejected by `from_pod`. Packets of the host do not pass a program that rejects them.
+                Selection::NoBackend { .. } if is_host => return Err(reject_call(ECONNREFUSED)),
                 _ => return Ok(None),
             }
         }
     };
-    let Some(backend) = Services::<F>::backend(&Maps, member.backend) else { return Ok(None) };
+    let Some(backend) = Services::<F>::backend(&Maps, selected.backend) else { return Ok(None) };
     let (target, target_port) = (backend.address, u32::from(backend.port));
     let key = socket_key(sock, cookie, target, target_port, F::VERSION);
     let value = SocketValue {
-        address: F::widen(address),
+        address: F::to_words(address),
         port,
         service: frontend.service,
-        backend_ref: member,
+        backend_ref: selected,
         netns: words(own),
     };
-    // If the table takes neither, the application is told the backend's address, and the next datagram may go elsewhere.
-    if !is_known(&key, &value) {
-        let _full = SOCKET_NAT.insert(&key, &value, 0);
+    // If an insertion fails, the application sees the backend's address, or the next datagram may go to another backend.
+    if !is_stored(&key, &value) {
+        let _result = SOCKET_NAT.insert(&key, &value, 0);
     }
-    if call == Call::Send && known.is_none() {
-        let _full = SOCKET_NAT.insert(&memory, &SocketValue { address: target, port: target_port, ..value }, 0);
+    if call == Call::Send && previous.is_none() {
+        let _result = SOCKET_NAT.insert(&datagram_key, &SocketValue { address: target, port: target_port, ..value }, 0);
     }
-    Ok(Some((F::narrow(&target), target_port)))
+    Ok(Some((F::from_words(&target), target_port)))
 }
 
-/// Where this socket's last datagram to this frontend went, if that backend lives: an exchange of several datagrams stays with whom
-/// it began.
+/// The backend of this socket's last datagram to this frontend, if it still exists: an exchange of several datagrams stays with one backend.
 #[inline(always)]
-fn remembered<F: Family>(call: Call, key: &SocketKey, service: u32) -> Option<BackendRef>
+fn previous_backend<F: Family>(call: Call, key: &SocketKey, service: u32) -> Option<BackendRef>
 where
     Maps: Services<F>,
 {
@@ -231,13 +239,13 @@ where
     }
     // SAFETY: read at once; a value that is reused meanwhile is of another socket, which is a race of microseconds.
     let value = unsafe { SOCKET_NAT.get(key) }?;
-    let member = value.backend_ref;
-    (value.service == service && service::life::<F, _>(&Maps, member).is_some()).then_some(member)
+    let backend_ref = value.backend_ref;
+    (value.service == service && service::current_backend::<F, _>(&Maps, backend_ref).is_some()).then_some(backend_ref)
 }
 
-/// Whether the way back is in the table already.
+/// Whether this reverse translation is stored already.
 #[inline(always)]
-fn is_known(key: &SocketKey, value: &SocketValue) -> bool {
+fn is_stored(key: &SocketKey, value: &SocketValue) -> bool {
     // SAFETY: as above.
     let Some(known) = (unsafe { SOCKET_NAT.get(key) }) else { return false };
     let ([a, b, c, d], [e, f, g, h]) = (known.address, value.address);
@@ -247,53 +255,53 @@ fn is_known(key: &SocketKey, value: &SocketValue) -> bool {
         && known.backend_ref.generation == value.backend_ref.generation
 }
 
-/// `connect`, `sendto` or `sendmsg` of an IPv4 socket.
+/// Translates the destination of `connect`, `sendto` or `sendmsg` of an IPv4 socket.
 #[inline(always)]
-pub fn there_v4(sock: Sock, call: Call) -> i32 {
+pub fn translate_destination_v4(sock: Sock, call: Call) -> i32 {
     let address = get!(sock, IP4);
     let [first, ..] = address.to_ne_bytes();
-    match choose::<V4>(sock, call, &address, first == 127) {
+    match select_backend::<V4>(sock, call, &address, first == 127) {
         Ok(Some((address, port))) => {
             set!(sock, IP4, address);
             set!(sock, PORT, port);
-            GO_ON
+            PROCEED
         }
-        Ok(None) => GO_ON,
-        Err(answer) => answer,
+        Ok(None) => PROCEED,
+        Err(result) => result,
     }
 }
 
-/// The same of an IPv6 socket, which may go to an IPv4 address.
+/// Translates the destination of an IPv6 socket, which may be an IPv4-mapped address.
 #[inline(always)]
-pub fn there_v6(sock: Sock, call: Call) -> i32 {
+pub fn translate_destination_v6(sock: Sock, call: Call) -> i32 {
     let address = V6::read(sock);
     if let Some(v4) = mapped(&address) {
         let [first, ..] = v4.to_ne_bytes();
-        return match choose::<V4>(sock, call, &v4, first == 127) {
+        return match select_backend::<V4>(sock, call, &v4, first == 127) {
             Ok(Some((address, port))) => {
                 set!(sock, IP6 + 12, address);
                 set!(sock, PORT, port);
-                GO_ON
+                PROCEED
             }
-            Ok(None) => GO_ON,
-            Err(answer) => answer,
+            Ok(None) => PROCEED,
+            Err(result) => result,
         };
     }
     let [a, b, c, d] = address;
-    match choose::<V6>(sock, call, &address, a | b | c == 0 && d == 1_u32.to_be()) {
+    match select_backend::<V6>(sock, call, &address, a | b | c == 0 && d == 1_u32.to_be()) {
         Ok(Some((address, port))) => {
             V6::write(sock, &address);
             set!(sock, PORT, port);
-            GO_ON
+            PROCEED
         }
-        Ok(None) => GO_ON,
-        Err(answer) => answer,
+        Ok(None) => PROCEED,
+        Err(result) => result,
     }
 }
 
-/// `recvmsg` and `getpeername` of an IPv4 socket: whom it believes to talk to.
+/// Translates the peer address in `recvmsg` and `getpeername` of an IPv4 socket back to the frontend's.
 #[inline(always)]
-pub fn back_v4(sock: Sock) -> i32 {
+pub fn translate_source_v4(sock: Sock) -> i32 {
     let key = socket_key(sock, socket_cookie(sock), [get!(sock, IP4), 0, 0, 0], get!(sock, PORT), 4);
     // SAFETY: read at once; a value that is reused meanwhile is of another socket, which is a race of microseconds.
     if let Some(value) = unsafe { SOCKET_NAT.get(&key) } {
@@ -301,12 +309,12 @@ pub fn back_v4(sock: Sock) -> i32 {
         set!(sock, IP4, address);
         set!(sock, PORT, value.port);
     }
-    GO_ON
+    PROCEED
 }
 
-/// The same of an IPv6 socket.
+/// Translates the peer address of an IPv6 socket back to the frontend's.
 #[inline(always)]
-pub fn back_v6(sock: Sock) -> i32 {
+pub fn translate_source_v6(sock: Sock) -> i32 {
     let address = V6::read(sock);
     let v4 = mapped(&address);
     let (cookie, port) = (socket_cookie(sock), get!(sock, PORT));
@@ -323,33 +331,37 @@ pub fn back_v6(sock: Sock) -> i32 {
         }
         set!(sock, PORT, value.port);
     }
-    GO_ON
+    PROCEED
 }
 
-/// Whether this port of the node is a Service's: whoever listens there would never be asked.
+/// Whether the port is a NodePort: a listener there would never get a connection.
 #[inline(always)]
-fn is_taken<F: Family>(sock: Sock) -> bool
+fn is_node_port<F: Family>(sock: Sock) -> bool
 where
     Maps: Services<F>,
 {
-    service::at_node::<F, _>(&Maps, get!(sock, PORT) << 16, get!(sock, PROTOCOL) as u8).is_some()
+    service::find_nodeport::<F, _>(&Maps, get!(sock, PORT) << 16, get!(sock, PROTOCOL) as u8).is_some()
 }
 
-/// `bind` of an IPv4 socket. Pods have ports of their own.
+/// Rejects `bind` of a host's IPv4 socket to a NodePort.
 #[inline(always)]
 pub fn bind_v4(sock: Sock) -> i32 {
-    if get!(sock, PORT) != 0 && is_node(netns(sock)) && is_taken::<V4>(sock) { refuse(EADDRINUSE) } else { GO_ON }
+    if get!(sock, PORT) != 0 && is_host_netns(netns_cookie(sock)) && is_node_port::<V4>(sock) {
+        reject_call(EADDRINUSE)
+    } else {
+        PROCEED
+    }
 }
 
-/// `bind` of an IPv6 socket. One that is bound to no address gets what comes to IPv4 addresses, too; that it may be told not to
-/// (`IPV6_V6ONLY`) cannot be seen from here.
+/// Rejects `bind` of a host's IPv6 socket to a NodePort. A socket bound to the unspecified address receives IPv4 too; `IPV6_V6ONLY` is not
+/// visible here.
 #[inline(always)]
 pub fn bind_v6(sock: Sock) -> i32 {
-    if get!(sock, PORT) == 0 || !is_node(netns(sock)) {
-        return GO_ON;
+    if get!(sock, PORT) == 0 || !is_host_netns(netns_cookie(sock)) {
+        return PROCEED;
     }
     let address = V6::read(sock);
     let [a, b, c, d] = address;
     let v4 = a | b | c | d == 0 || mapped(&address).is_some();
-    if (v4 && is_taken::<V4>(sock)) || is_taken::<V6>(sock) { refuse(EADDRINUSE) } else { GO_ON }
+    if (v4 && is_node_port::<V4>(sock)) || is_node_port::<V6>(sock) { reject_call(EADDRINUSE) } else { PROCEED }
 }

@@ -12,7 +12,7 @@ use terway_core::policy::{
     DISABLED, IdentityKind, LOCAL_NODE, LOOPBACK, Maps, NO_POLICY, Packet, PortTableId, RuleId, SetId, SetRef, Verdict,
 };
 use terway_ebpf::family::{Family, V4, V6};
-use terway_ebpf::policy::{Case, ELSEWHERE, Policies, verdict};
+use terway_ebpf::policy::{NOT_CHECKED, Policies, PolicyQuery, check};
 
 use crate::dice::Dice;
 use crate::making::random;
@@ -22,7 +22,7 @@ use crate::setting;
 /// The maps as the kernel holds them.
 struct Kernel<'a> {
     maps: &'a Maps,
-    gate: u32,
+    control: u32,
     endpoints: HashMap<u32, [PolicyEndpoint; 2]>,
     exact: HashMap<IpAddr, Versioned>,
     blocks: HashMap<IpNetwork, Versioned>,
@@ -39,7 +39,7 @@ impl<'a> Kernel<'a> {
         };
         Self {
             maps,
-            gate: maps.version as u32 | if maps.enforce { CONTROL_ENFORCE } else { 0 },
+            control: maps.version as u32 | if maps.enforce { CONTROL_ENFORCE } else { 0 },
             endpoints: maps.endpoints.iter().map(|(slot, values)| (*slot, values.map(endpoint))).collect(),
             exact: maps.addresses.iter().map(|(a, pair)| (*a, pair.map(|identity| identity.0))).collect(),
             blocks: maps.cidrs.iter().map(|(net, pair)| (*net, pair.map(|identity| identity.0))).collect(),
@@ -53,7 +53,7 @@ impl<'a> Kernel<'a> {
 }
 
 fn ip<F: Family>(address: &F::Addr) -> IpAddr {
-    let words = F::widen(address);
+    let words = F::to_words(address);
     if F::VERSION == 4 {
         return Ipv4Addr::from(words[0].to_ne_bytes()).into();
     }
@@ -65,19 +65,19 @@ fn ip<F: Family>(address: &F::Addr) -> IpAddr {
 }
 
 impl<F: Family> Policies<F> for Kernel<'_> {
-    fn gate(&self) -> u32 {
-        self.gate
+    fn control_word(&self) -> u32 {
+        self.control
     }
 
-    fn endpoint(&self, slot: u32, phase: u32) -> Option<&PolicyEndpoint> {
-        self.endpoints.get(&slot).map(|values| &values[phase as usize])
+    fn endpoint(&self, slot: u32, version: u32) -> Option<&PolicyEndpoint> {
+        self.endpoints.get(&slot).map(|values| &values[version as usize])
     }
 
-    fn exact(&self, address: &F::Addr) -> Option<&Versioned> {
+    fn identity(&self, address: &F::Addr) -> Option<&Versioned> {
         self.exact.get(&ip::<F>(address))
     }
 
-    fn block(&self, address: &F::Addr) -> Option<&Versioned> {
+    fn cidr_identity(&self, address: &F::Addr) -> Option<&Versioned> {
         let net = IpNetwork::from(ip::<F>(address));
         let lengths = (0..=net.prefix()).rev();
         lengths
@@ -105,16 +105,16 @@ fn asked<F: Family>(kernel: &Kernel<'_>, packet: &Packet, slots: [u32; 2]) -> [u
             IpAddr::V6(v6) => v6.octets().to_vec(),
         };
         let words = std::array::from_fn(|i| u32::from_ne_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap()));
-        F::narrow(&words)
+        F::from_words(&words)
     };
-    let case = Case {
+    let query = PolicyQuery {
         source: address(packet.source),
         destination: address(packet.destination),
         slots,
         port: u32::from(packet.port.to_be()),
         protocol: packet.protocol.into(),
     };
-    verdict::<F, _>(kernel, &case)
+    check::<F, _>(kernel, &query)
 }
 
 /// A slot that is no pod's, as the datapath has one for every address.
@@ -141,7 +141,7 @@ fn compare(maps: &Maps, packets: &[Packet], local: &dyn Fn(IpAddr) -> Option<u32
                 }
                 Some(it) => it.0,
                 None if always => found,
-                None => ELSEWHERE,
+                None => NOT_CHECKED,
             };
             assert_eq!(found, expected, "{packet:?}, side {side}");
             assert!(always || found & VERDICT_ALLOW == expected & VERDICT_ALLOW);

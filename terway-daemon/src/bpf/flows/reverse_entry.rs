@@ -23,7 +23,7 @@ impl KeyOrder for [u32; 4] {
     }
 }
 
-/// The key of the packets that go from `src` to `dst`, and back (`terway_ebpf::flow::key`).
+/// The key of the packets that go from `src` to `dst`, and back (`terway_ebpf::flow::flow_key`).
 pub(super) fn key<A: KeyOrder>(src: A, dst: A, ports: u32, class: u32) -> FlowKey<A> {
     let (source, destination) = (ports & 0xffff, ports >> 16);
     if dst.is_before(&src, destination < source) {
