@@ -6,6 +6,6 @@ pub mod figures;
 pub mod load;
 pub mod packet;
 pub mod prog_bench;
-pub mod prog_serve;
+pub mod prog_harness;
 pub mod sandbox;
 pub mod sctp;

@@ -12,7 +12,7 @@ use terway_core::ident::Addresses;
 use terway_daemon::bpf::{BpfError, Config, Datapath, Endpoint, RunContext, Uplink};
 
 use crate::packet::{Frame, flags};
-use crate::prog_serve::frontend_key;
+use crate::prog_harness::frontend_key;
 use crate::sandbox::{Sandbox, ifindex, ip};
 
 /// Two pods and an ENI, as interfaces of the calling thread's namespace and as endpoints of a datapath.

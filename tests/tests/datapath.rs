@@ -23,7 +23,7 @@ use terway_daemon::bpf::{Config, Datapath, Endpoint};
 use terway_tests::packet::Frame;
 use terway_tests::sandbox::{Namespace, Sandbox, command, ifindex, ip};
 use terway_tests::sctp::SCTP;
-use terway_tests::{prog_serve, sandbox_or_skip};
+use terway_tests::{prog_harness, sandbox_or_skip};
 
 const ENI_MAC: &str = "02:00:00:00:00:e1";
 const GATEWAY_MAC: &str = "02:00:00:00:00:99";
@@ -137,7 +137,10 @@ fn pod(number: u8, eni: u32) -> (Namespace, Endpoint) {
     (namespace, endpoint)
 }
 
-/// A server in one namespace answers a client in another, byte for byte.
+/// Bytes of a bulk transfer, in each direction.
+const TRANSFER: u32 = 300_000;
+
+/// An echo server in one namespace returns what a client in another sends.
 fn tcp(server: &Namespace, client: &Namespace, address: &str) {
     let address = SocketAddr::new(address.parse::<IpAddr>().unwrap(), 8080);
     let (bound, ready) = std::sync::mpsc::channel();
@@ -153,7 +156,7 @@ fn tcp(server: &Namespace, client: &Namespace, address: &str) {
         })
         .unwrap();
     ready.recv().unwrap();
-    let sent: Vec<u8> = (0..300_000_u32).map(|i| i as u8).collect();
+    let sent: Vec<u8> = (0..TRANSFER).map(|i| i as u8).collect();
     let expected = sent.clone();
     let received = client
         .spawn(move || {
@@ -177,7 +180,7 @@ fn ping(from: &Namespace, to: &str) {
 }
 
 #[test]
-fn pods_reach_each_other_the_vpc_and_the_host() {
+fn pod_to_pod_vpc_and_host() {
     let sandbox = sandbox_or_skip!();
     let world = World::build(&sandbox, &Config::new(sandbox.pin_root()));
     let World { a, b, vpc, .. } = &world;
@@ -186,8 +189,9 @@ fn pods_reach_each_other_the_vpc_and_the_host() {
         ping(a, to);
         tcp(b, a, to);
     }
-    // All of it went from pod to pod, nothing through the host stack.
-    assert!(world.counter(PathCounter::PodToPod).packets > 100);
+    // All bytes went from pod to pod, nothing through the host stack. Packets are not counted: segmentation offload merges them, more of
+    // them on a faster machine. Both families, there and back.
+    assert!(world.counter(PathCounter::PodToPod).bytes > 2 * 2 * u64::from(TRANSFER));
     assert_eq!(world.counter(PathCounter::PodToHost).packets, 0);
     // The host says something about multicast groups when an interface comes up, but that makes no flow.
     let flows = world.datapath.flows().list(1000).unwrap();
@@ -197,7 +201,9 @@ fn pods_reach_each_other_the_vpc_and_the_host() {
         ping(a, to);
         tcp(vpc, b, to);
     }
-    assert!(world.counter(PathCounter::PodToVpc).packets > 20 && world.counter(PathCounter::VpcToPod).packets > 20);
+    for path in [PathCounter::PodToVpc, PathCounter::VpcToPod] {
+        assert!(world.counter(path).bytes > 2 * u64::from(TRANSFER), "{path:?}");
+    }
     for (pod, to) in [(a, "10.0.0.1"), (b, "fd00::2")] {
         ping(vpc, to);
         tcp(pod, vpc, to);
@@ -216,7 +222,7 @@ fn pods_reach_each_other_the_vpc_and_the_host() {
 }
 
 #[test]
-fn a_pod_cannot_reach_into_vlans() {
+fn vlan_tagged_frames_are_dropped() {
     let sandbox = sandbox_or_skip!();
     let world = World::build(&sandbox, &Config::new(sandbox.pin_root()));
     let (host, pod) = (world.pods[0].host_mac.0, world.pods[0].pod_mac.0);
@@ -248,7 +254,7 @@ fn send_raw(interface: &str, frame: &[u8]) {
     }
 }
 
-/// RuleIds for which something was dropped, but for the chatter of IPv6 on any new interface.
+/// The drop reasons that were counted, without the multicast that IPv6 sends on each new interface.
 fn drops(datapath: &Datapath) -> Vec<&'static str> {
     let counters = datapath.counters().read().unwrap();
     let dropped = terway_abi::Drop::ALL.iter().filter(|reason| counters.drop(**reason).packets > 0);
@@ -256,7 +262,7 @@ fn drops(datapath: &Datapath) -> Vec<&'static str> {
 }
 
 #[test]
-fn clsact_on_the_eni_does_the_same() {
+fn eni_with_clsact() {
     let sandbox = sandbox_or_skip!();
     let config = Config { force_clsact: true, ..Config::new(sandbox.pin_root()) };
     let world = World::build(&sandbox, &config);
@@ -264,13 +270,13 @@ fn clsact_on_the_eni_does_the_same() {
         ping(&world.a, to);
         tcp(&world.vpc, &world.b, to);
     }
-    assert!(world.counter(PathCounter::VpcToPod).packets > 20);
+    assert!(world.counter(PathCounter::VpcToPod).bytes > 2 * u64::from(TRANSFER));
     world.datapath.interfaces().detach_eni(world.eni).unwrap();
     assert!(!command("tc", "filter show dev eni-1 ingress").unwrap().contains("terway"));
 }
 
 #[test]
-fn traceroute_sees_the_node_and_big_packets_arrive_in_pieces() {
+fn ttl_expiry_fragments_and_icmp_errors() {
     let sandbox = sandbox_or_skip!();
     let world = World::build(&sandbox, &Config::new(sandbox.pin_root()));
     // The first hop's error comes from the node: `ping -t 1` fails, and says who answered.
@@ -301,7 +307,7 @@ fn traceroute_sees_the_node_and_big_packets_arrive_in_pieces() {
 }
 
 #[test]
-fn connections_outlive_the_daemon_and_its_restart() {
+fn connections_survive_daemon_restart() {
     let sandbox = sandbox_or_skip!();
     let config = Config::new(sandbox.pin_root());
     let world = World::build(&sandbox, &config);
@@ -420,7 +426,7 @@ fn sctp(server: &Namespace, real: SocketAddr, client: &Namespace, own: IpAddr, t
 
 /// Real associations, where the kernel has SCTP: directly, through a Service, and as a policy says.
 #[test]
-fn sctp_through_a_service_and_a_policy() {
+fn sctp_service_and_policy() {
     let sandbox = sandbox_or_skip!();
     if let Err(error) = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::from(i32::from(SCTP)))) {
         println!("SKIP: this kernel has no SCTP: {error}");
@@ -432,7 +438,7 @@ fn sctp_through_a_service_and_a_policy() {
     let at = |text: &str| SocketAddr::new(text.parse().unwrap(), 8080);
     for (number, (own, real, vip)) in (1..).zip(families) {
         sctp(b, at(real), a, own.parse().unwrap(), at(real)).unwrap();
-        let backend = prog_serve::backend(real, 8080, SCTP);
+        let backend = prog_harness::backend(real, 8080, SCTP);
         datapath.services().set_backend(number, &backend).unwrap();
         datapath
             .services()
@@ -440,7 +446,7 @@ fn sctp_through_a_service_and_a_policy() {
             .unwrap();
         let run = BackendRange { first: number, count: 1 };
         let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
-        datapath.services().set_frontend(&prog_serve::at(vip, 8080, SCTP), &frontend).unwrap();
+        datapath.services().set_frontend(&prog_harness::at(vip, 8080, SCTP), &frontend).unwrap();
         sctp(b, at(real), a, own.parse().unwrap(), at(vip)).unwrap();
     }
 

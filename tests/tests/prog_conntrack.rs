@@ -13,7 +13,7 @@ use terway_core::conntrack::Timeouts;
 use terway_daemon::bpf::{Config, Datapath, Endpoint, GcOptions, GcReport, Ran, RunContext};
 use terway_tests::packet::{Frame, flags};
 use terway_tests::prog_bench::Stage;
-use terway_tests::prog_serve::{REDIRECT, SHOT, frontend_key};
+use terway_tests::prog_harness::{REDIRECT, SHOT, frontend_key};
 use terway_tests::sandbox_or_skip;
 
 const TCP: u8 = 6;
@@ -53,7 +53,7 @@ fn ends(packet: &[u8]) -> ([u8; 4], u16, [u8; 4], u16) {
 }
 
 #[test]
-fn what_is_silent_goes_and_what_is_not_stays() {
+fn gc_expires_idle_flows_by_state() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     let (to_b, to_a) =
@@ -114,7 +114,7 @@ fn what_is_silent_goes_and_what_is_not_stays() {
 
 /// The two entries of a connection to a Service live and die together, whichever of them is used.
 #[test]
-fn a_translated_connection_is_one() {
+fn gc_keeps_nat_pair_together() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     serve(&stage, UDP, &[(B, 53)], Frontend::default());
@@ -153,7 +153,7 @@ fn a_translated_connection_is_one() {
 
 /// Nor do those of a connection that met the answers of a Service's backend, and has another source port since.
 #[test]
-fn a_connection_with_another_port_is_one() {
+fn gc_keeps_remapped_pair_together() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     serve(&stage, UDP, &[(B, 53)], Frontend::default());
@@ -188,7 +188,7 @@ fn a_connection_with_another_port_is_one() {
 
 /// More connections than a table holds: all work, established ones included, and the estimate of what was thrown away is what was.
 #[test]
-fn a_full_table_is_no_obstacle() {
+fn lru_eviction_with_full_table() {
     let sandbox = sandbox_or_skip!();
     let config = Config { flows_v4: 1024, ..Config::new(sandbox.pin_root()) };
     let stage = Stage::with(&config).unwrap();
@@ -249,7 +249,7 @@ fn a_full_table_is_no_obstacle() {
 
 /// One entry of a pair is thrown away: answers go to the client and nobody else, and after the next pass the client is served again.
 #[test]
-fn half_a_pair_does_not_last() {
+fn gc_deletes_unpaired_nat_entry() {
     let sandbox = sandbox_or_skip!();
     let config = Config { flows_v4: 1024, ..Config::new(sandbox.pin_root()) };
     let stage = Stage::with(&config).unwrap();
@@ -281,7 +281,7 @@ fn half_a_pair_does_not_last() {
 
 /// A table of another size takes over what lives, both what was there when it was made and what the old programs wrote meanwhile.
 #[test]
-fn another_size_keeps_the_flows() {
+fn flow_table_resize_keeps_flows() {
     let sandbox = sandbox_or_skip!();
     let config = Config { flows_v4: 2048, ..Config::new(sandbox.pin_root()) };
     let mut stage = Stage::with(&config).unwrap();
@@ -323,7 +323,7 @@ fn another_size_keeps_the_flows() {
 
 /// The choice of the least loaded forgets connections that have ended.
 #[test]
-fn loads_fall_when_connections_end() {
+fn active_connection_counts_are_corrected() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     let template = Frontend { flags: frontend_flags::LEAST_CONNECTIONS, ..Frontend::default() };
@@ -385,7 +385,7 @@ fn loads_fall_when_connections_end() {
 
 /// A client with session affinity leaves a backend that is ending: what it began there goes on, what it begins now goes elsewhere.
 #[test]
-fn affinity_ends_with_its_backend() {
+fn affinity_leaves_terminating_backend() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     let template = Frontend { affinity: 600, ..Frontend::default() };

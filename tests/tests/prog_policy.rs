@@ -2,10 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
-#[path = "prog_policy/early.rs"]
-mod early;
-#[path = "prog_policy/told.rs"]
-mod told;
+#[path = "prog_policy/flow_events.rs"]
+mod flow_events;
+#[path = "prog_policy/startup.rs"]
+mod startup;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -18,7 +18,7 @@ use terway_core::policy::{Compiler, Event, MatchedRule, RuleId};
 use terway_daemon::bpf::{Endpoint, Ran, RunContext};
 use terway_tests::packet::{Frame, checksums_are_right, flags, quoted};
 use terway_tests::prog_bench::Stage;
-use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, frontend_key, run};
+use terway_tests::prog_harness::{NEXT, REDIRECT, SHOT, frontend_key, run};
 use terway_tests::sandbox::Sandbox;
 use terway_tests::sandbox_or_skip;
 
@@ -181,7 +181,7 @@ fn deny(direction: &str) -> Value {
 }
 
 #[test]
-fn both_sides_of_a_connection_on_one_node_are_judged() {
+fn ingress_and_egress_between_local_pods() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     for family in BOTH {
@@ -220,7 +220,7 @@ fn both_sides_of_a_connection_on_one_node_are_judged() {
 }
 
 #[test]
-fn the_world_outside_and_the_node() {
+fn policy_for_external_peers_and_local_node() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     for family in BOTH {
@@ -268,7 +268,7 @@ fn the_world_outside_and_the_node() {
 }
 
 #[test]
-fn tiers_are_asked_one_after_the_other() {
+fn policy_tiers_in_order() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     let mut port = 9_000;
@@ -310,7 +310,7 @@ fn tiers_are_asked_one_after_the_other() {
 }
 
 #[test]
-fn what_has_no_ports_and_what_comes_in_pieces() {
+fn policy_for_portless_protocols_and_fragments() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     for family in BOTH {
@@ -353,7 +353,7 @@ fn what_has_no_ports_and_what_comes_in_pieces() {
 }
 
 #[test]
-fn established_connections_are_judged_again() {
+fn established_connections_are_rechecked_after_policy_change() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     for family in BOTH {
@@ -414,7 +414,7 @@ fn serve(stage: &Stage, service: u32, vip: &str, backend: &str) {
 }
 
 #[test]
-fn services_are_judged_by_their_backend_and_keep_it() {
+fn policy_for_services_applies_to_backend() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     for (number, family) in (1..).zip(BOTH) {
@@ -457,7 +457,7 @@ fn services_are_judged_by_their_backend_and_keep_it() {
 }
 
 #[test]
-fn another_pod_does_not_inherit_who_began() {
+fn new_pod_does_not_inherit_flow_direction() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     for family in BOTH {
@@ -480,7 +480,7 @@ fn another_pod_does_not_inherit_who_began() {
 }
 
 #[tokio::test]
-async fn a_drop_tells_what_forbids_it() {
+async fn drop_event_names_the_rule() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     let mut events = node.stage.datapath.programs().take_events().unwrap();

@@ -9,7 +9,7 @@ use terway_core::service::FrontendKey;
 use terway_daemon::bpf::{Config, Endpoint, Ran, RunContext};
 use terway_tests::packet::{Frame, checksums_are_right, flags, macs, quoted};
 use terway_tests::prog_bench::Stage;
-use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, at, backend, came_out, ip, run, serve};
+use terway_tests::prog_harness::{NEXT, REDIRECT, SHOT, at, backend, came_out, ip, run, serve};
 use terway_tests::sandbox_or_skip;
 
 const TCP: u8 = 6;
@@ -45,7 +45,7 @@ fn from_pod(stage: &Stage, pod: &Endpoint, frame: &Frame, expected: &[(&str, u64
 const NEW: [(&str, u64); 2] = [("pod_to_pod", 1), ("flow_new", 1)];
 
 #[test]
-fn a_pod_reaches_a_service_and_the_answers_come_from_it() {
+fn clusterip_from_pod_and_reply_nat() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for (number, family) in (1..).zip(BOTH) {
@@ -77,7 +77,7 @@ fn a_pod_reaches_a_service_and_the_answers_come_from_it() {
 
 /// Every value that a checksum can have, among them those that a translation makes 0, which in UDP would say that there is none.
 #[test]
-fn checksums_stay_right_and_none_stays_none() {
+fn udp_checksums_after_nat_and_zero_checksum() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     // For the second of each family what is added to the address is taken from the port.
@@ -104,7 +104,7 @@ fn checksums_stay_right_and_none_stays_none() {
 }
 
 #[test]
-fn a_backend_elsewhere_or_of_the_node() {
+fn clusterip_to_remote_and_host_network_backend() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for (number, family) in (1..).zip(BOTH) {
@@ -141,7 +141,7 @@ fn a_backend_elsewhere_or_of_the_node() {
 }
 
 #[test]
-fn a_pod_reaches_itself_through_its_service() {
+fn hairpin_via_cluster_ip() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for (number, family) in (1..).zip(BOTH) {
@@ -159,7 +159,7 @@ fn a_pod_reaches_itself_through_its_service() {
 /// What voids the entry of an answer is mostly the way of somebody else. The client knows only the Service, so if the answer came as it is,
 /// a datagram would be lost and a connection broken.
 #[test]
-fn answers_come_from_the_service_when_their_way_is_decided_anew() {
+fn reply_nat_survives_route_change() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     let to_a = || Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ttl(63);
@@ -219,7 +219,7 @@ fn answers_come_from_the_service_when_their_way_is_decided_anew() {
 
 /// Who has come to an address later was not asked, and does not answer for a Service.
 #[test]
-fn the_heir_of_an_address_does_not_answer_for_the_service() {
+fn new_pod_with_backend_address_gets_no_reply_nat() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for (number, family) in (1..).zip(BOTH) {
@@ -238,7 +238,7 @@ fn the_heir_of_an_address_does_not_answer_for_the_service() {
 }
 
 #[test]
-fn two_services_with_one_backend_do_not_collide() {
+fn reply_tuple_collision_remaps_source_port() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for (number, family) in (1..).zip(BOTH) {
@@ -282,7 +282,7 @@ fn two_services_with_one_backend_do_not_collide() {
 
 /// A client that closes by a reset leaves its source port free, for the backend's own address and for other Services of it.
 #[test]
-fn a_reset_frees_the_port() {
+fn rst_frees_the_nat_source_port() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for (number, family) in (1..).zip(BOTH) {
@@ -297,7 +297,7 @@ fn a_reset_frees_the_port() {
 }
 
 #[test]
-fn what_nobody_serves_is_refused_at_once() {
+fn service_without_backend_is_rejected() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for (number, family) in (1..).zip(BOTH) {
@@ -340,7 +340,7 @@ fn what_nobody_serves_is_refused_at_once() {
 }
 
 #[test]
-fn a_backend_that_goes_takes_its_flows_along() {
+fn removed_backend_invalidates_flows() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for (number, family) in (1..).zip(BOTH) {
@@ -367,7 +367,7 @@ fn a_backend_that_goes_takes_its_flows_along() {
 }
 
 #[test]
-fn fragments_are_translated_like_their_first() {
+fn fragments_to_cluster_ip() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for (number, family) in (1..).zip(BOTH) {
@@ -387,7 +387,7 @@ fn fragments_are_translated_like_their_first() {
 }
 
 #[test]
-fn a_client_stays_with_its_backend() {
+fn session_affinity() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::with(&Config::new(sandbox.pin_root())).unwrap();
     for (number, family) in (1..).zip(BOTH) {

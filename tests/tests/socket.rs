@@ -12,7 +12,7 @@ use aya::programs::links::FdLink;
 use terway_abi::{Backend, BackendRange, BackendRef, Frontend, backend_flags, frontend_flags};
 use terway_core::service::FrontendKey;
 use terway_daemon::bpf::{Config, Datapath};
-use terway_tests::prog_serve::{frontend_key, node_port_key};
+use terway_tests::prog_harness::{frontend_key, node_port_key};
 use terway_tests::sandbox::{Namespace, ip};
 use terway_tests::sandbox_or_skip;
 
@@ -137,7 +137,7 @@ fn answers(to: SocketAddr, server: &TcpListener) -> SocketAddr {
 }
 
 #[test]
-fn sockets_reach_services() {
+fn connect_and_sendto_reach_services() {
     let sandbox = sandbox_or_skip!();
     let datapath = Datapath::open(&Config::new(sandbox.pin_root())).unwrap();
     ip("addr add 10.0.0.100/32 dev lo").unwrap();
@@ -205,7 +205,7 @@ fn node(sandbox: &terway_tests::sandbox::Sandbox) -> (Datapath, Cgroup) {
 
 /// Ports of the node are reached at its addresses and its loopback, and by nobody else's loopback; nobody of the node binds one.
 #[test]
-fn ports_of_the_node_are_services() {
+fn nodeports_are_services() {
     let sandbox = sandbox_or_skip!();
     let (datapath, _cgroup) = node(&sandbox);
     if datapath.features().host_netns == 0 {
@@ -262,7 +262,7 @@ fn ports_of_the_node_are_services() {
 /// What sockets leave alone: Services that are not for clients in the cluster, and, in pods, refusals and choices that only the packets'
 /// path can make.
 #[test]
-fn what_is_left_to_packets_is_not_translated() {
+fn least_connections_and_maglev_use_the_packet_path() {
     let sandbox = sandbox_or_skip!();
     let (datapath, _cgroup) = node(&sandbox);
     if datapath.features().host_netns == 0 {
@@ -303,7 +303,7 @@ fn what_is_left_to_packets_is_not_translated() {
 
 /// Datagrams of a socket that is not connected stay with a backend for as long as it lives, whatever is drawn.
 #[test]
-fn an_exchange_of_datagrams_stays_with_its_backend() {
+fn udp_exchange_keeps_its_backend() {
     let sandbox = sandbox_or_skip!();
     let (datapath, _cgroup) = node(&sandbox);
     for (number, host, vip) in [(1, "10.0.0.100", "10.96.0.1"), (100, "[fd00::100]", "[fd96::1]")] {
@@ -373,7 +373,7 @@ fn an_exchange_of_datagrams_stays_with_its_backend() {
 
 /// Clients of one network namespace stay with a backend, whatever socket they use.
 #[test]
-fn a_namespace_is_held_to_its_backend() {
+fn session_affinity_by_netns() {
     let sandbox = sandbox_or_skip!();
     let (datapath, _cgroup) = node(&sandbox);
     let servers: Vec<TcpListener> =
@@ -400,7 +400,7 @@ fn a_namespace_is_held_to_its_backend() {
 
 /// The next daemon takes over the links, in place; and a cgroup that goes takes the programs with it.
 #[test]
-fn links_are_taken_over() {
+fn cgroup_links_are_taken_over() {
     let sandbox = sandbox_or_skip!();
     let (datapath, cgroup) = node(&sandbox);
     let server = TcpListener::bind("10.0.0.100:8080").unwrap();

@@ -11,7 +11,7 @@ use terway_tests::sandbox_or_skip;
 use super::{BOTH, REDIRECT, V4, delivered, dropped, from_pod, from_vpc, rows, untouched};
 
 #[test]
-fn protocols_without_ports_have_flows() {
+fn portless_protocols_have_flows() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for family in BOTH {
@@ -29,7 +29,7 @@ fn protocols_without_ports_have_flows() {
 }
 
 #[test]
-fn a_syn_on_a_closed_connection_begins_anew() {
+fn syn_after_fin_creates_new_flow() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for family in BOTH {
@@ -49,7 +49,7 @@ fn a_syn_on_a_closed_connection_begins_anew() {
 }
 
 #[test]
-fn who_began_outlives_what_voids_a_flow() {
+fn flow_direction_survives_route_change() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     let of_a = |stage: &Stage| rows(stage).into_iter().find(|row| row.ifindex == stage.a.host_ifindex).unwrap();
@@ -96,7 +96,7 @@ fn evict(stage: &Stage) {
 }
 
 #[test]
-fn a_pod_that_goes_takes_its_flows_along() {
+fn removed_endpoint_invalidates_flows() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for family in BOTH {
@@ -132,7 +132,7 @@ fn a_pod_that_goes_takes_its_flows_along() {
 }
 
 #[test]
-fn changes_are_seen_by_known_flows() {
+fn host_prefix_and_endpoint_changes_invalidate_flows() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     let sent = stage.sent_by(&stage.a).ip(V4.a, "10.7.0.7").udp(1, 2);

@@ -1,4 +1,4 @@
-//! What packets look like: fragments, options, extension headers, ICMP, neighbours, and what is not for the network at all.
+//! What packets look like: fragments, options, extension headers, ICMP, arp_and_neighbour_discovery, and what is not for the network at all.
 
 use terway_abi::Program;
 use terway_daemon::bpf::RunContext;
@@ -9,7 +9,7 @@ use terway_tests::sandbox_or_skip;
 use super::{BOTH, REDIRECT, V4, V6, delivered, dropped, from_pod, from_vpc, rows, run, to_pod, untouched};
 
 #[test]
-fn fragments_follow_their_first() {
+fn later_fragments_use_stored_ports() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for family in BOTH {
@@ -87,7 +87,7 @@ fn ipv6_extension_headers() {
 }
 
 #[test]
-fn echoes_and_errors() {
+fn icmp_echo_and_errors() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for family in BOTH {
@@ -138,7 +138,7 @@ fn echoes_and_errors() {
 }
 
 #[test]
-fn neighbours() {
+fn arp_and_neighbour_discovery() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     let (own, other) = (stage.a.pod_mac.0, stage.b.pod_mac.0);
@@ -184,7 +184,7 @@ fn neighbours() {
 }
 
 #[test]
-fn what_never_leaves_a_pod() {
+fn unroutable_destinations_are_dropped() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     let sent = |source: &str, to: &str| stage.sent_by(&stage.a).ip(source, to).udp(1, 2);

@@ -10,7 +10,7 @@ use terway_abi::{Action, Drop, HOOK_INGRESS, HOOK_TO_POD, MARK_CHECKED, PathCoun
 use terway_daemon::bpf::{BpfError, Config, Counters, Datapath, Endpoint, FlowRow, Ran, RunContext};
 use terway_tests::packet::{Frame, flags, header_checksum_is_right, macs, ttl};
 use terway_tests::prog_bench::{GATEWAY_MAC, HOST_MAC, Stage};
-use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, run_in as run};
+use terway_tests::prog_harness::{NEXT, REDIRECT, SHOT, run_in as run};
 use terway_tests::sandbox_or_skip;
 
 /// The addresses of the stage in one family.
@@ -163,7 +163,7 @@ fn pod_to_host_and_back() {
 }
 
 #[test]
-fn what_came_through_the_host_stack_is_answered_through_it() {
+fn host_stack_flows_are_answered_through_host_stack() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for family in BOTH {
@@ -180,7 +180,7 @@ fn what_came_through_the_host_stack_is_answered_through_it() {
 }
 
 #[test]
-fn a_pod_sends_only_as_itself() {
+fn source_spoofing_from_pod() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     let other_mac = [2, 9, 9, 9, 9, 9];
@@ -211,7 +211,7 @@ fn a_pod_sends_only_as_itself() {
 }
 
 #[test]
-fn what_comes_from_the_vpc_is_checked() {
+fn source_and_eni_checks_from_vpc() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for family in BOTH {
@@ -242,7 +242,7 @@ fn what_comes_from_the_vpc_is_checked() {
 }
 
 #[test]
-fn only_the_right_addresses_leave_by_an_eni() {
+fn source_check_to_vpc() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for family in BOTH {
@@ -256,7 +256,7 @@ fn only_the_right_addresses_leave_by_an_eni() {
 }
 
 #[test]
-fn the_last_hop_ends_in_the_host_stack() {
+fn ttl_expiry_passes_to_host_stack() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     for family in BOTH {
@@ -274,7 +274,7 @@ fn the_last_hop_ends_in_the_host_stack() {
 }
 
 #[test]
-fn drops_are_reported_within_bounds() {
+fn drop_events_are_rate_limited() {
     let sandbox = sandbox_or_skip!();
     let config = Config { events_per_second: 3, ..Config::new(sandbox.pin_root()) };
     let stage = Stage::with(&config).unwrap();
@@ -319,7 +319,7 @@ fn drops_are_reported_within_bounds() {
 }
 
 #[test]
-fn pinned_maps_are_checked_before_they_are_used() {
+fn pinned_map_layout_is_checked() {
     let sandbox = sandbox_or_skip!();
     let config = Config::new(sandbox.pin_root());
     let stage = Stage::with(&config).unwrap();

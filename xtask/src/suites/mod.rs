@@ -76,7 +76,7 @@ impl Rung {
             Self::Unit | Self::Kube | Self::Vm => &[],
             Self::Verifier => &["verifier"],
             Self::Prog => {
-                &["prog", "prog_service", "prog_conntrack", "prog_north", "prog_policy", "socket", "datapath"]
+                &["prog", "prog_service", "prog_conntrack", "prog_nodeport", "prog_policy", "socket", "datapath"]
             }
             Self::Netns => &["net", "cloud", "cni", "netns", "isolation"],
             Self::Cri => &["cri"],

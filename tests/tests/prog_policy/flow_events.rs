@@ -36,7 +36,7 @@ fn reason(node: &Node, event: &FlowEvent, side: usize) -> (bool, String) {
 }
 
 #[test]
-fn a_new_connection_is_told_once_with_what_let_it_pass() {
+fn new_connection_event_names_the_rules() {
     with_events(
         |_| {},
         |mut node, mut events, _| {
@@ -93,7 +93,7 @@ fn a_new_connection_is_told_once_with_what_let_it_pass() {
 }
 
 #[test]
-fn every_way_tells_and_errors_do_not() {
+fn events_of_every_path_but_icmp_errors() {
     with_events(
         |_| {},
         |node, mut events, _| {
@@ -120,7 +120,7 @@ fn every_way_tells_and_errors_do_not() {
 }
 
 #[test]
-fn a_service_is_told_with_its_backend() {
+fn service_event_has_frontend_and_backend() {
     with_events(
         |_| {},
         |mut node, mut events, _| {
@@ -162,7 +162,7 @@ fn a_service_is_told_with_its_backend() {
 }
 
 #[test]
-fn new_connections_leave_half_of_the_budget_to_drops() {
+fn event_budget_reserves_half_for_drops() {
     with_events(
         |config| config.events_per_second = 10,
         |mut node, mut events, _| {
@@ -193,7 +193,7 @@ fn new_connections_leave_half_of_the_budget_to_drops() {
 }
 
 #[test]
-fn a_sample_is_one_in_so_many() {
+fn event_sampling_rate() {
     with_events(
         |config| config.events_per_second = u32::MAX,
         |node, mut events, _| {
@@ -215,7 +215,7 @@ fn a_sample_is_one_in_so_many() {
 }
 
 #[test]
-fn reasons_count_connections_and_dropped_packets_exactly() {
+fn policy_rule_counters() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     let counted = |node: &Node| -> BTreeMap<String, (u64, u64)> {

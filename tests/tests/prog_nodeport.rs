@@ -12,7 +12,7 @@ use terway_core::ident::Addresses;
 use terway_daemon::bpf::{Endpoint, Ran, RunContext, Uplink};
 use terway_tests::packet::{Frame, checksums_are_right, flags, macs, quoted};
 use terway_tests::prog_bench::{GATEWAY_MAC, Stage};
-use terway_tests::prog_serve::{NEXT, REDIRECT, SHOT, at, backend, came_out, ip, node_port_key, run, serve};
+use terway_tests::prog_harness::{NEXT, REDIRECT, SHOT, at, backend, came_out, ip, node_port_key, run, serve};
 use terway_tests::sandbox::Sandbox;
 use terway_tests::sandbox_or_skip;
 
@@ -138,7 +138,7 @@ const TO_POD: [(&str, u64); 2] = [("vpc_to_pod", 1), ("flow_new", 1)];
 const THROUGH: [(&str, u64); 2] = [("vpc_to_vpc", 1), ("flow_new", 1)];
 
 #[test]
-fn a_pod_of_the_node_sees_the_client_and_its_answers_leave_as_they_came() {
+fn nodeport_to_local_pod_keeps_client_address_and_uplink() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for family in BOTH {
@@ -168,7 +168,7 @@ fn a_pod_of_the_node_sees_the_client_and_its_answers_leave_as_they_came() {
 }
 
 #[test]
-fn a_backend_elsewhere_sees_the_node_and_answers_come_back() {
+fn nodeport_snat_to_remote_backend() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for family in BOTH {
@@ -204,7 +204,7 @@ fn a_backend_elsewhere_sees_the_node_and_answers_come_back() {
 }
 
 #[test]
-fn connections_that_are_sent_on_never_share_a_port() {
+fn nodeport_snat_ports_are_unique() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for family in BOTH {
@@ -230,7 +230,7 @@ fn connections_that_are_sent_on_never_share_a_port() {
 }
 
 #[test]
-fn the_node_itself_is_the_backend() {
+fn nodeport_to_host_network_backend() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for family in BOTH {
@@ -260,7 +260,7 @@ fn the_node_itself_is_the_backend() {
 }
 
 #[test]
-fn who_is_not_served() {
+fn nodeport_denied_clients_and_missing_backends() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for family in BOTH {
@@ -310,7 +310,7 @@ fn who_is_not_served() {
 }
 
 #[test]
-fn fragments_from_outside_follow_their_first() {
+fn nodeport_fragments() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for family in BOTH {
@@ -339,7 +339,7 @@ fn complaint(family: &Family, frame: Frame, about: &[u8]) -> Frame {
 }
 
 #[test]
-fn errors_reach_who_is_concerned_in_his_own_words() {
+fn nodeport_icmp_errors_are_translated() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for family in BOTH {
@@ -420,7 +420,7 @@ fn errors_reach_who_is_concerned_in_his_own_words() {
 
 /// Connections to a backend itself, from the port by which it knows one to the Service.
 #[test]
-fn who_talks_to_the_backend_itself_does_not_disturb_the_service() {
+fn direct_connection_to_backend_remaps_source_port() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for family in BOTH {
@@ -493,7 +493,7 @@ fn who_talks_to_the_backend_itself_does_not_disturb_the_service() {
 
 /// What voids an entry is mostly not the backend's end, and then a connection goes on with the backend that it has.
 #[test]
-fn a_connection_keeps_its_backend_when_its_way_is_decided_anew() {
+fn nodeport_connection_keeps_backend_after_route_change() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for family in BOTH {
@@ -521,7 +521,7 @@ fn a_connection_keeps_its_backend_when_its_way_is_decided_anew() {
 
 /// The same of answers: they come from the Service, and leave by the ENI by which the client came.
 #[test]
-fn answers_to_clients_outside_stay_answers_when_their_way_is_decided_anew() {
+fn nodeport_reply_nat_survives_route_change() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for (number, family) in (0_u8..).zip(BOTH) {
@@ -555,7 +555,7 @@ fn answers_to_clients_outside_stay_answers_when_their_way_is_decided_anew() {
 }
 
 #[test]
-fn the_choice_for_a_client_outside() {
+fn nodeport_maglev_and_affinity() {
     let sandbox = sandbox_or_skip!();
     let stage = stage(&sandbox);
     for family in BOTH {

@@ -24,7 +24,7 @@ fn pod(name: &str) -> (Kind, Value) {
 }
 
 #[tokio::test]
-async fn a_new_pod_is_held_back_until_the_view_is_complete() {
+async fn new_pod_waits_for_policies_at_startup() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
     let (_addresses, addresses) = watch::channel(Arc::default());
