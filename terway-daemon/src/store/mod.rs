@@ -45,7 +45,7 @@ impl Store {
     /// Opens the file, or makes it if there is none; checks that everything in it can be read.
     ///
     /// # Errors
-    /// See [`StoreError`]. None of them alters the file.
+    /// See [`StoreError`]. None of them alters the file, except that redb repairs its own structures.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let path = path.into();
         if !path.exists() {
@@ -206,7 +206,7 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 }
 
 fn open(path: &Path) -> Result<Database, StoreError> {
-    Database::open(path).map_err(|source| match source {
+    let refused = |source| match source {
         DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
         DatabaseError::Storage(StorageError::Io(source))
             if !matches!(source.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
@@ -214,7 +214,17 @@ fn open(path: &Path) -> Result<Database, StoreError> {
             StoreError::Io { path: path.to_owned(), source }
         }
         other => StoreError::unreadable(path, &other),
-    })
+    };
+    let mut database = Database::open(path).map_err(refused)?;
+    // Reading alone verifies no checksums: a flipped bit in a value would be another record. What redb repairs here is an older state, without writes
+    // that were reported durable.
+    match database.check_integrity().map_err(refused)? {
+        true => Ok(database),
+        false => Err(StoreError::Unreadable {
+            path: path.to_owned(),
+            reason: "the checksums do not fit its contents".to_owned(),
+        }),
+    }
 }
 
 fn load(path: &Path, database: &Database) -> Result<Vec<Record>, StoreError> {
