@@ -6,22 +6,14 @@ use ipnetwork::IpNetwork;
 
 use super::config::addresses_per_prefix;
 use super::effect::Effect;
-use super::event::OpId;
-use super::lifecycle::explain;
-use super::pool::{Pool, Timer};
+use super::ids::OpId;
+use super::pool::Pool;
 use super::record::{AddressRecord, AssignmentRecord, PrefixRecord, Quarantine, Record, RecordKey};
-use super::slot::{Call, CallKind, SlotState};
+use super::state::{Assigned, Call, CallKind, SlotState, Timer};
 use crate::cidr::Cidr as _;
 use crate::clock::Moment;
 use crate::cloud::{CloudError, ErrorClass};
 use crate::ident::{EniId, Family};
-
-/// What an assign call brought.
-#[derive(Debug)]
-pub(super) enum Assigned {
-    Addresses(Vec<IpAddr>),
-    Prefixes(Vec<IpNetwork>),
-}
 
 impl Pool {
     /// Asks for `count` more addresses.
@@ -88,7 +80,7 @@ impl Pool {
         call.uncertain |= error.class == ErrorClass::Unknown;
         let at = self.retry_at(call.failures);
         if error.class == ErrorClass::Throttled && call.kind.token().is_some() {
-            self.assign_blocked = Some((at, explain(&error)));
+            self.assign_block.set(at, error.explain());
         }
         call.error = Some(error);
         if let Some(state) = self.enis.get_mut(id) {
@@ -148,7 +140,7 @@ impl Pool {
                     self.vswitches.exhausted(&vswitch, count, error, until);
                 }
             }
-            ErrorClass::Forbidden => self.assign_blocked = Some((until, explain(&error))),
+            ErrorClass::Forbidden => self.assign_block.set(until, error.explain()),
             class => {
                 state.slots_mut(family).blocked = Some((until, error));
                 if matches!(class, ErrorClass::Quota | ErrorClass::NotFound) {

@@ -3,13 +3,12 @@
 //! Every pass is over ENIs, of which there are a dozen, never over addresses or pods.
 
 use super::config::{EniSelection, PoolMode, addresses_per_prefix};
-use super::effect::Lease;
-use super::eni::{EniState, Stage};
-use super::lifecycle::{EniContents, explain};
-use super::pool::{Pool, Timer};
-use super::slot::SlotState;
+use super::lease::Lease;
+use super::pool::Pool;
+use super::problem;
+use super::state::{Creation, EniContents, EniState, SlotState, Stage, Timer};
 use crate::clock::Moment;
-use crate::cloud::{CloudError, Eni, EniKind};
+use crate::cloud::CloudError;
 use crate::errors::{self, Error};
 use crate::ident::{Addresses, EniId, Family, IpStack, VSwitchId};
 
@@ -31,7 +30,7 @@ impl Pool {
     pub(super) fn plan(&mut self) {
         self.bind_waiting();
         let mut short = 0;
-        if self.inventory.known && self.may_ask() {
+        if self.inventory.is_known() && self.may_ask() {
             short = self.grow();
         }
         if self.may_release() {
@@ -46,9 +45,10 @@ impl Pool {
 
     fn bind_waiting(&mut self) {
         loop {
-            let servable = self.waiting.heads().filter_map(|(seq, ip_stack)| Some((seq, self.pick(ip_stack)?)));
+            let servable =
+                self.requests.oldest_by_stack().filter_map(|(seq, ip_stack)| Some((seq, self.pick(ip_stack)?)));
             let Some((seq, lease)) = servable.min_by_key(|(seq, _)| *seq) else { return };
-            let Some(request) = self.waiting.remove(seq) else { return };
+            let Some(request) = self.requests.take(seq) else { return };
             self.set_up(request, lease);
         }
     }
@@ -101,10 +101,10 @@ impl Pool {
                 supply.cooling += units.cooling;
             }
         }
-        for creation in self.creations.values().filter(|creation| creation.doomed.is_none()) {
+        for creation in self.creations.iter().filter(|creation| !creation.is_refused()) {
             let units = creation.units(&self.config);
             supply.pending += units;
-            supply.sound += if creation.failures == 0 { units } else { 0 };
+            supply.sound += if creation.has_failed() { 0 } else { units };
             supply.later += per_eni.saturating_sub(units);
         }
         supply
@@ -112,24 +112,15 @@ impl Pool {
 
     /// ENIs that pods can have on this instance, with what others have taken of its adapters.
     pub(super) fn eni_limit(&self) -> u32 {
-        let here = |eni: &&Eni| eni.kind != EniKind::Primary && eni.instance.as_ref() == Some(&self.config.instance);
-        let foreign = u32::try_from(self.foreign.iter().filter(here).count()).unwrap_or(u32::MAX);
+        let foreign = self.inventory.foreign_on(&self.config.instance);
         let adapters = self.config.limits.adapters.saturating_sub(1).saturating_sub(foreign);
         self.config.eni_limit().min(adapters)
     }
 
     /// ENIs that could still be created.
     pub(super) fn free_adapters(&self) -> u32 {
-        let taken = self.enis.values().filter(|eni| eni.stage != Stage::Deleting).count() + self.creations.len();
+        let taken = self.enis.values().filter(|eni| eni.stage != Stage::Deleting).count() + self.creations.count();
         self.eni_limit().saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX))
-    }
-
-    pub(super) fn creation_blocked(&self) -> Option<(Moment, &Error)> {
-        self.creation_blocked.as_ref().filter(|(until, _)| *until > self.now).map(|(until, error)| (*until, error))
-    }
-
-    fn assign_blocked(&self) -> Option<(Moment, &Error)> {
-        self.assign_blocked.as_ref().filter(|(until, _)| *until > self.now).map(|(until, error)| (*until, error))
     }
 
     /// Whether the cloud may be asked at that moment for addresses of this family on this ENI.
@@ -169,19 +160,21 @@ impl Pool {
 
     /// Units to ask for now.
     fn need(&mut self, supply: Supply) -> u32 {
-        let (waiting, coming) = (self.waiting.len(), supply.ready + supply.pending);
+        let (waiting, coming) = (self.requests.waiting(), supply.ready + supply.pending);
         // A pod must not wait for an address to cool if there can be another; the reserve may.
         let coming_or_cooling = coming + supply.cooling;
         let reserve = (waiting + self.config.min_idle).saturating_sub(coming_or_cooling);
         let mut floor = self.config.min_prefixes.saturating_mul(addresses_per_prefix(Family::V4));
-        if self.warming {
+        if self.demand.is_warming_up() {
             floor = floor.max(self.config.warm_up);
         }
         let mut need = waiting.saturating_sub(coming).max(reserve);
         if floor > 0 {
             let bound = u32::try_from(self.attachments.len()).unwrap_or(u32::MAX);
             let lacking = floor.min(self.capacity()).saturating_sub(coming_or_cooling + bound);
-            self.warming &= lacking > 0;
+            if lacking == 0 {
+                self.demand.end_warm_up();
+            }
             need = need.max(lacking);
         }
         need
@@ -192,14 +185,13 @@ impl Pool {
         let supply = self.supply();
         let mut need = self.need(supply);
         if need == 0 {
-            self.demand_since = None;
+            self.demand.satisfied();
             self.keep_min_enis();
             return 0;
         }
-        let since = *self.demand_since.get_or_insert(self.now);
-        let ripe = self.last_add.after(self.config.batch_window).min(since.after(self.config.batch_window * 5));
-        if ripe > self.now {
-            self.wake(ripe, Timer::Plan);
+        let ask_at = self.demand.ask_at(self.now, self.config.batch_window);
+        if ask_at > self.now {
+            self.wake(ask_at, Timer::Plan);
             return 0;
         }
         let mut later = supply.later;
@@ -210,7 +202,7 @@ impl Pool {
             .map(|eni| (self.rank(eni), eni.id.clone()))
             .collect();
         order.sort();
-        let pause = self.assign_blocked().map(|(until, _)| until);
+        let pause = self.assign_block.get(self.now).map(|(until, _)| until);
         for (_, id) in order {
             let (taken, left) = match pause {
                 None => self.grow_eni(&id, need),
@@ -281,7 +273,7 @@ impl Pool {
         if need == 0 || per_eni == 0 || (adapters > 0 && self.count_vswitches()) {
             return 0;
         }
-        while need > 0 && adapters > 0 && self.creation_blocked().is_none() {
+        while need > 0 && adapters > 0 && self.creations.blocked(self.now).is_none() {
             let Some(vswitch) = self.choose_vswitch(self.now).cloned() else { break };
             let contents = self.contents(&vswitch, need.min(per_eni));
             self.create_eni(vswitch, contents);
@@ -320,13 +312,13 @@ impl Pool {
             return;
         }
         let have = self.enis.values().filter(|eni| !eni.leaving() && eni.mismatch.is_none()).count();
-        let have = u32::try_from(have + self.creations.len()).unwrap_or(u32::MAX);
+        let have = u32::try_from(have + self.creations.count()).unwrap_or(u32::MAX);
         let lacking = self.config.min_enis.saturating_sub(have).min(self.free_adapters());
         if lacking == 0 || self.config.units_per_eni() == 0 || self.count_vswitches() {
             return;
         }
         for _ in 0..lacking {
-            if self.creation_blocked().is_some() {
+            if self.creations.blocked(self.now).is_some() {
                 return;
             }
             let Some(vswitch) = self.choose_vswitch(self.now).cloned() else { return };
@@ -337,28 +329,26 @@ impl Pool {
 
     /// Answers those for whom nothing is under way and nothing will change soon, the last to come first.
     fn refuse_hopeless(&mut self) {
-        if self.waiting.len() == 0 {
+        if self.requests.waiting() == 0 {
             return;
         }
         let soon = self.now.after(self.config.max_wait);
-        if self.inventory.known {
+        if self.inventory.is_known() {
             let hope = self.hope(soon);
-            while self.waiting.len() > hope {
-                let Some(request) = self.waiting.last().and_then(|seq| self.waiting.remove(seq)) else { break };
-                let error = self.trouble().unwrap_or_else(|| self.full());
+            while self.requests.waiting() > hope {
+                let Some(request) = self.requests.take_newest() else { break };
+                let error = self.growth_error().unwrap_or_else(|| self.full());
                 self.refuse(request, error);
             }
         }
-        let expired = |since: Moment| since.after(self.config.max_wait) <= self.now;
-        if !self.waiting.first().is_some_and(|(_, request)| expired(request.since)) || self.supply().sound > 0 {
+        let (now, max_wait) = (self.now, self.config.max_wait);
+        let is_expired = |since: Moment| since.after(max_wait) <= now;
+        if !self.requests.oldest_since().is_some_and(is_expired) || self.supply().sound > 0 {
             return;
         }
-        let Some(trouble) = self.trouble() else { return };
-        while let Some((seq, request)) = self.waiting.first()
-            && request.since.after(self.config.max_wait) <= self.now
-            && let Some(request) = self.waiting.remove(seq)
-        {
-            self.refuse(request, trouble.clone());
+        let Some(error) = self.growth_error() else { return };
+        while let Some(request) = self.requests.take_older_than(is_expired) {
+            self.refuse(request, error.clone());
         }
     }
 
@@ -371,11 +361,11 @@ impl Pool {
             return supply.ready + supply.sound;
         }
         let vswitch = self.choose_vswitch(soon).is_some();
-        if vswitch && self.creation_blocked().is_none_or(|(until, _)| until <= soon) {
+        if vswitch && self.creations.blocked(self.now).is_none_or(|(until, _)| until <= soon) {
             let adapters = self.free_adapters() + self.adapters_coming_free();
             hope = hope.saturating_add(adapters.saturating_mul(self.config.units_per_eni()));
         }
-        if self.waiting.len() > hope && supply.cooling > 0 {
+        if self.requests.waiting() > hope && supply.cooling > 0 {
             hope += self.enis.values().filter(|eni| eni.usable()).map(|eni| self.cooled_by(eni, soon)).sum::<u32>();
         }
         hope
@@ -405,44 +395,39 @@ impl Pool {
     }
 
     /// Why the pool cannot grow, if it cannot: the most telling of the current failures.
-    pub(super) fn trouble(&self) -> Option<Error> {
+    pub(super) fn growth_error(&self) -> Option<Error> {
         if !self.may_ask() {
-            return Some(degraded());
+            return Some(problem::degraded());
         }
-        if let Some(error) = self.inventory.error.as_ref().filter(|_| !self.inventory.known) {
-            return Some(explain(error));
+        if let Some(error) = self.inventory.error().filter(|_| !self.inventory.is_known()) {
+            return Some(error.explain());
         }
         if self.free_adapters() > 0 {
-            if let Some((_, error)) = self.creation_blocked() {
+            if let Some((_, error)) = self.creations.blocked(self.now) {
                 return Some(error.clone());
             }
             if self.choose_vswitch(self.now).is_none() {
                 let last = self.vswitches.blocked(self.now).last();
                 let unconfigured = || Error::new(errors::VSWITCH_NONE, "");
-                return Some(last.map_or_else(unconfigured, |(_, _, error)| explain(error)));
+                return Some(last.map_or_else(unconfigured, |(_, _, error)| error.explain()));
             }
         }
-        if let Some(error) = self.creations.values().find_map(|creation| creation.error.as_ref()) {
-            return Some(explain(error));
+        if let Some(error) = self.creations.iter().find_map(Creation::error) {
+            return Some(error.explain());
         }
         let enis = || self.enis.values().filter(|eni| !eni.draining);
         let calls = enis().flat_map(|eni| [&eni.v4, &eni.v6]).filter_map(|slots| slots.call.as_ref());
         let mut assigns = calls.filter(|call| call.kind.token().is_some());
         if let Some(error) = assigns.find_map(|call| call.error.as_ref()) {
-            return Some(explain(error));
+            return Some(error.explain());
         }
         if let Some(error) = enis().filter(|eni| eni.stage != Stage::Deleting).find_map(|eni| eni.error.clone()) {
             return Some(error);
         }
-        if let Some((_, error)) = self.assign_blocked() {
+        if let Some((_, error)) = self.assign_block.get(self.now) {
             return Some(error.clone());
         }
         let mut growing = enis().filter(|eni| eni.usable() && eni.units(&self.config).growth > 0);
-        growing.find_map(|eni| self.obstacle(eni)).map(explain)
+        growing.find_map(|eni| self.obstacle(eni)).map(CloudError::explain)
     }
-}
-
-/// What is told while no cloud call is made.
-pub(super) fn degraded() -> Error {
-    Error::new(errors::DEGRADED, "degradation is l0: no cloud call is made, so pods get only what is idle on the node.")
 }

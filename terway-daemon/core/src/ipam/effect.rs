@@ -4,14 +4,13 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use serde::{Deserialize, Serialize};
 
-use super::event::{ClientToken, OpId, Ticket};
+use super::ids::{ClientToken, OpId, Ticket};
+use super::lease::Lease;
 use super::record::Change;
 use crate::clock::Moment;
-use crate::cloud::Subnet;
 use crate::errors::Error;
-use crate::ident::{Addresses, AttachmentKey, EniId, Family, Mac, PodRef, SecurityGroupId, VSwitchId};
+use crate::ident::{AttachmentKey, EniId, Family, Mac, PodRef, SecurityGroupId, VSwitchId};
 
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -207,26 +206,4 @@ pub enum Reply {
     Detached,
     /// These were garbage and are gone in the same sense.
     GarbageCollected(Vec<AttachmentKey>),
-}
-
-/// What a pod gets.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lease {
-    /// The ENI all addresses belong to: the VPC drops the pod's packets on any other.
-    pub eni: EniId,
-    /// The ENI's MAC.
-    pub mac: Mac,
-    /// The NIC and its subnet.
-    pub nic: Nic,
-    /// The pod's own addresses.
-    pub addresses: Addresses,
-}
-
-/// The node's side of an attached ENI.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Nic {
-    /// The kernel's index of the NIC in the node's netns.
-    pub ifindex: u32,
-    /// Blocks and gateways.
-    pub subnet: Subnet,
 }

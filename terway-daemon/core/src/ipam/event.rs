@@ -1,36 +1,15 @@
 //! What the pool is told: requests of the runtime, reports on effects, facts about the cloud, and time.
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use serde::{Deserialize, Serialize};
 
 use super::config::PoolConfig;
+use super::ids::{OpId, Ticket};
 use crate::cloud::{CloudError, Eni, Subnet, VSwitch};
 use crate::errors::Error;
 use crate::ident::{AttachmentKey, EniId, Family, IpStack, PodRef};
-
-/// One request that waits for its answer. The engine chooses the number and never uses it twice in one run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Ticket(pub u64);
-
-/// One execution of one effect. A report carries the number of the effect it reports on, so that a late or repeated report of an
-/// earlier attempt is told apart and ignored. Numbers mean nothing across restarts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct OpId(pub u64);
-
-/// The `ClientToken` of a call that creates something: the same token makes the cloud do the thing once, however often it is asked.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct ClientToken(pub String);
-
-impl fmt::Display for ClientToken {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
 
 /// Something happened.
 #[derive(Clone, Debug, PartialEq, Eq)]

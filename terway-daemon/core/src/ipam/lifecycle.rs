@@ -1,63 +1,19 @@
 //! The life of an ENI: created, attached, configured, and the way back.
 
-use ipnetwork::IpNetwork;
-
 use super::TOKEN_TAG;
-use super::config::{PoolConfig, addresses_per_prefix};
-use super::effect::{Effect, Nic};
-use super::eni::{EniState, Stage};
-use super::event::{ClientToken, OpId};
-use super::pool::{Pool, Timer};
+use super::config::addresses_per_prefix;
+use super::effect::Effect;
+use super::ids::{ClientToken, OpId};
+use super::lease::Nic;
+use super::pool::Pool;
 use super::record::{CreationRecord, Record, RecordKey};
-use super::slot::SlotState;
+use super::state::{
+    Creation, CreationFailure, EniContents, EniState, SlotState, Stage, Timer, listed_addresses, listed_prefixes,
+};
 use crate::clock::Moment;
 use crate::cloud::{CloudError, Eni, EniStatus, ErrorClass, Subnet};
 use crate::errors::Error;
 use crate::ident::{EniId, Family, VSwitchId};
-
-/// An ENI that may have been asked for.
-#[derive(Debug)]
-pub(super) struct Creation {
-    pub(super) record: CreationRecord,
-    /// The attempt under way; `None` while it waits to be repeated.
-    pub(super) op: Option<OpId>,
-    pub(super) failures: u32,
-    pub(super) error: Option<CloudError>,
-    /// An attempt ended without an outcome: only the cloud's word about this very token may end it.
-    uncertain: bool,
-    /// Refused, and only kept because an attempt without an outcome may still arrive there: asked again at that moment.
-    pub(super) doomed: Option<Moment>,
-}
-
-/// What an ENI is created with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct EniContents {
-    /// The primary address included.
-    pub(super) v4: u32,
-    pub(super) v6: u32,
-    pub(super) v4_prefixes: u32,
-    pub(super) v6_prefixes: u32,
-}
-
-impl Creation {
-    pub(super) const fn restored(record: CreationRecord) -> Self {
-        Self { record, op: None, failures: 0, error: None, uncertain: true, doomed: None }
-    }
-
-    /// Units it brings.
-    pub(super) fn units(&self, config: &PoolConfig) -> u32 {
-        let brings = |family: Family| match family {
-            Family::V4 => self.record.v4 + self.record.v4_prefixes * addresses_per_prefix(family),
-            Family::V6 => self.record.v6 + self.record.v6_prefixes * addresses_per_prefix(family),
-        };
-        config.families().iter().map(|family| brings(*family)).min().unwrap_or(0).min(config.units_per_eni())
-    }
-}
-
-/// What the user is told about a failed call.
-pub(super) fn explain(error: &CloudError) -> Error {
-    error.explain()
-}
 
 impl Pool {
     /// Whether an ENI is attached to this instance and working, by the cloud's word.
@@ -84,8 +40,7 @@ impl Pool {
             tags,
         };
         self.out.put(Record::Creation(record.clone()));
-        let creation = Creation { record, op: None, failures: 0, error: None, uncertain: false, doomed: None };
-        self.creations.insert(token.clone(), creation);
+        self.creations.insert(Creation::new(record));
         self.retry_creation(&token);
     }
 
@@ -94,9 +49,7 @@ impl Pool {
             return;
         }
         let op = self.op();
-        let Some(Creation { record, op: running @ None, .. }) = self.creations.get_mut(token) else { return };
-        *running = Some(op);
-        let record = record.clone();
+        let Some(record) = self.creations.get_mut(token).and_then(|creation| creation.begin(op)) else { return };
         let CreationRecord { token, vswitch, security_groups, v4, v6, v4_prefixes, v6_prefixes, .. } = record;
         let CreationRecord { resource_group, tags, .. } = record;
         self.out.effect(Effect::CreateEni {
@@ -114,49 +67,38 @@ impl Pool {
     }
 
     pub(super) fn eni_created(&mut self, report: OpId, result: Result<Eni, CloudError>) {
-        let Some((token, creation)) = self.creations.iter_mut().find(|(_, c)| c.op == Some(report)) else { return };
-        let token = token.clone();
+        let recheck_at = self.now.after(self.config.consistency_window);
+        let Some(creation) = self.creations.by_op(report) else { return };
+        let record = creation.record().clone();
+        let token = record.token.clone();
         let error = match result {
             Ok(eni) => {
                 self.creations.remove(&token);
                 self.out.delete(RecordKey::Creation(token));
-                self.welcome(&eni);
+                self.enter_created(&eni);
                 return self.retry_eni(&eni.id);
             }
             Err(error) => error,
         };
-        creation.uncertain |= error.class == ErrorClass::Unknown;
-        let repeat = match error.class {
-            ErrorClass::Throttled | ErrorClass::Unknown | ErrorClass::InvalidState => true,
-            // The cloud turned us away at the door, so this says nothing about an earlier attempt.
-            ErrorClass::Forbidden => creation.uncertain,
-            ErrorClass::VSwitchExhausted | ErrorClass::Quota | ErrorClass::NotFound | ErrorClass::Invalid => false,
-        };
-        if repeat {
-            creation.op = None;
-            creation.doomed = None;
-            creation.failures += 1;
-            let failures = creation.failures;
-            creation.error = Some(error.clone());
-            let at = self.retry_at(failures);
-            if error.class == ErrorClass::Throttled {
-                self.creation_blocked = Some((at, explain(&error)));
+        match creation.failed(&error, recheck_at) {
+            CreationFailure::Retry(failures) => {
+                let at = self.retry_at(failures);
+                if error.class == ErrorClass::Throttled {
+                    self.creations.block(at, error.explain());
+                }
+                self.wake(at, Timer::Creation(token));
             }
-            return self.wake(at, Timer::Creation(token));
+            CreationFailure::Recheck => {
+                self.wake(recheck_at, Timer::Creation(token));
+                self.creation_refused(record, error);
+            }
+            CreationFailure::Refused => {
+                self.creations.remove(&token);
+                // Lost in a crash, the call is repeated: at worst there is one more ENI, which is used or given back.
+                self.out.delete_lazily(RecordKey::Creation(token));
+                self.creation_refused(record, error);
+            }
         }
-        let record = creation.record.clone();
-        if creation.uncertain && creation.doomed.is_none() {
-            // An earlier attempt may be on its way yet, and make an ENI that nobody knows. The same token asked again when it must have
-            // arrived brings that ENI, or this refusal once more.
-            let at = self.now.after(self.config.consistency_window);
-            (creation.op, creation.doomed) = (None, Some(at));
-            self.wake(at, Timer::Creation(token));
-            return self.creation_refused(record, error);
-        }
-        self.creations.remove(&token);
-        // Lost in a crash, the call is repeated: at worst there is an ENI more, which is used or given back.
-        self.out.delete_lazily(RecordKey::Creation(token));
-        self.creation_refused(record, error);
     }
 
     fn creation_refused(&mut self, record: CreationRecord, error: CloudError) {
@@ -172,17 +114,17 @@ impl Pool {
             self.wake(until, Timer::Plan);
         } else {
             let until = self.now.after(self.config.refusal_backoff);
-            self.block_creation(explain(&error), until);
+            self.block_creation(error.explain(), until);
         }
     }
 
     fn block_creation(&mut self, error: Error, until: Moment) {
-        self.creation_blocked = Some((until, error));
+        self.creations.block(until, error);
         self.wake(until, Timer::Plan);
     }
 
     /// Takes in an ENI that was created for this pool.
-    pub(super) fn welcome(&mut self, eni: &Eni) {
+    pub(super) fn enter_created(&mut self, eni: &Eni) {
         if !self.enis.contains_key(&eni.id) {
             let attached = self.is_ours(eni);
             self.enter(eni, if attached { Stage::Configuring } else { Stage::Attaching });
@@ -192,17 +134,17 @@ impl Pool {
     /// Enters an ENI with its addresses, all of them idle.
     pub(super) fn enter(&mut self, eni: &Eni, stage: Stage) {
         let mut state = EniState::from_cloud(eni, stage);
-        for address in addresses(eni) {
+        for address in listed_addresses(eni) {
             state.slots_mut(Family::of(address)).enter(address, SlotState::Idle);
         }
-        for prefix in prefixes(eni) {
+        for prefix in listed_prefixes(eni) {
             let family = Family::of(prefix.ip());
             state.slots_mut(family).enter_prefix(prefix, addresses_per_prefix(family));
         }
         state.changed = Some(self.now);
         state.mismatch = self.mismatch(&state).map(|mismatch| (mismatch, self.now));
         self.out.put(Record::Eni(state.record()));
-        self.foreign.retain(|other| other.id != eni.id);
+        self.inventory.claim(&eni.id);
         self.enis.insert(eni.id.clone(), state);
     }
 
@@ -269,7 +211,7 @@ impl Pool {
             // It may be further than we think.
             self.take_inventory();
         }
-        self.fail(id, explain(error));
+        self.fail(id, error.explain());
     }
 
     pub(super) fn eni_attached(&mut self, op: OpId, id: &EniId, result: Result<(), CloudError>) {
@@ -282,7 +224,7 @@ impl Pool {
                 ErrorClass::NotFound => self.forget(id),
                 ErrorClass::Quota | ErrorClass::Invalid => {
                     let until = self.now.after(self.config.refusal_backoff);
-                    self.block_creation(explain(&error), until);
+                    self.block_creation(error.explain(), until);
                     self.proceed(id, Stage::Deleting);
                 }
                 _ => self.fail_by_cloud(id, &error),
@@ -294,7 +236,7 @@ impl Pool {
         let Some(state) = self.reported(op, id, Stage::Configuring) else { return };
         state.nic = Some(Nic { ifindex, subnet });
         let unconnected = std::mem::take(&mut state.unconnected);
-        self.lost_nics = 0;
+        self.creations.nic_appeared();
         self.proceed(id, Stage::InUse);
         for key in unconnected {
             self.reconnect(&key);
@@ -314,8 +256,8 @@ impl Pool {
             return self.fail(id, error);
         }
         // Another one may fare better. If none does, the node is at fault: ever slower, since each attempt costs four calls.
-        self.lost_nics += 1;
-        let until = self.retry_at(self.lost_nics * 2);
+        let lost_nics = self.creations.nic_lost();
+        let until = self.retry_at(lost_nics * 2);
         self.block_creation(error, until);
         self.begin_drain(id);
     }
@@ -379,19 +321,6 @@ impl Pool {
             }
         }
         self.out.delete_lazily(RecordKey::Eni(id.clone()));
-        self.inventory.forgotten.insert(id.clone(), self.now);
+        self.inventory.eni_removed(id.clone(), self.now);
     }
-}
-
-/// All single addresses of an ENI.
-pub(super) fn addresses(eni: &Eni) -> impl Iterator<Item = std::net::IpAddr> {
-    // The primary address is in the list of the real cloud; it is entered once in any case.
-    let v4 = std::iter::once(eni.primary_v4).chain(eni.v4.iter().copied());
-    v4.map(std::net::IpAddr::V4).chain(eni.v6.iter().copied().map(std::net::IpAddr::V6))
-}
-
-/// All prefixes of an ENI.
-pub(super) fn prefixes(eni: &Eni) -> impl Iterator<Item = IpNetwork> {
-    let v4 = eni.v4_prefixes.iter().copied().map(IpNetwork::V4);
-    v4.chain(eni.v6_prefixes.iter().copied().map(IpNetwork::V6))
 }

@@ -43,30 +43,42 @@
 //! - Nothing is ever asked of the cloud about a primary ENI, a trunk or its members, or an ENI that a tag marks as somebody else's.
 //! - One call at a time per ENI and family, because the outcome of two could not be told apart in the cloud's lists.
 
+// The modules form a DAG: each uses only those before it in this list.
+//
+// 1. `ids`, `config`, `lease`: numbers, settings, and the lease of a pod.
+// 2. `record`, `effect`, `event`: what goes to the store, to the engine, and comes from it.
+// 3. `problem`, `state`: errors, and the sub-machines with private state (their own order is in `state/mod.rs`).
+// 4. `pool`: the composition of the sub-machines, and the dispatch of events.
+// 5. `pods`, `lifecycle`, `addresses`, `vswitch_counts`, `reconcile`, `demand`, `reshape`, `shrink`, `restore`, `view`:
+//    the handlers of events, steps of planning and views, as methods of the pool. They do not use each other's types.
 mod addresses;
 mod config;
 mod demand;
 mod effect;
-mod eni;
 mod event;
+mod ids;
+mod lease;
 mod lifecycle;
 mod pods;
 mod pool;
+mod problem;
 mod reconcile;
 mod record;
 mod reshape;
 mod restore;
 mod shrink;
-mod slot;
+mod state;
 mod view;
-mod vswitch;
+mod vswitch_counts;
 
 pub use config::{
     ADDRESSES_PER_V4_PREFIX, ADDRESSES_PER_V6_PREFIX, ALWAYS_BLOCKED, Backoff, Degradation, EniSelection, PoolConfig,
     PoolMode, Reclaim, VSwitchSelection,
 };
-pub use effect::{Effect, Lease, Nic, Reply};
-pub use event::{Add, ClientToken, Event, OpId, Ticket};
+pub use effect::{Effect, Reply};
+pub use event::{Add, Event};
+pub use ids::{ClientToken, OpId, Ticket};
+pub use lease::{Lease, Nic};
 pub use pool::Pool;
 pub use record::{
     AddressRecord, AssignmentRecord, AttachmentRecord, Change, CreationRecord, EniRecord, EniStage, Phase,

@@ -1,127 +1,41 @@
-//! The state machine's frame: its state, the dispatch of events, timers, and the batch of effects of one step.
+//! The pool as the composition of its sub-machines: the dispatch of events, timers, and the end of each step.
+//!
+//! The handlers of events are methods of [`Pool`] in the modules beside this one. They read and change the sub-machines of
+//! [`state`](super::state) through their methods, and see each other only as methods of the pool.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::collections::BTreeMap;
 
-use ipnetwork::IpNetwork;
-use sha1::{Digest, Sha1};
-
-use super::addresses::Assigned;
 use super::config::{Degradation, PoolConfig};
 use super::effect::{Effect, Reply};
-use super::eni::EniState;
-use super::event::{ClientToken, Event, OpId, Ticket};
-use super::lifecycle::Creation;
-use super::pods::{Attachment, GcState, Request, Waiting};
-use super::reconcile::InventoryState;
-use super::record::{Change, Record, RecordKey};
-use super::vswitch::VSwitches;
+use super::event::Event;
+use super::ids::{ClientToken, OpId, Ticket};
+use super::record::Record;
+use super::state::{
+    Assigned, Attachment, CallBlock, Creations, DemandClock, EffectBatch, EniState, IdleClock, InventoryState, Request,
+    Requests, Sequence, Timer, Timers, VSwitches,
+};
 use crate::clock::Moment;
-use crate::cloud::Eni;
 use crate::errors::Error;
-use crate::ident::{AttachmentKey, EniId, Family};
+use crate::ident::{AttachmentKey, EniId};
 
 /// The address pool of one node. See the [module](super) for the contract.
 #[derive(Debug)]
 pub struct Pool {
     pub(super) config: PoolConfig,
     pub(super) now: Moment,
+    pub(super) requests: Requests,
     pub(super) attachments: BTreeMap<AttachmentKey, Attachment>,
-    pub(super) waiting: Waiting,
-    /// Where the requester of each open ticket stands.
-    pub(super) tickets: BTreeMap<Ticket, Place>,
-    pub(super) gcs: BTreeMap<Ticket, GcState>,
     pub(super) enis: BTreeMap<EniId, EniState>,
-    /// ENIs of this instance that the pool does not use.
-    pub(super) foreign: Vec<Eni>,
-    pub(super) creations: BTreeMap<ClientToken, Creation>,
+    pub(super) creations: Creations,
+    /// The back-off of assign calls on any ENI.
+    pub(super) assign_block: CallBlock,
     pub(super) vswitches: VSwitches,
-    /// No ENI is created until then, and why.
-    pub(super) creation_blocked: Option<(Moment, Error)>,
-    /// Nothing is assigned to any ENI until then, and why.
-    pub(super) assign_blocked: Option<(Moment, Error)>,
-    /// ENIs in a row that were given back because their NICs never showed up.
-    pub(super) lost_nics: u32,
-    /// Since when more is wanted than is there or on its way.
-    pub(super) demand_since: Option<Moment>,
-    /// When an Add last came in.
-    pub(super) last_add: Moment,
-    /// When an address was last bound or freed: idle ones are reclaimed some time after.
-    pub(super) last_use: Moment,
-    /// When the next batch may be reclaimed.
-    pub(super) reclaim_at: Option<Moment>,
-    /// The warm-up is still to be done.
-    pub(super) warming: bool,
+    pub(super) demand: DemandClock,
+    pub(super) idle: IdleClock,
     pub(super) inventory: InventoryState,
-    /// Since when there are too many idle units.
-    pub(super) excess_since: Option<Moment>,
-    /// Uses of addresses ended so far: the clock of least-recently-used.
-    pub(super) uses: u64,
-    pub(super) next_token: u64,
-    next_op: u64,
-    timers: BTreeSet<(Moment, Timer)>,
-    /// What the last `WakeAt` said, while it lies ahead.
-    announced: Option<Moment>,
-    pub(super) out: Batch,
-}
-
-/// See [`Pool::tickets`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
-    Attachment(AttachmentKey),
-    Gc,
-}
-
-/// What is to be looked at when its moment has come. Looking too often, or at what is gone, does nothing.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Timer {
-    Cooled(EniId, IpAddr),
-    StaleListing(EniId, IpNetwork),
-    Creation(ClientToken),
-    Call(EniId, Family),
-    Eni(EniId),
-    Disconnect(AttachmentKey),
-    Inventory,
-    /// Some block has ended, or an excess is old enough: planning, which every step ends with, will see.
-    Plan,
-}
-
-/// The effects of one step: at most one write, then everything else.
-///
-/// Writing first all that the step decided is stricter than needed for each effect, and makes every step one transaction.
-#[derive(Debug, Default)]
-pub(super) struct Batch {
-    changes: Vec<Change>,
-    durable: bool,
-    effects: Vec<Effect>,
-}
-
-impl Batch {
-    /// Write before any effect of this step.
-    pub(super) fn put(&mut self, record: Record) {
-        self.changes.push(Change::Put(record));
-        self.durable = true;
-    }
-
-    /// Write before any effect of this step.
-    pub(super) fn delete(&mut self, key: RecordKey) {
-        self.changes.push(Change::Delete(key));
-        self.durable = true;
-    }
-
-    /// Write some time.
-    pub(super) fn put_lazily(&mut self, record: Record) {
-        self.changes.push(Change::Put(record));
-    }
-
-    /// Write some time.
-    pub(super) fn delete_lazily(&mut self, key: RecordKey) {
-        self.changes.push(Change::Delete(key));
-    }
-
-    pub(super) fn effect(&mut self, effect: Effect) {
-        self.effects.push(effect);
-    }
+    pub(super) sequence: Sequence,
+    pub(super) timers: Timers,
+    pub(super) out: EffectBatch,
 }
 
 impl Pool {
@@ -130,36 +44,23 @@ impl Pool {
     pub fn new(config: PoolConfig) -> Self {
         let mut vswitches = VSwitches::default();
         vswitches.configure(&config.vswitches);
-        let warming = config.warm_up > 0;
         let mut pool = Self {
-            config,
             now: Moment::ZERO,
+            requests: Requests::default(),
             attachments: BTreeMap::new(),
-            waiting: Waiting::default(),
-            tickets: BTreeMap::new(),
-            gcs: BTreeMap::new(),
             enis: BTreeMap::new(),
-            foreign: Vec::new(),
-            creations: BTreeMap::new(),
+            creations: Creations::default(),
+            assign_block: CallBlock::default(),
             vswitches,
-            creation_blocked: None,
-            assign_blocked: None,
-            lost_nics: 0,
-            demand_since: None,
-            last_add: Moment::ZERO,
-            last_use: Moment::ZERO,
-            reclaim_at: None,
-            warming,
+            demand: DemandClock::new(config.warm_up > 0),
+            idle: IdleClock::default(),
             inventory: InventoryState::default(),
-            excess_since: None,
-            uses: 0,
-            next_token: 0,
-            next_op: 0,
-            timers: BTreeSet::new(),
-            announced: None,
-            out: Batch::default(),
+            sequence: Sequence::new(&config.token_seed),
+            timers: Timers::default(),
+            out: EffectBatch::default(),
+            config,
         };
-        pool.inventory_at(Moment::ZERO);
+        pool.schedule_inventory(Moment::ZERO);
         pool
     }
 
@@ -208,10 +109,7 @@ impl Pool {
     }
 
     fn fire(&mut self) {
-        while let Some((at, _)) = self.timers.first()
-            && *at <= self.now
-        {
-            let Some((_, timer)) = self.timers.pop_first() else { return };
+        while let Some(timer) = self.timers.pop_due(self.now) {
             match timer {
                 Timer::Cooled(eni, address) => self.cooled(&eni, address),
                 Timer::StaleListing(eni, what) => self.stale_listing_expired(&eni, what),
@@ -225,40 +123,21 @@ impl Pool {
         }
     }
 
-    /// Plans, and closes the step.
+    /// Plans, and ends the step.
     pub(super) fn finish(&mut self) -> Vec<Effect> {
         self.plan();
-        let Batch { changes, durable, effects } = std::mem::take(&mut self.out);
-        let mut all = Vec::with_capacity(effects.len() + 2);
-        if !changes.is_empty() {
-            all.push(if durable { Effect::Persist(changes) } else { Effect::PersistLazily(changes) });
-        }
-        all.extend(effects);
-        if self.announced.is_some_and(|at| at <= self.now) {
-            self.announced = None;
-        }
-        // A wake-up that comes too early because its timer went away costs one empty step, less than cancelling would.
-        if let Some((next, _)) = self.timers.first()
-            && self.announced.is_none_or(|at| *next < at)
-        {
-            self.announced = Some(*next);
-            all.push(Effect::WakeAt(*next));
-        }
-        all
+        let mut effects = self.out.take();
+        effects.extend(self.timers.next_wakeup(self.now).map(Effect::WakeAt));
+        effects
     }
 
     pub(super) fn wake(&mut self, at: Moment, timer: Timer) {
-        self.timers.insert((at, timer));
+        self.timers.set(at, timer);
     }
 
     /// The moment of the next attempt after so many failures.
-    pub(super) fn retry_at(&mut self, failures: u32) -> Moment {
-        self.now.after(self.config.retry.delay(failures, self.salt(self.next_op)))
-    }
-
-    /// A number that looks random and is the same for the same `number` on this node.
-    pub(super) fn salt(&self, number: u64) -> u64 {
-        u64::from_be_bytes(self.digest(number)[..8].try_into().unwrap_or_default())
+    pub(super) fn retry_at(&self, failures: u32) -> Moment {
+        self.now.after(self.config.retry.delay(failures, self.sequence.retry_jitter()))
     }
 
     /// Whether the cloud may be asked for anything at all.
@@ -271,36 +150,30 @@ impl Pool {
         self.config.degradation == Degradation::None
     }
 
-    pub(super) fn op(&mut self) -> OpId {
-        self.next_op += 1;
-        OpId(self.next_op)
+    pub(super) const fn op(&mut self) -> OpId {
+        self.sequence.op()
     }
 
     /// A token never used before; that it is used up is written with whatever it is used for.
     pub(super) fn token(&mut self) -> ClientToken {
-        let token = ClientToken(self.digest(self.next_token).iter().map(|byte| format!("{byte:02x}")).collect());
-        self.next_token += 1;
-        self.out.put(Record::Counter { next: self.next_token });
+        let token = self.sequence.token();
+        self.out.put(Record::Counter { next: self.sequence.next_token() });
         token
     }
 
-    fn digest(&self, number: u64) -> [u8; 20] {
-        Sha1::new().chain_update(number.to_be_bytes()).chain_update(self.config.token_seed.as_bytes()).finalize().into()
-    }
-
-    pub(super) fn answer(&mut self, ticket: Ticket, result: Result<Reply, Error>) {
-        if self.tickets.remove(&ticket).is_some() {
+    pub(super) fn reply(&mut self, ticket: Ticket, result: Result<Reply, Error>) {
+        if self.requests.close(ticket) {
             self.out.effect(Effect::Reply { ticket, result });
         }
     }
 
-    pub(super) fn answer_all(&mut self, tickets: Vec<Ticket>, result: &Result<Reply, Error>) {
+    pub(super) fn reply_all(&mut self, tickets: Vec<Ticket>, result: &Result<Reply, Error>) {
         for ticket in tickets {
-            self.answer(ticket, result.clone());
+            self.reply(ticket, result.clone());
         }
     }
 
     pub(super) fn refuse(&mut self, request: Request, error: Error) {
-        self.answer_all(request.tickets, &Err(error));
+        self.reply_all(request.tickets, &Err(error));
     }
 }

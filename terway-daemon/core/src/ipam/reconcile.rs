@@ -3,92 +3,54 @@
 //! A list adds what is new, once a second one confirms it, and flags what is missing. It never takes anything from a pod, and it is not believed about what changed
 //! around the time it was made, since the cloud's lists lag behind its actions.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 
 use super::config::addresses_per_prefix;
 use super::effect::Effect;
-use super::eni::Stage;
-use super::event::OpId;
-use super::lifecycle::{addresses, prefixes};
-use super::pool::{Pool, Timer};
+use super::ids::OpId;
+use super::pool::Pool;
 use super::record::{Record, RecordKey};
-use super::slot::SlotState;
+use super::state::{SlotState, Stage, Timer, listed_addresses, listed_prefixes};
 use crate::cidr::Cidr as _;
 use crate::clock::Moment;
 use crate::cloud::{CloudError, Eni, EniKind, EniStatus};
 use crate::ident::{EniId, Family};
 
-/// What is known about the cloud's list.
-#[derive(Debug)]
-pub(super) struct InventoryState {
-    /// The pool has seen a list, or started on a node that has nothing. Before that it makes nothing new.
-    pub(super) known: bool,
-    op: Option<OpId>,
-    asked: Moment,
-    due: Option<Moment>,
-    pub(super) failures: u32,
-    pub(super) error: Option<CloudError>,
-    /// ENIs that went away lately; a late list may still show them.
-    pub(super) forgotten: BTreeMap<EniId, Moment>,
-}
-
-impl Default for InventoryState {
-    fn default() -> Self {
-        Self {
-            known: true,
-            op: None,
-            asked: Moment::ZERO,
-            due: None,
-            failures: 0,
-            error: None,
-            forgotten: BTreeMap::new(),
-        }
-    }
-}
-
 impl Pool {
     pub(super) fn take_inventory(&mut self) {
-        if self.inventory.op.is_none() && self.may_ask() {
+        if !self.inventory.is_under_way() && self.may_ask() {
             let op = self.op();
-            self.inventory.op = Some(op);
-            self.inventory.asked = self.now;
+            self.inventory.begin(op, self.now);
             self.out.effect(Effect::TakeInventory { op });
         }
     }
 
-    pub(super) fn inventory_at(&mut self, due: Moment) {
-        self.inventory.due = Some(due);
+    pub(super) fn schedule_inventory(&mut self, due: Moment) {
+        self.inventory.schedule(due);
         self.wake(due, Timer::Inventory);
     }
 
     pub(super) fn inventory_due(&mut self) {
-        if self.inventory.due.is_some_and(|due| due <= self.now) {
-            self.inventory.due = None;
+        if self.inventory.take_due(self.now) {
             self.take_inventory();
         }
     }
 
     pub(super) fn inventory(&mut self, op: OpId, result: Result<Vec<Eni>, CloudError>) {
-        if self.inventory.op != Some(op) {
-            return;
-        }
-        self.inventory.op = None;
+        let Some(asked) = self.inventory.reported(op) else { return };
         match result {
             Ok(enis) => {
-                self.inventory.known = true;
-                self.inventory.failures = 0;
-                self.inventory.error = None;
-                self.inventory_at(self.now.after(self.config.resync));
-                self.reconcile(&enis, Some(self.inventory.asked));
+                self.inventory.succeeded();
+                self.schedule_inventory(self.now.after(self.config.resync));
+                self.reconcile(&enis, Some(asked));
             }
             Err(error) => {
-                self.inventory.failures += 1;
-                self.inventory.error = Some(error);
-                let at = self.retry_at(self.inventory.failures);
-                self.inventory_at(at);
+                let failures = self.inventory.failed(error);
+                let at = self.retry_at(failures);
+                self.schedule_inventory(at);
             }
         }
     }
@@ -97,8 +59,7 @@ impl Pool {
     /// that first one is believed only when a second one says the same; what it has more cannot be wrong, for what was given back is on disk.
     pub(super) fn reconcile(&mut self, list: &[Eni], asked: Option<Moment>) {
         let consistency_window = self.config.consistency_window;
-        self.inventory.forgotten.retain(|_, at| asked.is_some_and(|asked| at.after(consistency_window) > asked));
-        self.foreign.clear();
+        self.inventory.begin_list(asked, consistency_window);
         let mut seen = BTreeSet::new();
         for eni in list.iter().filter(|eni| eni.kind != EniKind::Primary) {
             if self.enis.contains_key(&eni.id) {
@@ -106,14 +67,14 @@ impl Pool {
                     seen.insert(eni.id.clone());
                     self.reconcile_slots(eni, asked);
                 }
-            } else if self.inventory.forgotten.contains_key(&eni.id) {
+            } else if self.inventory.was_removed(&eni.id) {
                 // It was there when the list was made, or rather a while before.
             } else if self.manages(eni) {
                 seen.insert(eni.id.clone());
                 self.enter(eni, Stage::Configuring);
                 self.retry_eni(&eni.id);
             } else {
-                self.foreign.push(eni.clone());
+                self.inventory.add_foreign(eni.clone());
             }
         }
         let unseen: Vec<_> = self
@@ -141,7 +102,7 @@ impl Pool {
     fn missed(&mut self, id: &EniId, certain: bool) {
         let Some(state) = self.enis.get_mut(id) else { return };
         if !certain {
-            return self.inventory_again(self.now.after(self.config.consistency_window));
+            return self.advance_inventory(self.now.after(self.config.consistency_window));
         }
         let known = state.missing.is_some();
         let since = *state.missing.get_or_insert(self.now);
@@ -152,14 +113,14 @@ impl Pool {
         if since.after(self.config.consistency_window) <= self.now && !state.in_use() && !state.calling() {
             self.forget(id);
         } else {
-            self.inventory_again(self.now.after(self.config.consistency_window));
+            self.advance_inventory(self.now.after(self.config.consistency_window));
         }
     }
 
     /// Looks again sooner than planned.
-    fn inventory_again(&mut self, at: Moment) {
-        if self.inventory.due.is_none_or(|due| at < due) {
-            self.inventory_at(at);
+    fn advance_inventory(&mut self, at: Moment) {
+        if self.inventory.is_due_after(at) {
+            self.schedule_inventory(at);
         }
     }
 
@@ -192,7 +153,7 @@ impl Pool {
 
     fn reconcile_slots(&mut self, eni: &Eni, asked: Option<Moment>) {
         // A single address is a prefix of full length here.
-        let all: BTreeSet<_> = addresses(eni).map(IpNetwork::from).chain(prefixes(eni)).collect();
+        let all: BTreeSet<_> = listed_addresses(eni).map(IpNetwork::from).chain(listed_prefixes(eni)).collect();
         let consistency_window = self.config.consistency_window;
         let mut altered = false;
         for family in [Family::V4, Family::V6] {
@@ -209,7 +170,7 @@ impl Pool {
                 continue;
             }
             if slots.call.is_some() || !believed(slots.changed, consistency_window, asked) {
-                self.inventory_again(self.now.after(consistency_window));
+                self.advance_inventory(self.now.after(consistency_window));
                 continue;
             }
             altered = true;
@@ -217,7 +178,7 @@ impl Pool {
                 self.found(&eni.id, family, net, asked);
             }
             if asked.is_none() && !lost.is_empty() {
-                self.inventory_again(self.now.after(consistency_window));
+                self.advance_inventory(self.now.after(consistency_window));
                 continue;
             }
             for net in lost {
@@ -247,7 +208,7 @@ impl Pool {
         // had it until a moment ago.
         let since = *slots.strange.entry(net).or_insert(asked.unwrap_or(now));
         if asked.is_none_or(|asked| since.after(consistency_window) > asked) {
-            return self.inventory_again(now.after(consistency_window));
+            return self.advance_inventory(now.after(consistency_window));
         }
         slots.strange.remove(&net);
         if single {

@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::effect::{Lease, Nic};
-use super::event::ClientToken;
+use super::ids::ClientToken;
+use super::lease::{Lease, Nic};
 use crate::ident::{AttachmentKey, EniId, Family, Mac, PodRef, SecurityGroupId, VSwitchId};
 
 /// The version of the encoding. A daemon refuses what a newer one wrote, rather than dropping what it does not know; it reads all older ones.

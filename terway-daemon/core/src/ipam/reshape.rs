@@ -9,10 +9,10 @@ use std::net::IpAddr;
 
 use super::config::PoolConfig;
 use super::effect::Effect;
-use super::eni::{EniState, Mismatch, Stage};
-use super::pool::{Pool, Timer};
+use super::pool::Pool;
+use super::problem;
+use super::state::{EniState, Mismatch, Stage, Timer};
 use crate::clock::Moment;
-use crate::errors::{self, Error};
 use crate::ident::{EniId, Family};
 
 impl Pool {
@@ -21,8 +21,9 @@ impl Pool {
         let old = std::mem::replace(&mut self.config, new);
         (self.config.instance, self.config.stack, self.config.token_seed) = (old.instance, old.stack, old.token_seed);
         self.vswitches.configure(&self.config.vswitches);
-        (self.creation_blocked, self.assign_blocked, self.lost_nics) = (None, None, 0);
-        (self.excess_since, self.reclaim_at) = (None, None);
+        self.creations.unblock();
+        self.assign_block.clear();
+        self.idle.restart();
         let ids: Vec<_> = self.enis.keys().cloned().collect();
         for id in &ids {
             self.judge(id);
@@ -33,9 +34,9 @@ impl Pool {
             self.retry_call(id, Family::V4);
             self.retry_call(id, Family::V6);
         }
-        // A doomed one asks again when a stray request must have arrived, no earlier.
-        let tokens = self.creations.iter().filter(|(_, c)| c.doomed.is_none_or(|at| at <= self.now));
-        let tokens: Vec<_> = tokens.map(|(token, _)| token.clone()).collect();
+        // A refused one asks again when a stray request must have arrived, no earlier.
+        let tokens = self.creations.iter().filter(|creation| creation.may_retry(self.now));
+        let tokens: Vec<_> = tokens.map(|creation| creation.record().token.clone()).collect();
         for token in tokens {
             self.retry_creation(&token);
         }
@@ -156,7 +157,7 @@ impl Pool {
     /// Gives back as many empty ENIs as it takes for `short` units on new ones: those that do not match, and those whose vSwitch has nothing left.
     fn make_room(&mut self, short: u32) {
         let per_eni = self.config.units_per_eni();
-        if per_eni == 0 || self.creation_blocked().is_some() || self.choose_vswitch(self.now).is_none() {
+        if per_eni == 0 || self.creations.blocked(self.now).is_some() || self.choose_vswitch(self.now).is_none() {
             return;
         }
         let leaving = self.enis.values().filter(|eni| eni.leaving() && eni.stage != Stage::Deleting).count();
@@ -164,7 +165,7 @@ impl Pool {
         // Without anybody waiting, an ENI that holds a part of the reserve may go too: a fresh one holds more.
         let idle = |eni: &EniState| {
             let units = eni.units(&self.config).ready;
-            let drained = eni.usable() && eni.empty() && units > 0 && units < short && self.waiting.len() == 0;
+            let drained = eni.usable() && eni.empty() && units > 0 && units < short && self.requests.waiting() == 0;
             drained && self.vswitches.cap(&eni.vswitch, self.now) == 0
         };
         let full = self.free_adapters() == 0;
@@ -184,15 +185,15 @@ impl Pool {
     pub(super) fn report_loss(&mut self, id: &EniId, addresses: Option<&[IpAddr]>) {
         let addresses_of_all = addresses.is_none();
         let mut fenced = Vec::new();
-        for (key, attachment) in self.attachments.iter().filter(|(_, a)| a.lease.eni == *id) {
+        for (key, attachment) in self.attachments.iter().filter(|(_, a)| a.lease().eni == *id) {
             let hit = |address: &IpAddr| addresses.is_none_or(|all| all.contains(address));
-            let hit: Vec<_> = attachment.lease.addresses.iter().filter(hit).collect();
+            let hit: Vec<_> = attachment.lease().addresses.iter().filter(hit).collect();
             if !hit.is_empty() {
-                fenced.push((key.clone(), attachment.pod.clone(), hit));
+                fenced.push((key.clone(), attachment.pod().clone(), hit));
             }
         }
         for (key, pod, addresses) in fenced {
-            let reason = address_loss_error(&pod.to_string(), id, &addresses, addresses_of_all);
+            let reason = problem::address_loss(&pod.to_string(), id, &addresses, addresses_of_all);
             self.out.effect(Effect::ReportAddressLoss { key, pod, eni: id.clone(), addresses, reason });
         }
     }
@@ -200,38 +201,15 @@ impl Pool {
     /// Tells of the pods that have these addresses of an ENI, or any if none is named, that all is well again.
     pub(super) fn report_recovery(&mut self, id: &EniId, addresses: Option<&[IpAddr]>) {
         let mut free = Vec::new();
-        for (key, attachment) in self.attachments.iter().filter(|(_, a)| a.lease.eni == *id) {
+        for (key, attachment) in self.attachments.iter().filter(|(_, a)| a.lease().eni == *id) {
             let hit = |address: IpAddr| addresses.is_none_or(|all| all.contains(&address));
             let missing = || self.get(key).is_some_and(|view| !view.missing.is_empty());
-            if attachment.lease.addresses.iter().any(hit) && !missing() {
-                free.push((key.clone(), attachment.pod.clone()));
+            if attachment.lease().addresses.iter().any(hit) && !missing() {
+                free.push((key.clone(), attachment.pod().clone()));
             }
         }
         for (key, pod) in free {
             self.out.effect(Effect::ReportAddressRecovery { key, pod });
         }
     }
-}
-
-impl Mismatch {
-    /// What is told of an ENI for this reason.
-    pub(super) fn explain(&self, eni: &EniState) -> Error {
-        let detail = match self {
-            Self::VSwitch => format!("{} is not among the configured vSwitches.", eni.vswitch),
-            Self::SecurityGroups => {
-                let has: Vec<_> = eni.security_groups.iter().flatten().map(ToString::to_string).collect();
-                format!("Its security groups are {}.", has.join(", "))
-            }
-            Self::TagFilter => "It lacks a tag of eni_tag_filter.".to_owned(),
-            Self::Blocked(key, value) => format!("It has the tag {key}={value}, so it is left alone."),
-        };
-        Error::new(errors::ENI_MISMATCH, detail)
-    }
-}
-
-/// What is told of a pod whose addresses the cloud does not list, or whose whole ENI.
-pub(super) fn address_loss_error(pod: &str, eni: &EniId, addresses: &[IpAddr], whole: bool) -> Error {
-    let list: Vec<_> = addresses.iter().map(ToString::to_string).collect();
-    let code = if whole { errors::ENI_VANISHED } else { errors::ADDRESS_VANISHED };
-    Error::new(code, format!("{pod} has {} of {eni}.", list.join(", ")))
 }

@@ -8,15 +8,12 @@ use std::collections::BTreeSet;
 use super::TOKEN_TAG;
 use super::config::{PoolConfig, addresses_per_prefix};
 use super::effect::Effect;
-use super::eni::{EniState, Stage};
-use super::lifecycle::Creation;
-use super::pods::Attachment;
-use super::pool::{Pool, Timer};
+use super::pool::Pool;
 use super::record::{
     AddressRecord, AssignmentRecord, AttachmentRecord, CreationRecord, EniRecord, EniStage, Phase, PrefixRecord,
     Quarantine, Record, RecordKey,
 };
-use super::slot::{CallKind, SlotState};
+use super::state::{Attachment, CallKind, Creation, EniState, SlotState, Stage, Timer};
 use crate::clock::Moment;
 use crate::cloud::{Eni, EniKind, EniStatus};
 use crate::ident::{AttachmentKey, EniId, Family};
@@ -89,7 +86,7 @@ impl Pool {
                 Record::Prefix(record) => sorted.prefixes.push(record),
                 Record::Creation(record) => sorted.creations.push(record),
                 Record::Assignment(record) => sorted.assignments.push(record),
-                Record::Counter { next } => pool.next_token = next,
+                Record::Counter { next } => pool.sequence.restore_next_token(next),
             }
         }
         for record in sorted.attachments {
@@ -102,25 +99,27 @@ impl Pool {
             pool.restore_prefix(&record);
         }
         // Warming up is for a node that has nothing yet.
-        pool.warming &= pool.enis.is_empty();
+        if !pool.enis.is_empty() {
+            pool.demand.end_warm_up();
+        }
         let list = snapshot.enis;
         for record in sorted.creations {
             pool.restore_creation(record, list.as_deref().unwrap_or_default());
         }
         match list {
             Some(list) => {
-                pool.inventory_at(now.after(pool.config.resync));
+                pool.schedule_inventory(now.after(pool.config.resync));
                 pool.reconcile(&list, None);
             }
             None => {
-                pool.inventory.known = false;
-                pool.inventory_at(now.after(pool.config.retry.initial));
+                pool.inventory.set_unknown();
+                pool.schedule_inventory(now.after(pool.config.retry.initial));
             }
         }
         for record in sorted.assignments {
             pool.restore_assignment(record);
         }
-        let tokens: Vec<_> = pool.creations.keys().cloned().collect();
+        let tokens: Vec<_> = pool.creations.iter().map(|creation| creation.record().token.clone()).collect();
         for token in tokens {
             pool.retry_creation(&token);
         }
@@ -217,9 +216,9 @@ impl Pool {
         });
         if let Some(eni) = made {
             self.out.delete(RecordKey::Creation(record.token));
-            self.welcome(eni);
+            self.enter_created(eni);
         } else {
-            self.creations.insert(record.token.clone(), Creation::restored(record));
+            self.creations.insert(Creation::restored(record));
         }
     }
 
@@ -244,7 +243,7 @@ impl Pool {
 
     fn resume_attachments(&mut self, facts: &NodeFacts) {
         let keys: Vec<_> =
-            self.attachments.iter().map(|(key, a)| (key.clone(), a.phase(), a.lease.eni.clone())).collect();
+            self.attachments.iter().map(|(key, a)| (key.clone(), a.phase(), a.lease().eni.clone())).collect();
         for (key, phase, eni) in keys {
             match phase {
                 Phase::SettingUp | Phase::Ready if facts.netns_gone.contains(&key) => {

@@ -5,9 +5,8 @@
 use std::collections::BTreeSet;
 
 use super::config::addresses_per_prefix;
-use super::eni::EniState;
-use super::pool::{Pool, Timer};
-use super::slot::SlotState;
+use super::pool::Pool;
+use super::state::{EniState, SlotState, Timer};
 use crate::ident::{EniId, Family};
 
 impl Pool {
@@ -32,11 +31,10 @@ impl Pool {
         let usable = self.enis.values().filter(|eni| eni.usable());
         let ready: u32 = usable.map(|eni| eni.units(&self.config).ready).sum();
         let excess = ready.saturating_sub(self.config.min_idle).min(reclaim.batch);
-        if self.waiting.len() > 0 || self.warming || excess == 0 {
+        if self.requests.waiting() > 0 || self.demand.is_warming_up() || excess == 0 {
             return;
         }
-        let due = self.last_use.after(reclaim.after);
-        let due = self.reclaim_at.map_or(due, |next| next.max(due));
+        let due = self.idle.reclaim_at(reclaim.after);
         if due > self.now {
             return self.wake(due, Timer::Plan);
         }
@@ -45,10 +43,10 @@ impl Pool {
         let retired = freed + self.retire_units(excess - freed);
         // With nothing to give back, as when all that is idle is primary, looking again at every step would be for nothing.
         let spread = u64::from(reclaim.jitter_permille) * 2 + 1;
-        let permille = 1000 + self.salt(self.uses + u64::from(ready)) % spread;
+        let permille = 1000 + self.sequence.jitter(self.idle.uses() + u64::from(ready)) % spread;
         let permille = u32::try_from(permille).unwrap_or(1000).saturating_sub(reclaim.jitter_permille.min(999));
         let next = self.now.after(reclaim.interval * permille / 1000);
-        self.reclaim_at = Some(next);
+        self.idle.reclaim_next(next);
         if retired > 0 {
             self.wake(next, Timer::Plan);
         }
@@ -103,19 +101,18 @@ impl Pool {
         // What is idle because of the floor is not too much.
         let bound = u32::try_from(self.attachments.len()).unwrap_or(u32::MAX);
         let floor = self.config.min_prefixes.saturating_mul(addresses_per_prefix(Family::V4)).saturating_sub(bound);
-        let high_watermark = if self.warming { u32::MAX } else { high_watermark.max(floor) };
+        let high_watermark = if self.demand.is_warming_up() { u32::MAX } else { high_watermark.max(floor) };
         let spare = |family: Family| -> u32 {
             let keep = if self.config.families().contains(&family) { high_watermark } else { 0 };
             usable().map(|eni| retirable(eni, family)).sum::<u32>().saturating_sub(keep)
         };
         let spares = [(Family::V4, spare(Family::V4)), (Family::V6, spare(Family::V6))];
         let excess = ready.saturating_sub(high_watermark);
-        if self.waiting.len() > 0 || (excess == 0 && spares.iter().all(|(_, n)| *n == 0)) {
-            self.excess_since = None;
+        if self.requests.waiting() > 0 || (excess == 0 && spares.iter().all(|(_, n)| *n == 0)) {
+            self.idle.no_excess();
             return;
         }
-        let Some(since) = self.excess_since else {
-            self.excess_since = Some(self.now);
+        let Some(since) = self.idle.excess_since(self.now) else {
             return self.wake(self.now.after(self.config.shrink_after), Timer::Plan);
         };
         if since.after(self.config.shrink_after) <= self.now {

@@ -5,16 +5,13 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::demand::degraded;
-use super::effect::Lease;
-use super::eni::{EniState, Stage};
-use super::lifecycle::explain;
+use super::lease::Lease;
 use super::pool::Pool;
+use super::problem;
 use super::record::Phase;
-use super::reshape::address_loss_error;
-use super::slot::SlotState;
+use super::state::{Counts, Creation, EniState, SlotState, Stage, VSwitchState, listed_addresses};
 use crate::clock::Moment;
-use crate::cloud::{Eni, EniKind};
+use crate::cloud::{CloudError, Eni, EniKind};
 use crate::errors::{self, Error};
 use crate::ident::{AttachmentKey, EniId, Family, Mac, PodRef, VSwitchId};
 
@@ -238,13 +235,11 @@ impl Pool {
             bound: count(self.attachments.len()),
             cooling: supply.cooling,
             pending: supply.pending,
-            waiting: self.waiting.len(),
+            waiting: self.requests.waiting(),
             releasing: releasing.sum(),
-            enis: count(self.enis.len() + self.creations.len()),
+            enis: count(self.enis.len() + self.creations.count()),
             mismatched: count(self.enis.values().filter(|eni| eni.mismatch.is_some()).count()),
-            foreign: count(
-                self.foreign.iter().filter(|eni| eni.instance.as_ref() == Some(&self.config.instance)).count(),
-            ),
+            foreign: self.inventory.foreign_on(&self.config.instance),
         }
     }
 
@@ -253,18 +248,18 @@ impl Pool {
     pub fn get(&self, key: &AttachmentKey) -> Option<AttachmentView> {
         let attachment = self.attachments.get(key)?;
         let missing = |address: &IpAddr| {
-            let eni = self.enis.get(&attachment.lease.eni);
+            let eni = self.enis.get(&attachment.lease().eni);
             let gone = eni.is_none_or(|eni| eni.missing.is_some());
             gone || eni.and_then(|eni| eni.slots(Family::of(*address)).get(*address)).is_none_or(|slot| slot.missing)
         };
         Some(AttachmentView {
             key: key.clone(),
-            pod: attachment.pod.clone(),
-            netns: attachment.netns.clone(),
-            options: attachment.options.clone(),
+            pod: attachment.pod().clone(),
+            netns: attachment.netns().to_owned(),
+            options: attachment.options().to_owned(),
             phase: attachment.phase(),
-            lease: attachment.lease.clone(),
-            missing: attachment.lease.addresses.iter().filter(missing).collect(),
+            lease: attachment.lease().clone(),
+            missing: attachment.lease().addresses.iter().filter(missing).collect(),
         })
     }
 
@@ -277,9 +272,9 @@ impl Pool {
     /// Every ENI of the pool.
     #[must_use]
     pub fn enis(&self) -> Vec<EniView> {
-        let creating = self.creations.values().map(|creation| EniView {
-            error: creation.error.as_ref().map(explain),
-            ..blank(None, creation.record.vswitch.clone(), EniPhase::Creating)
+        let creating = self.creations.iter().map(|creation| EniView {
+            error: creation.error().map(CloudError::explain),
+            ..blank(None, creation.record().vswitch.clone(), EniPhase::Creating)
         });
         self.enis.values().map(|eni| eni_view(eni, self.now)).chain(creating).collect()
     }
@@ -299,15 +294,12 @@ impl Pool {
             };
             EniView {
                 id: Some(eni.id.clone()),
-                addresses: super::lifecycle::addresses(eni)
-                    .collect::<std::collections::BTreeSet<_>>()
-                    .into_iter()
-                    .collect(),
+                addresses: listed_addresses(eni).collect::<std::collections::BTreeSet<_>>().into_iter().collect(),
                 reason: Some(Error::new(errors::ENI_MISMATCH, reason)),
                 ..blank(Some(eni.mac), eni.vswitch.clone(), EniPhase::Foreign)
             }
         };
-        self.foreign.iter().map(view).collect()
+        self.inventory.foreign().iter().map(view).collect()
     }
 
     /// Every address of the pool, by ENI.
@@ -315,8 +307,8 @@ impl Pool {
     pub fn addresses(&self) -> Vec<AddressView> {
         let mut owners = BTreeMap::new();
         for (key, attachment) in &self.attachments {
-            for address in attachment.lease.addresses.iter() {
-                owners.insert((attachment.lease.eni.clone(), address), (key.clone(), attachment.pod.clone()));
+            for address in attachment.lease().addresses.iter() {
+                owners.insert((attachment.lease().eni.clone(), address), (key.clone(), attachment.pod().clone()));
             }
         }
         let of_eni = |eni: &EniState, owners: &mut BTreeMap<_, _>| -> Vec<AddressView> {
@@ -342,7 +334,7 @@ impl Pool {
     /// Every vSwitch that is configured, or was and has something to tell.
     #[must_use]
     pub fn vswitches(&self) -> Vec<VSwitchView> {
-        let view = |v: &super::vswitch::VSwitchState| {
+        let view = |v: &VSwitchState| {
             let blocked = v.blocked.as_ref().filter(|(until, _)| *until > self.now);
             let fragmented = v.tight_prefixes.filter(|(cap, until)| *cap == 0 && *until > self.now);
             VSwitchView {
@@ -352,7 +344,7 @@ impl Pool {
                 backoff_until: blocked.map(|(until, _)| *until),
                 fragmented_until: fragmented.map(|(_, until)| until),
                 error: blocked
-                    .map(|(_, error)| explain(error))
+                    .map(|(_, error)| error.explain())
                     .or_else(|| fragmented.map(|_| Error::new(errors::PREFIX_FRAGMENTED, v.id.to_string()))),
             }
         };
@@ -362,7 +354,7 @@ impl Pool {
     /// ENIs of this instance that the pool leaves alone: somebody else's by their tags, of another kind, or not attached.
     #[must_use]
     pub fn foreign(&self) -> &[Eni] {
-        &self.foreign
+        self.inventory.foreign()
     }
 
     /// Everything that is wrong now, the gravest first; empty if all is well.
@@ -376,21 +368,21 @@ impl Pool {
             problems.push(Error::new(errors::NO_ADDRESS, format!("All {} addresses are bound.", stats.capacity)));
         }
         if !self.may_ask() {
-            problems.push(degraded());
+            problems.push(problem::degraded());
         }
-        problems.extend(self.inventory.error.as_ref().map(explain));
-        problems.extend(self.vswitches.trouble(self.now).map(explain));
+        problems.extend(self.inventory.error().map(CloudError::explain));
+        problems.extend(self.vswitches.trouble(self.now).map(CloudError::explain));
         for (vswitch, _, error) in self.vswitches.blocked(self.now) {
-            let Error { code, detail } = explain(error);
+            let Error { code, detail } = error.explain();
             problems.push(Error::new(code, format!("{vswitch}: {detail}")));
         }
-        let refused = [&self.creation_blocked, &self.assign_blocked].into_iter().flatten();
-        problems.extend(refused.filter(|(until, _)| *until > self.now).map(|(_, error)| error.clone()));
-        problems.extend(self.creations.values().filter_map(|creation| creation.error.as_ref().map(explain)));
+        let blocked = [self.creations.blocked(self.now), self.assign_block.get(self.now)].into_iter().flatten();
+        problems.extend(blocked.map(|(_, error)| error.clone()));
+        problems.extend(self.creations.iter().filter_map(Creation::error).map(CloudError::explain));
         for eni in self.enis.values() {
             let named = |Error { code, detail }: Error| Error::new(code, format!("{}: {detail}", eni.id));
             // An ENI with pods is told of by them, below.
-            if eni.missing.is_some() && !self.attachments.values().any(|a| a.lease.eni == eni.id) {
+            if eni.missing.is_some() && !self.attachments.values().any(|a| a.lease().eni == eni.id) {
                 let detail = format!("{}: The cloud does not list it as attached to the instance.", eni.id);
                 problems.push(Error::new(errors::ENI_UNKNOWN, detail));
             }
@@ -398,18 +390,18 @@ impl Pool {
             for slots in [&eni.v4, &eni.v6] {
                 let failing = slots.call.as_ref().and_then(|call| call.error.as_ref());
                 let blocked = slots.blocked.as_ref().filter(|(until, _)| *until > self.now).map(|(_, error)| error);
-                problems.extend(failing.into_iter().chain(blocked).map(|error| named(explain(error))));
+                problems.extend(failing.into_iter().chain(blocked).map(|error| named(error.explain())));
             }
         }
         for (key, attachment) in &self.attachments {
-            if let Some(error) = &attachment.error {
+            if let Some(error) = attachment.error() {
                 problems.push(Error::new(error.code, format!("{key}: {}", error.detail)));
             }
         }
         if self.enis.values().any(|eni| eni.missing.is_some() || eni.v4.missing() + eni.v6.missing() > 0) {
             for view in self.list().into_iter().filter(|view| !view.missing.is_empty()) {
                 let whole = self.enis.get(&view.lease.eni).is_none_or(|eni| eni.missing.is_some());
-                problems.push(address_loss_error(&view.pod.to_string(), &view.lease.eni, &view.missing, whole));
+                problems.push(problem::address_loss(&view.pod.to_string(), &view.lease.eni, &view.missing, whole));
             }
         }
         problems
@@ -458,7 +450,7 @@ fn eni_view(eni: &EniState, now: Moment) -> EniView {
         slots: state.slots,
         releasing: state.releasing,
     });
-    let sum = |of: fn(super::slot::Counts) -> u32| families.into_iter().map(|slots| of(slots.counts())).sum();
+    let sum = |of: fn(Counts) -> u32| families.into_iter().map(|slots| of(slots.counts())).sum();
     EniView {
         id: Some(eni.id.clone()),
         ifindex: eni.nic.as_ref().map(|nic| nic.ifindex),
@@ -470,7 +462,7 @@ fn eni_view(eni: &EniState, now: Moment) -> EniView {
         releasing: sum(|counts| counts.releasing),
         reason: eni.reason.clone().or_else(|| eni.mismatch.as_ref().map(|(mismatch, _)| mismatch.explain(eni))),
         backoff_until: blocks.map(|(until, _)| *until).filter(|until| *until > now).max(),
-        error: eni.error.clone().or_else(|| assigns.find_map(|call| call.error.as_ref().map(explain))),
+        error: eni.error.clone().or_else(|| assigns.find_map(|call| call.error.as_ref().map(CloudError::explain))),
         ..blank(Some(eni.mac), eni.vswitch.clone(), phase)
     }
 }

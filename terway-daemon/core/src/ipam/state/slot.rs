@@ -5,14 +5,14 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::event::{ClientToken, OpId};
 use crate::cidr::Cidr as _;
 use crate::clock::Moment;
 use crate::cloud::CloudError;
+use crate::ipam::ids::{ClientToken, OpId};
 
 /// What an address is doing. `Absent` is not being in the table, `Creating` is being part of an [`Call::Assign`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum SlotState {
+pub(crate) enum SlotState {
     /// Free to hand out.
     Idle,
     /// A pod's.
@@ -24,28 +24,28 @@ pub(super) enum SlotState {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Slot {
-    pub(super) state: SlotState,
+pub(crate) struct Slot {
+    pub(crate) state: SlotState,
     /// When its last use ended, as a count of such ends on this node; 0 is never in this run.
-    pub(super) used: u64,
+    pub(crate) used: u64,
     /// The cloud's list lacks it although a pod has it.
-    pub(super) missing: bool,
+    pub(crate) missing: bool,
 }
 
 /// A cloud call about these addresses.
 #[derive(Clone, Debug)]
-pub(super) struct Call {
-    pub(super) kind: CallKind,
+pub(crate) struct Call {
+    pub(crate) kind: CallKind,
     /// The attempt under way; `None` while it waits to be repeated.
-    pub(super) op: Option<OpId>,
-    pub(super) failures: u32,
-    pub(super) error: Option<CloudError>,
+    pub(crate) op: Option<OpId>,
+    pub(crate) failures: u32,
+    pub(crate) error: Option<CloudError>,
     /// An attempt ended without an outcome.
-    pub(super) uncertain: bool,
+    pub(crate) uncertain: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum CallKind {
+pub(crate) enum CallKind {
     Assign {
         token: ClientToken,
         count: u32,
@@ -64,9 +64,16 @@ pub(super) enum CallKind {
     },
 }
 
+/// What an assign call brought.
+#[derive(Debug)]
+pub(crate) enum Assigned {
+    Addresses(Vec<IpAddr>),
+    Prefixes(Vec<IpNetwork>),
+}
+
 impl CallKind {
     /// The token, if it is a call that makes something.
-    pub(super) const fn token(&self) -> Option<&ClientToken> {
+    pub(crate) const fn token(&self) -> Option<&ClientToken> {
         match self {
             Self::Assign { token, .. } | Self::AssignPrefixes { token, .. } => Some(token),
             Self::Unassign { .. } | Self::UnassignPrefixes { .. } => None,
@@ -76,29 +83,29 @@ impl CallKind {
 
 /// A block of addresses that comes and goes as one. Its addresses are slots like any others.
 #[derive(Debug, Default)]
-pub(super) struct Prefix {
+pub(crate) struct Prefix {
     /// Fullest prefix first, then least recently used.
     idle: BTreeSet<(u64, IpAddr)>,
     /// Slots that a pod has, or had a moment ago.
-    pub(super) in_use: u32,
-    pub(super) slots: u32,
+    pub(crate) in_use: u32,
+    pub(crate) slots: u32,
     /// Being given back to the cloud.
-    pub(super) releasing: bool,
+    pub(crate) releasing: bool,
     /// The cloud's list lacks it; it goes with its last pod.
-    pub(super) missing: bool,
+    pub(crate) missing: bool,
 }
 
 /// How many slots are in which state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counts {
-    pub(super) idle: u32,
-    pub(super) bound: u32,
-    pub(super) cooling: u32,
-    pub(super) releasing: u32,
+pub(crate) struct Counts {
+    pub(crate) idle: u32,
+    pub(crate) bound: u32,
+    pub(crate) cooling: u32,
+    pub(crate) releasing: u32,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Slots {
+pub(crate) struct Slots {
     map: BTreeMap<IpAddr, Slot>,
     prefixes: BTreeMap<IpNetwork, Prefix>,
     /// Single ones, least recently used first.
@@ -107,80 +114,80 @@ pub(super) struct Slots {
     releasing: BTreeSet<IpAddr>,
     counts: Counts,
     missing: u32,
-    pub(super) call: Option<Call>,
+    pub(crate) call: Option<Call>,
     /// Given back so lately that the cloud's lists may still show them.
-    pub(super) stale_listings: BTreeMap<IpAddr, Moment>,
+    pub(crate) stale_listings: BTreeMap<IpAddr, Moment>,
     /// The same for prefixes.
-    pub(super) stale_prefix_listings: BTreeMap<IpNetwork, Moment>,
+    pub(crate) stale_prefix_listings: BTreeMap<IpNetwork, Moment>,
     /// What the cloud lists and nobody here asked for, since when. Only what stays on the list is real.
-    pub(super) strange: BTreeMap<IpNetwork, Moment>,
+    pub(crate) strange: BTreeMap<IpNetwork, Moment>,
     /// No assign call until then, and why.
-    pub(super) blocked: Option<(Moment, CloudError)>,
+    pub(crate) blocked: Option<(Moment, CloudError)>,
     /// When the last call ended: lists taken before, or shortly after, say nothing about this table.
-    pub(super) changed: Option<Moment>,
+    pub(crate) changed: Option<Moment>,
     /// A give-back of several failed because one of them was gone already: go one by one.
-    pub(super) one_by_one: bool,
+    pub(crate) one_by_one: bool,
 }
 
 impl Slots {
-    pub(super) const fn counts(&self) -> Counts {
+    pub(crate) const fn counts(&self) -> Counts {
         self.counts
     }
 
-    pub(super) const fn missing(&self) -> u32 {
+    pub(crate) const fn missing(&self) -> u32 {
         self.missing
     }
 
-    pub(super) fn len(&self) -> u32 {
+    pub(crate) fn len(&self) -> u32 {
         let Counts { idle, bound, cooling, releasing } = self.counts;
         idle + bound + cooling + releasing
     }
 
     /// Whether a pod has, or had a moment ago, one of these.
-    pub(super) const fn in_use(&self) -> bool {
+    pub(crate) const fn in_use(&self) -> bool {
         self.counts.bound + self.counts.cooling > 0
     }
 
-    pub(super) fn get(&self, address: IpAddr) -> Option<Slot> {
+    pub(crate) fn get(&self, address: IpAddr) -> Option<Slot> {
         self.map.get(&address).copied()
     }
 
-    pub(super) const fn prefixes(&self) -> &BTreeMap<IpNetwork, Prefix> {
+    pub(crate) const fn prefixes(&self) -> &BTreeMap<IpNetwork, Prefix> {
         &self.prefixes
     }
 
     /// The prefix that an address belongs to.
-    pub(super) fn prefix_of(&self, address: IpAddr) -> Option<IpNetwork> {
+    pub(crate) fn prefix_of(&self, address: IpAddr) -> Option<IpNetwork> {
         self.prefixes.keys().find(|prefix| prefix.contains(address)).copied()
     }
 
     /// Addresses that came one by one.
-    pub(super) fn singles(&self) -> impl Iterator<Item = (IpAddr, Slot)> {
+    pub(crate) fn singles(&self) -> impl Iterator<Item = (IpAddr, Slot)> {
         self.iter().filter(|(address, _)| self.prefix_of(*address).is_none())
     }
 
     /// How many of the ENI's places for addresses are taken: a prefix takes one.
-    pub(super) fn places(&self) -> u32 {
+    pub(crate) fn places(&self) -> u32 {
         let blocks = u32::try_from(self.prefixes.len()).unwrap_or(u32::MAX);
         self.len() - self.prefixes.values().map(|prefix| prefix.slots).sum::<u32>() + blocks
     }
 
     /// Single idle addresses.
-    pub(super) fn idle_singles(&self) -> u32 {
+    pub(crate) fn idle_singles(&self) -> u32 {
         u32::try_from(self.idle.len()).unwrap_or(u32::MAX)
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (IpAddr, Slot)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (IpAddr, Slot)> {
         self.map.iter().map(|(address, slot)| (*address, *slot))
     }
 
-    pub(super) const fn releasing(&self) -> &BTreeSet<IpAddr> {
+    pub(crate) const fn releasing(&self) -> &BTreeSet<IpAddr> {
         &self.releasing
     }
 
     /// The idle address for the next pod: of the single ones, which cost a place each, the one that was used longest ago; then that of the
     /// fullest prefix, so that the others can be given back one day.
-    pub(super) fn coldest(&self) -> Option<(u64, IpAddr)> {
+    pub(crate) fn coldest(&self) -> Option<(u64, IpAddr)> {
         self.idle.first().copied().or_else(|| {
             let open = self.prefixes.values().filter(|prefix| !prefix.idle.is_empty());
             open.min_by_key(|prefix| std::cmp::Reverse(prefix.in_use)).and_then(|prefix| prefix.idle.first().copied())
@@ -188,13 +195,13 @@ impl Slots {
     }
 
     /// Single idle addresses, coldest first.
-    pub(super) fn idle(&self) -> impl Iterator<Item = IpAddr> {
+    pub(crate) fn idle(&self) -> impl Iterator<Item = IpAddr> {
         self.idle.iter().map(|(_, address)| *address)
     }
 
     /// Enters a new address; one that is here already stays as it is, except that it is known not to be missing.
     /// Says whether it is new.
-    pub(super) fn enter(&mut self, address: IpAddr, state: SlotState) -> bool {
+    pub(crate) fn enter(&mut self, address: IpAddr, state: SlotState) -> bool {
         if self.map.contains_key(&address) {
             self.set_missing(address, false);
             return false;
@@ -205,7 +212,7 @@ impl Slots {
     }
 
     /// Changes the state of an address that is here; `used` marks the end of a use.
-    pub(super) fn set(&mut self, address: IpAddr, state: SlotState, used: Option<u64>) {
+    pub(crate) fn set(&mut self, address: IpAddr, state: SlotState, used: Option<u64>) {
         let Some(slot) = self.map.get_mut(&address) else { return };
         let before = *slot;
         slot.state = state;
@@ -215,7 +222,7 @@ impl Slots {
         self.count(address, after.used, after.state, true);
     }
 
-    pub(super) fn set_missing(&mut self, address: IpAddr, missing: bool) {
+    pub(crate) fn set_missing(&mut self, address: IpAddr, missing: bool) {
         let Some(slot) = self.map.get_mut(&address) else { return };
         if slot.missing != missing {
             slot.missing = missing;
@@ -223,7 +230,7 @@ impl Slots {
         }
     }
 
-    pub(super) fn remove(&mut self, address: IpAddr) {
+    pub(crate) fn remove(&mut self, address: IpAddr) {
         self.set_missing(address, false);
         if let Some(slot) = self.map.remove(&address) {
             self.count(address, slot.used, slot.state, false);
@@ -233,7 +240,7 @@ impl Slots {
 
     /// Enters a prefix with the `count` addresses that are handed out of it; those that are here already stay as they are, except that they
     /// are known not to be missing. Says whether it is new.
-    pub(super) fn enter_prefix(&mut self, prefix: IpNetwork, count: u32) -> bool {
+    pub(crate) fn enter_prefix(&mut self, prefix: IpNetwork, count: u32) -> bool {
         if let Some(known) = self.prefixes.get_mut(&prefix) {
             known.missing = false;
             if known.releasing {
@@ -258,7 +265,7 @@ impl Slots {
     }
 
     /// Whether something on the cloud's list is not here, or was thought missing. What was given back a moment ago is not lacking.
-    pub(super) fn lacks(&self, net: IpNetwork) -> bool {
+    pub(crate) fn lacks(&self, net: IpNetwork) -> bool {
         if net.is_host() {
             !self.stale_listings.contains_key(&net.ip()) && self.get(net.ip()).is_none_or(|slot| slot.missing)
         } else {
@@ -268,7 +275,7 @@ impl Slots {
     }
 
     /// Marks a prefix that no pod uses as going back.
-    pub(super) fn release_prefix(&mut self, prefix: IpNetwork) -> bool {
+    pub(crate) fn release_prefix(&mut self, prefix: IpNetwork) -> bool {
         if !self.prefixes.get(&prefix).is_some_and(|known| known.in_use == 0 && !known.releasing) {
             return false;
         }
@@ -282,7 +289,7 @@ impl Slots {
     }
 
     /// Strikes a prefix with all its slots.
-    pub(super) fn remove_prefix(&mut self, prefix: IpNetwork) {
+    pub(crate) fn remove_prefix(&mut self, prefix: IpNetwork) {
         for address in self.inside(prefix) {
             self.remove(address);
         }
@@ -290,7 +297,7 @@ impl Slots {
     }
 
     /// The cloud's list lacks a prefix: what no pod has of it goes, the rest is flagged. Returns what a pod has.
-    pub(super) fn lose_prefix(&mut self, prefix: IpNetwork) -> Vec<IpAddr> {
+    pub(crate) fn lose_prefix(&mut self, prefix: IpNetwork) -> Vec<IpAddr> {
         if let Some(known) = self.prefixes.get_mut(&prefix) {
             known.missing = true;
         }
@@ -309,12 +316,12 @@ impl Slots {
         bound
     }
 
-    pub(super) fn inside(&self, prefix: IpNetwork) -> Vec<IpAddr> {
+    pub(crate) fn inside(&self, prefix: IpNetwork) -> Vec<IpAddr> {
         self.map.range(prefix.network()..=prefix.broadcast()).map(|(address, _)| *address).collect()
     }
 
     /// Addresses that the call under way will add.
-    pub(super) fn incoming(&self) -> u32 {
+    pub(crate) fn incoming(&self) -> u32 {
         match self.call.as_ref().map(|call| &call.kind) {
             Some(CallKind::Assign { count, .. }) => *count,
             Some(CallKind::AssignPrefixes { count, each, .. }) => count * each,
@@ -323,7 +330,7 @@ impl Slots {
     }
 
     /// Places that the call under way will take.
-    pub(super) fn incoming_places(&self) -> u32 {
+    pub(crate) fn incoming_places(&self) -> u32 {
         match self.call.as_ref().map(|call| &call.kind) {
             Some(CallKind::Assign { count, .. } | CallKind::AssignPrefixes { count, .. }) => *count,
             _ => 0,
@@ -331,7 +338,7 @@ impl Slots {
     }
 
     /// Prefixes that the call under way will add.
-    pub(super) fn incoming_prefixes(&self) -> u32 {
+    pub(crate) fn incoming_prefixes(&self) -> u32 {
         match self.call.as_ref().map(|call| &call.kind) {
             Some(CallKind::AssignPrefixes { count, .. }) => *count,
             _ => 0,
@@ -339,7 +346,7 @@ impl Slots {
     }
 
     /// Whether something waits for being given back.
-    pub(super) fn to_give_back(&self) -> bool {
+    pub(crate) fn to_give_back(&self) -> bool {
         !self.releasing.is_empty() || self.prefixes.values().any(|prefix| prefix.releasing)
     }
 

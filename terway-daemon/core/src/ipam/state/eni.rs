@@ -3,19 +3,21 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::config::{PoolConfig, PoolMode, addresses_per_prefix};
-use super::effect::Nic;
-use super::event::OpId;
-use super::record::{EniRecord, EniStage};
+use ipnetwork::IpNetwork;
+
 use super::slot::{SlotState, Slots};
 use crate::clock::Moment;
 use crate::cloud::Eni;
-use crate::errors::Error;
+use crate::errors::{self, Error};
 use crate::ident::{AttachmentKey, EniId, Family, Mac, SecurityGroupId, VSwitchId};
+use crate::ipam::config::{PoolConfig, PoolMode, addresses_per_prefix};
+use crate::ipam::ids::OpId;
+use crate::ipam::lease::Nic;
+use crate::ipam::record::{EniRecord, EniStage};
 
-/// How far an ENI is. `Creating` has no id yet and is a [`Creation`](super::lifecycle::Creation); `Draining` is `InUse` and `draining`.
+/// How far an ENI is. `Creating` has no id yet and is a [`Creation`](super::creation::Creation); `Draining` is `InUse` and `draining`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stage {
+pub(crate) enum Stage {
     Attaching,
     /// Attached; its NIC is awaited and configured.
     Configuring,
@@ -26,7 +28,7 @@ pub(super) enum Stage {
 
 /// Why an ENI is no good for new pods.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Mismatch {
+pub(crate) enum Mismatch {
     /// Its vSwitch is not configured any more.
     VSwitch,
     /// Its security groups are others than those configured.
@@ -38,40 +40,40 @@ pub(super) enum Mismatch {
 }
 
 #[derive(Debug)]
-pub(super) struct EniState {
-    pub(super) id: EniId,
-    pub(super) mac: Mac,
-    pub(super) vswitch: VSwitchId,
+pub(crate) struct EniState {
+    pub(crate) id: EniId,
+    pub(crate) mac: Mac,
+    pub(crate) vswitch: VSwitchId,
     /// It cannot be given back while the ENI lives.
-    pub(super) primary_v4: Ipv4Addr,
+    pub(crate) primary_v4: Ipv4Addr,
     /// As far as known.
-    pub(super) security_groups: Option<Vec<SecurityGroupId>>,
+    pub(crate) security_groups: Option<Vec<SecurityGroupId>>,
     /// As far as known.
-    pub(super) tags: Option<BTreeMap<String, String>>,
-    pub(super) stage: Stage,
+    pub(crate) tags: Option<BTreeMap<String, String>>,
+    pub(crate) stage: Stage,
     /// It can only go; on disk.
-    pub(super) draining: bool,
+    pub(crate) draining: bool,
     /// Why it takes no new pods although it is not draining, and since when. May pass with the next configuration.
-    pub(super) mismatch: Option<(Mismatch, Moment)>,
+    pub(crate) mismatch: Option<(Mismatch, Moment)>,
     /// Why it is going, for those who look.
-    pub(super) reason: Option<Error>,
-    pub(super) nic: Option<Nic>,
-    pub(super) v4: Slots,
-    pub(super) v6: Slots,
+    pub(crate) reason: Option<Error>,
+    pub(crate) nic: Option<Nic>,
+    pub(crate) v4: Slots,
+    pub(crate) v6: Slots,
     /// The step of its life that is under way; `None` between steps and while one waits to be repeated.
-    pub(super) op: Option<OpId>,
-    pub(super) failures: u32,
-    pub(super) error: Option<Error>,
+    pub(crate) op: Option<OpId>,
+    pub(crate) failures: u32,
+    pub(crate) error: Option<Error>,
     /// Since when the cloud's list lacks it.
-    pub(super) missing: Option<Moment>,
+    pub(crate) missing: Option<Moment>,
     /// When a step of its life last went well.
-    pub(super) changed: Option<Moment>,
+    pub(crate) changed: Option<Moment>,
     /// Attachments that a restart found half wired and that wait for the NIC.
-    pub(super) unconnected: Vec<AttachmentKey>,
+    pub(crate) unconnected: Vec<AttachmentKey>,
 }
 
 impl EniState {
-    pub(super) fn new(id: EniId, mac: Mac, vswitch: VSwitchId, primary_v4: Ipv4Addr, stage: Stage) -> Self {
+    pub(crate) fn new(id: EniId, mac: Mac, vswitch: VSwitchId, primary_v4: Ipv4Addr, stage: Stage) -> Self {
         Self {
             id,
             mac,
@@ -95,53 +97,53 @@ impl EniState {
         }
     }
 
-    pub(super) fn from_cloud(eni: &Eni, stage: Stage) -> Self {
+    pub(crate) fn from_cloud(eni: &Eni, stage: Stage) -> Self {
         let mut state = Self::new(eni.id.clone(), eni.mac, eni.vswitch.clone(), eni.primary_v4, stage);
         state.security_groups = Some(eni.security_groups.clone());
         state.tags = Some(eni.tags.clone());
         state
     }
 
-    pub(super) const fn slots(&self, family: Family) -> &Slots {
+    pub(crate) const fn slots(&self, family: Family) -> &Slots {
         match family {
             Family::V4 => &self.v4,
             Family::V6 => &self.v6,
         }
     }
 
-    pub(super) const fn slots_mut(&mut self, family: Family) -> &mut Slots {
+    pub(crate) const fn slots_mut(&mut self, family: Family) -> &mut Slots {
         match family {
             Family::V4 => &mut self.v4,
             Family::V6 => &mut self.v6,
         }
     }
 
-    pub(super) fn is_primary(&self, address: IpAddr) -> bool {
+    pub(crate) fn is_primary(&self, address: IpAddr) -> bool {
         address == IpAddr::V4(self.primary_v4)
     }
 
     /// New pods may be put here.
-    pub(super) const fn usable(&self) -> bool {
+    pub(crate) const fn usable(&self) -> bool {
         matches!(self.stage, Stage::InUse) && !self.draining && self.missing.is_none() && self.mismatch.is_none()
     }
 
     /// Somebody else's by now.
-    pub(super) const fn blocked(&self) -> bool {
+    pub(crate) const fn blocked(&self) -> bool {
         matches!(self.mismatch, Some((Mismatch::Blocked(..), _)))
     }
 
     /// Nothing keeps it from being detached, except perhaps the step of its life that is under way.
-    pub(super) fn empty(&self) -> bool {
+    pub(crate) fn empty(&self) -> bool {
         !self.in_use() && !self.calling()
     }
 
     /// Detached or on the way there, with nothing to wait for but the cloud.
-    pub(super) fn leaving(&self) -> bool {
+    pub(crate) fn leaving(&self) -> bool {
         matches!(self.stage, Stage::Detaching | Stage::Deleting) || (self.draining && self.empty())
     }
 
     /// On its way to being usable. One that keeps failing is not counted upon.
-    pub(super) const fn starting(&self) -> bool {
+    pub(crate) const fn starting(&self) -> bool {
         matches!(self.stage, Stage::Attaching | Stage::Configuring)
             && !self.draining
             && self.missing.is_none()
@@ -150,21 +152,21 @@ impl EniState {
     }
 
     /// The cloud takes calls about its addresses.
-    pub(super) const fn attached(&self) -> bool {
+    pub(crate) const fn attached(&self) -> bool {
         matches!(self.stage, Stage::Configuring | Stage::InUse)
     }
 
-    pub(super) const fn in_use(&self) -> bool {
+    pub(crate) const fn in_use(&self) -> bool {
         self.v4.in_use() || self.v6.in_use()
     }
 
     /// A call about its addresses is under way. One that waits to be repeated counts too, unless it may never be.
-    pub(super) fn calling(&self) -> bool {
+    pub(crate) fn calling(&self) -> bool {
         let runs = |slots: &Slots| slots.call.as_ref().is_some_and(|call| call.op.is_some() || !self.blocked());
         runs(&self.v4) || runs(&self.v6)
     }
 
-    pub(super) fn record(&self) -> EniRecord {
+    pub(crate) fn record(&self) -> EniRecord {
         EniRecord {
             id: self.id.clone(),
             mac: self.mac,
@@ -186,7 +188,7 @@ impl EniState {
     }
 
     /// Units (one address of each family of the stack) on this ENI.
-    pub(super) fn units(&self, config: &PoolConfig) -> Units {
+    pub(crate) fn units(&self, config: &PoolConfig) -> Units {
         let least = |of: &dyn Fn(Family) -> u32| config.families().iter().map(|f| of(*f)).min().unwrap_or(0);
         let mut ready = least(&|f| self.slots(f).counts().idle);
         let mut coming = least(&|f| self.slots(f).counts().idle + self.slots(f).incoming());
@@ -208,7 +210,7 @@ impl EniState {
     }
 
     /// The address of a family for the next pod, with when it was last used.
-    pub(super) fn offer(&self, config: &PoolConfig, family: Family) -> Option<(u64, IpAddr)> {
+    pub(crate) fn offer(&self, config: &PoolConfig, family: Family) -> Option<(u64, IpAddr)> {
         if config.mode == PoolMode::Exclusive {
             if self.in_use() {
                 return None;
@@ -223,7 +225,7 @@ impl EniState {
     }
 
     /// Addresses of a family that the ENI could still take, as prefixes or one by one.
-    pub(super) fn room(&self, config: &PoolConfig, family: Family, prefixes: bool) -> u32 {
+    pub(crate) fn room(&self, config: &PoolConfig, family: Family, prefixes: bool) -> u32 {
         let slots = self.slots(family);
         // The limit may have shrunk with the instance type, or an assignment be larger than thought.
         let places = config.per_eni(family).saturating_sub(slots.places() + slots.incoming_places());
@@ -235,7 +237,7 @@ impl EniState {
     }
 
     /// Units that further calls could add, if they may add at most so many addresses of each family.
-    pub(super) fn growth(&self, config: &PoolConfig, room: &dyn Fn(Family) -> u32) -> u32 {
+    pub(crate) fn growth(&self, config: &PoolConfig, room: &dyn Fn(Family) -> u32) -> u32 {
         let coming = |f: Family| self.slots(f).counts().idle + self.slots(f).incoming();
         let now = config.families().iter().map(|f| coming(*f)).min().unwrap_or(0);
         let then = config.families().iter().map(|f| coming(*f) + room(*f)).min().unwrap_or(0);
@@ -245,15 +247,44 @@ impl EniState {
 
 /// See [`EniState::units`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Units {
+pub(crate) struct Units {
     /// Idle now.
-    pub(super) ready: u32,
+    pub(crate) ready: u32,
     /// Idle when the calls under way are done.
-    pub(super) pending: u32,
+    pub(crate) pending: u32,
     /// That further calls could add.
-    pub(super) growth: u32,
+    pub(crate) growth: u32,
     /// Cooling.
-    pub(super) cooling: u32,
+    pub(crate) cooling: u32,
+}
+
+impl Mismatch {
+    /// What is told of an ENI for this reason.
+    pub(crate) fn explain(&self, eni: &EniState) -> Error {
+        let detail = match self {
+            Self::VSwitch => format!("{} is not among the configured vSwitches.", eni.vswitch),
+            Self::SecurityGroups => {
+                let has: Vec<_> = eni.security_groups.iter().flatten().map(ToString::to_string).collect();
+                format!("Its security groups are {}.", has.join(", "))
+            }
+            Self::TagFilter => "It lacks a tag of eni_tag_filter.".to_owned(),
+            Self::Blocked(key, value) => format!("It has the tag {key}={value}, so it is left alone."),
+        };
+        Error::new(errors::ENI_MISMATCH, detail)
+    }
+}
+
+/// All single addresses of an ENI.
+pub(crate) fn listed_addresses(eni: &Eni) -> impl Iterator<Item = IpAddr> {
+    // The primary address is in the list of the real cloud; it is entered once in any case.
+    let v4 = std::iter::once(eni.primary_v4).chain(eni.v4.iter().copied());
+    v4.map(IpAddr::V4).chain(eni.v6.iter().copied().map(IpAddr::V6))
+}
+
+/// All prefixes of an ENI.
+pub(crate) fn listed_prefixes(eni: &Eni) -> impl Iterator<Item = IpNetwork> {
+    let v4 = eni.v4_prefixes.iter().copied().map(IpNetwork::V4);
+    v4.chain(eni.v6_prefixes.iter().copied().map(IpNetwork::V6))
 }
 
 #[cfg(test)]
@@ -262,7 +293,7 @@ mod tests {
     use crate::cloud::InstanceLimits;
     use crate::ident::IpStack;
     use crate::ipam::ClientToken;
-    use crate::ipam::slot::{Call, CallKind};
+    use crate::ipam::state::slot::{Call, CallKind};
 
     #[test]
     fn units_of_a_lopsided_dual_stack_eni() {

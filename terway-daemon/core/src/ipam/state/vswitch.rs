@@ -1,26 +1,24 @@
-//! Where new addresses come from: the choice of a vSwitch, and the rest given to an exhausted one.
+//! The vSwitches that new addresses come from: which one is chosen, and the back-off of an exhausted one.
 
-use super::config::VSwitchSelection;
-use super::effect::Effect;
-use super::event::OpId;
-use super::pool::Pool;
 use crate::clock::Moment;
 use crate::cloud::{CloudError, VSwitch};
 use crate::ident::VSwitchId;
+use crate::ipam::config::VSwitchSelection;
+use crate::ipam::ids::OpId;
 
 #[derive(Debug)]
-pub(super) struct VSwitchState {
-    pub(super) id: VSwitchId,
+pub(crate) struct VSwitchState {
+    pub(crate) id: VSwitchId,
     /// New ENIs may be put there. An ENI of an earlier configuration may be in another one.
-    pub(super) configured: bool,
+    pub(crate) configured: bool,
     /// Left alone until then, and why.
-    pub(super) blocked: Option<(Moment, CloudError)>,
+    pub(crate) blocked: Option<(Moment, CloudError)>,
     /// Ask for at most so many at once until then: more were refused, fewer may be there.
     tight: Option<(u32, Moment)>,
     /// The same for prefixes. None at all means that it is fragmented: single addresses may still be had.
-    pub(super) tight_prefixes: Option<(u32, Moment)>,
+    pub(crate) tight_prefixes: Option<(u32, Moment)>,
     /// Free addresses by the cloud's last count, less what was asked for since.
-    pub(super) available: Option<u32>,
+    pub(crate) available: Option<u32>,
 }
 
 impl VSwitchState {
@@ -30,7 +28,7 @@ impl VSwitchState {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct VSwitches {
+pub(crate) struct VSwitches {
     list: Vec<VSwitchState>,
     /// The count that is under way.
     op: Option<OpId>,
@@ -42,7 +40,7 @@ pub(super) struct VSwitches {
 
 impl VSwitches {
     /// Takes over a new list. What is known of a vSwitch stays known, except that none is left alone any longer: the change may be the cure.
-    pub(super) fn configure(&mut self, ids: &[VSwitchId]) {
+    pub(crate) fn configure(&mut self, ids: &[VSwitchId]) {
         let mut old = std::mem::take(&mut self.list);
         (self.failures, self.error) = (0, None);
         for id in ids {
@@ -55,17 +53,17 @@ impl VSwitches {
         }
     }
 
-    pub(super) fn configured(&self, id: &VSwitchId) -> bool {
+    pub(crate) fn configured(&self, id: &VSwitchId) -> bool {
         self.list.iter().any(|v| v.configured && v.id == *id)
     }
 
     /// All that is known of any.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &VSwitchState> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &VSwitchState> {
         self.list.iter()
     }
 
     /// The vSwitch for a new ENI.
-    pub(super) fn choose(&self, selection: VSwitchSelection, now: Moment, salt: u64) -> Option<&VSwitchId> {
+    pub(crate) fn choose(&self, selection: VSwitchSelection, now: Moment, salt: u64) -> Option<&VSwitchId> {
         let mut open = self.list.iter().filter(|v| v.configured && self.cap(&v.id, now) > 0);
         let chosen = match selection {
             VSwitchSelection::Ordered => open.next(),
@@ -80,7 +78,7 @@ impl VSwitches {
     }
 
     /// How many addresses one call may ask of this vSwitch now, as far as the vSwitch goes.
-    pub(super) fn cap(&self, id: &VSwitchId, now: Moment) -> u32 {
+    pub(crate) fn cap(&self, id: &VSwitchId, now: Moment) -> u32 {
         let Some(v) = self.list.iter().find(|v| v.id == *id) else { return u32::MAX };
         if v.blocked.as_ref().is_some_and(|(until, _)| *until > now) {
             return 0;
@@ -89,7 +87,7 @@ impl VSwitches {
     }
 
     /// How many prefixes one call may ask of this vSwitch now; 0 if it is too fragmented for any.
-    pub(super) fn prefix_cap(&self, id: &VSwitchId, now: Moment) -> u32 {
+    pub(crate) fn prefix_cap(&self, id: &VSwitchId, now: Moment) -> u32 {
         let known = self.list.iter().find(|v| v.id == *id).and_then(|v| v.tight_prefixes);
         known.filter(|(_, until)| *until > now).map_or(u32::MAX, |(cap, _)| cap)
     }
@@ -103,7 +101,7 @@ impl VSwitches {
     }
 
     /// The cloud refused `count` addresses for want of free ones: ask for half as many until then, for none if one was too much.
-    pub(super) fn exhausted(&mut self, id: &VSwitchId, count: u32, error: CloudError, until: Moment) {
+    pub(crate) fn exhausted(&mut self, id: &VSwitchId, count: u32, error: CloudError, until: Moment) {
         let v = self.entry(id);
         if count > 1 {
             v.tight = Some((count / 2, until));
@@ -115,74 +113,69 @@ impl VSwitches {
     }
 
     /// The cloud refused `count` prefixes for want of whole ones.
-    pub(super) fn fragmented(&mut self, id: &VSwitchId, count: u32, until: Moment) {
+    pub(crate) fn fragmented(&mut self, id: &VSwitchId, count: u32, until: Moment) {
         self.entry(id).tight_prefixes = Some((count / 2, until));
     }
 
     /// So many addresses were asked for, or went back.
-    pub(super) fn used(&mut self, id: &VSwitchId, count: u32) {
+    pub(crate) fn used(&mut self, id: &VSwitchId, count: u32) {
         if let Some(v) = self.list.iter_mut().find(|v| v.id == *id) {
             v.available = v.available.map(|n| n.saturating_sub(count));
         }
     }
 
     /// Why there are no counts. Holds until they may be asked for again: nobody asks before they are needed.
-    pub(super) fn trouble(&self, now: Moment) -> Option<&CloudError> {
+    pub(crate) fn trouble(&self, now: Moment) -> Option<&CloudError> {
         self.error.as_ref().filter(|_| self.due.is_some_and(|due| due > now))
     }
 
-    pub(super) fn blocked(&self, now: Moment) -> impl Iterator<Item = (&VSwitchId, Moment, &CloudError)> {
+    pub(crate) fn blocked(&self, now: Moment) -> impl Iterator<Item = (&VSwitchId, Moment, &CloudError)> {
         self.list.iter().filter_map(move |v| {
             v.blocked.as_ref().filter(|(until, _)| *until > now).map(|(until, error)| (&v.id, *until, error))
         })
     }
-}
 
-impl Pool {
-    /// The vSwitch for a new ENI, if there is one now.
-    pub(super) fn choose_vswitch(&self, now: Moment) -> Option<&VSwitchId> {
-        // The number of the next token differs from creation to creation, and is the same after a replay.
-        self.vswitches.choose(self.config.vswitch_selection, now, self.salt(self.next_token))
+    /// Whether the counts are recent enough.
+    pub(crate) fn has_fresh_counts(&self, now: Moment) -> bool {
+        self.due.is_some_and(|due| due > now)
     }
 
-    /// Asks for counts if the choice needs them and they are too old. Says whether it is better to wait for them: only for the first ones.
-    pub(super) fn count_vswitches(&mut self) -> bool {
-        let fresh = self.vswitches.due.is_some_and(|due| due > self.now);
-        if self.config.vswitch_selection != VSwitchSelection::Most || fresh || !self.may_ask() {
-            return false;
-        }
-        if self.vswitches.op.is_none() {
-            let ids: Vec<_> = self.vswitches.iter().filter(|v| v.configured).map(|v| v.id.clone()).collect();
-            if ids.len() < 2 {
-                return false;
-            }
-            let op = self.op();
-            self.vswitches.op = Some(op);
-            self.out.effect(Effect::DescribeVSwitches { op, ids });
-        }
-        self.vswitches.due.is_none()
+    /// Whether there have been no counts yet.
+    pub(crate) const fn has_no_counts(&self) -> bool {
+        self.due.is_none()
     }
 
-    pub(super) fn vswitches_counted(&mut self, op: OpId, result: Result<Vec<VSwitch>, CloudError>) {
-        if self.vswitches.op != Some(op) {
-            return;
+    pub(crate) const fn is_counting(&self) -> bool {
+        self.op.is_some()
+    }
+
+    pub(crate) const fn begin_count(&mut self, op: OpId) {
+        self.op = Some(op);
+    }
+
+    /// Whether this is the report of the count under way, which ends with it.
+    pub(crate) fn reported(&mut self, op: OpId) -> bool {
+        self.op.take_if(|waiting| *waiting == op).is_some()
+    }
+
+    /// Takes in counts, which hold until then.
+    pub(crate) fn counted(&mut self, counts: &[VSwitch], due: Moment) {
+        for v in &mut self.list {
+            v.available = counts.iter().find(|count| count.id == v.id).map(|count| count.available);
         }
-        self.vswitches.op = None;
-        let due = match result {
-            Ok(counts) => {
-                for v in &mut self.vswitches.list {
-                    v.available = counts.iter().find(|count| count.id == v.id).map(|count| count.available);
-                }
-                (self.vswitches.failures, self.vswitches.error) = (0, None);
-                self.now.after(self.config.vswitch_ttl)
-            }
-            Err(error) => {
-                self.vswitches.failures += 1;
-                self.vswitches.error = Some(error);
-                self.retry_at(self.vswitches.failures)
-            }
-        };
-        self.vswitches.due = Some(due);
+        (self.failures, self.error) = (0, None);
+        self.due = Some(due);
+    }
+
+    /// Counts a failure; returns how many there are in a row.
+    pub(crate) fn count_failed(&mut self, error: CloudError) -> u32 {
+        self.failures += 1;
+        self.error = Some(error);
+        self.failures
+    }
+
+    pub(crate) const fn count_again_at(&mut self, due: Moment) {
+        self.due = Some(due);
     }
 }
 
