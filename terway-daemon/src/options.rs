@@ -49,7 +49,7 @@ pub struct Options {
     /// Address of /metrics, /healthz and /readyz. A port that is taken is tried again.
     #[arg(long, default_value = "127.0.0.1:19099", value_name = "ADDR")]
     pub listen: SocketAddr,
-    /// Name of this node; default: the host name.
+    /// Name of this node, which no other node of the cluster has; default: the host name.
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node: Option<String>,
     /// MTU of pod interfaces in bytes; default: the MTU of the pod's ENI.

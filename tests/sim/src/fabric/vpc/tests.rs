@@ -56,7 +56,7 @@ fn instances_reach_each_other_their_gateway_and_servers_of_the_vpc() {
     let Some((vpc, prefix)) = setup("a") else { return };
     let start = Instant::now();
     let a = node(&vpc, &format!("{prefix}-a"), 1);
-    assert!(start.elapsed() < Duration::from_millis(500), "a node took {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(3), "a node took {:?}", start.elapsed());
     let b = node(&vpc, &format!("{prefix}-b"), 2);
     for target in ["10.7.0.2", "10.7.0.253", "fd07::2", "fd07::fffd"] {
         assert!(pings(&a.ns, &[target]), "{target}");
