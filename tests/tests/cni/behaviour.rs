@@ -217,9 +217,9 @@ fn an_add_is_answered_as_soon_as_a_restarting_daemon_serves() {
         // Longer than a restart with a large state takes, and shorter than the plugin's patience (8 s).
         let away = Duration::from_millis(6500);
         let start = Instant::now();
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             scope.spawn(|| {
-                std::thread::sleep(away);
+                thread::sleep(away);
                 bench.daemon.start();
             });
             bench.succeed("ADD", json!({"timeout_ms": 60_000}));

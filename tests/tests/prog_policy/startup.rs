@@ -1,21 +1,54 @@
 //! A daemon whose source of objects has not told everything: what a policy that it knows might forbid, a new pod does not do.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use terway_core::config::parse;
 use terway_daemon::bpf::{Config, Datapath};
 use terway_daemon::metrics::new_registry;
-use terway_daemon::policy::{News, Policies, PolicyMetrics, Setup};
-use tokio::sync::watch;
+use terway_daemon::objects::{
+    Batch, EmptySource, Feed, ObjectMetrics, ObjectSource, ObjectStore, SourceError, Update, feed,
+};
+use terway_daemon::policy::{Policies, PolicyMetrics, Setup};
+use tokio::sync::{mpsc, watch};
 
 use super::*;
 
 const CONFIG: &str = r#"{"vswitches":{"z":["vsw-1"]},"security_group":"sg-1","disable_network_policy":"false"}"#;
 
-fn told(objects: &mut Objects, documents: &[(Kind, Value)], complete: bool) -> News {
-    let put = |(kind, document): &(Kind, Value)| Change::Upsert(Box::new(Object::read(*kind, document).unwrap()));
-    News { changes: documents.iter().filter_map(|document| objects.apply(put(document))).collect(), complete }
+/// An object source that sends the batches of a test.
+struct Scripted(mpsc::Receiver<Batch>);
+
+#[async_trait]
+impl ObjectSource for Scripted {
+    async fn run(mut self: Box<Self>, batches: mpsc::Sender<Batch>) -> Result<(), SourceError> {
+        while let Some(batch) = self.0.recv().await {
+            if batches.send(batch).await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn object((kind, document): &(Kind, Value)) -> Object {
+    Object::read(*kind, document).unwrap()
+}
+
+/// Objects that are known before their kinds are listed completely.
+fn changes(documents: &[(Kind, Value)]) -> Batch {
+    let update = |document| Update::Change(Change::Upsert(Box::new(object(document))));
+    Batch { updates: documents.iter().map(update).collect(), problems: None }
+}
+
+/// Complete lists of all kinds.
+fn lists(documents: &[(Kind, Value)]) -> Batch {
+    let list = |kind: Kind| {
+        let objects = documents.iter().filter(|(of, _)| *of == kind).map(object).collect();
+        Update::Replace(kind, objects)
+    };
+    Batch { updates: Kind::ALL.into_iter().map(list).collect(), problems: None }
 }
 
 fn pod(name: &str) -> (Kind, Value) {
@@ -30,24 +63,37 @@ async fn new_pod_waits_for_policies_at_startup() {
     let (_addresses, addresses) = watch::channel(Arc::default());
     let (_config, config) = watch::channel(Arc::new(parse(CONFIG).unwrap().0));
     let datapath = Arc::new(Datapath::open(&Config::new(sandbox.pin_root())).unwrap());
-    let (policies, listener) = Policies::start(Setup {
+    let objects = Arc::new(ObjectStore::default());
+    let policies = Policies::start(Setup {
         datapath: Arc::clone(&datapath),
+        objects: Arc::clone(&objects),
         addresses,
         config,
         metrics: PolicyMetrics::new(&mut new_registry().0),
     })
     .unwrap();
+    let (batches, receiver) = mpsc::channel(2);
+    let scripted = Mutex::new(Some(Scripted(receiver)));
+    let _feed = Feed::start(feed::Setup {
+        open: Box::new(move || match scripted.lock().unwrap().take() {
+            Some(source) => Ok(Box::new(source)),
+            None => Ok(Box::new(EmptySource)),
+        }),
+        store: objects,
+        subscribers: vec![policies.clone()],
+        metrics: ObjectMetrics::new(&mut new_registry().0),
+    });
 
     // Something forbids `a` to be reached; whether it is about `b` too, whose object is not there, nobody knows.
     let guard = json!({
         "metadata": {"namespace": "x", "name": "guard"},
         "spec": {"podSelector": {"matchLabels": {"pod": "a"}}, "policyTypes": ["Ingress"]},
     });
-    let mut objects = Objects::default();
-    listener.send(told(&mut objects, &[pod("a"), (Kind::NetworkPolicy, guard)], false)).unwrap();
+    let guard = (Kind::NetworkPolicy, guard);
+    batches.send(changes(&[pod("a"), guard.clone()])).await.unwrap();
     let named = |name: &str| PodRef { namespace: "x".to_owned(), name: name.to_owned(), uid: String::new() };
     let start = Instant::now();
-    policies.expect(&named("a")).await;
+    policies.wait_until_known(&named("a")).await;
     assert!(start.elapsed() >= Duration::from_secs(3), "an ADD waits for the view");
     for (endpoint, name) in [(&stage.a, "a"), (&stage.b, "b")] {
         // New ones: the stage has them already.
@@ -66,16 +112,16 @@ async fn new_pod_waits_for_policies_at_startup() {
     // Nothing that is known speaks of egress.
     let leaves = stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.9.9").tcp(2_000, 80, flags::SYN);
     run(&stage, Program::FromPod, stage.a.host_ifindex, &leaves.build(), &OUT);
-    let (status, _) = policies.status().await.unwrap();
-    assert!(!status.complete, "{status:?}");
+    let (status, _) = policies.status().await;
+    assert!(!status.is_synced, "{status:?}");
 
-    listener.send(told(&mut objects, &[pod("b")], true)).unwrap();
+    batches.send(lists(&[pod("a"), pod("b"), guard])).await.unwrap();
     let start = Instant::now();
-    while !policies.status().await.unwrap().0.complete {
+    while !policies.status().await.0.is_synced {
         assert!(start.elapsed() < Duration::from_secs(20), "the view is complete");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     comes("10.0.0.1", &INGRESS);
     comes("10.0.0.2", &IN);
-    policies.expect(&named("a")).await;
+    policies.wait_until_known(&named("a")).await;
 }
