@@ -13,9 +13,11 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::atomic_file;
-use crate::daemon::NETWORK;
 use crate::file_watch::Watch;
 use crate::options::Options;
+
+/// Name of the network in the conflist; part of every attachment key, so it never changes.
+const NETWORK: &str = "terway";
 
 /// How often the folder is read although no change was seen.
 const READ_EVERY: Duration = Duration::from_secs(60);

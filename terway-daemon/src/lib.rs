@@ -1,6 +1,7 @@
 //! The modules of the node daemon. Each acts on one thing outside the process; what to do is decided in `terway-core`.
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a panic in a test is the test's failure"))]
 
+mod actor;
 pub mod atomic_file;
 pub mod bpf;
 pub mod cli;
@@ -11,7 +12,7 @@ pub mod conntrack;
 pub mod daemon;
 pub mod engine;
 mod file_watch;
-mod follow;
+
 mod grpc;
 pub mod http;
 pub mod identity;

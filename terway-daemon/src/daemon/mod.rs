@@ -24,9 +24,6 @@ use self::background::Background;
 use self::kernel::Kernel;
 use self::state::Persistent;
 
-/// The name of the network in the conflist; part of every key, so it never changes.
-pub const NETWORK: &str = "terway";
-
 /// Runs the daemon until a signal or a failure ends it.
 ///
 /// # Errors

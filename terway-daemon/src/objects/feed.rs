@@ -38,7 +38,7 @@ use super::store::StoreWriter;
 use super::{
     Batch, EmptySource, ObjectChanges, ObjectMetrics, ObjectSource, ObjectStore, Origin, Problem, Scope, SourceError,
 };
-use crate::follow::burst;
+use crate::actor::batch;
 use crate::supervise;
 
 /// The time until a source that failed is started again.
@@ -178,7 +178,7 @@ impl Feed {
         let writer = Arc::new(Mutex::new(StoreWriter::new(store)));
         let mut synced = 0;
         while let Some(first) = batches.recv().await {
-            let burst = burst(first, || batches.try_recv().ok());
+            let burst = batch(first, || batches.try_recv().ok());
             self.note_problems(&burst);
             let apply = {
                 let writer = Arc::clone(&writer);

@@ -25,7 +25,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tracing::warn;
 
 use crate::bpf::{self, Datapath};
-use crate::follow::{self, burst, until};
+use crate::actor::{batch, current_addresses, sleep_until};
 use crate::objects::{ObjectChanges, ObjectStore, Subscriber};
 use crate::supervise;
 
@@ -200,20 +200,20 @@ impl Policies {
         let mut inputs = self.inputs.lock().await;
         let Inputs { changes, addresses, config } = &mut *inputs;
         // Before the first objects: nothing may be compiled for a node without addresses.
-        self.step(Command::Addresses(follow::addresses(addresses))).await;
+        self.step(Command::Addresses(current_addresses(addresses))).await;
         let enforce = config.borrow_and_update().policy_enabled;
         self.step(Command::Enforce(enforce)).await;
         let mut due = Some(Instant::now() + IDLE);
         loop {
             let command = tokio::select! {
-                Some(first) = changes.recv() => Command::Objects(burst(first, || changes.try_recv().ok())),
-                Ok(()) = addresses.changed() => Command::Addresses(follow::addresses(addresses)),
+                Some(first) = changes.recv() => Command::Objects(batch(first, || changes.try_recv().ok())),
+                Ok(()) = addresses.changed() => Command::Addresses(current_addresses(addresses)),
                 Ok(()) = config.changed() => Command::Enforce(config.borrow_and_update().policy_enabled),
                 () = self.changed.notified() => {
                     due = Some(Instant::now() + IDLE);
                     continue;
                 }
-                () = until(due) => {
+                () = sleep_until(due) => {
                     due = self.idle().await;
                     continue;
                 }

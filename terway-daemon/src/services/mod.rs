@@ -22,7 +22,7 @@ use terway_core::service::{MapContents, NodeFacts, Owner, PortView, Settings, So
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::bpf::Datapath;
-use crate::follow::{self, until};
+use crate::actor::{current_addresses, sleep_until};
 use crate::net::Host;
 use crate::objects::{ObjectChanges, ObjectStore, Subscriber};
 use crate::supervise;
@@ -172,12 +172,12 @@ impl Services {
     async fn run(self: Arc<Self>) {
         let mut inputs = self.inputs.lock().await;
         let Inputs { commands, addresses } = &mut *inputs;
-        let mut due = self.step(Command::Addresses(follow::addresses(addresses))).await;
+        let mut due = self.step(Command::Addresses(current_addresses(addresses))).await;
         loop {
             let command = tokio::select! {
                 Some(command) = commands.recv() => command,
-                Ok(()) = addresses.changed() => Command::Addresses(follow::addresses(addresses)),
-                () = until(due) => Command::Due,
+                Ok(()) = addresses.changed() => Command::Addresses(current_addresses(addresses)),
+                () = sleep_until(due) => Command::Due,
             };
             due = self.step(command).await;
         }
