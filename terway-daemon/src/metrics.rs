@@ -1,4 +1,4 @@
-//! What the daemon counts and times. Names follow the field's conventions: base units, `_total` for counters.
+//! Prometheus metrics of the daemon. Names follow the Prometheus rules: base units, `_total` for counters.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,12 +138,12 @@ impl Metrics {
         registry.register("terway_pool_enis", "ENIs of this node by state", metrics.enis.clone());
         registry.register(
             "terway_reconcile_findings",
-            "What the last audit found to differ between store, kernel and datapath",
+            "Differences between store, kernel and datapath in the last audit",
             metrics.findings.clone(),
         );
         registry.register(
             "terway_reconcile_corrections",
-            "What audits have set right, by sort of action",
+            "Differences that audits corrected, by action",
             metrics.corrections.clone(),
         );
         registry.register_with_unit(
@@ -152,7 +152,7 @@ impl Metrics {
             Unit::Seconds,
             metrics.start.clone(),
         );
-        registry.register("terway_spooled_dels", "DELs taken over from the plugin's queue", metrics.spooled.clone());
+        registry.register("terway_queued_dels", "DELs carried out from the plugin's queue", metrics.spooled.clone());
         supervise::register_metrics(registry);
         metrics
     }
@@ -198,7 +198,7 @@ impl Metrics {
         self.start.set(took.as_secs_f64());
     }
 
-    /// Counts a DEL taken over from the plugin's queue.
+    /// Counts a DEL carried out from the plugin's queue.
     pub fn spooled_del(&self) {
         self.spooled.inc();
     }

@@ -1,4 +1,4 @@
-//! Carries out the DELs that the plugin queued while no daemon answered (the protocol is in `terway_core::cni::queue`).
+//! Queue of DELs that the plugin wrote while the daemon was away (the protocol is in `terway_core::cni::queue`).
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -7,7 +7,7 @@ use terway_core::cni::QueuedDel;
 use terway_core::cni::queue::SUFFIX;
 use tracing::{info, warn};
 
-/// A write that was cut off is of no use after this time; the plugin's own budget is shorter.
+/// Age after which an incomplete file is removed; the plugin's time limit is shorter.
 const ABANDONED: Duration = Duration::from_secs(600);
 
 /// The finished DELs in `dir`, in no order, with the files that hold them.
@@ -32,7 +32,7 @@ pub fn read(dir: &Path) -> std::io::Result<Vec<(PathBuf, QueuedDel)>> {
             Ok(del) => found.push((path, del)),
             Err(error) => {
                 let aside = path.with_extension("bad");
-                warn!(path = %aside.display(), %error, "a queued DEL cannot be read and was put aside");
+                warn!(path = %aside.display(), %error, "failed to decode a queued DEL; the file was renamed");
                 let _ = std::fs::rename(&path, aside);
             }
         }
@@ -43,7 +43,7 @@ pub fn read(dir: &Path) -> std::io::Result<Vec<(PathBuf, QueuedDel)>> {
 fn remove_abandoned(path: &Path) {
     let modified = path.metadata().and_then(|m| m.modified()).unwrap_or_else(|_| SystemTime::now());
     if path.extension().is_some_and(|e| e != "bad") && modified.elapsed().is_ok_and(|age| age > ABANDONED) {
-        info!(path = %path.display(), "removed a queued DEL whose write was cut off");
+        info!(path = %path.display(), "removed an incomplete file from the queue of DELs");
         let _ = std::fs::remove_file(path);
     }
 }

@@ -1,4 +1,4 @@
-//! From the configuration to everything that follows it: at the start, and while the daemon runs.
+//! Translation of the configuration into the settings of its subscribers, at the start and at every change.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::engine::{Engine, PodOptions};
 use crate::identity::Node;
 use crate::options::Options;
 
-/// What the pool must know.
+/// Configuration of the address pool.
 pub(crate) fn pool(options: &Options, config: &Config, node: &Node) -> PoolConfig {
     let zone = &node.identity.zone;
     let vswitches = config.vswitches_of(zone).to_vec();
@@ -70,18 +70,18 @@ fn backoff(config: &Config, default: Backoff) -> Backoff {
     Backoff { initial, max: given.cap.unwrap_or(default.max).max(initial) }
 }
 
-/// Where the keys of the cloud account come from.
+/// Source of the cloud account's access keys.
 pub(crate) fn credentials(options: &Options, config: &Config) -> CredentialSource {
     let key = config.access_key.as_ref().map(|key| (key.id.clone(), key.secret.clone()));
     CredentialSource::chain(&options.credentials_dir, key, config.credential_path.as_deref().map(Path::new))
 }
 
-/// What pods get unless their own network configuration says otherwise.
+/// Default options of pods.
 pub(crate) fn pod_defaults(options: &Options, config: &Config) -> PodOptions {
     PodOptions { mtu: options.mtu.or(config.mtu), extra_routes: config.extra_routes.clone() }
 }
 
-/// Tells the datapath which destinations are the node's own.
+/// Writes the destinations that are handled by the host's stack into the datapath.
 ///
 /// # Errors
 /// When the map cannot be written.
@@ -94,7 +94,7 @@ pub(crate) fn host_stack(config: &Config, addresses: &[IpNetwork], datapath: &Da
         .map_err(|error| Error::new(errors::BPF_FAILED, format!("host addresses: {error}")))
 }
 
-/// Tells the datapath how many new connections to report.
+/// Writes the sampling rate of new connections into the datapath.
 ///
 /// # Errors
 /// When the map cannot be written.
@@ -105,7 +105,7 @@ pub(crate) fn flow_events(config: &Config, datapath: &Datapath) -> Result<(), Er
         .map_err(|error| Error::new(errors::BPF_FAILED, format!("flow events: {error}")))
 }
 
-/// Everything that takes a new configuration while it runs.
+/// Subscribers of the configuration: what takes a new one while the daemon runs.
 pub(crate) struct ConfigSubscribers {
     pub(crate) options: Options,
     pub(crate) node: Node,
@@ -128,9 +128,9 @@ impl ConfigSubscribers {
             }
             let next = Arc::clone(&config.borrow_and_update());
             let addresses = Arc::clone(&addresses.borrow_and_update());
-            let told = host_stack(&next, &addresses, &self.datapath);
-            if let Err(error) = told.and_then(|()| flow_events(&next, &self.datapath)) {
-                error!(%error, "a part of the configuration or of the node's addresses is not in effect");
+            let applied = host_stack(&next, &addresses, &self.datapath);
+            if let Err(error) = applied.and_then(|()| flow_events(&next, &self.datapath)) {
+                error!(%error, "failed to apply the configuration or the node's addresses to the datapath");
             }
             if next != present {
                 self.apply(&present, &next);

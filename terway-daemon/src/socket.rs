@@ -1,4 +1,4 @@
-//! The daemon's two exclusive things: the lock that makes it the only one on its state, and the socket that only root may use.
+//! The instance lock of the state folder, and the gRPC socket, which only root may use.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
@@ -12,7 +12,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::warn;
 
-/// Held as long as the daemon lives; the kernel gives it back when the process ends, however it ends.
+/// Exclusive lock of the state folder; the kernel releases it when the process ends.
 #[derive(Debug)]
 pub struct InstanceLock(#[expect(dead_code, reason = "held for its drop")] Flock<File>);
 

@@ -1,5 +1,5 @@
-//! Where the configuration comes from: a mounted ConfigMap or a file, watched. A good edit is published; a bad one is reported, and what was in
-//! force stays in force.
+//! The source of the configuration: a mounted ConfigMap or a file, watched. A valid edit is published; an invalid one is reported, and the
+//! previous configuration stays in force.
 
 mod files;
 mod status;

@@ -1,4 +1,4 @@
-//! What the last edits of the configuration did, for status and metrics.
+//! Status of the configuration: the last edits and their result, for status and metrics.
 
 use std::collections::VecDeque;
 use std::time::SystemTime;

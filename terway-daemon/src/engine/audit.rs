@@ -38,13 +38,13 @@ enum AuditScope {
     RepairsOnly,
 }
 
-/// What audits remember.
+/// State of the audits.
 #[derive(Default)]
 pub(super) struct Audit {
-    /// The set-up of each ENI, by its MAC.
+    /// Plan of each ENI that is set up, by its MAC.
     plans: Mutex<BTreeMap<Mac, EniPlan>>,
     confirmation: Mutex<Confirmation>,
-    /// What the last audit could not set right.
+    /// Differences that the last audit could not correct.
     problems: Mutex<Vec<Error>>,
 }
 
@@ -66,7 +66,7 @@ impl Audit {
     }
 }
 
-/// What was read, and what could not be.
+/// State of the node as read from every source, and the errors of sources that could not be read.
 pub(super) struct Observation {
     pub(super) snapshot: AuditSnapshot,
     pub(super) kernel: Result<(), Error>,
@@ -159,7 +159,7 @@ impl Engine {
     async fn audit_within(self: &Arc<Self>, scope: AuditScope) {
         let Observation { snapshot, kernel, datapath, .. } = self.look(false).await;
         for error in [kernel, datapath].into_iter().filter_map(Result::err) {
-            warn!(%error, "the audit could not read everything");
+            warn!(%error, "the audit failed to read a source");
         }
         let found = findings(&snapshot);
         for kind in FindingKind::ALL {
@@ -191,11 +191,11 @@ impl Engine {
                             subject,
                             evidence,
                             action = action.name(),
-                            "the node was not as planned"
+                            "corrected a difference between the node and the store"
                         );
                     }
                     Err(error) => {
-                        warn!(kind = kind.name(), subject, evidence, action = action.name(), %error, "cannot be set right");
+                        warn!(kind = kind.name(), subject, evidence, action = action.name(), %error, "failed to correct a difference between the node and the store");
                         problems.push(problem(&snapshot, &finding));
                     }
                 }
@@ -303,7 +303,7 @@ fn endpoint(stored: &crate::bpf::Endpoint, attached: bool) -> Endpoint {
     }
 }
 
-/// What stays wrong, for `terway-cli status`.
+/// The problem of a finding that is not corrected, for `terway-cli status`.
 fn problem(snapshot: &AuditSnapshot, finding: &Finding) -> Error {
     let code = match finding.kind {
         FindingKind::NicMissing => errors::NIC_MISSING,

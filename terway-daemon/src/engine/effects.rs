@@ -20,7 +20,7 @@ use crate::supervise;
 const ATTACH_WITHIN: Duration = Duration::from_secs(120);
 
 impl PoolState {
-    /// Answers the request that waits, if the effect is an answer. The caller may be gone; the attachment stays for its DEL.
+    /// Answers the waiting request, if the effect is an answer. The caller may be gone; the attachment stays for its DEL.
     fn answer(&mut self, effect: &Effect) -> bool {
         let Effect::Reply { ticket, result } = effect else { return false };
         if let Some(waiting) = self.waiting.remove(ticket) {
@@ -62,7 +62,7 @@ impl Engine {
         if write.is_none() && rest.is_empty() {
             return;
         }
-        // Half of what wiring a pod takes does not change anything, and need not wait for the disk.
+        // The first half of connecting a pod only prepares, and need not wait for the disk.
         if gate.is_some()
             && let Some(at) = rest.iter().position(|effect| matches!(effect, Effect::Connect { .. }))
         {
@@ -95,9 +95,9 @@ impl Engine {
         });
     }
 
-    /// Ends the daemon: what it promises could not be kept. Requests that wait are told why.
+    /// Ends the daemon after a failed write of the store; waiting requests get the error.
     fn fail(&self, reason: Error) {
-        error!(code = reason.code.id, detail = reason.detail, "cannot go on");
+        error!(code = reason.code.id, detail = reason.detail, "failed to write the store; the daemon ends");
         for (_, waiting) in self.pool_state().waiting.drain() {
             let _ = waiting.send(Err(reason.clone()));
         }
@@ -191,7 +191,7 @@ impl Engine {
             }
             Effect::DescribeVSwitches { op, ids } => Event::VSwitches { op, result: self.cloud.vswitches(&ids).await },
             Effect::ReportAddressLoss { key, pod, reason, .. } => {
-                warn!(%key, %pod, code = reason.code.id, detail = reason.detail, "a pod's address is gone from its ENI");
+                warn!(%key, %pod, code = reason.code.id, detail = reason.detail, "a pod's address is no longer on its ENI");
                 return None;
             }
             Effect::ReportAddressRecovery { key, pod } => {

@@ -1,4 +1,4 @@
-//! The node's side of an ENI: finding its NIC, giving it its table, attaching the datapath; and the way back.
+//! The node's side of an ENI: its NIC, its routing table and the datapath's programs; set up and torn down.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use super::pod::net_error;
 use super::uplink::{attach, detach};
 use crate::net::Nic;
 
-/// How long the metadata service is waited for if its answer is known from before.
+/// Limit of a metadata request whose answer is kept from an earlier one.
 const METADATA_WITHIN: Duration = Duration::from_secs(1);
 
 impl Engine {
@@ -44,7 +44,7 @@ impl Engine {
         Ok((ifindex, subnet))
     }
 
-    /// The subnet of an ENI that is there, as the metadata service tells it, or as it did before.
+    /// The subnet of an attached ENI from the metadata service, or the kept one.
     pub(super) async fn subnet(&self, mac: Mac) -> Result<Subnet, Error> {
         let asked = self.cloud.subnet(mac);
         let subnet = match self.subnets.get(mac) {
@@ -52,7 +52,7 @@ impl Engine {
             Some(kept) => match timeout(METADATA_WITHIN, asked).await {
                 Ok(Ok(subnet)) => subnet,
                 _ => {
-                    warn!(%mac, "the metadata service does not tell the ENI's subnet; going on with what it said before");
+                    warn!(%mac, "failed to read the ENI's subnet from the metadata service; using the kept one");
                     kept
                 }
             },
@@ -69,10 +69,10 @@ impl Engine {
         let Some(nic) = self.links.nics().into_iter().find(|nic| nic.mac == mac) else { return };
         let ifindex = nic.ifindex;
         if let Err(error) = self.with_datapath(move |datapath| detach(datapath, ifindex)).await {
-            warn!(%mac, %error, "the programs of an ENI could not be detached");
+            warn!(%mac, %error, "failed to detach the programs of an ENI");
         }
         if let Err(error) = self.host.remove_eni(&self.bare_eni_plan(&nic)).await {
-            warn!(%mac, %error, "the routes of an ENI could not be removed");
+            warn!(%mac, %error, "failed to remove the routes of an ENI");
         }
     }
 

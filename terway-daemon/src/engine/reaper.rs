@@ -1,4 +1,4 @@
-//! Deletes the links of pods that are gone, many at a time.
+//! Batched deletion of the links of deleted pods.
 //!
 //! Deleting veth pairs costs one RCU grace period under RTNL, some 25 ms in which no pod can be wired, however many pairs go at once. So they
 //! are collected for a while; most are gone by then, because the runtime removed their namespace.
@@ -14,7 +14,7 @@ use super::pod::net_error;
 use crate::net::Host;
 use crate::supervise;
 
-/// How long links are collected. Bounds how long a deleted pod's address waits before it starts to cool.
+/// Time for which links are collected. A deleted pod's address starts to cool only afterwards.
 const COLLECT_FOR: Duration = Duration::from_millis(100);
 
 struct Job {

@@ -1,4 +1,4 @@
-//! Making an engine, and bringing kernel and datapath in line with what the store knows.
+//! Construction of the engine, and restoration of kernel and datapath from the store.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -27,16 +27,16 @@ use crate::net::{Host, NetError, NetMonitor};
 use crate::policy::Policies;
 use crate::store::Store;
 
-/// What the engine knows of the node and does not change while it runs.
+/// Facts about the node that do not change while the daemon runs.
 #[derive(Clone, Debug)]
 pub struct NodeInfo {
     /// The node's name.
     pub node: String,
     /// Instance, type, region, zone.
     pub identity: NodeIdentity,
-    /// Families of pods.
+    /// Address families of pods.
     pub stack: IpStack,
-    /// The node's own addresses, which its ENIs carry as a source for ARP and ND.
+    /// The node's own addresses, used as source of ARP and ND on its ENIs.
     pub addresses: Addresses,
     /// MTU of the node's primary interface in bytes.
     pub nic_mtu: u32,
@@ -44,35 +44,35 @@ pub struct NodeInfo {
     pub subnets: PathBuf,
     /// Whether the node serves Services.
     pub services: bool,
-    /// Source ports that no socket of the host has, for what is sent on in the node's name.
+    /// Source ports for masqueraded connections; no socket of the host uses them.
     pub own_ports: RangeInclusive<u16>,
-    /// How long a NIC may stay away after the cloud said "attached"; then the pool is told, which asks again later.
+    /// Limit for the NIC of an attached ENI to appear; after it the pool retries later.
     pub nic_within: Duration,
 }
 
-/// What an engine is made of.
+/// Dependencies of an engine.
 pub struct Parts {
     /// The restored pool.
     pub pool: Pool,
-    /// The origin of the moments the pool was restored with.
+    /// Time zero of the pool's clock.
     pub origin: Instant,
-    /// Where promises are kept.
+    /// The store.
     pub store: Store,
     /// The cloud.
     pub cloud: Arc<dyn Cloud>,
     /// The datapath.
     pub datapath: Arc<Datapath>,
-    /// Whom pods may speak with.
+    /// Network policies.
     pub policies: Arc<Policies>,
     /// The kernel's network.
     pub host: Arc<Host>,
     /// Reports rtnetlink events of NICs and addresses.
     pub links: NetMonitor,
-    /// What does not change.
+    /// Facts about the node.
     pub info: NodeInfo,
-    /// What pods get unless their network configuration says otherwise.
+    /// Default options of pods.
     pub defaults: PodOptions,
-    /// Counters and times.
+    /// Metrics.
     pub metrics: Metrics,
 }
 
@@ -150,7 +150,7 @@ impl Engine {
         self.install_datapath(Self::endpoint(&plan, lease, link.index), pod).await
     }
 
-    /// Removes links, rules, routes and endpoints that are ours and belong to nobody.
+    /// Removes links, rules, routes and endpoints of terway that belong to no attachment.
     async fn remove_leftovers(&self, attachments: &[&AttachmentRecord]) -> Result<(), Error> {
         let addresses: BTreeSet<IpAddr> = attachments.iter().flat_map(|a| a.lease.addresses.iter()).collect();
         let known = KnownResources {
@@ -161,7 +161,7 @@ impl Engine {
         let state = self.host.observe(BTreeSet::new()).await.map_err(net_error)?;
         let stale = orphans(&state, &known);
         if !stale.is_empty() {
-            info!(?stale, "removing what earlier runs left behind");
+            info!(?stale, "removing leftovers of earlier runs");
             self.host.remove(stale).await.map_err(net_error)?;
         }
         let stale = self

@@ -1,4 +1,4 @@
-//! The subnets of this node's ENIs as the metadata service told them, kept for a start at which it does not answer.
+//! Cache file of the subnets of this node's ENIs, for a start at which the metadata service does not answer.
 //!
 //! A subnet never changes while its ENI lives: what is kept is as good as what would be told. Without it, an outage of the metadata service
 //! during a restart of the daemon would make every idle address of the node useless.
@@ -30,7 +30,7 @@ impl Subnets {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&mac).cloned()
     }
 
-    /// Keeps one, if it is news.
+    /// Stores a subnet, if it is new or changed.
     pub(super) fn keep(&self, mac: Mac, subnet: &Subnet) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.insert(mac, subnet.clone()).as_ref() != Some(subnet) {
@@ -38,7 +38,7 @@ impl Subnets {
         }
     }
 
-    /// Its ENI leaves; the cloud may give the MAC to another one some day.
+    /// Removes the subnet of an ENI that is detached: the cloud may reuse its MAC.
     pub(super) fn forget(&self, mac: Mac) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.remove(&mac).is_some() {
@@ -52,7 +52,7 @@ impl Subnets {
         let written =
             serde_json::to_vec(&all).map_err(Into::into).and_then(|text| atomic_file::write(&self.path, &text));
         if let Err(error) = written {
-            warn!(path = %self.path.display(), %error, "the subnets of ENIs are not kept for a start without metadata");
+            warn!(path = %self.path.display(), %error, "failed to write the cache of ENI subnets");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Ways in for clients outside: which ENIs the datapath serves Services at, and as whom it answers there.
+//! Uplinks for external clients of Services: the ENIs at which the datapath serves them, and the node's addresses there.
 //!
 //! The primary ENI is the node's own and carries no pods; it gets the programs only for this, and nothing else of it is touched.
 
@@ -18,8 +18,7 @@ use crate::bpf::{BpfError, Datapath, Uplink};
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
 impl Engine {
-    /// Opens the primary ENI to clients of Services; or closes what an earlier daemon opened, if this one serves none. Ends when that is
-    /// done.
+    /// Attaches the primary ENI for external clients of Services; or detaches it, if this daemon serves no Services. Ends when that is done.
     pub async fn serve_external_clients(self: Arc<Self>) {
         let mut pause = RETRY.0;
         loop {
@@ -28,7 +27,7 @@ impl Engine {
                 Ok(()) => return,
                 Err(error) => {
                     let mac = self.info.identity.primary_mac;
-                    warn!(%mac, %error, again_in = ?pause, "clients outside are not served at the primary ENI");
+                    warn!(%mac, %error, again_in = ?pause, "failed to attach the primary ENI for external clients of Services");
                 }
             }
             tokio::time::sleep(pause).await;
@@ -46,7 +45,7 @@ impl Engine {
         let subnet = self.subnet(mac).await?;
         let uplink = self.uplink(nic.ifindex, self.info.addresses, &subnet);
         self.with_datapath(move |datapath| attach(datapath, nic.ifindex, uplink.as_ref())).await?;
-        info!(%mac, ifindex = nic.ifindex, ports = ?self.info.own_ports, "clients outside are served");
+        info!(%mac, ifindex = nic.ifindex, ports = ?self.info.own_ports, "external clients of Services are served");
         Ok(())
     }
 
@@ -65,7 +64,7 @@ impl Engine {
         .await
     }
 
-    /// What the datapath is told of an ENI, if the node serves Services. `node` is what the VPC takes from it as the node's own.
+    /// The uplink entry of an ENI, if the node serves Services. `node` are the node's addresses that the VPC accepts from it.
     pub(super) fn uplink(&self, ifindex: u32, node: Addresses, subnet: &Subnet) -> Option<Uplink> {
         self.info.services.then(|| Uplink {
             ifindex,
@@ -85,7 +84,7 @@ pub(super) fn attach(datapath: &Datapath, ifindex: u32, uplink: Option<&Uplink>)
     datapath.interfaces().attach_eni(ifindex).map(drop)
 }
 
-/// The way back.
+/// Reverses [`attach`].
 pub(super) fn detach(datapath: &Datapath, ifindex: u32) -> Result<(), BpfError> {
     datapath.interfaces().detach_eni(ifindex)?;
     datapath.uplinks().remove(ifindex).map(drop)

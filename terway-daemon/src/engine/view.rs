@@ -1,4 +1,4 @@
-//! What the engine tells about itself: CHECK, status, list, readiness, gauges.
+//! Queries to the engine: CHECK, status, list, readiness, gauges.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -19,7 +19,7 @@ use super::pod::{PodOptions, net_error};
 use crate::cloud::EniFilter;
 use crate::grpc::{attachment, error_detail, pod};
 
-/// How long somebody at a terminal waits for one call of the cloud: `terway-cli` gives up after 30 s, and the client's own repeating
+/// Limit for one cloud call on behalf of a user at a terminal: `terway-cli` gives up after 30 s, and the client's own repeating
 /// may last longer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(12);
 
@@ -93,7 +93,7 @@ impl Engine {
         })
     }
 
-    /// What the cloud says, or why there is no answer while somebody waits for one.
+    /// The cloud's answer, or the error, within [`ANSWER_WITHIN`].
     pub(super) async fn answered<T>(
         &self,
         mut call: impl Future<Output = Result<T, CloudError>> + Unpin,
@@ -107,7 +107,7 @@ impl Engine {
         }
     }
 
-    /// The whole state on one screen.
+    /// State of the node in one message.
     #[must_use]
     pub fn status(&self) -> v1::StatusResponse {
         let (stats, enis, mut problems) = {
@@ -141,7 +141,7 @@ impl Engine {
         }
     }
 
-    /// ENIs, addresses and vSwitches; with `ask_cloud`, also what only the cloud knows of them.
+    /// ENIs, addresses and vSwitches; with `ask_cloud`, also the cloud's view of them.
     pub async fn pool(&self, ask_cloud: bool) -> v1::GetPoolResponse {
         let now = self.now();
         let (stats, views, addresses, vswitches, problems) = {
@@ -267,7 +267,7 @@ fn pool_counts(stats: &Stats) -> v1::Pool {
     }
 }
 
-/// An ENI of the pool, or one that it leaves alone.
+/// An ENI of the pool, or a foreign one, which the pool does not manage.
 fn eni_row(view: EniView, own: &[&AddressView], known: Option<cloud::Eni>, ifname: String, now: Moment) -> v1::Eni {
     let other = |address: &IpAddr| v1::EniAddress { address: address.to_string(), state: "other".into(), pod: None };
     let address = |view: &&AddressView| v1::EniAddress {
@@ -294,7 +294,7 @@ fn eni_row(view: EniView, own: &[&AddressView], known: Option<cloud::Eni>, ifnam
     }
 }
 
-/// An ENI that only the cloud tells of: the primary one, or one that came after the pool's last look.
+/// An ENI that only the cloud lists: the primary one, or one that was attached after the pool's last inventory.
 fn unmanaged_eni_row(eni: cloud::Eni, ifname: String) -> v1::Eni {
     let primary = eni.kind == EniKind::Primary;
     let addresses = eni.v4.iter().copied().map(IpAddr::V4).chain(eni.v6.iter().copied().map(IpAddr::V6));
@@ -311,7 +311,7 @@ fn unmanaged_eni_row(eni: cloud::Eni, ifname: String) -> v1::Eni {
             .collect(),
         prefixes: prefixes.chain(eni.v6_prefixes.iter().map(ToString::to_string)).collect(),
         security_groups: eni.security_groups.iter().map(ToString::to_string).collect(),
-        reason: if primary { "the instance's own" } else { "not seen by the pool yet" }.to_owned(),
+        reason: if primary { "primary ENI of the instance" } else { "attached after the last inventory" }.to_owned(),
         tags: eni.tags,
         ..Default::default()
     }
@@ -331,7 +331,7 @@ const fn reason_unused(phase: EniPhase) -> &'static str {
         EniPhase::Detaching | EniPhase::Deleting => "being released",
         EniPhase::Missing => "the cloud does not list it as attached",
         EniPhase::Mismatched => "does not fit the configuration",
-        EniPhase::Foreign => "not the pool's",
+        EniPhase::Foreign => "not managed by the pool",
     }
 }
 

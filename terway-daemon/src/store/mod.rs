@@ -1,5 +1,5 @@
-//! The daemon's memory: the records of [`terway_core::ipam`] in one redb file, written by one thread that shares a flush among all
-//! who wait for one.
+//! The persistent store: the records of [`terway_core::ipam`] in one redb file, written by one thread; commits that wait at the same time
+//! share one flush.
 //!
 //! A write is in order from the moment [`Store::commit`] or [`Store::commit_lazily`] returns. After a crash the file holds all writes up to
 //! some point and none after it; every write that was reported durable is before that point.
@@ -118,7 +118,7 @@ impl Drop for Store {
     }
 }
 
-/// Opens when a write is durable.
+/// Gate of a thread that waits for a durable write.
 #[derive(Debug)]
 #[must_use = "what depends on the write may start only behind it"]
 pub struct Gate {

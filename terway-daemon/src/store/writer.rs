@@ -1,4 +1,4 @@
-//! The writing thread: whatever has gathered while it was flushing goes into the next transaction together.
+//! The writer thread: changes that arrive while it flushes go into the next transaction together.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -73,7 +73,7 @@ impl Writer {
         supervise::injection_point("store");
         let result = self.write(jobs);
         if let Err(error) = &result {
-            tracing::error!(%error, "the state file cannot be written");
+            tracing::error!(%error, "failed to write the store");
         }
         let went_well = result.is_ok();
         // A gate that is dropped unopened says that the write failed.
