@@ -466,7 +466,7 @@ pub struct Eni {
     pub prefixes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Back-off in seconds until the next assign call; 0 if there is none.
     #[prost(uint32, tag = "14")]
-    pub resting_seconds: u32,
+    pub backoff_seconds: u32,
 }
 /// One address of an ENI.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -513,7 +513,7 @@ pub struct VSwitch {
     pub configured: bool,
     /// Back-off in seconds until it is tried again; 0 if there is none.
     #[prost(uint32, tag = "10")]
-    pub resting_seconds: u32,
+    pub backoff_seconds: u32,
     /// No whole prefix is left; single addresses are assigned.
     #[prost(bool, tag = "11")]
     pub fragmented: bool,
@@ -1027,9 +1027,9 @@ pub struct ServiceFrontend {
     pub kind: ::prost::alloc::string::String,
     /// Treatment of clients on the node, and of external clients.
     #[prost(message, optional, tag = "4")]
-    pub inside: ::core::option::Option<ServiceChoice>,
+    pub internal: ::core::option::Option<ServiceChoice>,
     #[prost(message, optional, tag = "5")]
-    pub outside: ::core::option::Option<ServiceChoice>,
+    pub external: ::core::option::Option<ServiceChoice>,
     /// Session affinity in seconds; 0 is none.
     #[prost(uint32, tag = "6")]
     pub affinity_seconds: u32,
@@ -1168,7 +1168,7 @@ pub struct FlowStatsResponse {
     pub capacity_v6: u64,
     /// Stale entries, and entries that translate.
     #[prost(uint64, tag = "4")]
-    pub void: u64,
+    pub stale: u64,
     #[prost(uint64, tag = "5")]
     pub translated: u64,
     /// Entries by IP protocol number.
@@ -1208,7 +1208,7 @@ pub struct FlowTracking {
     pub last_deleted: u64,
     /// Entries deleted since the daemon started: stale ones, and idle ones.
     #[prost(uint64, tag = "11")]
-    pub deleted_void: u64,
+    pub deleted_stale: u64,
     #[prost(uint64, tag = "12")]
     pub deleted_expired: u64,
 }

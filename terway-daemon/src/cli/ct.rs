@@ -126,7 +126,7 @@ pub(super) fn stats(reply: &v1::FlowStatsResponse, style: Style) -> String {
         let protocols: serde_json::Map<String, Value> = protocols.into_iter().map(|(p, n)| (p, n.into())).collect();
         return pretty(&json!({
             "usedV4": reply.used_v4, "usedV6": reply.used_v6, "capacity": reply.capacity_v4, "capacityV4": reply.capacity_v4,
-            "capacityV6": reply.capacity_v6, "void": reply.void, "translated": reply.translated,
+            "capacityV6": reply.capacity_v6, "stale": reply.stale, "translated": reply.translated,
             "protocols": protocols, "tracking": reply.tracking.as_ref().map(tracking),
         }));
     }
@@ -140,10 +140,10 @@ pub(super) fn stats(reply: &v1::FlowStatsResponse, style: Style) -> String {
         ("IPv4", part(reply.used_v4, reply.capacity_v4)),
         ("IPv6", part(reply.used_v6, reply.capacity_v6)),
         ("translated", reply.translated.to_string()),
-        ("void", reply.void.to_string()),
+        ("stale", reply.stale.to_string()),
         ("protocols", protocols.join(", ")),
         ("made", format!("{}, refused {}, evicted {} (estimate)", known.made, known.refused, known.lost)),
-        ("deleted", format!("{} void, {} expired", known.deleted_void, known.deleted_expired)),
+        ("deleted", format!("{} stale, {} expired", known.deleted_stale, known.deleted_expired)),
         (
             "collecting",
             format!(
@@ -164,7 +164,7 @@ fn tracking(known: &v1::FlowTracking) -> Value {
         "pressureV4": known.pressure_v4, "pressureV6": known.pressure_v6, "made": known.made, "refused": known.refused,
         "evictedEstimate": known.lost, "intervalMilliseconds": known.interval_ms, "passes": known.passes,
         "lastMillisecondsAgo": known.last_ms_ago, "lastMicroseconds": known.last_took_us,
-        "lastDeleted": known.last_deleted, "deletedVoid": known.deleted_void, "deletedExpired": known.deleted_expired,
+        "lastDeleted": known.last_deleted, "deletedStale": known.deleted_stale, "deletedExpired": known.deleted_expired,
     })
 }
 

@@ -39,7 +39,7 @@ pub(super) fn enis(enis: &[v1::Eni], style: Style) -> String {
             eni.ifname.clone(),
             eni.reason.clone(),
             eni.prefixes.join(","),
-            seconds(eni.resting_seconds),
+            seconds(eni.backoff_seconds),
             eni.mac.clone(),
             eni.security_groups.join(","),
             tags.join(","),
@@ -73,7 +73,7 @@ pub(super) fn vswitches(vswitches: &[v1::VSwitch], style: Style) -> String {
             format!("{}/{}", v.bound, v.addresses),
             if v.configured { "yes" } else { "no" }.to_owned(),
             v.blocked.as_ref().map(error_line).unwrap_or_default(),
-            seconds(v.resting_seconds),
+            seconds(v.backoff_seconds),
             if v.fragmented { "fragmented" } else { "" }.to_owned(),
         ]
     });
@@ -105,7 +105,7 @@ pub(super) fn eni_value(eni: &v1::Eni) -> Value {
         "id": eni.id, "mac": eni.mac, "vswitch": eni.vswitch, "role": eni.role, "status": eni.status,
         "state": eni.state, "interface": eni.ifname, "securityGroups": eni.security_groups, "tags": eni.tags,
         "used": bound(eni), "total": eni.addresses.len(), "reason": eni.reason,
-        "prefixes": eni.prefixes, "backoffSeconds": eni.resting_seconds,
+        "prefixes": eni.prefixes, "backoffSeconds": eni.backoff_seconds,
         "addresses": eni.addresses.iter().map(address_value).collect::<Vec<_>>(),
         "error": error_json(eni.error.as_ref()),
     })
@@ -119,7 +119,7 @@ pub(super) fn vswitch_value(v: &v1::VSwitch) -> Value {
     json!({
         "id": v.id, "zone": v.zone, "cidr": v.cidr, "available": v.available, "enis": v.enis,
         "addresses": v.addresses, "bound": v.bound, "blocked": error_json(v.blocked.as_ref()),
-        "configured": v.configured, "backoffSeconds": v.resting_seconds, "fragmented": v.fragmented,
+        "configured": v.configured, "backoffSeconds": v.backoff_seconds, "fragmented": v.fragmented,
     })
 }
 

@@ -153,7 +153,7 @@ pub(super) fn pool() -> v1::GetPoolResponse {
                 bound: 2,
                 blocked: Some(error(terway_core::errors::VSWITCH_EXHAUSTED, "vsw-2.")),
                 configured: true,
-                resting_seconds: 540,
+                backoff_seconds: 540,
                 fragmented: false,
             },
         ],

@@ -13,21 +13,21 @@ pub(super) fn list(reply: &v1::ListServicesResponse, style: Style) -> String {
     if style.is_json() {
         return json(reply);
     }
-    let head = ["SERVICE", "PORT", "KIND", "FRONTEND", "BACKENDS", "OUTSIDE", "+ALGORITHM", "+AFFINITY", "+ID"];
+    let head = ["SERVICE", "PORT", "KIND", "FRONTEND", "BACKENDS", "EXTERNAL", "+ALGORITHM", "+AFFINITY", "+ID"];
     let wide = style.wide();
     let rows = reply.ports.iter().flat_map(move |port| {
         // Ports without an entry of their own are refused; only wide screens have room for that.
         let shown = port.frontends.iter().filter(move |f| f.port != 0 || wide);
         shown.map(move |f| {
-            let inside = f.inside.clone().unwrap_or_default();
+            let internal = f.internal.clone().unwrap_or_default();
             vec![
                 name(port),
                 port.port_name.clone(),
                 f.kind.clone(),
                 place(port, f),
-                verdict(f.inside.as_ref()),
-                verdict(f.outside.as_ref()),
-                inside.algorithm,
+                verdict(f.internal.as_ref()),
+                verdict(f.external.as_ref()),
+                internal.algorithm,
                 if f.affinity_seconds == 0 { String::new() } else { format!("{}s", f.affinity_seconds) },
                 port.id.to_string(),
             ]
@@ -49,7 +49,7 @@ pub(super) fn show(reply: &v1::ListServicesResponse, style: Style) -> String {
     for port in &reply.ports {
         for frontend in &port.frontends {
             let _ = writeln!(out, "{} {} {}", name(port), frontend.kind, place(port, frontend));
-            for (side, choice) in [("inside", &frontend.inside), ("outside", &frontend.outside)] {
+            for (side, choice) in [("internal", &frontend.internal), ("external", &frontend.external)] {
                 let choice = choice.clone().unwrap_or_default();
                 let _ = writeln!(out, "  {side:<7}  {} {}", choice.verdict, choice.algorithm);
                 for b in &choice.backends {
@@ -113,7 +113,7 @@ fn value(port: &v1::ServicePort) -> Value {
         "protocol": port.protocol, "id": port.id,
         "frontends": port.frontends.iter().map(|f| json!({
             "address": f.address, "port": f.port, "kind": f.kind, "affinitySeconds": f.affinity_seconds,
-            "inside": choice(f.inside.as_ref()), "outside": choice(f.outside.as_ref()),
+            "internal": choice(f.internal.as_ref()), "external": choice(f.external.as_ref()),
         })).collect::<Vec<_>>(),
     })
 }

@@ -216,7 +216,7 @@ impl Conntrack {
             last_ms_ago: milliseconds(last.at.elapsed()),
             last_took_us: u64::try_from(last.found.took.as_micros()).unwrap_or(u64::MAX),
             last_deleted: deleted,
-            deleted_void: state.totals.void,
+            deleted_stale: state.totals.void,
             deleted_expired: state.totals.expired,
         }
     }

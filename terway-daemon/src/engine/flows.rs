@@ -53,7 +53,7 @@ impl Engine {
             used_v6,
             capacity_v4: stats.capacity[0].into(),
             capacity_v6: stats.capacity[1].into(),
-            void: stats.invalid,
+            stale: stats.invalid,
             translated: stats.translated,
             protocols: stats.protocols.into_iter().map(|(protocol, n)| (protocol.into(), n)).collect(),
             tracking: None,

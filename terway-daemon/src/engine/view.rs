@@ -289,7 +289,7 @@ fn eni_row(view: EniView, own: &[&AddressView], known: Option<cloud::Eni>, ifnam
         security_groups: known.iter().flat_map(|k| &k.security_groups).map(ToString::to_string).collect(),
         tags: known.map(|known| known.tags).unwrap_or_default(),
         reason: view.reason.map_or_else(|| reason_unused(view.phase).to_owned(), |reason| reason.detail),
-        resting_seconds: seconds_until(view.backoff_until, now),
+        backoff_seconds: seconds_until(view.backoff_until, now),
         error: view.error.as_ref().map(error_detail),
     }
 }
@@ -343,7 +343,7 @@ fn vswitches_of(enis: &[v1::Eni], views: Vec<VSwitchView>, now: Moment) -> BTree
             available: view.available,
             configured: view.configured,
             blocked: view.error.as_ref().map(error_detail),
-            resting_seconds: seconds_until(view.backoff_until, now),
+            backoff_seconds: seconds_until(view.backoff_until, now),
             fragmented: view.fragmented_until.is_some(),
             ..Default::default()
         };

@@ -32,8 +32,8 @@ fn port(view: &PortView, maps: &MapContents) -> v1::ServicePort {
             address: key.address.to_string(),
             port: key.port.into(),
             kind: kind(frontend.kind).to_owned(),
-            inside: Some(selection(frontend.inside, maps)),
-            outside: Some(selection(frontend.outside, maps)),
+            internal: Some(selection(frontend.inside, maps)),
+            external: Some(selection(frontend.outside, maps)),
             affinity_seconds: frontend.affinity_seconds,
         });
     v1::ServicePort {

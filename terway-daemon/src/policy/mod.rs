@@ -24,8 +24,8 @@ use terway_core::policy::{Explanation, FlowEnd};
 use tokio::sync::{Notify, mpsc, watch};
 use tracing::warn;
 
-use crate::bpf::{self, Datapath};
 use crate::actor::{batch, current_addresses, sleep_until};
+use crate::bpf::{self, Datapath};
 use crate::objects::{ObjectChanges, ObjectStore, Subscriber};
 use crate::supervise;
 

@@ -21,8 +21,8 @@ use terway_core::objects::{Kind, ObjectName};
 use terway_core::service::{MapContents, NodeFacts, Owner, PortView, Settings, SocketTermination};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::bpf::Datapath;
 use crate::actor::{current_addresses, sleep_until};
+use crate::bpf::Datapath;
 use crate::net::Host;
 use crate::objects::{ObjectChanges, ObjectStore, Subscriber};
 use crate::supervise;

@@ -46,7 +46,7 @@ fn put(cluster: &Cluster, service: &ServiceSpec) -> Result<()> {
             let ports = shown["ports"].as_array().context("no ports")?;
             ensure!(ports.len() == 2 * service.ports.len(), "{text}");
             for frontend in ports.iter().flat_map(|port| port["frontends"].as_array().into_iter().flatten()) {
-                let (inside, port) = (&frontend["inside"], frontend["port"].as_u64());
+                let (inside, port) = (&frontend["internal"], frontend["port"].as_u64());
                 let backends = inside["backends"].as_array().map_or(0, Vec::len);
                 ensure!(port == Some(0) || backends == wanted, "{frontend}");
             }

@@ -68,7 +68,7 @@ fn put(cluster: &Cluster, name: &str, number: u8, node_port: u16, endpoints: &[(
             let frontends = ports.iter().flat_map(|port| port["frontends"].as_array().into_iter().flatten());
             let served: Vec<usize> = frontends
                 .filter(|frontend| frontend["port"].as_u64() != Some(0))
-                .map(|frontend| frontend["inside"]["backends"].as_array().map_or(0, Vec::len))
+                .map(|frontend| frontend["internal"]["backends"].as_array().map_or(0, Vec::len))
                 .collect();
             let each = if node_port == 0 { 6 } else { 8 };
             ensure!(served.len() == 2 * each && served.iter().all(|count| *count == endpoints.len()), "{text}");
