@@ -7,14 +7,10 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use super::id_map::NumberMap;
-use super::ids::{Counter, Identity};
-use super::rule::{host, within};
+use super::ids::{Counter, Identity, RegionId};
+use super::peer_match::{host, within};
 use crate::cidr::{self, Cidr as _};
 use crate::ident::Family;
-
-/// A cell. It keeps its number while blocks come and go, if most of its addresses stay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct RegionId(pub(super) u32);
 
 #[derive(Debug)]
 struct Block {

@@ -4,20 +4,21 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::change::{Change, Deferred, append};
 use super::cidr_region::CidrRegions;
-use super::commit::{Change, Deferred, append};
 use super::failures::{Failures, LOCKDOWN};
 use super::id_map::{NumberMap, NumberSet};
-use super::identity::with_name;
-use super::ids::{Counter, Identity, IdentityKind, PolicyVersion, PortTableId, RuleId, SetId};
+use super::ids::{Counter, Identity, IdentityKind, PodId, PolicyVersion, PortTableId, RuleId, SetId};
 use super::maps::Maps;
-use super::matched_rule::{MatchedRule, RuleIds};
+use super::matched_rule::{MatchedRule, RuleIdChanges, RuleIds};
+use super::namespace_labels::with_name;
 use super::op::{FlowScope, Op};
+use super::peer_match::{Namespaces, Pods};
 use super::peers::Peers;
 use super::pod_class::Classes;
-use super::pods::{Claim, Endpoint, PodId, PodState};
-use super::rule::{Namespaces, Pods, Policy};
+use super::rule::Policy;
 use super::set::{Set, SetKey};
+use super::state::{Claim, Endpoint, PodState};
 use crate::ident::{Addresses, PodRef};
 use crate::objects::{
     Applied, ClusterNetworkPolicy, Direction, Kind, Labels, Namespace, NetworkPolicy, ObjectKey, ObjectName, Pod,
@@ -383,6 +384,12 @@ impl Compiler {
     #[must_use]
     pub fn rule(&self, id: RuleId) -> Option<&MatchedRule> {
         self.reasons.get(id)
+    }
+
+    /// What has changed about the numbers of reasons, those that are fixed apart. To be asked after each step, before its operations run, and
+    /// after [`Compiler::run_deferred`].
+    pub fn take_rule_id_changes(&mut self) -> RuleIdChanges {
+        std::mem::take(&mut self.reasons.changes)
     }
 
     /// Whether there is such a policy.

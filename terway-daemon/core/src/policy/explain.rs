@@ -3,12 +3,12 @@
 use std::net::IpAddr;
 
 use super::compiler::Compiler;
-use super::ids::{Identity, IdentityKind, PortTableId, Verdict};
+use super::ids::{Identity, IdentityKind, PodId, PortTableId, Verdict};
 use super::matched_rule::{
     DISABLED, LOCAL_NODE, LOOPBACK, MatchedRule, NO_POLICY, NOT_PROGRAMMED, RuleIds, UNKNOWN_POD, decided,
 };
 use super::peers::Who;
-use super::pods::{PodId, keys_of};
+use super::pods::keys_of;
 use super::port_table::PortTableEntry;
 use super::set::{NewPortTables, Set};
 use crate::ident::Family;

@@ -1,39 +1,20 @@
 //! Which identity an address has, and how blocks and label keys that come into use split identities without changing any verdict.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::cidr_region::RegionId;
-use super::commit::Item;
+use super::change::Item;
 use super::compiler::Compiler;
-use super::ids::{Identity, IdentityKind};
+use super::ids::{ClassId, Identity, IdentityKind, ProfileId, RegionId};
+use super::namespace_labels::labels_of;
 use super::op::Op;
-use super::pod_class::{ClassId, ProfileId};
-use super::pods::Claim;
 use super::rule::Policy;
+use super::state::Claim;
 use crate::ident::Family;
 use crate::objects::Labels;
-
-/// The label that each namespace has by its name (well-known labels, `kubernetes.io/metadata.name`).
-const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
-
-/// A namespace's labels with its name among them, whoever made the object.
-pub(super) fn with_name(namespace: &Arc<str>, labels: &Labels) -> Labels {
-    if labels.get(NAMESPACE_NAME) == Some(namespace) {
-        return labels.clone();
-    }
-    let own = labels.iter().filter(|(key, _)| &***key != NAMESPACE_NAME).map(|(k, v)| (Arc::clone(k), Arc::clone(v)));
-    own.chain([(Arc::from(NAMESPACE_NAME), Arc::clone(namespace))]).collect()
-}
-
-/// The labels of a namespace; one that is not known has its name.
-pub(super) fn labels_of(known: &HashMap<Arc<str>, Labels>, namespace: &Arc<str>) -> Labels {
-    known.get(namespace).cloned().unwrap_or_else(|| with_name(namespace, &Labels::default()))
-}
 
 impl Compiler {
     pub(super) fn namespace_labels(&self, namespace: &Arc<str>) -> Labels {

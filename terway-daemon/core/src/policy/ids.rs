@@ -28,6 +28,27 @@ number! {
     RuleId;
 }
 
+macro_rules! internal {
+    ($($(#[$doc:meta])* $name:ident;)*) => { $(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub(super) struct $name(pub(super) u32);
+    )* };
+}
+
+internal! {
+    /// Id of a pod of the cluster.
+    PodId;
+    /// Id of a profile: the labels and named ports that pods of one ReplicaSet share.
+    ProfileId;
+    /// Id of a pod class.
+    ClassId;
+    /// Id of a CIDR region. It stays the same while CIDRs come and go, if most of the region's addresses stay.
+    RegionId;
+    /// Id of a peer: a selector or CIDR that rules name.
+    PeerId;
+}
+
 /// A version of a policy object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct PolicyVersion(pub(super) u64);

@@ -8,8 +8,8 @@ use ipnetwork::IpNetwork;
 use super::ids::{Identity, IdentityKind, PortTableId, RuleId, SetId, Verdict, VerdictOrTable};
 use super::matched_rule::{DISABLED, LOCAL_NODE, LOOPBACK, UNDECIDED, decided};
 use super::op::{DirectionPolicy, EndpointPolicy, Op, SetRef, Versioned};
+use super::peer_match::host;
 use super::port_table::PortTableEntry;
-use super::rule::host;
 use crate::cidr::Cidr as _;
 use crate::ident::Family;
 

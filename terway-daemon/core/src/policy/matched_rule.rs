@@ -4,7 +4,6 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
-use super::compiler::Compiler;
 use super::ids::{Counter, RuleId, Verdict};
 use crate::objects::{Action, Direction, ObjectKey};
 
@@ -115,21 +114,13 @@ pub struct RuleIdChanges {
     pub removed: BTreeSet<RuleId>,
 }
 
-impl Compiler {
-    /// What has changed about the numbers of reasons, those that are fixed apart. To be asked after each step, before its operations run, and
-    /// after [`Compiler::run_deferred`].
-    pub fn take_rule_id_changes(&mut self) -> RuleIdChanges {
-        std::mem::take(&mut self.reasons.changes)
-    }
-}
-
-/// RuleIds in use, each with one number and how many sets use it.
+/// The rules in use, each with its id and the number of sets that use it.
 #[derive(Debug)]
 pub(super) struct RuleIds {
     numbers: HashMap<MatchedRule, (RuleId, usize)>,
     reasons: HashMap<RuleId, MatchedRule>,
     counter: Counter,
-    changes: RuleIdChanges,
+    pub(super) changes: RuleIdChanges,
 }
 
 impl RuleIds {

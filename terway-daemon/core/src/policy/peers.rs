@@ -11,14 +11,11 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 
 use super::id_map::NumberMap;
-use super::identity::labels_of;
-use super::ids::{Counter, Identity, SetId};
+use super::ids::{Counter, Identity, PeerId, SetId};
+use super::namespace_labels::labels_of;
+use super::peer_match::{Match, Namespaces, Pods, holds, within};
 use super::pod_class::Classes;
-use super::rule::{Match, Namespaces, Pods, holds, within};
 use crate::objects::{IpBlock, Labels};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct PeerId(u32);
 
 #[derive(Debug)]
 struct Peer {

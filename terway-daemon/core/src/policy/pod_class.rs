@@ -8,10 +8,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::cidr_region::{RegionId, family};
+use super::cidr_region::family;
 use super::id_map::{NumberMap, NumberSet};
-use super::ids::{Counter, Identity, IdentityKind};
-use super::pods::PodId;
+use super::ids::{ClassId, Counter, Identity, IdentityKind, PodId, ProfileId, RegionId};
 use crate::ident::Family;
 use crate::objects::{Labels, Pod, Protocol};
 use ipnetwork::IpNetwork;
@@ -46,11 +45,6 @@ type ClassKey = (Labels, Box<[NamedPort]>);
 
 /// A class that falls apart, by what its profiles then look like: how many pods, and which profiles.
 type Parts = HashMap<ClassKey, (usize, Vec<ProfileId>)>;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct ProfileId(pub(super) u32);
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct ClassId(pub(super) u32);
 
 #[derive(Debug)]
 struct ProfileState {

@@ -3,67 +3,17 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::commit::Item;
+use super::change::Item;
 use super::compiler::Compiler;
 use super::failures::LOCKED;
-use super::ids::{Identity, SetId};
+use super::ids::{PodId, SetId};
 use super::op::{EndpointPolicy, FlowScope, Op, SetRef};
-use super::pod_class::{NamedPort, Profile, ProfileId};
+use super::pod_class::{NamedPort, Profile};
 use super::rule::{Policy, Ports, Stage};
 use super::set::SetKey;
+use super::state::{Endpoint, PodState};
 use crate::ident::{Addresses, Family, PodRef};
-use crate::objects::{Direction, ObjectKey, ObjectName, Phase, Pod};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct PodId(u32);
-
-/// A pod, as little of it as a hundred thousand of them allow.
-#[derive(Debug)]
-pub(super) struct PodState {
-    pub(super) name: ObjectName,
-    uid: Box<str>,
-    pub(super) profile: ProfileId,
-    /// Lives in the network of its node: no policy selects it, no peer matches it.
-    pub(super) host_network: bool,
-    finished: bool,
-    /// As its status says.
-    pub(super) ips: Box<[IpAddr]>,
-    /// What it claims: those and its endpoints' addresses.
-    claims: Box<[IpAddr]>,
-}
-
-impl PodState {
-    /// The addresses that it claims.
-    pub(super) fn claims(&self) -> &[IpAddr] {
-        &self.claims
-    }
-
-    /// Whether it may be the pod of this UID; who does not say is taken at the name.
-    pub(super) fn is(&self, uid: &str) -> bool {
-        uid.is_empty() || self.uid.is_empty() || *self.uid == *uid
-    }
-}
-
-/// An address that somebody has.
-#[derive(Debug, Default)]
-pub(super) struct Claim {
-    /// Pods that say it is theirs; the last one counts.
-    pub(super) pods: Vec<PodId>,
-    pub(super) identity: Identity,
-}
-
-/// An interface of a pod of this node.
-#[derive(Debug)]
-pub(super) struct Endpoint {
-    pub(super) pod: ObjectName,
-    uid: String,
-    pub(super) addresses: Addresses,
-    /// Ingress, egress; of each that of the admin tier, then that of the others.
-    pub(super) sets: [[SetId; 2]; 2],
-    pub(super) value: EndpointPolicy,
-    /// Who selects it.
-    pub(super) policies: Vec<ObjectKey>,
-}
+use crate::objects::{Direction, ObjectName, Phase, Pod};
 
 impl Compiler {
     /// The object of the very pod that an endpoint belongs to: a namesake from before or after is another pod.

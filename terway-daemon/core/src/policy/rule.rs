@@ -1,13 +1,12 @@
 //! Policies as the compiler reads them: both kinds brought into one form, with everything that cannot hold already failed closed.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::ids::PolicyVersion;
-use super::peers::{PeerId, Peers};
-use crate::cidr::Cidr as _;
+use super::ids::{PeerId, PolicyVersion};
+use super::peer_match::{Match, Namespaces, Pods, canonical};
+use super::peers::Peers;
 use crate::objects::{
     Action, ClusterEgressPeer, ClusterIngressPeer, ClusterNetworkPolicy, ClusterProtocol, ClusterRule, Direction,
     IntOrString, IpBlock, Kind, LabelSelector, NamespacedPod, NetworkPolicy, ObjectKey, Peer, PolicyPort, PolicyRule,
@@ -28,27 +27,6 @@ pub(super) enum Stage {
     Admin,
     Network,
     Baseline,
-}
-
-/// Namespaces of a peer or subject.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Namespaces {
-    Own(Arc<str>),
-    Selected(LabelSelector),
-}
-
-/// Pods by namespace and labels.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Pods {
-    pub(super) namespaces: Namespaces,
-    pub(super) pods: LabelSelector,
-}
-
-/// Whom a rule means.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Match {
-    Pods(Pods),
-    Block(IpBlock),
 }
 
 /// What of the transport a rule matches.
@@ -181,26 +159,6 @@ impl Policy {
             ],
         }
     }
-}
-
-/// An IPv4-mapped IPv6 block stays what it is; bits behind the prefix are cut off, or equal blocks would differ.
-pub(super) fn canonical(net: IpNetwork) -> IpNetwork {
-    net.truncated()
-}
-
-/// Whether one block lies in another, both of one family.
-pub(super) fn within(inner: IpNetwork, outer: IpNetwork) -> bool {
-    outer.covers(&inner)
-}
-
-/// The block of one address.
-pub(super) fn host(address: IpAddr) -> IpNetwork {
-    IpNetwork::from(address)
-}
-
-/// Whether a block holds every address of `net`, given that `net` is the longest block in use that they are in.
-pub(super) fn holds(block: &IpBlock, net: IpNetwork) -> bool {
-    within(net, block.cidr) && !block.except.iter().any(|hole| within(net, *hole))
 }
 
 fn network_rule(own: &Arc<str>, rule: &PolicyRule, peers: &mut Peers) -> Rule {

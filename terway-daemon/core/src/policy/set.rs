@@ -11,13 +11,14 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 
 use super::id_map::Mix;
-use super::ids::{Identity, IdentityKind, PolicyVersion, PortTableId, SetId, Verdict, VerdictOrTable};
+use super::ids::{Identity, IdentityKind, PeerId, PolicyVersion, PortTableId, SetId, Verdict, VerdictOrTable};
 use super::matched_rule::{MatchedRule, RuleIds, UNDECIDED, UNKNOWN_POD};
 use super::op::SetRef;
-use super::peers::{PeerId, Peers};
+use super::peer_match::{Match, holds};
+use super::peers::Peers;
 use super::pod_class::NamedPort;
 use super::port_table::{MatchedPorts, PortTableEntry, flatten};
-use super::rule::{Match, Policy, Ports, Stage, holds};
+use super::rule::{Policy, Ports, Stage};
 use crate::objects::{Action, Direction};
 
 /// What makes a set what it is.

@@ -4,14 +4,15 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::cidr_region::{RegionId, family};
+use super::cidr_region::family;
 use super::compiler::Compiler;
 use super::id_map::{NumberMap, NumberSet};
-use super::identity::labels_of;
-use super::ids::{Identity, IdentityKind, PortTableId, SetId, VerdictOrTable};
+use super::ids::{Identity, IdentityKind, PortTableId, RegionId, SetId, VerdictOrTable};
+use super::namespace_labels::labels_of;
 use super::op::{FlowScope, Op};
+use super::peer_match::Match;
 use super::peers::Who;
-use super::rule::{Match, Policy};
+use super::rule::Policy;
 use super::set::{Base, Deviation, NewPortTables, Set, SetKey};
 use crate::ident::Family;
 use crate::objects::Labels;

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
+use super::annotations::{ALGORITHM, BACKEND_TYPE, WEIGHT};
 use super::endpoints::{Candidate, Choice, candidates, choose, ignored};
 use super::model::{Algorithm, BackendKey, BackendState, FrontendKey, FrontendKind};
 use super::settings::{LocalNode, Settings};
-use super::{ALGORITHM, BACKEND_TYPE, WEIGHT, table};
+use super::table;
 use crate::ident::Family;
 use crate::objects::{
     EndpointSlice, IpMode, ObjectName, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,

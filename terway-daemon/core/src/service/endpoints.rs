@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::annotations::{HEADLESS, PROXY_NAME};
 use super::model::BackendState;
 use super::settings::LocalNode;
-use super::{HEADLESS, PROXY_NAME};
 use crate::ident::Family;
 use crate::objects::{Endpoint, EndpointSlice, Hints, ObjectMeta, ServicePort, TargetRef};
 

@@ -1,13 +1,24 @@
-//! Services: from Kubernetes' objects to what the datapath's maps must hold.
+//! The Service planner: from Kubernetes objects to the contents of the Service maps.
 //!
-//! A **frontend** is an address and port that clients talk to; it says for clients inside the node and for those from outside which **table** a
-//! backend is drawn from. A table is a list of slots, each state a **backend**, a pod's address and port. The [`Planner`] turns changes of
-//! objects into operations on these three, in an order in which every frontend leads, at each moment, to its old backends or to its new ones:
-//! backends first, then tables under ids that nobody uses yet, then the frontends; what is no longer needed goes in the reverse order.
+//! A **frontend** is an address and port that clients connect to. It names, for clients on the node and for external clients, the backend **table** that a
+//! backend is selected from. A table is a list of slots, each with a **backend**: a pod's address and port. The [`Planner`] turns changes of
+//! objects into operations on these three, in an order in which every frontend leads to its old backends or to its new ones at each moment: backends
+//! first, then tables under new ids, then frontends; what is no longer needed is removed in the reverse order, after a grace period.
+//!
+//! Operations may fail one by one: [`Planner::execute`] runs a plan, [`Planner::retry`] plans the rest again (`actual.rs`).
 //!
 //! The rules are those of kube-proxy (pkg/proxy/topology.go, pkg/proxy/serviceport.go), with the differences that docs/services.md lists.
+//!
+//! Modules, each using only those before it:
+//!
+//! 1. `annotations`, `model`, `ids`: names of annotations and labels; entries of the maps and operations on them; ids
+//! 2. `settings`, `maglev`, `table`, `range_allocator`, `snat_ports`, `sockets`: the node; table slots; places for tables; stale sockets
+//! 3. `endpoints`, `desired`: which endpoints a client may get; what one Service needs
+//! 4. `actual`: map entries that are not as planned
+//! 5. `planner`, with `entries` and `object_errors` below it, and `write` and `execute` as further `impl Planner`
 
 mod actual;
+mod annotations;
 mod desired;
 mod endpoints;
 mod ids;
@@ -21,6 +32,7 @@ mod sockets;
 mod table;
 
 pub use actual::{ApplyBatch, Entry, OpError};
+pub use annotations::{ALGORITHM, BACKEND_TYPE, HEADLESS, PROXY_NAME, WEIGHT};
 pub use maglev::{MAGLEV_SIZES, maglev};
 pub use model::{
     Algorithm, Backend, BackendId, BackendKey, BackendRef, BackendState, Frontend, FrontendKey, FrontendKind,
@@ -33,14 +45,3 @@ pub use snat_ports::snat_port_range;
 pub use sockets::{
     SocketTermination, StaleSockets, TranslatedSocket, Unknown as UnknownSocketTermination, invalidates_backend,
 };
-
-/// Annotation of a Service: how a backend is chosen. One of `random`, `least-connections`, `maglev`.
-pub const ALGORITHM: &str = "terway.alibabacloud.com/load-balancing";
-/// Annotation of a pod: its share of new connections, 0 to 100, by default 1. 0 takes it out of new choices.
-pub const WEIGHT: &str = "terway.alibabacloud.com/weight";
-/// Annotation of a Service whose load balancer sends to the pods' own addresses, if its value is `eni`.
-pub const BACKEND_TYPE: &str = "service.beta.kubernetes.io/backend-type";
-/// Label that gives a Service, or a slice, to another service proxy.
-pub const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
-/// Label of a Service, or a slice, that a service proxy must leave alone.
-pub const HEADLESS: &str = "service.kubernetes.io/headless";

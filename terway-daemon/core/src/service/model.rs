@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 
 use crate::ident::Family;
-use crate::objects::{ObjectKey, ObjectName, Protocol};
+use crate::objects::{Kind, ObjectKey, ObjectName, Protocol};
 
 macro_rules! ids {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => { $(
@@ -284,6 +284,17 @@ pub enum Owner {
     Service(ObjectName),
     /// A pod with host ports.
     Pod(ObjectName),
+}
+
+impl Owner {
+    /// The object.
+    #[must_use]
+    pub fn object(&self) -> ObjectKey {
+        match self {
+            Self::Service(name) => ObjectKey { kind: Kind::Service, name: name.clone() },
+            Self::Pod(name) => ObjectKey { kind: Kind::Pod, name: name.clone() },
+        }
+    }
 }
 
 /// What the maps hold. Kept by the planner as what it has planned so far; read from the kernel when the daemon starts.

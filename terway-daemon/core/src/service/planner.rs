@@ -23,9 +23,7 @@ use super::model::{
     TableId,
 };
 use super::settings::{LocalNode, NodeFacts, Settings};
-use crate::objects::{
-    Applied, Delta, EndpointSlice, Kind, Node, ObjectKey, ObjectName, Objects, Pod, Protocol, Service,
-};
+use crate::objects::{Applied, Delta, EndpointSlice, Node, ObjectKey, ObjectName, Objects, Pod, Protocol, Service};
 
 /// A port as the command line shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -559,12 +557,5 @@ impl Planner {
         let held: BTreeSet<(PortId, IpNetwork)> =
             self.ports().flat_map(|(_, p)| p.ranges.iter().map(|net| (p.id, *net))).collect();
         touched.ranges_gone.extend(found.difference(&held).copied());
-    }
-}
-
-fn object_of(owner: &Owner) -> ObjectKey {
-    match owner {
-        Owner::Service(name) => ObjectKey { kind: Kind::Service, name: name.clone() },
-        Owner::Pod(name) => ObjectKey { kind: Kind::Pod, name: name.clone() },
     }
 }

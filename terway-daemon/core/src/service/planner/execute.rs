@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Planner, object_of};
+use super::Planner;
 use crate::objects::ObjectKey;
 use crate::service::actual::{ApplyBatch, Entry};
 use crate::service::model::{MapContents, Op, Owner, Plan};
@@ -65,7 +65,7 @@ impl Planner {
                 None => format!("{entry} waits for another map entry"),
             };
             for owner in self.owners_of(entry) {
-                objects.entry(object_of(owner)).or_default().insert(text.clone());
+                objects.entry(owner.object()).or_default().insert(text.clone());
             }
         }
         objects

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::object_of;
 use crate::objects::ObjectKey;
 use crate::service::model::{FrontendKey, Owner};
 
@@ -65,19 +64,19 @@ impl ObjectErrors {
 
     /// The errors of every object for which they may have changed since the last call.
     pub(super) fn news(&mut self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
-        std::mem::take(&mut self.changed).into_iter().map(|owner| (object_of(&owner), self.about(&owner))).collect()
+        std::mem::take(&mut self.changed).into_iter().map(|owner| (owner.object(), self.about(&owner))).collect()
     }
 
     /// All errors.
     pub(super) fn all(&self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
-        self.owners.keys().chain(self.lost.keys()).map(|owner| (object_of(owner), self.about(owner))).collect()
+        self.owners.keys().chain(self.lost.keys()).map(|owner| (owner.object(), self.about(owner))).collect()
     }
 
     fn about(&self, owner: &Owner) -> BTreeSet<String> {
         let own = self.owners.get(owner).into_iter().flatten().cloned();
         let lost = self.lost.get(owner).into_iter().flatten().filter_map(|key| {
             let (holder, _) = self.frontends.get(key)?;
-            Some(format!("{key} belongs to {} already", object_of(holder)))
+            Some(format!("{key} belongs to {} already", holder.object()))
         });
         own.chain(lost).collect()
     }
