@@ -188,16 +188,29 @@ impl Engine {
     }
 }
 
-/// The policies first, then the endpoint, by which others find the pod, then its own programs.
+/// Installs policies first, then the endpoint, by which others find the pod, then the pod's own programs.
 fn install_datapath(datapath: &Datapath, policies: &Policies, pod: &PodRef, endpoint: &Endpoint) -> Result<(), Error> {
-    let installed = policies.attach(endpoint.host_ifindex, pod, endpoint.addresses).and_then(|()| {
-        datapath.endpoints().upsert(endpoint).map_err(bpf_error)?;
-        datapath.interfaces().attach_pod(endpoint.host_ifindex).map_err(bpf_error)
-    });
-    if installed.is_err() {
-        datapath.endpoints().cancel_reservation(endpoint.host_ifindex);
+    let mut reservation = Reservation { datapath, host_ifindex: endpoint.host_ifindex, is_used: false };
+    policies.attach(endpoint.host_ifindex, pod, endpoint.addresses)?;
+    datapath.endpoints().upsert(endpoint).map_err(bpf_error)?;
+    datapath.interfaces().attach_pod(endpoint.host_ifindex).map_err(bpf_error)?;
+    reservation.is_used = true;
+    Ok(())
+}
+
+/// The endpoint slot that `Policies::attach` reserves. Dropping it, after an error or a panic, cancels the reservation unless it is used.
+struct Reservation<'a> {
+    datapath: &'a Datapath,
+    host_ifindex: u32,
+    is_used: bool,
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        if !self.is_used {
+            self.datapath.endpoints().cancel_reservation(self.host_ifindex);
+        }
     }
-    installed
 }
 
 /// Removes the endpoint that has these addresses, if there is one: found by address, since after a restart nobody remembers an index.

@@ -23,7 +23,8 @@ const IMMEDIATE_POLLS: u32 = 20;
 /// Attempts to create a pair while leftovers with the same name are found and deleted.
 const CREATE_ATTEMPTS: u32 = 3;
 
-/// Executes `PodPlan::create`. The calling thread is in the pod's namespace, whose descriptor is `pod_ns`; each socket is in the namespace that it is named after.
+/// Executes `PodPlan::create`. The calling thread is in the pod's namespace, whose descriptor is `pod_ns`; each socket is in the namespace that
+/// it is named after.
 pub(super) fn create(
     host: &mut NetlinkSocket,
     pod: &mut NetlinkSocket,
