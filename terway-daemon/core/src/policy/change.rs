@@ -1,4 +1,4 @@
-//! From what one event changed to operations in an order in which every packet meets the state before the event or the state after it.
+//! A pending change, written in an order in which every packet meets the state before the event or the state after it.
 //!
 //! Three kinds of writes. *Fresh*: things with numbers that nothing refers to yet. *Neutral*: addresses that change their identity but not what
 //! any set says about them. *Visible*: all else. Visible changes that one packet could meet two of are written for the version that does not count,
@@ -13,7 +13,7 @@ use ipnetwork::IpNetwork;
 use super::ids::{Identity, RuleId, SetId, VerdictOrTable};
 use super::op::{EndpointPolicy, FlowScope, Op, Versioned};
 
-/// What one event has changed so far.
+/// The changes of one event so far.
 #[derive(Debug, Default)]
 pub(super) struct Change {
     pub(super) fresh: Vec<Op>,
@@ -23,17 +23,17 @@ pub(super) struct Change {
     pub(super) endpoints: BTreeMap<u32, EndpointPolicy>,
     pub(super) enforce: Option<bool>,
     pub(super) stale: BTreeSet<FlowScope>,
-    /// Removals of what nothing refers to any more.
+    /// Removals of entries that nothing refers to any more.
     pub(super) garbage: Vec<Op>,
-    /// Sets that are gone, with their entries.
+    /// Removed sets, with their entries.
     pub(super) sets: Vec<GoneSet>,
 }
 
-/// A set's number, and what it spoke of.
+/// The id of a removed set, and its entries.
 pub(super) type GoneSet = (SetId, Vec<(Identity, VerdictOrTable)>);
 
 impl Change {
-    /// An address has another identity, and with it perhaps another answer.
+    /// An address gets another identity, and with it perhaps another verdict.
     pub(super) fn address(&mut self, address: IpAddr, old: Identity, new: Identity) {
         let first = self.addresses.get(&address).map_or(old, |(first, _)| *first);
         if first == new {
@@ -61,14 +61,14 @@ pub(super) enum Value {
     Endpoint(EndpointPolicy),
 }
 
-/// What waits for a fence.
+/// Deferred work: what waits for an RCU grace period.
 #[derive(Debug, Default)]
 pub(super) struct Deferred {
     /// Entries whose other version is out of date.
     pub(super) unsettled: BTreeMap<Item, Value>,
     /// Entries that nothing refers to any more.
     pub(super) garbage: Vec<Op>,
-    /// Sets that are gone. Their entries become operations when it is their turn: a change has enough of its own.
+    /// Removed sets. Their entries become operations later, so that a change does not get longer.
     pub(super) sets: Vec<GoneSet>,
     /// RuleIds of sets that are gone: events that name them may still be on their way.
     pub(super) reasons: Vec<RuleId>,

@@ -1,5 +1,5 @@
-//! The address space cut by every block and hole in use. A cell is what belongs to one block and to none of the blocks inside it, so the
-//! cell of an address says which blocks hold it. Blocks nest or are disjoint; the longest one wins, as in the kernel's LPM trie.
+//! CIDR regions: the address space cut by every CIDR and exception in use. A region is what belongs to one CIDR and to none of the CIDRs inside it, so
+//! the region of an address says which CIDRs contain it. CIDRs nest or are disjoint; the longest prefix wins, as in the kernel's LPM trie.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -15,16 +15,16 @@ use crate::ident::Family;
 #[derive(Debug)]
 struct Block {
     cell: RegionId,
-    /// Policies that name it, once for each time; the two whole families have one for ever.
+    /// Number of references by policies; the two whole families always have one.
     users: u32,
 }
 
-/// What is known of a cell.
+/// A CIDR region.
 #[derive(Debug)]
 pub(super) struct CidrRegion {
-    /// The block it belongs to.
+    /// The CIDR it belongs to.
     pub(super) net: IpNetwork,
-    /// The identity of its addresses that are nobody's.
+    /// The identity of its addresses that belong to no pod and not to the node.
     pub(super) world: Identity,
     /// Addresses in it that have an identity of their own.
     pub(super) members: usize,
@@ -35,15 +35,15 @@ pub(super) struct CidrRegion {
 #[derive(Debug)]
 pub(super) struct CidrRegions {
     blocks: BTreeMap<IpNetwork, Block>,
-    /// How many blocks have a prefix of each length, by family.
+    /// Number of CIDRs with each prefix length, by family.
     lengths: [BTreeMap<u8, usize>; 2],
     cells: NumberMap<RegionId, CidrRegion>,
-    /// CidrRegions with pods.
+    /// Regions with pods.
     populated: BTreeSet<RegionId>,
     counter: Counter,
 }
 
-/// The whole of a family.
+/// The CIDR of all addresses of a family.
 pub(super) fn whole(family: Family) -> IpNetwork {
     match family {
         Family::V4 => IpNetwork::V4(cidr::ALL_V4),
@@ -59,7 +59,7 @@ pub(super) const fn family(net: &IpNetwork) -> Family {
 }
 
 impl CidrRegions {
-    /// The two families, each one cell, with the identities of their addresses.
+    /// One region for each family, with the identities of their addresses.
     pub(super) fn new(mut world: impl FnMut(Family, RegionId) -> Identity) -> Self {
         let mut cells = Self {
             blocks: BTreeMap::new(),
@@ -76,7 +76,7 @@ impl CidrRegions {
         cells
     }
 
-    /// A new cell without a block; its world identity is to be set.
+    /// A new region without a CIDR; its world identity is to be set.
     pub(super) fn fresh(&mut self, net: IpNetwork) -> RegionId {
         let number = RegionId(self.counter.next(|n| self.cells.contains_key(&RegionId(n))));
         self.cells.insert(number, CidrRegion { net, world: Identity::NONE, members: 0, pods: BTreeSet::new() });
@@ -97,18 +97,18 @@ impl CidrRegions {
         self.cells.remove(&cell);
     }
 
-    /// CidrRegions with pods, and the identities of these.
+    /// Regions with pods, and the identities of these.
     pub(super) fn populated(&self) -> impl Iterator<Item = (RegionId, &CidrRegion, &BTreeSet<Identity>)> {
         self.populated.iter().map(|id| (*id, self.get(*id))).map(|(id, cell)| (id, cell, &cell.pods))
     }
 
-    /// An identity of pods in a cell has come to be.
+    /// Adds an identity of pods in a region.
     pub(super) fn settle_in(&mut self, cell: RegionId, identity: Identity) {
         self.get_mut(cell).pods.insert(identity);
         self.populated.insert(cell);
     }
 
-    /// An identity of pods in a cell is gone.
+    /// Removes an identity of pods in a region.
     pub(super) fn move_out(&mut self, cell: RegionId, identity: Identity) {
         let pods = &mut self.get_mut(cell).pods;
         pods.remove(&identity);
@@ -117,19 +117,19 @@ impl CidrRegions {
         }
     }
 
-    /// The cells of a block, whether it is in use or not, and of all blocks in it.
+    /// The regions of a CIDR, whether it is in use or not, and of all CIDRs in it.
     pub(super) fn within(&self, net: IpNetwork) -> impl Iterator<Item = &CidrRegion> {
         let last = IpNetwork::from(net.broadcast());
         let inner = self.blocks.range(net.truncated()..=last).map(|(_, block)| self.get(block.cell));
         inner.filter(move |cell| within(cell.net, net))
     }
 
-    /// Blocks with the identity of their addresses that are nobody's.
+    /// CIDRs with the identity of their addresses that belong to no pod and not to the node.
     pub(super) fn blocks(&self) -> impl Iterator<Item = (IpNetwork, Identity)> {
         self.blocks.iter().map(|(net, block)| (*net, self.get(block.cell).world))
     }
 
-    /// The cell with most members: what holds there holds for most pods.
+    /// The region with most pod addresses.
     pub(super) fn home(&self, of: Family) -> RegionId {
         let populated = self.populated().filter(|(_, cell, _)| family(&cell.net) == of);
         let most = populated.max_by_key(|(id, cell, _)| (cell.members, std::cmp::Reverse(*id)));
@@ -165,12 +165,12 @@ impl CidrRegions {
         self.get_mut(cell).net = net;
     }
 
-    /// The cell of an address.
+    /// The region of an address.
     pub(super) fn of(&self, address: IpAddr) -> RegionId {
         self.cell_of_block(self.longest(host(address), false))
     }
 
-    /// One user more; whether the block is new and must be [`CidrRegions::insert`]ed.
+    /// Adds a reference; true if the CIDR is new and must be inserted with [`CidrRegions::insert`].
     pub(super) fn enlist(&mut self, net: IpNetwork) -> bool {
         match self.blocks.get_mut(&net) {
             Some(block) => {
@@ -181,7 +181,7 @@ impl CidrRegions {
         }
     }
 
-    /// One user less; whether that was the last.
+    /// Removes a reference; true if that was the last.
     pub(super) fn release(&mut self, net: IpNetwork) -> bool {
         self.blocks.get_mut(&net).is_some_and(|block| {
             block.users = block.users.saturating_sub(1);
@@ -189,12 +189,12 @@ impl CidrRegions {
         })
     }
 
-    /// Whether nobody uses the block.
+    /// Whether the CIDR has no references.
     pub(super) fn unused(&self, net: IpNetwork) -> bool {
         self.blocks.get(&net).is_some_and(|block| block.users == 0)
     }
 
-    /// A new block with one user.
+    /// Inserts a CIDR with one reference.
     pub(super) fn insert(&mut self, net: IpNetwork, cell: RegionId) {
         *self.lengths[family(&net) as usize].entry(net.prefix()).or_default() += 1;
         self.blocks.insert(net, Block { cell, users: 1 });

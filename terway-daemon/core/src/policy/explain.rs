@@ -1,4 +1,4 @@
-//! Why a packet passes or not: `policy explain`.
+//! Policy explanation: which rule lets a packet pass or drops it (`policy explain`).
 
 use std::net::IpAddr;
 
@@ -23,7 +23,7 @@ pub enum FlowEnd {
     Address(IpAddr),
 }
 
-/// Why there is nothing to explain.
+/// Error: there is nothing to explain.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ExplainError {
     /// No object of that name has been seen.
@@ -37,12 +37,12 @@ pub enum ExplainError {
     NoFamily,
 }
 
-/// What one direction says.
+/// The verdict of one direction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirectionVerdict {
-    /// Whether it lets the packet pass.
+    /// Whether the packet passes.
     pub allowed: bool,
-    /// Why.
+    /// The rule that decided.
     pub rule: MatchedRule,
     /// The policies that select the pod whose side this is, in the order in which they are asked.
     pub policies: Vec<ObjectKey>,
@@ -50,7 +50,7 @@ pub struct DirectionVerdict {
     pub is_local: bool,
 }
 
-/// What is decided about the first packet of a connection.
+/// The verdicts on the first packet of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Explanation {
     /// Source address.

@@ -1,4 +1,4 @@
-//! Hashing of the compiler's own numbers. Nobody outside chooses them, so the standard hasher's defence against chosen keys would only cost.
+//! Hash maps keyed by the compiler's own ids. Nobody outside chooses them, so no defence against chosen keys is needed.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};

@@ -1,4 +1,4 @@
-//! The maps as the datapath reads them: the very lookups, in their order. `policy explain` and the tests ask here.
+//! The policy maps as the datapath reads them: the same lookups in the same order. For take-over and tests.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -20,7 +20,7 @@ pub struct Maps {
     pub addresses: HashMap<IpAddr, Versioned<Identity>>,
     /// Identity by block, the longest counts.
     pub cidrs: HashMap<IpNetwork, Versioned<Identity>>,
-    /// What sets say about identities.
+    /// Sets' entries for peer identities.
     pub peers: HashMap<(SetId, Identity), Versioned<VerdictOrTable>>,
     /// Port tables: by table, the prefixes.
     pub port_tables: HashMap<PortTableId, BTreeSet<PortTableEntry>>,
@@ -46,7 +46,7 @@ pub struct Packet {
 }
 
 impl Maps {
-    /// Does what the daemon does with an operation.
+    /// Applies an operation.
     pub fn apply(&mut self, op: &Op) {
         match op {
             Op::PutPortTable { table, entries } => {

@@ -1,4 +1,4 @@
-//! Why a packet passes or not: each verdict in the maps carries the number of its reason.
+//! Rule ids: each verdict in the maps carries the id of the rule that it comes from.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -11,9 +11,9 @@ use crate::objects::{Action, Direction, ObjectKey};
 pub const NO_POLICY: RuleId = RuleId(1);
 /// Policies are switched off.
 pub const DISABLED: RuleId = RuleId(2);
-/// A pod speaks with itself.
+/// A pod connects to itself.
 pub const LOOPBACK: RuleId = RuleId(3);
-/// The resident node speaks with its pod.
+/// The local node connects to its pod.
 pub const LOCAL_NODE: RuleId = RuleId(4);
 /// The pod's labels are not known yet, and a policy may select it.
 pub const UNKNOWN_POD: RuleId = RuleId(5);
@@ -33,7 +33,7 @@ const FIXED: u32 = 15;
 /// Decisions hold 30 bits of it.
 const LIMIT: u32 = 1 << 30;
 
-/// Why.
+/// The rule that a verdict comes from.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum MatchedRule {
     /// No policy says anything about the pod in this direction, or those that do leave this traffic alone.
@@ -42,7 +42,7 @@ pub enum MatchedRule {
     Disabled,
     /// A pod always reaches itself.
     Loopback,
-    /// The resident node always reaches its pods.
+    /// The local node always reaches its pods.
     LocalNode,
     /// The pod's labels are not known yet, and a policy may select it.
     UnknownPod,
@@ -105,7 +105,7 @@ impl fmt::Display for MatchedRule {
     }
 }
 
-/// Which numbers have come into use since it was last asked, and which are in use no more.
+/// Rule ids that have come into use since the last call, and those that are no longer in use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RuleIdChanges {
     /// They stand in the maps as soon as the operations of the event have run.

@@ -7,42 +7,42 @@ use super::op::EndpointPolicy;
 use crate::ident::Addresses;
 use crate::objects::{ObjectKey, ObjectName};
 
-/// A pod, as little of it as a hundred thousand of them allow.
+/// The state of a pod of the cluster; there may be a hundred thousand of them.
 #[derive(Debug)]
 pub(super) struct PodState {
     pub(super) name: ObjectName,
     pub(super) uid: Box<str>,
     pub(super) profile: ProfileId,
-    /// Lives in the network of its node: no policy selects it, no peer matches it.
+    /// In its node's network namespace: no policy selects it, no peer matches it.
     pub(super) host_network: bool,
     pub(super) finished: bool,
-    /// As its status says.
+    /// The addresses in its status.
     pub(super) ips: Box<[IpAddr]>,
-    /// What it claims: those and its endpoints' addresses.
+    /// Its addresses: those in its status and those of its endpoints.
     pub(super) claims: Box<[IpAddr]>,
 }
 
 impl PodState {
-    /// The addresses that it claims.
+    /// Its addresses.
     pub(super) fn claims(&self) -> &[IpAddr] {
         &self.claims
     }
 
-    /// Whether it may be the pod of this UID; who does not say is taken at the name.
+    /// Whether it may be the pod with this UID; an empty one matches.
     pub(super) fn is(&self, uid: &str) -> bool {
         uid.is_empty() || self.uid.is_empty() || *self.uid == *uid
     }
 }
 
-/// An address that somebody has.
+/// An address with an identity of its own.
 #[derive(Debug, Default)]
 pub(super) struct Claim {
-    /// Pods that say it is theirs; the last one counts.
+    /// Pods with this address; the last one counts.
     pub(super) pods: Vec<PodId>,
     pub(super) identity: Identity,
 }
 
-/// An interface of a pod of this node.
+/// A local endpoint: an interface of a pod of this node.
 #[derive(Debug)]
 pub(super) struct Endpoint {
     pub(super) pod: ObjectName,
@@ -51,6 +51,6 @@ pub(super) struct Endpoint {
     /// Ingress, egress; of each that of the admin tier, then that of the others.
     pub(super) sets: [[SetId; 2]; 2],
     pub(super) value: EndpointPolicy,
-    /// Who selects it.
+    /// The policies that select it.
     pub(super) policies: Vec<ObjectKey>,
 }

@@ -1,4 +1,4 @@
-//! Pods of this node that are held back because their labels are not known yet.
+//! Pods of this node whose labels are not known yet: their traffic is denied where a policy may select them.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::ident::PodRef;
 use crate::objects::{Direction, ObjectName};
 
 impl Compiler {
-    /// Whether a pod would be held back if it got its interface now: its object is not known, and a policy may restrict it.
+    /// Whether a pod's traffic would be denied if it got its interface now: its object is not known, and a policy may restrict it.
     #[must_use]
     pub fn lacks_labels(&self, pod: &PodRef) -> bool {
         if pod.namespace.is_empty() {
@@ -20,7 +20,7 @@ impl Compiler {
         (known.is_none() || namesake) && (restrict(Direction::Ingress) || restrict(Direction::Egress))
     }
 
-    /// The pods that are held back.
+    /// The pods whose traffic is denied for that reason.
     #[must_use]
     pub fn pods_without_labels(&self) -> Vec<ObjectName> {
         let unknown = |set| self.sets.get(set).is_some_and(|set| set.key.unknown);

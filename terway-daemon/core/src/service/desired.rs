@@ -1,4 +1,4 @@
-//! What one Service, or one pod with host ports, needs in the maps, before ids are given.
+//! The desired state of one Service, or one pod with host ports: what it needs in the maps, before ids are allocated.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -16,21 +16,21 @@ use crate::objects::{
     EndpointSlice, IpMode, ObjectName, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
 };
 
-/// What a backend's owner says of it.
+/// The state of a backend according to one owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BackendFacts {
     pub(super) state: BackendState,
     pub(super) local: bool,
 }
 
-/// A table whose slots are places in the owner's list of backends.
+/// A desired table, by the keys of its backends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct DesiredTable {
     pub(super) algorithm: Algorithm,
     pub(super) slots: Vec<BackendKey>,
 }
 
-/// What a frontend does, with the table as its place in the port's list.
+/// A desired backend selection, with a table as its index in the port's list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DesiredSelection {
     Table(usize),
@@ -49,7 +49,7 @@ pub(super) struct DesiredFrontend {
     pub(super) check_source: bool,
 }
 
-/// A port with its frontends.
+/// A desired port with its frontends.
 #[derive(Clone, Debug)]
 pub(super) struct DesiredPort {
     pub(super) name: Arc<str>,
@@ -61,7 +61,7 @@ pub(super) struct DesiredPort {
 }
 
 impl DesiredPort {
-    /// Drops tables that no frontend leads to.
+    /// Removes tables that no frontend leads to.
     fn prune(&mut self) {
         let mut place = vec![None; self.tables.len()];
         let mut kept = Vec::new();
@@ -78,7 +78,7 @@ impl DesiredPort {
     }
 }
 
-/// All that one owner needs.
+/// The desired state of one owner.
 #[derive(Clone, Debug, Default)]
 pub(super) struct DesiredState {
     pub(super) ports: Vec<DesiredPort>,
@@ -105,7 +105,7 @@ fn served(service: &Service) -> bool {
     published && !ignored(&service.meta)
 }
 
-/// What a Service needs; `slices` are its own, in the order of their names.
+/// The desired state of a Service; `slices` are its own, in the order of their names.
 pub(super) fn service(
     service: &Service,
     slices: &[Arc<EndpointSlice>],
@@ -162,7 +162,7 @@ pub(super) fn service(
     desired
 }
 
-/// What clients get under each traffic policy.
+/// The backend selection under each traffic policy.
 struct Exits {
     cluster: DesiredSelection,
     local_inside: DesiredSelection,
@@ -242,7 +242,7 @@ fn frontends(
         let key = FrontendKey::node(family, port.node_port, port.protocol);
         out.push(external(key, FrontendKind::NodePort, exits.cluster, outside));
     }
-    // Whoever is inside the cluster gets any endpoint also under the external policy `Local`: nobody's address is to be kept from anyone.
+    // Clients inside the cluster get any endpoint also under the external policy `Local`: their source address is preserved anyway.
     let short_cut = if settings.in_cluster_loadbalance { exits.cluster } else { Pass };
     let straight_to_pods = service.meta.annotations.get(BACKEND_TYPE) == Some("eni");
     if service.kind == ServiceType::LoadBalancer {
@@ -278,7 +278,7 @@ fn note_backends(backends: &mut BTreeMap<BackendKey, BackendFacts>, found: &[Can
     }
 }
 
-/// What holds of a backend of which two say something: the better of each.
+/// The state of a backend with two owners: the better of each.
 pub(super) fn merged(a: BackendFacts, b: BackendFacts) -> BackendFacts {
     BackendFacts { state: a.state.max(b.state), local: a.local || b.local }
 }
@@ -304,7 +304,7 @@ pub(super) fn has_host_ports(pod: &Pod, node: &LocalNode) -> bool {
         && pod.ports.iter().any(|port| port.host_port != 0)
 }
 
-/// What a pod of this node needs for its host ports.
+/// The desired state of a pod of this node with host ports.
 pub(super) fn pod(pod: &Pod, node: &LocalNode) -> DesiredState {
     let mut desired = DesiredState::default();
     if !has_host_ports(pod, node) {

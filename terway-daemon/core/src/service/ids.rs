@@ -1,9 +1,8 @@
-//! Numbers for things that come and go.
+//! Allocation of ids.
 
 use std::collections::{BTreeSet, VecDeque};
 
-/// Hands out numbers from 1 on. A number that came back is handed out again, the longest unused first: what may still refer to it in
-/// the kernel is as old as can be.
+/// An id allocator, from 1 up. A released id is used again, the longest unused first: what may still refer to it in the kernel is as old as possible.
 #[derive(Debug)]
 pub(super) struct Ids {
     next: u32,
@@ -11,7 +10,7 @@ pub(super) struct Ids {
 }
 
 impl Ids {
-    /// With these numbers in use already.
+    /// An allocator with these ids in use already.
     pub(super) fn new(used: impl Iterator<Item = u32>) -> Self {
         let used: BTreeSet<u32> = used.collect();
         let next = used.last().map_or(1, |last| last.saturating_add(1));

@@ -1,4 +1,4 @@
-//! What the datapath's maps hold for Services, and the operations that change it.
+//! Entries of the Service maps as values, and the operations that change them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -20,15 +20,15 @@ macro_rules! ids {
 }
 
 ids! {
-    /// A backend, for as long as it lives. Never 0.
+    /// Id of a backend: its index in the map of backends. Never 0.
     BackendId,
-    /// A table. Its contents never change; a change is a new table. Never 0.
+    /// Id of a backend table. A table is never changed: other contents are a new table. Never 0.
     TableId,
-    /// A port of a Service, or a host port of a pod, with all its frontends: what session affinity and source ranges are kept by. Never 0.
+    /// Id of a Service port or host port: the key of its session affinity and source ranges. Never 0.
     PortId,
 }
 
-/// Where a backend is.
+/// Address, port and protocol of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BackendKey {
     /// Address.
@@ -45,41 +45,41 @@ impl fmt::Display for BackendKey {
     }
 }
 
-/// What a backend is good for, worst first.
+/// The state of a backend, from its endpoint's conditions; worst first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BackendState {
-    /// It does not answer, by its own word: connections go on, exchanges of datagrams must choose anew.
+    /// Neither ready nor serving: TCP connections go on, UDP flows select another backend.
     Unready,
-    /// It is on its way out and still answers: what goes on, goes on.
+    /// Terminating and serving: existing flows go on.
     Draining,
-    /// New clients are welcome.
+    /// Ready: it gets new connections.
     Ready,
 }
 
-/// A backend.
+/// An entry of the map of backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backend {
-    /// Where it is.
+    /// Its address, port and protocol.
     pub key: BackendKey,
-    /// What it is good for.
+    /// Its state.
     pub state: BackendState,
     /// Whether it is on this node.
     pub local: bool,
-    /// A flow to this backend lives only as long as the generation that it was made in.
+    /// The generation that flows, tables and affinity entries name; those of another generation are invalid.
     ///
-    /// It changes when the id gets another owner, and when a UDP backend stops answering: datagrams have no reset that would tell the client.
+    /// It changes when the id is used for another backend, and when a UDP backend becomes unready: UDP has no reset that would tell the client.
     pub generation: u32,
 }
 
-/// How a slot of a table is chosen.
+/// The load-balancing algorithm: how a slot of a table is selected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Algorithm {
-    /// Any slot, each time another.
+    /// A random slot.
     #[default]
     Random,
-    /// Of two slots the backend with fewer connections of this node.
+    /// Of two random slots the backend with fewer active connections of this node.
     LeastConnections,
-    /// The slot that the client's addresses and ports hash to; the same on every node.
+    /// Consistent hashing of the client's addresses and ports, the same on every node.
     Maglev,
 }
 
@@ -111,25 +111,25 @@ impl FromStr for Algorithm {
     }
 }
 
-/// What a backend is drawn from. Never empty.
+/// A backend table: the slots that a backend is selected from. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Table {
     /// How a slot is chosen.
     pub algorithm: Algorithm,
-    /// The slots. Weights are in how often a backend stands node.
+    /// The slots. A backend's weight is the number of its slots.
     pub slots: Vec<BackendRef>,
 }
 
-/// A backend in one of its lives.
+/// A reference to a backend in one generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BackendRef {
-    /// Which.
+    /// The backend.
     pub backend: BackendId,
     /// [`Backend::generation`].
     pub generation: u32,
 }
 
-/// What clients talk to.
+/// The address, port and protocol of a frontend, which clients connect to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontendKey {
     /// Address; the unspecified one stands for all addresses that the node has.
@@ -179,7 +179,7 @@ impl fmt::Display for FrontendKey {
     }
 }
 
-/// Why an address is served. Where two Services claim the same frontend, the kind that stands first wins.
+/// The kind of a frontend. Of two owners of the same frontend the one whose kind is listed first wins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FrontendKind {
     /// A Service's address inside the cluster.
@@ -194,16 +194,16 @@ pub enum FrontendKind {
     HostPort,
 }
 
-/// What happens to a new client of a frontend.
+/// The backend selection of a frontend: what happens to a new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Selection {
-    /// It gets a backend from this table.
+    /// A backend is selected from this table.
     Table(TableId),
-    /// It is told at once that nobody listens: TCP reset, ICMP port unreachable.
+    /// It is rejected: TCP reset, ICMP port unreachable.
     Reject,
-    /// It hears nothing, and tries again: for load balancers that are about to notice that this node has no backend.
+    /// Its packets are dropped and sent again: for load balancers whose health check is about to fail on this node.
     Drop,
-    /// The frontend is not for it: the packet goes on as if the frontend were not there.
+    /// The frontend does not apply: the packet is routed as if there were none.
     Pass,
 }
 
@@ -212,48 +212,48 @@ pub enum Selection {
 pub struct Frontend {
     /// The port of the Service that it belongs to.
     pub port: PortId,
-    /// Why it is served.
+    /// Its kind.
     pub kind: FrontendKind,
-    /// For clients on this node: its pods and its own processes.
+    /// For clients on this node: pods and host processes.
     pub inside: Selection,
-    /// For clients whose packets come in by the node's interfaces.
+    /// For external clients: their packets come in by the interfaces of the node.
     pub outside: Selection,
-    /// Whether clients from outside appear to a backend on another node with this node's address, so that the reply comes back node.
+    /// Whether connections of external clients to a backend on another node are masqueraded (SNAT to this node).
     pub masquerade: bool,
-    /// Whether clients from outside must be in one of the port's source ranges; the others are dropped.
+    /// Whether external clients must be in one of the source ranges of the port; the others are dropped.
     pub check_source: bool,
-    /// How long a client stays with its backend, in seconds; 0 = no affinity.
+    /// Session affinity timeout in seconds; 0 = no affinity.
     pub affinity_seconds: u32,
 }
 
-/// One operation on the maps.
+/// An operation on the Service maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
     /// Writes a backend.
     PutBackend(BackendId, Backend),
-    /// Waits until no program runs that may have read what stood there before.
+    /// Waits for an RCU grace period: no program runs any more that may have read what was replaced.
     RcuBarrier,
-    /// Voids whatever leads to a backend, whose id stays taken until it is removed.
+    /// Invalidates all flows, tables and affinity entries that name a backend. Its id stays in use until it is removed.
     InvalidateBackend(BackendId, Backend),
-    /// Takes a backend away. The last value tells whose sockets are to be destroyed.
+    /// Removes a backend. The value identifies the sockets that are to be destroyed.
     RemoveBackend(BackendId, Backend),
     /// Writes a table.
     PutTable(TableId, Arc<Table>),
-    /// Takes a table away.
+    /// Removes a table.
     RemoveTable(TableId),
-    /// Allows clients of a block.
+    /// Adds a source range: clients of a CIDR are allowed.
     PutRange(PortId, IpNetwork),
-    /// Takes that back.
+    /// Removes a source range.
     RemoveRange(PortId, IpNetwork),
     /// Writes a frontend.
     PutFrontend(FrontendKey, Frontend),
-    /// Takes a frontend away.
+    /// Removes a frontend.
     RemoveFrontend(FrontendKey),
-    /// The port is gone, and its id will be another's: nothing in the maps, but a chance to forget what is kept by it.
+    /// Releases a port id, which may then be used for another port. Changes no map.
     ReleasePort(PortId),
 }
 
-/// What is to be done.
+/// A plan: the operations for a change, and what else follows from it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Operations, to be run in this order.
@@ -263,7 +263,7 @@ pub struct Plan {
     pub retire: Vec<Op>,
     /// The entries that `ops` and `retire` replace or remove, as they were planned before; source ranges are left out.
     pub replaced: MapContents,
-    /// What is wrong with objects, one sentence each, for those objects where that has changed; none = nothing is wrong any more.
+    /// Errors of objects, one sentence each, for those objects where they have changed; an empty set = none any more.
     pub object_errors: BTreeMap<ObjectKey, BTreeSet<String>>,
     /// Health-check ports that changed: port → Service and its ready endpoints on this node; none = no longer served.
     pub health: BTreeMap<u16, Option<(ObjectName, u32)>>,
@@ -277,7 +277,7 @@ impl Plan {
     }
 }
 
-/// Who a frontend belongs to.
+/// The owner of a frontend: the Kubernetes object that it comes from.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Owner {
     /// A Service.
@@ -297,7 +297,7 @@ impl Owner {
     }
 }
 
-/// What the maps hold. Kept by the planner as what it has planned so far; read from the kernel when the daemon starts.
+/// The contents of the Service maps: as planned so far, or as read from the kernel when the daemon starts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MapContents {
     /// Backends.
@@ -313,7 +313,7 @@ pub struct MapContents {
 }
 
 impl MapContents {
-    /// Does what the operation says.
+    /// Applies an operation.
     pub fn apply(&mut self, op: &Op) {
         match op {
             Op::PutBackend(id, backend) => {

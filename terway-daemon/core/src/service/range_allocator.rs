@@ -1,18 +1,18 @@
-//! Places for tables in an array of members.
+//! Allocates ranges of backend slots in the array of backend references.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Which stretches of the array are free.
+/// A best-fit allocator of ranges in an array.
 #[derive(Debug)]
 pub struct RangeAllocator {
     /// First index → length.
     free: BTreeMap<u32, u32>,
-    /// Length, first index: the smallest stretch that fits is taken, so that large ones stay whole.
+    /// Length, first index: the smallest range that fits is taken, so that large ones stay whole.
     by_length: BTreeSet<(u32, u32)>,
 }
 
 impl RangeAllocator {
-    /// An array of so many members, all free.
+    /// An allocator for an array of this many elements, all free.
     #[must_use]
     pub fn new(capacity: u32) -> Self {
         let mut this = Self { free: BTreeMap::new(), by_length: BTreeSet::new() };
@@ -20,7 +20,7 @@ impl RangeAllocator {
         this
     }
 
-    /// Takes a stretch that is in use already. Nothing happens if any of it is taken or outside.
+    /// Reserves a range that is in use already. Nothing happens if any of it is taken or outside.
     pub fn reserve(&mut self, first: u32, count: u32) -> bool {
         let Some((&begin, &length)) = self.free.range(..=first).next_back() else { return false };
         let Some(end) = first.checked_add(count).filter(|end| *end <= begin + length) else { return false };
@@ -30,7 +30,7 @@ impl RangeAllocator {
         true
     }
 
-    /// Takes a stretch; none if no free one is long enough.
+    /// Allocates a range; none if no free one is long enough.
     pub fn take(&mut self, count: u32) -> Option<u32> {
         let (length, first) = self.by_length.range((count, 0)..).next().copied()?;
         self.remove(first, length);
@@ -38,7 +38,7 @@ impl RangeAllocator {
         Some(first)
     }
 
-    /// Gives a stretch back.
+    /// Frees a range.
     pub fn give_back(&mut self, first: u32, count: u32) {
         let (mut begin, mut end) = (first, first + count);
         if let Some((&before, &length)) = self.free.range(..first).next_back().filter(|(b, l)| **b + **l == first) {
@@ -52,7 +52,7 @@ impl RangeAllocator {
         self.insert(begin, end - begin);
     }
 
-    /// How many members are free, in however many stretches.
+    /// The number of free elements, in however many ranges.
     #[must_use]
     pub fn left(&self) -> u32 {
         self.free.values().sum()

@@ -1,11 +1,11 @@
-//! What the node is, and what its administrator set.
+//! Facts of the node, and settings for all its Services.
 
 use std::sync::Arc;
 
 use super::model::Algorithm;
 use crate::objects::Node;
 
-/// Switches for all Services of the node.
+/// Settings for all Services of the node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// Whether pods that talk to an external address of a Service get a backend at once, rather than a detour over the load balancer
@@ -23,7 +23,7 @@ impl Default for Settings {
     }
 }
 
-/// What the daemon knows of its node without asking Kubernetes.
+/// Facts of the node that do not come from Kubernetes objects.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeFacts {
     /// The node's name in Kubernetes.
@@ -32,7 +32,7 @@ pub struct NodeFacts {
     pub zone: Option<Arc<str>>,
 }
 
-/// The node as the rules see it.
+/// The local node: its name and zone, as the traffic policies use them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct LocalNode {
     pub(super) name: Arc<str>,

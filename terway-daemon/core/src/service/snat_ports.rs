@@ -1,18 +1,18 @@
-//! Source ports that the datapath may have for connections that it sends on in the node's name.
+//! The source port range of masqueraded connections (SNAT to the node).
 
 use std::ops::RangeInclusive;
 
 /// Node ports by default (kube-apiserver, `--service-node-port-range`): clients connect to them, so no connection starts from one.
 const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 
-/// Where no other range will do: above what Linux gives to clients by default.
+/// The range where no other is free: above Linux's default range of ephemeral ports.
 const LAST_RESORT: RangeInclusive<u16> = 61_000..=65_535;
 
-/// Fewer than this are not worth a range of their own.
+/// The shortest range that is used.
 const FEW: usize = 1024;
 
-/// The longest range of ports that are neither the host's own clients' (`net.ipv4.ip_local_port_range`), nor node ports, nor
-/// privileged; and whether it is true of it. It is not where `local` leaves no room.
+/// The longest range of ports that are neither the host's ephemeral ports (`net.ipv4.ip_local_port_range`), nor node ports, nor privileged; false if
+/// there is none, and the range overlaps `local`.
 #[must_use]
 pub fn snat_port_range(local: &RangeInclusive<u16>) -> (RangeInclusive<u16>, bool) {
     let taken = [local, &NODE_PORTS];

@@ -1,8 +1,7 @@
-//! Which sockets are to be ended because the backend that their Service gave them is gone.
+//! Stale sockets: sockets connected to a backend that was removed, which are to be destroyed (SOCK_DESTROY).
 //!
-//! A datagram to a backend that is gone is answered by nobody: without an error the client's socket would send into the void for as long
-//! as it lives. TCP finds out by itself, if late. Only sockets that the datapath has translated are ever ended, and only while they
-//! still talk to that backend; what is connected to the pod's own address is its owner's affair.
+//! A datagram to a removed backend gets no reply, so a connected UDP socket would send to it for ever. TCP times out by itself. Only sockets
+//! that the datapath has translated are destroyed, and only while they are connected to the removed backend.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -12,15 +11,15 @@ use std::str::FromStr;
 use super::model::{BackendState, Op};
 use crate::objects::Protocol;
 
-/// Whose sockets are ended.
+/// The protocols whose stale sockets are destroyed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SocketTermination {
-    /// Nobody's.
+    /// None.
     None,
-    /// Those of UDP.
+    /// UDP.
     #[default]
     Udp,
-    /// Those of UDP and TCP.
+    /// UDP and TCP.
     All,
 }
 
@@ -46,7 +45,7 @@ impl fmt::Display for SocketTermination {
     }
 }
 
-/// Not the name of an [`SocketTermination`].
+/// Error: not the name of a [`SocketTermination`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("is none of none, udp and all")]
 pub struct Unknown;
@@ -59,10 +58,10 @@ impl FromStr for SocketTermination {
     }
 }
 
-/// A socket that the datapath has sent to a backend at some time.
+/// A socket whose destination the datapath has translated to a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TranslatedSocket {
-    /// The socket's cookie. No two sockets have one, at no time.
+    /// The socket's cookie, which is never used twice.
     pub cookie: u64,
     /// The cookie of its network namespace.
     pub netns: u64,
@@ -70,21 +69,21 @@ pub struct TranslatedSocket {
     pub protocol: u8,
     /// The backend.
     pub backend: SocketAddr,
-    /// Whether the backend still lives as it did then.
+    /// Whether the backend still has the generation of the translation.
     pub backend_alive: bool,
 }
 
-/// The sockets that are to be ended if they still talk to whom they did.
+/// The sockets that are to be destroyed if they are still connected to the removed backend.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StaleSockets {
-    /// By cookie: protocol and dead backend.
+    /// By cookie: protocol and removed backend.
     sockets: BTreeMap<u64, BTreeSet<(u8, SocketAddr)>>,
     netns: BTreeSet<u64>,
     protocols: BTreeSet<u8>,
 }
 
 impl StaleSockets {
-    /// Whom to look for.
+    /// The stale ones of all translated sockets.
     #[must_use]
     pub fn of(all: impl IntoIterator<Item = TranslatedSocket>, whose: SocketTermination) -> Self {
         let mut stale = Self::default();
@@ -98,7 +97,7 @@ impl StaleSockets {
         stale
     }
 
-    /// Whether a socket that the kernel lists is one of them: the same, of the same protocol, with the dead backend for a peer.
+    /// Whether a socket that the kernel lists is one of them: same cookie and protocol, connected to the removed backend.
     #[must_use]
     pub fn contains(&self, cookie: u64, protocol: u8, peer: SocketAddr) -> bool {
         self.sockets.get(&cookie).is_some_and(|peers| peers.contains(&(protocol, peer)))
@@ -123,7 +122,7 @@ impl StaleSockets {
     }
 }
 
-/// Whether an operation ends the life of a backend, so that sockets may have to go with it.
+/// Whether an operation removes a backend or invalidates its generation, so that sockets may be stale.
 #[must_use]
 pub fn invalidates_backend(op: &Op) -> bool {
     match op {

@@ -1,4 +1,4 @@
-//! What the planner remembers: of each owner, backend, table and frontend, in as few bytes as will do.
+//! The planner's entries: owners, backends, tables and frontends as planned. There are a hundred thousand of them, so they are small.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::service::model::{
     Backend, BackendId, BackendKey, BackendState, Frontend, FrontendKey, FrontendKind, Owner, PortId, Table, TableId,
 };
 
-/// What an owner holds at the moment.
+/// The planned state of an owner: its ports, backends and health-check port.
 #[derive(Debug, Default)]
 pub(super) struct OwnerState {
     pub(super) ports: Vec<PortState>,
@@ -30,7 +30,7 @@ pub(super) struct PortState {
     pub(super) frontends: Vec<FrontendKey>,
 }
 
-/// One of a hundred thousand: no byte twice, and no allocation for the one owner that most have.
+/// A planned backend with the owners that use it; most have one, which takes no allocation.
 #[derive(Debug)]
 pub(super) struct BackendEntry {
     pub(super) id: BackendId,
@@ -38,7 +38,7 @@ pub(super) struct BackendEntry {
     pub(super) references: SmallVec<[(Arc<Owner>, BackendFacts); 1]>,
 }
 
-/// A [`Backend`] without its key.
+/// The value of a [`Backend`], without its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BackendValue {
     pub(super) state: BackendState,
@@ -63,7 +63,7 @@ pub(super) struct TableEntry {
     pub(super) users: u32,
 }
 
-/// Somebody's wish for a frontend.
+/// A reference of an owner to a frontend, with the value that the owner wants.
 #[derive(Debug)]
 pub(super) struct Reference {
     pub(super) owner: Arc<Owner>,
@@ -73,7 +73,7 @@ pub(super) struct Reference {
 }
 
 impl Reference {
-    /// What orders references of one frontend.
+    /// The rank among the references to one frontend.
     pub(super) fn rank(&self) -> (FrontendKind, &Owner, u32) {
         (self.frontend.kind, &self.owner, self.place)
     }
@@ -82,6 +82,6 @@ impl Reference {
 #[derive(Debug, Default)]
 pub(super) struct FrontendEntry {
     pub(super) written: Option<Frontend>,
-    /// In the order of their ranks; the first one holds.
+    /// In the order of their ranks; the value of the first one is planned.
     pub(super) references: SmallVec<[Reference; 1]>,
 }

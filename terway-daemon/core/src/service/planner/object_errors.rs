@@ -1,4 +1,4 @@
-//! What is wrong with objects, kept up to date change by change.
+//! Errors of objects, updated with each change.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -8,17 +8,17 @@ use crate::service::model::{FrontendKey, Owner};
 /// See the [module](self).
 #[derive(Debug, Default)]
 pub(super) struct ObjectErrors {
-    /// What an owner asks for that cannot be.
+    /// Errors in an owner's own fields.
     owners: HashMap<Owner, Vec<String>>,
-    /// Who references a frontend in vain, and who holds it.
+    /// Of each frontend with several owners: the one whose value is planned, and the others.
     frontends: HashMap<FrontendKey, (Owner, BTreeSet<Owner>)>,
-    /// The frontends that an owner references in vain: the second one, the other way round.
+    /// The map above by owner: frontends that another owner has.
     lost: HashMap<Owner, BTreeSet<FrontendKey>>,
     changed: BTreeSet<Owner>,
 }
 
 impl ObjectErrors {
-    /// What the owner's own words are wrong about, in place of what they were.
+    /// Replaces the errors in an owner's own fields.
     pub(super) fn of_owner(&mut self, owner: &Owner, messages: &[String]) {
         let before = self.owners.get(owner).map_or(&[][..], Vec::as_slice);
         if before == messages {
@@ -32,7 +32,7 @@ impl ObjectErrors {
         }
     }
 
-    /// Who references a frontend, the holder first.
+    /// Replaces the owners of a frontend, the winner first.
     pub(super) fn of_frontend<'a>(&mut self, key: FrontendKey, mut references: impl Iterator<Item = &'a Owner>) {
         // The entry for all other ports of an address is shared by all ports of its Service, and no conflict.
         if key.protocol.is_none() {
@@ -67,7 +67,7 @@ impl ObjectErrors {
         std::mem::take(&mut self.changed).into_iter().map(|owner| (owner.object(), self.about(&owner))).collect()
     }
 
-    /// All errors.
+    /// The errors of all objects.
     pub(super) fn all(&self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
         self.owners.keys().chain(self.lost.keys()).map(|owner| (owner.object(), self.about(owner))).collect()
     }
