@@ -62,7 +62,6 @@ impl ConfigDocuments {
     }
 
     /// As [`Self::check`], with the warnings also of a configuration that is refused.
-    #[must_use]
     pub fn check_with_warnings(&self) -> (Result<Config, Vec<InvalidValue>>, Vec<Warning>) {
         let merged = self.merged();
         let (layers, mut bad) = match merged {
@@ -144,7 +143,7 @@ impl ConfigDocuments {
                     reader.warn(name, "belongs into eni_conf, not beside it; it is ignored here");
                 }
                 Some(key) if key.effect == TakesEffect::Unsupported => {
-                    reader.warn(name, "has no effect in this version")
+                    reader.warn(name, "has no effect in this version");
                 }
                 Some(_) => {}
                 None => reader.warn(name, unknown(name)),
