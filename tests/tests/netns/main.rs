@@ -23,12 +23,6 @@ mod soak;
 mod sockets;
 mod survival;
 
-// The oracle of the compiler's own tests is what packets are compared with.
-#[path = "../../../terway-daemon/core/tests/policy/oracle.rs"]
-mod oracle;
-#[path = "../../../terway-daemon/core/tests/policy/world.rs"]
-mod world;
-
 use std::time::Duration;
 
 use anyhow::{Result, ensure};

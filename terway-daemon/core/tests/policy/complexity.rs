@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 
 use serde_json::json;
 use terway_core::policy::{Compiler, Op};
-
-use crate::cluster::{Cluster, network_policy};
+use terway_oracle::large_cluster::{Cluster, network_policy};
 
 /// Per change of a kind: operations on the maps, questions to selectors, questions to sets; the most of any.
 type Most = [u64; 3];

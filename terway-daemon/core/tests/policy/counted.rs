@@ -4,8 +4,7 @@
 use std::collections::BTreeSet;
 
 use terway_core::policy::{Compiler, Maps, RuleId, Verdict};
-
-use crate::world::World;
+use terway_oracle::cluster_state::ClusterState;
 
 /// The reasons that a counter is there for.
 #[derive(Debug, Default)]
@@ -25,7 +24,7 @@ impl Counted {
     }
 
     /// Each decision has a counter, those apart that stand under slots of nobody. To be called when the operations have run.
-    pub(crate) fn covers(&self, maps: &Maps, world: &World, label: &str) {
+    pub(crate) fn covers(&self, maps: &Maps, world: &ClusterState, label: &str) {
         for reason in reasons(maps, |slot| world.locals.contains_key(&slot)) {
             assert!(self.0.contains(&reason), "{label}: nothing counts {reason}");
         }

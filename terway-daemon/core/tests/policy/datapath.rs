@@ -15,7 +15,7 @@ use terway_ebpf::family::{Family, V4, V6};
 use terway_ebpf::policy::{NOT_CHECKED, Policies, PolicyQuery, check};
 
 use crate::dice::Dice;
-use crate::making::random;
+use crate::making::{ClusterInputs as _, random};
 use crate::random::{compile, finder};
 use crate::setting;
 

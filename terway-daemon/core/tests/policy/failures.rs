@@ -6,14 +6,15 @@ use std::collections::BTreeSet;
 use serde_json::json;
 use terway_core::objects::{Kind, ObjectKey, ObjectName};
 use terway_core::policy::{Compiler, Entry, Event, Maps, MatchedRule, NOT_PROGRAMMED, Op};
+use terway_oracle::cluster_state::ClusterState;
+use terway_oracle::policy::expected_verdicts;
 
 use crate::dice::Dice;
 use crate::fixture::Node;
 use crate::history::{change, clean};
-use crate::making::random;
+use crate::making::{ClusterInputs as _, random};
 use crate::random::{compile, finder, said};
-use crate::world::World;
-use crate::{oracle, setting};
+use crate::setting;
 
 /// Which operations fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +45,7 @@ fn apply(maps: &mut Maps, op: &Op, faults: Faults, percent: usize, dice: &mut Di
 }
 
 /// Endpoints in lockdown never pass what policies deny; all others are decided as the documentation says.
-fn check(compiler: &Compiler, maps: &Maps, world: &World, label: &str) {
+fn check(compiler: &Compiler, maps: &Maps, world: &ClusterState, label: &str) {
     let locked: BTreeSet<ObjectName> = compiler.locked_pods().into_iter().collect();
     let local = finder(world);
     let is_locked = |slot: Option<u32>| {
@@ -52,7 +53,7 @@ fn check(compiler: &Compiler, maps: &Maps, world: &World, label: &str) {
     };
     for packet in world.packets() {
         let found = said(maps.verdict(&packet, &local, maps.version));
-        let expected = oracle::judge(world, &packet);
+        let expected = expected_verdicts(world, &packet);
         for (side, end) in [packet.source, packet.destination].into_iter().enumerate() {
             let closed = is_locked(local(end)) && found[side] == Some(false);
             assert!(

@@ -7,23 +7,25 @@ use std::sync::Arc;
 
 use terway_core::objects::{ObjectName, Phase};
 use terway_core::policy::{Compiler, Event, FlowScope, Maps, Op, Packet};
+use terway_oracle::cluster_state::{ClusterState, LocalEndpoint};
+use terway_oracle::policy::expected_verdicts;
 
 use crate::counted::Counted;
 use crate::dice::Dice;
 use crate::making::{
-    HOMES, NAMESPACES, attach, cluster_policy, elsewhere, home, labels, namespace, pod, pod_name, policy, random,
+    ClusterInputs as _, HOMES, NAMESPACES, attach, cluster_policy, elsewhere, home, labels, namespace, pod, pod_name,
+    policy, random,
 };
 use crate::random::{compile, finder, said};
-use crate::world::{Local, World};
-use crate::{oracle, setting};
+use crate::setting;
 
 /// Changes the world, and tells how the compiler hears of it; none when the dice chose something that cannot happen.
-pub(crate) fn change(world: &mut World, dice: &mut Dice, uid: &mut usize) -> Option<Event> {
-    let some_pod = |world: &World, dice: &mut Dice| {
+pub(crate) fn change(world: &mut ClusterState, dice: &mut Dice, uid: &mut usize) -> Option<Event> {
+    let some_pod = |world: &ClusterState, dice: &mut Dice| {
         let names: Vec<&ObjectName> = world.pods.keys().collect();
         (!names.is_empty()).then(|| (*dice.pick(&names)).clone())
     };
-    let tell = |world: &World, name: ObjectName| {
+    let tell = |world: &ClusterState, name: ObjectName| {
         let pod = world.pods.get(&name).cloned().map(Arc::new);
         Event::Pod(name, pod)
     };
@@ -104,7 +106,7 @@ pub(crate) fn change(world: &mut World, dice: &mut Dice, uid: &mut usize) -> Opt
             if world.pods.get(&pod).is_some_and(|pod| pod.host_network) || world.locals.values().any(|l| l.pod == pod) {
                 return None;
             }
-            let local = Local { pod, uid: of, addresses: home(at).to_vec() };
+            let local = LocalEndpoint { pod, uid: of, addresses: home(at).to_vec() };
             let event = attach(slot, &local);
             world.locals.insert(slot, local);
             event
@@ -142,7 +144,7 @@ fn alive(pod: &terway_core::objects::Pod) -> bool {
 }
 
 /// Whether no other living pod has one of its addresses: of two that say so, the API server knows no better than we do.
-fn lonely(world: &World, name: &ObjectName) -> bool {
+fn lonely(world: &ClusterState, name: &ObjectName) -> bool {
     let Some(pod) = world.pods.get(name) else { return true };
     let mut others = world.pods.iter().filter(|(other, p)| *other != name && alive(p));
     !alive(pod) || others.all(|(_, p)| pod.ips.iter().all(|address| !p.ips.contains(address)))
@@ -196,7 +198,11 @@ fn run(seed: u64, steps: usize) {
         let (packets, found_now) = (world.packets(), finder(&meanwhile));
         let packets: Vec<Checked> = packets
             .into_iter()
-            .map(|packet| Checked { old: oracle::judge(&before, &packet), new: oracle::judge(&world, &packet), packet })
+            .map(|packet| Checked {
+                old: expected_verdicts(&before, &packet),
+                new: expected_verdicts(&world, &packet),
+                packet,
+            })
             .filter(|checked| checked.old != checked.new || dice.chance(6))
             .collect();
         let ops = compiler.steps(events);
@@ -264,7 +270,7 @@ fn run(seed: u64, steps: usize) {
     let (_, fresh) = compile(&world);
     let local = finder(&world);
     for packet in &packets {
-        let expected = oracle::judge(&world, packet);
+        let expected = expected_verdicts(&world, packet);
         assert_eq!(
             said(maps.verdict(packet, &local, maps.version)),
             expected,
@@ -279,7 +285,7 @@ fn run(seed: u64, steps: usize) {
     clean(&compiler, &maps, &world, &label);
 }
 
-fn agree(maps: &Maps, world: &World, packets: &[Checked], label: &str) {
+fn agree(maps: &Maps, world: &ClusterState, packets: &[Checked], label: &str) {
     let local = finder(world);
     for checked in packets {
         let found = said(maps.verdict(&checked.packet, &local, maps.version));
@@ -288,7 +294,7 @@ fn agree(maps: &Maps, world: &World, packets: &[Checked], label: &str) {
 }
 
 /// Flows whose verdict changes are told to be stale.
-fn check_stale(ops: &[Op], before: &World, world: &World, packets: &[Checked], label: &str) {
+fn check_stale(ops: &[Op], before: &ClusterState, world: &ClusterState, packets: &[Checked], label: &str) {
     let stale: BTreeSet<FlowScope> =
         ops.iter().filter_map(|op| if let Op::Revalidate(stale) = op { Some(*stale) } else { None }).collect();
     let (old, new) = (finder(before), finder(world));
@@ -306,7 +312,7 @@ fn check_stale(ops: &[Op], before: &World, world: &World, packets: &[Checked], l
 }
 
 /// The maps hold what the compiler wants, the same in both phases, and nothing else.
-pub(crate) fn clean(compiler: &Compiler, maps: &Maps, world: &World, label: &str) {
+pub(crate) fn clean(compiler: &Compiler, maps: &Maps, world: &ClusterState, label: &str) {
     let mut found = maps.clone();
     found.endpoints.retain(|slot, _| world.locals.contains_key(slot));
     let wanted = compiler.maps();

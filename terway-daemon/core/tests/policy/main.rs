@@ -4,7 +4,6 @@
 //! `POLICY_WORLDS=100000 POLICY_HISTORIES=20000 cargo test --release -p terway-core --test policy` looks longer; `POLICY_SEED=N` begins elsewhere.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-mod cluster;
 mod complexity;
 mod counted;
 mod datapath;
@@ -13,11 +12,9 @@ mod failures;
 mod fixture;
 mod history;
 mod making;
-mod oracle;
 mod random;
 mod rules;
 mod scale;
-mod world;
 
 /// A number from the environment.
 #[allow(clippy::disallowed_methods, reason = "who runs the tests says how long")]

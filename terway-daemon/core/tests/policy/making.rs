@@ -11,9 +11,9 @@ use terway_core::objects::{
     Operator, Peer, Phase, Pod, PodPort, PolicyPort, PolicyRule, PortMatch, Protocol, Requirement, Subject, Tier,
 };
 use terway_core::policy::{Event, Packet};
+use terway_oracle::cluster_state::{ClusterState, LocalEndpoint};
 
 use crate::dice::Dice;
-use crate::world::{Local, World};
 
 pub(crate) const NAMESPACES: [&str; 3] = ["x", "y", "z"];
 const NAMES: [&str; 3] = ["a", "b", "c"];
@@ -32,9 +32,17 @@ pub(crate) fn elsewhere() -> Vec<IpAddr> {
         .to_vec()
 }
 
-impl World {
+/// What the tests feed to a compiler, and the packets that they try.
+pub(crate) trait ClusterInputs {
     /// All that a compiler must be told, in one of the orders it may come in.
-    pub(crate) fn events(&self) -> Vec<Event> {
+    fn events(&self) -> Vec<Event>;
+
+    /// Packets between all addresses, of every protocol, on the ports that some policy names and on some that none does.
+    fn packets(&self) -> Vec<Packet>;
+}
+
+impl ClusterInputs for ClusterState {
+    fn events(&self) -> Vec<Event> {
         let mut all = vec![Event::NodeAddresses(self.node.iter().copied().collect()), Event::Enforce(self.enforce)];
         all.extend(
             self.namespaces.iter().map(|(name, n)| Event::Namespace(Arc::clone(name), Some(Arc::new(n.clone())))),
@@ -48,8 +56,7 @@ impl World {
         all
     }
 
-    /// Packets between everybody, of every protocol, on the ports that somebody names and some that nobody does.
-    pub(crate) fn packets(&self) -> Vec<Packet> {
+    fn packets(&self) -> Vec<Packet> {
         let mut addresses: Vec<IpAddr> = (0..HOMES).flat_map(home).chain(elsewhere()).collect();
         addresses.sort_unstable();
         let mut all = Vec::new();
@@ -70,7 +77,7 @@ impl World {
     }
 }
 
-pub(crate) fn attach(slot: u32, local: &Local) -> Event {
+pub(crate) fn attach(slot: u32, local: &LocalEndpoint) -> Event {
     let mut addresses = Addresses::default();
     for address in &local.addresses {
         match address {
@@ -268,8 +275,8 @@ pub(crate) fn cluster_policy(dice: &mut Dice, name: &ObjectName) -> ClusterNetwo
 }
 
 /// A world without history.
-pub(crate) fn random(dice: &mut Dice) -> World {
-    let mut world = World { enforce: !dice.chance(3), ..World::default() };
+pub(crate) fn random(dice: &mut Dice) -> ClusterState {
+    let mut world = ClusterState { enforce: !dice.chance(3), ..ClusterState::default() };
     world.node.extend(elsewhere().into_iter().take(2));
     for name in NAMESPACES {
         if !dice.chance(8) {
@@ -286,7 +293,7 @@ pub(crate) fn random(dice: &mut Dice) -> World {
         let mut object = pod(dice, &name, uid, &[mine]);
         if dice.chance(55) && !object.host_network {
             let addresses = home(mine).to_vec();
-            world.locals.insert(uid as u32 + 1, Local { pod: name.clone(), uid: uid.to_string(), addresses });
+            world.locals.insert(uid as u32 + 1, LocalEndpoint { pod: name.clone(), uid: uid.to_string(), addresses });
             // The node knows the addresses before the status does; now and then it does not know the object at all.
             if dice.chance(30) {
                 object.ips = Box::default();

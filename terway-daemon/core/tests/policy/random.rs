@@ -3,20 +3,21 @@
 use std::net::IpAddr;
 
 use terway_core::policy::{Compiler, Maps, Packet, Verdict};
+use terway_oracle::cluster_state::ClusterState;
+use terway_oracle::policy::expected_verdicts;
 
 use crate::dice::Dice;
-use crate::making::random;
-use crate::world::World;
-use crate::{oracle, setting};
+use crate::making::{ClusterInputs as _, random};
+use crate::setting;
 
 /// The slot of a local pod's address.
-pub(crate) fn finder(world: &World) -> impl Fn(IpAddr) -> Option<u32> {
+pub(crate) fn finder(world: &ClusterState) -> impl Fn(IpAddr) -> Option<u32> {
     let slots: std::collections::BTreeMap<IpAddr, u32> =
         world.locals.iter().flat_map(|(slot, local)| local.addresses.iter().map(|a| (*a, *slot))).collect();
     move |address| slots.get(&address).copied()
 }
 
-pub(crate) fn compile(world: &World) -> (Compiler, Maps) {
+pub(crate) fn compile(world: &ClusterState) -> (Compiler, Maps) {
     let (mut compiler, ops) = Compiler::new();
     let mut maps = Maps::default();
     ops.iter().for_each(|op| maps.apply(op));
@@ -32,12 +33,12 @@ pub(crate) fn said(verdict: [Option<Verdict>; 2]) -> [Option<bool>; 2] {
 type Difference = (Packet, [Option<bool>; 2], [Option<bool>; 2]);
 
 /// The first packet on which maps and oracle differ, with the two answers.
-fn difference(world: &World) -> Option<Difference> {
+fn difference(world: &ClusterState) -> Option<Difference> {
     let (compiler, maps) = compile(world);
     let local = finder(world);
     for packet in world.packets() {
         let verdict = maps.verdict(&packet, &local, maps.version);
-        let (found, expected) = (said(verdict), oracle::judge(world, &packet));
+        let (found, expected) = (said(verdict), expected_verdicts(world, &packet));
         if found != expected {
             return Some((packet, found, expected));
         }
@@ -52,10 +53,10 @@ fn difference(world: &World) -> Option<Difference> {
 }
 
 /// Takes away what the difference does not need.
-fn shrink(mut world: World) -> World {
+fn shrink(mut world: ClusterState) -> ClusterState {
     loop {
-        let mut smaller: Vec<World> = Vec::new();
-        let mut without = |change: &dyn Fn(&mut World)| {
+        let mut smaller: Vec<ClusterState> = Vec::new();
+        let mut without = |change: &dyn Fn(&mut ClusterState)| {
             let mut less = world.clone();
             change(&mut less);
             smaller.push(less);
@@ -79,7 +80,7 @@ fn shrink(mut world: World) -> World {
         for name in world.namespaces.keys() {
             without(&|w| drop(w.namespaces.remove(name)));
         }
-        let size = |w: &World| {
+        let size = |w: &ClusterState| {
             let rules = w.policies.values().map(|p| p.ingress.len() + p.egress.len()).sum::<usize>()
                 + w.cluster.values().map(|p| p.ingress.len() + p.egress.len()).sum::<usize>();
             w.pods.len() + w.policies.len() + w.cluster.len() + w.locals.len() + w.namespaces.len() + rules
@@ -112,7 +113,7 @@ fn random_worlds_have_both_answers_in_plenty() {
     for n in 0..60 {
         let world = random(&mut Dice::new(7_000 + n));
         for packet in world.packets() {
-            for side in oracle::judge(&world, &packet).into_iter().flatten() {
+            for side in expected_verdicts(&world, &packet).into_iter().flatten() {
                 counts[usize::from(side)] += 1;
             }
         }

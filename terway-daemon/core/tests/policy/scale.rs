@@ -5,8 +5,7 @@
 use std::time::{Duration, Instant};
 
 use terway_core::policy::{Compiler, Op};
-
-use crate::cluster::Cluster;
+use terway_oracle::large_cluster::Cluster;
 
 #[allow(clippy::disallowed_methods, reason = "a measurement takes time")]
 fn timed<T>(what: impl FnOnce() -> T) -> (Duration, T) {

@@ -1,7 +1,5 @@
 //! `policy`: what policies cost packets, first ones and later ones, and what their compiler takes for a big cluster and for one change in it.
 
-#[path = "../../../../terway-daemon/core/tests/policy/cluster.rs"]
-mod cluster;
 mod first;
 mod traffic;
 
@@ -12,7 +10,7 @@ use anyhow::{Context, Result};
 use terway_core::policy::{Compiler, Event};
 
 use crate::figures::{Bar, Better, Figure, percentile};
-use cluster::Cluster;
+use terway_oracle::large_cluster::{Cluster, PODS};
 
 pub use first::measure as first;
 pub use traffic::measure as traffic;
@@ -54,7 +52,7 @@ pub fn compile() -> Result<Vec<Figure>> {
     for space in 0..CLUSTER.spaces {
         spent += feed(&mut compiler, CLUSTER.pods(space));
     }
-    let per_pod = (resident()? - before) / (CLUSTER.spaces * cluster::PODS) as f64;
+    let per_pod = (resident()? - before) / (CLUSTER.spaces * PODS) as f64;
     spent += feed(&mut compiler, CLUSTER.interfaces());
     let mut figures = vec![
         figure("first_compile_s", spent.as_secs_f64(), Bar::AtMost(FIRST)),

@@ -9,12 +9,11 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use terway_core::objects::{Kind, Object, ObjectName};
 use terway_core::policy::Packet;
+use terway_oracle::cluster_state::{ClusterState, LocalEndpoint};
+use terway_oracle::policy::expected_verdicts;
 use terway_sim::cluster::Cluster;
 use terway_sim::node::Rpc;
 use terway_sim::node::cni::Pod;
-
-use crate::oracle;
-use crate::world::{Local, World};
 
 /// Namespaces of the world.
 pub(crate) const NAMESPACES: [&str; 3] = ["x", "y", "z"];
@@ -173,8 +172,8 @@ impl<'a> Stage<'a> {
     }
 
     /// Those objects as the oracle reads them.
-    pub(crate) fn world(&self, objects: &Objects) -> Result<World> {
-        let mut world = World { enforce: true, ..World::default() };
+    pub(crate) fn world(&self, objects: &Objects) -> Result<ClusterState> {
+        let mut world = ClusterState { enforce: true, ..ClusterState::default() };
         for ((kind, ..), value) in objects {
             match Object::read(*kind, value)? {
                 Object::Namespace(it) => drop(world.namespaces.insert(Arc::clone(&it.meta.object.name), it)),
@@ -186,7 +185,7 @@ impl<'a> Stage<'a> {
         }
         for (slot, (_, pod)) in (1..).zip(&self.pods) {
             let name = ObjectName::new(&pod.namespace, &pod.name);
-            let local = Local { pod: name, uid: format!("uid-{}", pod.name), addresses: pod.ips.clone() };
+            let local = LocalEndpoint { pod: name, uid: format!("uid-{}", pod.name), addresses: pod.ips.clone() };
             world.locals.insert(slot, local);
         }
         world.node.extend(&self.host);
@@ -205,7 +204,7 @@ impl<'a> Stage<'a> {
                         for v4 in [true, false] {
                             let of = |pod: &Pod| if v4 { pod.v4() } else { pod.v6() };
                             let packet = Packet { source: of(from)?, destination: of(to)?, protocol, port };
-                            cells.push(oracle::judge(&world, &packet).into_iter().flatten().all(|passes| passes));
+                            cells.push(expected_verdicts(&world, &packet).into_iter().flatten().all(|passes| passes));
                         }
                     }
                 }

@@ -11,56 +11,57 @@ use terway_core::objects::{
 };
 use terway_core::policy::Packet;
 
-use crate::world::{Local, World};
+use crate::cluster_state::{ClusterState, LocalEndpoint};
 
-/// What each side says: none where no local pod is concerned.
-pub(crate) fn judge(world: &World, packet: &Packet) -> [Option<bool>; 2] {
-    let (source, destination) = (local(world, packet.source), local(world, packet.destination));
+/// The expected verdicts of the egress and the ingress side of a packet; none where no local pod is concerned.
+#[must_use]
+pub fn expected_verdicts(cluster: &ClusterState, packet: &Packet) -> [Option<bool>; 2] {
+    let (source, destination) = (local(cluster, packet.source), local(cluster, packet.destination));
     if let (Some(a), Some(b)) = (source, destination)
         && std::ptr::eq(a, b)
     {
         // "Pods cannot block localhost access": a pod always reaches itself.
         return [Some(true); 2];
     }
-    let egress = source.map(|here| !world.enforce || allows(world, here, Direction::Egress, packet));
+    let egress = source.map(|here| !cluster.enforce || allows(cluster, here, Direction::Egress, packet));
     let ingress = destination.map(|here| {
         // "... or access from their resident node."
-        !world.enforce || world.node.contains(&packet.source) || allows(world, here, Direction::Ingress, packet)
+        !cluster.enforce || cluster.node.contains(&packet.source) || allows(cluster, here, Direction::Ingress, packet)
     });
     [egress, ingress]
 }
 
-fn local(world: &World, address: IpAddr) -> Option<&Local> {
-    world.locals.values().find(|local| local.addresses.contains(&address))
+fn local(cluster: &ClusterState, address: IpAddr) -> Option<&LocalEndpoint> {
+    cluster.locals.values().find(|local| local.addresses.contains(&address))
 }
 
 /// The pod an address belongs to, if policies can know it as a pod.
-fn who(world: &World, address: IpAddr) -> Option<&Pod> {
-    if world.node.contains(&address) {
+fn who(cluster: &ClusterState, address: IpAddr) -> Option<&Pod> {
+    if cluster.node.contains(&address) {
         return None;
     }
     let alive = |pod: &&Pod| !pod.host_network && !matches!(pod.phase, Phase::Succeeded | Phase::Failed);
-    match local(world, address) {
-        Some(local) => world.object_of(local).filter(alive),
-        None => world.pods.values().filter(alive).find(|pod| pod.ips.contains(&address)),
+    match local(cluster, address) {
+        Some(local) => cluster.object_of(local).filter(alive),
+        None => cluster.pods.values().filter(alive).find(|pod| pod.ips.contains(&address)),
     }
 }
 
-fn allows(world: &World, here: &Local, direction: Direction, packet: &Packet) -> bool {
+fn allows(cluster: &ClusterState, here: &LocalEndpoint, direction: Direction, packet: &Packet) -> bool {
     let in_namespace = |p: &&NetworkPolicy| *p.meta.object.namespace == *here.pod.namespace;
-    let Some(pod) = world.object_of(here) else {
+    let Some(pod) = cluster.object_of(here) else {
         // Nobody knows what selects it: isolated as soon as something might.
-        let some = world.policies.values().filter(in_namespace).any(|p| p.isolates(direction));
-        let any = world.cluster.values().any(|p| match direction {
+        let some = cluster.policies.values().filter(in_namespace).any(|p| p.isolates(direction));
+        let any = cluster.cluster.values().any(|p| match direction {
             Direction::Ingress => !p.ingress.is_empty(),
             Direction::Egress => !p.egress.is_empty(),
         });
         return !(some || any);
     };
-    if let Some(verdict) = tier(world, pod, Tier::Admin, direction, packet) {
+    if let Some(verdict) = tier(cluster, pod, Tier::Admin, direction, packet) {
         return verdict;
     }
-    let selecting: Vec<&NetworkPolicy> = world
+    let selecting: Vec<&NetworkPolicy> = cluster
         .policies
         .values()
         .filter(in_namespace)
@@ -69,12 +70,13 @@ fn allows(world: &World, here: &Local, direction: Direction, packet: &Packet) ->
     if !selecting.is_empty() {
         return selecting.iter().any(|policy| {
             policy.rules(direction).iter().any(|rule| {
-                (rule.peers.is_empty() || rule.peers.iter().any(|p| is_peer(world, policy, p, far(direction, packet))))
-                    && (rule.ports.is_empty() || rule.ports.iter().any(|p| is_port(world, direction, p, packet)))
+                (rule.peers.is_empty()
+                    || rule.peers.iter().any(|p| is_peer(cluster, policy, p, far(direction, packet))))
+                    && (rule.ports.is_empty() || rule.ports.iter().any(|p| is_port(cluster, direction, p, packet)))
             })
         });
     }
-    tier(world, pod, Tier::Baseline, direction, packet).unwrap_or(true)
+    tier(cluster, pod, Tier::Baseline, direction, packet).unwrap_or(true)
 }
 
 const fn far(direction: Direction, packet: &Packet) -> IpAddr {
@@ -84,19 +86,19 @@ const fn far(direction: Direction, packet: &Packet) -> IpAddr {
     }
 }
 
-fn is_peer(world: &World, policy: &NetworkPolicy, peer: &Peer, address: IpAddr) -> bool {
+fn is_peer(cluster: &ClusterState, policy: &NetworkPolicy, peer: &Peer, address: IpAddr) -> bool {
     if let Some(block) = &peer.ip_block {
         return contains(&block.cidr, address) && !block.except.iter().any(|hole| contains(hole, address));
     }
-    let Some(pod) = who(world, address) else { return false };
+    let Some(pod) = who(cluster, address) else { return false };
     let namespace = match &peer.namespace_selector {
-        Some(selector) => selects(selector, &world.namespace_labels(&pod.meta.object.namespace)),
+        Some(selector) => selects(selector, &cluster.namespace_labels(&pod.meta.object.namespace)),
         None => pod.meta.object.namespace == policy.meta.object.namespace,
     };
     namespace && peer.pod_selector.as_ref().is_none_or(|selector| selects(selector, &pod.meta.labels))
 }
 
-fn is_port(world: &World, direction: Direction, port: &PolicyPort, packet: &Packet) -> bool {
+fn is_port(cluster: &ClusterState, direction: Direction, port: &PolicyPort, packet: &Packet) -> bool {
     if port.protocol.number() != packet.protocol {
         return false;
     }
@@ -105,16 +107,22 @@ fn is_port(world: &World, direction: Direction, port: &PolicyPort, packet: &Pack
         (Some(IntOrString::Number(first)), Some(last)) => *first <= packet.port && packet.port <= last,
         (Some(IntOrString::Number(number)), None) => *number == packet.port,
         (Some(IntOrString::Name(_)), Some(_)) => false,
-        (Some(IntOrString::Name(name)), None) => serves(world, direction, name, Some(port.protocol), packet),
+        (Some(IntOrString::Name(name)), None) => serves(cluster, direction, name, Some(port.protocol), packet),
     }
 }
 
 /// Whether the receiver has a container port of that name and it is this one. For traffic to a pod that is the pod itself, for traffic by
 /// one it is whoever the destination is.
-fn serves(world: &World, direction: Direction, name: &str, protocol: Option<Protocol>, packet: &Packet) -> bool {
+fn serves(
+    cluster: &ClusterState,
+    direction: Direction,
+    name: &str,
+    protocol: Option<Protocol>,
+    packet: &Packet,
+) -> bool {
     let receiver = match direction {
-        Direction::Ingress => local(world, packet.destination).and_then(|here| world.object_of(here)),
-        Direction::Egress => who(world, packet.destination),
+        Direction::Ingress => local(cluster, packet.destination).and_then(|here| cluster.object_of(here)),
+        Direction::Egress => who(cluster, packet.destination),
     };
     receiver.is_some_and(|pod| {
         pod.ports.iter().any(|p| {
@@ -127,11 +135,11 @@ fn serves(world: &World, direction: Direction, name: &str, protocol: Option<Prot
 }
 
 /// The first rule of a tier that decides.
-fn tier(world: &World, pod: &Pod, tier: Tier, direction: Direction, packet: &Packet) -> Option<bool> {
-    let mut all: Vec<&ClusterNetworkPolicy> = world.cluster.values().filter(|p| p.tier == tier).collect();
+fn tier(cluster: &ClusterState, pod: &Pod, tier: Tier, direction: Direction, packet: &Packet) -> Option<bool> {
+    let mut all: Vec<&ClusterNetworkPolicy> = cluster.cluster.values().filter(|p| p.tier == tier).collect();
     all.sort_by(|a, b| (a.priority, &a.meta.object).cmp(&(b.priority, &b.meta.object)));
     for policy in all {
-        let labels = world.namespace_labels(&pod.meta.object.namespace);
+        let labels = cluster.namespace_labels(&pod.meta.object.namespace);
         let subject = match &policy.subject {
             Subject::Namespaces(selector) => selects(selector, &labels),
             Subject::Pods(p) => selects(&p.namespace_selector, &labels) && selects(&p.pod_selector, &pod.meta.labels),
@@ -141,9 +149,11 @@ fn tier(world: &World, pod: &Pod, tier: Tier, direction: Direction, packet: &Pac
         }
         let decided = match direction {
             Direction::Ingress => {
-                policy.ingress.iter().find_map(|r| act(world, r, is_cluster_ingress, direction, packet))
+                policy.ingress.iter().find_map(|r| act(cluster, r, is_cluster_ingress, direction, packet))
             }
-            Direction::Egress => policy.egress.iter().find_map(|r| act(world, r, is_cluster_egress, direction, packet)),
+            Direction::Egress => {
+                policy.egress.iter().find_map(|r| act(cluster, r, is_cluster_egress, direction, packet))
+            }
         };
         match decided {
             Some(Action::Accept) => return Some(true),
@@ -157,13 +167,13 @@ fn tier(world: &World, pod: &Pod, tier: Tier, direction: Direction, packet: &Pac
 
 /// What a rule does with a packet. What is not understood fails closed: `Accept` matches nothing, the others deny everything.
 fn act<P>(
-    world: &World,
+    cluster: &ClusterState,
     rule: &ClusterRule<P>,
-    is: fn(&World, &P, IpAddr) -> Option<bool>,
+    is: fn(&ClusterState, &P, IpAddr) -> Option<bool>,
     direction: Direction,
     packet: &Packet,
 ) -> Option<Action> {
-    let peers: Vec<Option<bool>> = rule.peers.iter().map(|peer| is(world, peer, far(direction, packet))).collect();
+    let peers: Vec<Option<bool>> = rule.peers.iter().map(|peer| is(cluster, peer, far(direction, packet))).collect();
     let unknown = rule.protocols.contains(&ClusterProtocol::Unknown);
     if peers.is_empty() || peers.contains(&None) || unknown {
         return (rule.action != Action::Accept).then_some(Action::Deny);
@@ -178,31 +188,31 @@ fn act<P>(
                         PortMatch::Range(first, last) => first <= packet.port && packet.port <= last,
                     }
             }
-            ClusterProtocol::NamedPort(name) => serves(world, direction, name, None, packet),
+            ClusterProtocol::NamedPort(name) => serves(cluster, direction, name, None, packet),
             ClusterProtocol::Unknown => false,
         });
     (protocol && peers.contains(&Some(true))).then_some(rule.action)
 }
 
-fn is_pod(world: &World, namespaces: &LabelSelector, pods: Option<&LabelSelector>, address: IpAddr) -> bool {
-    who(world, address).is_some_and(|pod| {
-        selects(namespaces, &world.namespace_labels(&pod.meta.object.namespace))
+fn is_pod(cluster: &ClusterState, namespaces: &LabelSelector, pods: Option<&LabelSelector>, address: IpAddr) -> bool {
+    who(cluster, address).is_some_and(|pod| {
+        selects(namespaces, &cluster.namespace_labels(&pod.meta.object.namespace))
             && pods.is_none_or(|selector| selects(selector, &pod.meta.labels))
     })
 }
 
-fn is_cluster_ingress(world: &World, peer: &ClusterIngressPeer, address: IpAddr) -> Option<bool> {
+fn is_cluster_ingress(cluster: &ClusterState, peer: &ClusterIngressPeer, address: IpAddr) -> Option<bool> {
     match peer {
-        ClusterIngressPeer::Namespaces(selector) => Some(is_pod(world, selector, None, address)),
-        ClusterIngressPeer::Pods(p) => Some(is_pod(world, &p.namespace_selector, Some(&p.pod_selector), address)),
+        ClusterIngressPeer::Namespaces(selector) => Some(is_pod(cluster, selector, None, address)),
+        ClusterIngressPeer::Pods(p) => Some(is_pod(cluster, &p.namespace_selector, Some(&p.pod_selector), address)),
         ClusterIngressPeer::Unknown => None,
     }
 }
 
-fn is_cluster_egress(world: &World, peer: &ClusterEgressPeer, address: IpAddr) -> Option<bool> {
+fn is_cluster_egress(cluster: &ClusterState, peer: &ClusterEgressPeer, address: IpAddr) -> Option<bool> {
     match peer {
-        ClusterEgressPeer::Namespaces(selector) => Some(is_pod(world, selector, None, address)),
-        ClusterEgressPeer::Pods(p) => Some(is_pod(world, &p.namespace_selector, Some(&p.pod_selector), address)),
+        ClusterEgressPeer::Namespaces(selector) => Some(is_pod(cluster, selector, None, address)),
+        ClusterEgressPeer::Pods(p) => Some(is_pod(cluster, &p.namespace_selector, Some(&p.pod_selector), address)),
         ClusterEgressPeer::Networks(nets) => Some(nets.iter().any(|net| contains(net, address))),
         ClusterEgressPeer::Nodes(_) | ClusterEgressPeer::DomainNames(_) | ClusterEgressPeer::Unknown => None,
     }

@@ -1,5 +1,5 @@
 //! A big cluster, seen from one node, and the kinds of changes that happen to it. For the measure of size this is the world of the bar: 1 000
-//! namespaces with 100 pods and 10 policies each, 200 pods of this node. The benchmark `policy` includes this file.
+//! namespaces with 100 pods and 10 policies each, 200 pods of this node.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use terway_core::objects::{Kind, Object, ObjectName};
 use terway_core::policy::Event;
 
 /// Pods of each namespace.
-pub(crate) const PODS: usize = 100;
+pub const PODS: usize = 100;
 const POLICIES: usize = 10;
 /// Namespaces of which this node has pods.
 const HERE: usize = 50;
@@ -18,14 +18,17 @@ const LOCALS: u32 = 200;
 
 /// A cluster of so many namespaces.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Cluster {
-    pub(crate) spaces: usize,
+pub struct Cluster {
+    /// Namespaces.
+    pub spaces: usize,
 }
 
 /// One kind of change, some times over.
-pub(crate) struct Changes {
-    pub(crate) kind: &'static str,
-    pub(crate) events: Vec<Event>,
+pub struct Changes {
+    /// Which kind.
+    pub kind: &'static str,
+    /// The changes, in their order.
+    pub events: Vec<Event>,
 }
 
 fn read(kind: Kind, document: &Value) -> Event {
@@ -89,7 +92,9 @@ fn policy(space: usize, n: usize, port: u16) -> Event {
     network_policy(space, &format!("p{n}"), &spec)
 }
 
-pub(crate) fn network_policy(space: usize, name: &str, spec: &Value) -> Event {
+/// A NetworkPolicy of a namespace.
+#[must_use]
+pub fn network_policy(space: usize, name: &str, spec: &Value) -> Event {
     let meta = json!({"namespace": format!("ns{space}"), "name": name});
     read(Kind::NetworkPolicy, &json!({"metadata": meta, "spec": spec}))
 }
@@ -119,23 +124,27 @@ fn block(cidr: &str) -> Event {
 
 impl Cluster {
     /// Namespaces and policies.
-    pub(crate) fn rules(self) -> Vec<Event> {
+    #[must_use]
+    pub fn rules(self) -> Vec<Event> {
         let policies = (0..self.spaces).flat_map(|s| (0..POLICIES).map(move |n| policy(s, n, 8080)));
         (0..self.spaces).map(|s| namespace(s, s % 50)).chain(policies).collect()
     }
 
     /// The pods of a namespace.
-    pub(crate) fn pods(self, space: usize) -> Vec<Event> {
+    #[must_use]
+    pub fn pods(self, space: usize) -> Vec<Event> {
         (0..PODS).map(|n| pod(space, n, "1")).collect()
     }
 
     /// The interfaces of the pods of this node.
-    pub(crate) fn interfaces(self) -> Vec<Event> {
+    #[must_use]
+    pub fn interfaces(self) -> Vec<Event> {
         (0..LOCALS).map(|slot| attach(slot, slot as usize % HERE, slot as usize / HERE)).collect()
     }
 
     /// What happens to it, to be fed in this order.
-    pub(crate) fn changes(self) -> Vec<Changes> {
+    #[must_use]
+    pub fn changes(self) -> Vec<Changes> {
         let elsewhere = self.spaces / 2;
         let admin = |n: u16| {
             let rule = json!({"action": "Deny", "from": [{"namespaces": {"matchLabels": {"stage": "test"}}}],
