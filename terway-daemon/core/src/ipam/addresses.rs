@@ -202,8 +202,8 @@ impl Pool {
         }
     }
 
-    /// Marks idle single addresses as going back; the calls are made by [`Pool::give_back`].
-    pub(super) fn retire(&mut self, id: &EniId, family: Family, addresses: &[IpAddr]) {
+    /// Marks idle single addresses as going back; the calls are made by [`Pool::unassign_batch`].
+    pub(super) fn mark_releasing(&mut self, id: &EniId, family: Family, addresses: &[IpAddr]) {
         let Some(state) = self.enis.get_mut(id) else { return };
         for address in addresses {
             let idle = state.slots(family).get(*address).is_some_and(|slot| slot.state == SlotState::Idle);
@@ -217,7 +217,7 @@ impl Pool {
     }
 
     /// Marks a prefix that no pod uses as going back.
-    pub(super) fn retire_prefix(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
+    pub(super) fn mark_prefix_releasing(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
         let Some(state) = self.enis.get_mut(id) else { return };
         if state.slots_mut(family).release_prefix(prefix) {
             let record = PrefixRecord { eni: id.clone(), prefix, quarantine: Quarantine::Releasing };
@@ -226,7 +226,7 @@ impl Pool {
     }
 
     /// Starts giving back what is marked for it, where no call is under way.
-    pub(super) fn give_back(&mut self, id: &EniId, family: Family) {
+    pub(super) fn unassign_batch(&mut self, id: &EniId, family: Family) {
         let batch = usize::try_from(self.config.batch.max(1)).unwrap_or(1);
         let Some(state) = self.enis.get(id) else { return };
         let slots = state.slots(family);
@@ -266,12 +266,12 @@ impl Pool {
         match call.kind {
             CallKind::Unassign { addresses } => {
                 for address in addresses {
-                    self.gave_back(id, address);
+                    self.address_unassigned(id, address);
                 }
             }
             CallKind::UnassignPrefixes { prefixes } => {
                 for prefix in prefixes {
-                    self.gave_back_prefix(id, family, prefix);
+                    self.prefix_unassigned(id, family, prefix);
                 }
             }
             CallKind::Assign { .. } | CallKind::AssignPrefixes { .. } => {}
@@ -281,24 +281,24 @@ impl Pool {
     }
 
     /// An address is gone. Its record stays a while, so that neither a late list nor a restart takes it for ours.
-    pub(super) fn gave_back(&mut self, id: &EniId, address: IpAddr) {
+    pub(super) fn address_unassigned(&mut self, id: &EniId, address: IpAddr) {
         let until = self.now.after(self.config.consistency_window);
         let Some(state) = self.enis.get_mut(id) else { return };
         let slots = state.slots_mut(Family::of(address));
         slots.remove(address);
         slots.stale_listings.insert(address, until);
-        slots.one_by_one &= slots.to_give_back();
+        slots.one_by_one &= slots.has_releasing();
         self.wake(until, Timer::StaleListing(id.clone(), IpNetwork::from(address)));
     }
 
-    /// A prefix is gone; as [`Pool::gave_back`].
-    pub(super) fn gave_back_prefix(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
+    /// A prefix is gone; as [`Pool::address_unassigned`].
+    pub(super) fn prefix_unassigned(&mut self, id: &EniId, family: Family, prefix: IpNetwork) {
         let until = self.now.after(self.config.consistency_window);
         let Some(state) = self.enis.get_mut(id) else { return };
         let slots = state.slots_mut(family);
         slots.remove_prefix(prefix);
         slots.stale_prefix_listings.insert(prefix, until);
-        slots.one_by_one &= slots.to_give_back();
+        slots.one_by_one &= slots.has_releasing();
         self.wake(until, Timer::StaleListing(id.clone(), prefix));
     }
 

@@ -13,7 +13,7 @@ pub const ADDRESSES_PER_V4_PREFIX: u32 = 16;
 /// pairs with all of them, and few enough to keep a table of.
 pub const ADDRESSES_PER_V6_PREFIX: u32 = 256;
 
-/// Tags that mark an ENI as somebody else's, whatever the configuration says.
+/// Tags that exclude an ENI from the pool, whatever the configuration says.
 pub const ALWAYS_BLOCKED: [(&str, &str); 2] =
     [("creator", "alibabacloud-erdma-controller"), ("terway.alibabacloud.com/excluded", "true")];
 
@@ -54,11 +54,11 @@ pub struct PoolConfig {
     pub security_groups: Vec<SecurityGroupId>,
     /// Resource group of new ENIs.
     pub resource_group: Option<String>,
-    /// Tags of new ENIs, which also get those of `tag_filter`: they would be disowned at birth.
+    /// Tags of new ENIs. They also get those of `tag_filter`, which they would not pass otherwise.
     pub tags: BTreeMap<String, String>,
     /// Only ENIs with all these tags are ours (`eni_tag_filter`).
     pub tag_filter: BTreeMap<String, String>,
-    /// ENIs with one of these tags are somebody else's (`eni_tag_block_list`); [`ALWAYS_BLOCKED`] is added.
+    /// ENIs with one of these tags are excluded from the pool (`eni_tag_block_list`); [`ALWAYS_BLOCKED`] is added.
     pub tag_block_list: Vec<(String, String)>,
     /// Idle units to keep ready (`min_pool_size`).
     pub min_idle: u32,
@@ -66,14 +66,13 @@ pub struct PoolConfig {
     pub max_idle: u32,
     /// Units to have once at the start of a node that has none yet (`ip_warm_up_size`). From then on the watermarks rule.
     pub warm_up: u32,
-    /// Giving back what has been idle for long, down to `min_idle`; off by default.
+    /// Release of addresses that have been idle for long, down to `min_idle`; off by default.
     pub reclaim: Option<Reclaim>,
     /// What is not asked of the cloud for the time being.
     pub degradation: Degradation,
-    /// How long to wait for more Adds before the cloud is asked for addresses: calls cost by the piece, and pods come in bursts.
-    /// At most five times as long while they keep coming.
+    /// How long ADDs are collected before one call asks the cloud for their addresses. At most five times as long while they keep coming.
     pub batch_window: Duration,
-    /// Rest of an address between two pods: caches and connections elsewhere still know the first one.
+    /// Cool-down of an address between two pods: neighbour caches and connections of peers still refer to the first one.
     pub cooling: Duration,
     /// Addresses, or prefixes, per assign or unassign call at most.
     pub batch: u32,
@@ -83,19 +82,19 @@ pub struct PoolConfig {
     pub create_v6: u32,
     /// How often the NIC of a new ENI may fail to show up until the ENI is replaced.
     pub nic_attempts: u32,
-    /// How long an Add waits for a cloud that fails, and how far ahead a cure may lie to be worth waiting for.
+    /// How long an ADD waits while cloud calls fail. A retry that is due later than this is not waited for.
     pub max_wait: Duration,
     /// How long there must be too many idle units before some go.
     pub shrink_after: Duration,
-    /// How long the cloud's lists may lag behind its own actions.
+    /// How long the cloud's lists may lag behind its actions (eventual consistency).
     pub consistency_window: Duration,
     /// The longest time between two inventories.
     pub resync: Duration,
-    /// Waiting times between attempts.
+    /// Back-off between attempts of one call.
     pub retry: Backoff,
-    /// How long a vSwitch without addresses is left alone.
+    /// Back-off of a vSwitch without free addresses.
     pub vswitch_backoff: Duration,
-    /// How long a refused kind of call (quota, permission, bad request) is left alone.
+    /// Back-off of a kind of call that was refused (quota, permission, bad request).
     pub refusal_backoff: Duration,
     /// Makes tokens of this node unlike those of any other, and of any earlier state file: instance id and something random. Fixed.
     pub token_seed: String,
@@ -134,19 +133,19 @@ pub enum EniSelection {
     LeastIps,
 }
 
-/// What is not asked of the cloud while its operators need rest (`degradation`).
+/// Which cloud calls are switched off (`degradation`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Degradation {
-    /// Everything is asked.
+    /// None.
     #[default]
     None,
-    /// No cloud call at all: pods get what is idle here. What was under way is taken up again afterwards.
+    /// All: pods get the idle addresses of the node. Calls under way are repeated afterwards.
     L0,
-    /// No releasing call: nothing is unassigned, detached or deleted.
+    /// Releasing calls: nothing is unassigned, detached or deleted.
     L1,
 }
 
-/// Giving back what has been idle for long (`idle_ip_reclaim_*`).
+/// Release of addresses that have been idle for long (`idle_ip_reclaim_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reclaim {
     /// How long no pod came or went until it begins.
@@ -159,7 +158,7 @@ pub struct Reclaim {
     pub jitter_permille: u32,
 }
 
-/// Exponential waiting times.
+/// Exponential back-off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backoff {
     /// After the first failure.
@@ -299,7 +298,7 @@ impl PoolConfig {
         self.tags.iter().chain(&self.tag_filter).map(|(key, value)| (key.clone(), value.clone())).collect()
     }
 
-    /// The tag by which an ENI is somebody else's.
+    /// The tag that excludes an ENI from the pool.
     pub(super) fn blocked_by<'a>(&'a self, tags: &BTreeMap<String, String>) -> Option<(&'a str, &'a str)> {
         let configured = self.tag_block_list.iter().map(|(key, value)| (key.as_str(), value.as_str()));
         let mut all = ALWAYS_BLOCKED.into_iter().chain(configured);

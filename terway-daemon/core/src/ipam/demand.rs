@@ -20,9 +20,9 @@ pub(super) struct Supply {
     /// On their way: calls, creations, ENIs that start.
     pub(super) pending: u32,
     /// Of these, the ones whose calls have not failed so far.
-    sound: u32,
+    reliable: u32,
     /// What ENIs that start, or are being created, can take beyond what they come with.
-    later: u32,
+    growth: u32,
     pub(super) cooling: u32,
 }
 
@@ -36,10 +36,10 @@ impl Pool {
         if self.may_release() {
             self.replace(short);
         }
-        self.refuse_hopeless();
+        self.refuse_unservable();
         if self.may_release() {
             self.shrink();
-            self.give_back_all();
+            self.unassign_all();
         }
     }
 
@@ -92,20 +92,20 @@ impl Pool {
             if eni.usable() {
                 supply.ready += units.ready;
                 supply.pending += units.pending;
-                supply.sound += if sound { units.pending } else { 0 };
+                supply.reliable += if sound { units.pending } else { 0 };
                 supply.cooling += units.cooling;
             } else if eni.starting() {
                 supply.pending += units.ready + units.pending;
-                supply.sound += if sound && eni.failures == 0 { units.ready + units.pending } else { 0 };
-                supply.later += units.growth;
+                supply.reliable += if sound && eni.failures == 0 { units.ready + units.pending } else { 0 };
+                supply.growth += units.growth;
                 supply.cooling += units.cooling;
             }
         }
         for creation in self.creations.iter().filter(|creation| !creation.is_refused()) {
             let units = creation.units(&self.config);
             supply.pending += units;
-            supply.sound += if creation.has_failed() { 0 } else { units };
-            supply.later += per_eni.saturating_sub(units);
+            supply.reliable += if creation.has_failed() { 0 } else { units };
+            supply.growth += per_eni.saturating_sub(units);
         }
         supply
     }
@@ -124,7 +124,7 @@ impl Pool {
     }
 
     /// Whether the cloud may be asked at that moment for addresses of this family on this ENI.
-    fn open(&self, eni: &EniState, family: Family, at: Moment) -> bool {
+    fn may_assign(&self, eni: &EniState, family: Family, at: Moment) -> bool {
         let refused = eni.slots(family).blocked.as_ref().is_some_and(|(until, _)| *until > at);
         // Only IPv4 addresses can run out.
         !refused && (family == Family::V6 || self.vswitches.cap(&eni.vswitch, at) > 0)
@@ -138,7 +138,7 @@ impl Pool {
 
     /// Addresses of one family that this ENI could still take, as things stand at that moment.
     fn room(&self, eni: &EniState, family: Family, at: Moment) -> u32 {
-        if self.open(eni, family, at) {
+        if self.may_assign(eni, family, at) {
             eni.room(&self.config, family, self.by_prefix(&eni.vswitch, family, at))
         } else {
             0
@@ -194,7 +194,7 @@ impl Pool {
             self.wake(ask_at, Timer::Plan);
             return 0;
         }
-        let mut later = supply.later;
+        let mut later = supply.growth;
         let mut order: Vec<_> = self
             .enis
             .values()
@@ -328,14 +328,14 @@ impl Pool {
     }
 
     /// Answers those for whom nothing is under way and nothing will change soon, the last to come first.
-    fn refuse_hopeless(&mut self) {
+    fn refuse_unservable(&mut self) {
         if self.requests.waiting() == 0 {
             return;
         }
         let soon = self.now.after(self.config.max_wait);
         if self.inventory.is_known() {
-            let hope = self.hope(soon);
-            while self.requests.waiting() > hope {
+            let reachable = self.reachable_units(soon);
+            while self.requests.waiting() > reachable {
                 let Some(request) = self.requests.take_newest() else { break };
                 let error = self.growth_error().unwrap_or_else(|| self.full());
                 self.refuse(request, error);
@@ -343,7 +343,7 @@ impl Pool {
         }
         let (now, max_wait) = (self.now, self.config.max_wait);
         let is_expired = |since: Moment| since.after(max_wait) <= now;
-        if !self.requests.oldest_since().is_some_and(is_expired) || self.supply().sound > 0 {
+        if !self.requests.oldest_since().is_some_and(is_expired) || self.supply().reliable > 0 {
             return;
         }
         let Some(error) = self.growth_error() else { return };
@@ -353,22 +353,23 @@ impl Pool {
     }
 
     /// How many units can be there by `soon`, if all goes well.
-    fn hope(&self, soon: Moment) -> u32 {
+    fn reachable_units(&self, soon: Moment) -> u32 {
         let supply = self.supply();
-        let mut hope = supply.ready + supply.pending + supply.later;
-        hope += self.enis.values().filter(|eni| eni.usable()).map(|eni| self.growth(eni, soon)).sum::<u32>();
+        let mut reachable = supply.ready + supply.pending + supply.growth;
+        reachable += self.enis.values().filter(|eni| eni.usable()).map(|eni| self.growth(eni, soon)).sum::<u32>();
         if !self.may_ask() {
-            return supply.ready + supply.sound;
+            return supply.ready + supply.reliable;
         }
         let vswitch = self.choose_vswitch(soon).is_some();
         if vswitch && self.creations.blocked(self.now).is_none_or(|(until, _)| until <= soon) {
             let adapters = self.free_adapters() + self.adapters_coming_free();
-            hope = hope.saturating_add(adapters.saturating_mul(self.config.units_per_eni()));
+            reachable = reachable.saturating_add(adapters.saturating_mul(self.config.units_per_eni()));
         }
-        if self.requests.waiting() > hope && supply.cooling > 0 {
-            hope += self.enis.values().filter(|eni| eni.usable()).map(|eni| self.cooled_by(eni, soon)).sum::<u32>();
+        if self.requests.waiting() > reachable && supply.cooling > 0 {
+            reachable +=
+                self.enis.values().filter(|eni| eni.usable()).map(|eni| self.cooled_by(eni, soon)).sum::<u32>();
         }
-        hope
+        reachable
     }
 
     fn cooled_by(&self, eni: &EniState, soon: Moment) -> u32 {

@@ -8,7 +8,7 @@
 //! pod    (waiting) → SettingUp → Ready → Releasing → gone        the stored phases; waiting is not stored
 //! ```
 //!
-//! # The engine's part of the contract
+//! # Contract of the engine
 //!
 //! 1. Effects are in order, over all calls of [`Pool::step`]. **An effect other than a `Persist` starts only when every `Persist` before it,
 //!    in this batch or an earlier one, is durable.** `Persist` and `PersistLazily` themselves are handed to the store in order and at once, without
@@ -32,15 +32,15 @@
 //! So a crash leaves the store with a prefix of the writes, the kernel and the cloud with some of the effects before the end of that
 //! prefix, and `restore` finishes or undoes every one of them.
 //!
-//! # What holds at any moment
+//! # Invariants
 //!
 //! - No address is bound to two pods; a bound, cooling or unknown address is never given back to the cloud, nor is its ENI.
 //! - An address is bound on disk before a pod is wired with it, and stays so until nothing of the pod is left in the kernel.
 //! - A `Del` is answered with success only when the release is on disk and the datapath forgot the pod; nothing wires it again.
-//! - Absence of evidence frees nothing: while the cloud does not answer, and for addresses missing from its lists, pods keep what they have.
+//! - Pods keep their addresses while the cloud does not answer, and when an address is missing from its lists.
 //! - A call that makes something in the cloud is on disk with its token before it is sent, and is repeated with the same token until its outcome is known.
-//! - What the configuration does not fit any more, or the cloud's list lacks, takes no new pods, and keeps those it has until they are deleted.
-//! - Nothing is ever asked of the cloud about a primary ENI, a trunk or its members, or an ENI that a tag marks as somebody else's.
+//! - An ENI that does not match the configuration, or that the cloud does not list, takes no new pods and keeps those it has until they are deleted.
+//! - No cloud call is made about a primary ENI, a trunk or its members, or an ENI that a tag excludes from the pool.
 //! - One call at a time per ENI and family, because the outcome of two could not be told apart in the cloud's lists.
 
 // The modules form a DAG: each uses only those before it in this list.

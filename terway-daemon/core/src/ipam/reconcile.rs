@@ -134,7 +134,7 @@ impl Pool {
             state.security_groups = Some(eni.security_groups.clone());
             state.tags = Some(eni.tags.clone());
             self.out.put_lazily(Record::Eni(state.record()));
-            self.judge(&eni.id);
+            self.update_mismatch(&eni.id);
         }
         if back {
             self.report_recovery(&eni.id, None);
@@ -160,7 +160,7 @@ impl Pool {
             let Some(state) = self.enis.get_mut(&eni.id) else { return };
             let slots = state.slots_mut(family);
             let listed: Vec<_> = all.iter().copied().filter(|net| Family::of(net.ip()) == family).collect();
-            slots.strange.retain(|net, _| all.contains(net));
+            slots.unconfirmed.retain(|net, _| all.contains(net));
             let fresh: Vec<_> = listed.into_iter().filter(|net| slots.lacks(*net)).collect();
             let singles =
                 slots.singles().filter(|(_, slot)| !slot.missing).map(|(address, _)| IpNetwork::from(address));
@@ -206,11 +206,11 @@ impl Pool {
         }
         // Nobody here asked for it, or nobody remembers. It is ours if a second list, some time later, says the same; and somebody may have
         // had it until a moment ago.
-        let since = *slots.strange.entry(net).or_insert(asked.unwrap_or(now));
+        let since = *slots.unconfirmed.entry(net).or_insert(asked.unwrap_or(now));
         if asked.is_none_or(|asked| since.after(consistency_window) > asked) {
             return self.advance_inventory(now.after(consistency_window));
         }
-        slots.strange.remove(&net);
+        slots.unconfirmed.remove(&net);
         if single {
             slots.enter(net.ip(), SlotState::Idle);
             self.cool(id, net.ip());
@@ -226,7 +226,7 @@ impl Pool {
         let address = net.ip();
         if let Some(prefix) = slots.prefixes().get(&net) {
             if prefix.releasing {
-                return self.gave_back_prefix(id, family, net);
+                return self.prefix_unassigned(id, family, net);
             }
             let cooling = slots.inside(net).into_iter().filter(|address| {
                 slots.get(*address).is_some_and(|slot| matches!(slot.state, SlotState::Cooling { .. }))
@@ -238,7 +238,7 @@ impl Pool {
             return self.report_loss(id, Some(&bound));
         }
         match slots.get(address).map(|slot| slot.state) {
-            Some(SlotState::Releasing) => return self.gave_back(id, address),
+            Some(SlotState::Releasing) => return self.address_unassigned(id, address),
             Some(SlotState::Bound) => {
                 slots.set_missing(address, true);
                 return self.report_loss(id, Some(&[address]));

@@ -1,4 +1,4 @@
-//! A changed configuration: what fits it no longer, and what takes its place. And what the cloud took away behind our back.
+//! A changed configuration: ENIs that do not match it are emptied and replaced. And reports about addresses that the cloud no longer lists.
 //!
 //! An ENI that does not match takes no new pods from that moment on. While pods are on it, its other addresses go back; when the last one is
 //! gone, so does it. Both happen after a while, so that a bad edit of the configuration that is soon taken back costs nothing, or at once
@@ -26,7 +26,7 @@ impl Pool {
         self.idle.restart();
         let ids: Vec<_> = self.enis.keys().cloned().collect();
         for id in &ids {
-            self.judge(id);
+            self.update_mismatch(id);
             if let Some(state) = self.enis.get_mut(id) {
                 (state.v4.blocked, state.v6.blocked) = (None, None);
             }
@@ -65,8 +65,8 @@ impl Pool {
         None
     }
 
-    /// Judges an ENI anew.
-    pub(super) fn judge(&mut self, id: &EniId) {
+    /// Updates whether an ENI matches the configuration.
+    pub(super) fn update_mismatch(&mut self, id: &EniId) {
         let now = self.now;
         let Some(mismatch) = self.enis.get(id).map(|state| self.mismatch(state)) else { return };
         let Some(state) = self.enis.get_mut(id) else { return };
@@ -129,9 +129,9 @@ impl Pool {
             let singles: Vec<_> = slots.idle().collect();
             let free = slots.prefixes().iter().filter(|(_, prefix)| prefix.in_use == 0 && !prefix.releasing);
             let free: Vec<_> = free.map(|(prefix, _)| *prefix).collect();
-            self.retire(id, family, &singles);
+            self.mark_releasing(id, family, &singles);
             for prefix in free {
-                self.retire_prefix(id, family, prefix);
+                self.mark_prefix_releasing(id, family, prefix);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What goes back to the cloud, and when: too many idle units, units idle for long, addresses that are no part of a unit.
+//! The release of addresses to the cloud: idle units above the high watermark, units idle for long, and addresses that are no part of a unit.
 //!
 //! Only idle addresses are ever looked at, and never the primary ones, which live and die with their ENIs.
 
@@ -11,21 +11,21 @@ use crate::ident::{EniId, Family};
 
 impl Pool {
     /// Orders the calls for all that is marked as going back.
-    pub(super) fn give_back_all(&mut self) {
+    pub(super) fn unassign_all(&mut self) {
         let giving: Vec<_> = self
             .enis
             .values()
             .filter(|eni| !eni.blocked())
             .flat_map(|eni| [(eni, Family::V4), (eni, Family::V6)])
-            .filter(|(eni, family)| eni.slots(*family).call.is_none() && eni.slots(*family).to_give_back())
+            .filter(|(eni, family)| eni.slots(*family).call.is_none() && eni.slots(*family).has_releasing())
             .map(|(eni, family)| (eni.id.clone(), family))
             .collect();
         for (eni, family) in giving {
-            self.give_back(&eni, family);
+            self.unassign_batch(&eni, family);
         }
     }
 
-    /// Gives back a batch of what has been idle for long, down to the lower watermark.
+    /// Releases a batch of addresses that have been idle for long, down to the low watermark.
     fn reclaim(&mut self) {
         let Some(reclaim) = self.config.reclaim else { return };
         let usable = self.enis.values().filter(|eni| eni.usable());
@@ -39,23 +39,23 @@ impl Pool {
             return self.wake(due, Timer::Plan);
         }
         let drained = self.drain_idle_enis(excess);
-        let freed = drained + self.retire_prefixes(excess - drained);
-        let retired = freed + self.retire_units(excess - freed);
-        // With nothing to give back, as when all that is idle is primary, looking again at every step would be for nothing.
+        let freed = drained + self.release_prefixes(excess - drained);
+        let marked = freed + self.release_units(excess - freed);
+        // If nothing can be released (all idle addresses are primary), looking again at every step is useless.
         let spread = u64::from(reclaim.jitter_permille) * 2 + 1;
         let permille = 1000 + self.sequence.jitter(self.idle.uses() + u64::from(ready)) % spread;
         let permille = u32::try_from(permille).unwrap_or(1000).saturating_sub(reclaim.jitter_permille.min(999));
         let next = self.now.after(reclaim.interval * permille / 1000);
         self.idle.reclaim_next(next);
-        if retired > 0 {
+        if marked > 0 {
             self.wake(next, Timer::Plan);
         }
     }
 
     /// Gives back whole prefixes that no pod uses, as far as that costs no more than `excess` units. Those that are no part of a unit cost nothing.
-    fn retire_prefixes(&mut self, excess: u32) -> u32 {
+    fn release_prefixes(&mut self, excess: u32) -> u32 {
         let families = self.config.families();
-        let mut retired = 0;
+        let mut marked = 0;
         let ids: Vec<_> = self
             .enis
             .values()
@@ -83,16 +83,16 @@ impl Pool {
                 let cost = ready - families.iter().map(|f| idle(*f)).min().unwrap_or(0).min(ready);
                 // A /80 that pairs with IPv4 addresses to come is worth keeping: there is only one.
                 let useful = family == Family::V6 && families.contains(&family) && eni.in_use();
-                if retired + cost <= excess && !useful {
-                    retired += cost;
-                    self.retire_prefix(id, family, prefix);
+                if marked + cost <= excess && !useful {
+                    marked += cost;
+                    self.mark_prefix_releasing(id, family, prefix);
                 }
             }
         }
-        retired
+        marked
     }
 
-    /// Gives back what has been too much for a while.
+    /// Releases idle units that have been above the high watermark for a while.
     pub(super) fn shrink(&mut self) {
         self.reclaim();
         let high_watermark = self.config.high_watermark();
@@ -104,7 +104,7 @@ impl Pool {
         let high_watermark = if self.demand.is_warming_up() { u32::MAX } else { high_watermark.max(floor) };
         let spare = |family: Family| -> u32 {
             let keep = if self.config.families().contains(&family) { high_watermark } else { 0 };
-            usable().map(|eni| retirable(eni, family)).sum::<u32>().saturating_sub(keep)
+            usable().map(|eni| releasable(eni, family)).sum::<u32>().saturating_sub(keep)
         };
         let spares = [(Family::V4, spare(Family::V4)), (Family::V6, spare(Family::V6))];
         let excess = ready.saturating_sub(high_watermark);
@@ -117,10 +117,10 @@ impl Pool {
         };
         if since.after(self.config.shrink_after) <= self.now {
             let drained = self.drain_idle_enis(excess);
-            let freed = drained + self.retire_prefixes(excess - drained);
-            let paired = self.retire_units(excess - freed);
+            let freed = drained + self.release_prefixes(excess - drained);
+            let paired = self.release_units(excess - freed);
             for (family, spare) in spares {
-                self.retire_spares(family, spare.saturating_sub(freed + paired));
+                self.release_unpaired(family, spare.saturating_sub(freed + paired));
             }
         }
     }
@@ -148,7 +148,7 @@ impl Pool {
     }
 
     /// Gives back single units, from the ENIs with the fewest pods first.
-    fn retire_units(&mut self, excess: u32) -> u32 {
+    fn release_units(&mut self, excess: u32) -> u32 {
         let families = self.config.families();
         let mut order: Vec<_> = self
             .enis
@@ -157,44 +157,44 @@ impl Pool {
             .map(|eni| (eni.v4.counts().bound + eni.v6.counts().bound, eni.id.clone()))
             .collect();
         order.sort();
-        let mut retired = 0;
+        let mut marked = 0;
         for (_, id) in order {
             let Some(eni) = self.enis.get(&id) else { continue };
-            let most = families.iter().map(|family| retirable(eni, *family)).min().unwrap_or(0);
-            let take = most.min(self.config.batch).min(excess - retired);
-            retired += take;
+            let most = families.iter().map(|family| releasable(eni, *family)).min().unwrap_or(0);
+            let take = most.min(self.config.batch).min(excess - marked);
+            marked += take;
             for family in families {
-                self.retire_coldest(&id, *family, take);
+                self.mark_least_recently_used(&id, *family, take);
             }
         }
-        retired
+        marked
     }
 
     /// Gives back addresses that are no part of a unit.
-    fn retire_spares(&mut self, family: Family, mut spare: u32) {
+    fn release_unpaired(&mut self, family: Family, mut spare: u32) {
         let in_stack = self.config.families().contains(&family);
         let enis: BTreeSet<_> = self.enis.values().filter(|eni| eni.usable()).map(|eni| eni.id.clone()).collect();
         for id in enis {
             let Some(eni) = self.enis.get(&id).filter(|eni| eni.slots(family).call.is_none()) else { continue };
             let paired = if in_stack { eni.units(&self.config).ready } else { 0 };
             let single = eni.slots(family).counts().idle.saturating_sub(paired);
-            let take = single.min(retirable(eni, family)).min(self.config.batch).min(spare);
+            let take = single.min(releasable(eni, family)).min(self.config.batch).min(spare);
             spare -= take;
-            self.retire_coldest(&id, family, take);
+            self.mark_least_recently_used(&id, family, take);
         }
     }
 
-    fn retire_coldest(&mut self, id: &EniId, family: Family, count: u32) {
+    fn mark_least_recently_used(&mut self, id: &EniId, family: Family, count: u32) {
         let Some(eni) = self.enis.get(id) else { return };
         let count = usize::try_from(count).unwrap_or(0);
-        let coldest: Vec<_> =
+        let least_recently_used: Vec<_> =
             eni.slots(family).idle().filter(|address| !eni.is_primary(*address)).take(count).collect();
-        self.retire(id, family, &coldest);
+        self.mark_releasing(id, family, &least_recently_used);
     }
 }
 
 /// Idle single addresses that could be given back while the ENI stays.
-pub(super) fn retirable(eni: &EniState, family: Family) -> u32 {
+pub(super) fn releasable(eni: &EniState, family: Family) -> u32 {
     let idle = eni.slots(family).idle_singles();
     let primary = eni.slots(family).get(eni.primary_v4.into()).is_some_and(|slot| slot.state == SlotState::Idle);
     idle - u32::from(primary)

@@ -1,4 +1,4 @@
-//! One ENI of the pool.
+//! One ENI of the pool: its stage, its addresses, and whether it fits the configuration.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
@@ -26,7 +26,7 @@ pub(crate) enum Stage {
     Deleting,
 }
 
-/// Why an ENI is no good for new pods.
+/// Why an ENI takes no new pods.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Mismatch {
     /// Its vSwitch is not configured any more.
@@ -35,7 +35,7 @@ pub(crate) enum Mismatch {
     SecurityGroups,
     /// It lacks a tag of the filter.
     TagFilter,
-    /// It has a tag of the block list, so it is somebody else's now: the cloud is not asked for anything about it.
+    /// It has a tag of the block list: no cloud call is made about it.
     Blocked(String, String),
 }
 
@@ -51,11 +51,11 @@ pub(crate) struct EniState {
     /// As far as known.
     pub(crate) tags: Option<BTreeMap<String, String>>,
     pub(crate) stage: Stage,
-    /// It can only go; on disk.
+    /// It is drained and then deleted; stored.
     pub(crate) draining: bool,
     /// Why it takes no new pods although it is not draining, and since when. May pass with the next configuration.
     pub(crate) mismatch: Option<(Mismatch, Moment)>,
-    /// Why it is going, for those who look.
+    /// Why it is drained, for views.
     pub(crate) reason: Option<Error>,
     pub(crate) nic: Option<Nic>,
     pub(crate) v4: Slots,
@@ -127,7 +127,7 @@ impl EniState {
         matches!(self.stage, Stage::InUse) && !self.draining && self.missing.is_none() && self.mismatch.is_none()
     }
 
-    /// Somebody else's by now.
+    /// Excluded from the pool by its tags.
     pub(crate) const fn blocked(&self) -> bool {
         matches!(self.mismatch, Some((Mismatch::Blocked(..), _)))
     }
@@ -197,14 +197,14 @@ impl EniState {
             // However many addresses it has, it carries one pod.
             let bound = self.v4.counts().bound + self.v6.counts().bound > 0;
             cooling = if bound { 0 } else { cooling.min(1) };
-            let free = u32::from(!self.in_use() && self.lone(config));
+            let free = u32::from(!self.in_use() && self.has_idle_primary(config));
             (ready, coming) = (ready.min(free), coming.min(free));
         }
         Units { ready, pending: coming - ready, cooling, growth: self.growth(config, &|f| self.room(config, f, true)) }
     }
 
     /// Whether the address for the one pod of an exclusive ENI is idle.
-    fn lone(&self, config: &PoolConfig) -> bool {
+    fn has_idle_primary(&self, config: &PoolConfig) -> bool {
         let primary = self.v4.get(self.primary_v4.into()).is_some_and(|slot| slot.state == SlotState::Idle);
         primary || !config.stack.v4()
     }
@@ -221,7 +221,7 @@ impl EniState {
                 return Some((slot.used, primary));
             }
         }
-        self.slots(family).coldest()
+        self.slots(family).least_recently_used()
     }
 
     /// Addresses of a family that the ENI could still take, as prefixes or one by one.

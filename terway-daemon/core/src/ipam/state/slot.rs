@@ -120,7 +120,7 @@ pub(crate) struct Slots {
     /// The same for prefixes.
     pub(crate) stale_prefix_listings: BTreeMap<IpNetwork, Moment>,
     /// What the cloud lists and nobody here asked for, since when. Only what stays on the list is real.
-    pub(crate) strange: BTreeMap<IpNetwork, Moment>,
+    pub(crate) unconfirmed: BTreeMap<IpNetwork, Moment>,
     /// No assign call until then, and why.
     pub(crate) blocked: Option<(Moment, CloudError)>,
     /// When the last call ended: lists taken before, or shortly after, say nothing about this table.
@@ -187,14 +187,14 @@ impl Slots {
 
     /// The idle address for the next pod: of the single ones, which cost a place each, the one that was used longest ago; then that of the
     /// fullest prefix, so that the others can be given back one day.
-    pub(crate) fn coldest(&self) -> Option<(u64, IpAddr)> {
+    pub(crate) fn least_recently_used(&self) -> Option<(u64, IpAddr)> {
         self.idle.first().copied().or_else(|| {
             let open = self.prefixes.values().filter(|prefix| !prefix.idle.is_empty());
             open.min_by_key(|prefix| std::cmp::Reverse(prefix.in_use)).and_then(|prefix| prefix.idle.first().copied())
         })
     }
 
-    /// Single idle addresses, coldest first.
+    /// Single idle addresses, least_recently_used first.
     pub(crate) fn idle(&self) -> impl Iterator<Item = IpAddr> {
         self.idle.iter().map(|(_, address)| *address)
     }
@@ -346,7 +346,7 @@ impl Slots {
     }
 
     /// Whether something waits for being given back.
-    pub(crate) fn to_give_back(&self) -> bool {
+    pub(crate) fn has_releasing(&self) -> bool {
         !self.releasing.is_empty() || self.prefixes.values().any(|prefix| prefix.releasing)
     }
 
@@ -421,7 +421,7 @@ mod tests {
             slots.set(ip(n), SlotState::Idle, None);
         }
         assert_eq!(slots.idle().collect::<Vec<_>>(), [ip(3), ip(2), ip(1)]);
-        assert_eq!(slots.coldest(), Some((0, ip(3))));
+        assert_eq!(slots.least_recently_used(), Some((0, ip(3))));
     }
 
     #[test]
@@ -453,7 +453,7 @@ mod tests {
         assert_eq!((slots.len(), slots.places(), slots.counts().idle, slots.idle_singles()), (33, 3, 32, 1));
         let mut taken = Vec::new();
         for _ in 0..3 {
-            let (_, address) = slots.coldest().unwrap();
+            let (_, address) = slots.least_recently_used().unwrap();
             slots.set(address, SlotState::Bound, None);
             taken.push(address);
         }
@@ -463,11 +463,11 @@ mod tests {
             "singles first, then the prefix that is in use already"
         );
         assert!(!slots.release_prefix(prefixes[0]) && slots.release_prefix(prefixes[1]));
-        assert_eq!((slots.counts().releasing, slots.releasing().len(), slots.to_give_back()), (16, 0, true));
+        assert_eq!((slots.counts().releasing, slots.releasing().len(), slots.has_releasing()), (16, 0, true));
         slots.remove_prefix(prefixes[1]);
         assert_eq!((slots.len(), slots.places()), (17, 2));
         assert_eq!(slots.lose_prefix(prefixes[0]), [ip(0), ip(1), ip(3)]);
-        assert_eq!((slots.missing(), slots.counts().idle, slots.coldest()), (3, 0, None));
+        assert_eq!((slots.missing(), slots.counts().idle, slots.least_recently_used()), (3, 0, None));
         for n in [0, 1, 3] {
             slots.remove(ip(n));
         }

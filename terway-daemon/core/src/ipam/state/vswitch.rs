@@ -11,7 +11,7 @@ pub(crate) struct VSwitchState {
     pub(crate) id: VSwitchId,
     /// New ENIs may be put there. An ENI of an earlier configuration may be in another one.
     pub(crate) configured: bool,
-    /// Left alone until then, and why.
+    /// Back-off: no address is asked for until then, and why.
     pub(crate) blocked: Option<(Moment, CloudError)>,
     /// Ask for at most so many at once until then: more were refused, fewer may be there.
     tight: Option<(u32, Moment)>,
@@ -39,7 +39,7 @@ pub(crate) struct VSwitches {
 }
 
 impl VSwitches {
-    /// Takes over a new list. What is known of a vSwitch stays known, except that none is left alone any longer: the change may be the cure.
+    /// Takes over a new list. Counts are kept; back-offs end, since the change may have removed their cause.
     pub(crate) fn configure(&mut self, ids: &[VSwitchId]) {
         let mut old = std::mem::take(&mut self.list);
         (self.failures, self.error) = (0, None);
