@@ -165,7 +165,7 @@ pub fn select_backend<F: Family, S: Services<F>>(
         }
         if current_backend(services, backend_ref).is_some() {
             if frontend.affinity != 0 {
-                services.update_affinity(&key, &Affinity { backend_ref: backend_ref, last_used: client.now, spare: 0 });
+                services.update_affinity(&key, &Affinity { backend_ref, last_used: client.now, spare: 0 });
             }
             return Selection::Backend(backend_ref);
         }
