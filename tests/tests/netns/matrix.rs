@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use terway_sim::cluster::Cluster;
 use terway_sim::netns::NetNs;
 
-use super::exposed::{Exposed, Mirror, WHO, by_tcp, by_udp, lead_to, node_addresses};
+use super::load_balancer::{Exposed, Mirror, WHO, by_tcp, by_udp, lead_to, node_addresses};
 use super::{pod, with_cluster};
 
 /// What a change may take until packets see it.

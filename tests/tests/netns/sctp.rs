@@ -13,7 +13,7 @@ use terway_sim::node::cni::Pod;
 use terway_sim::probe;
 use terway_tests::sctp::{Chunk, Packet, Raw};
 
-use super::exposed::{Exposed, lead_to, node_addresses};
+use super::load_balancer::{Exposed, lead_to, node_addresses};
 use super::{pod, with_cluster};
 
 /// What a change may take until packets see it.

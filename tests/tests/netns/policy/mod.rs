@@ -1,13 +1,13 @@
 //! Network policies on two nodes: what packets do is what the documentation says, from a pod's first packet on, and from the moment a change
 //! is acknowledged.
 
-mod first;
+mod enforcement_switch;
+mod flow_events;
+mod pod_start;
+mod policy_changes;
 mod probes;
-mod race;
 mod scenarios;
 mod stage;
-mod switch;
-mod told;
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};

@@ -14,7 +14,7 @@ use terway_sim::cluster::Cluster;
 use terway_sim::node::cni::Pod;
 
 use super::SOON;
-use super::first::{PORT, REST, Sink, count, places};
+use super::policy_changes::{PORT, REST, Sink, count, places};
 use super::stage::{Put as _, Stage, pod_object};
 use crate::{fixed_pool, with_cluster};
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use terway_sim::probe::{self, Echo, Traffic};
 
-use super::exposed::{Exposed, Mirror, by_tcp, by_udp, lead_to, node_addresses};
+use super::load_balancer::{Exposed, Mirror, by_tcp, by_udp, lead_to, node_addresses};
 use super::{pod, with_cluster};
 
 /// What a change may take until packets see it.
