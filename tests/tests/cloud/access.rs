@@ -13,7 +13,7 @@ use terway_sim::cloud::{CloudConfig, Fault, FaultKind};
 use crate::{KEY, KEY_SECRET, Rig, eventually, is, world};
 
 #[tokio::test]
-async fn wrong_keys_are_named() {
+async fn wrong_access_key_error() {
     let rig = Rig::new(world()).await;
     for (id, secret, code) in
         [(KEY, "wrong", "SignatureDoesNotMatch"), ("LTAI-none", KEY_SECRET, "InvalidAccessKeyId.NotFound")]
@@ -73,7 +73,7 @@ async fn role_keys_are_renewed_before_they_expire() {
 }
 
 #[tokio::test]
-async fn metadata_wants_a_token_and_tells_nothing_of_others() {
+async fn metadata_v2_token() {
     let rig = Rig::new(world()).await;
     terway_daemon::cloud::tls::ready();
     let http = reqwest::Client::builder().no_proxy().build().unwrap();

@@ -12,7 +12,7 @@ use terway_sim::cloud::{CloudConfig, Fault, FaultKind};
 use crate::{Rig, attached, eventually, is, one, request, world};
 
 #[tokio::test]
-async fn the_node_and_what_it_can_carry() {
+async fn instance_type_limits() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let me = cloud.node_identity().await.unwrap();
@@ -35,7 +35,7 @@ async fn the_node_and_what_it_can_carry() {
 }
 
 #[tokio::test]
-async fn an_eni_lives_and_leaves_nothing() {
+async fn eni_lifecycle() {
     let rig = Rig::new(CloudConfig { attach_ms: 60, nic_delay_ms: 60, detach_ms: 60, ..world() }).await;
     let cloud = rig.client();
     let before = cloud.vswitches(&["vsw-a".into()]).await.unwrap();
@@ -93,7 +93,7 @@ async fn an_eni_lives_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn every_error_class_from_its_real_condition() {
+async fn error_classes() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     // vsw-tiny has four addresses.
@@ -165,7 +165,7 @@ async fn every_error_class_from_its_real_condition() {
 }
 
 #[tokio::test]
-async fn all_pages_are_read() {
+async fn describe_reads_all_pages() {
     let rig = Rig::new(CloudConfig { page_limit: 7, ..world() }).await;
     let cloud = rig.client();
     for n in 0..25 {
@@ -180,7 +180,7 @@ async fn all_pages_are_read() {
 }
 
 #[tokio::test]
-async fn a_token_means_one_request() {
+async fn client_token_is_idempotent() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let eni = cloud.create_eni(&request("t1", "vsw-a", 1)).await.unwrap();
@@ -193,7 +193,7 @@ async fn a_token_means_one_request() {
 }
 
 #[tokio::test]
-async fn the_older_reply_of_create_is_completed_by_asking() {
+async fn create_reply_without_details() {
     let rig = Rig::new(CloudConfig { terse_create: true, ..world() }).await;
     let eni = rig.client().create_eni(&request("t1", "vsw-a", 2)).await.unwrap();
     assert_eq!(eni.v4.len(), 2);

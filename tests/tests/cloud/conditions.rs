@@ -33,7 +33,7 @@ async fn quotas_of_account_and_security_group() {
 }
 
 #[tokio::test]
-async fn what_is_written_may_be_seen_later() {
+async fn eventual_consistency_of_describe() {
     let lag = 400;
     let config = CloudConfig { describe_lag_ms: lag, metadata_lag_ms: lag, terse_create: true, ..world() };
     let rig = Rig::new(config).await;
@@ -59,7 +59,7 @@ async fn what_is_written_may_be_seen_later() {
 }
 
 #[tokio::test]
-async fn attaching_takes_long_or_fails_or_brings_no_nic() {
+async fn attach_slow_failing_or_without_nic() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let attach = async |token: &str, kind: FaultKind, within: Duration| {
@@ -87,7 +87,7 @@ async fn attaching_takes_long_or_fails_or_brings_no_nic() {
 
 /// Each call arrives twice; nobody notices.
 #[tokio::test]
-async fn a_doubled_request_is_one() {
+async fn duplicate_request_has_one_effect() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     rig.sim.set_faults(vec![Fault {
@@ -110,7 +110,7 @@ async fn a_doubled_request_is_one() {
 }
 
 #[tokio::test]
-async fn an_answer_may_come_before_the_effect_and_give_less_than_asked() {
+async fn assign_partial_and_delayed() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let eni = attached(&cloud, "a", 1).await;
@@ -131,7 +131,7 @@ async fn an_answer_may_come_before_the_effect_and_give_less_than_asked() {
 
 /// The caller's token goes out with every repetition, and with nothing else.
 #[tokio::test]
-async fn repetitions_carry_the_callers_token() {
+async fn retries_keep_client_token() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let eni = cloud.create_eni(&request("create-1", "vsw-a", 1)).await.unwrap();
@@ -166,7 +166,7 @@ async fn repetitions_carry_the_callers_token() {
 }
 
 #[tokio::test]
-async fn others_hands_are_seen() {
+async fn changes_by_others_are_visible() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let (a, b) = (attached(&cloud, "a", 3).await, attached(&cloud, "b", 1).await);
@@ -188,7 +188,7 @@ async fn others_hands_are_seen() {
 }
 
 #[tokio::test]
-async fn a_scenario_happens_at_its_times_and_calls() {
+async fn scenario_at_times_and_calls() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     terway_daemon::cloud::tls::ready();
@@ -224,7 +224,7 @@ async fn a_scenario_happens_at_its_times_and_calls() {
 
 /// The same seed and the same calls: the same faults, ids and addresses.
 #[tokio::test]
-async fn a_history_repeats_by_its_seed() {
+async fn faults_repeat_by_seed() {
     let history = async |seed: u64| {
         let random = |action: &str, kind: FaultKind| Fault {
             action: action.into(),
@@ -253,7 +253,7 @@ async fn a_history_repeats_by_its_seed() {
 }
 
 #[tokio::test]
-async fn more_ids_than_a_call_takes() {
+async fn describe_more_ids_than_one_call() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let mut ids = Vec::new();

@@ -11,7 +11,7 @@ use terway_sim::cloud::{CloudConfig, Fault, FaultKind};
 use crate::{Rig, attached, eventually, is, one, request, world};
 
 #[tokio::test]
-async fn nobody_answers() {
+async fn endpoint_unreachable() {
     let rig = Rig::new(world()).await;
     let config = rig.config();
     rig.server.abort();
@@ -22,7 +22,7 @@ async fn nobody_answers() {
 }
 
 #[tokio::test]
-async fn a_lost_reply_changes_nothing_for_the_caller() {
+async fn lost_reply_is_retried() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     rig.sim.set_faults(
@@ -59,7 +59,7 @@ async fn a_lost_reply_changes_nothing_for_the_caller() {
 }
 
 #[tokio::test]
-async fn an_answer_that_comes_too_late_is_still_one_effect() {
+async fn late_reply_has_one_effect() {
     let rig = Rig::new(world()).await;
     let cloud = Aliyun::new(&EcsConfig { timeout: Duration::from_millis(150), ..rig.config() }).unwrap();
     rig.sim.set_faults(vec![Fault::next("CreateNetworkInterface", 1, FaultKind::Delay { ms: 400 })]);
@@ -71,7 +71,7 @@ async fn an_answer_that_comes_too_late_is_still_one_effect() {
 }
 
 #[tokio::test]
-async fn throttling_slows_down_and_passes() {
+async fn throttling_backs_off() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     rig.sim.set_faults(vec![Fault::refuse("AssignPrivateIpAddresses", 3, "Throttling.User", 400)]);
@@ -93,7 +93,7 @@ async fn throttling_slows_down_and_passes() {
 }
 
 #[tokio::test]
-async fn the_servers_own_limit_is_met_by_repetition() {
+async fn server_rate_limit_is_retried() {
     let rig = Rig::new(CloudConfig { rate_limits: BTreeMap::from([("DescribeVSwitches".into(), 1)]), ..world() }).await;
     let cloud = rig.client();
     cloud.vswitches(&["vsw-a".into()]).await.unwrap();
@@ -104,7 +104,7 @@ async fn the_servers_own_limit_is_met_by_repetition() {
 }
 
 #[tokio::test]
-async fn a_wrong_clock_heals() {
+async fn clock_skew_is_corrected() {
     for offset in [-3600, 3600, 86_400 * 400] {
         let rig = Rig::new(CloudConfig { clock_offset: offset, ..world() }).await;
         let cloud = rig.client();
@@ -120,7 +120,7 @@ async fn a_wrong_clock_heals() {
 }
 
 #[tokio::test]
-async fn metadata_outages_are_ridden_out() {
+async fn metadata_outage_is_retried() {
     let rig = Rig::new(world()).await;
     rig.sim.set_faults(vec![Fault::refuse("metadata", 2, "", 503), Fault::refuse("metadata", 3, "", 429)]);
     rig.client().node_identity().await.unwrap();
@@ -128,7 +128,7 @@ async fn metadata_outages_are_ridden_out() {
 }
 
 #[tokio::test]
-async fn every_exchange_is_observed() {
+async fn every_call_is_observed() {
     let rig = Rig::new(world()).await;
     let seen = Arc::new(Mutex::new(Vec::new()));
     let log = Arc::clone(&seen);
@@ -158,7 +158,7 @@ async fn every_exchange_is_observed() {
 }
 
 #[tokio::test]
-async fn a_crowd_shares_one_failure() {
+async fn parallel_callers_share_one_failure() {
     let rig = Rig::new(world()).await;
     let cloud = Arc::new(Aliyun::new(&rig.by_role()).unwrap());
     rig.sim.set_faults(vec![Fault::refuse("metadata", 100_000, "", 503)]);

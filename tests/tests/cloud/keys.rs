@@ -40,7 +40,7 @@ async fn works(config: EcsConfig, source: CredentialSource) -> Result<(), terway
 
 /// Each link alone, and that an earlier one hides a later one that would work.
 #[tokio::test]
-async fn the_chain_takes_the_first_that_is_there() {
+async fn credential_chain_order() {
     let rig = Rig::new(world()).await;
     let dir = tempfile::tempdir().unwrap();
     let (folder, none, token) = (dir.path(), dir.path().join("none"), dir.path().join("token"));
@@ -70,7 +70,7 @@ async fn the_chain_takes_the_first_that_is_there() {
 }
 
 #[tokio::test]
-async fn nothing_to_sign_with_is_told_as_such() {
+async fn missing_credentials_error() {
     let mut config = world();
     config.instances.iter_mut().for_each(|instance| instance.role = None);
     let rig = Rig::new(config).await;
@@ -153,7 +153,7 @@ async fn hmac_sha1_signs_every_kind_of_call() {
 
 /// While the source of the keys is away, no call waits for it as long as there are good keys.
 #[tokio::test]
-async fn an_outage_of_the_source_delays_nothing() {
+async fn credential_source_outage() {
     let rig = Rig::new(CloudConfig { role_keys_ms: 4000, ..world() }).await;
     let cloud = Aliyun::new(&rig.by_role()).unwrap();
     cloud.enis(&EniFilter::default()).await.unwrap();

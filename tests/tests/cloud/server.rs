@@ -43,7 +43,7 @@ impl Fabric for Recorder {
 }
 
 #[tokio::test]
-async fn the_fabric_hears_everything_in_order() {
+async fn fabric_events_in_order() {
     let recorder = Arc::new(Recorder::default());
     let fabric = Arc::clone(&recorder);
     let rig = Rig::with_fabric(CloudConfig { nic_delay_ms: 50, ..world() }, fabric).await;

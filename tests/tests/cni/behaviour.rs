@@ -82,7 +82,7 @@ fn none() -> Value {
 }
 
 #[test]
-fn an_add_hands_over_what_the_runtime_said() {
+fn add_passes_runtime_config() {
     let bench = Bench::new();
     let runtime = json!({
         "bandwidth": {"IngressRate": 8_000_000, "IngressBurst": 4_294_967_295u32, "EgressRate": 0, "EgressBurst": 0},
@@ -114,7 +114,7 @@ fn an_add_hands_over_what_the_runtime_said() {
 }
 
 #[test]
-fn behind_another_plugin_both_results_arrive() {
+fn add_as_chained_plugin_keeps_prev_result() {
     let bench = Bench::new();
     let previous = json!({
         "cniVersion": "0.4.0",
@@ -130,7 +130,7 @@ fn behind_another_plugin_both_results_arrive() {
 }
 
 #[test]
-fn a_refusal_arrives_with_cause_particulars_and_remedy() {
+fn add_error_has_cause_and_remedy() {
     let bench = Bench::new();
     bench.daemon.script(|script| script.refusal = Some(detail(errors::VSWITCH_EXHAUSTED, "vsw-1 in cn-x.")));
     for verb in ["ADD", "DEL"] {
@@ -144,7 +144,7 @@ fn a_refusal_arrives_with_cause_particulars_and_remedy() {
 }
 
 #[test]
-fn check_tells_what_differs() {
+fn check_reports_differences() {
     let bench = Bench::new();
     let result = bench.succeed("ADD", none());
     bench.succeed("CHECK", json!({"prevResult": result}));
@@ -158,7 +158,7 @@ fn check_tells_what_differs() {
 }
 
 #[test]
-fn status_speaks_for_the_node() {
+fn status_reports_node_state() {
     let bench = Bench::new();
     let tell = |ready, code: Option<errors::Code>, cni_code| {
         let problem = code.map(|code| terway_proto::v1::ErrorDetail { cni_code, ..detail(code, "eni-1.") });
@@ -179,7 +179,7 @@ fn status_speaks_for_the_node() {
 }
 
 #[test]
-fn a_hanging_daemon_holds_up_status_for_less_than_two_seconds() {
+fn status_with_hanging_daemon_times_out() {
     let bench = Bench::new();
     bench.daemon.script(|script| script.slow = true);
     let start = Instant::now();
@@ -236,7 +236,7 @@ fn an_add_is_answered_as_soon_as_a_restarting_daemon_serves() {
 }
 
 #[test]
-fn a_del_without_the_daemon_waits_on_disk() {
+fn del_without_daemon_is_queued() {
     let bench = Bench::new();
     bench.succeed("ADD", none());
     bench.daemon.stop();
@@ -254,7 +254,7 @@ fn a_del_without_the_daemon_waits_on_disk() {
 }
 
 #[test]
-fn a_del_that_cannot_be_queued_succeeds_and_says_so() {
+fn del_that_cannot_be_queued_succeeds() {
     let bench = Bench::new();
     bench.daemon.stop();
     let output = bench.call("DEL", json!({"queue_dir": "/dev/null/queue"}));
@@ -263,7 +263,7 @@ fn a_del_that_cannot_be_queued_succeeds_and_says_so() {
 }
 
 #[test]
-fn a_key_that_comes_again_first_ends_its_former_life() {
+fn add_with_known_key_deletes_first() {
     let bench = Bench::new();
     bench.succeed("ADD", none());
     bench.daemon.stop();
@@ -287,7 +287,7 @@ fn a_key_that_comes_again_first_ends_its_former_life() {
 }
 
 #[test]
-fn a_daemon_that_listens_late_is_waited_for() {
+fn add_waits_for_daemon_socket() {
     let bench = Bench::new();
     bench.daemon.stop();
     thread::scope(|scope| {
@@ -299,7 +299,7 @@ fn a_daemon_that_listens_late_is_waited_for() {
 }
 
 #[test]
-fn a_call_whose_daemon_dies_is_sent_again() {
+fn call_is_retried_when_daemon_dies() {
     let bench = Bench::new();
     bench.daemon.script(|script| script.break_off = true);
     bench.succeed("ADD", none());
@@ -308,7 +308,7 @@ fn a_call_whose_daemon_dies_is_sent_again() {
 }
 
 #[test]
-fn a_del_between_listening_and_serving_arrives() {
+fn del_while_daemon_starts() {
     let bench = Bench::new();
     bench.daemon.stop();
     // The daemon listens and reads its queue; the plugin meanwhile connects, and is served.
@@ -324,7 +324,7 @@ fn a_del_between_listening_and_serving_arrives() {
 }
 
 #[test]
-fn a_reader_that_is_gone_is_an_exit_code_and_no_signal() {
+fn closed_stdout_is_an_exit_code() {
     let bench = Bench::new();
     let mut child = bench.command("VERSION").stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
@@ -335,7 +335,7 @@ fn a_reader_that_is_gone_is_an_exit_code_and_no_signal() {
 }
 
 #[test]
-fn an_endless_stdin_is_refused() {
+fn endless_stdin_is_refused() {
     let bench = Bench::new();
     let mut child = bench.command("ADD").spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
@@ -351,7 +351,7 @@ fn an_endless_stdin_is_refused() {
 }
 
 #[test]
-fn a_human_is_told_what_this_is() {
+fn usage_on_terminal() {
     let output = Command::new(program()).env_clear().stdin(Stdio::null()).output().unwrap();
     assert!(output.status.success() && output.stdout.is_empty());
     let text = String::from_utf8(output.stderr).unwrap();

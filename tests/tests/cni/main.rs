@@ -103,7 +103,7 @@ impl Daemon for ScriptedDaemon {
 }
 
 #[test]
-fn the_matrix_holds_with_a_scripted_daemon() {
+fn verb_matrix_with_scripted_daemon() {
     let folder = tempfile::tempdir().unwrap();
     let plugin = Terway::new(folder.path());
     let report = cni_matrix::run(&plugin);
@@ -165,7 +165,7 @@ impl Plugin for Reference {
 }
 
 #[test]
-fn the_matrix_knows_the_reference_plugins() {
+fn verb_matrix_of_reference_plugins() {
     if !Path::new(REFERENCE).join("ptp").exists() {
         println!("skipped: no {REFERENCE}/ptp (Debian package containernetworking-plugins)");
         return;

@@ -92,7 +92,7 @@ impl Daemon for OnNode<'_> {
 }
 
 #[test]
-fn the_matrix_holds_on_a_node() {
+fn verb_matrix_on_a_node() {
     let mut options = Options::new().unwrap();
     options.nodes = 1;
     options.pool = (40, 60);

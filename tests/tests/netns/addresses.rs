@@ -154,7 +154,7 @@ fn outage(cluster: &Cluster, on: bool) {
 }
 
 #[test]
-fn an_empty_vswitch_is_named_and_a_second_one_cures_it() -> Result<()> {
+fn vswitch_without_addresses() -> Result<()> {
     with_node(
         |options| small(options, 4),
         |cluster, node| {
@@ -176,7 +176,7 @@ fn an_empty_vswitch_is_named_and_a_second_one_cures_it() -> Result<()> {
 }
 
 #[test]
-fn enis_of_a_removed_vswitch_give_way() -> Result<()> {
+fn enis_of_removed_vswitch_are_replaced() -> Result<()> {
     with_node(
         |options| {
             small(options, 2);
@@ -208,7 +208,7 @@ fn enis_of_a_removed_vswitch_give_way() -> Result<()> {
 }
 
 #[test]
-fn enis_of_a_former_life_are_not_used() -> Result<()> {
+fn enis_of_previous_instance_are_not_used() -> Result<()> {
     with_node(
         |options| small(options, 5),
         |cluster, node| {
@@ -251,7 +251,7 @@ fn enis_of_a_former_life_are_not_used() -> Result<()> {
 }
 
 #[test]
-fn a_full_quota_is_named_and_heals() -> Result<()> {
+fn eni_quota_exceeded() -> Result<()> {
     with_node(
         |options| {
             small(options, 3);
@@ -269,7 +269,7 @@ fn a_full_quota_is_named_and_heals() -> Result<()> {
 }
 
 #[test]
-fn a_nic_that_never_arrives_delays_nobody_and_is_replaced() -> Result<()> {
+fn attached_eni_without_nic_is_replaced() -> Result<()> {
     with_node(
         |options| small(options, 3),
         |cluster, node| {
@@ -306,7 +306,7 @@ fn a_nic_that_never_arrives_delays_nobody_and_is_replaced() -> Result<()> {
 }
 
 #[test]
-fn a_bad_edit_changes_nothing_and_is_shown() -> Result<()> {
+fn invalid_config_edit_is_refused() -> Result<()> {
     with_node(
         |options| {
             small(options, 2);
@@ -364,7 +364,7 @@ fn a_bad_edit_changes_nothing_and_is_shown() -> Result<()> {
 }
 
 #[test]
-fn throttling_and_outages_harm_no_running_pod() -> Result<()> {
+fn running_pods_survive_cloud_throttling_and_outage() -> Result<()> {
     with_node(
         |options| {
             small(options, 3);
@@ -415,7 +415,7 @@ fn throttling_and_outages_harm_no_running_pod() -> Result<()> {
 }
 
 #[test]
-fn without_metadata_a_known_node_starts_and_keys_are_renewed() -> Result<()> {
+fn start_without_metadata_service() -> Result<()> {
     with_node(
         |options| {
             small(options, 2);
@@ -457,7 +457,7 @@ fn without_metadata_a_known_node_starts_and_keys_are_renewed() -> Result<()> {
 }
 
 #[test]
-fn what_is_taken_away_in_the_console_is_reported_with_its_pod() -> Result<()> {
+fn address_released_in_console_is_reported() -> Result<()> {
     with_node(
         |options| {
             small(options, 2);
@@ -516,7 +516,7 @@ fn what_is_taken_away_in_the_console_is_reported_with_its_pod() -> Result<()> {
 }
 
 #[test]
-fn addresses_of_pods_that_are_gone_come_back_and_no_others() -> Result<()> {
+fn addresses_of_deleted_pods_are_released() -> Result<()> {
     with_node(
         |options| {
             small(options, 1);
@@ -545,7 +545,7 @@ fn addresses_of_pods_that_are_gone_come_back_and_no_others() -> Result<()> {
 }
 
 #[test]
-fn a_node_of_its_own_vswitch_follows_its_label() -> Result<()> {
+fn node_label_selects_vswitch() -> Result<()> {
     with_node(
         |options| small(options, 3),
         |cluster, node| {
@@ -569,7 +569,7 @@ fn a_node_of_its_own_vswitch_follows_its_label() -> Result<()> {
 }
 
 #[test]
-fn pods_on_prefixes_reach_each_other_with_both_families() -> Result<()> {
+fn pod_to_pod_with_ip_prefixes() -> Result<()> {
     with_cluster(
         |options| {
             small(options, 2);

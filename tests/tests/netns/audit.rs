@@ -71,7 +71,7 @@ fn forget_endpoint(node: &Node, ifindex: u32) -> Result<()> {
 }
 
 #[test]
-fn the_audit_heals_what_others_break() -> Result<()> {
+fn audit_repairs_links_rules_and_routes() -> Result<()> {
     with_cluster(one_node(1), |cluster| {
         let node = cluster.node(1);
         let before = baseline(node, 15)?;
@@ -186,7 +186,7 @@ fn metrics(address: &str) -> Result<String> {
 }
 
 #[test]
-fn the_command_line_tells_what_does_not_fit() -> Result<()> {
+fn cli_mapping_shows_differences() -> Result<()> {
     with_cluster(one_node(3600), |cluster| {
         let node = cluster.node(1);
         baseline(node, 15)?;

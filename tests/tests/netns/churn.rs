@@ -22,7 +22,7 @@ impl Random {
 }
 
 #[test]
-fn sixty_four_pods_at_once() -> Result<()> {
+fn churn_64_pods_in_parallel() -> Result<()> {
     with_cluster(
         |options| {
             options.exclusive = true;
@@ -64,7 +64,7 @@ fn sixty_four_pods_at_once() -> Result<()> {
 }
 
 #[test]
-fn a_thousand_pods_one_after_another() -> Result<()> {
+fn churn_1000_pods_in_sequence() -> Result<()> {
     with_cluster(
         |options| {
             options.nodes = 1;
@@ -120,7 +120,7 @@ pub(super) fn seed() -> u64 {
 }
 
 #[test]
-fn two_hundred_kills_leave_nothing() -> Result<()> {
+fn daemon_killed_200_times_leaves_nothing() -> Result<()> {
     let mut random = Random(seed());
     with_cluster(
         |options| {

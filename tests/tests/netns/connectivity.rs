@@ -34,7 +34,7 @@ impl<'a> End<'a> {
 }
 
 #[test]
-fn everybody_reaches_everybody_with_everything() -> Result<()> {
+fn pod_to_pod_all_protocols_and_families() -> Result<()> {
     with_cluster(
         |_| {},
         |cluster| {
@@ -83,7 +83,7 @@ fn everybody_reaches_everybody_with_everything() -> Result<()> {
 }
 
 #[test]
-fn icmp_errors_find_their_pod() -> Result<()> {
+fn icmp_errors_reach_pod() -> Result<()> {
     with_cluster(
         |_| {},
         |cluster| {
@@ -148,7 +148,7 @@ fn drops(node: &Node) -> Result<BTreeMap<String, u64>> {
 }
 
 #[test]
-fn a_pod_sends_only_as_itself() -> Result<()> {
+fn source_address_spoofing_is_dropped() -> Result<()> {
     with_cluster(
         |_| {},
         |cluster| {

@@ -18,7 +18,7 @@ fn tracking(node: &Node) -> Result<Value> {
 }
 
 #[test]
-fn flows_end_as_configured_and_are_counted() -> Result<()> {
+fn conntrack_timeouts_and_metrics() -> Result<()> {
     with_cluster(
         |options| {
             options.nodes = 1;
@@ -116,7 +116,7 @@ fn balanced(node: &Node, name: &str, number: u8, port: u16, endpoints: &[&str]) 
 }
 
 #[test]
-fn load_balancers_learn_which_nodes_have_endpoints() -> Result<()> {
+fn health_check_node_port() -> Result<()> {
     with_cluster(
         |options| options.nodes = 1,
         |cluster| {

@@ -17,7 +17,7 @@ const SOON: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(2);
 
 #[test]
-fn clients_outside_are_served_whole_and_without_a_break() -> Result<()> {
+fn external_clients_of_services() -> Result<()> {
     with_cluster(
         |_| {},
         |cluster| {

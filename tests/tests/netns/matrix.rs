@@ -250,11 +250,11 @@ fn matrix(cluster: &Cluster, sockets: bool) -> Result<()> {
 }
 
 #[test]
-fn who_reaches_what_by_packets() -> Result<()> {
+fn reachability_matrix_tc() -> Result<()> {
     with_cluster(|_| {}, |cluster| matrix(cluster, false))
 }
 
 #[test]
-fn who_reaches_what_at_the_socket() -> Result<()> {
+fn reachability_matrix_socket() -> Result<()> {
     with_cluster(|options| options.sockets = true, |cluster| matrix(cluster, true))
 }

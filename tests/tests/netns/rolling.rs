@@ -200,7 +200,7 @@ fn roll(cluster: &Cluster, backends: &mut Vec<Backend>) -> Result<usize> {
 }
 
 #[test]
-fn rolling_an_application_and_dns_loses_nothing() -> Result<()> {
+fn rolling_update_of_application_and_dns() -> Result<()> {
     with_cluster(
         |options| {
             options.pool = (6, 30);

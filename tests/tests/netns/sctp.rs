@@ -92,7 +92,7 @@ fn of_sctp(service: &Exposed<'_>) -> Vec<Value> {
 }
 
 #[test]
-fn associations_open_through_services() -> Result<()> {
+fn sctp_through_cluster_ip_and_nodeport() -> Result<()> {
     with_cluster(
         |_| {},
         |cluster| {

@@ -138,7 +138,7 @@ fn pods_reach_services_by_cluster_ip() -> Result<()> {
 }
 
 #[test]
-fn restarts_lose_no_request_to_a_service() -> Result<()> {
+fn service_requests_survive_daemon_restart() -> Result<()> {
     with_cluster(
         |_| {},
         |cluster| {
@@ -195,7 +195,7 @@ fn restarts_lose_no_request_to_a_service() -> Result<()> {
 }
 
 #[test]
-fn what_is_wrong_is_told() -> Result<()> {
+fn service_errors_in_status() -> Result<()> {
     with_cluster(
         |options| options.nodes = 1,
         |cluster| {
@@ -231,7 +231,7 @@ fn what_is_wrong_is_told() -> Result<()> {
 /// A pod that starts before the node's Services are known would not reach them: ADD waits for them, and if they do not come, it is to be
 /// tried again.
 #[test]
-fn pods_wait_for_the_first_services() -> Result<()> {
+fn pod_start_waits_for_services_sync() -> Result<()> {
     with_cluster(
         |options| options.nodes = 1,
         |cluster| {

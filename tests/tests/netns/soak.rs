@@ -142,7 +142,7 @@ fn caller(
 }
 
 #[test]
-fn two_thousand_adds_and_deletes_while_every_fifth_call_fails() -> Result<()> {
+fn soak_adds_and_dels_with_cloud_faults() -> Result<()> {
     let seed = seed();
     with_cluster(
         |options| {

@@ -178,7 +178,7 @@ fn direct(ns: &NetNs, to: SocketAddr, backend: IpAddr) -> Result<()> {
 }
 
 #[test]
-fn node_and_pods_connect_straight_to_backends() -> Result<()> {
+fn socket_translation_for_node_and_pods() -> Result<()> {
     with_cluster(at_the_socket, |cluster| {
         let (n1, n2) = (cluster.node(1), cluster.node(2));
         let before = [leftovers::node(n1)?, leftovers::node(n2)?];
@@ -235,7 +235,7 @@ fn node_and_pods_connect_straight_to_backends() -> Result<()> {
 }
 
 #[test]
-fn ports_of_services_are_nobodys_to_bind() -> Result<()> {
+fn bind_to_service_port_is_refused() -> Result<()> {
     with_cluster(
         |options| {
             at_the_socket(options);
@@ -309,7 +309,7 @@ impl<'a> Stubborn<'a> {
 }
 
 #[test]
-fn clients_of_udp_survive_their_backend() -> Result<()> {
+fn udp_client_survives_backend_removal() -> Result<()> {
     with_cluster(at_the_socket, |cluster| {
         let (n1, n2) = (cluster.node(1), cluster.node(2));
         let (a, b, c) = (pod(n2, "a")?, pod(n2, "b")?, pod(n1, "c")?);
@@ -384,7 +384,7 @@ fn clients_of_udp_survive_their_backend() -> Result<()> {
 }
 
 #[test]
-fn restarts_keep_everything_at_the_socket() -> Result<()> {
+fn socket_translation_survives_daemon_restart() -> Result<()> {
     with_cluster(at_the_socket, |cluster| {
         let (n1, n2) = (cluster.node(1), cluster.node(2));
         let (a, b, c) = (pod(n1, "a")?, pod(n2, "b")?, pod(n1, "c")?);

@@ -9,7 +9,7 @@ use terway_sim::probe::{self, Echo, Traffic};
 use super::{SETTLE, agreement, baseline, fixed_pool, pod, with_cluster};
 
 #[test]
-fn restarts_and_crashes_lose_no_packet() -> Result<()> {
+fn pod_traffic_survives_daemon_restart_and_crash() -> Result<()> {
     with_cluster(
         |_| {},
         |cluster| {
@@ -51,7 +51,7 @@ fn restarts_and_crashes_lose_no_packet() -> Result<()> {
 }
 
 #[test]
-fn deletions_do_not_wait_for_the_daemon() -> Result<()> {
+fn del_without_daemon() -> Result<()> {
     with_cluster(
         |options| {
             options.nodes = 1;

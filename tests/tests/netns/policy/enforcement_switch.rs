@@ -79,7 +79,7 @@ impl Pair {
 }
 
 #[test]
-fn policies_are_switched_off_and_on_under_traffic() -> Result<()> {
+fn policy_enforcement_switch_under_traffic() -> Result<()> {
     with_stage(|stage, probes| {
         let mut objects = stage.base.clone();
         objects.policy(

@@ -41,7 +41,7 @@ fn metric(node: &Node, verdict: &str) -> Result<u64> {
 }
 
 #[test]
-fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
+fn flow_events_and_policy_counters() -> Result<()> {
     with_cluster(
         |_| {},
         |cluster: &Cluster| {
@@ -175,7 +175,7 @@ fn connections_and_drops_are_told_with_names_and_counted() -> Result<()> {
 
 /// As many as a namespace has where each client has a policy of its own: put at once, they are in force soon, and can be read.
 #[test]
-fn a_thousand_policies_for_one_pod() -> Result<()> {
+fn flow_events_with_a_thousand_policies_for_one_pod() -> Result<()> {
     with_cluster(
         |options| options.nodes = 1,
         |cluster: &Cluster| {

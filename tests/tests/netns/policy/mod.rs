@@ -82,7 +82,7 @@ fn with_stage(test: impl FnOnce(&mut Stage<'_>, &mut Probes) -> Result<()>) -> R
 }
 
 #[test]
-fn a_policy_isolates_and_allows() -> Result<()> {
+fn policy_isolation_and_allow_rules() -> Result<()> {
     with_stage(|stage, probes| {
         let mut objects = stage.base.clone();
         compare(stage, probes, &objects, "no policies")?;
@@ -109,7 +109,7 @@ fn a_policy_isolates_and_allows() -> Result<()> {
 }
 
 #[test]
-fn policies_mean_what_they_say() -> Result<()> {
+fn policy_scenarios_against_oracle() -> Result<()> {
     with_stage(|stage, probes| {
         let scenarios = scenarios::all(stage)?;
         let (count, start) = (scenarios.len(), Instant::now());
@@ -130,7 +130,7 @@ fn policies_mean_what_they_say() -> Result<()> {
 
 /// A Service in front of a pod: its backend's policies hold, with the client as it is; and what goes on through a change goes on unbroken.
 #[test]
-fn services_stand_in_between() -> Result<()> {
+fn policy_behind_services() -> Result<()> {
     with_stage(|stage, _| {
         let backend = |number: usize| {
             let (node, pod) = &stage.pods[number];
@@ -204,7 +204,7 @@ fn services_stand_in_between() -> Result<()> {
 
 /// Neither the end of a daemon nor its start opens or closes anything, and what changed meanwhile holds when it is back.
 #[test]
-fn restarts_neither_open_nor_close() -> Result<()> {
+fn policy_survives_daemon_restart() -> Result<()> {
     with_stage(|stage, probes| {
         let mut objects = stage.base.clone();
         objects.policy("x", "deny", &json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}));

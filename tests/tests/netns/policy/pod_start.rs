@@ -139,7 +139,7 @@ fn run(
 }
 
 #[test]
-fn five_hundred_pods_are_isolated_before_their_first_packet() -> Result<()> {
+fn policy_isolates_500_pods_before_their_first_packet() -> Result<()> {
     with_cluster(fixed_pool, |cluster| {
         let mut stage = Stage::set(cluster)?;
         let mut objects = stage.base.clone();

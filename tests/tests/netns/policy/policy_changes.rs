@@ -66,7 +66,7 @@ pub(super) fn places(pod: &Pod, port: u16) -> Vec<SocketAddr> {
 }
 
 #[test]
-fn what_is_acknowledged_holds_for_every_packet() -> Result<()> {
+fn policy_changes_under_traffic() -> Result<()> {
     with_cluster(
         |_| {},
         |cluster| {
