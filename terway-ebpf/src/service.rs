@@ -429,7 +429,7 @@ mod tests {
             let client = ask(random, now);
             let key = AffinityKey { client: client.client, service: 7, kind: 4 };
             let last_used = now - ago * HZ;
-            cluster.affinity.borrow_mut().insert(key, Affinity { backend_ref: backend_ref, last_used, spare: 0 });
+            cluster.affinity.borrow_mut().insert(key, Affinity { backend_ref, last_used, spare: 0 });
             let stays = ago < 10 && backends.get(number as usize - 1) == Some(&(generation, false));
             let living = |m: BackendRef| m.generation == 1 && backends.get(m.backend as usize - 1).is_some_and(|b| b.0 == 1);
             let frontend = find_frontend::<V4, _>(&cluster, &VIP, ports(80), 6, true, || false).unwrap();
