@@ -1,14 +1,15 @@
-//! Connection tracking while the daemon runs: counts the flow tables every half minute, takes away what is dead at a pace that adapts
-//! itself, and tells how full they are.
+//! Garbage collection of the flow tables while the daemon runs: counts their entries every half minute, deletes dead ones at an interval
+//! that adapts itself, and reports how full the tables are.
 //!
-//! What is dead, how often, and what the kernel must have thrown away is decided by `terway_core::conntrack`; reading and deleting is
-//! `bpf`'s. Both counting and deleting read the whole table, so a pass does both where both are due.
+//! `terway_core::conntrack` decides when an entry is dead, how often to collect, and how many entries the kernel must have evicted; reading
+//! and deleting is `bpf`'s. Counting and deleting both read the whole table, so one run does both where both are due.
 
 mod metrics;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use terway_abi::PathCounter;
 use terway_core::config::{self, Config};
 use terway_core::conntrack::{EvictionInputs, GcInterval, GcPass, estimate_evictions};
@@ -17,70 +18,68 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use crate::bpf::{BpfError, Datapath, FamilyGcReport, GcOptions, GcReport};
+use crate::supervise;
 
 pub use metrics::ConntrackMetrics;
 
-/// Time between two counts, as in Cilium (reference: pkg/maps/ctmap, pressure metrics).
-const COUNT_EVERY: Duration = Duration::from_secs(30);
+/// Time between two runs that count, as in Cilium (pkg/maps/ctmap, pressure metrics).
+const COUNT_INTERVAL: Duration = Duration::from_secs(30);
 
-/// A pass that takes longer is worth a line in the log.
-const SLOW: Duration = Duration::from_secs(30);
+/// A run that takes longer is logged.
+const SLOW_RUN: Duration = Duration::from_secs(30);
 
-/// Tables are called nearly full from here on.
+/// Above this usage a warning is logged.
 const NEARLY_FULL: f64 = 0.9;
 
-/// Connection tracking of a running daemon.
+/// The garbage collector of the flow tables.
 #[derive(Debug)]
 pub struct Conntrack {
     datapath: Arc<Datapath>,
     metrics: ConntrackMetrics,
     cpus: u64,
+    /// Statistics and settings: a panic of its holder leaves nothing that the next run needs.
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
     settings: config::Conntrack,
-    pace: GcInterval,
-    last: Option<Last>,
-    /// The last pass that deleted.
-    collected: Option<Instant>,
+    interval: GcInterval,
+    last: Option<LastRun>,
+    /// When the last run that deleted began.
+    last_deletion: Option<Instant>,
     totals: Totals,
-    nearly_full: bool,
+    is_nearly_full: bool,
 }
 
-/// What the next pass compares with.
+/// The previous run, which the next one compares with.
 #[derive(Clone, Copy, Debug)]
-struct Last {
-    found: GcReport,
+struct LastRun {
+    report: GcReport,
     at: Instant,
-    deleting: bool,
-    counters: Counted,
+    is_deleting: bool,
+    counters: FlowCounters,
 }
 
-/// Counters of the programs, and what was deleted on request, at one moment.
+/// Counters of flow entries at one moment: those of the programs, and that of deletions on request.
 #[derive(Clone, Copy, Debug, Default)]
-struct Counted {
-    made: u64,
+struct FlowCounters {
+    created: u64,
     replaced: u64,
-    refused: u64,
+    insert_failures: u64,
     flushed: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Totals {
-    passes: u64,
-    void: u64,
-    expired: u64,
-    lost: u64,
-}
-
-fn lock(mutex: &Mutex<State>) -> MutexGuard<'_, State> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    runs: u64,
+    deleted_invalid: u64,
+    deleted_expired: u64,
+    evicted: u64,
 }
 
 impl Conntrack {
-    /// Begins, with a pass at once.
+    /// Starts the collector, whose first run is at once.
     #[must_use]
     pub fn start(
         datapath: Arc<Datapath>,
@@ -90,176 +89,182 @@ impl Conntrack {
     ) -> Arc<Self> {
         let settings = config.borrow_and_update().conntrack;
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-        let pace = GcInterval::new(settings.gc_interval, settings.gc_max_interval);
-        let state =
-            State { settings, pace, last: None, collected: None, totals: Totals::default(), nearly_full: false };
+        let interval = GcInterval::new(settings.gc_interval, settings.gc_max_interval);
+        let state = State {
+            settings,
+            interval,
+            last: None,
+            last_deletion: None,
+            totals: Totals::default(),
+            is_nearly_full: false,
+        };
         let this = Arc::new(Self { datapath, metrics, cpus, state: Mutex::new(state) });
-        tokio::spawn(Arc::clone(&this).follow(config, COUNT_EVERY / time_scale.max(1)));
+        supervise::spawn_restarting("conntrack-gc", {
+            let this = Arc::clone(&this);
+            move || Arc::clone(&this).run_periodically(config.clone(), COUNT_INTERVAL / time_scale.max(1))
+        });
         this
     }
 
-    async fn follow(self: Arc<Self>, mut config: watch::Receiver<Arc<Config>>, count_every: Duration) {
+    async fn run_periodically(self: Arc<Self>, mut config: watch::Receiver<Arc<Config>>, count_interval: Duration) {
         loop {
-            let delete = self.collection_is_due();
+            let delete = self.deletion_is_due();
             let this = Arc::clone(&self);
-            let found = match tokio::task::spawn_blocking(move || this.run(delete)).await {
-                Ok(Ok(found)) => Some(found),
-                Ok(Err(error)) => {
-                    warn!(%error, "the flow tables cannot be gone through; trying again");
-                    None
-                }
+            let report = match supervise::blocking(move || this.run(delete)).await {
+                Ok(report) => Some(report),
                 Err(error) => {
-                    warn!(%error, "a pass over the flow tables ended by itself");
+                    warn!(%error, "failed to read the flow tables; trying again");
                     None
                 }
             };
-            if !delete && found.is_some_and(|found| is_urgent(&found)) {
-                lock(&self.state).collected = None;
+            if !delete && report.is_some_and(|report| is_urgent(&report)) {
+                self.state.lock().last_deletion = None;
                 continue;
             }
-            let next = self.next_collection().map_or(count_every, |due| due.min(count_every));
+            let next = self.time_to_deletion().map_or(count_interval, |due| due.min(count_interval));
             tokio::select! {
                 () = tokio::time::sleep(next) => {}
                 Ok(()) = config.changed() => {
                     let settings = config.borrow_and_update().conntrack;
-                    let mut state = lock(&self.state);
+                    let mut state = self.state.lock();
                     if settings != state.settings {
                         state.settings = settings;
-                        state.pace.configure(settings.gc_interval, settings.gc_max_interval);
-                        // What new timeouts say shall be true soon.
-                        state.collected = None;
+                        state.interval.configure(settings.gc_interval, settings.gc_max_interval);
+                        // New timeouts apply at once.
+                        state.last_deletion = None;
                     }
                 }
             }
         }
     }
 
-    fn next_collection(&self) -> Option<Duration> {
-        let state = lock(&self.state);
-        state.collected.map(|at| state.pace.interval().saturating_sub(at.elapsed()))
+    fn time_to_deletion(&self) -> Option<Duration> {
+        let state = self.state.lock();
+        state.last_deletion.map(|at| state.interval.interval().saturating_sub(at.elapsed()))
     }
 
-    fn collection_is_due(&self) -> bool {
-        self.next_collection().is_none_or(|left| left.is_zero())
+    fn deletion_is_due(&self) -> bool {
+        self.time_to_deletion().is_none_or(|left| left.is_zero())
     }
 
-    fn counted(&self) -> Result<Counted, BpfError> {
+    fn read_counters(&self) -> Result<FlowCounters, BpfError> {
         let counters = self.datapath.counters().read()?;
         let of = |kind| counters.kind(kind).packets;
-        Ok(Counted {
-            made: of(PathCounter::FlowNew),
+        Ok(FlowCounters {
+            created: of(PathCounter::FlowNew),
             replaced: of(PathCounter::FlowStale),
-            refused: of(PathCounter::FlowInsertFailed),
+            insert_failures: of(PathCounter::FlowInsertFailed),
             flushed: self.datapath.flows().flushed(),
         })
     }
 
-    /// One pass.
+    /// One run over both tables.
     fn run(&self, delete: bool) -> Result<GcReport, BpfError> {
         let (timeouts, last) = {
-            let state = lock(&self.state);
+            let state = self.state.lock();
             (state.settings.timeouts, state.last)
         };
-        let counters = self.counted()?;
+        let counters = self.read_counters()?;
         let options = GcOptions {
             timeouts,
             delete,
             recount_connections: self.datapath.services().uses_connection_counts(),
-            previous_began: last.map(|last| last.found.began),
+            previous_began: last.map(|last| last.report.began),
         };
         let at = Instant::now();
-        let found = self.datapath.flows().collect_garbage(&options)?;
-        let gone = last.map_or(0, |last| disappeared(&last, &found, &counters, self.cpus));
-        let mut state = lock(&self.state);
+        let report = self.datapath.flows().collect_garbage(&options)?;
+        let evicted = last.map_or(0, |last| evictions(&last, &report, &counters, self.cpus));
+        let mut state = self.state.lock();
         if delete {
-            let since = state.collected.map_or(Duration::ZERO, |before| before.elapsed());
-            if let Some(worst) = found.families.iter().max_by_key(|f| f.deleted() * 1000 / f.capacity.max(1)) {
-                state.pace.passed(worst.deleted(), worst.capacity, since);
+            let since = state.last_deletion.map_or(Duration::ZERO, |before| before.elapsed());
+            if let Some(worst) = report.families.iter().max_by_key(|f| f.deleted() * 1000 / f.capacity.max(1)) {
+                state.interval.passed(worst.deleted(), worst.capacity, since);
             }
-            state.collected = Some(at);
-            state.totals.passes += 1;
+            state.last_deletion = Some(at);
+            state.totals.runs += 1;
         }
-        for family in &found.families {
-            state.totals.void += family.deleted_invalid;
-            state.totals.expired += family.deleted_expired;
+        for family in &report.families {
+            state.totals.deleted_invalid += family.deleted_invalid;
+            state.totals.deleted_expired += family.deleted_expired;
         }
-        state.totals.lost += gone;
-        self.metrics.passed(&found, delete, state.pace.interval());
-        self.metrics
-            .lost(gone, last.map_or(counters.refused, |last| counters.refused.saturating_sub(last.counters.refused)));
-        state.tell_pressure(&found);
-        state.last = Some(Last { found, at, deleting: delete, counters });
+        state.totals.evicted += evicted;
+        self.metrics.observe_run(&report, delete, state.interval.interval());
+        let failures_before = last.map_or(0, |last| last.counters.insert_failures);
+        self.metrics.add_losses(evicted, counters.insert_failures.saturating_sub(failures_before));
+        state.log_pressure(&report);
+        state.last = Some(LastRun { report, at, is_deleting: delete, counters });
         drop(state);
-        debug!(?found, delete, gone, "flow tables");
-        if found.took > SLOW {
-            info!(took = ?found.took, "going through the flow tables takes long");
+        debug!(?report, delete, evicted, "flow tables");
+        if report.took > SLOW_RUN {
+            info!(took = ?report.took, "garbage collection of the flow tables is slow");
         }
-        Ok(found)
+        Ok(report)
     }
 
-    /// What is known, for the command line.
+    /// The state of the collector, for the command line.
     #[must_use]
     pub fn view(&self) -> v1::FlowTracking {
-        let state = lock(&self.state);
+        let state = self.state.lock();
         let Some(last) = &state.last else { return v1::FlowTracking::default() };
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let deleted = if last.deleting { last.found.families.iter().map(FamilyGcReport::deleted).sum() } else { 0 };
-        let [v4, v6] = last.found.families.map(|family| pressure(&family));
+        let deleted = if last.is_deleting { last.report.families.iter().map(FamilyGcReport::deleted).sum() } else { 0 };
+        let [v4, v6] = last.report.families.map(|family| pressure(&family));
         v1::FlowTracking {
             pressure_v4: v4,
             pressure_v6: v6,
-            made: last.counters.made,
-            refused: last.counters.refused,
-            lost: state.totals.lost,
-            interval_ms: milliseconds(state.pace.interval()),
-            passes: state.totals.passes,
+            made: last.counters.created,
+            refused: last.counters.insert_failures,
+            lost: state.totals.evicted,
+            interval_ms: milliseconds(state.interval.interval()),
+            passes: state.totals.runs,
             last_ms_ago: milliseconds(last.at.elapsed()),
-            last_took_us: u64::try_from(last.found.took.as_micros()).unwrap_or(u64::MAX),
+            last_took_us: u64::try_from(last.report.took.as_micros()).unwrap_or(u64::MAX),
             last_deleted: deleted,
-            deleted_stale: state.totals.void,
-            deleted_expired: state.totals.expired,
+            deleted_stale: state.totals.deleted_invalid,
+            deleted_expired: state.totals.deleted_expired,
         }
     }
 }
 
 impl State {
-    /// Once when a table becomes nearly full, and once when it no longer is.
-    fn tell_pressure(&mut self, found: &GcReport) {
-        let fullest = found.families.iter().map(pressure).fold(0.0, f64::max);
-        if !self.nearly_full && fullest >= NEARLY_FULL {
+    /// Logs once when a table becomes nearly full, and once when it no longer is.
+    fn log_pressure(&mut self, report: &GcReport) {
+        let fullest = report.families.iter().map(pressure).fold(0.0, f64::max);
+        if !self.is_nearly_full && fullest >= NEARLY_FULL {
             warn!(
                 fullest,
-                "a flow table is nearly full: the oldest flows make room for new ones; see docs/conntrack.md"
+                "a flow table is nearly full: the kernel evicts the oldest flows for new ones; see docs/conntrack.md"
             );
-            self.nearly_full = true;
-        } else if self.nearly_full && fullest < NEARLY_FULL * 0.9 {
-            info!(fullest, "the flow tables have room again");
-            self.nearly_full = false;
+            self.is_nearly_full = true;
+        } else if self.is_nearly_full && fullest < NEARLY_FULL * 0.9 {
+            info!(fullest, "the flow tables are no longer nearly full");
+            self.is_nearly_full = false;
         }
     }
 }
 
-/// The part of a table that is in use after the pass.
+/// The used part of a table after a run, 0 to 1.
 fn pressure(family: &FamilyGcReport) -> f64 {
     family.used.saturating_sub(family.deleted()) as f64 / family.capacity.max(1) as f64
 }
 
-fn is_urgent(found: &GcReport) -> bool {
-    found.families.iter().any(|f| GcInterval::is_urgent(f.used, f.invalid + f.expired, f.capacity))
+/// Whether dead entries are to be deleted before the interval has passed.
+fn is_urgent(report: &GcReport) -> bool {
+    report.families.iter().any(|f| GcInterval::is_urgent(f.used, f.invalid + f.expired, f.capacity))
 }
 
-/// The estimate of entries that the kernel took away between two passes.
-fn disappeared(last: &Last, found: &GcReport, counters: &Counted, cpus: u64) -> u64 {
-    let before = last.found.families.map(|family| GcPass {
+/// The estimate of entries that the kernel evicted between two runs.
+fn evictions(last: &LastRun, report: &GcReport, counters: &FlowCounters, cpus: u64) -> u64 {
+    let before = last.report.families.map(|family| GcPass {
         left: (family.old + family.new).saturating_sub(family.deleted()),
         capacity: family.capacity,
     });
     let since = EvictionInputs {
-        made: counters.made.saturating_sub(last.counters.made),
+        made: counters.created.saturating_sub(last.counters.created),
         replaced: counters.replaced.saturating_sub(last.counters.replaced),
         flushed: counters.flushed.saturating_sub(last.counters.flushed),
-        old: found.families.iter().map(|family| family.old).sum(),
-        young: found.families.iter().map(|family| family.new).sum(),
+        old: report.families.iter().map(|family| family.old).sum(),
+        young: report.families.iter().map(|family| family.new).sum(),
     };
     estimate_evictions(&before, &since, cpus)
 }
