@@ -2,9 +2,10 @@
 
 mod files;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use parking_lot::{Mutex, MutexGuard};
 use terway_core::cloud::{CloudError, ErrorClass};
 use tokio::sync::OwnedMutexGuard;
 use tracing::{info, warn};
@@ -80,7 +81,7 @@ impl Keyring {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock()
     }
 
     /// Takes keys from elsewhere from now on; calls under way end with those they have.

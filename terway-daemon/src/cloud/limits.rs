@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use tokio::time::{Instant, sleep_until};
 
 /// Calls a minute by action, which users know as `rate_limit`; a whole minute's worth may go at once.
@@ -68,7 +69,7 @@ impl Limits {
 
     /// Replaces the limits. Calls that wait already wait by the old ones.
     pub(super) fn set(&self, overrides: &BTreeMap<String, u32>) {
-        *self.buckets.write().unwrap_or_else(PoisonError::into_inner) = Buckets::new(overrides);
+        *self.buckets.write() = Buckets::new(overrides);
     }
 
     /// Waits for the action's turn.
@@ -82,7 +83,7 @@ impl Limits {
             sleep_until(slot).await;
         }
         let bucket = {
-            let buckets = self.buckets.read().unwrap_or_else(PoisonError::into_inner);
+            let buckets = self.buckets.read();
             Arc::clone(buckets.by_action.get(action).unwrap_or(&buckets.others))
         };
         bucket.until_ready().await;
@@ -108,7 +109,7 @@ impl Limits {
     }
 
     fn paces(&self) -> MutexGuard<'_, BTreeMap<String, Pace>> {
-        self.paces.lock().unwrap_or_else(PoisonError::into_inner)
+        self.paces.lock()
     }
 }
 

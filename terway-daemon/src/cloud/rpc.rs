@@ -4,12 +4,12 @@
 //! (`aliyun.rs`) takes "already so" for success.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use http::StatusCode;
 use http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, DATE, HeaderValue, USER_AGENT};
+use parking_lot::Mutex;
 use reqwest::Url;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -66,7 +66,7 @@ struct Delay<'a> {
 
 impl Delay<'_> {
     fn note(&mut self, error: CloudError) {
-        let mut delayed = self.rpc.delayed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut delayed = self.rpc.delayed.lock();
         let (calls, last) = delayed.entry(self.action).or_insert_with(|| (0, error.clone()));
         *calls += usize::from(!std::mem::replace(&mut self.counted, true));
         *last = error;
@@ -76,7 +76,7 @@ impl Delay<'_> {
 impl Drop for Delay<'_> {
     fn drop(&mut self) {
         if self.counted {
-            let mut delayed = self.rpc.delayed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut delayed = self.rpc.delayed.lock();
             if let Some((calls, _)) = delayed.get_mut(self.action) {
                 *calls -= 1;
             }
@@ -125,7 +125,7 @@ impl Rpc {
 
     /// What the calls met that are being repeated now, one for each action.
     pub(super) fn delayed(&self) -> Vec<CloudError> {
-        let delayed = self.delayed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let delayed = self.delayed.lock();
         delayed.values().map(|(_, error)| error.clone()).collect()
     }
 

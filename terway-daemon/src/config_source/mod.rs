@@ -4,9 +4,10 @@
 mod files;
 mod status;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use parking_lot::{Mutex, MutexGuard};
 use terway_core::config::{Config, ConfigDocuments, LiveConfig, Warning};
 use terway_core::errors::{self, Error};
 use tokio::sync::watch::{Receiver, Sender};
@@ -95,7 +96,7 @@ impl ConfigSource {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Follows the files as long as the daemon runs.

@@ -6,9 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, Mac};
 use terway_core::ipam::{AttachmentView, Event, Phase};
@@ -48,21 +49,17 @@ pub(super) struct Audit {
     problems: Mutex<Vec<Error>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Audit {
     pub(super) fn eni_is_set_up(&self, mac: Mac, plan: EniPlan) {
-        lock(&self.plans).insert(mac, plan);
+        self.plans.lock().insert(mac, plan);
     }
 
     pub(super) fn eni_is_released(&self, mac: Mac) {
-        lock(&self.plans).remove(&mac);
+        self.plans.lock().remove(&mac);
     }
 
     pub(super) fn problems(&self) -> Vec<Error> {
-        lock(&self.problems).clone()
+        self.problems.lock().clone()
     }
 }
 
@@ -78,7 +75,7 @@ impl Engine {
     /// Reads every source. The store comes first and last: only what it says both times is compared with what was read in between.
     pub(super) async fn look(&self, ask_cloud: bool) -> Observation {
         let before = self.pool_state().pool.list();
-        let plans: BTreeMap<Mac, EniPlan> = lock(&self.audit.plans).clone();
+        let plans: BTreeMap<Mac, EniPlan> = self.audit.plans.lock().clone();
 
         let kernel = self.host.observe(sysctls(plans.values())).await.map_err(net_error);
         let endpoints = self
@@ -171,7 +168,7 @@ impl Engine {
             .map(|f| problem(&snapshot, f))
             .collect();
         let due = match scope {
-            AuditScope::Everything => lock(&self.audit.confirmation).due(found),
+            AuditScope::Everything => self.audit.confirmation.lock().due(found),
             AuditScope::RepairsOnly => found.into_iter().filter(|finding| finding.action.is_repair()).collect(),
         };
         let due: Vec<Finding> = due.into_iter().filter(|finding| finding.action != Action::None).collect();
@@ -201,7 +198,7 @@ impl Engine {
                 }
             }
         }
-        *lock(&self.audit.problems) = problems;
+        *self.audit.problems.lock() = problems;
     }
 
     /// Carries out one action; `false` if the store has moved on and there is nothing to do any more.
@@ -264,7 +261,7 @@ impl Engine {
     fn still_wanted(&self, snapshot: &AuditSnapshot, finding: &Finding, step: &Step) -> bool {
         match &finding.key {
             Some(key) => self.steady(snapshot, Some(key)).is_some(),
-            None => lock(&self.audit.plans).values().any(|plan| plan.steps.contains(step)),
+            None => self.audit.plans.lock().values().any(|plan| plan.steps.contains(step)),
         }
     }
 

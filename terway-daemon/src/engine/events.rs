@@ -4,9 +4,10 @@ mod filter;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use parking_lot::{Mutex, MutexGuard};
 use terway_abi::{Drop, FlowEvent, Program};
 use terway_core::ident::Mac;
 use terway_proto::v1;
@@ -55,7 +56,7 @@ impl Default for FlowLog {
 
 impl FlowLog {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     fn push(&self, event: v1::FlowEvent) {

@@ -17,9 +17,10 @@ mod uplink;
 mod view;
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
+use parking_lot::{Mutex, MutexGuard};
 use terway_core::clock::Moment;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, InstanceId, IpStack, PodRef};
@@ -101,7 +102,7 @@ impl Engine {
     }
 
     fn pool_state(&self) -> MutexGuard<'_, PoolState> {
-        self.pool_state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pool_state.lock()
     }
 
     /// Steps the pool and starts the effects.
@@ -171,7 +172,7 @@ impl Engine {
     }
 
     fn defaults(&self) -> MutexGuard<'_, PodOptions> {
-        self.defaults.lock().unwrap_or_else(PoisonError::into_inner)
+        self.defaults.lock()
     }
 
     /// DEL: returns when the datapath forgot the pod and its release is on disk.

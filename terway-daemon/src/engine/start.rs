@@ -4,9 +4,10 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use terway_core::cloud::NodeIdentity;
 use terway_core::errors::Error;
 use terway_core::ident::{Addresses, AttachmentKey, IpStack};

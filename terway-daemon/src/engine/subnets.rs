@@ -5,8 +5,8 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use terway_core::cloud::Subnet;
 use terway_core::ident::Mac;
 use tracing::warn;
@@ -27,12 +27,12 @@ impl Subnets {
     }
 
     pub(super) fn get(&self, mac: Mac) -> Option<Subnet> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&mac).cloned()
+        self.known.lock().get(&mac).cloned()
     }
 
     /// Stores a subnet, if it is new or changed.
     pub(super) fn keep(&self, mac: Mac, subnet: &Subnet) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         if known.insert(mac, subnet.clone()).as_ref() != Some(subnet) {
             self.write(&known);
         }
@@ -40,7 +40,7 @@ impl Subnets {
 
     /// Removes the subnet of an ENI that is detached: the cloud may reuse its MAC.
     pub(super) fn forget(&self, mac: Mac) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         if known.remove(&mac).is_some() {
             self.write(&known);
         }

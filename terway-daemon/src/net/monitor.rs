@@ -7,13 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
 use ipnetwork::IpNetwork;
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use parking_lot::{Mutex, MutexGuard};
 use terway_core::cidr::Cidr as _;
 use terway_core::ident::Mac;
 use terway_core::route::TABLE_MAIN;
@@ -84,7 +85,7 @@ struct Shared {
 impl Shared {
     fn nics(&self) -> MutexGuard<'_, BTreeMap<u32, Nic>> {
         // Nothing under the lock can panic.
-        self.nics.lock().unwrap_or_else(PoisonError::into_inner)
+        self.nics.lock()
     }
 }
 

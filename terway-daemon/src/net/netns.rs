@@ -14,11 +14,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{FsType, fstatfs};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 use super::NetError;
@@ -108,7 +109,7 @@ pub(super) struct PortSet(Mutex<BTreeSet<u32>>);
 impl PortSet {
     fn ports(&self) -> MutexGuard<'_, BTreeSet<u32>> {
         // Nothing under the lock can panic.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     pub(super) fn contains(&self, port: u32) -> bool {
@@ -132,7 +133,7 @@ struct Queue {
 impl Shared {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         // No job runs under the lock, so a panic cannot leave the queue inconsistent.
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queue.lock()
     }
 
     /// Closes the pool after its threads could not be replaced: queued and later jobs fail with [`NetError::Worker`] instead of waiting forever.
@@ -328,6 +329,6 @@ fn next(shared: &Shared) -> Option<Job> {
         if queue.closed {
             return None;
         }
-        queue = shared.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        shared.wake.wait(&mut queue);
     }
 }

@@ -25,10 +25,11 @@
 //! * **Panics.** When the feed panics while applying, the source is started again, and subscribers are told to rebuild their state from the store
 //!   ([`ObjectChanges::resync`]).
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use parking_lot::{Mutex, MutexGuard};
 use terway_core::errors::{self, Error};
 use terway_core::objects::Kind;
 use tokio::sync::{Notify, mpsc};
@@ -141,7 +142,7 @@ impl Feed {
     }
 
     fn status(&self) -> MutexGuard<'_, Status> {
-        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+        self.status.lock()
     }
 
     /// Runs the source, and starts it again when it fails.
@@ -182,15 +183,15 @@ impl Feed {
             self.note_problems(&burst);
             let apply = {
                 let writer = Arc::clone(&writer);
-                move || lock(&writer).apply(burst)
+                move || writer.lock().apply(burst)
             };
             let apply = supervise::contain("object-apply", supervise::blocking(apply));
             let changes = apply.await.unwrap_or_else(|error| {
                 error!(%error, "applying object changes panicked; listing all objects again");
                 self.relist.notify_one();
-                lock(&writer).resync()
+                writer.lock().resync()
             });
-            self.note_kinds(&lock(&writer));
+            self.note_kinds(&writer.lock());
             let newly_synced = changes.synced.len() > std::mem::replace(&mut synced, changes.synced.len());
             if changes.changes.is_empty() && !changes.resync && !newly_synced {
                 continue;
@@ -218,10 +219,6 @@ impl Feed {
         }
         self.status().kinds = kinds;
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Deref;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::Arc;
 
+use parking_lot::{RwLock, RwLockReadGuard};
 use terway_core::objects::{Applied, Change, Kind, ObjectKey, ObjectName, Objects};
 
 use super::{Batch, KindStatus, Update};
@@ -24,7 +25,7 @@ impl ObjectStore {
     /// The objects as they are now. The feed waits as long as the guard is held.
     #[must_use]
     pub fn read(&self) -> RwLockReadGuard<'_, Stored> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        self.0.read()
     }
 }
 
@@ -86,7 +87,7 @@ impl StoreWriter {
 
     pub(super) fn apply(&mut self, batches: Vec<Batch>) -> ObjectChanges {
         let store = Arc::clone(&self.store);
-        let mut stored = store.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut stored = store.0.write();
         let mut changes = Vec::new();
         for update in batches.into_iter().flat_map(|batch| batch.updates) {
             self.update(&mut stored, update, &mut changes);
@@ -98,7 +99,7 @@ impl StoreWriter {
     /// After a panic in [`Self::apply`]: changes that subscribers must not take for the whole difference.
     pub(super) fn resync(&mut self) -> ObjectChanges {
         self.unlisted.clear();
-        let mut stored = self.store.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut stored = self.store.0.write();
         stored.revision += 1;
         ObjectChanges { synced: stored.synced.clone(), revision: stored.revision, resync: true, ..Default::default() }
     }

@@ -5,8 +5,9 @@
 //! daemon that takes over assigns other ids; it recognises old counters by a tag and goes on with their sums.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
 use terway_core::objects::{Action, Direction, ObjectKey};
 use terway_core::policy::{Compiler, MatchedRule, RuleId};
 use tracing::warn;
@@ -125,7 +126,7 @@ impl PolicyCounters {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Makes and removes counters for rule ids that were added or removed. To be called after a step of the compiler and before its operations

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -15,6 +15,7 @@ use axum::response::{IntoResponse as _, Response};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, bind, listen, setsockopt, socket, sockopt,
 };
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::json;
 use std::os::fd::AsRawFd as _;
 use terway_core::errors::{self, Error};
@@ -49,7 +50,7 @@ pub(super) struct UnboundPorts(Mutex<BTreeMap<u16, Error>>);
 
 impl UnboundPorts {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u16, Error>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// One error for each port that is not served.
