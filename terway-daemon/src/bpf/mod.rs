@@ -55,7 +55,6 @@ mod policy_counters;
 mod policy_maps;
 mod programs;
 mod rcu;
-mod report;
 mod service_maps;
 mod sockets;
 mod sys;
@@ -81,7 +80,6 @@ pub use self::policy_counters::PolicyCounters;
 pub use self::policy_maps::PolicyMaps;
 pub use self::programs::Programs;
 pub use self::rcu::synchronize as synchronize_rcu;
-pub use self::report::{ApplyReport, RefusedOp};
 pub use self::service_maps::{RETIRE_AFTER, ServiceMaps};
 pub use self::sockets::{SocketPrograms, SocketRow, SocketTable};
 #[cfg(feature = "test-api")]

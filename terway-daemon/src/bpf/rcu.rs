@@ -91,6 +91,13 @@ mod tests {
         Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
     }
 
+    fn until_next_run(shared: &Shared) {
+        let run = shared.runs.load(Ordering::SeqCst);
+        while shared.runs.load(Ordering::SeqCst) == run {
+            std::hint::spin_loop();
+        }
+    }
+
     /// Violations in so many runs of the program, while a writer sets `first`, waits, and sets `second`.
     fn violations(shared: &Shared, program: &OwnedFd, runs: u64, wait: impl Fn()) -> u64 {
         const TEST_RUN: libc::c_long = 10;
@@ -110,18 +117,16 @@ mod tests {
             for cycle in 0_u64.. {
                 shared.second.store(0, Ordering::SeqCst);
                 shared.first.store(0, Ordering::SeqCst);
-                let run = shared.runs.load(Ordering::SeqCst);
-                if run >= end {
+                if shared.runs.load(Ordering::SeqCst) >= end {
                     break;
                 }
-                while shared.runs.load(Ordering::SeqCst) == run {
-                    std::hint::spin_loop();
-                }
+                until_next_run(shared);
                 // Each time at another place of the next run.
-                (0..cycle * 997 % 20_000).for_each(|_| std::hint::spin_loop());
+                (0..cycle * 97 % 2_000).for_each(|_| std::hint::spin_loop());
                 shared.first.store(1, Ordering::SeqCst);
                 wait();
                 shared.second.store(1, Ordering::SeqCst);
+                until_next_run(shared);
             }
             stop.store(true, Ordering::Relaxed);
         });
