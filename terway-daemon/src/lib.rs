@@ -13,6 +13,8 @@ pub mod daemon;
 pub mod engine;
 mod file_watch;
 
+#[cfg(feature = "test-api")]
+pub mod fuzz;
 mod grpc;
 pub mod http;
 pub mod identity;

@@ -29,6 +29,8 @@ pub use self::config::{
     endpoint,
 };
 pub use self::metadata::{Metadata, Nic};
+#[cfg(feature = "test-api")]
+pub(crate) use self::wire::fuzz_reply;
 pub use terway_core::config::Secret;
 
 /// Addresses that one assign or unassign call may name (ECS API reference, `AssignPrivateIpAddresses`: `PrivateIpAddress.N`, N up to 10).

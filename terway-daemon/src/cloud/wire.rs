@@ -328,6 +328,27 @@ pub(super) struct AssignedV6Prefixes {
     pub(super) ipv6_prefix: Vec<Ipv6Network>,
 }
 
+/// Reads a reply as each action does; for fuzz targets.
+#[cfg(feature = "test-api")]
+pub(crate) fn fuzz_reply(body: &[u8]) {
+    let _done = serde_json::from_slice::<Done>(body).is_ok();
+    if let Ok(reply) = serde_json::from_slice::<DescribeInstanceTypes>(body) {
+        let _limits: Vec<_> = reply.instance_types.instance_type.iter().map(InstanceType::limits).collect();
+    }
+    if let Ok(reply) = serde_json::from_slice::<DescribeVSwitches>(body) {
+        let _checked: Vec<_> = reply.v_switches.v_switch.into_iter().map(WireVSwitch::checked).collect();
+    }
+    let listed = serde_json::from_slice::<DescribeNetworkInterfaces>(body).ok();
+    let listed = listed.into_iter().flat_map(|reply| reply.network_interface_sets.network_interface_set);
+    for eni in listed.chain(serde_json::from_slice::<WireEni>(body).ok()).filter_map(|eni| eni.checked().ok()) {
+        assert_eq!(eni.v4.first(), Some(&eni.primary_v4), "the primary address comes first");
+    }
+    let _assigned = (
+        serde_json::from_slice::<AssignPrivateIpAddresses>(body).is_ok(),
+        serde_json::from_slice::<AssignIpv6Addresses>(body).is_ok(),
+    );
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};

@@ -16,3 +16,11 @@ pub use feed::{Feed, KindStatus, Subscriber};
 pub use metrics::ObjectMetrics;
 pub use source::{Batch, EmptySource, ObjectSource, Origin, Problem, Scope, SourceError, Update};
 pub use store::{ObjectChanges, ObjectStore, Stored};
+
+/// Reads a file of manifests; for fuzz targets.
+#[cfg(feature = "test-api")]
+pub(crate) fn fuzz_document(path: &std::path::Path, text: &str) {
+    let content = document::read(path, text);
+    let lines = text.lines().count() + 1;
+    assert!(content.problems.iter().all(|(line, _)| (1..=lines).contains(line)), "a line that the file does not have");
+}

@@ -18,7 +18,7 @@ use crate::process;
 use crate::workspace::Workspace;
 
 /// What stands at the top: the parts of the product, and what every Rust project has.
-const TOP: [&str; 22] = [
+const TOP: [&str; 23] = [
     ".cargo",
     ".ci",
     ".gitattributes",
@@ -33,6 +33,7 @@ const TOP: [&str; 22] = [
     "clippy.toml",
     "deny.toml",
     "docs",
+    "fuzz",
     "manifests",
     "proto",
     "rustfmt.toml",
