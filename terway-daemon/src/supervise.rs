@@ -184,7 +184,7 @@ pub async fn blocking_scope<T: Send + 'static>(
 }
 
 async fn on_blocking_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    #[allow(clippy::disallowed_methods, reason = "the supervised form of it")]
+    #[expect(clippy::disallowed_methods, reason = "the supervised form of it")]
     let done = tokio::task::spawn_blocking(work);
     match done.await {
         Ok(value) => value,
@@ -217,7 +217,7 @@ pub fn spawn_thread_from(
     on_panic: OnPanic,
     work: impl FnOnce() + Send + 'static,
 ) -> io::Result<thread::JoinHandle<()>> {
-    #[allow(clippy::disallowed_methods, reason = "the supervised form of it")]
+    #[expect(clippy::disallowed_methods, reason = "the supervised form of it")]
     builder.name(name.to_owned()).spawn(move || Task { name, on_panic }.run(work))
 }
 
@@ -225,7 +225,7 @@ fn spawn_bare<F>(future: F) -> JoinHandle<F::Output>
 where
     F: Future<Output: Send> + Send + 'static,
 {
-    #[allow(clippy::disallowed_methods, reason = "the supervised form of it")]
+    #[expect(clippy::disallowed_methods, reason = "the supervised form of it")]
     tokio::spawn(future)
 }
 
