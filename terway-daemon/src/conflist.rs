@@ -119,7 +119,7 @@ impl Conflist {
             match std::fs::rename(self.dir.join(name), self.dir.join(&to)) {
                 Ok(()) => warn!(name, to, "renamed the network configuration of another plugin (--cni-exclusive)"),
                 Err(error) => {
-                    failed = Some(Error::new(errors::CONFLIST_SHADOWED, format!("failed to rename {name}: {error}")))
+                    failed = Some(Error::new(errors::CONFLIST_SHADOWED, format!("failed to rename {name}: {error}")));
                 }
             }
         }

@@ -243,10 +243,10 @@ impl Listener {
         let mut events = Vec::new();
         let own_ports = Arc::clone(&self.own_ports);
         // New routes and rules, and our own deletions, are the bulk of the events of a busy node.
-        let is_relevant = |message: &[u8]| {
-            !matches!(message_type(message), libc::RTM_NEWROUTE | libc::RTM_NEWRULE)
-                && !(matches!(message_type(message), libc::RTM_DELROUTE | libc::RTM_DELRULE)
-                    && own_ports.contains(sender_port(message)))
+        let is_relevant = |message: &[u8]| match message_type(message) {
+            libc::RTM_NEWROUTE | libc::RTM_NEWRULE => false,
+            libc::RTM_DELROUTE | libc::RTM_DELRULE => !own_ports.contains(sender_port(message)),
+            _ => true,
         };
         match self.events.events(|message| {
             if is_relevant(message) {

@@ -23,7 +23,6 @@ pub struct Stored {
 
 impl ObjectStore {
     /// The objects as they are now. The feed waits as long as the guard is held.
-    #[must_use]
     pub fn read(&self) -> RwLockReadGuard<'_, Stored> {
         self.0.read()
     }
