@@ -879,6 +879,9 @@ pub struct Policy {
     /// The same counts by rule, if the policy was requested by name.
     #[prost(message, repeated, tag = "8")]
     pub counts: ::prost::alloc::vec::Vec<PolicyCount>,
+    /// Map entries of the policy that are missing or out of date; empty if there are none.
+    #[prost(string, repeated, tag = "9")]
+    pub problems: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Count of verdicts by rule. Isolation by several policies counts for each of them.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1012,6 +1015,9 @@ pub struct ServicePort {
     /// Frontends of the port.
     #[prost(message, repeated, tag = "7")]
     pub frontends: ::prost::alloc::vec::Vec<ServiceFrontend>,
+    /// Map entries of its owner that are missing or out of date; empty if there are none.
+    #[prost(string, repeated, tag = "8")]
+    pub problems: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Frontend: an address and port that clients connect to.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1033,6 +1039,9 @@ pub struct ServiceFrontend {
     /// Session affinity in seconds; 0 is none.
     #[prost(uint32, tag = "6")]
     pub affinity_seconds: u32,
+    /// Why the frontend is not in the maps as shown: the kernel's error, or what it waits for; empty if it is.
+    #[prost(string, tag = "7")]
+    pub problem: ::prost::alloc::string::String,
 }
 /// Treatment of a new connection.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -1,5 +1,6 @@
 //! `terway-cli svc`: what this node serves.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
@@ -34,6 +35,7 @@ pub(super) fn list(reply: &v1::ListServicesResponse, style: Style) -> String {
         })
     });
     let mut out = style.table(&head, rows);
+    out.push_str(&problems(reply));
     if !reply.synced {
         out.push_str("not all is known yet: the source of objects has not told everything\n");
     }
@@ -49,6 +51,9 @@ pub(super) fn show(reply: &v1::ListServicesResponse, style: Style) -> String {
     for port in &reply.ports {
         for frontend in &port.frontends {
             let _ = writeln!(out, "{} {} {}", name(port), frontend.kind, place(port, frontend));
+            if !frontend.problem.is_empty() {
+                let _ = writeln!(out, "  NOT PROGRAMMED: {}", frontend.problem);
+            }
             for (side, choice) in [("internal", &frontend.internal), ("external", &frontend.external)] {
                 let choice = choice.clone().unwrap_or_default();
                 let _ = writeln!(out, "  {side:<7}  {} {}", choice.verdict, choice.algorithm);
@@ -60,7 +65,17 @@ pub(super) fn show(reply: &v1::ListServicesResponse, style: Style) -> String {
             }
         }
     }
+    out.push_str(&problems(reply));
     out
+}
+
+/// Map entries that the kernel refused, by owner.
+fn problems(reply: &v1::ListServicesResponse) -> String {
+    let mut lines = BTreeSet::new();
+    for port in &reply.ports {
+        lines.extend(port.problems.iter().map(|problem| format!("not programmed: {}: {problem}\n", name(port))));
+    }
+    lines.into_iter().collect()
 }
 
 fn name(port: &v1::ServicePort) -> String {
@@ -110,9 +125,9 @@ fn value(port: &v1::ServicePort) -> Value {
     };
     json!({
         "kind": port.kind, "namespace": port.namespace, "name": port.name, "port": port.port_name,
-        "protocol": port.protocol, "id": port.id,
+        "protocol": port.protocol, "id": port.id, "problems": port.problems,
         "frontends": port.frontends.iter().map(|f| json!({
-            "address": f.address, "port": f.port, "kind": f.kind, "affinitySeconds": f.affinity_seconds,
+            "address": f.address, "port": f.port, "kind": f.kind, "affinitySeconds": f.affinity_seconds, "problem": f.problem,
             "internal": choice(f.internal.as_ref()), "external": choice(f.external.as_ref()),
         })).collect::<Vec<_>>(),
     })

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use terway_core::objects::{Kind, ObjectKey};
 use terway_core::service::{BackendId, BackendState, FrontendKind, MapContents, Owner, PortView, Selection};
 use terway_proto::v1;
 
@@ -9,7 +10,7 @@ use crate::services::{ServiceList, SocketPathStatus, owner_name};
 
 /// The reply of `ListServices`.
 pub(crate) fn list(list: &ServiceList) -> v1::ListServicesResponse {
-    let ports = list.ports.iter().map(|view| port(view, &list.maps)).collect();
+    let ports = list.ports.iter().map(|view| port(view, list)).collect();
     v1::ListServicesResponse { ports, synced: list.is_synced }
 }
 
@@ -23,7 +24,8 @@ pub(crate) fn socket_path(status: &SocketPathStatus) -> v1::SocketPath {
     }
 }
 
-fn port(view: &PortView, maps: &MapContents) -> v1::ServicePort {
+fn port(view: &PortView, list: &ServiceList) -> v1::ServicePort {
+    let maps = &list.maps;
     let owner = owner_name(&view.owner);
     // A frontend that several owners ask for belongs to one of them.
     let entries = view.frontends.iter().filter_map(|key| Some((key, maps.frontends.get(key)?)));
@@ -31,27 +33,30 @@ fn port(view: &PortView, maps: &MapContents) -> v1::ServicePort {
         entries.filter(|(_, frontend)| frontend.port == view.id).map(|(key, frontend)| v1::ServiceFrontend {
             address: key.address.to_string(),
             port: key.port.into(),
-            kind: kind(frontend.kind).to_owned(),
+            kind: frontend_kind(frontend.kind).to_owned(),
             internal: Some(selection(frontend.inside, maps)),
             external: Some(selection(frontend.outside, maps)),
             affinity_seconds: frontend.affinity_seconds,
+            problem: list.frontend_problems.get(key).cloned().unwrap_or_default(),
         });
+    let (kind, object) = match view.owner {
+        Owner::Service(_) => ("Service", Kind::Service),
+        Owner::Pod(_) => ("Pod", Kind::Pod),
+    };
+    let object = ObjectKey { kind: object, name: owner.clone() };
     v1::ServicePort {
-        kind: match view.owner {
-            Owner::Service(_) => "Service",
-            Owner::Pod(_) => "Pod",
-        }
-        .to_owned(),
+        kind: kind.to_owned(),
         namespace: owner.namespace.to_string(),
         name: owner.name.to_string(),
         port_name: view.name.to_string(),
         protocol: view.protocol.to_string(),
         id: view.id.0,
         frontends: frontends.collect(),
+        problems: list.unapplied.get(&object).into_iter().flatten().cloned().collect(),
     }
 }
 
-const fn kind(kind: FrontendKind) -> &'static str {
+const fn frontend_kind(kind: FrontendKind) -> &'static str {
     match kind {
         FrontendKind::ClusterIp => "ClusterIP",
         FrontendKind::NodePort => "NodePort",

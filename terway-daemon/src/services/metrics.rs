@@ -20,6 +20,7 @@ pub struct ServiceMetrics {
     entries: Family<KindLabels, Gauge>,
     syncs: Histogram,
     problems: Gauge,
+    unapplied: Gauge,
     socket_programs: Gauge,
     sockets_destroyed: Family<DestroyedLabels, Counter>,
 }
@@ -42,6 +43,7 @@ impl ServiceMetrics {
                 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002, 0.005, 0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 20.0,
             ]),
             problems: Gauge::default(),
+            unapplied: Gauge::default(),
             socket_programs: Gauge::default(),
             sockets_destroyed: Family::default(),
         };
@@ -56,6 +58,11 @@ impl ServiceMetrics {
             "terway_service_problems",
             "Services and host ports that are not served as their objects ask for",
             metrics.problems.clone(),
+        );
+        registry.register(
+            "terway_service_unapplied_objects",
+            "Services and host ports with map entries that the kernel refused; retried with back-off",
+            metrics.unapplied.clone(),
         );
         registry.register(
             "terway_socket_programs",
@@ -91,6 +98,11 @@ impl ServiceMetrics {
     /// Records one plan that was carried out.
     pub(super) fn synced(&self, took: Duration) {
         self.syncs.observe(took.as_secs_f64());
+    }
+
+    /// Sets how many objects have refused map entries.
+    pub(super) fn unapplied(&self, count: usize) {
+        self.unapplied.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
     /// Sets how many problems there are.

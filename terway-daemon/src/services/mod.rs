@@ -2,7 +2,8 @@
 //!
 //! Objects come from the [feed](crate::objects::feed). One task receives commands; each step (plan, map writes) runs on a blocking thread, one
 //! after the other. Nothing is written before the objects are synced, so that a restart removes nothing that is only not known yet. After a
-//! failed write, or a panic of a step, the maps are read anew and the whole difference is planned.
+//! panic of a step the maps are read anew and the whole difference is planned. A map operation that the kernel refuses delays only what depends on
+//! it ([`terway_core::service::Planner::execute`]); it is retried with back-off, and shown for the object and the frontend.
 
 mod cgroup;
 mod health;
@@ -10,15 +11,15 @@ mod metrics;
 mod sockets;
 mod state;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use ipnetwork::IpNetwork;
 use terway_core::errors::Error;
-use terway_core::objects::{Kind, ObjectName};
-use terway_core::service::{MapContents, NodeFacts, Owner, PortView, Settings, SocketTermination};
+use terway_core::objects::{Kind, ObjectKey, ObjectName};
+use terway_core::service::{FrontendKey, MapContents, NodeFacts, Owner, PortView, Settings, SocketTermination};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::actor::{current_addresses, sleep_until};
@@ -65,8 +66,12 @@ pub struct Setup {
 pub struct ServiceList {
     /// The ports.
     pub ports: Vec<PortView>,
-    /// The contents of the Service maps.
+    /// The desired contents of the Service maps.
     pub maps: MapContents,
+    /// Frontends that are not in the maps as desired, each with the reason.
+    pub frontend_problems: BTreeMap<FrontendKey, String>,
+    /// Objects that are not in the maps as desired, each with the map entries concerned.
+    pub unapplied: BTreeMap<ObjectKey, BTreeSet<String>>,
     /// Whether all objects that Services need were listed.
     pub is_synced: bool,
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use terway_core::errors::{self, Error};
 use terway_core::objects::ObjectKey;
-use terway_core::service::{NodeFacts, Op, Plan, Planner, Settings, invalidates_backend};
+use terway_core::service::{Entry, NodeFacts, Op, Plan, Planner, Settings};
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
@@ -18,6 +18,7 @@ use super::{KINDS, ServiceList, owner_name};
 use crate::bpf::{BpfError, Datapath, RETIRE_AFTER};
 use crate::memory;
 use crate::objects::{ObjectChanges, ObjectStore};
+use crate::supervise;
 
 /// The first and the longest time until a failed write is retried. Not shorter than [`RETIRE_AFTER`]: the retry reads the maps anew, after which
 /// places that were still to be retired may be reused at once.
@@ -66,6 +67,8 @@ pub(super) struct State {
     backoff: Duration,
     addresses: Vec<IpAddr>,
     object_errors: ObjectErrors,
+    /// Objects that are not in the maps as planned, each with the map entries concerned.
+    unapplied: ObjectErrors,
     failure: Option<Error>,
     notifiers: Notifiers,
     /// A backend was removed since [`State::take_backends_removed`].
@@ -106,6 +109,7 @@ impl State {
             backoff: RETRY.0,
             addresses: Vec::new(),
             object_errors: BTreeMap::new(),
+            unapplied: BTreeMap::new(),
             failure: None,
             notifiers,
             backends_removed: false,
@@ -153,23 +157,32 @@ impl State {
         // Without a planner, before the first sync or until the retry, the objects are enough.
         let Some(planner) = &mut self.planner else { return Ok(()) };
         let plan = planner.update(&self.objects.read(), &changes.changes);
-        self.carry_out(plan, start)
+        self.carry_out(plan, start);
+        Ok(())
     }
 
     fn due(&mut self, now: Instant) -> Result<(), BpfError> {
         while let Some((_, ops)) = self.retire.pop_front_if(|(due, _)| *due <= now) {
-            BpfError::of_all(self.datapath.services().apply(&ops).into_iter().map(|(_, error)| error))?;
-            self.backends_removed |= ops.iter().any(invalidates_backend);
             if let Some(planner) = &mut self.planner {
-                planner.retired(&ops);
+                let executed = planner.execute_retired(&ops, &mut |batch| self.datapath.services().apply(batch));
+                self.backends_removed |= executed.backends_removed;
             }
+            self.note_unapplied();
         }
         if self.retry.is_some_and(|retry| retry <= now) {
             self.retry = None;
-            self.datapath.services().set_node_addresses(&self.addresses)?;
-            if self.synced {
-                self.restore(now)?;
-                info!("Services are programmed again");
+            match &mut self.planner {
+                Some(planner) => {
+                    let plan = planner.retry();
+                    self.carry_out(plan, now);
+                }
+                None => {
+                    self.datapath.services().set_node_addresses(&self.addresses)?;
+                    if self.synced {
+                        self.restore(now)?;
+                        info!("Services are programmed again");
+                    }
+                }
             }
         }
         if self.trim_memory.is_some_and(|trim_memory| trim_memory <= now) {
@@ -191,11 +204,10 @@ impl State {
         let errors = planner.object_errors();
         self.object_errors.retain(|object, _| errors.contains_key(object));
         self.planner = Some(planner);
-        self.carry_out(plan, start)?;
         self.failure = None;
+        self.carry_out(plan, start);
         self.notify_health();
         self.notifiers.in_force.send_replace(true);
-        self.backoff = RETRY.0;
         // Backends may have been removed while no daemon ran.
         self.backends_removed = true;
         let services = self.objects.read().services().len();
@@ -205,9 +217,9 @@ impl State {
         Ok(())
     }
 
-    /// RangeAllocator a plan; what is newly wrong goes to the log.
-    fn carry_out(&mut self, plan: Plan, start: Instant) -> Result<(), BpfError> {
-        for (object, messages) in plan.object_errors {
+    /// Runs a plan; logs new errors in objects.
+    fn carry_out(&mut self, mut plan: Plan, start: Instant) {
+        for (object, messages) in std::mem::take(&mut plan.object_errors) {
             let known = self.object_errors.remove(&object).unwrap_or_default();
             for message in messages.difference(&known) {
                 warn!(%object, "{message}");
@@ -219,16 +231,49 @@ impl State {
         if !plan.health.is_empty() {
             self.notify_health();
         }
+        let Some(planner) = &mut self.planner else { return };
         if plan.ops.is_empty() && plan.retire.is_empty() {
-            return Ok(());
+            return;
         }
-        BpfError::of_all(self.datapath.services().apply(&plan.ops).into_iter().map(|(_, error)| error))?;
-        self.backends_removed |= plan.ops.iter().any(invalidates_backend);
+        supervise::injection_point("service-step");
+        let executed = planner.execute(&plan, &mut |batch| self.datapath.services().apply(batch));
+        self.backends_removed |= executed.backends_removed;
         self.metrics.synced(start.elapsed());
         if !plan.retire.is_empty() {
             self.retire.push_back((Instant::now() + RETIRE_AFTER, plan.retire));
         }
-        Ok(())
+        self.note_unapplied();
+    }
+
+    /// Logs which objects are not in the maps as planned, and schedules a retry.
+    fn note_unapplied(&mut self) {
+        let Some(planner) = &self.planner else { return };
+        if planner.is_applied() {
+            if !std::mem::take(&mut self.unapplied).is_empty() {
+                info!("all Services are programmed");
+            }
+            self.retry = None;
+            self.backoff = RETRY.0;
+        } else {
+            let unapplied = planner.unapplied_objects();
+            for (object, entries) in &unapplied {
+                if !self.unapplied.contains_key(object) {
+                    error!(%object, error = entries.first().map_or("", String::as_str), "failed to program a part of a Service");
+                }
+            }
+            self.unapplied = unapplied;
+            if self.retry.is_none() {
+                self.retry = Some(self.next_retry());
+            }
+        }
+        self.metrics.unapplied(self.unapplied.len());
+    }
+
+    /// The time of the next retry: the back-off grows, and is spread so that nodes do not retry at the same time.
+    fn next_retry(&mut self) -> Instant {
+        let backoff = self.backoff;
+        self.backoff = (self.backoff * 2).min(RETRY.1);
+        Instant::now() + backoff + backoff.mul_f64(fastrand::f64() / 4.0)
     }
 
     /// Publishes the health-check ports and their numbers of endpoints. Without a planner the numbers stay as they are.
@@ -256,8 +301,8 @@ impl State {
     pub(super) fn invalidate(&mut self) -> Instant {
         self.planner = None;
         self.retire.clear();
-        let retry = Instant::now() + self.backoff;
-        self.backoff = (self.backoff * 2).min(RETRY.1);
+        self.unapplied.clear();
+        let retry = self.next_retry();
         self.retry = Some(retry);
         retry
     }
@@ -267,10 +312,13 @@ impl State {
         let object_errors = self.object_errors.iter().flat_map(|(object, messages)| {
             messages.iter().map(move |text| Error::new(errors::SERVICE_PROBLEM, format!("{object}: {text}.")))
         });
-        let mut all: Vec<Error> = object_errors.collect();
-        self.metrics.problems(all.len());
-        all.truncate(LISTED);
-        self.failure.iter().cloned().chain(all).collect()
+        let mut object_errors: Vec<Error> = object_errors.collect();
+        self.metrics.problems(object_errors.len());
+        object_errors.truncate(LISTED);
+        let unapplied = self.unapplied.iter().flat_map(|(object, entries)| {
+            entries.iter().map(move |text| Error::new(errors::SERVICES_FAILED, format!("{object}: {text}.")))
+        });
+        self.failure.iter().cloned().chain(unapplied.take(LISTED)).chain(object_errors).collect()
     }
 
     /// The owners of ports by port id.
@@ -287,6 +335,16 @@ impl State {
             let owner = owner_name(&view.owner);
             matches(&owner.namespace, namespace) && matches(&owner.name, name)
         });
-        ServiceList { ports: ports.collect(), maps: planner.map_contents(), is_synced: self.synced }
+        let frontend_problem = |(entry, error): (Entry, Option<&str>)| match entry {
+            Entry::Frontend(key) => Some((key, error.unwrap_or("waits for another map entry").to_owned())),
+            _ => None,
+        };
+        ServiceList {
+            ports: ports.collect(),
+            maps: planner.map_contents(),
+            frontend_problems: planner.unapplied().filter_map(frontend_problem).collect(),
+            unapplied: self.unapplied.clone(),
+            is_synced: self.synced,
+        }
     }
 }
