@@ -289,7 +289,7 @@ catalogue! {
         "Correct the object that the message names: an annotation's value, or an address and port that two objects claim.";
     /// Services cannot be written into the kernel.
     SERVICES_FAILED = "TW0503", "services-failed", 100,
-        "The kernel refuses a change of Services; those written before stay in force, and the daemon tries again.",
+        "The kernel refuses to write a part of a Service: it keeps its previous state, everything else is programmed, and the daemon retries.",
         "The message names the map and the kernel's error; if a map is full, there are more Services or endpoints than it has room for.";
     /// The source of objects does not answer.
     OBJECTS_UNREADABLE = "TW0504", "objects-unreadable", 100,
@@ -305,7 +305,7 @@ catalogue! {
         "Find who uses the port (ss -ltnp) and end it, or give the Service another healthCheckNodePort; the daemon tries again every ten seconds.";
     /// Network policies cannot be written into the kernel.
     POLICY_FAILED = "TW0507", "policy-failed", 11,
-        "The kernel refuses a change of network policies; those written before stay in force, no pod is added, and the daemon tries again.",
+        "The kernel refuses to write a part of the network policies: pods whose policies are incomplete are denied, everything else is in force, and the daemon retries.",
         "The message names the map and the kernel's error; if a map is full, there are more policies or pods than it has room for.";
     /// Pods whose policies are not known.
     POLICY_INCOMPLETE = "TW0508", "policy-incomplete", 100,

@@ -133,6 +133,12 @@ fn remarks(reply: &v1::ListPoliciesResponse) -> String {
     } else if !reply.enforced {
         out.push_str("network policies are switched off (disable_network_policy)\n");
     }
+    // Map entries that the kernel refused.
+    for policy in &reply.policies {
+        for problem in &policy.problems {
+            let _ = writeln!(out, "not programmed: {} {}: {problem}", policy.kind, name(policy));
+        }
+    }
     out
 }
 
@@ -161,6 +167,7 @@ fn json(reply: &v1::ListPoliciesResponse) -> String {
             json!({
                 "kind": p.kind, "namespace": p.namespace, "name": p.name, "pods": pods(p), "allowed": p.allowed,
                 "denied": p.denied, "deniedBytes": p.denied_bytes, "counts": counts.collect::<Vec<_>>(),
+                "problems": p.problems,
             })
         })
         .collect();

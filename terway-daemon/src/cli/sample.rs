@@ -244,7 +244,7 @@ pub(super) fn policies() -> v1::ListPoliciesResponse {
         allowed: 1200,
         denied: 7,
         denied_bytes: 518,
-        problems: vec![],
+        problems: vec!["entry of set 7 for identity 0x40000003: POLICY_PEERS: no space left on device".into()],
         counts: vec![
             count("NetworkPolicy default/web, ingress rule 0: Accept", true, 1200, 88_800),
             count("isolated in ingress by NetworkPolicy default/web, none of whose rules allows it", false, 7, 518),

@@ -36,7 +36,7 @@ fn policy(entry: &PolicyEntry) -> v1::Policy {
         denied: entry.total.denied.packets,
         denied_bytes: entry.total.denied.bytes,
         counts: entry.rules.iter().map(rule_count).collect(),
-        problems: Vec::new(),
+        problems: entry.problems.clone(),
     }
 }
 

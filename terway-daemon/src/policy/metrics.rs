@@ -26,6 +26,8 @@ struct KindLabels {
 pub struct PolicyMetrics {
     entries: Family<KindLabels, Gauge>,
     quarantined: Gauge,
+    unapplied: Gauge,
+    locked: Gauge,
     steps: Histogram,
     counters: Arc<OnceLock<Arc<PolicyCounters>>>,
 }
@@ -61,6 +63,8 @@ impl PolicyMetrics {
         let metrics = Self {
             entries: Family::default(),
             quarantined: Gauge::default(),
+            unapplied: Gauge::default(),
+            locked: Gauge::default(),
             // A new pod takes a part of a millisecond, two changes in a row a grace period, a large cluster's first compile some seconds.
             counters: Arc::default(),
             steps: Histogram::new([0.000_1, 0.000_25, 0.000_5, 0.001, 0.002, 0.005, 0.02, 0.05, 0.1, 0.5, 2.0, 5.0]),
@@ -74,6 +78,16 @@ impl PolicyMetrics {
             "terway_policy_quarantined_pods",
             "Pods of this node in quarantine: denied until their labels are known",
             metrics.quarantined.clone(),
+        );
+        registry.register(
+            "terway_policy_unapplied_objects",
+            "Policies and pods with map entries that the kernel refused; retried with back-off",
+            metrics.unapplied.clone(),
+        );
+        registry.register(
+            "terway_policy_locked_pods",
+            "Pods of this node in lockdown: denied until their policies are completely programmed",
+            metrics.locked.clone(),
         );
         registry.register_with_unit(
             "terway_policy_step",
@@ -108,6 +122,12 @@ impl PolicyMetrics {
             self.entries.get_or_create(&KindLabels { kind }).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
         self.quarantined.set(i64::try_from(quarantined).unwrap_or(i64::MAX));
+    }
+
+    /// Sets how many objects have refused map entries, and how many pods are in lockdown.
+    pub(super) fn unapplied(&self, objects: usize, locked: usize) {
+        self.unapplied.set(i64::try_from(objects).unwrap_or(i64::MAX));
+        self.locked.set(i64::try_from(locked).unwrap_or(i64::MAX));
     }
 
     /// Records one step.

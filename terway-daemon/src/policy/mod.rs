@@ -3,7 +3,8 @@
 //! Objects come from the [feed](crate::objects::feed). A step (compile, write maps) runs on a blocking thread under one lock. ADD and DEL of a
 //! pod take that lock themselves, so that a pod's policies are in the maps before its interface carries packets. Until the objects are
 //! synced, running pods keep what an earlier daemon wrote, and a new pod is in quarantine: each direction that a policy known so far may
-//! restrict is denied. After a panic of a step the compiler is made anew from the object store, over the maps as they are. Operations that the kernel refuses are kept in their order and retried; no pod is added meanwhile.
+//! restrict is denied. After a panic of a step the compiler is made anew from the object store, over the maps as they are. A map operation that the kernel refuses puts only the pods whose policies are incomplete into lockdown
+//! ([`terway_core::policy::Compiler::execute`]); it is retried with back-off, and shown for the policy.
 
 mod counters;
 mod metrics;
@@ -49,9 +50,6 @@ const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Deferred operations are run when nothing has changed for so long.
 const IDLE: Duration = Duration::from_millis(50);
-
-/// The interval at which refused operations are retried.
-const RETRY: Duration = Duration::from_secs(1);
 
 /// The kinds of objects that policies are compiled from.
 const KINDS: [Kind; 4] = [Kind::Namespace, Kind::Pod, Kind::NetworkPolicy, Kind::ClusterNetworkPolicy];
@@ -233,9 +231,12 @@ impl Policies {
         let this = Arc::clone(self);
         let work = move || {
             let deferred = this.state().deferred();
-            let Some(generation) = deferred else { return this.state().retry().then(|| Instant::now() + RETRY) };
+            let Some(generation) = deferred else { return this.state().retry() };
             bpf::synchronize_rcu();
-            this.state().run_deferred(generation).then(|| Instant::now() + IDLE)
+            let mut state = this.state();
+            let has_more = state.run_deferred(generation);
+            let retry = state.retry();
+            if has_more { Some(Instant::now() + IDLE) } else { retry }
         };
         supervise::blocking(work).await
     }

@@ -1,5 +1,7 @@
 //! Answers of the policy actor: status, list and the names in flow events.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use terway_core::ident::PodRef;
 use terway_core::objects::{Direction, ObjectKey, ObjectName};
 use terway_core::policy::{Compiler, MatchedRule, Stats};
@@ -37,6 +39,8 @@ pub struct PolicyEntry {
     pub key: ObjectKey,
     /// The pods of this node that it selects.
     pub pods: Vec<PodRef>,
+    /// Map entries of the policy that are missing or out of date.
+    pub problems: Vec<String>,
     /// Its counts, both directions together.
     pub(crate) total: VerdictCounts,
     /// Its counts by rule; empty in a list of several policies, which would be as long as there are pairs of policies.
@@ -74,6 +78,7 @@ pub(super) fn list(
     (namespace, name): (&str, &str),
     pod: impl Fn(&u32) -> Option<PodRef>,
     counters: &PolicyCounters,
+    unapplied: &BTreeMap<ObjectKey, BTreeSet<String>>,
 ) -> Vec<PolicyEntry> {
     let (totals, rules) = (counters.totals(), counters.rules());
     let matches = |part: &str, filter: &str| filter.is_empty() || part == filter;
@@ -89,7 +94,8 @@ pub(super) fn list(
         for counts in directions.iter().filter_map(|direction| totals.get(&(key.clone(), *direction))) {
             total.add(*counts);
         }
-        PolicyEntry { pods: slots.iter().filter_map(&pod).collect(), total, rules: rules_of(&key), key }
+        let problems = unapplied.get(&key).into_iter().flatten().cloned().collect();
+        PolicyEntry { pods: slots.iter().filter_map(&pod).collect(), problems, total, rules: rules_of(&key), key }
     };
     selected.map(entry).collect()
 }

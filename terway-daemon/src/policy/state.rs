@@ -1,16 +1,16 @@
 //! State of the policy actor: the compiler, local endpoints, and operations that are not written yet. Its methods block: they write maps.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use terway_core::errors::{self, Error};
 use terway_core::ident::{Addresses, Family, PodRef};
-use terway_core::objects::{ObjectName, Objects};
+use terway_core::objects::{ObjectKey, ObjectName, Objects};
 use terway_core::policy::{
-    Compiler, EndpointPolicy, Event, Explanation, Maps, MatchedRule, Op, SetId, SetRef, UNKNOWN_POD, Verdict,
+    Compiler, EndpointPolicy, Event, Explanation, Halted, Maps, MatchedRule, Op, SetId, SetRef, UNKNOWN_POD, Verdict,
     VerdictOrTable,
 };
 use tracing::{error, info};
@@ -21,12 +21,16 @@ use super::report::{self, PolicyList, PolicyStatus, PolicyVerdict};
 use super::{Connection, KINDS};
 use crate::bpf::{BpfError, Datapath};
 use crate::objects::{ObjectChanges, ObjectStore};
+use crate::supervise;
 
 /// The set of pods in quarantine: it has no entries, and its defaults deny. The compiler assigns ids from 1 upwards.
 const QUARANTINE: SetId = SetId(u32::MAX - 1);
 
 /// Pods in quarantine that the status lists by name.
 const LISTED: usize = 5;
+
+/// The first and the longest time until refused operations are retried.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// A command of the policy actor.
 #[derive(Debug)]
@@ -76,9 +80,13 @@ pub(super) struct State {
     /// A provisional compiler with the first so many of these events, for pods that are added before the objects are synced.
     provisional: Option<(Compiler, usize)>,
     attached: BTreeMap<u32, Attached>,
-    /// Operations that are not written yet, in order. Not empty only after the kernel refused the first.
-    backlog: VecDeque<Op>,
+    /// The maps cannot be read, or an operation failed that must not be skipped.
     failure: Option<Error>,
+    /// Objects that are not in the maps as compiled, each with the map entries concerned.
+    unapplied: BTreeMap<ObjectKey, BTreeSet<String>>,
+    /// When what is not applied is retried.
+    retry: Option<Instant>,
+    backoff: Duration,
     node: Vec<IpAddr>,
     enforce: bool,
     /// Incremented by every step.
@@ -120,8 +128,10 @@ impl State {
             early: Vec::new(),
             provisional: None,
             attached: BTreeMap::new(),
-            backlog: VecDeque::new(),
             failure: None,
+            unapplied: BTreeMap::new(),
+            retry: None,
+            backoff: RETRY.0,
             node: Vec::new(),
             enforce,
             generation: 0,
@@ -183,8 +193,8 @@ impl State {
         self.early.extend(self.attached.iter().map(attach));
         self.compiler = None;
         self.provisional = None;
-        self.backlog.clear();
         self.failure = None;
+        self.retry = None;
         self.is_policy_deleted = false;
         self.counters.orphan();
         if is_synced {
@@ -225,47 +235,86 @@ impl State {
         self.is_policy_deleted |= events.iter().any(is_deletion);
         let ops = compiler.steps(events);
         self.counters.update(compiler);
+        supervise::injection_point("policy-step");
         self.run(ops);
     }
 
+    /// Writes operations to the maps. Those that the kernel refuses are kept by the compiler and retried; all others are written.
     fn run(&mut self, ops: Vec<Op>) {
         self.generation += 1;
-        self.backlog.extend(ops);
-        while let Some(op) = self.backlog.front() {
-            if let Err(error) = self.datapath.policies().apply(op) {
-                return self.failed(&error);
-            }
-            self.backlog.pop_front();
+        let Some(compiler) = &mut self.compiler else { return };
+        let executed = compiler.execute(ops, &mut |op| apply(&self.datapath, op));
+        self.executed(executed);
+    }
+
+    fn executed(&mut self, executed: Result<(), Halted>) {
+        match executed {
+            Ok(()) => self.failure = None,
+            Err(halted) => self.failed(&halted),
         }
-        self.failure = None;
-        // Everything is written: no packet meets an id of an earlier daemon any more.
-        if std::mem::take(&mut self.adopt_counters) {
-            self.counters.adopt();
+        let Some(compiler) = &self.compiler else { return };
+        if compiler.is_applied() {
+            if !std::mem::take(&mut self.unapplied).is_empty() {
+                info!("all network policies are programmed");
+            }
+            self.retry = None;
+            self.backoff = RETRY.0;
+            // No packet meets an id of an earlier daemon any more.
+            if std::mem::take(&mut self.adopt_counters) {
+                self.counters.adopt();
+            }
+        } else {
+            let unapplied = compiler.unapplied_objects();
+            for (object, entries) in &unapplied {
+                if !self.unapplied.contains_key(object) {
+                    let error = entries.first().map_or("", String::as_str);
+                    error!(%object, error, "failed to program a part of the network policies");
+                }
+            }
+            self.unapplied = unapplied;
+            self.schedule_retry();
         }
     }
 
-    fn failed(&mut self, error: &BpfError) {
+    /// Schedules the next retry: the back-off grows, and is spread so that nodes do not retry at the same time.
+    fn schedule_retry(&mut self) {
+        if self.retry.is_none() {
+            let backoff = self.backoff;
+            self.backoff = (backoff * 2).min(RETRY.1);
+            self.retry = Some(Instant::now() + backoff + backoff.mul_f64(fastrand::f64() / 4.0));
+        }
+    }
+
+    fn failed(&mut self, error: &dyn std::error::Error) {
         if self.failure.is_none() {
             error!(%error, "failed to write network policies");
         }
         self.failure = Some(Error::new(errors::POLICY_FAILED, format!("{error}.")));
+        self.schedule_retry();
     }
 
-    /// Retries refused operations; returns whether some are still refused.
-    pub(super) fn retry(&mut self) -> bool {
-        if !self.backlog.is_empty() {
-            self.run(Vec::new());
+    /// Retries what is not applied, if that is due; returns when it is next.
+    pub(super) fn retry(&mut self) -> Option<Instant> {
+        if self.retry.is_some_and(|retry| retry <= Instant::now()) {
+            self.retry = None;
+            if let Some(compiler) = &mut self.compiler {
+                let executed = compiler.retry(&mut |op| apply(&self.datapath, op));
+                self.executed(executed);
+            } else if self.objects.read().has_synced(&KINDS) {
+                self.take_over(Instant::now());
+            }
+            self.update_metrics();
         }
-        self.failure.is_some()
+        self.retry
     }
 
-    /// The generation in which the compiler has deferred operations, if it has any and everything else is written.
+    /// The generation in which the compiler has deferred operations, if it has any and can run them.
     pub(super) fn deferred(&self) -> Option<u64> {
         let has_deferred = self.compiler.as_ref().is_some_and(Compiler::has_deferred);
-        (self.backlog.is_empty() && has_deferred).then_some(self.generation)
+        (self.failure.is_none() && has_deferred).then_some(self.generation)
     }
 
-    /// Runs deferred operations, if no step came since `generation`, after which an RCU grace period has passed. Returns whether there is more to do.
+    /// Runs deferred operations, if no step came since `generation`, after which an RCU grace period has passed. Returns whether there are more.
     pub(super) fn run_deferred(&mut self, generation: u64) -> bool {
         if generation == self.generation
             && let Some(compiler) = &mut self.compiler
@@ -278,7 +327,7 @@ impl State {
             self.run(ops);
             self.update_metrics();
         }
-        self.deferred().is_some() || self.failure.is_some()
+        self.deferred().is_some()
     }
 
     /// The reason for which an ADD of the pod has to wait; none if its policies are known.
@@ -297,18 +346,31 @@ impl State {
             self.attached.insert(slot, new);
             self.event(Event::Attach { slot, pod: pod.clone(), addresses });
             // An endpoint that exists keeps what an earlier daemon wrote; a new one must not get another pod's policies.
-            if self.compiler.is_none() && !exists {
-                self.quarantine(slot, addresses);
+            if self.compiler.is_none()
+                && !exists
+                && let Err(error) = self.quarantine(slot, addresses)
+            {
+                self.attached.remove(&slot);
+                return Err(Error::new(errors::POLICY_FAILED, format!("{error}.")));
             }
         }
-        match &self.failure {
-            Some(failure) => Err(failure.clone()),
-            None => Ok(()),
+        if let Some(failure) = &self.failure {
+            return Err(failure.clone());
         }
+        // A pod in lockdown would have no network; kubelet retries.
+        let is_locked = |compiler: &Compiler| {
+            let name = ObjectName::new(&pod.namespace, &pod.name);
+            !compiler.is_applied() && compiler.locked_pods().contains(&name)
+        };
+        if self.compiler.as_ref().is_some_and(is_locked) {
+            let entries = self.unapplied.values().flatten().next().cloned().unwrap_or_default();
+            return Err(Error::new(errors::POLICY_FAILED, format!("The pod's policies are incomplete: {entries}.")));
+        }
+        Ok(())
     }
 
     /// Writes a new pod's endpoint before the objects are synced: a direction that a policy known so far may restrict is denied.
-    fn quarantine(&mut self, slot: u32, addresses: Addresses) {
+    fn quarantine(&mut self, slot: u32, addresses: Addresses) -> Result<(), BpfError> {
         let (provisional, applied) = self.provisional.get_or_insert_with(|| (Compiler::new().0, 0));
         provisional.steps(self.early.iter().skip(*applied).cloned());
         *applied = self.early.len();
@@ -319,12 +381,11 @@ impl State {
             *sides = [SetRef::default(), if is_unrestricted { SetRef::default() } else { denied }];
         }
         for address in addresses.iter() {
-            value.identities[Family::of(address) as usize] = match self.datapath.policies().identity(address) {
-                Ok(identity) => identity,
-                Err(error) => return self.failed(&error),
-            };
+            value.identities[Family::of(address) as usize] = self.datapath.policies().identity(address)?;
         }
-        self.run([0, 1].map(|version| Op::PutEndpoint { slot, version, value: Box::new(value) }).to_vec());
+        [0, 1].into_iter().try_for_each(|version| {
+            self.datapath.policies().apply(&Op::PutEndpoint { slot, version, value: Box::new(value) })
+        })
     }
 
     /// Detaches the pods whose endpoints were removed.
@@ -341,6 +402,8 @@ impl State {
     fn update_metrics(&self) {
         if let Some(compiler) = &self.compiler {
             self.metrics.stats(&compiler.stats(), compiler.pods_without_labels().len());
+            let locked = if compiler.is_applied() { 0 } else { compiler.locked_pods().len() };
+            self.metrics.unapplied(self.unapplied.len(), locked);
         }
     }
 
@@ -358,7 +421,10 @@ impl State {
             };
             Error::new(errors::POLICY_INCOMPLETE, format!("{}{more}.", names.join(", ")))
         });
-        self.failure.iter().cloned().chain(incomplete).collect()
+        let unapplied = self.unapplied.iter().flat_map(|(object, entries)| {
+            entries.iter().map(move |text| Error::new(errors::POLICY_FAILED, format!("{object}: {text}.")))
+        });
+        self.failure.iter().cloned().chain(unapplied.take(LISTED)).chain(incomplete).collect()
     }
 
     pub(super) fn status(&self) -> PolicyStatus {
@@ -373,7 +439,7 @@ impl State {
     pub(super) fn list(&self, namespace: &str, name: &str) -> PolicyList {
         let Some(compiler) = &self.compiler else { return PolicyList::default() };
         let pod = |slot: &u32| self.attached.get(slot).map(|attached| attached.pod.clone());
-        let policies = report::list(compiler, (namespace, name), pod, &self.counters);
+        let policies = report::list(compiler, (namespace, name), pod, &self.counters, &self.unapplied);
         PolicyList { is_enforced: self.enforce, is_synced: true, policies }
     }
 
@@ -408,6 +474,11 @@ impl State {
         let Connection { from, to, protocol, port } = connection;
         compiler.explain(from, to, *protocol, *port).map_err(|unexplained| unexplained.to_string())
     }
+}
+
+/// Applies an operation to the policy maps.
+fn apply(datapath: &Datapath, op: &Op) -> Result<(), String> {
+    datapath.policies().apply(op).map_err(|error| error.to_string())
 }
 
 /// The events that lead from no objects to those of the store.
