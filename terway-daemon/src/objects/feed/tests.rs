@@ -45,6 +45,8 @@ impl ObjectSource for Script {
     async fn run(self: Box<Self>, batches: mpsc::Sender<Batch>) -> Result<(), SourceError> {
         for batch in self.0 {
             batches.send(batch).await.unwrap();
+            // Until the feed has taken it; time is paused and passes only when nothing else is to do.
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
         match self.1 {
             Then::Wait => batches.closed().await,
@@ -159,7 +161,6 @@ async fn kinds_become_synced_one_by_one_and_an_unreadable_kind_never_does() {
         batch(vec![Update::Replace(Kind::Service, vec![service("a", "10.96.0.1")])]),
         batch(vec![Update::Replace(Kind::EndpointSlice, vec![])]),
     ];
-    // One permit at a time: the batches shall not be joined.
     let mut world = World::start(vec![(batches, Then::Wait)], 100);
     let mut last = ObjectChanges::default();
     while !last.has_synced(&[Kind::Service, Kind::EndpointSlice]) {
