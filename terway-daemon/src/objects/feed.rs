@@ -26,7 +26,7 @@
 //!   ([`ObjectChanges::resync`]).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use parking_lot::{Mutex, MutexGuard};
@@ -179,6 +179,7 @@ impl Feed {
         let writer = Arc::new(Mutex::new(StoreWriter::new(store)));
         let mut synced = 0;
         while let Some(first) = batches.recv().await {
+            let received = Instant::now();
             let burst = batch(first, || batches.try_recv().ok());
             self.note_problems(&burst);
             let apply = {
@@ -199,7 +200,7 @@ impl Feed {
             if newly_synced && changes.has_synced(&Kind::ALL) {
                 info!("all Kubernetes objects are listed");
             }
-            let changes = Arc::new(changes);
+            let changes = Arc::new(ObjectChanges { received: Some(received), ..changes });
             for subscriber in &subscribers {
                 subscriber.deliver(Arc::clone(&changes)).await;
             }

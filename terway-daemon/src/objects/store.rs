@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Deref;
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::{RwLock, RwLockReadGuard};
 use terway_core::objects::{Applied, Change, Kind, ObjectKey, ObjectName, Objects};
@@ -59,6 +60,8 @@ pub struct ObjectChanges {
     pub synced: BTreeSet<Kind>,
     /// The revision of the store that these changes lead to, one more than before.
     pub revision: u64,
+    /// When the feed received the first batch of these changes.
+    pub received: Option<Instant>,
     /// Changes may be missing (the feed panicked): a subscriber rebuilds its state from the store.
     pub resync: bool,
 }
@@ -92,7 +95,8 @@ impl StoreWriter {
             self.update(&mut stored, update, &mut changes);
         }
         stored.revision += 1;
-        ObjectChanges { changes, synced: stored.synced.clone(), revision: stored.revision, resync: false }
+        let synced = stored.synced.clone();
+        ObjectChanges { changes, synced, revision: stored.revision, received: None, resync: false }
     }
 
     /// After a panic in [`Self::apply`]: changes that subscribers must not take for the whole difference.

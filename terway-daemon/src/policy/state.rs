@@ -139,9 +139,12 @@ impl State {
     }
 
     pub(super) fn step(&mut self, command: Command) {
-        let start = Instant::now();
+        let mut start = Instant::now();
         match command {
-            Command::Objects(all) => self.changed(&all, start),
+            Command::Objects(all) => {
+                start = all.first().and_then(|first| first.received).unwrap_or(start);
+                self.changed(&all, start);
+            }
             Command::Addresses(addresses) => {
                 self.node.clone_from(&addresses);
                 if self.compiler.is_some() {

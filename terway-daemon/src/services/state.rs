@@ -129,7 +129,7 @@ impl State {
         let outcome = match command {
             Command::Objects(changes, done) => {
                 waiting = Some(done);
-                self.changed(&changes, start)
+                self.changed(&changes, changes.received.unwrap_or(start))
             }
             Command::Addresses(addresses) => {
                 self.addresses = addresses;
