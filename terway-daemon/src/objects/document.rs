@@ -207,7 +207,7 @@ fn json_document(text: &str, raw: &RawValue, top: bool, content: &mut Content) {
         DocumentKind::Other => {}
         DocumentKind::Invalid(why) => content.problems.push((before() + 1, why)),
         DocumentKind::Object(kind) => match Object::read(kind, &mut serde_json::Deserializer::from_str(raw.get())) {
-            // Lines of good objects are only told when two files hold the same one; counting newlines for each would be quadratic.
+            // The line of a valid object is used only if another file holds it too; counting newlines for each would be quadratic.
             Ok(object) => content.objects.push((if top { before() + 1 } else { 1 }, object)),
             Err(error) => fail(content, &error),
         },

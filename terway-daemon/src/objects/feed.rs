@@ -117,7 +117,7 @@ impl Feed {
         let Setup { open, store, subscribers, metrics } = setup;
         let this = Arc::new(Self { status: Mutex::default(), relist: Notify::new(), metrics });
         let (sender, batches) = mpsc::channel(WAITING);
-        // A panic in a source or while applying is handled inside; one outside of these leaves nobody who delivers.
+        // Panics of a source and of applying are handled inside; any other one leaves no delivery and ends the daemon.
         supervise::spawn("object-source", Arc::clone(&this).run_source(open, sender));
         supervise::spawn("object-feed", Arc::clone(&this).deliver(store, subscribers, batches));
         this

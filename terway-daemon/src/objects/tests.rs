@@ -186,7 +186,11 @@ async fn a_bad_file_keeps_its_objects_and_is_reported_by_line() {
 
     w.write("f.yaml", &service("a", "10.96.0.7"));
     w.next().await;
-    assert_eq!((w.services(), w.problems.len()), (vec!["a 10.96.0.7".to_owned()], 0), "right again: b is really gone");
+    assert_eq!(
+        (w.services(), w.problems.len()),
+        (vec!["a 10.96.0.7".to_owned()], 0),
+        "without a bad document, b is deleted"
+    );
 }
 
 #[tokio::test]
@@ -240,7 +244,7 @@ async fn a_removed_folder_deletes_nothing() {
     fs::create_dir(&path).unwrap();
     fs::write(path.join("a.yaml"), service("a", "10.96.0.1")).unwrap();
     w.next().await;
-    assert_eq!(w.services(), ["a 10.96.0.1"], "a folder that is back without b says that b is gone");
+    assert_eq!(w.services(), ["a 10.96.0.1"], "objects that are not in the new folder are deleted");
 }
 
 #[tokio::test]
@@ -249,14 +253,14 @@ async fn a_missing_folder_is_refused() {
     assert!(error.starts_with("cannot watch /nowhere/at/all: "), "{error}");
 }
 
-/// What a file of the property test is given: for each of a few Services the last byte of its address, if it stands there.
+/// The contents of a file in the property test: for each of a few Services the last byte of its address, if it is in the file.
 type Written = Option<Vec<Option<u8>>>;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// After any writing and removing of files, each Service is as the first file has it that has it at all, every other holder is told, and
-    /// a file that is read again unchanged tells nothing.
+    /// After any writing and removing of files, each Service is as in the first file that holds it, every other file is reported, and
+    /// an unchanged file that is read again causes no update.
     #[test]
     fn the_first_of_several_files_is_effective(
         steps in prop::collection::vec(
@@ -281,24 +285,24 @@ proptest! {
             writer.apply(vec![Batch { updates: index.load(&path), problems: None }]);
             let objects = store.read();
 
-            let (mut wanted, mut besides) = (Vec::new(), Vec::new());
+            let (mut wanted, mut shadowed) = (Vec::new(), Vec::new());
             for i in 0..3 {
                 let holders: Vec<(usize, u8)> = (0..3).filter_map(|f| Some((f, files[f].as_ref()?[i]?))).collect();
                 wanted.extend(holders.first().map(|(_, ip)| format!("s{i} 10.96.0.{ip}")));
-                besides.extend(holders.iter().skip(1).map(|(f, _)| (format!("{f}.yaml"), i)));
+                shadowed.extend(holders.iter().skip(1).map(|(f, _)| (format!("{f}.yaml"), i)));
             }
             let served: Vec<String> =
                 objects.services().values().map(|s| format!("{} {}", s.meta.object.name, s.cluster_ips[0])).collect();
             prop_assert_eq!(served, wanted);
-            let told = index.problems().into_iter().map(|p| {
+            let reported = index.problems().into_iter().map(|p| {
                 let Scope::Document { file, .. } = &p.scope else { panic!("{p:?}") };
                 let name = file.file_name().unwrap().to_str().unwrap().to_owned();
                 (name, (0..3).find(|i| p.reason.starts_with(&format!("Service default/s{i} is in"))).unwrap())
             });
-            besides.sort();
-            let mut told: Vec<(String, usize)> = told.collect();
-            told.sort();
-            prop_assert_eq!(told, besides);
+            shadowed.sort();
+            let mut reported: Vec<(String, usize)> = reported.collect();
+            reported.sort();
+            prop_assert_eq!(reported, shadowed);
             prop_assert_eq!(index.load(&path), vec![]);
         }
     }

@@ -174,7 +174,7 @@ impl PolicyCounters {
         self.state().removed.retain(|(policy, _), _| compiler.has_policy(policy));
     }
 
-    /// Has the rules of a compiler that was lost treated like an earlier daemon's, whose counts [`Self::adopt`] adopts.
+    /// Treats the counters of a lost compiler as an earlier daemon's: [`Self::adopt`] adopts their counts.
     pub(super) fn orphan(&self) {
         let mut state = self.state();
         for (rule, before) in std::mem::take(&mut state.active).into_values() {

@@ -61,7 +61,7 @@ fn mounts(table: &str) -> Vec<PathBuf> {
     table.lines().filter_map(of).collect()
 }
 
-/// Blanks, tabs, line feeds and backslashes of a path stand there in octal (fs/proc_namespace.c, `mangle`).
+/// Blanks, tabs, line feeds and backslashes in a path are octal escapes (fs/proc_namespace.c, `mangle`).
 fn unescape(text: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .into_iter()
