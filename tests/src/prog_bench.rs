@@ -1,5 +1,4 @@
-//! Nanoseconds per packet of the eBPF programs, by `BPF_PROG_TEST_RUN`: an established packet (its flow is known) and a first one
-//! (the flow is made, in both directions).
+//! Nanoseconds per packet of the eBPF programs, by `BPF_PROG_TEST_RUN`: established packets (fast path) and first packets (slow path).
 
 use std::net::IpAddr;
 
@@ -54,7 +53,7 @@ impl Stage {
         Self::with(&Config::new(sandbox.pin_root()))
     }
 
-    /// As [`Stage::set`], with a configuration of one's own.
+    /// As [`Stage::set`], with another configuration.
     ///
     /// # Errors
     /// When the kernel refuses a step.
@@ -108,13 +107,13 @@ impl Stage {
 /// Runs of one batch: the TTL falls with every run, because nothing resets the packet.
 const BATCH: u32 = 250;
 const BATCHES: u32 = 25;
-/// Short and many: what the machine's neighbours do comes in bursts.
+/// Many short rounds: disturbances of a shared machine come in bursts.
 const ROUNDS: u32 = 40;
 
 /// A line for each case: its name and nanoseconds per packet, the lowest of all rounds (the machine is shared).
 ///
-/// `established`: the flow is known. `first`: it is decided and written, in both directions, at every run, because the epoch that
-/// stands in the endpoint is not the one that the epoch map holds; each run so also frees the entries of the run before.
+/// `established`: the flow entry is valid. `first`: each run creates the flow entry, because the endpoint's epoch differs from that of the
+/// epoch map; so each run also replaces the entries of the run before.
 ///
 /// # Errors
 /// When a right is missing or the kernel refuses a step. Must be called on a thread of its own: it enters a sandbox.
@@ -147,7 +146,7 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
         let established = lowest(&stage.datapath, *program, *ifindex, frame, ESTABLISHED)?;
         results.push((format!("{name} established"), established));
     }
-    // Established packets are not told of, whoever has asked.
+    // Sampling does not affect established packets.
     stage.datapath.policies().sample_flows(1)?;
     if let Some((name, program, ifindex, frame)) = cases.first() {
         let told = lowest(&stage.datapath, *program, *ifindex, frame, ESTABLISHED)?;
@@ -156,7 +155,7 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
     stage.datapath.policies().sample_flows(0)?;
     unsettle(&stage.datapath)?;
     for Served { name, program, ifindex, first, .. } in &services {
-        // What is passed on depends on no endpoint, so it stays settled.
+        // Flows between client and remote backend depend on no endpoint, so they stay valid.
         if let Some(frame) = first {
             results.push((format!("{name} first"), lowest_first(&stage.datapath, *program, *ifindex, frame)?));
         }
@@ -167,22 +166,22 @@ pub fn measure() -> anyhow::Result<Vec<(String, f64)>> {
     Ok(results)
 }
 
-/// What is sent to a Service, and where it meets which program.
+/// A packet to a Service, with program and interface.
 #[derive(Debug)]
 struct Served {
     name: &'static str,
     program: Program,
     ifindex: u32,
     frame: Frame,
-    /// Of first packets.
+    /// The frame of first packets.
     first: Option<Frame>,
 }
 
-/// Services in each family, numbered from 1, and what a pod, and clients outside, send to them: to a pod of the node, and to another node.
+/// Services of both families, numbered from 1, and the packets of a pod and of external clients to them.
 ///
-/// The packet of a test run is not reset between runs, and a translated one is not for the Service any more. An established one is turned back
-/// by every other run, see [`there_and_back`]. For first packets the Service's backend is the Service itself: everything is done that a
-/// translation takes, and the packet stays what it was.
+/// The packet of a test run is not reset between runs, and after NAT it is not for the Service any more. Every other run translates an
+/// established packet back, see [`there_and_back`]. For first packets the Service is its own backend: the whole NAT is done, and the packet
+/// stays the same.
 fn serve(stage: &Stage) -> anyhow::Result<Vec<Served>> {
     let (a, eni) = (stage.a.host_ifindex, stage.eni);
     let addresses = |v4: [u8; 4], v6: &str| anyhow::Ok(Addresses { v4: Some(v4.into()), v6: Some(v6.parse()?) });
@@ -193,7 +192,7 @@ fn serve(stage: &Stage) -> anyhow::Result<Vec<Served>> {
         gateway_v6: stage.a.gateway_v6,
         ports: 40_000..=40_000,
     })?;
-    // Nobody else's packets are for this one.
+    // No other case uses this endpoint.
     let served = Endpoint { host_ifindex: stage.other_eni, addresses: addresses([10, 0, 0, 3], "fd00::3")?, ..stage.b };
     stage.datapath.endpoints().upsert(&served)?;
     let mut cases = Vec::new();
@@ -217,7 +216,7 @@ fn serve(stage: &Stage) -> anyhow::Result<Vec<Served>> {
     Ok(cases)
 }
 
-/// Serves an address and port by one backend. Service, set and backend have the same number.
+/// Writes a Service with one backend. Service, backend reference and backend have the same number.
 fn forward(
     datapath: &Datapath,
     number: u32,
@@ -243,7 +242,7 @@ fn forward(
     Ok(())
 }
 
-/// Makes the flow of an established packet, and in the place of its answers' another one, which turns the translated packet back.
+/// Creates the flow of an established packet, and replaces its reply entry by one that translates the packet back.
 fn there_and_back(
     datapath: &Datapath,
     backend: u32,
@@ -256,7 +255,7 @@ fn there_and_back(
     turn_back::<u32>(datapath, names::FLOWS_V4, backend)?;
     turn_back::<[u32; 4]>(datapath, names::FLOWS_V6, backend)?;
     let back = datapath.programs().run(program, &packet, RunContext { repeat: 2, ..RunContext::on(ifindex) })?;
-    // Ports and checksum; the addresses stand before them, and the Ethernet header is the way's.
+    // Ports and checksum are compared; the Ethernet header depends on the route.
     let transport = packet.len() - PAYLOAD - 20;
     ensure!(there.packet[transport..] != packet[transport..], "the packet is not translated");
     ensure!(back.packet[transport..] == packet[transport..], "it does not become what it was");
@@ -331,7 +330,7 @@ fn lowest(
     (0..ROUNDS).try_fold(f64::MAX, |least, _| Ok(least.min(round()? / f64::from(BATCHES))))
 }
 
-/// Gives every endpoint an epoch that the epoch map does not hold, so that no flow is ever valid.
+/// Gives every endpoint an epoch that differs from the epoch map's, so that no flow entry is ever valid.
 ///
 /// # Errors
 /// When a map cannot be read or written.

@@ -1,4 +1,4 @@
-//! What the prog suites share: what programs answer, a run with every counter compared, and a frontend with its backends on a [`Stage`].
+//! Test harness of the prog suites: program actions, a run that compares every counter, and Services on a [`Stage`].
 
 #![allow(clippy::unwrap_used, reason = "what suites share panics where it fails, as they do")]
 
@@ -39,7 +39,7 @@ fn words(address: IpAddr) -> [u32; 4] {
     std::array::from_fn(|i| u32::from_ne_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap()))
 }
 
-/// A backend in its first life.
+/// A backend of generation 1.
 ///
 /// # Panics
 /// When `address` is none.
@@ -87,7 +87,7 @@ pub fn at(address: &str, port: u16, protocol: u8) -> FrontendKey {
     frontend_key(ip(address), port, protocol)
 }
 
-/// A Service of number `service` with these backends, which get numbers and places from 10 times `service` on.
+/// Writes a Service of number `service` with these backends, at indices from 10 times `service` on.
 ///
 /// # Panics
 /// When the kernel refuses.
@@ -122,7 +122,7 @@ pub fn run(stage: &Stage, program: Program, ifindex: u32, packet: &[u8], expecte
     run_in(stage, program, RunContext::on(ifindex), packet, expected)
 }
 
-/// As [`run`], with more about the packet than its interface.
+/// As [`run`], with a whole context instead of an interface.
 ///
 /// # Panics
 /// When a counter differs, or the kernel refuses.

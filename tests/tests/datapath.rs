@@ -1,5 +1,5 @@
-//! Packets really flow: two pods on a node, and a gateway in a namespace that stands for the VPC. Everything is made with `ip`, so
-//! this suite depends on nothing but the datapath.
+//! Real traffic through the attached programs: two pods on a node, and a gateway in a namespace that stands for the VPC. The topology is
+//! made with `ip`: the suite depends on the datapath only.
 //!
 //! ```text
 //!   pod a ──veth── node ──veth── pod b
@@ -104,11 +104,11 @@ fn pod(number: u8, eni: u32) -> (Namespace, Endpoint) {
     ip(&format!("link set {host} up")).unwrap();
     ip(&format!("route add 10.0.0.{number}/32 dev {host}")).unwrap();
     ip(&format!("-6 route add fd00::{number}/128 dev {host}")).unwrap();
-    // Without these the host would have to ask for the pod first, which for IPv6 it cannot do in the interface's first second: its
-    // own link-local address is still being checked for duplicates.
+    // Without these entries the host would have to resolve the pod's address first, which fails for IPv6 in the interface's first second,
+    // during duplicate address detection.
     ip(&format!("neigh add 10.0.0.{number} lladdr {pod_mac} dev {host} nud permanent")).unwrap();
     ip(&format!("-6 neigh add fd00::{number} lladdr {pod_mac} dev {host} nud permanent")).unwrap();
-    // Where the stack would send the pod's packets: it looks before it says that a TTL has run out.
+    // Routes of the pod's packets: the host stack looks them up before it sends a "TTL exceeded" error.
     ip(&format!("rule add from 10.0.0.{number} lookup 100")).unwrap();
     ip(&format!("-6 rule add from fd00::{number} lookup 100")).unwrap();
     for line in [
@@ -193,7 +193,7 @@ fn pod_to_pod_vpc_and_host() {
     // them on a faster machine. Both families, there and back.
     assert!(world.counter(PathCounter::PodToPod).bytes > 2 * 2 * u64::from(TRANSFER));
     assert_eq!(world.counter(PathCounter::PodToHost).packets, 0);
-    // The host says something about multicast groups when an interface comes up, but that makes no flow.
+    // The host's multicast reports at interface start create no flow.
     let flows = world.datapath.flows().list(1000).unwrap();
     assert!(!flows.is_empty() && flows.iter().all(|flow| flow.hook == HOOK_INGRESS));
 
@@ -289,7 +289,7 @@ fn ttl_expiry_fragments_and_icmp_errors() {
     for to in ["10.0.0.2", "10.9.0.9", "fd00::2", "fd09::9"] {
         world.a.run(&format!("ping -c 2 -i 0.05 -W 2 -s 4000 {to}")).unwrap();
     }
-    // A closed port is answered with an ICMP error, which finds its way back.
+    // The ICMP error of a closed port is delivered to the sender.
     let refused = world
         .a
         .spawn(|| {
@@ -343,7 +343,7 @@ fn connections_survive_daemon_restart() {
     let flows = datapath.flows().count().unwrap();
     let made = datapath.counters().read().unwrap().kind(PathCounter::FlowNew).packets;
     drop(datapath);
-    // Nobody is there: packets flow all the same.
+    // No daemon runs: packets are forwarded all the same.
     ping(&a, "10.0.0.2");
     go.send(()).unwrap();
     written.recv().unwrap();
@@ -363,14 +363,14 @@ fn connections_survive_daemon_restart() {
     client.join().unwrap();
     assert_eq!(server.join().unwrap(), b"one two three");
     assert!(datapath.flows().count().unwrap().0 >= flows.0);
-    // Only the ping above was new: the restart has voided nothing.
+    // Only the ping above created a flow: the restart has invalidated none.
     let counters = datapath.counters().read().unwrap();
     assert_eq!(
         (counters.kind(PathCounter::FlowNew).packets - made, counters.kind(PathCounter::FlowStale).packets),
         (1, 0)
     );
 
-    // A pod that is removed is cut off at once, in the middle of its flows.
+    // A removed endpoint is cut off at once, with established flows.
     assert!(datapath.endpoints().remove(pods[0].host_ifindex).unwrap());
     assert!(a.run("ping -c 1 -W 0.3 10.0.0.2").is_err());
     assert!(vpc.run("ping -c 1 -W 0.3 10.0.0.2").is_ok());
@@ -424,7 +424,7 @@ fn sctp(server: &Namespace, real: SocketAddr, client: &Namespace, own: IpAddr, t
     Ok(())
 }
 
-/// Real associations, where the kernel has SCTP: directly, through a Service, and as a policy says.
+/// SCTP associations, if the kernel supports SCTP: directly, through a Service, and under a policy.
 #[test]
 fn sctp_service_and_policy() {
     let sandbox = sandbox_or_skip!();

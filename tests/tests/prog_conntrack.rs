@@ -1,5 +1,4 @@
-//! The prog rung of connection tracking: what passes over the flow tables take away and what they leave, tables that are full or get
-//! another size, and the loads of backends.
+//! The prog rung of connection tracking: garbage collection, full and resized flow tables, active connection counts.
 
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
@@ -58,7 +57,7 @@ fn gc_expires_idle_flows_by_state() {
     let stage = Stage::set(&sandbox).unwrap();
     let (to_b, to_a) =
         (|| stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.0.2"), || stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1"));
-    // UDP asked once; UDP asked and answered; TCP asked, answered, closed by one end, closed by both.
+    // UDP without and with a reply; TCP SYN only, with a reply, closed by one end, closed by both.
     send(&stage, &stage.a, &to_b().udp(1000, 53));
     send(&stage, &stage.a, &to_b().udp(1001, 53));
     send(&stage, &stage.b, &to_a().udp(53, 1001));
@@ -87,7 +86,7 @@ fn gc_expires_idle_flows_by_state() {
         ports.dedup();
         ports
     };
-    // One timeout after the other becomes short; the others are far away, however slow the machine.
+    // One timeout after the other becomes zero; the others are long, however slow the machine is.
     let (none, far) = (Duration::ZERO, Timeouts::default());
     let pass = |timeouts| stage.datapath.flows().collect_garbage(&options(timeouts)).unwrap().families[0];
     sleep(Duration::from_millis(50));
@@ -98,13 +97,13 @@ fn gc_expires_idle_flows_by_state() {
     assert_eq!(left(), [1001, 2000, 2001, 2002], "UDP without an answer");
     pass(Timeouts { tcp_syn: none, ..far });
     assert_eq!(left(), [1001, 2001, 2002], "TCP without an answer");
-    // What is used lives on. Age is what is tested, and the kernel's clock has no other hand than waiting, here and below.
+    // Used entries stay. The age of entries is tested, and only waiting advances the kernel's clock, here and below.
     sleep(Duration::from_secs(3));
     send(&stage, &stage.a, &to_b().udp(1001, 53));
     let within = Timeouts { udp: Duration::from_secs(3), tcp: Duration::from_secs(3), ..far };
     assert_eq!(pass(within).deleted_expired, 2);
     assert_eq!(left(), [1001], "half closed is open, and silent");
-    // Only counting takes nothing away.
+    // A run that only counts deletes nothing.
     sleep(Duration::from_millis(50));
     let dead = Timeouts { udp: none, ..far };
     let counted =
@@ -112,7 +111,7 @@ fn gc_expires_idle_flows_by_state() {
     assert_eq!((counted.used, counted.expired, counted.deleted()), (1, 1, 0));
 }
 
-/// The two entries of a connection to a Service live and die together, whichever of them is used.
+/// The two entries of a connection with NAT expire together, whichever of them is used.
 #[test]
 fn gc_keeps_nat_pair_together() {
     let sandbox = sandbox_or_skip!();
@@ -139,7 +138,7 @@ fn gc_keeps_nat_pair_together() {
         let found = pass(Duration::ZERO);
         assert_eq!((found.deleted_expired, stage.datapath.flows().count().unwrap().0), (2, 0), "{found:?}");
     }
-    // Void by the backend's generation: what is asked of it at once, what it answers when it owes no answer any more.
+    // Invalid by the backend's generation: the original direction at once, the reply direction after the reply grace period.
     send(&stage, &stage.a, &there);
     stage.datapath.services().set_backend(1, &Backend { generation: 2, ..Backend::default() }).unwrap();
     let found = pass(Duration::from_secs(60));
@@ -151,7 +150,7 @@ fn gc_keeps_nat_pair_together() {
     assert_eq!((found.invalid, found.deleted_invalid, found.deleted_expired), (1, 1, 0));
 }
 
-/// Nor do those of a connection that met the answers of a Service's backend, and has another source port since.
+/// The two entries of a connection with a remapped source port expire together, too.
 #[test]
 fn gc_keeps_remapped_pair_together() {
     let sandbox = sandbox_or_skip!();
@@ -186,7 +185,7 @@ fn gc_keeps_remapped_pair_together() {
     }
 }
 
-/// More connections than a table holds: all work, established ones included, and the estimate of what was thrown away is what was.
+/// More connections than the table holds: all work, established ones included, and the estimate of evictions is right.
 #[test]
 fn lru_eviction_with_full_table() {
     let sandbox = sandbox_or_skip!();
@@ -201,7 +200,7 @@ fn lru_eviction_with_full_table() {
         let served = send(&stage, &stage.a, &to(VIP).tcp(1001, 80, flags::ACK));
         let (source, port, destination, number) = ends(&served.packet);
         assert_eq!((served.action, source, destination, number), (REDIRECT, [10, 0, 0, 1], [10, 0, 0, 2], 8080));
-        // What answers that very connection comes from the Service, or, where its entry is gone, to nobody else than the client.
+        // Replies of that connection come from the Service, or, after eviction of the reply entry, go to the client untranslated.
         let back = stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1").tcp(8080, port, flags::ACK);
         let back = send(&stage, &stage.b, &back);
         assert_eq!((back.action, ends(&back.packet).2), (REDIRECT, [10, 0, 0, 1]));
@@ -247,7 +246,7 @@ fn lru_eviction_with_full_table() {
     assert!((2900..=6000).contains(&lost), "{lost} of {found:?}");
 }
 
-/// One entry of a pair is thrown away: answers go to the client and nobody else, and after the next pass the client is served again.
+/// One entry of a NAT pair is evicted: replies go to the client only, and after the next garbage collection the connection works again.
 #[test]
 fn gc_deletes_unpaired_nat_entry() {
     let sandbox = sandbox_or_skip!();
@@ -258,7 +257,7 @@ fn gc_deletes_unpaired_nat_entry() {
     let back = |port: u16| stage.sent_by(&stage.b).ip("10.0.0.2", "10.0.0.1").udp(53, port);
     send(&stage, &stage.a, &there);
     assert_eq!(ends(&send(&stage, &stage.b, &back(1000)).packet).0, [10, 96, 0, 1]);
-    // The kernel takes away the answers' entry, and only that.
+    // Eviction of the reply entry only.
     let pinned = MapData::from_pin(stage.datapath.pins().join(names::FLOWS_V4)).unwrap();
     let mut flows: aya::maps::HashMap<_, terway_abi::FlowKeyV4, terway_abi::FlowV4> =
         Map::LruHashMap(pinned).try_into().unwrap();
@@ -266,7 +265,7 @@ fn gc_deletes_unpaired_nat_entry() {
     let answers = flows.keys().map(Result::unwrap).find(|key| key.low == b || key.high == b).unwrap();
     flows.remove(&answers).unwrap();
     assert_eq!(ends(&send(&stage, &stage.b, &back(1000)).packet).2, [10, 0, 0, 1]);
-    // The table is crowded, and passes look for such things.
+    // The table is nearly full: garbage collection looks for unpaired entries.
     for n in 0..800_u16 {
         send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", "10.9.0.9").udp(20_000 + n, 53));
     }
@@ -279,7 +278,7 @@ fn gc_deletes_unpaired_nat_entry() {
     assert_eq!(ends(&send(&stage, &stage.b, &back(port)).packet), ([10, 96, 0, 1], 80, [10, 0, 0, 1], 1000));
 }
 
-/// A table of another size takes over what lives, both what was there when it was made and what the old programs wrote meanwhile.
+/// A resized flow table keeps valid entries: those from before, and those that the old programs write meanwhile.
 #[test]
 fn flow_table_resize_keeps_flows() {
     let sandbox = sandbox_or_skip!();
@@ -292,7 +291,7 @@ fn flow_table_resize_keeps_flows() {
     send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.0.2").udp(1, 2));
     let larger = Datapath::open(&Config { flows_v4: 4096, ..config.clone() }).unwrap();
     assert_eq!(larger.flows().count().unwrap().0, 3);
-    // The old programs are still attached, and see another connection.
+    // The old programs are still attached, and create another flow.
     send(&stage, &stage.a, &sent(&stage, 1001));
     assert_eq!(larger.flows().count().unwrap().0, 3);
     larger.remove_other_versions().unwrap();
@@ -305,7 +304,7 @@ fn flow_table_resize_keeps_flows() {
     }
     assert_eq!(stage.datapath.counters().read().unwrap().kind(PathCounter::FlowNew), made, "known flows, all of them");
 
-    // Into a smaller one go those that were used last. Killed in between, the next daemon goes on.
+    // A smaller table gets the most recently used entries. After a kill in between the next daemon continues.
     for n in 0..3000_u16 {
         send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", "10.9.0.9").udp(20_000 + n, 53));
     }
@@ -321,7 +320,7 @@ fn flow_table_resize_keeps_flows() {
     stage.datapath.remove_other_versions().unwrap();
 }
 
-/// The choice of the least loaded forgets connections that have ended.
+/// Least-connections selection: ended connections are subtracted from the active connection counts.
 #[test]
 fn active_connection_counts_are_corrected() {
     let sandbox = sandbox_or_skip!();
@@ -363,14 +362,14 @@ fn active_connection_counts_are_corrected() {
     assert_eq!(loads(), [first, second], "nobody has counted yet");
     pass();
     assert_eq!(loads(), [0, second]);
-    // Those that come now go where there is room, until the two are even.
+    // New connections go to the other backend until both are even.
     let next: Vec<u16> = (0..3 * second as u16).map(|n| open(5000 + n)).collect();
-    // Two are drawn, of which the idler is taken: three of four go there.
+    // Power of two choices: three of four connections go to the less loaded backend.
     let idler = next.iter().take(100).filter(|backend| **backend == 8001).count();
     assert!(idler > 55, "{next:?}");
     let [first, second] = loads();
     assert!(first.abs_diff(second) < 20, "{first} {second}");
-    // A connection that was translated at the socket looks direct here, and counts as well.
+    // A connection translated at the socket looks direct here; it counts too.
     for n in 0..10 {
         send(&stage, &stage.a, &stage.sent_by(&stage.a).ip("10.0.0.1", "10.0.0.2").tcp(7000 + n, 8001, flags::SYN));
     }
@@ -383,7 +382,7 @@ fn active_connection_counts_are_corrected() {
     );
 }
 
-/// A client with session affinity leaves a backend that is ending: what it began there goes on, what it begins now goes elsewhere.
+/// A client with session affinity leaves a terminating backend: established connections stay, new ones go to another backend.
 #[test]
 fn affinity_leaves_terminating_backend() {
     let sandbox = sandbox_or_skip!();
@@ -395,7 +394,7 @@ fn affinity_leaves_terminating_backend() {
     };
     let held = open(1000, flags::SYN);
     assert!((0..50).all(|n| open(1001 + n, flags::SYN) == held));
-    // It is on its way out: marked, and no longer in the run.
+    // The backend is terminating: flagged, and not in the backend range any more.
     let number = u32::from(held - 8000);
     let address = [u32::from_ne_bytes(B.octets()), 0, 0, 0];
     let ending = terway_abi::backend_flags::TERMINATING;

@@ -1,7 +1,6 @@
-//! The prog rung of Services for clients outside: what the programs make of packets for a node port or another address from
-//! outside, of the answers, of errors about both, and of connections that would get in each other's way.
+//! The prog rung of Services for external clients: NodePort and LoadBalancer traffic, replies, ICMP errors, and colliding tuples.
 //!
-//! The clients come in by the stage's second ENI, while its pods belong to the first one.
+//! Clients arrive through the stage's second ENI; its pods belong to the first one.
 
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
@@ -19,7 +18,7 @@ use terway_tests::sandbox_or_skip;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const UPLINK_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xe2];
-/// The ports of connections that are sent on.
+/// The SNAT port range.
 const PORTS: std::ops::RangeInclusive<u16> = 61_000..=61_099;
 
 struct Family {
@@ -31,9 +30,9 @@ struct Family {
     node: &'static str,
     vip: &'static str,
     router: &'static str,
-    /// Where the transport header is.
+    /// Offset of the transport header.
     transport: usize,
-    /// Too big.
+    /// ICMP type and code "packet too big".
     error: (u8, u8),
 }
 
@@ -79,7 +78,7 @@ fn stage(sandbox: &Sandbox) -> Stage {
     stage
 }
 
-/// A node port of both protocols with one backend address.
+/// A NodePort of both protocols with one backend address.
 fn node_port(stage: &Stage, family: &Family, backends: &[&str], port: u16, template: Frontend) {
     for (offset, protocol) in [(0, TCP), (1, UDP)] {
         let backends: Vec<Backend> = backends.iter().map(|address| backend(address, port, protocol)).collect();
@@ -88,7 +87,7 @@ fn node_port(stage: &Stage, family: &Family, backends: &[&str], port: u16, templ
     }
 }
 
-/// What comes in by the uplink.
+/// A frame that arrives through the uplink.
 fn outside() -> Frame {
     Frame::new(UPLINK_MAC, GATEWAY_MAC)
 }
@@ -119,7 +118,7 @@ fn to_vpc(stage: &Stage, frame: &Frame, expected: &[(&str, u64)]) -> Ran {
     run(stage, Program::ToVpc, stage.other_eni, &frame.build(), expected)
 }
 
-/// By which interface packets with this source and destination leave, as the flow table has it.
+/// The output interface of packets with this tuple, from the flow table.
 fn way_out(stage: &Stage, source: (&str, u16), destination: (&str, u16)) -> u32 {
     let rows = stage.datapath.flows().list(1000).unwrap();
     let row = rows.iter().find(|row| {
@@ -160,7 +159,7 @@ fn nodeport_to_local_pod_keeps_client_address_and_uplink() {
                 let sent = stage.sent_by(pod).ip(address, family.client).ttl(63);
                 came_out(&ran, REDIRECT, &with(protocol, sent, port, 50_000));
                 assert_eq!(ran.mark, MARK_CHECKED);
-                // Not by the pod's own ENI.
+                // Not through the pod's own ENI.
                 assert_eq!(way_out(&stage, (pod_address, target), (family.client, 50_000)), stage.other_eni);
             }
         }
@@ -245,11 +244,11 @@ fn nodeport_to_host_network_backend() {
             let back = with(protocol, sent().ip(family.node, family.client), 8080, 50_000);
             let leaves = with(protocol, sent().ip(family.node, family.client), 30_080, 50_000);
             came_out(&to_vpc(&stage, &back, &[("host_to_vpc", 1)]), NEXT, &leaves);
-            // Another port is another matter.
+            // Another port is not the Service's.
             let other = with(protocol, sent().ip(family.node, family.client), 8081, 50_000);
             came_out(&to_vpc(&stage, &other, &[("host_to_vpc", 1)]), NEXT, &other);
         }
-        // It complains about a datagram.
+        // It rejects a datagram.
         let arrived = outside().ip(family.client, family.node).udp(50_000, 8080).payload(b"some data");
         let named = outside().ip(family.client, family.node).udp(50_000, 30_080).payload(b"some data");
         let sent = Frame::new(GATEWAY_MAC, UPLINK_MAC).ip(family.node, family.client);
@@ -266,7 +265,7 @@ fn nodeport_denied_clients_and_missing_backends() {
     for family in BOTH {
         let there = outside().ip(family.client, family.node).tcp(50_000, 30_080, flags::SYN);
         let datagram = outside().ip(family.client, family.node).udp(50_000, 30_080).payload(b"a question");
-        // No backend: an answer by the way it came.
+        // No backend: the rejection leaves through the client's uplink.
         node_port(&stage, &family, &[], 8080, Frontend::default());
         let ran = from_vpc(&stage, &there, &[("rejected", 1)]);
         assert_eq!((ran.action, ran.mark, macs(&ran.packet)), (REDIRECT, MARK_CHECKED, (GATEWAY_MAC, UPLINK_MAC)));
@@ -275,24 +274,24 @@ fn nodeport_denied_clients_and_missing_backends() {
         assert_eq!(source_port(&family, &ran.packet), 30_080);
         let ran = from_vpc(&stage, &datagram, &[("rejected", 1)]);
         assert!(ran.action == REDIRECT && checksums_are_right(&ran.packet));
-        // Or silence.
+        // Or the packet is dropped without a reply.
         let silent = Frontend {
             flags: frontend_flags::DROP_WITHOUT_REPLY | frontend_flags::EXTERNAL_LOCAL,
             ..Frontend::default()
         };
         node_port(&stage, &family, &[], 8080, silent);
         assert_eq!(from_vpc(&stage, &there, &[("no_backend", 1)]).action, SHOT);
-        // The policy is Local and the plan is behind: rather nothing than another node.
+        // externalTrafficPolicy Local with an outdated plan: drop rather than forward to another node.
         let local = Frontend { flags: frontend_flags::EXTERNAL_LOCAL, ..Frontend::default() };
         node_port(&stage, &family, &[family.remote], 8080, local);
         assert_eq!(from_vpc(&stage, &there, &[("no_backend", 1)]).action, SHOT);
-        // A cluster address, and a port that is nobody's: the host's business.
+        // A ClusterIP, and a port without a frontend: passed to the host stack.
         let internal = Frontend { flags: frontend_flags::IN_CLUSTER_ONLY, ..Frontend::default() };
         node_port(&stage, &family, &[family.a], 8080, internal);
         came_out(&from_vpc(&stage, &there, &[("vpc_to_host", 1)]), NEXT, &there);
         let other = outside().ip(family.client, family.node).tcp(50_000, 22, flags::SYN);
         came_out(&from_vpc(&stage, &other, &[("vpc_to_host", 1)]), NEXT, &other);
-        // An interface that is no uplink, a source that is a lie, a last hop.
+        // An interface that is no uplink, a spoofed source, an expired TTL.
         node_port(&stage, &family, &[family.a], 8080, Frontend::default());
         let astray = stage.by_gateway().ip(family.client, family.node).tcp(50_000, 30_080, flags::SYN).build();
         assert_eq!(run(&stage, Program::FromVpc, stage.eni, &astray, &[("no_uplink", 1)]).action, SHOT);
@@ -300,7 +299,7 @@ fn nodeport_denied_clients_and_missing_backends() {
         assert_eq!(from_vpc(&stage, &lie, &[("spoofed_source", 1)]).action, SHOT);
         let last = there.clone().ttl(1);
         assert_eq!(from_vpc(&stage, &last, &[("hop_limit", 1), ("flow_new", 1)]).action, SHOT);
-        // A Service that pods shall reach by the load balancer only.
+        // A Service that pods reach through the load balancer only.
         let external = Frontend { flags: frontend_flags::EXTERNAL_ONLY, ..Frontend::default() };
         serve(&stage, 300 + u32::from(family.v6), &at(family.vip, 80, TCP), &[backend(family.b, 80, TCP)], external);
         let out = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40_000, 80, flags::SYN);
@@ -344,7 +343,7 @@ fn nodeport_icmp_errors_are_translated() {
     let stage = stage(&sandbox);
     for family in BOTH {
         for protocol in [TCP, UDP] {
-            // A pod of this node: 50000 → 30080 there is 50000 → 8080 here.
+            // A local pod: 50000 → 30080 outside is 50000 → 8080 inside.
             node_port(&stage, &family, &[family.a], 8080, Frontend::default());
             let there = with(protocol, outside().ip(family.client, family.node), 50_000, 30_080);
             let arrived = with(protocol, to_pod(&stage.a).ip(family.client, family.a), 50_000, 8080);
@@ -357,13 +356,13 @@ fn nodeport_icmp_errors_are_translated() {
                     let bytes = frame.build();
                     quoted(&bytes)[..length.min(bytes.len() - 14)].to_vec()
                 };
-                // A router's, about an answer, and then the client's own.
+                // A router's error about a reply, then the client's own.
                 for (from, source) in [(family.router, family.router), (family.client, family.client)] {
                     let error = complaint(&family, outside().ip(from, family.node), &quote(&left));
                     let ran = from_vpc(&stage, &error, &[("vpc_to_pod", 1)]);
                     came_out(&ran, REDIRECT, &complaint(&family, to_pod(&stage.a).ip(source, family.a), &quote(&back)));
                 }
-                // The pod's, about what came.
+                // The pod's error about a request.
                 let error = complaint(&family, stage.sent_by(&stage.a).ip(family.a, family.client), &quote(&arrived));
                 let ran = from_pod(&stage, &stage.a, &error, &[("pod_to_vpc", 1)]);
                 let sent = stage.sent_by(&stage.a).ip(family.node, family.client).ttl(63);
@@ -371,7 +370,7 @@ fn nodeport_icmp_errors_are_translated() {
                 assert_eq!(ran.mark, MARK_CHECKED);
             }
 
-            // A pod elsewhere: errors leave in the name of the node, else the VPC would not take them.
+            // A remote pod: errors leave with the node's address, else the VPC would drop them.
             node_port(&stage, &family, &[family.remote], 8080, Frontend::default());
             let there = with(protocol, outside().ip(family.client, family.node), 50_001, 30_080);
             let port = source_port(&family, &from_vpc(&stage, &there, &THROUGH).packet);
@@ -391,7 +390,7 @@ fn nodeport_icmp_errors_are_translated() {
                 came_out(&ran, REDIRECT, &complaint(&family, on(family.remote), &cut(&back)));
             }
         }
-        // About a pod's own connection to a Service: the VPC knows the backend, the pod the Service.
+        // An error about a pod's connection to a Service: outside it quotes the backend, inside the Service.
         serve(
             &stage,
             200 + u32::from(family.v6),
@@ -411,14 +410,14 @@ fn nodeport_icmp_errors_are_translated() {
                 &complaint(&family, to_pod(&stage.b).ip(source, family.b), quoted(&asked.build())),
             );
         }
-        // Of a flow that nobody knows, to the node: the host's to judge.
+        // An error about an unknown flow to the node: passed to the host stack.
         let unknown = outside().ip(family.node, family.remote).udp(999, 8080).build();
         let error = complaint(&family, outside().ip(family.router, family.node), quoted(&unknown));
         came_out(&from_vpc(&stage, &error, &[("vpc_to_host", 1)]), NEXT, &error);
     }
 }
 
-/// Connections to a backend itself, from the port by which it knows one to the Service.
+/// Direct connections to a backend whose tuple collides with a connection through the Service.
 #[test]
 fn direct_connection_to_backend_remaps_source_port() {
     let sandbox = sandbox_or_skip!();
@@ -443,7 +442,7 @@ fn direct_connection_to_backend_remaps_source_port() {
             let returns = |from, source| with(protocol, to_pod(&stage.a).ip(from, family.a), source, 40_000);
 
             from_pod(&stage, &stage.a, &first(sent(family.vip), 40_000, 80), &new);
-            // The direct connection gets another port, and keeps it.
+            // The source port of the direct connection is remapped, and stays so.
             let ran = stage
                 .datapath
                 .programs()
@@ -459,18 +458,18 @@ fn direct_connection_to_backend_remaps_source_port() {
             for _ in 0..2 {
                 let ran = from_pod(&stage, &stage.a, &with(protocol, sent(family.b), 40_000, 8080), &new[..1]);
                 came_out(&ran, REDIRECT, &with(protocol, to_pod(&stage.b).ip(family.a, family.b), port, 8080));
-                // Each one's answers come from whom it talks to.
+                // Replies of each connection come from its own peer.
                 let ran = from_pod(&stage, &stage.b, &back(40_000), &new[..1]);
                 came_out(&ran, REDIRECT, &returns(family.vip, 80));
                 let ran = from_pod(&stage, &stage.b, &back(port), &new[..1]);
                 came_out(&ran, REDIRECT, &returns(family.b, 8080));
             }
-            // The connection to the Service ends; the direct one goes on as it was.
+            // The connection to the Service ends; the direct one continues unchanged.
             let gone = Backend { generation: 9, ..Backend::default() };
             stage.datapath.services().set_backend(10 * service, &gone).unwrap();
             let ran = from_pod(&stage, &stage.a, &with(protocol, sent(family.b), 40_000, 8080), &new[..1]);
             came_out(&ran, REDIRECT, &with(protocol, to_pod(&stage.b).ip(family.a, family.b), port, 8080));
-            // A client outside, the same.
+            // The same for an external client.
             node_port(&stage, &family, &[family.b], 8080, Frontend::default());
             from_vpc(&stage, &first(outside().ip(family.client, family.node), 50_000, 30_080), &TO_POD);
             let direct = first(stage.by_gateway().ip(family.client, family.b), 50_000, 8080).build();
@@ -491,7 +490,7 @@ fn direct_connection_to_backend_remaps_source_port() {
     }
 }
 
-/// What voids an entry is mostly not the backend's end, and then a connection goes on with the backend that it has.
+/// A route change keeps the backend of an established connection.
 #[test]
 fn nodeport_connection_keeps_backend_after_route_change() {
     let sandbox = sandbox_or_skip!();
@@ -511,7 +510,7 @@ fn nodeport_connection_keeps_backend_after_route_change() {
             let ports = family.transport..family.transport + 4;
             assert_eq!(ran.packet[ports.clone()], first.packet[ports], "another port or backend");
         }
-        // Unless it is gone.
+        // Unless the backend was removed.
         for number in 6000..6008 {
             stage.datapath.services().set_backend(number, &Backend { generation: 2, ..Backend::default() }).unwrap();
         }
@@ -519,7 +518,7 @@ fn nodeport_connection_keeps_backend_after_route_change() {
     }
 }
 
-/// The same of answers: they come from the Service, and leave by the ENI by which the client came.
+/// A route change keeps the NAT of replies, and the uplink through which they leave.
 #[test]
 fn nodeport_reply_nat_survives_route_change() {
     let sandbox = sandbox_or_skip!();
@@ -566,11 +565,11 @@ fn nodeport_maglev_and_affinity() {
             let ran = stage.datapath.programs().run(Program::FromVpc, &there, RunContext::on(stage.other_eni)).unwrap();
             ran.packet[family.transport + 3]
         };
-        // By the client's address alone.
+        // Affinity depends on the client's address only.
         serve(&stage, 500, &place, &backends, Frontend { affinity: 600, ..Frontend::default() });
         let held: BTreeSet<u8> = (0..50).map(|n| chosen(family.node, 20_000 + n)).collect();
         assert_eq!(held.len(), 1, "{held:?}");
-        // The same whatever address of a node he comes to, and so on every node.
+        // The Maglev backend does not depend on the node's address, so it is the same on every node.
         serve(&stage, 501, &place, &backends, Frontend { flags: frontend_flags::MAGLEV, ..Frontend::default() });
         stage
             .datapath

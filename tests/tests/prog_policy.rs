@@ -1,4 +1,4 @@
-//! The prog rung of network policies: what the programs make of packets that policies speak of, on every path of a verdict.
+//! The prog rung of network policies: the verdicts on every packet path.
 
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
@@ -53,7 +53,7 @@ const BOTH: [Family; 2] = [
     },
 ];
 
-/// The stage with a compiler whose operations reach its maps: the pods are x/a and x/b, and y/r is elsewhere.
+/// The stage with a policy compiler that writes its maps: local pods x/a and x/b, remote pod y/r.
 struct Node {
     stage: Stage,
     objects: Objects,
@@ -192,10 +192,10 @@ fn ingress_and_egress_between_local_pods() {
 
         node.policy("a", deny("Egress"));
         node.by_a(there(&node, 1001), &EGRESS);
-        // The other way is free, and answers to it pass.
+        // The other direction is allowed, and its replies pass.
         node.by_b(node.b().ip(family.b, family.a).tcp(1002, 80, flags::SYN), &LOCAL);
         node.by_a(node.a().ip(family.a, family.b).tcp(80, 1002, flags::SYN | flags::ACK), &LOCAL[..1]);
-        // What claims to answer, and answers nothing, is a beginning.
+        // A SYN-ACK without a flow entry is a new connection.
         node.by_a(node.a().ip(family.a, family.b).tcp(80, 1003, flags::SYN | flags::ACK), &EGRESS);
         node.by_a(node.a().ip(family.a, family.b).tcp(80, 1003, flags::ACK), &EGRESS);
 
@@ -211,7 +211,7 @@ fn ingress_and_egress_between_local_pods() {
         node.by_a(node.a().ip(family.a, family.b).udp(1008, 80), &INGRESS);
         let sctp = node.a().ip(family.a, family.b).protocol(132).payload(&[3, 0xf1, 0, 80, 0, 0, 0, 0, 0, 0, 0, 0]);
         node.by_a(sctp, &INGRESS);
-        // A pod reaches itself whatever is said.
+        // A pod reaches itself whatever the policies say.
         node.policy("a", json!({"policyTypes": ["Ingress", "Egress"]}));
         node.by_a(node.a().ip(family.a, family.a).udp(1010, 80), &LOCAL);
         node.no_policy("a");
@@ -233,7 +233,7 @@ fn policy_for_external_peers_and_local_node() {
         node.policy("a", json!({"policyTypes": ["Ingress", "Egress"]}));
         node.by_a(out(&node, family.other, 2002), &EGRESS);
         node.in_by_vpc(come(&node, family.other, 2003), &INGRESS);
-        // The node reaches its pod; an address of another node, that comes the same way, does not; nor does the pod reach the node.
+        // The local node reaches its pod; another node's address on the same path does not; the pod does not reach the node.
         let hosts = |node: &Node, from: &str, port: u16| node.to_a().ip(from, family.a).tcp(port, 80, flags::SYN);
         let ran = node.run(
             Program::ToPod,
@@ -246,7 +246,7 @@ fn policy_for_external_peers_and_local_node() {
         node.run(Program::ToPod, node.stage.a.host_ifindex, &hosts(&node, family.other, 2005), &INGRESS);
         node.by_a(node.a().ip(family.a, family.host).tcp(2006, 80, flags::SYN), &EGRESS);
 
-        // A pod of another node by its labels, a block with a hole, and answers.
+        // A remote pod by its labels, a CIDR with an exception, and replies.
         let cidr = if family.icmp == 8 { ("10.0.0.0/8", "10.8.0.0/16") } else { ("fd00::/8", "fd08::/16") };
         node.policy(
             "a",
@@ -291,14 +291,14 @@ fn policy_tiers_in_order() {
         }
         rule
     };
-    // What the admin tier passes on, or says nothing about, the next one decides; without any it passes.
+    // The next tier decides where the admin tier passes or says nothing; without any policy the packet passes.
     let admin = [("Accept", 80), ("Deny", 81), ("Pass", 82)].map(|(action, at)| rule(action, "from", Some(at)));
     node.put(Kind::ClusterNetworkPolicy, &cluster("Admin", "ingress", json!(admin)));
     expect(&node, &[80, 82], &[81], INGRESS);
     expect(&node, &[80, 83], &[81], INGRESS);
     node.put(Kind::ClusterNetworkPolicy, &cluster("Baseline", "ingress", json!([rule("Deny", "from", None)])));
     expect(&node, &[80], &[81, 82, 83], INGRESS);
-    // A NetworkPolicy stands before the baseline.
+    // A NetworkPolicy is evaluated before the baseline tier.
     node.policy("b", json!({"ingress": [{"ports": [{"port": 81}, {"port": 82}]}]}));
     expect(&node, &[80, 82], &[81, 83], INGRESS);
     // The other direction has sets of its own.
@@ -319,19 +319,19 @@ fn policy_for_portless_protocols_and_fragments() {
         node.by_a(ping(&node, 1), &INGRESS);
         let datagram = node.a().ip(family.a, family.b).udp(3000, 80);
         node.by_a(datagram.clone(), &LOCAL);
-        // An error about that datagram belongs to it, though nothing allows `a` ICMP.
+        // An ICMP error about that datagram is related to its flow, although no rule allows ICMP to `a`.
         node.policy("a", json!({"policyTypes": ["Ingress"]}));
         node.by_a(datagram.clone(), &[("pod_to_pod", 1), ("flow_stale", 1)]);
         let datagram = datagram.build();
         let (kind, code) = if family.icmp == 8 { (3, 3) } else { (1, 4) };
         let error = node.b().ip(family.b, family.a).icmp(kind, code, [0; 4]).payload(quoted(&datagram));
         node.by_b(error, &LOCAL[..1]);
-        // One about what never was does not.
+        // An error about an unknown flow is denied.
         let never = node.a().ip(family.a, family.b).udp(3999, 80).build();
         let lie = node.b().ip(family.b, family.a).icmp(kind, code, [0; 4]).payload(quoted(&never));
         node.by_b(lie, &INGRESS);
         node.no_policy("a");
-        // Pieces go with the first of them, also when policies change in between.
+        // Later fragments follow the first one, also when policies change in between.
         let piece = || node.a().ip(family.a, family.b);
         let first = piece().udp(3001, 80).payload(&[1; 32]).fragment(7, 0, true);
         let later = piece().protocol(17).payload(&[2; 16]).fragment(7, 40, false);
@@ -361,21 +361,21 @@ fn established_connections_are_rechecked_after_policy_change() {
         let back = node.b().ip(family.b, family.a).tcp(80, 4000, flags::ACK);
         node.by_a(node.a().ip(family.a, family.b).tcp(4000, 80, flags::SYN), &LOCAL);
         node.by_b(back.clone(), &LOCAL[..1]);
-        // What is still allowed goes on by the same entry; whoever speaks first has it judged, in the direction in which it began.
+        // An allowed connection keeps its entry; the next packet of either end has it checked in its original direction.
         node.policy("b", json!({"policyTypes": ["Ingress", "Egress"], "ingress": [{"ports": [{"port": 80}]}]}));
         node.by_b(back.clone(), &[("pod_to_pod", 1), ("flow_stale", 1)]);
         node.by_a(there.clone(), &LOCAL[..1]);
-        // What is forbidden stops, both ways, and each time.
+        // A denied connection is dropped in both directions, each time.
         node.policy("b", json!({"policyTypes": ["Ingress"], "ingress": [{"ports": [{"port": 81}]}]}));
         for _ in 0..2 {
             node.by_b(back.clone(), &[("policy_ingress", 1), ("flow_stale", 1)]);
             node.by_a(there.clone(), &[("policy_ingress", 1), ("flow_stale", 1)]);
         }
-        // And begins again where it stopped.
+        // Allowed again, it continues.
         node.no_policy("b");
         node.by_b(back.clone(), &[("pod_to_pod", 1), ("flow_stale", 1)]);
         node.by_a(there.clone(), &LOCAL[..1]);
-        // The switch is a change like another.
+        // Switching enforcement off and on is a policy change.
         node.policy("a", deny("Egress"));
         node.step(Event::Enforce(false));
         node.by_a(there.clone(), &[("pod_to_pod", 1), ("flow_stale", 1)]);
@@ -432,7 +432,7 @@ fn policy_for_services_applies_to_backend() {
             json!({"ingress": [{"from": [{"podSelector": {"matchLabels": {"pod": "a"}}}], "ports": [{"port": 8080}]}]}),
         );
         node.by_a(there(&node, 5001, flags::SYN), &LOCAL);
-        // After a change the connection goes on to the same backend, though the Service has another by now; whoever speaks first.
+        // After a policy change the connection keeps its backend, although the Service has another one by now.
         serve(&node.stage, 10 * number + 1, family.vip, family.remote);
         node.policy("a", json!({"policyTypes": ["Ingress"]}));
         let ran = node.by_b(back(&node, 5001), &[("pod_to_pod", 1), ("flow_stale", 1)]);
@@ -447,7 +447,7 @@ fn policy_for_services_applies_to_backend() {
         node.policy("b", deny("Ingress"));
         node.by_a(there(&node, 5001, flags::ACK), &[("policy_ingress", 1), ("flow_stale", 1)]);
         node.by_b(back(&node, 5001), &[("policy_ingress", 1), ("flow_stale", 1)]);
-        // To itself through its Service.
+        // Hairpin.
         node.no_policy("b");
         serve(&node.stage, 10 * number + 2, family.vip, family.a);
         node.policy("a", json!({"policyTypes": ["Ingress", "Egress"]}));
@@ -461,16 +461,16 @@ fn new_pod_does_not_inherit_flow_direction() {
     let sandbox = sandbox_or_skip!();
     let mut node = Node::set(&sandbox);
     for family in BOTH {
-        // Somebody outside asks, and `a` may only answer.
+        // A connection from outside; `a` may only reply.
         node.policy("a", deny("Egress"));
         node.in_by_vpc(node.stage.by_gateway().ip(family.remote, family.a).udp(6000, 53), &IN);
         let answer = node.a().ip(family.a, family.remote).udp(53, 6000);
         node.by_a(answer.clone(), &OUT[..1]);
-        // Its gateway changes: the way is decided anew, and it is still an answer.
+        // The gateway changes: the route is decided anew, and the packet still goes in the reply direction.
         let changed = Endpoint { gateway_v4: Some("10.0.0.252".parse().unwrap()), ..node.stage.a };
         node.stage.datapath.endpoints().upsert(&changed).unwrap();
         node.by_a(answer.clone(), &[("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)]);
-        // Another pod gets address and slot: nobody has asked it.
+        // A new pod gets address and slot: its packet is a new connection.
         assert!(node.stage.datapath.endpoints().remove(node.stage.a.host_ifindex).unwrap());
         node.attach(&node.stage.a.clone(), "a");
         node.stage.datapath.endpoints().upsert(&node.stage.a).unwrap();

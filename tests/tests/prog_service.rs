@@ -1,4 +1,4 @@
-//! The prog rung of Services: what the programs make of packets for a frontend, and of the answers.
+//! The prog rung of Services: NAT of packets to a frontend, and of replies.
 
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
@@ -75,12 +75,12 @@ fn clusterip_from_pod_and_reply_nat() {
     }
 }
 
-/// Every value that a checksum can have, among them those that a translation makes 0, which in UDP would say that there is none.
+/// NAT with every possible checksum, among them those that become 0, which means "no checksum" in UDP.
 #[test]
 fn udp_checksums_after_nat_and_zero_checksum() {
     let sandbox = sandbox_or_skip!();
     let stage = Stage::set(&sandbox).unwrap();
-    // For the second of each family what is added to the address is taken from the port.
+    // For the second case of each family the changes of address and port cancel each other.
     let services = [(V4, V4.vip, 53), (V6, V6.vip, 53), (V4, "10.0.0.7", 5348), (V6, "fd00::7", 5348)];
     for (number, (family, vip, port)) in (1..).zip(services) {
         serve(&stage, number, &at(vip, port, UDP), &[backend(family.b, 5353, UDP)], Frontend::default());
@@ -121,7 +121,7 @@ fn clusterip_to_remote_and_host_network_backend() {
         let returns = Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ip(family.vip, family.a).ttl(63);
         came_out(&ran, REDIRECT, &returns.tcp(80, 40000, flags::ACK));
 
-        // The API server, say: the node itself is the backend, and the host stack gets the translated packet.
+        // A host-network backend (the API server, say): the host stack gets the translated packet.
         serve(
             &stage,
             10 * number + 1,
@@ -156,8 +156,8 @@ fn hairpin_via_cluster_ip() {
     }
 }
 
-/// What voids the entry of an answer is mostly the way of somebody else. The client knows only the Service, so if the answer came as it is,
-/// a datagram would be lost and a connection broken.
+/// A route change invalidates reply entries of established connections. The client knows the Service's address only, so an untranslated
+/// reply would break the connection.
 #[test]
 fn reply_nat_survives_route_change() {
     let sandbox = sandbox_or_skip!();
@@ -165,7 +165,7 @@ fn reply_nat_survives_route_change() {
     let to_a = || Frame::new(stage.a.pod_mac.0, stage.a.host_mac.0).ttl(63);
     let again = |way| [(way, 1), ("flow_new", 1), ("flow_stale", 1)];
     for (number, family) in (1..).zip(BOTH) {
-        // Written anew with another gateway, a pod has another way, and is still the same pod.
+        // Another gateway changes the route of a pod, not its identity.
         let other_way = |pod: &Endpoint, other: bool| match other {
             true => Endpoint { gateway_v4: None, gateway_v6: None, ..*pod },
             false => *pod,
@@ -181,7 +181,7 @@ fn reply_nat_survives_route_change() {
             came_out(&from_pod(&stage, &stage.b, &back, &NEW[..1]), REDIRECT, &returns);
         }
 
-        // Through its own Service.
+        // Hairpin.
         serve(
             &stage,
             10 * number + 1,
@@ -198,7 +198,7 @@ fn reply_nat_survives_route_change() {
             came_out(&from_pod(&stage, &stage.a, &back, &again("pod_to_pod")), REDIRECT, &returns);
         }
 
-        // From elsewhere, and from the node.
+        // From a remote backend, and from the node.
         for (n, place, port) in [(2, family.remote, 6053), (3, family.host, 5353)] {
             serve(&stage, 10 * number + n, &at(family.vip, port, UDP), &[backend(place, 53, UDP)], Frontend::default());
             let there = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40002, port);
@@ -217,7 +217,7 @@ fn reply_nat_survives_route_change() {
     }
 }
 
-/// Who has come to an address later was not asked, and does not answer for a Service.
+/// A new pod with the address of a former backend sends no replies of the Service.
 #[test]
 fn new_pod_with_backend_address_gets_no_reply_nat() {
     let sandbox = sandbox_or_skip!();
@@ -252,7 +252,7 @@ fn reply_tuple_collision_remaps_source_port() {
             REDIRECT,
             &arrives.clone().tcp(40000, 8080, flags::SYN),
         );
-        // The same source port: the backend sees another one, and the answers find back all the same.
+        // The same source port: the backend sees another one, and replies are translated back.
         let expected = [("pod_to_pod", 1), ("flow_new", 1)];
         let ran = stage
             .datapath
@@ -280,7 +280,7 @@ fn reply_tuple_collision_remaps_source_port() {
     }
 }
 
-/// A client that closes by a reset leaves its source port free, for the backend's own address and for other Services of it.
+/// After a reset the NAT source port is free, for direct connections to the backend and for other Services.
 #[test]
 fn rst_frees_the_nat_source_port() {
     let sandbox = sandbox_or_skip!();
@@ -313,7 +313,7 @@ fn service_without_backend_is_rejected() {
             assert!(checksums_are_right(&ran.packet));
             let transport = if v6 { 54 } else { 34 };
             let [high, low] = port.to_be_bytes();
-            // Reset, which acknowledges the SYN and the hundred bytes behind it.
+            // The reset acknowledges the SYN and its hundred bytes of payload.
             assert_eq!(ran.packet[transport..transport + 4], [high, low, 0x9c, 0x40]);
             assert_eq!(ran.packet[transport + 8..transport + 14], [0, 0, 0, 1 + 1 + 100, 0x50, 0x14]);
             assert_eq!(ran.packet.len(), transport + 20);
@@ -330,7 +330,7 @@ fn service_without_backend_is_rejected() {
         }
         assert!(checksums_are_right(&ran.packet), "{:02x?}", ran.packet);
         assert_eq!((ran.action, ran.packet), (REDIRECT, expected));
-        // A reset is not answered with a reset, and a liar not at all.
+        // A reset is not rejected with a reset, and a spoofed packet gets no reply.
         let reset = stage.sent_by(&stage.a).ip(family.a, family.vip).tcp(40000, 80, flags::RST);
         assert_eq!(from_pod(&stage, &stage.a, &reset, &[("no_backend", 1)]).action, SHOT);
         let lie = stage.sent_by(&stage.a).ip(family.b, family.vip).tcp(40000, 80, flags::SYN);
@@ -347,7 +347,7 @@ fn removed_backend_invalidates_flows() {
         serve(&stage, number, &at(family.vip, 53, UDP), &[backend(family.b, 53, UDP)], Frontend::default());
         let there = stage.sent_by(&stage.a).ip(family.a, family.vip).udp(40000, 53);
         from_pod(&stage, &stage.a, &there, &NEW);
-        // Another backend takes its place, in the order of the plan.
+        // Another backend replaces it, in the planner's order of writes.
         stage.datapath.services().set_backend(10 * number + 1, &backend(family.remote, 53, UDP)).unwrap();
         stage
             .datapath
@@ -357,9 +357,9 @@ fn removed_backend_invalidates_flows() {
         let run = BackendRange { first: 10 * number + 5, count: 1 };
         let frontend = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
         stage.datapath.services().set_frontend(&at(family.vip, 53, UDP), &frontend).unwrap();
-        // The flow goes on as long as the old one is there (it is ending, and may finish what it began) …
+        // The flow continues while the old backend is terminating …
         from_pod(&stage, &stage.a, &there, &NEW[..1]);
-        // … and not a packet longer.
+        // … and ends with its removal.
         stage.datapath.services().set_backend(10 * number, &Backend { generation: 2, ..Backend::default() }).unwrap();
         let ran = from_pod(&stage, &stage.a, &there, &[("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)]);
         came_out(&ran, REDIRECT, &stage.sent_by(&stage.a).ip(family.a, family.remote).ttl(63).udp(40000, 53));

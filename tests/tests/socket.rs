@@ -1,4 +1,4 @@
-//! Services at the socket: a process in a cgroup of its own connects and sends to Services, with real sockets.
+//! Service translation at the socket: a process in its own cgroup connects and sends to Services, with real sockets.
 
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
@@ -16,11 +16,11 @@ use terway_tests::prog_harness::{frontend_key, node_port_key};
 use terway_tests::sandbox::{Namespace, ip};
 use terway_tests::sandbox_or_skip;
 
-/// A cgroup that this process is in as long as it lives.
+/// A cgroup that this process joins until the value is dropped.
 struct Cgroup {
     mount: tempfile::TempDir,
     own: PathBuf,
-    /// Where the process was.
+    /// The previous cgroup of the process.
     before: PathBuf,
 }
 
@@ -42,7 +42,7 @@ impl Cgroup {
 }
 
 impl Cgroup {
-    /// One beside it, if a test makes it.
+    /// A second cgroup, if a test creates one.
     fn other(&self) -> PathBuf {
         self.mount.path().join(format!("bpf-socket-other-{}", std::process::id()))
     }
@@ -70,7 +70,7 @@ fn words(address: IpAddr) -> [u32; 4] {
     std::array::from_fn(|i| u32::from_ne_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap()))
 }
 
-/// A Service with these backends, whose numbers count from `number` on, as does its run.
+/// Writes a Service with these backends, at backend indices and backend references from `number` on.
 fn serve_at(
     datapath: &Datapath,
     number: u32,
@@ -99,7 +99,7 @@ fn set_backend(datapath: &Datapath, number: u32, at: SocketAddr, protocol: u8, g
     datapath.services().set_backend(number, &value).unwrap();
 }
 
-/// A Service of one backend.
+/// Writes a Service with one backend.
 fn serve(datapath: &Datapath, number: u32, at: SocketAddr, backend: SocketAddr, protocol: u8) {
     let place = frontend_key(at.ip(), at.port(), protocol);
     serve_at(datapath, number, &place, Frontend::default(), &[backend], protocol);
@@ -117,7 +117,7 @@ fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// What `connect` says, as an error number; 0 if it has no complaint.
+/// The errno of `connect`; 0 if it succeeds.
 fn connecting(to: SocketAddr) -> i32 {
     match TcpStream::connect_timeout(&to, Duration::from_millis(300)) {
         Ok(_) => 0,
@@ -150,14 +150,14 @@ fn connect_and_sendto_reach_services() {
         serve(&datapath, 10 * number, at, backend, 6);
         serve(&datapath, 10 * number + 1, dns, resolver, 17);
         let server = TcpListener::bind(backend).unwrap();
-        // Without the programs nobody is there.
+        // Without the programs nothing listens at the Service's address.
         if number == 1 {
             assert!(TcpStream::connect_timeout(&at, Duration::from_millis(200)).is_err());
         }
         datapath.sockets().attach(&cgroup.own).unwrap();
-        // Attaching again, as a restarted daemon does, leaves one of each.
+        // Attaching again, as a restarted daemon does, leaves one link per program.
         datapath.sockets().attach(&cgroup.own).unwrap();
-        // The application believes to talk to the Service.
+        // The application sees the Service's address as its peer.
         assert_eq!(answers(at, &server), at);
         assert_eq!(answers(backend, &server), backend);
         if let IpAddr::V4(v4) = vip {
@@ -203,7 +203,7 @@ fn node(sandbox: &terway_tests::sandbox::Sandbox) -> (Datapath, Cgroup) {
     (datapath, cgroup)
 }
 
-/// Ports of the node are reached at its addresses and its loopback, and by nobody else's loopback; nobody of the node binds one.
+/// NodePorts are reached at the node's addresses and its loopback, not at a pod's loopback; host processes cannot bind them.
 #[test]
 fn nodeports_are_services() {
     let sandbox = sandbox_or_skip!();
@@ -232,7 +232,7 @@ fn nodeports_are_services() {
     ] {
         assert_eq!(answers(address(to), server), address(to));
     }
-    // Another port of the node is its own affair.
+    // Other ports of the node are not translated.
     assert_eq!(connecting(address("127.0.0.1:30081")), libc::ECONNREFUSED);
 
     let taken = |at: SocketAddr| {
@@ -244,12 +244,12 @@ fn nodeports_are_services() {
         assert_eq!(taken(address(&format!("{at}:30081"))), [None; 2], "{at}");
         assert_eq!(taken(address(&format!("{at}:0"))), [None; 2], "{at}");
     }
-    // A pod has ports of its own, and a loopback of its own.
+    // A pod has its own ports and its own loopback.
     let pod = Namespace::new().unwrap();
     let seen = pod.spawn(move || (taken(address("[::]:30080")), connecting(address("127.0.0.1:30080")))).unwrap();
     assert_eq!(seen.join().unwrap(), ([None; 2], libc::ECONNREFUSED));
 
-    // A port without endpoints is refused at once, and is still nobody's to bind.
+    // A NodePort without backends is rejected at once, and still cannot be bound.
     let at = node_port_key(false, 30_080, 6);
     datapath.services().set_frontend(&at, &Frontend::default()).unwrap();
     assert_eq!(connecting(address("127.0.0.1:30080")), in_vain);
@@ -259,8 +259,8 @@ fn nodeports_are_services() {
     datapath.sockets().detach().unwrap();
 }
 
-/// What sockets leave alone: Services that are not for clients in the cluster, and, in pods, refusals and choices that only the packets'
-/// path can make.
+/// Services that are not translated at the socket: those not for clients in the cluster, and, in pods, rejections and backend selections
+/// that need the packet path.
 #[test]
 fn least_connections_and_maglev_use_the_packet_path() {
     let sandbox = sandbox_or_skip!();
@@ -289,7 +289,7 @@ fn least_connections_and_maglev_use_the_packet_path() {
     let closed = SocketAddr::new(at(1).ip(), 81);
     let outcomes = move || [at(1), at(2), at(3), at(4), at(5), closed].map(connecting);
     assert_eq!(outcomes(), [0, nowhere, 0, 0, in_vain, in_vain]);
-    // No route leads out of this pod. One is translated, as the table tells; the others would be answered where they leave the pod.
+    // This pod has no route. One destination is translated, as the table shows; the others are left to the packet path.
     let before = datapath.sockets().list().unwrap().len();
     let pod = Namespace::new().unwrap();
     assert_eq!(pod.spawn(outcomes).unwrap().join().unwrap(), [nowhere; 6]);
@@ -301,7 +301,7 @@ fn least_connections_and_maglev_use_the_packet_path() {
     datapath.sockets().detach().unwrap();
 }
 
-/// Datagrams of a socket that is not connected stay with a backend for as long as it lives, whatever is drawn.
+/// Datagrams of an unconnected socket keep their backend while it exists.
 #[test]
 fn udp_exchange_keeps_its_backend() {
     let sandbox = sandbox_or_skip!();
@@ -316,7 +316,7 @@ fn udp_exchange_keeps_its_backend() {
         let vip = address(&format!("{vip}:53"));
         let place = frontend_key(vip.ip(), 53, 17);
         serve_at(&datapath, number, &place, Frontend::default(), &backends, 17);
-        // Who of the four got how many of so many datagrams; each is answered, and the answers come from the Service.
+        // Datagrams per backend; each gets a reply that comes from the Service.
         let exchange = |client: &UdpSocket, count: usize| -> Vec<usize> {
             let mut got = vec![0; 4];
             let mut bytes = [0; 16];
@@ -340,7 +340,7 @@ fn udp_exchange_keeps_its_backend() {
         let one = client();
         let got = exchange(&one, 40);
         let chosen = got.iter().position(|count| *count == 40).unwrap_or_else(|| panic!("{got:?}"));
-        // First the frontend leads to the others only: what goes on, goes on.
+        // The frontend leads to the other backends only: the exchange keeps its backend.
         let others: Vec<BackendRef> = (number..number + 4)
             .filter(|backend| *backend != number + chosen as u32)
             .map(|backend| BackendRef { backend, generation: 1 })
@@ -350,17 +350,17 @@ fn udp_exchange_keeps_its_backend() {
         let value = Frontend { service: number, internal: run, external: run, ..Frontend::default() };
         datapath.services().set_frontend(&place, &value).unwrap();
         assert_eq!(exchange(&one, 20)[chosen], 20);
-        // Then its life ends; another member is drawn, and kept.
+        // The backend is removed: another one is selected, and kept.
         set_backend(&datapath, number + chosen as u32, backends[chosen], 17, 2);
         let got = exchange(&one, 40);
         assert!(got[chosen] == 0 && got.contains(&40), "{got:?}");
-        // Different sockets, different draws: that none of 60 goes to one of three has a chance of 1 in 10^10.
+        // Selection is per socket: the chance that none of 60 selects one of three backends is 1 in 10^10.
         let mut spread = vec![0; 4];
         for _ in 0..60 {
             spread.iter_mut().zip(exchange(&client(), 1)).for_each(|(sum, got)| *sum += got);
         }
         assert_eq!(spread.iter().filter(|count| **count > 0).count(), 3, "{spread:?}");
-        // What the table remembers of the dead can be forgotten, and nothing else is.
+        // Entries of removed backends can be deleted, and only those.
         let (dead, alive): (Vec<_>, Vec<_>) =
             datapath.sockets().list().unwrap().into_iter().partition(|row| !row.alive);
         assert!(!dead.is_empty() && dead.iter().all(|row| row.backend == backends[chosen]), "{dead:?}");
@@ -371,7 +371,7 @@ fn udp_exchange_keeps_its_backend() {
     datapath.sockets().detach().unwrap();
 }
 
-/// Clients of one network namespace stay with a backend, whatever socket they use.
+/// Session affinity is per network namespace, whatever socket is used.
 #[test]
 fn session_affinity_by_netns() {
     let sandbox = sandbox_or_skip!();
@@ -398,7 +398,7 @@ fn session_affinity_by_netns() {
     datapath.sockets().detach().unwrap();
 }
 
-/// The next daemon takes over the links, in place; and a cgroup that goes takes the programs with it.
+/// The next daemon replaces the programs of the links in place; removal of the cgroup detaches the programs.
 #[test]
 fn cgroup_links_are_taken_over() {
     let sandbox = sandbox_or_skip!();
@@ -419,13 +419,13 @@ fn cgroup_links_are_taken_over() {
     next.sockets().attach(&cgroup.own).unwrap();
     assert_eq!((numbers(), next.sockets().attached().unwrap()), (before.clone(), 10));
     assert_eq!(answers(vip, &server), vip);
-    // To another cgroup: the process is in the old one, and served no more.
+    // Attached to another cgroup: the process is in the old one, and its sockets are not translated any more.
     let other = cgroup.other();
     fs::create_dir(&other).unwrap();
     next.sockets().attach(&other).unwrap();
-    // The kernel takes links off in the background.
+    // The kernel detaches links asynchronously.
     eventually("the old links are gone", || connecting(vip) == libc::ENETUNREACH);
-    // Connections that were made until then still wait to be accepted.
+    // Connections from before still wait to be accepted.
     server.set_nonblocking(true).unwrap();
     while server.accept().is_ok() {}
     server.set_nonblocking(false).unwrap();

@@ -1,4 +1,4 @@
-//! The life of flows: how they begin, what voids them, and what they take along.
+//! Flow entries: creation, direction, invalidation.
 
 use terway_abi::flow_flags;
 use terway_core::conntrack::Timeouts;
@@ -56,18 +56,18 @@ fn flow_direction_survives_route_change() {
     for (number, family) in BOTH.iter().enumerate() {
         let there = stage.by_gateway().ip(family.remote, family.a).tcp(50000, 80, flags::SYN);
         from_vpc(&stage, &there, &[("vpc_to_pod", 1), ("flow_new", 1)]);
-        // The pod changes: the flow is decided anew, and the pod's next packet is still an answer.
+        // The endpoint changes: the route is decided anew, and the pod's next packet still goes in the reply direction.
         let changed = Endpoint { gateway_v4: Some("10.0.0.252".parse().unwrap()), ..stage.a };
         stage.datapath.endpoints().upsert(if number % 2 == 0 { &changed } else { &stage.a }).unwrap();
         let back = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::ACK);
         from_pod(&stage, &stage.a, &back, &[("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)]);
         assert_eq!(of_a(&stage).flags & flow_flags::REPLY, flow_flags::REPLY);
         evict(&stage);
-        // Nothing is known any more: what the packet says of itself does not count, who speaks first began.
+        // Without an entry the packet's own flags do not count: the sender is the initiator.
         let back = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::SYN | flags::ACK);
         from_pod(&stage, &stage.a, &back, &[("pod_to_vpc", 1), ("flow_new", 1)]);
         assert_eq!(of_a(&stage).flags & flow_flags::REPLY, 0);
-        // A new connection from the other side is its own.
+        // A new connection from the other end has its own direction.
         from_pod(
             &stage,
             &stage.a,
@@ -81,7 +81,7 @@ fn flow_direction_survives_route_change() {
     }
 }
 
-/// Deletes all flows, as the kernel does when the table is full.
+/// Deletes all flow entries, as LRU eviction does.
 fn evict(stage: &Stage) {
     use aya::maps::{HashMap, Map, MapData};
     let pinned = |name| Map::LruHashMap(MapData::from_pin(stage.datapath.pins().join(name)).unwrap());
@@ -108,15 +108,15 @@ fn removed_endpoint_invalidates_flows() {
         assert!(stage.datapath.endpoints().remove(stage.b.host_ifindex).unwrap());
         assert!(!stage.datapath.endpoints().remove(stage.b.host_ifindex).unwrap());
         dropped(&from_pod(&stage, &stage.b, &of_b, &[("unknown_endpoint", 1), ("flow_stale", 1)]));
-        // Its address is nobody's here: the VPC knows where it is.
+        // The address is remote now: packets go to the VPC.
         let counters = [("pod_to_vpc", 1), ("flow_new", 1), ("flow_stale", 1)];
         assert_eq!(from_pod(&stage, &stage.a, &to_b, &counters).action, REDIRECT);
         from_pod(&stage, &stage.a, &to_b, &[("pod_to_vpc", 1)]);
-        // Another pod gets the address: flows that went to the VPC come to it.
-        let heir = Endpoint { pod_mac: Mac([2, 0, 0, 0, 0, 0x77]), ..stage.b };
-        stage.datapath.endpoints().upsert(&heir).unwrap();
+        // A new pod gets the address: flows that went to the VPC go to it.
+        let successor = Endpoint { pod_mac: Mac([2, 0, 0, 0, 0, 0x77]), ..stage.b };
+        stage.datapath.endpoints().upsert(&successor).unwrap();
         let counters = [("pod_to_pod", 1), ("flow_new", 1), ("flow_stale", 1)];
-        delivered(&from_pod(&stage, &stage.a, &to_b, &counters), &heir, &to_b);
+        delivered(&from_pod(&stage, &stage.a, &to_b, &counters), &successor, &to_b);
     }
     assert_eq!(stage.datapath.endpoints().list().len(), 2);
     assert!(stage.datapath.endpoints().remove(stage.b.host_ifindex).unwrap());

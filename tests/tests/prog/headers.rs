@@ -1,4 +1,4 @@
-//! What packets look like: fragments, options, extension headers, ICMP, arp_and_neighbour_discovery, and what is not for the network at all.
+//! Packet headers: fragments, options, extension headers, ICMP, neighbour discovery, and unroutable destinations.
 
 use terway_abi::Program;
 use terway_daemon::bpf::RunContext;
@@ -55,7 +55,7 @@ fn ipv4_options() {
     }
     dropped(&from_pod(&stage, &stage.a, &with(&[7, 1, 0, 0]), &[("bad_header", 1)]));
     dropped(&from_pod(&stage, &stage.a, &with(&[1; 12]), &[("header_chain", 1)]));
-    // What stands behind the end of the options is no option.
+    // Bytes behind the end-of-options option are no options.
     delivered(
         &from_pod(&stage, &stage.a, &with(&[0, 131, 7, 4]), &[("pod_to_pod", 1)]),
         &stage.b,
@@ -97,7 +97,7 @@ fn icmp_echo_and_errors() {
         let back = stage.by_gateway().ip(family.remote, family.a).icmp(answer, 0, [0x12, 0x34, 0, 1]);
         delivered(&from_vpc(&stage, &back, &[("vpc_to_pod", 1)]), &stage.a, &back);
 
-        // A router on the way complains about a packet of a known flow: that flow's entry delivers it.
+        // A router's error about a packet of a known flow is forwarded by that flow's entry.
         let sent = stage.sent_by(&stage.a).ip(family.a, family.remote).udp(40000, 9);
         from_pod(&stage, &stage.a, &sent, &[("pod_to_vpc", 1), ("flow_new", 1)]);
         let router = if family.a == V4.a { "10.8.0.1" } else { "fd08::1" };
@@ -116,7 +116,7 @@ fn icmp_echo_and_errors() {
         });
         assert_eq!(reverse.unwrap().packets, 1);
 
-        // One about a flow that nobody knows is a packet like any other, and nothing is remembered of it.
+        // An error about an unknown flow is forwarded like any packet, without a flow entry.
         let unknown = stage.sent_by(&stage.a).ip(family.a, family.remote).udp(40001, 9).build();
         let error =
             stage.by_gateway().ip(router, family.a).icmp(family.unreachable, 3, [0; 4]).payload(quoted(&unknown));
@@ -125,7 +125,7 @@ fn icmp_echo_and_errors() {
         let error =
             stage.by_gateway().ip(family.b, family.a).icmp(family.unreachable, 3, [0; 4]).payload(quoted(&bytes));
         dropped(&from_vpc(&stage, &error, &[("spoofed_source", 1)]));
-        // A pod answers with an error, as itself only.
+        // A pod sends ICMP errors with its own source only.
         let came = stage.by_gateway().ip(family.remote, family.b).udp(5, 6);
         from_vpc(&stage, &came, &[("vpc_to_pod", 1), ("flow_new", 1)]);
         let refuse = |source: &str| {

@@ -1,5 +1,5 @@
-//! The prog rung: a packet goes into a program by `BPF_PROG_TEST_RUN`, and what comes out is compared: the answer, the packet, the
-//! mark, the flow table, and *every* counter: one that changed and was not named fails the test.
+//! The prog rung: packets through the programs by `BPF_PROG_TEST_RUN`. Tests compare the action, the packet, the mark, the flow table, and
+//! *every* counter: a change of a counter that is not named fails the test.
 
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
@@ -122,7 +122,7 @@ fn pod_to_vpc_and_back() {
             let ran = from_pod(&stage, &stage.a, &there, counters);
             assert_eq!((ran.action, ran.mark), (REDIRECT, MARK_CHECKED));
             hopped(&ran.packet, &there.build());
-            // On its way out it is known by its mark, which ends there; it was counted.
+            // `to_vpc` recognises the packet by its mark and clears it; `from_pod` has counted the packet.
             let marked = RunContext { mark: ran.mark, ..RunContext::on(stage.eni) };
             let out = run(&stage, Program::ToVpc, marked, &ran.packet, &[]);
             assert_eq!((out.action, out.mark, &out.packet), (NEXT, 0, &ran.packet));
@@ -172,7 +172,7 @@ fn host_stack_flows_are_answered_through_host_stack() {
         untouched(&to_pod(&stage, &stage.a, &there, &[("host_to_pod", 1), ("flow_new", 1)]), &there);
         let back = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50000, flags::SYN | flags::ACK);
         untouched(&from_pod(&stage, &stage.a, &back, &[("pod_to_host", 1)]), &back);
-        // Another port of the same peer still goes by the ENI.
+        // Another port of the same peer still goes through the ENI.
         let other = stage.sent_by(&stage.a).ip(family.a, family.remote).tcp(80, 50001, flags::SYN);
         assert_eq!(from_pod(&stage, &stage.a, &other, &[("pod_to_vpc", 1), ("flow_new", 1)]).action, REDIRECT);
     }
@@ -190,7 +190,7 @@ fn source_spoofing_from_pod() {
         dropped(&from_pod(&stage, &stage.a, &sent(family.host), &[("spoofed_source", 1)]));
         let mac = Frame::new(HOST_MAC, other_mac).ip(family.a, family.remote).tcp(1, 2, flags::SYN);
         dropped(&from_pod(&stage, &stage.a, &mac, &[("spoofed_mac", 1)]));
-        // The flow exists: the check is not only made for first packets.
+        // The flow exists: the source check applies to established packets too.
         from_pod(&stage, &stage.a, &sent(family.a), &[("pod_to_vpc", 1), ("flow_new", 1)]);
         dropped(&from_pod(&stage, &stage.a, &mac, &[("spoofed_mac", 1)]));
         // The other pod cannot use it either.
@@ -199,7 +199,7 @@ fn source_spoofing_from_pod() {
         let astray = Frame::new(other_mac, stage.a.pod_mac.0).ip(family.a, family.remote).tcp(1, 2, flags::SYN);
         dropped(&from_pod(&stage, &stage.a, &astray, &[("not_for_gateway", 1)]));
     }
-    // An interface that no endpoint stands for.
+    // An interface without an endpoint.
     let unknown = stage.sent_by(&stage.a).ip(V4.a, V4.b).tcp(1, 2, flags::SYN);
     dropped(&run(
         &stage,
@@ -226,7 +226,7 @@ fn source_and_eni_checks_from_vpc() {
         let foreign = Frame::new([2, 7, 7, 7, 7, 7], GATEWAY_MAC).ip(family.remote, family.a).tcp(1, 2, flags::SYN);
         untouched(&from_vpc(&stage, &foreign, &[("vpc_to_host", 1)]), &foreign);
     }
-    // What is for the host is left to the host, whatever it is.
+    // Packets for the host pass to the host stack, whatever they are.
     for odd in [
         stage.by_gateway().ip(V4.remote, V4.host).protocol(17).fragment(9, 16, false).payload(&[0; 8]),
         stage.by_gateway().ip(V4.remote, V4.host).options(&[137, 7, 4, 10, 0, 0, 9]).udp(1, 2),
@@ -267,7 +267,7 @@ fn ttl_expiry_passes_to_host_stack() {
         }
         let frame = stage.by_gateway().ip(family.remote, family.a).ttl(1).udp(7, 8);
         untouched(&from_vpc(&stage, &frame, &[("ttl_expired", 1), ("flow_new", 1)]), &frame);
-        // A spoofed one makes no error for anybody.
+        // A spoofed packet causes no ICMP error.
         let frame = stage.sent_by(&stage.a).ip(family.b, family.remote).ttl(1).udp(1, 2);
         dropped(&from_pod(&stage, &stage.a, &frame, &[("spoofed_source", 1)]));
     }
@@ -311,7 +311,7 @@ fn drop_events_are_rate_limited() {
         assert_eq!(after.drop(Drop::SpoofedSource).packets - before.drop(Drop::SpoofedSource).packets, 20);
         assert_eq!(reported + lost, 20);
         assert!(reported < 20, "the budget bounds nothing");
-        // The next one that is reported says how many were not.
+        // The next reported event has the number of lost ones.
         tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
         from_vpc(&stage, &spoofed, &[("spoofed_source", 1)]);
         assert!(u64::from(events.next().await.unwrap().lost) <= lost);
@@ -332,7 +332,7 @@ fn pinned_map_layout_is_checked() {
     let again = Datapath::open(&config).unwrap();
     assert_eq!((again.endpoints().list().len(), again.flows().count().unwrap()), (2, (1, 0)));
     drop(again);
-    // The folders of other versions go when told to; this one stays.
+    // The folders of other ABI versions are removed on request; this one stays.
     std::fs::create_dir(config.pin_root.join("v0")).unwrap();
     let other = aya::maps::HashMap::<_, u32, u64>::create(8, 0).unwrap();
     other.pin(config.pin_root.join("v0/OLD")).unwrap();
@@ -340,11 +340,11 @@ fn pinned_map_layout_is_checked() {
     again.remove_other_versions().unwrap();
     assert!(!config.pin_root.join("v0").exists() && pins.exists());
     drop(again);
-    // Another size of the flow table makes a new one, and keeps the pods and the flows.
+    // Another size creates a new flow table, and keeps endpoints and flows.
     let resized = Datapath::open(&Config { flows_v4: 1024, ..config.clone() }).unwrap();
     assert_eq!((resized.endpoints().list().len(), resized.flows().count().unwrap()), (2, (1, 0)));
     drop(resized);
-    // Something else under the name of a map is refused, by name.
+    // A foreign map under a pinned name is refused; the error names it.
     std::fs::remove_file(pins.join(terway_abi::names::ENDPOINTS_V4)).unwrap();
     let alien = aya::maps::HashMap::<_, u32, u64>::create(8, 0).unwrap();
     alien.pin(pins.join(terway_abi::names::ENDPOINTS_V4)).unwrap();

@@ -1,4 +1,4 @@
-//! What is told and counted of connections: the right one, once, by the right reason, and nothing of established packets.
+//! Events and rule counters of new connections and drops; established packets cause neither.
 
 use std::net::Ipv4Addr;
 
@@ -8,7 +8,7 @@ use terway_daemon::bpf::{Config, FlowEvents};
 
 use super::*;
 
-/// Runs in a tokio runtime: the events' buffer wants one.
+/// Runs in a tokio runtime, which the stream of events needs.
 fn with_events(config: impl FnOnce(&mut Config), test: impl FnOnce(Node, FlowEvents, &Sandbox)) {
     let sandbox = match Sandbox::enter() {
         Ok(sandbox) => sandbox,
@@ -28,7 +28,7 @@ fn all(events: &mut FlowEvents) -> Vec<FlowEvent> {
     std::iter::from_fn(|| events.try_next()).collect()
 }
 
-/// The reason that decided in a direction: 0 egress, 1 ingress.
+/// The verdict and rule of a direction: 0 egress, 1 ingress.
 fn reason(node: &Node, event: &FlowEvent, side: usize) -> (bool, String) {
     let decision = Verdict(event.verdicts[side]);
     let text = node.compiler.rule(decision.rule_id()).map(ToString::to_string);
@@ -41,7 +41,7 @@ fn new_connection_event_names_the_rules() {
         |_| {},
         |mut node, mut events, _| {
             let syn = |node: &Node, port: u16| node.a().ip("10.0.0.1", "10.0.0.2").tcp(port, 80, flags::SYN);
-            // Nobody has asked for it.
+            // Sampling is off.
             node.by_a(syn(&node, 1000), &LOCAL);
             assert_eq!(all(&mut events), []);
 
@@ -59,7 +59,7 @@ fn new_connection_event_names_the_rules() {
             assert_eq!(Verdict(event.verdicts[0]), Verdict::allow(NO_POLICY));
             assert_eq!(reason(&node, event, 1), (true, "NetworkPolicy x/of-b, ingress rule 0: Accept".to_owned()));
 
-            // Established packets, both ways, a retransmitted SYN among them, tell nothing; nor does a flow that is judged again.
+            // Established packets of both directions, retransmitted SYNs and rechecked flows cause no event.
             node.by_b(node.b().ip("10.0.0.2", "10.0.0.1").tcp(80, 1001, flags::SYN | flags::ACK), &LOCAL[..1]);
             node.by_a(node.a().ip("10.0.0.1", "10.0.0.2").tcp(1001, 80, flags::ACK), &LOCAL[..1]);
             node.by_a(syn(&node, 1001), &LOCAL[..1]);
@@ -70,7 +70,7 @@ fn new_connection_event_names_the_rules() {
             );
             assert_eq!(all(&mut events), []);
 
-            // What is dropped is told as dropped, with both sides.
+            // A drop event has the verdicts of both directions.
             node.by_a(node.a().ip("10.0.0.1", "10.0.0.2").tcp(1002, 81, flags::SYN), &INGRESS);
             let told = all(&mut events);
             let [event] = &told[..] else { panic!("{told:?}") };
@@ -79,7 +79,7 @@ fn new_connection_event_names_the_rules() {
             let isolated = "isolated in ingress by NetworkPolicy x/of-b, none of whose rules allows it";
             assert_eq!(reason(&node, event, 1), (false, isolated.to_owned()));
 
-            // A change of policies leaves the sample as it is, and the switch leaves the policies.
+            // A policy change keeps the sampling rate, and a change of the rate keeps the policies.
             node.step(Event::Enforce(false));
             node.by_a(syn(&node, 1003), &LOCAL);
             assert_eq!(all(&mut events).len(), 1);
@@ -108,7 +108,7 @@ fn events_of_every_path_but_icmp_errors() {
                 assert_eq!(programs, [Program::FromPod, Program::FromVpc, Program::ToPod].map(|program| program as u8));
                 let version = if family.icmp == 8 { 4 } else { 6 };
                 assert!(told.iter().all(|event| event.family == version && event.reason == 0), "{told:?}");
-                // An error about what nobody knows passes where no policy forbids it, and begins nothing.
+                // An ICMP error about an unknown flow passes without a policy, and begins no connection.
                 let never = node.b().ip(family.b, family.a).udp(2999, 80).build();
                 let (kind, code) = if family.icmp == 8 { (3, 3) } else { (1, 4) };
                 let error = node.a().ip(family.a, family.b).icmp(kind, code, [0; 4]).payload(quoted(&never));
@@ -137,11 +137,11 @@ fn service_event_has_frontend_and_backend() {
                 );
                 assert_eq!(event.ports.to_ne_bytes()[2..], [0, 80]);
                 assert_eq!(event.policy_port.to_ne_bytes()[..2], [0x1f, 0x90]);
-                // The answers have an entry from the first packet on, which is no beginning.
+                // Replies have an entry from the first packet on: no event.
                 node.by_b(node.b().ip(family.b, family.a).tcp(8080, 3000, flags::SYN | flags::ACK), &LOCAL[..1]);
                 assert_eq!(all(&mut events), []);
-                // A policy that forbids it is told with the backend too: at the beginning, and of one that is established, which knows
-                // the Service no more.
+                // Drop events name the backend too: of a new connection, and of an established one, which does not know the Service any
+                // more.
                 node.policy("b", deny("Ingress"));
                 node.by_a(node.a().ip(family.a, family.vip).tcp(3001, 80, flags::SYN), &INGRESS);
                 node.by_a(
@@ -254,10 +254,10 @@ fn policy_rule_counters() {
         node.by_a(syn(&node, 6000, 80), &LOCAL);
         node.by_a(syn(&node, 6001, 81), &LOCAL);
         node.by_a(syn(&node, 6002, 81), &LOCAL);
-        // Packets of a connection that has begun count nothing.
+        // Established packets are not counted.
         node.by_a(node.a().ip(family.a, family.b).tcp(6000, 80, flags::ACK), &LOCAL[..1]);
         node.by_b(node.b().ip(family.b, family.a).tcp(80, 6000, flags::ACK), &LOCAL[..1]);
-        // Each dropped packet does, and only under what forbids it.
+        // Each dropped packet is counted, for the denying rule only.
         for _ in 0..3 {
             node.by_a(syn(&node, 6003, 82), &INGRESS);
         }
@@ -272,7 +272,7 @@ fn policy_rule_counters() {
         }
         assert_eq!(counted(&node), expected);
     }
-    // An established connection that a change forbids counts its packets as dropped; one that it allows further counts nothing.
+    // Packets of an established connection that a change denies are counted as dropped; those of one that stays allowed are not counted.
     node.policy("a", json!({"policyTypes": ["Egress"], "egress": [{"ports": [{"port": 80}]}]}));
     node.by_a(node.a().ip("10.0.0.1", "10.0.0.2").tcp(6000, 80, flags::ACK), &[("pod_to_pod", 1), ("flow_stale", 1)]);
     node.by_a(
@@ -282,7 +282,7 @@ fn policy_rule_counters() {
     let now = counted(&node);
     assert_eq!(now[never], (1, 54));
     assert_eq!(now[isolated], expected[isolated]);
-    // RuleIds that have gone have no counters once that is settled.
+    // Removed rules have no counters after the next synchronisation.
     node.no_policy("a");
     node.no_policy("b");
     for _ in 0..2 {
@@ -291,6 +291,6 @@ fn policy_rule_counters() {
         ops.iter().for_each(|op| node.stage.datapath.policies().apply(op).unwrap());
     }
     assert_eq!(counted(&node), BTreeMap::new());
-    // Without a counter, packets go the same ways.
+    // Without counters packets are handled the same.
     node.by_a(node.a().ip("10.0.0.1", "10.0.0.2").tcp(6010, 80, flags::SYN), &LOCAL);
 }
