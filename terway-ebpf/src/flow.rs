@@ -253,10 +253,10 @@ mod tests {
         F::Addr: PartialEq + core::fmt::Debug,
     {
         let (there, high) = flow_key::<F>(&src, &dst, ports, 6);
-        let (back, answers) = flow_key::<F>(&dst, &src, ports.rotate_left(16), 6);
+        let (back, other_end) = flow_key::<F>(&dst, &src, ports.rotate_left(16), 6);
         assert_eq!(there, back);
         let to_itself = src == dst && ports.rotate_left(16) == ports;
-        assert_eq!(high == answers, to_itself);
+        assert_eq!(high == other_end, to_itself);
         let said = match high {
             0 => (there.low, there.high, there.ports),
             _ => (there.high, there.low, there.ports.rotate_left(16)),
@@ -264,7 +264,7 @@ mod tests {
         assert_eq!(said, (src, dst, ports));
         let mut flow = FlowV4 { initiator: high, ..FlowV4::default() };
         direction(&mut flow, high).packets = 1;
-        direction(&mut flow, answers).bytes = 2;
+        direction(&mut flow, other_end).bytes = 2;
         let [made, other] = flow.directions;
         assert_eq!((made.packets, if to_itself { made } else { other }.bytes), (1, 2));
     }

@@ -123,7 +123,7 @@ mod tests {
             prop_assert!(total == 0xffff || total == 0, "{total:x}");
         }
 
-        /// Telling of everything at once shows in every field but where there is nothing to tell.
+        /// A combined delta of addresses and ports changes every full checksum, unless it is zero.
         #[test]
         fn combined_delta_changes_a_full_checksum_unless_zero(
             field in any::<u16>(),

@@ -440,11 +440,11 @@ fn icmp_error<F: Family>(kind: u8) -> bool {
 #[inline(always)]
 pub(crate) fn icmp_ports<F: Family>(kind: u8, identifier: u16) -> u32 {
     let [high, low] = identifier.to_ne_bytes();
-    let (asks, answers) =
+    let (is_request, is_reply) =
         if F::VERSION == 4 { (matches!(kind, 8 | 13), matches!(kind, 0 | 14)) } else { (kind == 128, kind == 129) };
-    if asks {
+    if is_request {
         u32::from_ne_bytes([high, low, 0, 0])
-    } else if answers {
+    } else if is_reply {
         u32::from_ne_bytes([0, 0, high, low])
     } else {
         0
@@ -512,14 +512,14 @@ mod tests {
 
     #[test]
     fn icmp_identifier_replaces_the_requesters_port() {
-        let ask = parse::<V4>(&v4(ICMP, 0, &[], &[8, 0, 0, 0, 0xab, 0xcd, 0, 1])).ok().unwrap();
-        let answer = parse::<V4>(&v4(ICMP, 0, &[], &[0, 0, 0, 0, 0xab, 0xcd, 0, 1])).ok().unwrap();
-        assert_eq!(ask.ports.to_ne_bytes(), [0xab, 0xcd, 0, 0]);
-        assert_eq!(ask.ports, answer.ports.rotate_left(16));
+        let request = parse::<V4>(&v4(ICMP, 0, &[], &[8, 0, 0, 0, 0xab, 0xcd, 0, 1])).ok().unwrap();
+        let reply = parse::<V4>(&v4(ICMP, 0, &[], &[0, 0, 0, 0, 0xab, 0xcd, 0, 1])).ok().unwrap();
+        assert_eq!(request.ports.to_ne_bytes(), [0xab, 0xcd, 0, 0]);
+        assert_eq!(request.ports, reply.ports.rotate_left(16));
         let error = parse::<V6>(&v6(ICMPV6, &[1, 4, 0, 0, 0, 0, 0, 0])).ok().unwrap();
         assert_eq!((error.payload, error.inner), (Payload::IcmpError, 14 + 40 + 8));
-        let asked = parse::<V6>(&v6(ICMPV6, &[135, 0, 0, 0, 0, 0, 0, 0])).ok().unwrap();
-        assert_eq!((asked.payload, asked.transport), (Payload::Neighbour, 14 + 40));
+        let solicitation = parse::<V6>(&v6(ICMPV6, &[135, 0, 0, 0, 0, 0, 0, 0])).ok().unwrap();
+        assert_eq!((solicitation.payload, solicitation.transport), (Payload::Neighbour, 14 + 40));
     }
 
     #[test]

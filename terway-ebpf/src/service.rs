@@ -187,9 +187,9 @@ pub fn current_backend<F: Family, S: Services<F>>(services: &S, backend_ref: Bac
         return None;
     }
     let backend = services.backend(backend_ref.backend)?;
-    let lives =
+    let is_current =
         backend.generation == backend_ref.generation && (backend.flags & backend_flags::V6 != 0) == (F::VERSION == 6);
-    if lives { Some(backend) } else { None }
+    if is_current { Some(backend) } else { None }
 }
 
 /// The hash of a client and ports, the same on every node. With session affinity the source port is left out. The destination address is
@@ -420,9 +420,9 @@ mod tests {
         ) {
             let now = 100 * HZ;
             let mut cluster = cluster(backends.len() as u32, Frontend { affinity: 10, ..Frontend::default() });
-            for (backend, (generation, ending)) in cluster.backends[1..].iter_mut().zip(&backends) {
+            for (backend, (generation, is_terminating)) in cluster.backends[1..].iter_mut().zip(&backends) {
                 backend.generation = *generation;
-                backend.flags = if *ending { backend_flags::TERMINATING } else { 0 };
+                backend.flags = if *is_terminating { backend_flags::TERMINATING } else { 0 };
             }
             let (number, generation, ago) = affinity;
             let backend_ref = BackendRef { backend: number, generation };

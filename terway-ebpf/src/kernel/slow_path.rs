@@ -157,7 +157,7 @@ where
     Checks: NeighbourCheck<F>,
 {
     let result = try_parse_and_lookup::<F, PROGRAM>(Skb(ctx), scratch);
-    // Packets of the VPC to the host are the host stack's to judge, malformed ones and later fragments included.
+    // Packets of the VPC to the host pass to the host stack, malformed ones and later fragments included.
     if PROGRAM == FROM_VPC && result.is_err() && Maps.by_address(&scratch.packet.dst).is_none() {
         return Outcome::Done(Verdict::pass(PathCounter::VpcToHost)).into();
     }
