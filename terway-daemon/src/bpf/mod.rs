@@ -42,6 +42,7 @@ mod address;
 mod attach;
 mod clsact;
 mod counters;
+mod debug_log;
 mod elements;
 mod endpoints;
 mod error;
@@ -67,6 +68,7 @@ use std::sync::Arc;
 
 pub use self::attach::EniHook;
 pub use self::counters::{Counters, PathCounters};
+pub use self::debug_log::DebugLog;
 pub use self::endpoints::{Endpoint, EndpointMaps};
 pub use self::error::BpfError;
 pub use self::flow_events::FlowEvents;
@@ -97,7 +99,7 @@ pub struct Config {
     pub flows_v6: u32,
     /// Events that one CPU reports per second. Drops beyond that are only counted; new connections get half of it at most.
     pub events_per_second: u32,
-    /// Reports every first packet to the kernel's trace pipe.
+    /// Loads the programs with their debug log: a line for each decision of the slow path; see [`Programs::take_debug_log`].
     pub debug: bool,
     /// Use clsact for ENIs even where the kernel has TCX.
     pub force_clsact: bool,

@@ -11,6 +11,7 @@ use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader, Pod};
 use terway_abi::{Program, names};
 
+use super::debug_log::{self, DebugLog};
 use super::elements::Elements;
 use super::error::BpfError;
 use super::flow_events::FlowEvents;
@@ -67,7 +68,8 @@ pub(super) fn load(config: &Config, pins: &Path, features: Features) -> Result<E
         .override_global(names::HOST_NETNS, &features.host_netns, true)
         .override_global(names::SETS_ERRNO, &sets_errno, true)
         .map_max_entries(names::FLOWS_V4, config.flows_v4)
-        .map_max_entries(names::FLOWS_V6, config.flows_v6);
+        .map_max_entries(names::FLOWS_V6, config.flows_v6)
+        .map_max_entries(debug_log::MAP, if config.debug { debug_log::MAP_BYTES.0 } else { debug_log::MAP_BYTES.1 });
     for name in names::MAPS {
         loader.map_pin_path(name, pins.join(name));
     }
@@ -121,6 +123,10 @@ impl LoadedPrograms {
 
     pub(super) fn fd(&self, program: Program) -> Result<BorrowedFd<'_>, BpfError> {
         Ok(self.get(program)?.fd().map_err(BpfError::program(program.name()))?.as_fd())
+    }
+
+    pub(super) fn take_debug_log(&mut self) -> Result<DebugLog, BpfError> {
+        DebugLog::take(&mut self.loaded)
     }
 
     pub(super) fn take_events(&mut self) -> Result<FlowEvents, BpfError> {

@@ -7,6 +7,7 @@ use aya::Ebpf;
 use parking_lot::{Mutex, MutexGuard};
 use terway_abi::Program;
 
+use super::debug_log::DebugLog;
 use super::error::BpfError;
 use super::flow_events::FlowEvents;
 use super::object::LoadedPrograms;
@@ -39,6 +40,15 @@ impl Programs {
     /// [`BpfError::EventsTaken`], or the kernel's refusal. Must be called within a tokio runtime.
     pub fn take_events(&self) -> Result<FlowEvents, BpfError> {
         self.loaded.lock().take_events()
+    }
+
+    /// The stream of debug log records; empty unless the programs were loaded with [`Config::debug`](super::Config::debug). It can be taken
+    /// once.
+    ///
+    /// # Errors
+    /// [`BpfError::Missing`]: it was taken. Must be called within a tokio runtime.
+    pub fn take_debug_log(&self) -> Result<DebugLog, BpfError> {
+        self.loaded.lock().take_debug_log()
     }
 
     /// Runs a program once or more on a packet that goes nowhere (`BPF_PROG_TEST_RUN`).

@@ -9,6 +9,7 @@ use tracing::{info, warn};
 
 use super::actors::Actors;
 use super::node::Identified;
+use crate::bpf::Datapath;
 use crate::config_source::ConfigSource;
 use crate::engine::Engine;
 use crate::http;
@@ -43,6 +44,10 @@ impl Background {
             let (engine, services) = (Arc::clone(engine), Arc::clone(&actors.services));
             move || Arc::clone(&engine).run_flow_log(Arc::clone(&services))
         });
+        if options.datapath_log {
+            let datapath = Arc::clone(&actors.datapath);
+            supervise::spawn_restarting("datapath-log", move || publish_datapath_log(Arc::clone(&datapath)));
+        }
         let subscribers = ConfigSubscribers {
             options: options.clone(),
             node: identified.node.clone(),
@@ -114,5 +119,16 @@ async fn work_off_queue(engine: &Arc<Engine>, dir: &Path, metrics: &Metrics) {
             }
             Err(error) => warn!(key = %del.attachment, %error, "failed to carry out a queued DEL; it stays queued"),
         }
+    }
+}
+
+/// Publishes the debug log of the programs. It can be taken once: should the task panic, the log ends, and nothing else does.
+async fn publish_datapath_log(datapath: Arc<Datapath>) {
+    let ended = match datapath.programs().take_debug_log() {
+        Ok(mut records) => records.run().await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = ended {
+        warn!(%error, "failed to read the debug log of the datapath");
     }
 }

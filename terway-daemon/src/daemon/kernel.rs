@@ -43,7 +43,7 @@ fn open_datapath(options: &Options, config: &Config) -> Result<Datapath, Error> 
         }
     };
     info!(flows_v4, flows_v6, "flow tables");
-    let config = bpf::Config { flows_v4, flows_v6, ..bpf::Config::new(&options.bpffs) };
+    let config = bpf::Config { flows_v4, flows_v6, debug: options.datapath_log, ..bpf::Config::new(&options.bpffs) };
     Datapath::open(&config).map_err(|error| failed(errors::BPF_FAILED, &options.bpffs.display().to_string(), &error))
 }
 

@@ -187,7 +187,7 @@ pub mod names {
     pub const HZ: &str = "HZ";
     /// Global `u32`: events that one CPU may report per second.
     pub const EVENTS_PER_SECOND: &str = "EVENTS_PER_SECOND";
-    /// Global `u32`: 1 reports every first packet through `bpf_trace_printk`; 0 folds the code away.
+    /// Global `u32`: 1 writes the debug log of the slow path (aya-log); 0 folds the code away.
     pub const DEBUG: &str = "DEBUG";
     /// Global `u64`: the cookie of the host's network namespace; 0 for the initial namespace.
     pub const HOST_NETNS: &str = "HOST_NETNS";

@@ -175,7 +175,7 @@ pub static HZ: Global<u32> = Global::new(250);
 #[unsafe(no_mangle)]
 pub static EVENTS_PER_SECOND: Global<u32> = Global::new(100);
 
-/// Whether first packets are reported through `bpf_trace_printk`.
+/// Whether the slow path writes the debug log.
 #[unsafe(no_mangle)]
 pub static DEBUG: Global<u32> = Global::new(0);
 

@@ -10,7 +10,7 @@
 //! | [`maps`] | maps, globals, and the lookups of the host-testable library on them |
 //! | [`counters`] | per-CPU counters and the clock |
 //! | [`verdict`] | the verdict of a packet, and the outcome of a slow-path stage |
-//! | [`flow_events`] | drop events and sampled connections |
+//! | [`flow_events`], [`debug_log`] | drop events and sampled connections; the debug log |
 //! | [`exit`] | the common exit of all programs |
 //! | [`icmp_nat`] → [`nat`] | NAT of ICMP errors and of packets |
 //! | [`flow_table`] | lookup and validity of flow entries |
@@ -25,6 +25,7 @@
 //! [`socket`] stands beside the chain: it uses [`maps`] and [`counters`] only.
 
 pub mod counters;
+pub mod debug_log;
 pub mod exit;
 pub mod fast_path;
 pub mod flow_events;

@@ -27,6 +27,7 @@ use aya_ebpf::bindings::__sk_buff;
 use terway_abi::{Action, Drop, Flow, POLICY_EPOCH_MASK, PORT_REMAPPED, PathCounter, flow_flags, is_epoch_between};
 
 use super::counters::{count, jiffies};
+use super::debug_log;
 use super::flow_events::report_new_connection;
 use super::flow_table::{FlowHit, Lookup, REPLY_NAT, check_entry, entry, epoch_diff, is_policy_stale, lookup};
 use super::forward::{emit, forward_hit};
@@ -112,7 +113,13 @@ where
     Maps: Tables<F> + Services<F> + Policies<F>,
 {
     scratch.destination.set_original::<F>(&scratch.packet);
+    if debug_log::is_on() {
+        debug_log::packet::<F>(skb.0, scratch, u32::from(policy_stale));
+    }
     if policy_stale && let Outcome::Done(verdict) = recheck_policy::<F, PROGRAM>(skb.0, scratch, 0).outcome() {
+        if debug_log::is_on() {
+            debug_log::policy_rechecked::<F>(skb.0, scratch);
+        }
         return verdict;
     }
     scratch.destination.keeps_reply_nat = scratch.previous.is_reply_nat && keep_reply_nat::<F>(scratch) != 0;
@@ -125,13 +132,21 @@ where
         // The result is in the scratch memory.
         let _found = lookup_previous_backend::<F>(scratch);
         match select_service_backend::<F, PROGRAM>(skb.0, scratch).outcome() {
-            Outcome::Done(verdict) => return verdict,
-            Outcome::Reject => return reject::<F, PROGRAM>(skb.0, &scratch.packet),
+            Outcome::Done(verdict) => return logged(skb, verdict),
+            Outcome::Reject => {
+                if debug_log::is_on() {
+                    debug_log::rejected::<F>(skb.0, scratch);
+                }
+                return reject::<F, PROGRAM>(skb.0, &scratch.packet);
+            }
+            _ if debug_log::is_on() => {
+                debug_log::backend::<F>(skb.0, scratch);
+            }
             _ => {}
         }
     }
     let has_nat = match route_and_check_policy::<F, PROGRAM>(skb.0, scratch).outcome() {
-        Outcome::Done(verdict) => return verdict,
+        Outcome::Done(verdict) => return logged(skb, verdict),
         Outcome::UseRemapped => {
             return match recheck_policy::<F, PROGRAM>(skb.0, scratch, PORT_REMAPPED).outcome() {
                 Outcome::Done(verdict) => verdict,
@@ -142,9 +157,21 @@ where
         Outcome::CreateNatPair => 1,
         _ => 0,
     };
-    let verdict = create_entry::<F, PROGRAM>(skb.0, scratch, has_nat);
+    if debug_log::is_on() {
+        debug_log::route::<F>(skb.0, scratch, has_nat);
+    }
+    let verdict = logged(skb, create_entry::<F, PROGRAM>(skb.0, scratch, has_nat));
     if !verdict.is_drop() {
         report_new_connection::<F>(skb.0, scratch, PROGRAM);
+    }
+    verdict
+}
+
+/// The verdict, written to the debug log.
+#[inline(always)]
+fn logged(skb: Skb, verdict: Verdict) -> Verdict {
+    if debug_log::is_on() {
+        debug_log::verdict(skb.0, verdict);
     }
     verdict
 }

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a suite panics where it fails, for the stack trace")]
 
+mod debug_log;
 mod flows;
 mod headers;
 
