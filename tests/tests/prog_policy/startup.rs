@@ -80,7 +80,7 @@ async fn new_pod_waits_for_policies_at_startup() {
             None => Ok(Box::new(EmptySource)),
         }),
         store: objects,
-        subscribers: vec![policies.clone()],
+        subscribers: vec![Arc::<Policies>::clone(&policies)],
         metrics: ObjectMetrics::new(&mut new_registry().0),
     });
 
