@@ -47,7 +47,8 @@ impl fmt::Debug for DebugLog {
 impl DebugLog {
     /// Takes the ring buffer out of the object, whose programs are loaded.
     pub(super) fn take(loaded: &mut Ebpf) -> Result<Self, BpfError> {
-        let logger = EbpfLogger::init_with_logger(loaded, ToTracing).map_err(|_no_such_map| BpfError::Missing(MAP.to_owned()))?;
+        let logger = EbpfLogger::init_with_logger(loaded, ToTracing)
+            .map_err(|_no_such_map| BpfError::Missing(MAP.to_owned()))?;
         // SAFETY: the logger owns its descriptor, always gives out the same one, and keeps it open until it is dropped.
         let logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }
             .map_err(|error| BpfError::System { call: "epoll", source: error.into() })?;
