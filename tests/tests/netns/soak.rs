@@ -107,7 +107,8 @@ fn caller(
     loop {
         let serial = made.fetch_add(1, Ordering::Relaxed);
         // Whole rounds only, each with all phases of demand.
-        if serial >= PODS * ROUNDS || serial >= PODS && serial % PODS == 0 && cost(&cluster.cloud().log()).1 >= EFFECTS
+        if serial >= PODS * ROUNDS
+            || serial >= PODS && serial.is_multiple_of(PODS) && cost(&cluster.cloud().log()).1 >= EFFECTS
         {
             made.fetch_max(PODS * ROUNDS, Ordering::Relaxed);
             break;
