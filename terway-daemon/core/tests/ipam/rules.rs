@@ -317,7 +317,7 @@ fn a_full_node_refuses_at_once_the_last_to_come() {
     let add = world.add(&key(3));
     let error = world.answer(add).unwrap().unwrap_err();
     assert_eq!(error.code, errors::NO_ADDRESS);
-    assert!(error.detail.contains("Of 3 addresses 3 are bound"), "{error}");
+    assert!(error.detail.contains("All 3 addresses are bound or cooling"), "{error}");
     assert_eq!(world.pool.problems()[0].code, errors::NO_ADDRESS);
     world.del(&key(0));
     world.drive();
