@@ -66,6 +66,8 @@ const WALLS: &[Wall] = &[
 
 /// Crates that run on a user's node.
 const SHIPPED: [&str; 6] = ["terway-abi", "terway-cni", "terway-core", "terway-daemon", "terway-ebpf", "terway-proto"];
+/// What the programs may link besides the ABI.
+const KERNEL_SIDE: [&str; 2] = ["aya-ebpf", "aya-log-ebpf"];
 /// Crates that never do.
 const NOT_SHIPPED: [&str; 5] = ["codegen", "terway-oracle", "terway-sim", "terway-tests", "xtask"];
 
@@ -124,9 +126,10 @@ fn direct(packages: &[Package]) -> Vec<Finding> {
                 "terway-abi" if name != "aya" || !dependency.optional => {
                     bad(format!("{name}: the ABI needs core alone, and aya behind the feature `user`"));
                 }
-                "terway-ebpf" if name != "terway-abi" && !(name == "aya-ebpf" && only_for_bpf) => {
+                "terway-ebpf" if name != "terway-abi" && !(KERNEL_SIDE.contains(&name) && only_for_bpf) => {
                     bad(format!(
-                        "{name}: the datapath needs terway-abi, and aya-ebpf under cfg(target_arch = \"bpf\")"
+                        "{name}: the datapath needs terway-abi, and {} under cfg(target_arch = \"bpf\")",
+                        KERNEL_SIDE.join(" and ")
                     ));
                 }
                 shipped if SHIPPED.contains(&shipped) && NOT_SHIPPED.contains(&name) => {
@@ -187,7 +190,10 @@ mod tests {
         let bpf = Some("cfg(target_arch = \"bpf\")");
         let good = [
             package("terway-abi", &[("aya", true, None)]),
-            package("terway-ebpf", &[("terway-abi", false, None), ("aya-ebpf", false, bpf)]),
+            package(
+                "terway-ebpf",
+                &[("terway-abi", false, None), ("aya-ebpf", false, bpf), ("aya-log-ebpf", false, bpf)],
+            ),
             package("terway-tests", &[("terway-sim", false, None)]),
         ];
         assert!(direct(&good).is_empty());
