@@ -122,6 +122,9 @@ fn pod(number: u8, eni: u32) -> (Namespace, Endpoint) {
     ] {
         namespace.ip(&line).unwrap();
     }
+    // The kernel accepts packets to an IPv6 address a while after it was added, later on a busy machine (net/ipv6/addrconf.c, addrconf_dad_work).
+    let is_accepted = || namespace.run(&format!("ping -c 1 -W 1 fd00::{number}")).is_ok();
+    assert!((0..20).any(|_| is_accepted()), "fd00::{number} is not accepted");
     let endpoint = Endpoint {
         host_ifindex: ifindex(&host).unwrap(),
         host_mac,
