@@ -10,6 +10,7 @@ mod meta;
 mod network_policy;
 mod node;
 mod pod;
+mod pod_demand;
 mod selector;
 mod service;
 mod slice;
@@ -30,6 +31,7 @@ pub use meta::{Interner, Labels, ObjectMeta};
 pub use network_policy::{Direction, IpBlock, NetworkPolicy, Peer, PolicyPort, PolicyRule};
 pub use node::{AddressKind, Namespace, Node};
 pub use pod::{Phase, Pod, PodPort};
+pub use pod_demand::{PodDemand, needs_all_pods};
 pub use selector::{BadSelector, LabelSelector, Operator, Requirement};
 pub use service::{IpMode, LoadBalancerIngress, Service, ServicePort, ServiceType, TrafficDistribution, TrafficPolicy};
 pub use slice::{AddressType, Endpoint, EndpointPort, EndpointSlice, Hints, TargetRef};
@@ -136,10 +138,21 @@ impl Kind {
         }
     }
 
+    /// Older API versions that are read as well; their documents have the same fields or are converted.
+    #[must_use]
+    pub const fn older_api_versions(self) -> &'static [&'static str] {
+        match self {
+            // All that Kubernetes before 1.21 has.
+            Self::EndpointSlice => &["discovery.k8s.io/v1beta1"],
+            _ => &[],
+        }
+    }
+
     /// The kind of a document with these two fields, if it is one of ours.
     #[must_use]
     pub fn find(api_version: &str, kind: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|k| k.name() == kind && k.api_version() == api_version)
+        let reads = |kind: &Self| kind.api_version() == api_version || kind.older_api_versions().contains(&api_version);
+        Self::ALL.into_iter().find(|k| k.name() == kind && reads(k))
     }
 
     /// Whether its objects live in a namespace.

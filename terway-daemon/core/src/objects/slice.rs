@@ -157,8 +157,8 @@ struct RawEndpoint {
     conditions: RawConditions,
     node_name: Option<Arc<str>>,
     zone: Option<Arc<str>>,
-    /// `topology.kubernetes.io/zone` and the like in slices of discovery/v1beta1 that were converted.
-    #[serde(deserialize_with = "null_is_default")]
+    /// Labels of the node: `topology` in discovery/v1beta1, this in v1 slices that were converted from it.
+    #[serde(alias = "topology", deserialize_with = "null_is_default")]
     deprecated_topology: Labels,
     hints: Option<RawHints>,
     target_ref: Option<RawTarget>,

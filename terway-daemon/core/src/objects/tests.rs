@@ -201,3 +201,20 @@ fn the_interner_forgets_what_nobody_uses() {
     }
     assert!(interner.len() < 4096, "{} strings and sets are still held", interner.len());
 }
+
+#[test]
+fn endpoint_slice_v1beta1_names_node_and_zone_in_its_topology() {
+    assert_eq!(Kind::find("discovery.k8s.io/v1beta1", "EndpointSlice"), Some(Kind::EndpointSlice));
+    assert_eq!(Kind::find("discovery.k8s.io/v1beta1", "Pod"), None);
+    let Object::EndpointSlice(slice) = read(
+        Kind::EndpointSlice,
+        r#"{"apiVersion":"discovery.k8s.io/v1beta1","kind":"EndpointSlice","metadata":{"name":"web-1","namespace":"shop"},"addressType":"IPv4",
+          "endpoints":[{"addresses":["10.1.0.1"],"conditions":{"ready":true},
+            "topology":{"kubernetes.io/hostname":"n1","topology.kubernetes.io/region":"r","topology.kubernetes.io/zone":"z"}}],
+          "ports":[{"name":"","port":80,"protocol":"TCP"}]}"#,
+    ) else {
+        panic!("kind")
+    };
+    let endpoint = &slice.endpoints[0];
+    assert_eq!((endpoint.node.as_deref(), endpoint.zone.as_deref(), endpoint.ready), (Some("n1"), Some("z"), true));
+}
