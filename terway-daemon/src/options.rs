@@ -7,7 +7,7 @@ use clap::Parser;
 
 use crate::cloud::{EndpointNetwork, KEY_FOLDER, Scheme, SignatureMethod};
 use crate::config_source::Paths;
-use crate::objects::Origin;
+use crate::objects::{NodeContext, Origin};
 use crate::services::CgroupAt;
 use terway_core::service::SocketTermination;
 
@@ -36,10 +36,13 @@ pub struct Options {
     /// Rename the files of other plugins that the runtime would take before terway's; without it they are only reported.
     #[arg(long)]
     pub cni_exclusive: bool,
-    /// Source of Kubernetes objects (Services, EndpointSlices, pods, namespaces, nodes, NetworkPolicies, ClusterNetworkPolicies): dir:PATH, a
-    /// folder of manifests. Without it, the node serves no Services and enforces no policies.
+    /// Source of Kubernetes objects (Services, EndpointSlices, pods, namespaces, the node, NetworkPolicies, ClusterNetworkPolicies): kube, the API
+    /// server; kube:PATH, the same with a kubeconfig; dir:PATH, a folder of manifests. Without it, the node serves no Services and enforces no policies.
     #[arg(long, env = "TERWAY_OBJECTS", value_name = "SOURCE")]
     pub objects: Option<Origin>,
+    /// Address and port of an API server, tried before those that are learned from the cluster; may be repeated.
+    #[arg(long, env = "TERWAY_API_SERVERS", value_delimiter = ',', value_name = "ADDRESS:PORT")]
+    pub api_server: Vec<SocketAddr>,
     /// The cgroup (version 2) whose processes get Services translated at connect(): its folder, or none; default: the root cgroup.
     #[arg(long, env = "TERWAY_CGROUP", value_name = "PATH")]
     pub cgroup: Option<CgroupAt>,
@@ -129,6 +132,17 @@ impl Options {
     #[must_use]
     pub fn signature(&self) -> SignatureMethod {
         if self.signature == "hmac-sha1" { SignatureMethod::HmacSha1 } else { SignatureMethod::Acs3 }
+    }
+
+    /// What the object source needs to know of the node.
+    #[must_use]
+    pub fn node_context(&self) -> NodeContext {
+        NodeContext {
+            node: self.node_name(),
+            api_servers: self.api_server.clone(),
+            api_servers_file: self.state_dir.join("api-servers"),
+            time_scale: self.time_scale,
+        }
     }
 
     /// The store's file.

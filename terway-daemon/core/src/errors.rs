@@ -293,8 +293,8 @@ catalogue! {
         "The message names the map and the kernel's error; if a map is full, there are more Services or endpoints than it has room for.";
     /// The source of objects does not answer.
     OBJECTS_UNREADABLE = "TW0504", "objects-unreadable", 100,
-        "The folder that --objects names cannot be watched; Services stay as they are.",
-        "Create the folder, or correct the option; the daemon looks again every second.";
+        "The source of Kubernetes objects (--objects), or one kind of them, cannot be read; what was read before stays in force.",
+        "A folder: create it, or correct the option. The API server: the message says whether its address, the credentials or a rule of the role is missing (docs/kubernetes.md). The daemon tries again by itself.";
     /// A pod was to start before the node's Services were known.
     SERVICES_UNSYNCED = "TW0505", "services-unsynced", 11,
         "The node does not know its Services yet, so a pod that started now could not reach them.",

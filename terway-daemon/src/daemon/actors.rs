@@ -109,7 +109,7 @@ impl Actors {
         let pods = Arc::clone(&engine);
         let services = Services::start(services, move || pods.pod_namespaces());
         let feed = Feed::start(feed::Setup {
-            open: feed::open(options.objects.clone()),
+            open: feed::open(options.objects.clone(), options.node_context()),
             store: objects,
             // The order of delivery: see the feed's contract.
             subscribers: vec![

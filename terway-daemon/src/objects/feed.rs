@@ -37,7 +37,8 @@ use tracing::{error, info};
 
 use super::store::StoreWriter;
 use super::{
-    Batch, EmptySource, ObjectChanges, ObjectMetrics, ObjectSource, ObjectStore, Origin, Problem, Scope, SourceError,
+    Batch, EmptySource, NodeContext, ObjectChanges, ObjectMetrics, ObjectSource, ObjectStore, Origin, Problem, Scope,
+    SourceError,
 };
 use crate::actor::batch;
 use crate::supervise;
@@ -63,9 +64,9 @@ pub type OpenSource = Box<dyn Fn() -> Result<Box<dyn ObjectSource>, SourceError>
 
 /// Opens the source that `--objects` names, or an empty one.
 #[must_use]
-pub fn open(origin: Option<Origin>) -> OpenSource {
+pub fn open(origin: Option<Origin>, context: NodeContext) -> OpenSource {
     Box::new(move || match &origin {
-        Some(origin) => origin.open(),
+        Some(origin) => origin.open(&context),
         None => Ok(Box::new(EmptySource)),
     })
 }

@@ -5,6 +5,7 @@
 mod dir;
 mod document;
 pub mod feed;
+mod kube;
 mod metrics;
 mod source;
 mod store;
@@ -13,8 +14,9 @@ mod tests;
 
 pub use dir::DirSource;
 pub use feed::{Feed, KindStatus, Subscriber};
+pub use kube::{Credentials, KubeSource};
 pub use metrics::ObjectMetrics;
-pub use source::{Batch, EmptySource, ObjectSource, Origin, Problem, Scope, SourceError, Update};
+pub use source::{Batch, EmptySource, NodeContext, ObjectSource, Origin, Problem, Scope, SourceError, Update};
 pub use store::{ObjectChanges, ObjectStore, Stored};
 
 /// Reads a file of manifests; for fuzz targets.

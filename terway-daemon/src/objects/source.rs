@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -9,7 +10,7 @@ use async_trait::async_trait;
 use terway_core::objects::{Change, Kind, Object, ObjectKey};
 use tokio::sync::mpsc;
 
-use super::DirSource;
+use super::{Credentials, DirSource, KubeSource};
 
 /// An update of the object store. Updates are applied in the order in which a source sends them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,8 +20,11 @@ pub enum Update {
     /// A complete list of one kind begins. Its objects follow as upserts, in one or more batches, so that a large list is never in memory
     /// twice. Other changes of the kind may come in between.
     ListBegin(Kind),
-    /// The list has ended: stored objects of the kind without an upsert since [`Update::ListBegin`] are deleted. Makes the kind synced.
+    /// The list has ended: stored objects of the kind without an upsert or [`Update::Keep`] since [`Update::ListBegin`] are deleted. Makes the kind
+    /// synced.
     ListEnd(Kind),
+    /// The list names an object that cannot be decoded: its last good version stays in the store.
+    Keep(ObjectKey),
     /// One object was created, updated or deleted. Allowed before the kind is synced.
     Change(Change),
 }
@@ -70,6 +74,14 @@ pub struct Batch {
     pub updates: Vec<Update>,
     /// All problems of the source, if they have changed.
     pub problems: Option<Vec<Problem>>,
+}
+
+impl Batch {
+    /// Whether the batch says nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.updates.is_empty() && self.problems.is_none()
+    }
 }
 
 /// Why a source ended. The feed starts it again.
@@ -125,6 +137,21 @@ impl ObjectSource for EmptySource {
 pub enum Origin {
     /// `dir:PATH`: the manifests of a folder.
     Dir(PathBuf),
+    /// `kube`, `kube:PATH`: the API server, with the container's service account or with a kubeconfig.
+    Kube(Credentials),
+}
+
+/// What a source needs to know of its node.
+#[derive(Clone, Debug)]
+pub struct NodeContext {
+    /// The name of the node, as kubelet registers it.
+    pub node: String,
+    /// Addresses of API servers that the operator names.
+    pub api_servers: Vec<SocketAddr>,
+    /// The file that keeps the addresses of API servers over restarts.
+    pub api_servers_file: PathBuf,
+    /// Pauses after failures are divided by this.
+    pub time_scale: u32,
 }
 
 impl Origin {
@@ -132,9 +159,10 @@ impl Origin {
     ///
     /// # Errors
     /// When the source cannot be reached now; opening may be tried again.
-    pub fn open(&self) -> Result<Box<dyn ObjectSource>, SourceError> {
+    pub fn open(&self, context: &NodeContext) -> Result<Box<dyn ObjectSource>, SourceError> {
         match self {
             Self::Dir(path) => Ok(Box::new(DirSource::new(path)?)),
+            Self::Kube(credentials) => Ok(Box::new(KubeSource::new(credentials.clone(), context.clone()))),
         }
     }
 }
@@ -145,7 +173,9 @@ impl FromStr for Origin {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
             Some(("dir", path)) if !path.is_empty() => Ok(Self::Dir(path.into())),
-            _ => Err("is not dir:PATH".to_owned()),
+            Some(("kube", path)) if !path.is_empty() => Ok(Self::Kube(Credentials::Kubeconfig(path.into()))),
+            None if text == "kube" => Ok(Self::Kube(Credentials::InCluster)),
+            _ => Err("is none of kube, kube:KUBECONFIG and dir:PATH".to_owned()),
         }
     }
 }
@@ -154,6 +184,8 @@ impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Dir(path) => write!(f, "dir:{}", path.display()),
+            Self::Kube(Credentials::InCluster) => f.write_str("kube"),
+            Self::Kube(Credentials::Kubeconfig(path)) => write!(f, "kube:{}", path.display()),
         }
     }
 }
@@ -167,7 +199,13 @@ mod tests {
         let origin: Origin = "dir:/etc/objects".parse().unwrap();
         assert_eq!(origin, Origin::Dir("/etc/objects".into()));
         assert_eq!(origin.to_string(), "dir:/etc/objects");
-        for bad in ["/etc/objects", "dir:", "kube:x", ""] {
+        for (text, credentials) in
+            [("kube", Credentials::InCluster), ("kube:/k.conf", Credentials::Kubeconfig("/k.conf".into()))]
+        {
+            let origin: Origin = text.parse().unwrap();
+            assert_eq!((&origin, origin.to_string().as_str()), (&Origin::Kube(credentials), text));
+        }
+        for bad in ["/etc/objects", "dir:", "kube:", "kubes", ""] {
             assert!(bad.parse::<Origin>().is_err(), "{bad}");
         }
     }

@@ -122,6 +122,11 @@ impl StoreWriter {
                 changes.extend(unlisted.into_iter().filter_map(|name| objects.apply(delete(name))));
                 synced.insert(kind);
             }
+            Update::Keep(key) => {
+                if let Some(unlisted) = self.unlisted.get_mut(&key.kind) {
+                    unlisted.remove(&key.name);
+                }
+            }
             Update::Change(change) => {
                 let (kind, name) = match &change {
                     Change::Upsert(object) => (object.kind(), &object.meta().object),

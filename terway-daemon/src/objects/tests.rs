@@ -59,10 +59,10 @@ fn other_kinds_are_skipped_and_other_versions_are_problems() {
     let other = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: x}\n---\napiVersion: serving.knative.dev/v1\nkind: Service\nmetadata: {name: x}\n";
     assert_eq!(lines("a.yaml", other), (vec![], vec![]));
     let (_, bad) =
-        lines("a.yaml", "\napiVersion: discovery.k8s.io/v1beta1\nkind: EndpointSlice\nmetadata: {name: x}\n");
+        lines("a.yaml", "\napiVersion: discovery.k8s.io/v1alpha1\nkind: EndpointSlice\nmetadata: {name: x}\n");
     assert_eq!(
         bad,
-        [(2, "EndpointSlice is read in apiVersion discovery.k8s.io/v1, not in discovery.k8s.io/v1beta1".into())]
+        [(2, "EndpointSlice is read in apiVersion discovery.k8s.io/v1, not in discovery.k8s.io/v1alpha1".into())]
     );
     let (_, bad) = lines("a.yaml", "metadata: {name: x}\n");
     assert_eq!(bad, [(1, "the document has no `kind`".into())]);
