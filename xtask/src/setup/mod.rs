@@ -5,6 +5,8 @@
 
 mod apt;
 mod ebpf;
+mod kube;
+mod private_apt;
 mod unpacked;
 
 use std::time::Instant;
@@ -12,6 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 
 pub(crate) use self::ebpf::compiler as bpf_compiler;
+pub(crate) use self::private_apt::PrivateApt;
 pub(crate) use self::unpacked::Unpacked;
 use crate::workspace::{Workspace, which};
 
@@ -24,19 +27,22 @@ pub(crate) enum Part {
     Net,
     /// containerd and what it runs.
     Cri,
+    /// kube-apiserver, etcd and kubectl.
+    Kube,
     /// QEMU and what a guest is made of.
     Vm,
 }
 
 impl Part {
     /// Every part, in the order of installation.
-    pub(crate) const ALL: [Self; 4] = [Self::Ebpf, Self::Net, Self::Cri, Self::Vm];
+    pub(crate) const ALL: [Self; 5] = [Self::Ebpf, Self::Net, Self::Cri, Self::Kube, Self::Vm];
 
     fn name(self) -> &'static str {
         match self {
             Self::Ebpf => "ebpf",
             Self::Net => "net",
             Self::Cri => "cri",
+            Self::Kube => "kube",
             Self::Vm => "vm",
         }
     }
@@ -44,7 +50,7 @@ impl Part {
     /// Programs that are enough for this part, whatever they came from.
     fn programs(self) -> &'static [&'static str] {
         match self {
-            Self::Ebpf => &[],
+            Self::Ebpf | Self::Kube => &[],
             Self::Net => &["ip", "iptables", "nft", "ping", "tc", "tcpdump"],
             // The reference plugins ptp and host-local are what the benchmark compares with.
             Self::Cri => &[
@@ -62,10 +68,10 @@ impl Part {
         }
     }
 
-    /// Debian packages of this part. Those of `Ebpf` depend on the compiler and are chosen there.
+    /// Debian packages of this part. Those of `Ebpf` and `Kube` are chosen there.
     fn packages(self) -> &'static [&'static str] {
         match self {
-            Self::Ebpf => &[],
+            Self::Ebpf | Self::Kube => &[],
             Self::Net => &["iproute2", "iptables", "iputils-ping", "nftables", "tcpdump"],
             // containernetworking-plugins: ptp and host-local, which the benchmark compares with; busybox: the pod's image.
             Self::Cri => &["busybox-static", "containerd", "containernetworking-plugins", "runc"],
@@ -110,6 +116,7 @@ fn steps(workspace: &Workspace, parts: &[Part], all: bool) -> Result<()> {
         let started = Instant::now();
         let done = match part {
             Part::Ebpf => ebpf::ensure(workspace),
+            Part::Kube => kube::ensure(workspace),
             Part::Vm => unpacked::ensure(&vm_programs(workspace), part.programs(), part.packages())
                 .map(|fetched| (part.programs().join(" "), fetched)),
             Part::Net | Part::Cri if part.programs().iter().all(|program| which(program).is_some()) => {

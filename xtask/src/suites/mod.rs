@@ -73,20 +73,22 @@ impl Rung {
     /// The files of tests/tests that belong to it, in their order.
     fn suites(self) -> &'static [&'static str] {
         match self {
-            Self::Unit | Self::Kube | Self::Vm => &[],
+            Self::Unit | Self::Vm => &[],
             Self::Verifier => &["verifier"],
             Self::Prog => {
                 &["prog", "prog_service", "prog_conntrack", "prog_nodeport", "prog_policy", "socket", "datapath"]
             }
             Self::Netns => &["net", "cloud", "cni", "netns", "isolation"],
             Self::Cri => &["cri"],
+            Self::Kube => &["kube"],
         }
     }
 
     /// What it needs of the machine besides the eBPF toolchain, which the build needs.
     fn parts(self) -> &'static [Part] {
         match self {
-            Self::Unit | Self::Verifier | Self::Prog | Self::Kube => &[],
+            Self::Unit | Self::Verifier | Self::Prog => &[],
+            Self::Kube => &[Part::Net, Part::Kube],
             Self::Netns => &[Part::Net],
             Self::Cri => &[Part::Net, Part::Cri],
             Self::Vm => &[Part::Vm],
@@ -95,9 +97,6 @@ impl Rung {
 
     /// Why it cannot run here, if so.
     fn obstacle(self, workspace: &Workspace, present: &[&str]) -> Option<String> {
-        if self == Self::Kube {
-            return Some("no suite uses an API server yet".into());
-        }
         if !matches!(self, Self::Unit | Self::Vm) {
             if !is_root() {
                 return Some("needs root".into());

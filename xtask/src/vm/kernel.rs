@@ -5,10 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::process;
 use crate::progress::Step;
+use crate::setup::PrivateApt;
 use crate::workspace::Workspace;
 
 /// The kernels that the datapath has to fit.
@@ -122,40 +123,8 @@ impl Kernel {
 fn fetch(release: Release, work: &Path, target: &Path) -> Result<()> {
     let (suite, metapackage) = release.source();
     let _step = Step::start(&format!("fetching kernel {} of Debian's {suite}", release.name()));
-    let mirror = mirror(suite.ends_with("-security"))?;
-    let (lists, cache) = (work.join("lists"), work.join("cache"));
-    fs::create_dir_all(lists.join("partial"))?;
-    fs::create_dir_all(cache.join("archives/partial"))?;
-    fs::write(work.join("status"), "")?;
-    let signed = mirror.keyring.map(|k| format!("[signed-by={k}] ")).unwrap_or_default();
-    fs::write(work.join("sources.list"), format!("deb {signed}{} {suite} main\n", mirror.uri))?;
-
-    let apt = |program: &str| {
-        let mut command = Command::new(program);
-        let option = |name: &str, path: PathBuf| format!("{name}={}", path.display());
-        command.current_dir(work).env("LC_ALL", "C").arg("-q");
-        for setting in [
-            option("Dir::Etc::sourcelist", work.join("sources.list")),
-            "Dir::Etc::sourceparts=-".into(),
-            option("Dir::State::lists", lists.clone()),
-            option("Dir::State::status", work.join("status")),
-            option("Dir::Cache", cache.clone()),
-            // The scratch folder belongs to the caller; apt's own user could not write there.
-            "APT::Sandbox::User=root".into(),
-            "APT::Architecture=amd64".into(),
-            // The lists of a suite that gets no more updates expire one day; they are still signed.
-            "Acquire::Check-Valid-Until=false".into(),
-            "Acquire::Languages=none".into(),
-            "Acquire::Retries=3".into(),
-            // Otherwise a mirror out of reach is but a warning.
-            "APT::Update::Error-Mode=any".into(),
-        ] {
-            command.args(["-o", &setting]);
-        }
-        command
-    };
-    process::output_as(apt("apt-get").arg("update"), "apt-get update")?;
-    let mut depends = apt("apt-cache");
+    let apt = PrivateApt::open(work, suite, &["deb"])?;
+    let mut depends = apt.command("apt-cache");
     depends.args(["depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks"]);
     depends.args(["--no-replaces", "--no-enhances", metapackage]);
     let tree = process::output_as(&mut depends, &format!("apt-cache depends {metapackage}"))?;
@@ -163,7 +132,7 @@ fn fetch(release: Release, work: &Path, target: &Path) -> Result<()> {
     if packages.is_empty() {
         bail!("{suite} has no package behind {metapackage}");
     }
-    process::output_as(apt("apt-get").arg("download").args(&packages), "apt-get download")?;
+    process::output_as(apt.command("apt-get").arg("download").args(&packages), "apt-get download")?;
     fs::create_dir_all(target)?;
     for entry in fs::read_dir(work)? {
         let path = entry?.path();
@@ -190,71 +159,9 @@ fn kernel_packages(tree: &str) -> Vec<String> {
     found
 }
 
-/// Where the machine's own apt gets Debian from.
-#[derive(Debug, PartialEq, Eq)]
-struct Mirror {
-    uri: String,
-    keyring: Option<String>,
-}
-
-fn mirror(security: bool) -> Result<Mirror> {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let mut found = from_stanzas(&read("/etc/apt/sources.list.d/debian.sources"));
-    found.extend(from_lines(&read("/etc/apt/sources.list")));
-    found
-        .into_iter()
-        .find(|(is_security, _)| *is_security == security)
-        .map(|(_, mirror)| mirror)
-        .context("the machine's apt sources name no Debian mirror (debian.sources or sources.list)")
-}
-
-/// The deb822 form of sources.list(5).
-fn from_stanzas(text: &str) -> Vec<(bool, Mirror)> {
-    let stanza = |stanza: &str| {
-        let field = |name: &str| {
-            let values = stanza.lines().filter_map(|l| l.split_once(':'));
-            values.filter(|(k, _)| k.eq_ignore_ascii_case(name)).map(|(_, v)| v.trim().to_owned()).next()
-        };
-        let uri = field("URIs")?.split_whitespace().next()?.to_owned();
-        let security = field("Suites")?.contains("-security");
-        Some((security, Mirror { uri, keyring: field("Signed-By").filter(|k| k.starts_with('/')) }))
-    };
-    text.split("\n\n").filter_map(stanza).collect()
-}
-
-/// The one-line form of sources.list(5).
-fn from_lines(text: &str) -> Vec<(bool, Mirror)> {
-    let line = |line: &str| {
-        let rest = line.trim().strip_prefix("deb ")?.trim_start();
-        let (options, rest) = match rest.strip_prefix('[') {
-            Some(tail) => tail.split_once(']')?,
-            None => ("", rest),
-        };
-        let mut words = rest.split_whitespace();
-        let (uri, suite) = (words.next()?.to_owned(), words.next()?);
-        let keyring = options.split_whitespace().find_map(|o| o.strip_prefix("signed-by=")).map(str::to_owned);
-        Some((suite.contains("-security"), Mirror { uri, keyring }))
-    };
-    text.lines().filter_map(line).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mirrors_of_both_source_formats() {
-        let text = "# a comment: with colon\nTypes: deb\nURIs: http://m.test/debian\nSuites: bookworm bookworm-updates\n\
-                    Signed-By: /k.gpg\n\nTypes: deb\nURIs: http://s.test/x\nSuites: bookworm-security\n";
-        let main = Mirror { uri: "http://m.test/debian".into(), keyring: Some("/k.gpg".into()) };
-        let security = Mirror { uri: "http://s.test/x".into(), keyring: None };
-        assert_eq!(from_stanzas(text), [(false, main), (true, security)]);
-        let text = "# deb http://no.test x main\ndeb http://m.test/debian bookworm main\n\
-                    deb [arch=amd64 signed-by=/k.gpg] http://s.test/x bookworm-security main\n";
-        let main = Mirror { uri: "http://m.test/debian".into(), keyring: None };
-        let security = Mirror { uri: "http://s.test/x".into(), keyring: Some("/k.gpg".into()) };
-        assert_eq!(from_lines(text), [(false, main), (true, security)]);
-    }
 
     #[test]
     fn only_versioned_kernel_packages_are_taken() {
