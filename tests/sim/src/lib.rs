@@ -1,5 +1,6 @@
 //! A cloud on one machine: the ECS/VPC OpenAPI and metadata servers, the wire they command, and nodes with real runtimes on it.
 
+pub mod apiserver;
 pub mod cgroup;
 pub mod cloud;
 pub mod cluster;
