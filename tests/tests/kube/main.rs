@@ -1,4 +1,4 @@
-//! The object source `kube` against a real kube-apiserver and etcd, in a network namespace without a way out.
+//! The object source `kube` against a real kube-apiserver and etcd, in a network namespace without a way out. Threads: 3.
 
 mod rbac;
 mod rig;
