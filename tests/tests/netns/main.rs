@@ -3,7 +3,8 @@
 //! Every test ends by taking its cluster down, which fails if anything is left on the machine, and where pods were deleted, by comparing
 //! the nodes with how they were before.
 //!
-//! Threads: 4. How many clusters run at a time is decided by `terway_sim::cluster`; tests that need the whole machine say `exclusive`.
+//! One test at a time: on two cores, two clusters of two nodes each exceed time limits that are the daemon's own. Clusters that others started may run beside it
+//! (`terway_sim::cluster`); tests that need the whole machine say `exclusive`.
 
 mod addresses;
 mod audit;
