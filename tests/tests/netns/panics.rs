@@ -70,7 +70,7 @@ fn end_and_restart(node: &Node, task: &str) -> Result<()> {
     let status = node.daemon_exit(Duration::from_secs(20))?;
     ensure!(status.code() == Some(101), "ended with {status}");
     let log = node.log_tail(200);
-    let panic = log.lines().rev().find(|line| line.contains(" panic ")).context("no line about the panic")?;
+    let panic = log.lines().rev().find(|line| line.contains("supervise: panic ")).context("no line about the panic")?;
     for word in ["TW0108", &format!("task=\"{task}\""), "supervise.rs:", "the daemon ends"] {
         ensure!(panic.contains(word), "{word} is missing in {panic}");
     }
