@@ -1,4 +1,4 @@
-//! The object source `kube` against a real kube-apiserver and etcd, in a network namespace without a way out. Threads: 3.
+//! The object source `kube` against a real kube-apiserver and etcd, in a network namespace without a way out.
 
 mod rbac;
 mod rig;
