@@ -369,7 +369,20 @@ impl Pool {
             reachable +=
                 self.enis.values().filter(|eni| eni.usable()).map(|eni| self.cooled_by(eni, soon)).sum::<u32>();
         }
+        if self.requests.waiting() > reachable {
+            reachable = reachable.saturating_add(self.freed_by(soon));
+        }
         reachable
+    }
+
+    /// Units of pods that are being removed, if their addresses will have cooled by `soon`.
+    fn freed_by(&self, soon: Moment) -> u32 {
+        if self.now.after(self.config.cooling) > soon {
+            return 0;
+        }
+        let usable = |eni: &EniId| self.enis.get(eni).is_some_and(EniState::usable);
+        let leaving = self.attachments.values().filter(|a| a.leaves() && usable(&a.lease().eni)).count();
+        u32::try_from(leaving).unwrap_or(u32::MAX)
     }
 
     fn cooled_by(&self, eni: &EniState, soon: Moment) -> u32 {

@@ -329,6 +329,29 @@ fn a_full_node_refuses_at_once_the_last_to_come() {
 }
 
 #[test]
+fn add_on_full_node_waits_for_pod_that_is_being_removed() {
+    let mut world = ample(2, 3);
+    for n in 0..3 {
+        world.leased(n);
+    }
+    // Its link is still there.
+    world.del(&key(0));
+    let waits = world.add(&key(3));
+    let refused = world.add(&key(4));
+    assert!(world.answer(waits).is_none(), "its address comes free soon");
+    assert_eq!(world.answer(refused).unwrap().unwrap_err().code, errors::NO_ADDRESS);
+    world.settle(secs(5));
+    assert!(matches!(world.answer(waits), Some(Ok(_))));
+    // Not if its address would cool for longer than an ADD may wait.
+    let mut config = world.config.clone();
+    config.cooling = config.max_wait + secs(1);
+    world.configure(config);
+    world.del(&key(1));
+    let refused = world.add(&key(5));
+    assert_eq!(world.answer(refused).unwrap().unwrap_err().code, errors::NO_ADDRESS);
+}
+
+#[test]
 fn what_is_too_much_for_long_goes_back_but_no_primary_address_and_no_pods() {
     let mut world = ample(3, 10);
     let leases: Vec<_> = (0..10).map(|n| world.leased(n)).collect();

@@ -110,6 +110,11 @@ impl Attachment {
         }
     }
 
+    /// It is being removed, without a failure so far.
+    pub(crate) const fn leaves(&self) -> bool {
+        matches!(self.state, State::Releasing { failures: 0, .. })
+    }
+
     pub(crate) fn record(&self, key: &AttachmentKey) -> Record {
         Record::Attachment(AttachmentRecord {
             key: key.clone(),
