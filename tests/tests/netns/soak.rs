@@ -1,4 +1,4 @@
-//! Two thousand ADDs and DELs on a pool that must grow and shrink, while every fifth call of the cloud goes wrong.
+//! A thousand ADDs and DELs in each round of demand, on a pool that must grow and shrink, while every fifth call of the cloud goes wrong.
 //!
 //! Calls that change something are held against a minimum: the calls that carried an effect. One with a `ClientToken` carries its effect
 //! once, however often it is repeated; any other carries one with each success that is not the
@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,8 @@ use super::{SETTLE, agreement, with_cluster};
 const PODS: u32 = 1000;
 /// Calls with an effect that make a result meaningful. A quick machine needs more rounds for as many.
 const EFFECTS: usize = 20;
+/// Idle addresses of the pool: at least and at most.
+const POOL: (u32, u32) = (2, 6);
 /// Rounds at most.
 const ROUNDS: u32 = 6;
 /// Callers of the plugin at a time.
@@ -92,28 +94,35 @@ impl Live {
     }
 }
 
-/// One caller: makes pods until all are made, and keeps as many as the phase demands.
-fn caller(
-    cluster: &Cluster,
-    node: &Node,
-    number: u32,
-    seed: u64,
-    made: &AtomicU32,
-    failed: &AtomicU32,
-    live: &Live,
-) -> Result<()> {
+/// What demand is now, and when the callers may stop.
+#[derive(Default)]
+struct Phase {
+    /// Pods that were made in all phases.
+    made: AtomicU32,
+    /// Pods that each caller keeps.
+    demand: AtomicU32,
+    /// Pods that are to be made by the end of this phase: then the callers rest until the pool has followed.
+    until: AtomicU32,
+    /// Set when all phases are over, or a caller failed.
+    over: AtomicBool,
+}
+
+/// One caller: makes pods until all phases are over, and keeps as many as the phase demands.
+fn caller(node: &Node, number: u32, seed: u64, phase: &Phase, failed: &AtomicU32, live: &Live) -> Result<()> {
     let mut random = Random(seed ^ u64::from(number) << 32);
     let mut running: Vec<Pod> = Vec::new();
-    loop {
-        let serial = made.fetch_add(1, Ordering::Relaxed);
-        // Whole rounds only, each with all phases of demand.
-        if serial >= PODS * ROUNDS
-            || serial >= PODS && serial.is_multiple_of(PODS) && cost(&cluster.cloud().log()).1 >= EFFECTS
-        {
-            made.fetch_max(PODS * ROUNDS, Ordering::Relaxed);
-            break;
+    while !phase.over.load(Ordering::Relaxed) {
+        let demand = phase.demand.load(Ordering::Relaxed) as usize;
+        while running.len() > demand {
+            let pod = running.swap_remove(random.below(running.len() as u64) as usize);
+            live.freed(&pod);
+            node.del(&pod)?;
         }
-        let phase = (serial % PODS) as usize * DEMAND.len() / PODS as usize;
+        if running.len() == demand && phase.made.load(Ordering::Relaxed) >= phase.until.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(5));
+            continue;
+        }
+        let serial = phase.made.fetch_add(1, Ordering::Relaxed);
         let mut pod = node.new_pod(&format!("s{serial}"))?;
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
@@ -129,17 +138,45 @@ fn caller(
         }
         live.bound(&pod)?;
         running.push(pod);
-        while running.len() > DEMAND[phase] as usize {
-            let pod = running.swap_remove(random.below(running.len() as u64) as usize);
-            live.freed(&pod);
-            node.del(&pod)?;
-        }
     }
     for pod in running {
         live.freed(&pod);
         node.del(&pod)?;
     }
     Ok(())
+}
+
+/// Goes through the phases of demand: each lasts until its pods are made and the pool has followed, so that a quick machine sees as many
+/// calls of the cloud as a slow one. Returns the most addresses that the pool had.
+fn phases(cluster: &Cluster, node: &Node, phase: &Phase) -> Result<u32> {
+    let mut most = 0;
+    for _ in 0..ROUNDS {
+        for (number, demand) in DEMAND.into_iter().enumerate() {
+            let until = phase.made.load(Ordering::Relaxed) + PODS / DEMAND.len() as u32;
+            phase.demand.store(demand, Ordering::Relaxed);
+            phase.until.store(until, Ordering::Relaxed);
+            let grows = number == 0 || demand > DEMAND[number - 1];
+            node.wait(SETTLE, &format!("the pool follows a demand of {demand} pods by each caller"), |node| {
+                let addresses = addresses(&node.status()?);
+                most = most.max(addresses);
+                let kept = demand * CALLERS;
+                ensure!(
+                    phase.over.load(Ordering::Relaxed) || phase.made.load(Ordering::Relaxed) >= until,
+                    "pods are still to be made"
+                );
+                ensure!(!grows || addresses >= kept, "{addresses} addresses for {kept} pods");
+                ensure!(grows || addresses <= kept + POOL.1, "{addresses} addresses for {kept} pods");
+                Ok(true)
+            })?;
+            if phase.over.load(Ordering::Relaxed) {
+                return Ok(most);
+            }
+        }
+        if cost(&cluster.cloud().log()).1 >= EFFECTS {
+            break;
+        }
+    }
+    Ok(most)
 }
 
 #[test]
@@ -151,7 +188,7 @@ fn soak_adds_and_dels_with_cloud_faults() -> Result<()> {
             options.nodes = 1;
             options.adapters = 5;
             options.addresses_per_adapter = 10;
-            options.pool = (2, 6);
+            options.pool = POOL;
             options.cooling = 0;
             options.time_scale = 60;
             options.attach = (Duration::from_millis(50), Duration::from_millis(20));
@@ -163,20 +200,20 @@ fn soak_adds_and_dels_with_cloud_faults() -> Result<()> {
 fn soak(cluster: &Cluster, node: &Node, seed: u64) -> Result<()> {
     cluster.cloud().set_faults(faults());
     cluster.cloud().forget_calls();
-    let (made, failed, live) = (AtomicU32::new(0), AtomicU32::new(0), Live::default());
+    let (phase, failed, live) = (Phase::default(), AtomicU32::new(0), Live::default());
     let start = Instant::now();
-    let mut most = 0;
-    std::thread::scope(|scope| -> Result<()> {
-        let (made, failed, live) = (&made, &failed, &live);
-        let callers: Vec<_> =
-            (0..CALLERS).map(|n| scope.spawn(move || caller(cluster, node, n, seed, made, failed, live))).collect();
-        while callers.iter().any(|caller| !caller.is_finished()) {
-            if let Ok(status) = node.status() {
-                most = most.max(addresses(&status));
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        callers.into_iter().try_for_each(|caller| caller.join().expect("no panic"))
+    let most = std::thread::scope(|scope| -> Result<u32> {
+        let (phase, failed, live) = (&phase, &failed, &live);
+        let call = move |number| {
+            let result = caller(node, number, seed, phase, failed, live);
+            phase.over.fetch_or(result.is_err(), Ordering::Relaxed);
+            result
+        };
+        let callers: Vec<_> = (0..CALLERS).map(|number| scope.spawn(move || call(number))).collect();
+        let most = phases(cluster, node, phase);
+        phase.over.store(true, Ordering::Relaxed);
+        callers.into_iter().try_for_each(|caller| caller.join().expect("no panic"))?;
+        most
     })?;
     let mut least = most;
     node.wait(SETTLE, "the pool shrinks", |node| {
@@ -189,8 +226,9 @@ fn soak(cluster: &Cluster, node: &Node, seed: u64) -> Result<()> {
     let (calls, needed) = cost(&log);
     let struck = cluster.cloud().calls().values().map(|c| c.failed + c.lost).sum::<u64>();
     println!(
-        "rounds of {PODS} pods in {elapsed:?}, {} ADDs repeated; the pool had {most} addresses, then {least}; {calls} calls for {needed} effects, \
+        "{} pods in {elapsed:?}, {} ADDs repeated; the pool had {most} addresses, then {least}; {calls} calls for {needed} effects, \
          {struck} of {} calls refused or lost",
+        phase.made.load(Ordering::Relaxed),
         failed.load(Ordering::Relaxed),
         log.len()
     );
