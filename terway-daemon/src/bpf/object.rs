@@ -101,12 +101,24 @@ pub(super) struct LoadedPrograms {
 }
 
 impl LoadedPrograms {
-    /// Has the kernel verify all programs.
+    /// Has the kernel verify all programs, each in a thread of its own: that takes most of the time of a start.
     pub(super) fn load(mut loaded: Ebpf) -> Result<Self, BpfError> {
         for name in names::PROGRAMS {
-            let program = classifier(&mut loaded, name)?;
-            verify(|| program.load()).map_err(BpfError::program(name))?;
+            classifier(&mut loaded, name)?;
         }
+        std::thread::scope(|scope| {
+            let programs = loaded.programs_mut().filter_map(|(name, program)| {
+                let name = names::PROGRAMS.into_iter().find(|n| *n == name)?;
+                Some((name, <&mut SchedClassifier>::try_from(program).ok()?))
+            });
+            let verified =
+                |name, program: &mut SchedClassifier| verify(|| program.load()).map_err(BpfError::program(name));
+            let threads: Vec<_> =
+                programs.map(|(name, program)| scope.spawn(move || verified(name, program))).collect();
+            threads
+                .into_iter()
+                .try_for_each(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        })?;
         let events = loaded.take_map(names::EVENTS);
         Ok(Self { loaded, events })
     }
