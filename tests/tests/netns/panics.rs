@@ -8,8 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use terway_sim::node::Node;
 use terway_sim::node::cni::Pod;
-use terway_sim::probe::{Echo, Traffic};
+use terway_sim::probe::{self, Echo, Traffic};
 
+use super::services::{at, put, service, vips};
 use super::{SETTLE, agreement, fixed_pool, pod, with_cluster};
 
 const READY_WITHIN: Duration = Duration::from_secs(30);
@@ -92,16 +93,7 @@ fn a_panic_in_a_task_without_state_restarts_it_and_shows_in_status_and_metrics()
             let pod: Pod = pod(node, "a")?;
             for task in ["config-source", "http", "flow-log", "conflist"] {
                 node.inject_panic(task)?;
-                let name = format!("task {task} ");
-                node.wait(SETTLE, "status shows the panic", |node| {
-                    let problems = node.status()?.problems;
-                    Ok(problems.iter().any(|problem| problem.code == "TW0108" && problem.detail.contains(&name)))
-                })
-                .with_context(|| format!("a panic in {task}"))?;
-                let line = format!("terway_panics_total{{task=\"{task}\"}} 1");
-                node.wait(SETTLE, "the metric counts the panic", |node| Ok(metrics(node)?.contains(&line)))?;
-                let log = node.log_tail(200);
-                ensure!(log.contains("restarting a task that panicked"), "{log}");
+                restarted(node, task, 1)?;
             }
             // They do their work again.
             node.edit_conf(serde_json::json!({"min_pool_size": 1}))?;
@@ -115,6 +107,73 @@ fn a_panic_in_a_task_without_state_restarts_it_and_shows_in_status_and_metrics()
             Ok(())
         },
     )
+}
+
+/// The Service actor builds its planner anew from the objects and the maps: what it was writing is written, and nobody's connection ends.
+#[test]
+fn a_panic_in_the_service_actor_loses_no_change_and_no_connection() -> Result<()> {
+    with_cluster(
+        |options| (options.nodes, options.panics) = (1, true),
+        |cluster| {
+            let node = cluster.node(1);
+            let [a, b, client] = [pod(node, "a")?, pod(node, "b")?, pod(node, "c")?];
+            let servers = [Echo::start(&a.ns)?, Echo::start(&b.ns)?];
+            put(cluster, &service("web", 1, &[(&b, 1)]))?;
+            put(cluster, &service("stays", 2, &[(&b, 1)]))?;
+            let traffic = vips(2).map(|vip| Traffic::start(&client.ns, vip));
+            for task in ["services", "socket-programs"] {
+                node.inject_panic(task)?;
+                restarted(node, task, 1)?;
+                for to in [at(1, 80), at(2, 80)].concat() {
+                    probe::tcp_at(&client.ns, to, 1000).with_context(|| format!("after a panic in {task}"))?;
+                }
+            }
+            // Between plan and maps: an endpoint is exchanged, and a Service comes.
+            for (round, backend) in [&a, &b].into_iter().enumerate() {
+                let count = 2 + 2 * u32::try_from(round)?;
+                node.inject_panic("service-step")?;
+                put(cluster, &service("web", 1, &[(backend, 1)]))?;
+                restarted(node, "services", count)?;
+                let number = 3 + u8::try_from(round)?;
+                node.inject_panic("service-step")?;
+                put(cluster, &service(&format!("new-{round}"), number, &[(backend, 1)]))?;
+                restarted(node, "services", count + 1)?;
+                for to in [at(1, 80), at(number, 80)].concat() {
+                    probe::tcp_at(&client.ns, to, 1000).with_context(|| format!("round {round}"))?;
+                }
+            }
+            for traffic in traffic {
+                let (tcp, udp) = traffic?.stop()?;
+                ensure!(tcp.lost == 0 && udp.lost == 0, "TCP {tcp:?}, UDP {udp:?}");
+            }
+            // Only b is behind `web`, whatever the panics left half written.
+            drop(servers);
+            let _server = Echo::start(&b.ns)?;
+            for _ in 0..16 {
+                probe::tcp_at(&client.ns, at(1, 80)[0], 1)?;
+            }
+            Ok(())
+        },
+    )
+}
+
+/// The status, the metric and the log tell that `task` panicked `count` times and was started again.
+pub(super) fn restarted(node: &Node, task: &str, count: u32) -> Result<()> {
+    let name = format!("task {task} ");
+    node.wait(SETTLE, "status shows the panic", |node| {
+        let problems = node.status()?.problems;
+        Ok(problems.iter().any(|problem| problem.code == "TW0108" && problem.detail.contains(&name)))
+    })
+    .with_context(|| format!("a panic in {task}"))?;
+    let line = format!("terway_panics_total{{task=\"{task}\"}} {count}");
+    node.wait(SETTLE, "the metric counts the panic", |node| {
+        let metrics = metrics(node)?;
+        let counts: Vec<&str> = metrics.lines().filter(|line| line.starts_with("terway_panics_total")).collect();
+        ensure!(counts.contains(&line.as_str()), "no {line} in {counts:?}");
+        Ok(true)
+    })?;
+    let restart = format!("restarting a task that panicked task=\"{task}\"");
+    node.wait(SETTLE, "the log tells of the restart", |node| Ok(node.log_tail(400).contains(&restart)))
 }
 
 fn metrics(node: &Node) -> Result<String> {

@@ -16,7 +16,7 @@ use super::{SETTLE, pod, with_cluster};
 const SOON: Duration = Duration::from_secs(5);
 
 /// A Service at 10.96.0.`number` and fd96::`number`, port 80 and the echo servers' own.
-fn service(name: &str, number: u8, endpoints: &[(&Pod, usize)]) -> ServiceSpec {
+pub(super) fn service(name: &str, number: u8, endpoints: &[(&Pod, usize)]) -> ServiceSpec {
     ServiceSpec {
         name: name.to_owned(),
         cluster_ips: vips(number).to_vec(),
@@ -25,16 +25,16 @@ fn service(name: &str, number: u8, endpoints: &[(&Pod, usize)]) -> ServiceSpec {
     }
 }
 
-fn vips(number: u8) -> [IpAddr; 2] {
+pub(super) fn vips(number: u8) -> [IpAddr; 2] {
     [IpAddr::from([10, 96, 0, number]), IpAddr::from([0xfd96, 0, 0, 0, 0, 0, 0, number.into()])]
 }
 
-fn at(number: u8, port: u16) -> [SocketAddr; 2] {
+pub(super) fn at(number: u8, port: u16) -> [SocketAddr; 2] {
     vips(number).map(|ip| SocketAddr::new(ip, port))
 }
 
 /// Writes it on every node and waits until every node serves it with so many backends.
-fn put(cluster: &Cluster, service: &ServiceSpec) -> Result<()> {
+pub(super) fn put(cluster: &Cluster, service: &ServiceSpec) -> Result<()> {
     for node in cluster.nodes() {
         node.put_service(service)?;
     }

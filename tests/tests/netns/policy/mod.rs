@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use serde_json::json;
 use terway_core::objects::Kind;
-use terway_sim::cluster::Cluster;
+use terway_sim::cluster::{Cluster, Options};
 use terway_sim::node::ServiceSpec;
 use terway_sim::probe::{self, Echo, Traffic};
 
 use self::probes::{PORTS, Probes};
 use self::stage::{NAMES, NAMESPACES, Put as _, Stage};
+use super::panics::restarted;
 use super::with_cluster;
 
 /// What a change may take; some hundred times what it takes.
@@ -69,16 +70,20 @@ fn compare(stage: &Stage<'_>, probes: &mut Probes, objects: &stage::Objects, wha
 }
 
 fn with_stage(test: impl FnOnce(&mut Stage<'_>, &mut Probes) -> Result<()>) -> Result<()> {
-    with_cluster(
-        |_| {},
-        |cluster: &Cluster| {
-            let mut stage = Stage::set(cluster)?;
-            let mut probes = Probes::start(&stage.pods)?;
-            test(&mut stage, &mut probes)?;
-            drop(probes);
-            stage.clear()
-        },
-    )
+    with_stage_of(|_| {}, test)
+}
+
+fn with_stage_of(
+    configure: impl FnOnce(&mut Options),
+    test: impl FnOnce(&mut Stage<'_>, &mut Probes) -> Result<()>,
+) -> Result<()> {
+    with_cluster(configure, |cluster: &Cluster| {
+        let mut stage = Stage::set(cluster)?;
+        let mut probes = Probes::start(&stage.pods)?;
+        test(&mut stage, &mut probes)?;
+        drop(probes);
+        stage.clear()
+    })
 }
 
 #[test]
@@ -237,4 +242,41 @@ fn policy_survives_daemon_restart() -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// The policy actor builds its compiler anew from the objects and the maps: nothing opens or closes meanwhile, and what it was writing is written.
+#[test]
+fn policy_survives_panics_of_its_actor() -> Result<()> {
+    with_stage_of(
+        |options| options.panics = true,
+        |stage, probes| {
+            let mut objects = stage.base.clone();
+            objects.policy("x", "deny", &json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}));
+            stage.publish(&objects)?;
+            compare(stage, probes, &objects, "before")?;
+            for round in 1..=3 {
+                for node in stage.cluster.nodes() {
+                    node.inject_panic("policies")?;
+                }
+                compare(stage, probes, &objects, "while the actor restarts")?;
+                for node in stage.cluster.nodes() {
+                    restarted(node, "policies", 2 * round - 1)?;
+                    node.inject_panic("policy-step")?;
+                }
+                match round {
+                    1 => objects.gone(Kind::NetworkPolicy, "x", "deny"),
+                    2 => objects.policy("y", "some", &json!({
+                        "podSelector": {}, "ingress": [{"from": [{"namespaceSelector": {"matchLabels": {"ns": "z"}}}]}],
+                    })),
+                    _ => objects.label("z", "a", &json!({"pod": "a", "role": "friend"})),
+                }
+                stage.publish(&objects)?;
+                for node in stage.cluster.nodes() {
+                    restarted(node, "policies", 2 * round)?;
+                }
+                compare(stage, probes, &objects, &format!("after round {round}"))?;
+            }
+            Ok(())
+        },
+    )
 }
