@@ -1146,6 +1146,18 @@ pub struct Flow {
     pub valid: bool,
 }
 /// Request to delete flows.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetDatapathLogRequest {
+    /// On or off; unset to leave it.
+    #[prost(bool, optional, tag = "1")]
+    pub enabled: ::core::option::Option<bool>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetDatapathLogResponse {
+    /// On or off now.
+    #[prost(bool, tag = "1")]
+    pub enabled: bool,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FlushFlowsRequest {
     /// Filter; unset for all.
@@ -1733,6 +1745,31 @@ pub mod node_network_client {
                 .insert(GrpcMethod::new("terway.v1.NodeNetwork", "FlowStats"));
             self.inner.unary(req, path, codec).await
         }
+        /// Switches the debug log of the datapath, whose records go to the daemon's log.
+        pub async fn set_datapath_log(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetDatapathLogRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetDatapathLogResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/terway.v1.NodeNetwork/SetDatapathLog",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("terway.v1.NodeNetwork", "SetDatapathLog"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1874,6 +1911,14 @@ pub mod node_network_server {
             request: tonic::Request<super::FlowStatsRequest>,
         ) -> std::result::Result<
             tonic::Response<super::FlowStatsResponse>,
+            tonic::Status,
+        >;
+        /// Switches the debug log of the datapath, whose records go to the daemon's log.
+        async fn set_datapath_log(
+            &self,
+            request: tonic::Request<super::SetDatapathLogRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetDatapathLogResponse>,
             tonic::Status,
         >;
     }
@@ -2705,6 +2750,51 @@ pub mod node_network_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = FlowStatsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/terway.v1.NodeNetwork/SetDatapathLog" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetDatapathLogSvc<T: NodeNetwork>(pub Arc<T>);
+                    impl<
+                        T: NodeNetwork,
+                    > tonic::server::UnaryService<super::SetDatapathLogRequest>
+                    for SetDatapathLogSvc<T> {
+                        type Response = super::SetDatapathLogResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetDatapathLogRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as NodeNetwork>::set_datapath_log(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetDatapathLogSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -10,6 +10,7 @@ pub mod config_source;
 mod conflist;
 pub mod conntrack;
 pub mod daemon;
+mod datapath_log;
 pub mod engine;
 mod file_watch;
 

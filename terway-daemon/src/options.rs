@@ -97,8 +97,8 @@ pub struct Options {
     /// Log filter, such as info or terway_daemon=debug.
     #[arg(long, env = "TERWAY_LOG", default_value = "info", value_name = "FILTER")]
     pub log: String,
-    /// Load the datapath with its debug log: one line per decision of the slow path, at level debug of the target terway_datapath. Established
-    /// packets write none. To switch it, restart the daemon: the programs of the other kind replace the present ones without a gap.
+    /// Start with the debug log of the datapath: one line per decision of the slow path, at level info of the target terway_datapath. Established
+    /// packets write none. `terway-cli datapath-log on|off` switches it while the daemon runs.
     #[arg(long, env = "TERWAY_DATAPATH_LOG")]
     pub datapath_log: bool,
     /// Log as JSON, one object a line.

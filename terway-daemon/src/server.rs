@@ -17,6 +17,7 @@ use tracing::{info, warn};
 use crate::config_source::{ConfigSource, ConfigStatus};
 use crate::conflist::Conflist;
 use crate::conntrack::Conntrack;
+use crate::datapath_log::DatapathLog;
 use crate::engine::{AddRequest, Engine, Filter, RecentAndLive, dropped_packet};
 use crate::grpc::{self, attachment, error_detail};
 use crate::http;
@@ -40,6 +41,7 @@ pub(crate) struct Service {
     pub(crate) policies: Arc<Policies>,
     pub(crate) http: Arc<http::Server>,
     pub(crate) conflist: Arc<Conflist>,
+    pub(crate) datapath_log: Arc<DatapathLog>,
     pub(crate) metrics: Metrics,
 }
 
@@ -296,6 +298,19 @@ impl NodeNetwork for Service {
             Ok(v1::FlowStatsResponse { tracking, ..self.engine.flow_stats().await? })
         };
         self.call("FlowStats", stats).await
+    }
+
+    async fn set_datapath_log(
+        &self,
+        request: Request<v1::SetDatapathLogRequest>,
+    ) -> Result<Response<v1::SetDatapathLogResponse>, Status> {
+        let switch = async {
+            if let Some(enabled) = request.into_inner().enabled {
+                self.datapath_log.switch(enabled).await?;
+            }
+            Ok(v1::SetDatapathLogResponse { enabled: self.datapath_log.is_enabled() })
+        };
+        self.call("SetDatapathLog", switch).await
     }
 
     type WatchDropsStream = Pin<Box<dyn Stream<Item = Result<v1::DroppedPacket, Status>> + Send>>;

@@ -10,7 +10,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::error::BpfError;
 
-/// The target of the events; `--log terway_datapath=debug` shows them.
+/// The target of the events, at level info: whoever switches the log on wants to see it.
 const TARGET: &str = "terway_datapath";
 
 /// The ring buffer of aya-log-ebpf.
@@ -23,11 +23,11 @@ struct ToTracing;
 
 impl Log for ToTracing {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
-        tracing::enabled!(target: TARGET, tracing::Level::DEBUG)
+        tracing::enabled!(target: TARGET, tracing::Level::INFO)
     }
 
     fn log(&self, record: &Record<'_>) {
-        tracing::debug!(target: TARGET, "{}", record.args());
+        tracing::info!(target: TARGET, "{}", record.args());
     }
 
     fn flush(&self) {}

@@ -111,6 +111,16 @@ pub enum BpfError {
 }
 
 impl BpfError {
+    /// Whether the interface that a step was about does not exist any more.
+    pub(super) fn is_absent_interface(&self) -> bool {
+        let errno = match self {
+            Self::Netlink { source, .. } => source.errno(),
+            Self::System { source, .. } => source.raw_os_error(),
+            _ => None,
+        };
+        matches!(errno, Some(libc::ENODEV | libc::ENXIO))
+    }
+
     /// One error for those of several operations; none if there are none.
     ///
     /// # Errors

@@ -31,7 +31,8 @@
 //! # Locks
 //!
 //! Each handle has its own lock, and a map is written by one handle only. There is one order: `services` or `host_prefixes` before
-//! `endpoints`, because a change of what an address means invalidates flows; `interfaces` and `sockets` take that of `programs` alone.
+//! `endpoints`, because a change of what an address means invalidates flows; `interfaces` and `sockets` before `programs`. [`Datapath::set_debug`]
+//! holds a lock of its own before those of `interfaces`.
 //! The flow tables have no lock.
 //!
 //! A lock is not poisoned by a panic of its holder (`parking_lot`). Maps are written before the mirrors of them, so a mirror can only lack
@@ -65,6 +66,8 @@ mod uplinks;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 pub use self::attach::EniHook;
 pub use self::counters::{Counters, PathCounters};
@@ -138,6 +141,8 @@ pub struct Features {
 pub struct Datapath {
     pins: PathBuf,
     features: Features,
+    /// As of now: its `debug` follows [`Datapath::set_debug`].
+    config: Mutex<Config>,
     programs: Arc<Programs>,
     interfaces: Interfaces,
     endpoints: Arc<EndpointMaps>,
@@ -188,6 +193,7 @@ impl Datapath {
         Ok(Self {
             pins,
             features,
+            config: Mutex::new(config.clone()),
             programs,
             interfaces,
             endpoints,
@@ -218,6 +224,29 @@ impl Datapath {
     #[must_use]
     pub fn programs(&self) -> &Programs {
         &self.programs
+    }
+
+    /// Whether the programs have their debug log.
+    #[must_use]
+    pub fn debug(&self) -> bool {
+        self.config.lock().debug
+    }
+
+    /// Loads the programs with or without their debug log and puts them in place of the present ones, on each interface without a gap: maps,
+    /// flows and the stream of flow events stay. Takes as long as the kernel verifies, up to a second. The programs of sockets have no debug
+    /// log and stay.
+    ///
+    /// # Errors
+    /// [`BpfError`]. If an interface could not be attached, it keeps its programs, which work on.
+    pub fn set_debug(&self, debug: bool) -> Result<(), BpfError> {
+        let mut config = self.config.lock();
+        if config.debug == debug {
+            return Ok(());
+        }
+        let wanted = Config { debug, ..config.clone() };
+        let loaded = Programs::verify(object::load(&wanted, &self.pins, self.features)?)?;
+        config.debug = debug;
+        self.interfaces.exchange(loaded)
     }
 
     /// Attachments to interfaces.

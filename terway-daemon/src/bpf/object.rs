@@ -123,6 +123,11 @@ impl LoadedPrograms {
         Ok(Self { loaded, events })
     }
 
+    /// The same, where another reader has the flow events.
+    pub(super) fn without_events(self) -> Self {
+        Self { events: None, ..self }
+    }
+
     pub(super) fn get(&self, program: Program) -> Result<&SchedClassifier, BpfError> {
         let name = program.name();
         let found = self.loaded.program(name).ok_or_else(|| BpfError::Missing(name.to_owned()))?;

@@ -16,7 +16,7 @@ use super::test_run::{self, Ran, RunContext};
 
 /// Handle of the programs that the kernel has verified.
 ///
-/// Its lock is held for the time of an attachment and never together with another one of this module.
+/// Its lock is held for the time of an attachment and taken last.
 pub struct Programs {
     loaded: Mutex<LoadedPrograms>,
 }
@@ -31,7 +31,18 @@ impl Programs {
     /// Has the kernel verify the programs. The handles of maps must have been taken out of the object before, and must live until then:
     /// the programs refer to maps by descriptor.
     pub(super) fn load(object: Ebpf) -> Result<Self, BpfError> {
-        Ok(Self { loaded: Mutex::new(LoadedPrograms::load(object)?) })
+        Ok(Self { loaded: Mutex::new(Self::verify(object)?) })
+    }
+
+    /// Programs for [`Self::replace`].
+    pub(super) fn verify(object: Ebpf) -> Result<LoadedPrograms, BpfError> {
+        LoadedPrograms::load(object)
+    }
+
+    /// Puts other programs of the same version in place of these; those that are attached stay until the caller attaches again. The stream
+    /// of flow events goes on: all write into one pinned ring buffer.
+    pub(super) fn replace(&self, loaded: LoadedPrograms) {
+        *self.loaded.lock() = loaded.without_events();
     }
 
     /// The stream of flow events. The kernel's ring buffer has one reader, so it can be taken once.

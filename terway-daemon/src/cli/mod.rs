@@ -127,6 +127,16 @@ enum Command {
         #[command(subcommand)]
         verb: ct::Verb,
     },
+    /// Switch the debug log of the datapath, whose records go to the daemon's log; without an argument, tell whether it is on.
+    #[command(
+        after_help = "A line for each decision of the slow path: packet, backend, route, policy verdicts. Packets of established connections write none.
+Connections go on. It lasts until it is switched off or the daemon restarts."
+    )]
+    DatapathLog {
+        /// On or off.
+        #[arg(value_name = "on|off", value_parser = switch)]
+        enabled: Option<bool>,
+    },
     /// Check, explain and compare configurations (eni-config); needs no daemon.
     Config {
         #[command(subcommand)]
@@ -161,6 +171,14 @@ enum SvcVerb {
 fn qualified(text: &str) -> Result<(String, String), String> {
     let (namespace, name) = text.split_once('/').ok_or_else(|| "is not NAMESPACE/NAME".to_owned())?;
     Ok((namespace.to_owned(), name.to_owned()))
+}
+
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("is neither on nor off".to_owned()),
+    }
 }
 
 /// Runs a command line and returns the exit code.
@@ -237,6 +255,16 @@ async fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Svc { verb } => services(cli, verb, style).await,
         Command::Policy { verb } => policies(cli, verb, style).await,
         Command::Ct { verb } => tracking(cli, verb, style).await,
+        Command::DatapathLog { enabled } => {
+            let request = v1::SetDatapathLogRequest { enabled: *enabled };
+            let reply = daemon::call(cli, request, |mut c, r| async move { c.set_datapath_log(r).await }).await?;
+            print(&if style.is_json() {
+                table::pretty(&serde_json::json!({"datapathLog": reply.enabled}))
+            } else {
+                format!("The debug log of the datapath is {}.\n", if reply.enabled { "on" } else { "off" })
+            });
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Config { command } => config::run(command, style),
         Command::Explain { code } => {
             let unknown = || Failure::Usage(format!("{code} is no error code of this version"));

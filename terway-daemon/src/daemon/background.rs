@@ -9,8 +9,8 @@ use tracing::{info, warn};
 
 use super::actors::Actors;
 use super::node::Identified;
-use crate::bpf::Datapath;
 use crate::config_source::ConfigSource;
+use crate::datapath_log::DatapathLog;
 use crate::engine::Engine;
 use crate::http;
 use crate::metrics::Metrics;
@@ -25,6 +25,7 @@ const QUEUE_EVERY: Duration = Duration::from_secs(5);
 /// Handles of background tasks that `terway-cli status` asks.
 pub(super) struct Background {
     pub(super) http: Arc<http::Server>,
+    pub(super) datapath_log: Arc<DatapathLog>,
 }
 
 impl Background {
@@ -44,10 +45,11 @@ impl Background {
             let (engine, services) = (Arc::clone(engine), Arc::clone(&actors.services));
             move || Arc::clone(&engine).run_flow_log(Arc::clone(&services))
         });
-        if options.datapath_log {
-            let datapath = Arc::clone(&actors.datapath);
-            supervise::spawn_restarting("datapath-log", move || publish_datapath_log(Arc::clone(&datapath)));
-        }
+        let datapath_log = DatapathLog::new(Arc::clone(&actors.datapath));
+        supervise::spawn_restarting("datapath-log", {
+            let datapath_log = Arc::clone(&datapath_log);
+            move || Arc::clone(&datapath_log).run()
+        });
         let subscribers = ConfigSubscribers {
             options: options.clone(),
             node: identified.node.clone(),
@@ -81,7 +83,7 @@ impl Background {
             }
         });
         supervise::spawn("audit-on-deletion", Arc::clone(engine).repair_deletions());
-        Self { http: start_http(options, engine, registry) }
+        Self { http: start_http(options, engine, registry), datapath_log }
     }
 }
 
@@ -119,16 +121,5 @@ async fn work_off_queue(engine: &Arc<Engine>, dir: &Path, metrics: &Metrics) {
             }
             Err(error) => warn!(key = %del.attachment, %error, "failed to carry out a queued DEL; it stays queued"),
         }
-    }
-}
-
-/// Publishes the debug log of the programs. It can be taken once: should the task panic, the log ends, and nothing else does.
-async fn publish_datapath_log(datapath: Arc<Datapath>) {
-    let ended = match datapath.programs().take_debug_log() {
-        Ok(mut records) => records.run().await,
-        Err(error) => Err(error),
-    };
-    if let Err(error) = ended {
-        warn!(%error, "failed to read the debug log of the datapath");
     }
 }

@@ -43,6 +43,7 @@ pub(super) async fn until_stopped(
         policies: Arc::clone(&actors.policies),
         http: Arc::clone(&background.http),
         conflist: Arc::clone(conflist),
+        datapath_log: Arc::clone(&background.datapath_log),
         metrics: metrics.clone(),
     };
     let server = tonic::transport::Server::builder().add_service(service.into_server());

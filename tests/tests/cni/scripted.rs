@@ -317,6 +317,13 @@ impl NodeNetwork for ScriptedDaemon {
         Err(Status::unimplemented("the plugin never asks"))
     }
 
+    async fn set_datapath_log(
+        &self,
+        _: Request<v1::SetDatapathLogRequest>,
+    ) -> Result<Response<v1::SetDatapathLogResponse>, Status> {
+        Err(Status::unimplemented("the plugin never asks"))
+    }
+
     type WatchDropsStream = tokio_stream::Empty<Result<DroppedPacket, Status>>;
 
     async fn watch_drops(&self, _: Request<WatchDropsRequest>) -> Result<Response<Self::WatchDropsStream>, Status> {

@@ -50,6 +50,45 @@ fn pod_traffic_survives_daemon_restart_and_crash() -> Result<()> {
     )
 }
 
+/// The programs are exchanged under traffic, again and again: no packet is lost, and new connections write their lines.
+#[test]
+fn datapath_log_is_switched_under_traffic() -> Result<()> {
+    with_cluster(
+        |_| {},
+        |cluster| {
+            let node = cluster.node(1);
+            let [client, near, far] = [pod(node, "client")?, pod(node, "near")?, pod(cluster.node(2), "far")?];
+            let _servers = [Echo::start(&near.ns)?, Echo::start(&far.ns)?];
+            let traffic = [near.v4()?, far.v4()?].map(|to| Traffic::start(&client.ns, to));
+            let lines = || -> Result<usize> {
+                let log = std::fs::read_to_string(node.daemon_log())?;
+                Ok(log.lines().filter(|line| line.contains(" terway_datapath: ") && line.contains("route: ")).count())
+            };
+            for round in 0..3 {
+                let known = lines()?;
+                ensure!(node.cli(&["datapath-log", "on"])?.contains("is on"), "round {round}");
+                probe::tcp(&client.ns, far.v4()?, 1000)?;
+                // A pod that comes now has the same programs.
+                let late = pod(node, &format!("late-{round}"))?;
+                probe::tcp(&late.ns, far.v4()?, 1000)?;
+                node.wait(SETTLE, "the decisions are logged", |_| Ok(lines()? >= known + 2))?;
+                ensure!(node.cli(&["datapath-log", "off"])?.contains("is off"), "round {round}");
+                let known = lines()?;
+                probe::tcp(&client.ns, far.v4()?, 1000)?;
+                probe::tcp(&late.ns, far.v4()?, 1000)?;
+                ensure!(lines()? == known, "the log goes on after it was switched off");
+                node.del(&late)?;
+            }
+            ensure!(node.cli(&["datapath-log"])?.contains("is off"), "the state is told without an argument");
+            for traffic in traffic {
+                let (tcp, udp) = traffic?.stop()?;
+                ensure!(tcp.lost == 0 && udp.lost == 0, "TCP {tcp:?}, UDP {udp:?}");
+            }
+            Ok(())
+        },
+    )
+}
+
 #[test]
 fn del_without_daemon() -> Result<()> {
     with_cluster(

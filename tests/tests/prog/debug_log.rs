@@ -36,7 +36,7 @@ fn log_of_one_flow(sandbox: &Sandbox, debug: bool) -> String {
     let lines = Lines::default();
     let writer = lines.clone();
     let subscriber = tracing_subscriber::fmt()
-        .with_env_filter("terway_datapath=debug")
+        .with_env_filter("terway_datapath=info")
         .with_ansi(false)
         .with_writer(move || writer.clone())
         .finish();
