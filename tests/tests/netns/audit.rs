@@ -1,7 +1,7 @@
 //! What others break on a node is told by `terway-cli mapping`, and set right by the audit; what is not ours is left alone.
 
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{HashMap, Map, MapData};
@@ -166,7 +166,9 @@ fn deleted_rules_routes_and_addresses_are_repaired_on_rtnetlink_events() -> Resu
         ] {
             ensure!(show(&query)?.contains(&entry), "{entry} is not among\n{}", show(&query)?);
             show(&delete)?;
+            let deleted = Instant::now();
             node.wait(Duration::from_secs(60), &delete, |_| Ok(show(&query)?.contains(&entry)))?;
+            println!("repaired after {:?}: {delete}", deleted.elapsed());
         }
         node.wait(Duration::from_secs(60), "everything is as planned", |node| Ok(kinds(node)?.is_empty()))?;
         probe::ping(&a.ns, cluster.external_addresses().0, &[])?;
