@@ -5,7 +5,7 @@ use terway_sim::cluster::{Cluster, Options};
 use terway_sim::leftovers;
 
 #[test]
-fn the_machine_is_the_same_before_during_and_after() -> Result<()> {
+fn machine_is_unchanged_by_a_cluster() -> Result<()> {
     let options = Options::new()?;
     if let Some(obstacle) = Cluster::obstacle(&options) {
         println!("SKIP: {obstacle}");

@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn arithmetic_saturates_at_both_ends() {
+    fn moment_arithmetic_saturates() {
         let m = Moment::from_nanos(5);
         assert_eq!(m.after(Duration::MAX), Moment::from_nanos(u64::MAX));
         assert_eq!(m.since(Moment::from_nanos(9)), Duration::ZERO);

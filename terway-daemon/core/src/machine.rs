@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn without_metadata_the_primary_mac_and_dmi_identifiers_must_match() {
+    fn identity_without_metadata_by_mac_and_dmi() {
         let mac = identity("i-1").primary_mac;
         let both = dmi(Some("u"), Some("s"));
         assert!(!is_suspect(&both, &[mac], &both));
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn the_metadata_service_decides_alone() {
+    fn identity_by_metadata_service() {
         let kept = (&identity("i-1"), &dmi(Some("u"), None));
         let now = dmi(Some("v"), None);
         assert_eq!(check(kept, &BTreeSet::new(), &now, Some(&identity("i-1"))), Validity::Valid);

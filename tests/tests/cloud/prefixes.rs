@@ -51,7 +51,7 @@ async fn prefixes_come_with_an_eni_and_later_and_go() {
 }
 
 #[tokio::test]
-async fn a_fragmented_vswitch_has_addresses_and_no_prefix() {
+async fn fragmented_vswitch_of_sim() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let eni = cloud.create_eni(&request("t1", "vsw-b", 1)).await.unwrap();
@@ -68,7 +68,7 @@ async fn a_fragmented_vswitch_has_addresses_and_no_prefix() {
 }
 
 #[tokio::test]
-async fn a_prefix_takes_one_place_of_the_limit() {
+async fn prefix_counts_as_one_address() {
     let rig = Rig::new(world()).await;
     let cloud = rig.client();
     let eni = attached(&cloud, "t1", 1).await;

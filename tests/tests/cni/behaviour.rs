@@ -195,7 +195,7 @@ fn status_with_hanging_daemon_times_out() {
 }
 
 #[test]
-fn a_daemon_that_stays_away_is_waited_for_once() {
+fn absent_daemon_is_waited_for_once() {
     let bench = Bench::new();
     bench.daemon.stop();
     let start = Instant::now();
@@ -207,7 +207,7 @@ fn a_daemon_that_stays_away_is_waited_for_once() {
 }
 
 #[test]
-fn an_add_is_answered_as_soon_as_a_restarting_daemon_serves() {
+fn add_during_daemon_restart() {
     for is_socket_gone in [false, true] {
         let bench = Bench::new();
         bench.daemon.stop();

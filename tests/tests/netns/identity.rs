@@ -11,7 +11,7 @@ use super::{SETTLE, agreement, fixed_pool, pod, with_cluster};
 const READY_WITHIN: Duration = Duration::from_secs(30);
 
 #[test]
-fn a_cloned_state_folder_is_set_aside_and_the_other_nodes_enis_stay() -> Result<()> {
+fn cloned_state_folder_is_set_aside() -> Result<()> {
     with_cluster(
         |options| {
             options.nodes = 2;
@@ -52,7 +52,7 @@ fn a_cloned_state_folder_is_set_aside_and_the_other_nodes_enis_stay() -> Result<
 }
 
 #[test]
-fn the_conflist_is_private_comes_back_and_names_what_goes_before_it() -> Result<()> {
+fn conflist_mode_and_precedence() -> Result<()> {
     with_cluster(
         |options| {
             options.nodes = 1;
@@ -82,7 +82,7 @@ fn the_conflist_is_private_comes_back_and_names_what_goes_before_it() -> Result<
 }
 
 #[test]
-fn a_pod_whose_del_is_queued_is_not_adopted_at_the_start() -> Result<()> {
+fn queued_del_before_adoption() -> Result<()> {
     with_cluster(
         |options| {
             options.nodes = 1;

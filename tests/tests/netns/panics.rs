@@ -29,7 +29,7 @@ fn add_until(node: &Node, name: &str, done: &AtomicBool) -> Result<u32> {
 }
 
 #[test]
-fn a_panic_in_engine_or_store_ends_the_daemon_and_pods_keep_their_network() -> Result<()> {
+fn panic_in_engine_or_store_restarts_daemon() -> Result<()> {
     with_cluster(
         |options| {
             (options.nodes, options.adapters, options.panics) = (1, 2, true);
@@ -82,7 +82,7 @@ fn end_and_restart(node: &Node, task: &str) -> Result<()> {
 }
 
 #[test]
-fn a_panic_in_a_task_without_state_restarts_it_and_shows_in_status_and_metrics() -> Result<()> {
+fn panic_in_stateless_task_restarts_it() -> Result<()> {
     with_cluster(
         |options| {
             (options.nodes, options.panics) = (1, true);
@@ -111,7 +111,7 @@ fn a_panic_in_a_task_without_state_restarts_it_and_shows_in_status_and_metrics()
 
 /// The Service actor builds its planner anew from the objects and the maps: what it was writing is written, and nobody's connection ends.
 #[test]
-fn a_panic_in_the_service_actor_loses_no_change_and_no_connection() -> Result<()> {
+fn panic_in_service_actor_restarts_it() -> Result<()> {
     with_cluster(
         |options| (options.nodes, options.panics) = (1, true),
         |cluster| {

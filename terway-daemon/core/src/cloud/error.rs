@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_for_the_user_is_the_same_for_every_request() {
+    fn cloud_error_text_has_no_request_id() {
         let first =
             error("CreateNetworkInterface", ErrorClass::VSwitchExhausted, "InvalidVSwitchId.IpNotEnough", "no address");
         let second = CloudError { request_id: "R-2".into(), ..first.clone() };
@@ -244,7 +244,7 @@ mod tests {
 
     /// Every code that the reference project acts on and every one that the help pages name.
     #[test]
-    fn known_codes_mean_what_they_should() {
+    fn cloud_error_classes() {
         for (code, class, entry) in [
             ("Throttling", ErrorClass::Throttled, "TW0204"),
             ("Throttling.User", ErrorClass::Throttled, "TW0204"),
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_code_is_told_by_where_it_happened() {
+    fn cloud_error_without_code() {
         for (action, class, message, entry) in [
             ("AssignPrivateIpAddresses", ErrorClass::Unknown, "connection refused", "TW0224"),
             ("AssignPrivateIpAddresses", ErrorClass::Unknown, "malformed reply: x", "TW0225"),
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn the_vswitch_and_the_quota_are_named_once() {
+    fn cloud_error_names_vswitch_and_quota() {
         let vswitch = VSwitchId::from("vsw-1");
         let code = "InvalidVSwitchId.IpNotEnough";
         let silent = error("X", ErrorClass::VSwitchExhausted, code, "not enough").explain_at(&vswitch);
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn no_code_is_named_twice_and_no_beginning_hides_another() {
+    fn cloud_error_codes_are_unique() {
         let codes: BTreeSet<&str> = EXACT.iter().map(|(code, ..)| *code).collect();
         assert_eq!(codes.len(), EXACT.len());
         for (n, (one, ..)) in BEGINNINGS.iter().enumerate() {

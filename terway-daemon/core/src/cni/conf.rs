@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_configuration_has_defaults() {
+    fn minimal_network_config() {
         let conf = decode(&json!({"cniVersion": "0.3.1", "name": "n", "type": "terway"})).unwrap();
         assert_eq!((conf.version, conf.network.as_str()), (Version::V0_3_1, "n"));
         assert_eq!((conf.daemon_socket.as_str(), conf.queue_dir.as_str()), (DEFAULT_SOCKET, DEFAULT_QUEUE_DIR));
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_conflist_of_the_reference_project_is_understood() {
+    fn conflist_of_reference_terway() {
         let conf = decode(&json!({
             "cniVersion": "0.4.0", "name": "terway", "type": "terway", "capabilities": {"bandwidth": true},
             "veth_prefix": "cali", "eniip_virtual_type": "IPVlan", "host_stack_cidrs": ["169.254.20.10/32"],
@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_has_its_code() {
+    fn unreadable_network_config_error_code() {
         let code = |text: &str| NetConf::decode(text.as_bytes()).unwrap_err().code.cni;
         for broken in ["", "{", "[]", "null", "\u{0}", r#"{"cniVersion": 1.0, "name": "n"}"#] {
             assert_eq!(code(broken), 6, "{broken}");
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_values_name_the_key_but_do_not_stop_a_del() {
+    fn invalid_values_do_not_stop_del() {
         let cases = [
             ("mtu", json!("1500")),
             ("mtu", json!(67)),
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ways_to_the_daemon_are_checked_for_every_verb() {
+    fn daemon_socket_option_for_every_verb() {
         let wrong = |key: &str, value: Value| {
             let document = json!({"cniVersion": "1.0.0", "name": "n", key: value});
             decode(&document).unwrap_err().code.cni
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn version_needs_nothing() {
+    fn version_without_environment() {
         assert_eq!(NetConf::version_asked(b" \n"), Ok(None));
         assert_eq!(NetConf::version_asked(b"{}"), Ok(None));
         assert_eq!(NetConf::version_asked(br#"{"cniVersion":"7.0"}"#), Ok(Some("7.0".into())));
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn gc_wants_a_list_and_takes_either_name() {
+    fn gc_valid_attachments() {
         let entry = |id: &str| json!({"containerID": id, "ifname": "eth0"});
         let ids = |conf: NetConf| {
             conf.valid_attachments().map(|list| list.into_iter().map(|entry| entry.container_id).collect::<Vec<_>>())
@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pods_dns_goes_before_the_networks() {
+    fn dns_of_pod_before_network() {
         let document = json!({
             "cniVersion": "1.0.0", "name": "n", "dns": {"nameservers": ["10.0.0.1"]},
             "runtimeConfig": {"dns": {"Servers": ["10.0.0.2"]}},
@@ -499,12 +499,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_on_stdin_panic(stdin in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn any_stdin_does_not_panic(stdin in prop::collection::vec(any::<u8>(), 0..200)) {
             use_all(&stdin);
         }
 
         #[test]
-        fn no_document_panics(mut document in document(), complete in any::<bool>()) {
+        fn any_network_config_does_not_panic(mut document in document(), complete in any::<bool>()) {
             if let (true, Value::Object(map)) = (complete, &mut document) {
                 map.insert("cniVersion".into(), "1.1.0".into());
                 map.insert("name".into(), "n".into());

@@ -44,12 +44,12 @@ mod tests {
     use crate::cni::NetConf;
 
     #[test]
-    fn the_list_of_a_default_node() {
+    fn conflist_of_default_node() {
         insta::assert_snapshot!(conflist("terway", DEFAULT_SOCKET, DEFAULT_QUEUE_DIR, &Map::new()));
     }
 
     #[test]
-    fn what_a_runtime_makes_of_it_is_read_back() {
+    fn conflist_round_trip() {
         let options = json!({"mtu": 8500});
         let list: Value =
             serde_json::from_str(&conflist("terway", "/w/socket", "/w/del", options.as_object().unwrap())).unwrap();

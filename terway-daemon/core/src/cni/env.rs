@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn what_containerd_sets_is_an_add() {
+    fn environment_of_containerd() {
         let Request::Add(target) = parse(&[]).unwrap().unwrap() else { panic!("not an ADD") };
         assert_eq!(target.container_id, "f08c8dd0f4b2");
         assert_eq!((target.netns.as_str(), target.ifname.as_str()), ("/var/run/netns/cni-1", "eth0"));
@@ -274,13 +274,13 @@ mod tests {
     }
 
     #[test]
-    fn no_command_is_a_human() {
+    fn missing_cni_command() {
         assert_eq!(parse(&[("CNI_COMMAND", "")]), Ok(None));
         assert_eq!(Request::parse(|_| None), Ok(None));
     }
 
     #[test]
-    fn each_missing_variable_is_named_and_all_at_once() {
+    fn missing_cni_variables_are_named() {
         for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"] {
             assert_eq!(complaint(&[(name, "")]), format!("{name} is not set."));
         }
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn identifiers_and_interface_names_follow_the_specification() {
+    fn container_id_and_ifname_syntax() {
         for id in ["-a", ".a", "_a", "a b", "a/b", "ä", "a:b"] {
             assert!(complaint(&[("CNI_CONTAINERID", id)]).contains("CNI_CONTAINERID"), "{id}");
         }
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_del_needs_a_key_and_nothing_else() {
+    fn del_environment() {
         let bare = [("CNI_COMMAND", "DEL"), ("CNI_NETNS", ""), ("CNI_ARGS", "nonsense;;Z")];
         let Request::Del(target) = parse(&bare).unwrap().unwrap() else { panic!("not a DEL") };
         assert_eq!((target.netns.as_str(), target.pod), ("", PodRef::default()));
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn the_other_verbs_need_no_container() {
+    fn status_and_gc_environment() {
         for (verb, request) in [("GC", Request::Gc), ("STATUS", Request::Status), ("VERSION", Request::Version)] {
             let empty = [("CNI_COMMAND", verb), ("CNI_CONTAINERID", ""), ("CNI_NETNS", ""), ("CNI_IFNAME", "")];
             assert_eq!(parse(&empty).unwrap().unwrap(), request);
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_args_need_ignore_unknown() {
+    fn cni_args_ignore_unknown() {
         assert!(complaint(&[("CNI_ARGS", "FOO=1")]).contains("\"FOO\""));
         assert!(complaint(&[("CNI_ARGS", "FOO=1;IgnoreUnknown=0")]).contains("\"FOO\""));
         assert!(complaint(&[("CNI_ARGS", "FOO")]).contains("KEY=VALUE"));
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_named() {
+    fn non_utf8_environment() {
         let vars = |name: &str| match name {
             "CNI_IFNAME" => Some(OsString::from_vec(vec![b'e', 0xff])),
             _ => ADD.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value)),
@@ -348,7 +348,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_environment_panics(
+        fn any_environment_does_not_panic(
             verb in prop_oneof![Just("ADD"), Just("DEL"), Just("CHECK"), Just("GC"), Just("STATUS"), Just("VERSION"), Just("x")],
             values in prop::collection::vec(prop::option::of(prop::collection::vec(any::<u8>(), 0..40)), 5),
         ) {

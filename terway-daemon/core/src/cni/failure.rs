@@ -62,7 +62,7 @@ mod tests {
     use crate::errors::{CNI_ENV, NO_ADDRESS};
 
     #[test]
-    fn cause_in_msg_particulars_and_remedy_in_details() {
+    fn cni_error_msg_and_details() {
         let failure = Failure::from(Error::new(NO_ADDRESS, "eni-1 holds 10 of 10."));
         assert_eq!((failure.code, failure.msg.as_str()), (11, NO_ADDRESS.cause));
         assert!(failure.details.starts_with("TW0201 eni-1 holds 10 of 10. Move pods"), "{}", failure.details);
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn code_4_names_the_variables_in_msg() {
+    fn cni_error_4_names_the_variables() {
         let failure = Failure::from(Error::new(CNI_ENV, "CNI_IFNAME is not set."));
         assert!(failure.msg.ends_with("CNI_IFNAME is not set."), "{}", failure.msg);
         assert!(!failure.details.contains("CNI_IFNAME"));

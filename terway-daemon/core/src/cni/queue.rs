@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn files_have_one_name_for_each_key() {
+    fn queue_file_name_per_attachment() {
         let name = file_name(&key("terway", "c1", "eth0"));
         assert_eq!(name.len(), 40 + SUFFIX.len());
         assert!(name[..40].bytes().all(|byte| byte.is_ascii_hexdigit()));
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn queued_del_round_trip() {
         let del = QueuedDel { attachment: key("terway", "c1", "eth0"), netns: "/run/netns/a".into() };
         assert_eq!(QueuedDel::decode(del.encode().as_bytes()).unwrap(), del);
         let old = br#"{"network":"terway","container_id":"c1","ifname":"eth0","from_the_future":1}"#;

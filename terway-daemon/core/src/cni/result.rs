@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn every_version_has_its_form() {
+    fn result_by_cni_version() {
         let dns = Dns { nameservers: vec!["10.96.0.10".into()], search: vec!["a.b".into()], ..Dns::default() };
         let result = CniResult::default().attach(attached(), Some(dns));
         let lines: Vec<String> =
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_back_except_what_the_version_lacks() {
+    fn result_round_trip_by_version() {
         let result = CniResult::default().attach(attached(), None);
         for version in Version::ALL {
             let mut expected = result.clone();
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn behind_another_plugin_its_part_stays_in_front() {
+    fn prev_result_is_kept() {
         let before = json!({
             "cniVersion": "1.1.0",
             "interfaces": [{"name": "eth1", "sandbox": "/n", "socketPath": "/s", "pciID": "0000:00:06.0"}],
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn results_of_0_2_0_have_one_address_a_family() {
+    fn result_of_0_2_0() {
         let old = json!({
             "cniVersion": "0.2.0",
             "ip4": {"ip": "10.0.0.5/24", "gateway": "10.0.0.1", "routes": [{"dst": "0.0.0.0/0", "gw": "10.0.0.1"}]},
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_results_name_the_key() {
+    fn malformed_prev_result() {
         let cases = [
             (json!({"ips": [{"address": "10.0.0.5"}]}), "ips[0].address"),
             (json!({"ips": [{"address": "10.0.0.5/32", "gateway": "x"}]}), "ips[0].gateway"),

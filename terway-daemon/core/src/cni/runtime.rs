@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn containerds_capitals_and_the_conventions_read_the_same() {
+    fn capability_args_in_both_spellings() {
         let containerd = read(&json!({
             "bandwidth": {"IngressRate": 10_000_000, "IngressBurst": 4_294_967_295u32, "EgressRate": 0, "EgressBurst": 0},
             "dns": {"Servers": ["10.96.0.10"], "Searches": ["a.b"], "Options": ["ndots:5"]},
@@ -172,13 +172,13 @@ mod tests {
     }
 
     #[test]
-    fn nothing_asked_nothing_given() {
+    fn runtime_config_absent() {
         assert_eq!(read(&Value::Null), Ok(RuntimeConfig::default()));
         assert_eq!(read(&json!({"portMappings": null, "dns": {}})), Ok(RuntimeConfig::default()));
     }
 
     #[test]
-    fn nonsense_names_its_key() {
+    fn invalid_runtime_config_names_its_key() {
         let cases = [
             (json!({"portMappings": [{"hostPort": 65536, "containerPort": 1}]}), "portMappings[0].hostPort"),
             (json!({"portMappings": [{"hostPort": 1}]}), "portMappings[0].containerPort"),

@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_exact_spelling_is_a_version() {
+    fn cni_version_spelling() {
         for version in Version::ALL {
             assert_eq!(Version::parse(version.as_str()), Ok(version));
         }
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn verbs_arrive_with_their_version() {
+    fn verbs_by_cni_version() {
         let having = |verb| Version::ALL.into_iter().filter(|v| v.has(verb)).map(Version::as_str).collect::<Vec<_>>();
         assert_eq!(having(Verb::Add).len(), 5);
         assert_eq!(having(Verb::Check), ["0.4.0", "1.0.0", "1.1.0"]);
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn version_answers_in_the_version_asked() {
+    fn version_verb_output() {
         assert_eq!(
             supported(Some("9.9.9")).to_string(),
             r#"{"cniVersion":"9.9.9","supportedVersions":["0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}"#

@@ -406,7 +406,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn distances() {
+    fn edit_distance() {
         for (a, b, d) in
             [("", "abc", 3), ("abc", "abc", 0), ("kitten", "sitting", 3), ("max_pool_sizes", "max_pool_size", 1)]
         {
@@ -415,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slip_is_recognised_and_another_word_is_not() {
+    fn misspelled_key_is_suggested() {
         assert_eq!(nearest("max_pool_sizes"), Some("max_pool_size"));
         assert_eq!(nearest("Max_Pool_Size"), Some("max_pool_size"));
         assert_eq!(nearest("vswitchs"), Some("vswitches"));

@@ -63,7 +63,7 @@ mod tests {
     proptest! {
         /// However many edits came, the daemon runs what it would run had only the last one come, and going back leaves nothing pending.
         #[test]
-        fn only_the_first_and_the_last_configuration_matter(edits in proptest::collection::vec(arbitrary::eni_conf(None), 1..5)) {
+        fn config_history_is_compared_end_to_end(edits in proptest::collection::vec(arbitrary::eni_conf(None), 1..5)) {
             let edits: Vec<Config> = edits.iter().map(|e| parse(&json!(e).to_string()).unwrap().0).collect();
             let first = edits[0].clone();
             let mut live = LiveConfig::new(first.clone());

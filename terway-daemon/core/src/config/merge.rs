@@ -36,7 +36,7 @@ mod tests {
 
     /// RFC 7396, Appendix A, row by row.
     #[test]
-    fn the_table_of_the_rfc() {
+    fn merge_patch_examples_of_rfc_7396() {
         for (target, patch, result) in [
             (json!({"a":"b"}), json!({"a":"c"}), json!({"a":"c"})),
             (json!({"a":"b"}), json!({"b":"c"}), json!({"a":"b","b":"c"})),
@@ -60,13 +60,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn merging_twice_is_merging_once(target in any_json(), patch in any_json()) {
+        fn merge_patch_is_idempotent(target in any_json(), patch in any_json()) {
             let once = merged(target, patch.clone());
             prop_assert_eq!(merged(once.clone(), patch), once);
         }
 
         #[test]
-        fn an_empty_patch_of_an_object_changes_nothing(inner in any_json()) {
+        fn empty_merge_patch(inner in any_json()) {
             let target = json!({"a": inner, "b": null});
             prop_assert_eq!(merged(target.clone(), json!({})), target);
         }

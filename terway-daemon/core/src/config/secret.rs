@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shows_nothing_even_when_it_does_not_parse() {
+    fn debug_of_secret_shows_nothing() {
         let secret = Secret::new("hunter2");
         assert_eq!(format!("{secret:?} {:?}", Some(&secret)), "<secret> Some(<secret>)");
         let error = serde_json::from_str::<Secret>("31337").unwrap_err().to_string();

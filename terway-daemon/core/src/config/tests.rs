@@ -51,7 +51,7 @@ fn examples() -> Value {
 }
 
 #[test]
-fn a_default_of_the_table_is_the_default_of_the_node() {
+fn documented_defaults() {
     for (key, setting) in config(&json!({})).settings() {
         let shown = setting.to_string();
         match key.default {
@@ -73,7 +73,7 @@ fn a_default_of_the_table_is_the_default_of_the_node() {
 }
 
 #[test]
-fn a_configuration_without_a_required_key_is_refused() {
+fn required_keys_of_eni_conf() {
     let required: Vec<_> = KEYS.iter().filter(|key| key.default == KeyDefault::Required).map(|key| key.name).collect();
     assert_eq!(required, ["vswitches", "eni_conf"]);
     assert_eq!(KeyDefault::Required.to_string(), "required");
@@ -83,7 +83,7 @@ fn a_configuration_without_a_required_key_is_refused() {
 }
 
 #[test]
-fn every_documented_key_changes_the_configuration_and_takes_effect_when_the_table_says() {
+fn documented_keys_take_effect_as_the_table_says() {
     let base = config(&json!({}));
     let examples = examples();
     for key in KEYS.iter().filter(|key| key.location == KeyLocation::EniConf) {
@@ -104,7 +104,7 @@ fn every_documented_key_changes_the_configuration_and_takes_effect_when_the_tabl
 }
 
 #[test]
-fn a_full_configuration_is_read() {
+fn eni_conf_with_all_keys() {
     let config = config(&examples());
     assert_eq!(config.vswitches_of("z"), ["vsw-2".into()]);
     assert!(config.vswitches_of("other").is_empty());
@@ -121,7 +121,7 @@ fn a_full_configuration_is_read() {
 }
 
 #[test]
-fn zeros_that_stand_for_a_default_do() {
+fn zero_means_default() {
     let config = config(
         &json!({"idle_ip_reclaim_batch_size": 0, "eni_cap_ratio": 0, "max_eni": 0, "idle_ip_reclaim_after": "0",
         "vswitch_selection_policy": "", "idle_ip_reclaim_interval": "", "min_pool_size": null}),
@@ -130,7 +130,7 @@ fn zeros_that_stand_for_a_default_do() {
 }
 
 #[test]
-fn every_bad_value_is_named_at_once() {
+fn all_invalid_values_are_reported_at_once() {
     let bad = refused(&json!({
         "ip_stack": "v4", "vswitches": {"z": ["vsw 1"]}, "min_pool_size": 7, "service_cidr": "10.0.0.0/99", "access_secret": "hush",
         "max_eni": -1, "idle_ip_reclaim_after": "5 minutes", "idle_ip_reclaim_jitter_factor": "2", "rate_limit": {"X": 0, "Y": "9"},
@@ -165,7 +165,7 @@ fn every_bad_value_is_named_at_once() {
 }
 
 #[test]
-fn too_much_is_refused() {
+fn limits_of_lists_and_numbers() {
     let groups: Vec<String> = (0..11).map(|n| format!("sg-{n}")).collect();
     assert_eq!(refused(&json!({"security_groups": groups}))[0].key, "security_groups");
     let tags: Map<String, Value> = (0..21).map(|n| (format!("t{n}"), json!("v"))).collect();
@@ -200,7 +200,7 @@ fn unknown_removed_misplaced_and_pending_keys_warn() {
 }
 
 #[test]
-fn the_shape_of_the_document_itself_is_checked_and_never_quoted() {
+fn document_type_errors_do_not_quote_the_document() {
     for bad in ["not json hush", "[\"hush\"]", "\"hush\"", "{\"access_secret\": \"hush\",}", "", "{\"a\":"] {
         let bad = parse(bad).unwrap_err();
         assert_eq!(bad[0].key, "eni_conf");
@@ -212,7 +212,7 @@ fn the_shape_of_the_document_itself_is_checked_and_never_quoted() {
 }
 
 #[test]
-fn the_nodes_own_layer_goes_over_the_clusters() {
+fn overlay_is_merged_over_cluster_config() {
     let mut documents = ConfigDocuments::of(
         &with(&json!({"vswitches": {"y": ["vsw-9"]}, "max_pool_size": 7, "eni_tags": {"a": "1"}})).to_string(),
     );
@@ -239,7 +239,7 @@ fn the_nodes_own_layer_goes_over_the_clusters() {
 }
 
 #[test]
-fn what_stands_beside_eni_conf_counts() {
+fn config_map_keys_beside_eni_conf() {
     let beside = |pairs: &[(&str, &str)]| {
         let mut documents = ConfigDocuments::of(&with(&json!({})).to_string());
         documents.data.extend(pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
@@ -284,7 +284,7 @@ fn free_of_secrets(shown: &impl fmt::Debug) -> bool {
 
 proptest! {
     #[test]
-    fn two_configurations_are_equal_exactly_if_nothing_differs(a in arbitrary::eni_conf(None), b in arbitrary::eni_conf(Some(SECRETS))) {
+    fn config_diff_is_empty_only_for_equal_configs(a in arbitrary::eni_conf(None), b in arbitrary::eni_conf(Some(SECRETS))) {
         let (a, b) = (parse(&json!(a).to_string()).unwrap().0, parse(&json!(b).to_string()).unwrap().0);
         prop_assert!(a.diff(&a.clone()).is_empty());
         prop_assert_eq!(a.diff(&b).is_empty(), a == b);
@@ -295,7 +295,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_in_force_differs_from_the_edit_by_restarts_only(a in arbitrary::eni_conf(None), b in arbitrary::eni_conf(None)) {
+    fn config_diff_separates_keys_that_need_a_restart(a in arbitrary::eni_conf(None), b in arbitrary::eni_conf(None)) {
         let (a, b) = (parse(&json!(a).to_string()).unwrap().0, parse(&json!(b).to_string()).unwrap().0);
         let running = a.effective(&b);
         prop_assert!(a.diff(&running).iter().all(|c| c.effect != TakesEffect::Restart));
@@ -305,7 +305,7 @@ proptest! {
     }
 
     #[test]
-    fn an_overlay_that_names_everything_is_the_configuration(a in arbitrary::eni_conf(None), b in arbitrary::eni_conf(None)) {
+    fn overlay_with_all_keys_replaces_the_config(a in arbitrary::eni_conf(None), b in arbitrary::eni_conf(None)) {
         let mut patch = b.clone();
         for name in a.keys().filter(|name| !b.contains_key(*name)) {
             patch.insert(name.clone(), Value::Null);
@@ -332,7 +332,7 @@ proptest! {
     }
 
     #[test]
-    fn a_mutated_configuration_is_read_or_refused_without_a_secret(
+    fn mutated_config_shows_no_secret(
         good in arbitrary::eni_conf(Some(SECRETS)),
         edits in proptest::collection::vec((arbitrary::name(), arbitrary::json()), 1..4),
     ) {
@@ -352,7 +352,7 @@ proptest! {
     }
 
     #[test]
-    fn a_secret_of_any_shape_stays_hidden(shape in arbitrary::json(), at in any::<proptest::sample::Index>(), key in any::<bool>()) {
+    fn secrets_are_redacted_in_any_shape(shape in arbitrary::json(), at in any::<proptest::sample::Index>(), key in any::<bool>()) {
         let hidden = [json!(SECRETS.1), json!([SECRETS.1, shape]), json!({SECRETS.1: shape, "a": SECRETS.1})];
         let name = if key { "access_key" } else { "access_secret" };
         let (value, bad) = (at.get(&hidden), parse(&with(&json!({name: at.get(&hidden)})).to_string()).unwrap_err());
@@ -360,7 +360,7 @@ proptest! {
     }
 
     #[test]
-    fn broken_text_never_panics_and_never_shows_a_secret(
+    fn invalid_json_shows_no_secret(
         good in arbitrary::eni_conf(Some(SECRETS)), cut in any::<proptest::sample::Index>(), junk in ".{0,6}", whole in ".{0,64}",
     ) {
         let mut text = json!(good).to_string();

@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_roomy_table_has_lost_nothing() {
+    fn eviction_estimate_of_half_full_table() {
         let before = [GcPass { left: 1000, capacity: 65_536 }, GcPass { left: 10, capacity: 65_536 }];
         // Half of the old ones were replaced by connections on the same ports: nobody can tell, but the table was never full.
         assert_eq!(
@@ -69,7 +69,7 @@ mod tests {
     proptest! {
         /// A table that is filled beyond its size without closing, flushing or replacing has lost exactly what does not fit.
         #[test]
-        fn a_full_table_has_lost_what_does_not_fit(left in 0..1000_u64, made in 0..5000_u64, kept in any::<prop::sample::Index>()) {
+        fn eviction_estimate_of_full_table(left in 0..1000_u64, made in 0..5000_u64, kept in any::<prop::sample::Index>()) {
             let capacity = 1000;
             let total = (left + made).min(capacity);
             let gone = left + made - total;

@@ -194,7 +194,7 @@ mod tests {
 
         /// The worse an entry stands and the more crowded its table is, the sooner it goes; and one that holds goes by its timeout alone.
         #[test]
-        fn standing_only_shortens_a_life(a in seen(), b in seen(), protocol in prop::sample::select(vec![6_u8, 17]), crowded: bool) {
+        fn validity_shortens_timeout(a in seen(), b in seen(), protocol in prop::sample::select(vec![6_u8, 17]), crowded: bool) {
             let (timeouts, connection) = (Timeouts::default(), Connection { protocol, sides: [a, b] });
             let should_delete = |standing, crowded| timeouts.should_delete(&connection, standing, crowded);
             prop_assert_eq!(should_delete(Validity::Current, crowded), timeouts.expired(&connection));
@@ -207,7 +207,7 @@ mod tests {
 
         /// What lives under some timeouts lives under longer ones.
         #[test]
-        fn longer_timeouts_keep_what_shorter_ones_keep(
+        fn timeouts_are_monotonic(
             protocol in prop::sample::select(vec![6_u8, 17, 1, 132]),
             a in seen(),
             b in seen(),

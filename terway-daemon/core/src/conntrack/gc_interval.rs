@@ -77,7 +77,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_stays_in_its_bounds_and_moves_the_right_way(passes in prop::collection::vec((0..2000_u64, 1..4000_u64), 1..60)) {
+        fn gc_interval_is_bounded_and_adapts(passes in prop::collection::vec((0..2000_u64, 1..4000_u64), 1..60)) {
             let mut pace = GcInterval::new(None, LONGEST);
             for (deleted, since) in passes {
                 let before = pace.interval();
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_brings_it_to_the_floor_and_quiet_back() {
+    fn gc_interval_under_flood() {
         let mut pace = GcInterval::new(None, LONGEST);
         (0..3).for_each(|_| pace.passed(900, 1000, pace.interval()));
         assert_eq!(pace.interval(), FLOOR);
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tight_table_does_not_wait() {
+    fn gc_interval_of_full_table() {
         assert!(!GcInterval::is_urgent(1000, 0, 1000), "nothing is to be had");
         assert!(GcInterval::is_urgent(900, 1, 1000) && !GcInterval::is_urgent(500, 100, 1000));
         assert!(GcInterval::is_urgent(500, 300, 1000));

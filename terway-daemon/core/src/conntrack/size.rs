@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_of_common_nodes() {
+    fn flow_table_sizes_by_memory() {
         assert_eq!(by_memory().entries(8 * GIB, DUAL), [SHARE_FLOOR; 2]);
         assert_eq!(by_memory().entries(32 * GIB, DUAL), [153_391, 130_944]);
         assert_eq!(by_memory().entries(32 * GIB, Cost { v6: None, ..DUAL }), [306_783, LEAST]);
@@ -71,7 +71,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_they_take_stays_in_the_budget_above_the_floor(gib in 1..2000_u64, ratio in 1..100_u32) {
+        fn flow_tables_stay_in_memory_budget(gib in 1..2000_u64, ratio in 1..100_u32) {
             let sizing = Sizing { ratio: Ratio::new(f64::from(ratio) / 10_000.0).unwrap(), ..by_memory() };
             let [v4, v6] = sizing.entries(gib * GIB, DUAL);
             let bytes = f64::from(v4) * 280.0 + f64::from(v6) * 328.0;

@@ -336,7 +336,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn delays_double_up_to_the_most_and_differ_by_salt() {
+    fn backoff_doubles_with_jitter() {
         let backoff = Backoff { initial: Duration::from_secs(1), max: Duration::from_secs(10) };
         let base: Vec<_> = (1..7).map(|n| backoff.delay(n, 0).as_secs()).collect();
         assert_eq!(base, [1, 2, 4, 8, 10, 10]);
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn capacity_leaves_the_primary_adapter_alone_and_counts_pairs() {
+    fn capacity_without_primary_adapter() {
         let limits = InstanceLimits { adapters: 4, v4_per_adapter: 10, v6_per_adapter: 6 };
         let mut config = PoolConfig::new("i-1".into(), limits, "s");
         assert_eq!(config.capacity(), 30);
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn ratio_and_shift_bound_the_adapters_within_what_the_instance_takes() {
+    fn eni_cap_ratio_and_shift() {
         let limits = InstanceLimits { adapters: 8, v4_per_adapter: 10, v6_per_adapter: 10 };
         let mut config = PoolConfig::new("i-1".into(), limits, "s");
         for (permille, shift, enis) in

@@ -7,7 +7,7 @@ fn read(kind: Kind, json: &str) -> Object {
 }
 
 #[test]
-fn a_service_as_the_api_server_writes_it() {
+fn service_with_all_fields() {
     let Object::Service(service) = read(
         Kind::Service,
         r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"web","namespace":"shop","uid":"u1","resourceVersion":"7",
@@ -35,7 +35,7 @@ fn a_service_as_the_api_server_writes_it() {
 }
 
 #[test]
-fn defaults_of_a_bare_service_and_of_a_headless_one() {
+fn service_defaults() {
     let Object::Service(bare) =
         read(Kind::Service, r#"{"metadata":{"name":"a"},"spec":{"clusterIP":"10.0.0.1","ports":[{"port":1}]}}"#)
     else {
@@ -53,7 +53,7 @@ fn defaults_of_a_bare_service_and_of_a_headless_one() {
 }
 
 #[test]
-fn conditions_of_endpoints_default_as_the_api_says() {
+fn endpoint_condition_defaults() {
     let Object::EndpointSlice(slice) = read(
         Kind::EndpointSlice,
         r#"{"metadata":{"name":"web-1","namespace":"shop","labels":{"kubernetes.io/service-name":"web"}},"addressType":"IPv4",
@@ -79,7 +79,7 @@ fn conditions_of_endpoints_default_as_the_api_says() {
 }
 
 #[test]
-fn ports_of_sidecars_count_and_those_of_init_containers_do_not() {
+fn container_ports_of_sidecars_and_init_containers() {
     let Object::Pod(pod) = read(
         Kind::Pod,
         r#"{"metadata":{"name":"p","labels":{"app":"x"},"deletionTimestamp":"2026-01-01T00:00:00Z"},
@@ -95,7 +95,7 @@ fn ports_of_sidecars_count_and_those_of_init_containers_do_not() {
 }
 
 #[test]
-fn types_of_a_policy_default_by_its_rules() {
+fn policy_types_default() {
     let isolation = |spec: &str| {
         let Object::NetworkPolicy(p) =
             read(Kind::NetworkPolicy, &format!(r#"{{"metadata":{{"name":"p"}},"spec":{spec}}}"#))
@@ -110,7 +110,7 @@ fn types_of_a_policy_default_by_its_rules() {
 }
 
 #[test]
-fn unknown_forms_in_a_cluster_policy_are_seen_as_such() {
+fn unknown_fields_of_cluster_network_policy() {
     let Object::ClusterNetworkPolicy(policy) = read(
         Kind::ClusterNetworkPolicy,
         r#"{"metadata":{"name":"p","namespace":"ignored"},"spec":{"tier":"Admin","priority":10,"subject":{"namespaces":{}},
@@ -137,7 +137,7 @@ fn unknown_forms_in_a_cluster_policy_are_seen_as_such() {
 }
 
 #[test]
-fn selectors_match_and_are_checked() {
+fn label_selectors() {
     let labels: Labels = [("app", "web"), ("tier", "front")].into_iter().collect();
     let selector = |json: &str| serde_json::from_str::<LabelSelector>(json).unwrap();
     for (json, expected) in [
@@ -164,7 +164,7 @@ fn selectors_match_and_are_checked() {
 }
 
 #[test]
-fn the_store_tells_only_what_changed_and_shares_labels() {
+fn store_reports_changes_and_shares_labels() {
     let pod = |name: &str, ip: &str| {
         let json =
             format!(r#"{{"metadata":{{"name":"{name}","labels":{{"app":"web"}}}},"status":{{"podIP":"{ip}"}}}}"#);
@@ -193,7 +193,7 @@ fn the_store_tells_only_what_changed_and_shares_labels() {
 }
 
 #[test]
-fn the_interner_forgets_what_nobody_uses() {
+fn interner_drops_unused_labels() {
     let mut interner = Interner::default();
     for i in 0..10_000 {
         let labels: Labels = [("pod", i.to_string())].into_iter().collect();

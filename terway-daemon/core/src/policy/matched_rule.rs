@@ -179,7 +179,7 @@ mod tests {
     use crate::objects::{Kind, ObjectName};
 
     #[test]
-    fn a_thousand_isolating_policies_are_one_sentence() {
+    fn explanation_of_many_isolating_policies() {
         let key = |n: u32| ObjectKey { kind: Kind::NetworkPolicy, name: ObjectName::new("x", &format!("p{n}")) };
         let says = |many: u32| {
             MatchedRule::Isolated { direction: Direction::Ingress, policies: (1..=many).map(key).collect() }.to_string()

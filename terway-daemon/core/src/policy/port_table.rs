@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn every_range_becomes_prefixes_that_cover_exactly_it() {
+    fn port_ranges_become_prefixes() {
         let (yes, no) = (Verdict::allow(RuleId(20)), Verdict::deny(RuleId(21)));
         let edges = [0u16, 1, 2, 79, 80, 81, 1023, 1024, 32767, 32768, 65533, 65534, 65535];
         for (n, first) in edges.iter().enumerate() {
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_of_a_rule_may_overlap_touch_or_be_empty() {
+    fn overlapping_and_empty_port_ranges() {
         let (yes, no) = (Verdict::allow(RuleId(20)), Verdict::deny(RuleId(21)));
         let ports = [(6u8, 80, 90), (6, 90, 90), (6, 91, 95), (6, 200, 100), (17, 65_535, 65_535)];
         let rule =
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn pass_leaves_its_tier_and_the_first_match_wins() {
+    fn pass_verdict_and_first_match() {
         let (a, b, end) = (Verdict::allow(RuleId(20)), Verdict::deny(RuleId(21)), Verdict::deny(RuleId(22)));
         let web = [(6, 80, 80)];
         let rule = |stage, action, ports, verdict| MatchedPorts { stage, action, ports, verdict };

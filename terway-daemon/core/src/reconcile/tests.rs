@@ -214,14 +214,14 @@ impl Break {
 }
 
 #[test]
-fn an_agreeing_world_says_nothing() {
+fn audit_of_consistent_state() {
     for pods in [0, 1, 7] {
         assert_eq!(findings(&agreeing(pods)), []);
     }
 }
 
 #[test]
-fn each_kind_is_found_and_named() {
+fn audit_finds_each_kind() {
     for kind in FindingKind::ALL {
         let mut snapshot = agreeing(3);
         Break(kind, 1).apply(&mut snapshot);
@@ -244,7 +244,7 @@ fn each_kind_is_found_and_named() {
 }
 
 #[test]
-fn pods_being_changed_are_left_alone() {
+fn audit_skips_pods_in_transition() {
     for phase in [Phase::SettingUp, Phase::Releasing] {
         let mut snapshot = agreeing(2);
         Break(FindingKind::PodGone, 0).apply(&mut snapshot);
@@ -256,7 +256,7 @@ fn pods_being_changed_are_left_alone() {
 }
 
 #[test]
-fn impossible_answers_are_no_evidence() {
+fn audit_ignores_implausible_observations() {
     let mut snapshot = agreeing(2);
     snapshot.attachments.iter_mut().for_each(|stored| stored.netns = NetnsState::Absent);
     snapshot.kernel = Some(KernelState::default());
@@ -265,14 +265,14 @@ fn impossible_answers_are_no_evidence() {
 }
 
 #[test]
-fn a_namespace_alone_proves_nothing() {
+fn audit_needs_more_than_a_missing_netns() {
     let mut snapshot = agreeing(1);
     snapshot.attachments[0].netns = NetnsState::Absent;
     assert_eq!(findings(&snapshot), []);
 }
 
 #[test]
-fn leftovers_must_be_seen_twice_in_a_row_and_the_same() {
+fn audit_confirms_leftovers_twice() {
     let mut snapshot = agreeing(1);
     Break(FindingKind::LinkOrphan, 0).apply(&mut snapshot);
     Break(FindingKind::RuleMissing, 0).apply(&mut snapshot);
@@ -304,7 +304,7 @@ fn freeing(snapshot: &AuditSnapshot) -> BTreeSet<Action> {
 proptest! {
     /// Taking sources away takes actions away, and never adds one that removes.
     #[test]
-    fn silence_frees_nothing(breaks in breaks(), kernel: bool, endpoints: bool, cloud: bool, netns: bool) {
+    fn audit_without_observation_frees_nothing(breaks in breaks(), kernel: bool, endpoints: bool, cloud: bool, netns: bool) {
         let mut snapshot = agreeing(4);
         breaks.iter().for_each(|one| one.apply(&mut snapshot));
         let whole = freeing(&snapshot);
@@ -321,7 +321,7 @@ proptest! {
 
     /// Nothing that an attachment of the store accounts for is ever removed.
     #[test]
-    fn what_is_held_stays(breaks in breaks()) {
+    fn audit_keeps_quarantined_addresses(breaks in breaks()) {
         let mut snapshot = agreeing(4);
         breaks.iter().for_each(|one| one.apply(&mut snapshot));
         let addresses: BTreeSet<IpAddr> =
@@ -341,7 +341,7 @@ proptest! {
 
     /// Doing every repair once leaves nothing to repair.
     #[test]
-    fn repairs_repair(breaks in breaks()) {
+    fn audit_repairs_converge(breaks in breaks()) {
         let mut snapshot = agreeing(4);
         breaks.iter().for_each(|one| one.apply(&mut snapshot));
         for finding in findings(&snapshot) {

@@ -67,7 +67,7 @@ fn observed(world: &World) -> ObservedState {
 }
 
 #[test]
-fn host_names_are_those_of_calico() {
+fn host_interface_names_as_calico() {
     let pod = PodRef { namespace: "default".into(), name: "nginx-0".into(), uid: String::new() };
     // printf default.nginx-0 | sha1sum; printf default.nginx-0eth1 | sha1sum
     assert_eq!(host_ifname(&pod, &key("c", "eth0")), "calic048fd9a750");
@@ -77,7 +77,7 @@ fn host_names_are_those_of_calico() {
 }
 
 #[test]
-fn aliases_fit_the_kernel_and_tell_keys_apart() {
+fn interface_aliases() {
     assert_eq!(alias(&key("abc", "eth0")), "terway:terway/abc/eth0");
     let (long, other) = (alias(&key(&"a".repeat(300), "eth0")), alias(&key(&"a".repeat(301), "eth0")));
     assert!(long.len() <= ALIAS_MAX && other.len() <= ALIAS_MAX);
@@ -153,7 +153,7 @@ fn diff_is_empty_after_the_plan_and_names_each_missing_piece() {
 }
 
 #[test]
-fn diff_speaks_of_changed_addresses_and_foreign_owners() {
+fn diff_reports_changed_addresses_and_foreign_owners() {
     let plan = PodPlan::veth(pod(addresses(true, false)));
     let mut world = node();
     run(&mut world, plan.steps());
@@ -182,7 +182,7 @@ fn diff_speaks_of_changed_addresses_and_foreign_owners() {
 }
 
 #[test]
-fn leftovers_are_ours_and_unknown() {
+fn leftover_state_is_recognised() {
     let plan = PodPlan::veth(pod(addresses(true, true)));
     let mut world = node();
     run(&mut world, EniPlan::shared(eni(true, true)).steps.iter().chain(plan.steps()));
@@ -217,7 +217,7 @@ fn leftovers_are_ours_and_unknown() {
 
 proptest! {
     #[test]
-    fn teardown_takes_back_exactly_what_any_beginning_of_the_plan_did(
+    fn teardown_reverts_any_prefix_of_the_plan(
         v4: bool, v6: bool, default_route: bool, extra: bool, node_addresses: bool, cut in 0usize..40, twice: bool,
     ) {
         prop_assume!(v4 || v6);

@@ -79,7 +79,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_two_stretches_overlap_and_all_comes_back(
+        fn allocator_ranges_do_not_overlap(
             steps in prop::collection::vec((1..20u32, any::<bool>(), any::<prop::sample::Index>()), 1..200),
         ) {
             const CAPACITY: u32 = 300;

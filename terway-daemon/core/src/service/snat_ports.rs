@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_linux_leaves() {
+    fn local_port_range_defaults() {
         assert_eq!(snat_port_range(&(32_768..=60_999)), (1024..=29_999, true));
         assert_eq!(snat_port_range(&(1024..=60_999)), (61_000..=65_535, true));
         assert_eq!(snat_port_range(&(10_000..=65_535)), (1024..=9_999, true));
@@ -49,7 +49,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_port_is_anybody_elses(first in 1_u16..65_535, length in 0_u16..65_535) {
+        fn snat_ports_are_exclusive(first in 1_u16..65_535, length in 0_u16..65_535) {
             let local = first..=first.saturating_add(length);
             let (ports, ours) = snat_port_range(&local);
             prop_assert!(ports.len() >= FEW && *ports.start() >= 1024);

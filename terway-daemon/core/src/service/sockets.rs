@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_read_as_they_are_written() {
+    fn enum_names_round_trip() {
         for (value, name) in SocketTermination::NAMES {
             assert_eq!((name.parse(), value.to_string().as_str()), (Ok(value), name));
         }

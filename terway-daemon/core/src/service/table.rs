@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_become_slots_in_lowest_terms() {
+    fn weights_in_lowest_terms() {
         assert_eq!(slots(Algorithm::Random, 251, &backends(&[10, 20, 0])), [0, 1, 1]);
         assert_eq!(slots(Algorithm::Random, 251, &backends(&[0, 0])), [0, 1], "all zero is all equal");
         assert_eq!(slots(Algorithm::Random, 251, &backends(&[])), [0u32; 0]);
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn many_weights_are_scaled_and_nobody_vanishes() {
+    fn many_weights_are_scaled() {
         let mut weights = vec![100; 40];
         weights.push(1);
         let slots = slots(Algorithm::Random, 251, &backends(&weights));

@@ -189,7 +189,7 @@ fn small(stack: IpStack) -> PoolConfig {
 }
 
 #[test]
-fn a_cold_burst_survives_a_crash_at_every_boundary() {
+fn crash_points_of_cold_burst() {
     for stack in [IpStack::Ipv4, IpStack::Ipv6, IpStack::Dual] {
         let beats = vec![Add(0), Add(1), Add(2), Work(4), Add(3), Rest(2)];
         at_every_boundary(&Story { config: small(stack), beats, pods: vec![0, 1, 2, 3] }, 20);
@@ -197,7 +197,7 @@ fn a_cold_burst_survives_a_crash_at_every_boundary() {
 }
 
 #[test]
-fn a_del_during_an_add_survives_a_crash_at_every_boundary() {
+fn crash_points_of_del_during_add() {
     // Before the ENI, on its way, before the wiring, and just wired.
     for far in [1, 3, 5, 7, 9, 11] {
         let beats = vec![Add(1), Add(0), Work(far), Del(0), Rest(1), Add(0), Work(2), Del(0), Add(0), Rest(8)];
@@ -206,7 +206,7 @@ fn a_del_during_an_add_survives_a_crash_at_every_boundary() {
 }
 
 #[test]
-fn draining_and_replacing_an_eni_survives_a_crash_at_every_boundary() {
+fn crash_points_of_eni_replacement() {
     fn other(config: &mut PoolConfig) {
         config.vswitches = vec!["vsw-b".into()];
     }
@@ -215,7 +215,7 @@ fn draining_and_replacing_an_eni_survives_a_crash_at_every_boundary() {
 }
 
 #[test]
-fn prefixes_survive_a_crash_at_every_boundary() {
+fn crash_points_of_prefixes() {
     let mut config = small(IpStack::Ipv4);
     config.prefixes = true;
     let beats =
@@ -224,7 +224,7 @@ fn prefixes_survive_a_crash_at_every_boundary() {
 }
 
 #[test]
-fn exclusive_enis_survive_a_crash_at_every_boundary() {
+fn crash_points_of_exclusive_enis() {
     let mut config = small(IpStack::Dual);
     config.mode = PoolMode::Exclusive;
     let beats = vec![Add(0), Add(1), Rest(1), Del(0), Rest(6), Add(2), Rest(1), Gone(1), Rest(30)];
@@ -232,7 +232,7 @@ fn exclusive_enis_survive_a_crash_at_every_boundary() {
 }
 
 #[test]
-fn reclaiming_survives_a_crash_at_every_boundary() {
+fn crash_points_of_reclaim() {
     let mut config = small(IpStack::Ipv4);
     config.max_idle = 6;
     config.reclaim = Some(Reclaim {

@@ -44,7 +44,7 @@ fn burst(config: &PoolConfig, pods: usize) -> (Duration, u32) {
 }
 
 #[test]
-fn a_hundred_pods_on_a_cold_node_wait_for_the_api_only() {
+fn cold_node_with_100_pods() {
     // (adapters, addresses per ENI, stack, prefixes)
     let nodes = [
         (12, 10, IpStack::Ipv4, false),
@@ -75,7 +75,7 @@ fn a_hundred_pods_on_a_cold_node_wait_for_the_api_only() {
 }
 
 #[test]
-fn pods_that_come_and_go_cost_no_calls_once_the_pool_is_warm() {
+fn warm_pool_churn_without_calls() {
     let mut config = node(IpStack::Ipv4, 6, 10);
     (config.min_idle, config.max_idle, config.cooling) = (5, 20, Duration::from_secs(1));
     config.batch_window = Duration::ZERO;
@@ -101,7 +101,7 @@ fn pods_that_come_and_go_cost_no_calls_once_the_pool_is_warm() {
 }
 
 #[test]
-fn a_lone_pod_waits_no_longer_than_the_gathering() {
+fn single_add_waits_one_batch_window() {
     let config = node(IpStack::Ipv4, 3, 10);
     let (took, calls) = burst(&config, 1);
     assert!(took <= Duration::from_millis(3_800 + 50 + 3 + 25), "{took:?}");
@@ -109,7 +109,7 @@ fn a_lone_pod_waits_no_longer_than_the_gathering() {
 }
 
 #[test]
-fn the_warm_up_is_done_once() {
+fn warm_up_runs_once() {
     let mut config = node(IpStack::Ipv4, 4, 10);
     (config.warm_up, config.max_idle) = (15, 4);
     let mut world = World::new(config, &[100]);

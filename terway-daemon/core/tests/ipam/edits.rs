@@ -23,7 +23,7 @@ fn busy(pods: usize) -> World {
 }
 
 #[test]
-fn a_removed_vswitch_gets_no_new_pod_and_its_enis_go_with_their_last_one() {
+fn removed_vswitch_drains_its_enis() {
     let mut world = busy(2);
     let old = world.pool.enis()[0].id.clone().unwrap();
     let mut new = world.config.clone();
@@ -43,7 +43,7 @@ fn a_removed_vswitch_gets_no_new_pod_and_its_enis_go_with_their_last_one() {
 }
 
 #[test]
-fn a_bad_edit_that_is_taken_back_costs_nothing() {
+fn reverted_config_edit() {
     let mut world = busy(2);
     world.del(&key(1));
     let (good, calls) = (world.config.clone(), world.cloud.calls.clone());
@@ -58,7 +58,7 @@ fn a_bad_edit_that_is_taken_back_costs_nothing() {
 }
 
 #[test]
-fn a_full_node_of_old_enis_makes_room_as_soon_as_one_is_empty() {
+fn full_node_replaces_enis_one_by_one() {
     let mut world = busy(8);
     assert_eq!(world.cloud.enis.len(), 2);
     let mut new = world.config.clone();
@@ -76,7 +76,7 @@ fn a_full_node_of_old_enis_makes_room_as_soon_as_one_is_empty() {
 }
 
 #[test]
-fn degradation_l0_asks_for_nothing_and_l1_gives_nothing_back() {
+fn degradation_l0_and_l1() {
     let mut world = busy(1);
     let good = world.config.clone();
     let mut bad = good.clone();
@@ -105,7 +105,7 @@ fn degradation_l0_asks_for_nothing_and_l1_gives_nothing_back() {
 }
 
 #[test]
-fn pods_of_a_deleted_eni_are_fenced_and_told_by_name() {
+fn pods_of_deleted_eni_are_reported() {
     let mut world = busy(2);
     world.settle(secs(60));
     let eni = world.pool.get(&key(0)).unwrap().lease.eni;
@@ -125,7 +125,7 @@ fn pods_of_a_deleted_eni_are_fenced_and_told_by_name() {
 }
 
 #[test]
-fn an_unknown_address_is_taken_in_only_when_a_second_list_says_so() {
+fn unknown_address_needs_two_listings() {
     let mut world = busy(1);
     world.settle(secs(60));
     let eni = world.pool.enis()[0].id.clone().unwrap();
@@ -137,7 +137,7 @@ fn an_unknown_address_is_taken_in_only_when_a_second_list_says_so() {
 }
 
 #[test]
-fn prefixes_give_way_to_single_addresses_where_the_vswitch_is_fragmented() {
+fn prefix_fallback_in_fragmented_vswitch() {
     let mut config = config(IpStack::Ipv4, 3, 10);
     config.prefixes = true;
     config.vswitches.truncate(1);
@@ -157,7 +157,7 @@ fn prefixes_give_way_to_single_addresses_where_the_vswitch_is_fragmented() {
 }
 
 #[test]
-fn an_exclusive_node_carries_one_pod_per_eni() {
+fn exclusive_eni_carries_one_pod() {
     let mut config = config(IpStack::Dual, 4, 10);
     config.mode = PoolMode::Exclusive;
     let mut world = World::new(config, &[100]);
@@ -171,7 +171,7 @@ fn an_exclusive_node_carries_one_pod_per_eni() {
 }
 
 #[test]
-fn what_is_idle_for_long_is_reclaimed_in_batches_down_to_the_reserve() {
+fn idle_reclaim_in_batches() {
     let mut config = config(IpStack::Ipv4, 3, 10);
     config.max_idle = 20;
     config.reclaim = Some(Reclaim { after: secs(100), interval: secs(50), batch: 2, jitter_permille: 100 });
@@ -192,7 +192,7 @@ fn what_is_idle_for_long_is_reclaimed_in_batches_down_to_the_reserve() {
 }
 
 #[test]
-fn the_vswitch_with_the_most_addresses_is_chosen_by_one_count() {
+fn vswitch_with_most_addresses() {
     let mut config = config(IpStack::Ipv4, 4, 10);
     config.vswitch_selection = VSwitchSelection::Most;
     let mut world = World::new(config, &[30, 60]);
@@ -203,7 +203,7 @@ fn the_vswitch_with_the_most_addresses_is_chosen_by_one_count() {
 }
 
 #[test]
-fn a_refused_count_is_told_of_until_it_may_be_asked_again() {
+fn refused_vswitch_count_is_reported() {
     let mut config = config(IpStack::Ipv4, 4, 10);
     config.vswitch_selection = VSwitchSelection::Most;
     let mut world = World::new(config, &[30, 60]);
@@ -217,7 +217,7 @@ fn a_refused_count_is_told_of_until_it_may_be_asked_again() {
 }
 
 #[test]
-fn an_eni_whose_nic_never_shows_up_is_replaced() {
+fn eni_without_nic_is_replaced() {
     let mut world = World::new(config(IpStack::Ipv4, 2, 4), &[100]);
     world.add(&key(1));
     world.run_one(Outcome::Fine, |e| matches!(e, Effect::CreateEni { .. }));

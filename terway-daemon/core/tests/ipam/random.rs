@@ -73,7 +73,7 @@ proptest! {
     })]
 
     #[test]
-    fn no_history_breaks_a_promise(node in node(), actions in prop::collection::vec(action(), 1..150)) {
+    fn random_histories_keep_invariants(node in node(), actions in prop::collection::vec(action(), 1..150)) {
         live(node, &actions, End::Rest);
     }
 }

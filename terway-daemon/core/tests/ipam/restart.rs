@@ -27,7 +27,7 @@ fn restart(world: &mut World, cloud: bool) {
 }
 
 #[test]
-fn pods_keep_their_network_whether_or_not_the_cloud_answers() {
+fn restart_with_and_without_cloud() {
     for cloud in [true, false] {
         let mut world = warm(3);
         let before = world.pool.list();
@@ -41,7 +41,7 @@ fn pods_keep_their_network_whether_or_not_the_cloud_answers() {
 }
 
 #[test]
-fn without_the_cloud_what_is_idle_serves_and_nothing_is_made() {
+fn restart_without_cloud_serves_idle_addresses() {
     let mut world = warm(3);
     world.del(&key(0));
     world.settle(Duration::from_secs(10));
@@ -65,7 +65,7 @@ fn without_the_cloud_what_is_idle_serves_and_nothing_is_made() {
 }
 
 #[test]
-fn a_pod_that_was_being_wired_is_wired_or_taken_apart_by_what_the_node_knows() {
+fn restart_during_pod_setup() {
     for gone in [false, true] {
         let mut world = warm(1);
         world.add(&key(1));
@@ -83,7 +83,7 @@ fn a_pod_that_was_being_wired_is_wired_or_taken_apart_by_what_the_node_knows() {
 }
 
 #[test]
-fn a_release_that_was_under_way_is_finished() {
+fn restart_during_release() {
     let mut world = warm(2);
     world.del(&key(1));
     restart(&mut world, true);
@@ -96,7 +96,7 @@ fn a_release_that_was_under_way_is_finished() {
 }
 
 #[test]
-fn cooling_starts_anew() {
+fn restart_during_cooling() {
     let mut world = warm(2);
     let address = world.pool.get(&key(1)).unwrap().lease.addresses.v4.unwrap();
     world.del(&key(1));
@@ -113,7 +113,7 @@ fn cooling_starts_anew() {
 }
 
 #[test]
-fn an_address_that_may_be_on_its_way_back_is_never_handed_out() {
+fn restart_during_unassign_quarantines_address() {
     let mut world = warm(6);
     for n in 1..6 {
         world.del(&key(n));
@@ -137,7 +137,7 @@ fn an_address_that_may_be_on_its_way_back_is_never_handed_out() {
 }
 
 #[test]
-fn a_created_eni_is_found_by_its_token_without_another_call() {
+fn restart_finds_created_eni_by_token() {
     let mut world = World::new(config(IpStack::Ipv4, 3, 10), &[100, 100]);
     world.add(&key(1));
     world.run_one(Outcome::Lost, |e| matches!(e, Effect::CreateEni { .. }));
@@ -150,7 +150,7 @@ fn a_created_eni_is_found_by_its_token_without_another_call() {
 }
 
 #[test]
-fn a_call_whose_outcome_was_lost_in_the_crash_is_repeated_with_its_token() {
+fn restart_repeats_call_with_its_token() {
     let mut world = warm(1);
     world.add(&key(1));
     world.flush(usize::MAX);
@@ -183,7 +183,7 @@ fn strangers(eni: &Eni, variants: &[Variant]) -> Vec<Eni> {
 }
 
 #[test]
-fn enis_found_attached_are_used_replaced_or_left_alone() {
+fn restart_with_attached_enis() {
     let mut world = warm(1);
     let eni = world.cloud.enis.values().next().cloned().unwrap();
     let others = strangers(
@@ -230,7 +230,7 @@ fn enis_found_attached_are_used_replaced_or_left_alone() {
 }
 
 #[test]
-fn a_tag_filter_makes_all_others_foreign_and_marks_what_is_made() {
+fn tag_filter() {
     let mut world = warm(0);
     world.config.tag_filter.insert("cluster".into(), "c1".into());
     world.step(Event::Configure(Box::new(world.config.clone())));
@@ -251,7 +251,7 @@ fn a_tag_filter_makes_all_others_foreign_and_marks_what_is_made() {
 }
 
 #[test]
-fn a_bound_address_that_the_cloud_does_not_list_stays_bound_and_is_flagged() {
+fn bound_address_missing_in_cloud() {
     let mut world = warm(2);
     let (id, eni) = world.cloud.enis.pop_first().unwrap();
     restart(&mut world, true);
@@ -265,7 +265,7 @@ fn a_bound_address_that_the_cloud_does_not_list_stays_bound_and_is_flagged() {
 }
 
 #[test]
-fn a_store_that_contradicts_itself_is_refused() {
+fn inconsistent_store_is_refused() {
     let world = warm(2);
     let mut records = world.records();
     let lease = world.pool.get(&key(0)).unwrap().lease;
@@ -284,7 +284,7 @@ fn a_store_that_contradicts_itself_is_refused() {
 }
 
 #[test]
-fn a_late_list_does_not_bring_back_what_was_given_away() {
+fn stale_listing_after_release() {
     let mut world = warm(6);
     for n in 1..6 {
         world.del(&key(n));
@@ -305,7 +305,7 @@ fn a_late_list_does_not_bring_back_what_was_given_away() {
 }
 
 #[test]
-fn a_late_list_does_not_bring_back_a_deleted_eni() {
+fn stale_listing_after_eni_deletion() {
     let mut config = config(IpStack::Ipv4, 3, 2);
     config.max_idle = 0;
     let mut world = World::new(config, &[100, 100]);
@@ -335,7 +335,7 @@ fn a_late_list_does_not_bring_back_a_deleted_eni() {
 }
 
 #[test]
-fn a_deleted_eni_that_a_late_list_shows_after_a_restart_is_struck_again() {
+fn stale_listing_after_restart() {
     let mut config = config(IpStack::Ipv4, 3, 2);
     config.max_idle = 0;
     let mut world = World::new(config, &[100, 100]);
@@ -354,7 +354,7 @@ fn a_deleted_eni_that_a_late_list_shows_after_a_restart_is_struck_again() {
 }
 
 #[test]
-fn every_record_round_trips_and_later_versions_are_refused() {
+fn record_round_trip_and_versions() {
     let mut world = warm(2);
     world.del(&key(1));
     world.settle(Duration::from_secs(1));

@@ -35,7 +35,7 @@ fn disconnect(effect: &Effect) -> bool {
 }
 
 #[test]
-fn the_first_pod_of_a_node_gets_the_first_address_of_a_new_eni() {
+fn first_pod_creates_eni() {
     let mut world = ample(3, 10);
     let ticket = world.add(&key(1));
     assert_eq!(world.find(create), [], "not before its token is on disk");
@@ -51,7 +51,7 @@ fn the_first_pod_of_a_node_gets_the_first_address_of_a_new_eni() {
 }
 
 #[test]
-fn each_waiting_pod_is_counted_once() {
+fn waiting_pods_are_counted_once() {
     for pods in [1, 3, 7, 20] {
         let mut world = ample(4, 10);
         for n in 0..pods {
@@ -64,7 +64,7 @@ fn each_waiting_pod_is_counted_once() {
 }
 
 #[test]
-fn enis_are_made_in_parallel_when_one_cannot_take_all() {
+fn parallel_eni_creation() {
     let mut world = ample(5, 10);
     for n in 0..25 {
         world.add(&key(n));
@@ -79,7 +79,7 @@ fn enis_are_made_in_parallel_when_one_cannot_take_all() {
 }
 
 #[test]
-fn one_call_at_a_time_per_eni_and_no_more_than_a_batch() {
+fn one_assign_call_per_eni() {
     let mut world = ample(2, 30);
     world.leased(0);
     for n in 1..26 {
@@ -96,7 +96,7 @@ fn one_call_at_a_time_per_eni_and_no_more_than_a_batch() {
 }
 
 #[test]
-fn the_reserve_is_kept_without_being_asked_for() {
+fn min_idle_is_kept() {
     for stack in [IpStack::Ipv4, IpStack::Ipv6, IpStack::Dual] {
         let mut config = config(stack, 3, 10);
         (config.min_idle, config.max_idle) = (4, 6);
@@ -110,7 +110,7 @@ fn the_reserve_is_kept_without_being_asked_for() {
 }
 
 #[test]
-fn a_warm_add_asks_nothing_of_the_cloud() {
+fn warm_add_without_cloud_call() {
     let mut config = config(IpStack::Ipv4, 3, 10);
     config.min_idle = 2;
     config.max_idle = 20;
@@ -122,7 +122,7 @@ fn a_warm_add_asks_nothing_of_the_cloud() {
 }
 
 #[test]
-fn a_repeated_add_gets_the_same_lease() {
+fn repeated_add_is_idempotent() {
     let mut world = ample(3, 10);
     let first = world.add(&key(1));
     let second = world.add(&key(1));
@@ -143,7 +143,7 @@ fn a_repeated_add_gets_the_same_lease() {
 }
 
 #[test]
-fn del_is_answered_when_it_is_on_disk_and_out_of_the_datapath() {
+fn del_waits_for_store_and_datapath() {
     let mut world = ample(3, 10);
     world.leased(1);
     let ticket = world.del(&key(1));
@@ -159,7 +159,7 @@ fn del_is_answered_when_it_is_on_disk_and_out_of_the_datapath() {
 }
 
 #[test]
-fn del_of_nothing_succeeds_at_once_and_writes_nothing() {
+fn del_of_unknown_attachment() {
     let mut pool = Pool::new(config(IpStack::Ipv4, 3, 10));
     let now = terway_core::clock::Moment::ZERO;
     pool.step(Event::Tick, now);
@@ -169,7 +169,7 @@ fn del_of_nothing_succeeds_at_once_and_writes_nothing() {
 }
 
 #[test]
-fn del_during_the_set_up_waits_for_its_end_and_then_releases() {
+fn del_during_pod_setup() {
     for outcome in [Outcome::Fine, Outcome::Lost, Outcome::Fails(ErrorClass::Unknown)] {
         let mut world = ample(3, 10);
         world.leased(0);
@@ -186,7 +186,7 @@ fn del_during_the_set_up_waits_for_its_end_and_then_releases() {
 }
 
 #[test]
-fn del_of_a_waiting_pod_ends_the_waiting() {
+fn del_of_waiting_add() {
     let mut world = ample(3, 10);
     let add = world.add(&key(1));
     let del = world.del(&key(1));
@@ -195,7 +195,7 @@ fn del_of_a_waiting_pod_ends_the_waiting() {
 }
 
 #[test]
-fn an_add_after_a_del_waits_for_the_old_links_to_go() {
+fn add_waits_for_links_of_previous_del() {
     let mut world = ample(3, 10);
     let old = world.leased(1);
     world.del(&key(1));
@@ -208,7 +208,7 @@ fn an_add_after_a_del_waits_for_the_old_links_to_go() {
 }
 
 #[test]
-fn an_address_rests_before_its_next_pod_and_the_longest_rested_goes_first() {
+fn cooling_and_address_order() {
     let mut world = ample(2, 3);
     let leases: Vec<_> = (0..3).map(|n| world.leased(n)).collect();
     for n in [1, 0, 2] {
@@ -229,7 +229,7 @@ fn an_address_rests_before_its_next_pod_and_the_longest_rested_goes_first() {
 }
 
 #[test]
-fn an_exhausted_vswitch_gives_what_it_has_and_the_next_one_the_rest() {
+fn exhausted_vswitch_and_the_next_one() {
     let mut world = World::new(config(IpStack::Ipv4, 4, 10), &[7, 100]);
     for n in 0..12 {
         world.add(&key(n));
@@ -241,7 +241,7 @@ fn an_exhausted_vswitch_gives_what_it_has_and_the_next_one_the_rest() {
 }
 
 #[test]
-fn exhaustion_of_all_vswitches_is_told_with_the_clouds_code_and_ends() {
+fn all_vswitches_exhausted() {
     let mut world = World::new(config(IpStack::Ipv4, 4, 10), &[2, 1]);
     for n in 0..3 {
         world.leased(n);
@@ -261,7 +261,7 @@ fn exhaustion_of_all_vswitches_is_told_with_the_clouds_code_and_ends() {
 }
 
 #[test]
-fn refusals_are_told_by_their_code_and_unclear_ones_are_repeated_with_the_same_token() {
+fn cloud_refusals_and_retries_with_token() {
     let cases = [
         (ErrorClass::Quota, errors::CLOUD_QUOTA, false),
         (ErrorClass::Forbidden, errors::CLOUD_FORBIDDEN, false),
@@ -293,7 +293,7 @@ fn refusals_are_told_by_their_code_and_unclear_ones_are_repeated_with_the_same_t
 }
 
 #[test]
-fn a_lost_reply_makes_nothing_twice() {
+fn lost_reply_is_idempotent() {
     let mut world = ample(3, 10);
     let add = world.add(&key(1));
     world.run_one(Outcome::Lost, create);
@@ -309,7 +309,7 @@ fn a_lost_reply_makes_nothing_twice() {
 }
 
 #[test]
-fn a_full_node_refuses_at_once_the_last_to_come() {
+fn full_node_refuses_newest_add() {
     let mut world = ample(2, 3);
     for n in 0..3 {
         world.leased(n);
@@ -352,7 +352,7 @@ fn add_on_full_node_waits_for_pod_that_is_being_removed() {
 }
 
 #[test]
-fn what_is_too_much_for_long_goes_back_but_no_primary_address_and_no_pods() {
+fn excess_addresses_are_released() {
     let mut world = ample(3, 10);
     let leases: Vec<_> = (0..10).map(|n| world.leased(n)).collect();
     for n in 1..10 {
@@ -368,7 +368,7 @@ fn what_is_too_much_for_long_goes_back_but_no_primary_address_and_no_pods() {
 }
 
 #[test]
-fn an_eni_without_pods_goes_back_whole_when_the_rest_is_enough() {
+fn idle_eni_is_deleted() {
     let mut config = config(IpStack::Dual, 4, 4);
     config.max_idle = 2;
     let mut world = World::new(config, &[100]);
@@ -389,7 +389,7 @@ fn an_eni_without_pods_goes_back_whole_when_the_rest_is_enough() {
 }
 
 #[test]
-fn a_failed_set_up_is_told_and_its_address_is_free_at_once() {
+fn failed_pod_setup_frees_address() {
     let mut world = ample(2, 1);
     let add = world.add(&key(1));
     while world.find(connect).is_empty() {
@@ -405,7 +405,7 @@ fn a_failed_set_up_is_told_and_its_address_is_free_at_once() {
 }
 
 #[test]
-fn gc_takes_what_is_not_listed_in_its_network_only() {
+fn gc_of_one_network() {
     let mut world = ample(3, 10);
     for n in 0..4 {
         world.leased(n);
@@ -425,7 +425,7 @@ fn gc_takes_what_is_not_listed_in_its_network_only() {
 }
 
 #[test]
-fn a_cancelled_request_is_answered_and_its_work_goes_on() {
+fn cancelled_request() {
     let mut world = ample(3, 10);
     let waiting = world.add(&key(1));
     world.step(Event::Cancel { ticket: waiting });
@@ -447,7 +447,7 @@ fn a_cancelled_request_is_answered_and_its_work_goes_on() {
 }
 
 #[test]
-fn a_nic_that_stays_away_is_a_problem_and_another_eni_serves() {
+fn missing_nic_is_reported() {
     let mut world = ample(4, 2);
     let add = world.add(&key(1));
     world.run_one(Outcome::Fine, create);
@@ -466,7 +466,7 @@ fn a_nic_that_stays_away_is_a_problem_and_another_eni_serves() {
 }
 
 #[test]
-fn tokens_are_used_up_on_disk_before_their_call_and_differ_by_seed() {
+fn client_tokens_are_stored_before_use() {
     let tokens = |config: PoolConfig| {
         let mut pool = Pool::new(config);
         let effects = pool.step(Event::Tick, terway_core::clock::Moment::ZERO);
@@ -488,7 +488,7 @@ fn tokens_are_used_up_on_disk_before_their_call_and_differ_by_seed() {
 }
 
 #[test]
-fn an_address_taken_behind_our_back_stays_with_its_pod_and_is_a_problem() {
+fn address_unassigned_by_others() {
     let mut world = ample(3, 10);
     let lease = world.leased(1);
     world.leased(2);
@@ -511,7 +511,7 @@ fn an_address_taken_behind_our_back_stays_with_its_pod_and_is_a_problem() {
 }
 
 #[test]
-fn an_eni_that_disappears_keeps_its_pods_and_takes_no_new_ones() {
+fn vanished_eni_takes_no_new_pods() {
     let mut world = ample(3, 10);
     let lease = world.leased(1);
     world.settle(secs(60));
@@ -527,7 +527,7 @@ fn an_eni_that_disappears_keeps_its_pods_and_takes_no_new_ones() {
 }
 
 #[test]
-fn a_family_the_node_does_not_have_is_refused() {
+fn add_with_unsupported_family() {
     let mut world = ample(3, 10);
     let ticket = world.ticket(crate::world::Asked::Add, Some(key(1)));
     let add = terway_core::ipam::Add {
@@ -543,7 +543,7 @@ fn a_family_the_node_does_not_have_is_refused() {
 }
 
 #[test]
-fn an_add_after_a_del_during_the_set_up_is_served_anew() {
+fn add_after_del_during_pod_setup() {
     let mut world = ample(2, 10);
     world.leased(0);
     let first = world.add(&key(1));
@@ -558,7 +558,7 @@ fn an_add_after_a_del_during_the_set_up_is_served_anew() {
 }
 
 #[test]
-fn of_a_batch_that_is_partly_gone_the_rest_is_given_back_one_by_one() {
+fn partly_failed_unassign_is_retried_singly() {
     let mut world = ample(2, 10);
     for n in 0..8 {
         world.leased(n);
@@ -581,7 +581,7 @@ fn of_a_batch_that_is_partly_gone_the_rest_is_given_back_one_by_one() {
 }
 
 #[test]
-fn late_and_repeated_reports_change_nothing() {
+fn stale_reports_are_ignored() {
     let mut world = ample(2, 10);
     world.leased(0);
     world.leased(1);
@@ -610,7 +610,7 @@ fn late_and_repeated_reports_change_nothing() {
 }
 
 #[test]
-fn dual_stack_heals_a_lopsided_eni_before_it_asks_for_pairs() {
+fn dual_stack_completes_unbalanced_eni() {
     let mut world = World::new(config(IpStack::Dual, 3, 10), &[100]);
     world.leased(1);
     let eni = world.cloud.enis.keys().next().cloned().unwrap();

@@ -198,7 +198,7 @@ impl Tally {
 
 #[test]
 #[allow(clippy::disallowed_methods, reason = "a stopwatch for whoever reads the output")]
-fn no_short_history_breaks_a_promise() {
+fn short_histories_keep_invariants() {
     let (first, count) = (number("TERWAY_SEED", 0), number("TERWAY_HISTORIES", HISTORIES));
     let (begun, mut tally) = (Instant::now(), Tally::default());
     for seed in first..first + count {
@@ -227,7 +227,7 @@ fn no_short_history_breaks_a_promise() {
 }
 
 #[test]
-fn a_failing_history_is_reduced_to_what_fails() {
+fn failing_history_is_shrunk() {
     let fails = |actions: &[Action]| {
         let del = actions.iter().position(|action| matches!(action, Action::Del(_)));
         let work = |action: &Action| matches!(action, Action::Work(n, _) if *n >= 2);

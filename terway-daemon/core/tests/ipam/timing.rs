@@ -72,7 +72,7 @@ fn measure(per_eni: u32) -> [Duration; 4] {
 }
 
 #[test]
-fn a_step_does_not_get_slower_with_the_number_of_pods() {
+fn pool_step_cost_is_constant() {
     let few = measure(5);
     let many = measure(50);
     for (few, many) in few.into_iter().zip(many) {

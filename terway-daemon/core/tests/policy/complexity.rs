@@ -39,7 +39,7 @@ fn most(spaces: usize) -> BTreeMap<&'static str, Most> {
 }
 
 #[test]
-fn a_change_asks_for_what_it_changes_and_not_for_what_there_is() {
+fn change_visits_only_what_it_affects() {
     let (small, large) = (most(120), most(240));
     for (kind, [operations, selectors, answers]) in &large {
         println!("{kind:<28} {operations:>6} operations {selectors:>6} selectors {answers:>6} answers");
@@ -67,7 +67,7 @@ fn a_change_asks_for_what_it_changes_and_not_for_what_there_is() {
 }
 
 #[test]
-fn policies_that_come_together_are_compiled_once() {
+fn batched_policies_are_compiled_once() {
     let cluster = Cluster { spaces: 50 };
     let (mut compiler, _) = Compiler::new();
     let pods = (0..cluster.spaces).flat_map(|space| cluster.pods(space));

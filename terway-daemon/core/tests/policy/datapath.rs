@@ -150,7 +150,7 @@ fn compare(maps: &Maps, packets: &[Packet], local: &dyn Fn(IpAddr) -> Option<u32
 }
 
 #[test]
-fn the_datapath_reads_the_maps_as_they_are_meant() {
+fn policy_maps_are_read_as_compiled() {
     assert_eq!(
         [NO_POLICY, DISABLED, LOOPBACK, LOCAL_NODE].map(|RuleId(n)| n),
         [rule_id::NO_POLICY, rule_id::DISABLED, rule_id::LOOPBACK, rule_id::LOCAL_NODE]

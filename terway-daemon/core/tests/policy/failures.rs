@@ -111,7 +111,7 @@ fn run(seed: u64, steps: usize, faults: Faults) -> usize {
 }
 
 #[test]
-fn failed_operations_lock_only_their_endpoints_and_retries_end_as_compiled() {
+fn failed_policy_operations_quarantine_their_endpoints() {
     let histories = setting("POLICY_HISTORIES", 15);
     let seed = setting("POLICY_SEED", 1);
     let mut lockdowns = 0;
@@ -137,7 +137,7 @@ fn node_with_a_policy_that_does_not_fit() -> Node {
 }
 
 #[test]
-fn a_policy_that_does_not_fit_locks_its_pods_and_no_others() {
+fn policy_beyond_map_capacity_quarantines_its_pods() {
     let mut node = node_with_a_policy_that_does_not_fit();
     assert!(!node.tcp("x/b2", "x/a1", 80), "denied by the policy");
     assert!(!node.tcp("x/c3", "x/a1", 80), "allowed by the policy, but its entry is missing");
@@ -158,7 +158,7 @@ fn a_policy_that_does_not_fit_locks_its_pods_and_no_others() {
 }
 
 #[test]
-fn a_policy_that_is_removed_unlocks_its_pods() {
+fn removed_policy_ends_quarantine() {
     let mut node = node_with_a_policy_that_does_not_fit();
     node.delete(Kind::NetworkPolicy, "x/of-a");
     assert!(node.compiler.locked_pods().is_empty() && node.tcp("x/b2", "x/a1", 80));

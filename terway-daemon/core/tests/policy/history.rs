@@ -326,7 +326,7 @@ pub(crate) fn clean(compiler: &Compiler, maps: &Maps, world: &ClusterState, labe
 }
 
 #[test]
-fn no_packet_ever_meets_a_state_between_two() {
+fn policy_updates_have_no_intermediate_verdict() {
     let histories = setting("POLICY_HISTORIES", 15);
     let seed = setting("POLICY_SEED", 1);
     for n in 0..histories {

@@ -93,7 +93,7 @@ fn shrink(mut world: ClusterState) -> ClusterState {
 }
 
 #[test]
-fn compiled_worlds_decide_as_the_documentation_says() {
+fn compiled_policies_match_oracle() {
     let worlds = setting("POLICY_WORLDS", 500);
     let seed = setting("POLICY_SEED", 1);
     for n in 0..worlds {
@@ -108,7 +108,7 @@ fn compiled_worlds_decide_as_the_documentation_says() {
 
 /// The worlds above would prove little if nearly everything in them were allowed, or denied.
 #[test]
-fn random_worlds_have_both_answers_in_plenty() {
+fn random_policies_allow_and_deny() {
     let mut counts = [0usize; 2];
     for n in 0..60 {
         let world = random(&mut Dice::new(7_000 + n));

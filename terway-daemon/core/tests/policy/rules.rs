@@ -32,7 +32,7 @@ fn without_policy_types_egress_needs_rules_to_be_isolated() {
 }
 
 #[test]
-fn no_rules_deny_and_an_empty_rule_allows() {
+fn empty_rules_and_empty_rule() {
     let mut node = four();
     node.policy("x/p", json!({"podSelector": {}, "ingress": []}));
     assert!(!node.tcp("x/b2", "x/a1", 80));
@@ -41,7 +41,7 @@ fn no_rules_deny_and_an_empty_rule_allows() {
 }
 
 #[test]
-fn selectors_of_one_peer_are_both_meant_and_peers_are_alternatives() {
+fn peer_selectors_are_anded_and_peers_are_ored() {
     let mut node = four();
     let from = |peers| json!({"podSelector": {"matchLabels": {"app": "a"}}, "ingress": [{"from": peers}]});
     let (team, app) = (json!({"matchLabels": {"team": "two"}}), json!({"matchLabels": {"app": "b"}}));
@@ -80,7 +80,7 @@ fn ports_by_protocol_number_range_and_default() {
 }
 
 #[test]
-fn a_named_port_is_the_receivers_and_of_its_protocol() {
+fn named_port_of_the_destination_pod() {
     let mut node = four();
     let serving = |number: u16, protocol: &str| json!({"containers": [{"ports": [{"name": "web", "containerPort": number, "protocol": protocol}]}]});
     let running = json!({"phase": "Running"});
@@ -100,7 +100,7 @@ fn a_named_port_is_the_receivers_and_of_its_protocol() {
 }
 
 #[test]
-fn a_hole_takes_nothing_from_other_rules() {
+fn ip_block_except_is_local_to_its_rule() {
     let mut node = four();
     let hole = json!({"ipBlock": {"cidr": "10.0.0.0/24", "except": ["10.0.0.2/32"]}});
     node.policy("x/p", json!({"podSelector": {"matchLabels": {"app": "a"}}, "ingress": [{"from": [hole]}]}));
@@ -117,7 +117,7 @@ fn a_hole_takes_nothing_from_other_rules() {
 }
 
 #[test]
-fn both_sides_must_allow_on_one_node() {
+fn ingress_and_egress_on_one_node() {
     let mut node = four();
     node.policy(
         "x/p",
@@ -133,7 +133,7 @@ fn both_sides_must_allow_on_one_node() {
 }
 
 #[test]
-fn a_pod_always_reaches_itself_and_its_node_reaches_it() {
+fn pod_to_itself_and_node_to_pod() {
     let mut node = four();
     node.policy("x/p", json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}));
     assert!(node.tcp("x/a1", "x/a1", 80) && node.tcp6("x/a1", "x/a1", 80));
@@ -145,7 +145,7 @@ fn a_pod_always_reaches_itself_and_its_node_reaches_it() {
 }
 
 #[test]
-fn pods_of_the_hosts_network_are_not_pods_to_policies() {
+fn host_network_pods_are_no_peers() {
     let mut node = four();
     let host = json!({"hostNetwork": true});
     node.pod_with("x/h5", json!({"app": "b"}), host, json!({"phase": "Running", "podIPs": [{"ip": "10.0.0.101"}]}));
@@ -156,7 +156,7 @@ fn pods_of_the_hosts_network_are_not_pods_to_policies() {
 }
 
 #[test]
-fn addresses_are_not_inherited() {
+fn reused_address_has_no_old_identity() {
     let mut node = four();
     node.policy("x/p", json!({"podSelector": {"matchLabels": {"app": "a"}}, "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "b"}}}]}]}));
     node.pod("x/b9", json!({"app": "b"}));
@@ -173,7 +173,7 @@ fn addresses_are_not_inherited() {
 }
 
 #[test]
-fn a_pod_is_isolated_before_anything_is_known_of_it() {
+fn unknown_pod_is_isolated() {
     let mut node = four();
     node.attach("x/new7", "second");
     assert!(node.tcp("x/new7", "y/a3", 80), "nothing could select it");
@@ -190,7 +190,7 @@ fn a_pod_is_isolated_before_anything_is_known_of_it() {
 }
 
 #[test]
-fn labels_count_as_they_are_now() {
+fn label_change() {
     let mut node = four();
     let from =
         json!([{"namespaceSelector": {"matchLabels": {"team": "two"}}, "podSelector": {"matchLabels": {"app": "b"}}}]);
@@ -208,7 +208,7 @@ fn labels_count_as_they_are_now() {
 }
 
 #[test]
-fn tiers_are_asked_in_order() {
+fn tier_order() {
     let mut node = four();
     let everybody = json!([{"namespaces": {}}]);
     let spec = |tier: &str, priority: u16, action: &str, protocols: serde_json::Value| {
@@ -238,7 +238,7 @@ fn tiers_are_asked_in_order() {
 }
 
 #[test]
-fn the_switch_works_at_once_and_both_ways() {
+fn enforcement_switch() {
     let mut node = four();
     node.policy("x/p", json!({"podSelector": {}}));
     let ops = node.step(Event::Enforce(false));
@@ -254,7 +254,7 @@ fn the_switch_works_at_once_and_both_ways() {
 }
 
 #[test]
-fn an_explanation_names_policy_rule_and_direction() {
+fn explanation_names_policy_and_rule() {
     let mut node = four();
     node.pod("y/far8", json!({"app": "b"}));
     node.policy("x/deny", json!({"podSelector": {}}));
@@ -287,7 +287,7 @@ fn an_explanation_names_policy_rule_and_direction() {
 /// One label of a namespace turns both sides of two connections round, in opposite senses: whichever side were written first, one of them would be open
 /// for a moment that is closed before and after.
 #[test]
-fn a_change_of_both_sides_opens_nothing_on_the_way() {
+fn simultaneous_ingress_and_egress_change() {
     let mut node = Node::new();
     node.namespace("x", json!({"m": "1"}));
     for (pod, app) in [("x/a1", "a"), ("x/b2", "b"), ("x/c3", "c"), ("x/d4", "d")] {
@@ -322,7 +322,7 @@ fn a_change_of_both_sides_opens_nothing_on_the_way() {
 
 /// What a change costs in writes.
 #[test]
-fn small_changes_write_little() {
+fn incremental_change_writes_few_entries() {
     let mut node = four();
     for n in 20..70 {
         node.pod(&format!("y/far{n}"), json!({"app": "b"}));
@@ -352,7 +352,7 @@ fn small_changes_write_little() {
 }
 
 #[test]
-fn a_set_that_goes_leaves_nothing_of_what_it_said_in_one_phase_only() {
+fn removed_rule_set_leaves_no_entries() {
     let mut node = Node::new();
     node.namespace("y", json!({"team": "t"}));
     node.local("x/a1", json!({}));

@@ -104,7 +104,7 @@ impl World {
 
 proptest! {
     #[test]
-    fn failed_operations_disturb_nothing_else_and_retries_end_as_desired(
+    fn failed_service_operations_are_isolated_and_retried(
         settings in any_settings(),
         batches in prop::collection::vec(
             (prop::collection::vec(any_change(), 1..4), 0..70_u64, any::<bool>(), any::<bool>()), 1..14),
@@ -154,7 +154,7 @@ fn put_endpoints(world: &mut World, name: &str, owner: &str, hosts: &[&str]) -> 
 }
 
 #[test]
-fn a_table_without_room_keeps_its_frontend_at_the_old_backends_and_others_go_on() {
+fn full_backend_map_keeps_old_backends() {
     let mut world = two_services();
     let plan = put_endpoints(&mut world, "ea", "a", &["10.0.0.2", "10.0.0.3"]);
     world.execute(&plan, &mut |op| matches!(op, Op::PutTable(..)));
@@ -176,7 +176,7 @@ fn a_table_without_room_keeps_its_frontend_at_the_old_backends_and_others_go_on(
 }
 
 #[test]
-fn a_backend_that_is_not_written_is_in_no_table() {
+fn unwritten_backend_is_not_selectable() {
     let mut world = two_services();
     let plan = put_endpoints(&mut world, "ea", "a", &["10.0.0.1", "10.0.0.2"]);
     world.execute(&plan, &mut |op| matches!(op, Op::PutBackend(..)));
@@ -187,7 +187,7 @@ fn a_backend_that_is_not_written_is_in_no_table() {
 }
 
 #[test]
-fn an_id_is_not_used_again_while_its_removal_fails() {
+fn id_is_not_reused_while_removal_fails() {
     let mut world = two_services();
     let plan = put_endpoints(&mut world, "ea", "a", &["10.0.0.2"]);
     world.execute(&plan, &mut |_| false);

@@ -17,7 +17,7 @@ fn shares(table: &[u32]) -> BTreeMap<u32, u32> {
 }
 
 #[test]
-fn shares_of_equal_backends_differ_by_one_slot() {
+fn maglev_shares_of_equal_backends() {
     for count in [1, 2, 3, 7, 50, 100] {
         let backends: Vec<_> = (0..count).map(|i| (key(i), 1)).collect();
         let shares = shares(&maglev(1021, &backends));
@@ -28,7 +28,7 @@ fn shares_of_equal_backends_differ_by_one_slot() {
 }
 
 #[test]
-fn shares_follow_weights() {
+fn maglev_shares_follow_weights() {
     let weights = [1u16, 2, 5, 10, 0];
     let backends: Vec<_> = (0..).zip(weights).map(|(i, w)| (key(i), w)).collect();
     let shares = shares(&maglev(16_381, &backends));
@@ -40,7 +40,7 @@ fn shares_follow_weights() {
 }
 
 #[test]
-fn one_backend_less_moves_few_other_slots() {
+fn maglev_disruption_of_one_backend() {
     // Losing one of n must move its own 1/n of the slots; the paper (figure 12) allows some others, which shrink as M/N grows.
     for (size, count) in [(1021, 10), (16_381, 100)] {
         let all: Vec<_> = (0..count).map(|i| (key(i), 1)).collect();
@@ -58,7 +58,7 @@ fn one_backend_less_moves_few_other_slots() {
 }
 
 #[test]
-fn the_table_is_pinned() {
+fn maglev_table_is_stable() {
     // Nodes of different versions must agree: this table may never change.
     let backends: Vec<_> = (0..5).map(|i| (key(i), 1)).collect();
     let table = maglev(251, &backends);
@@ -69,7 +69,7 @@ const PINNED: [u32; 16] = [3, 1, 4, 1, 1, 4, 0, 1, 2, 4, 1, 3, 3, 1, 2, 4];
 
 proptest! {
     #[test]
-    fn the_order_of_backends_does_not_matter(
+    fn maglev_is_order_independent(
         order in Just((0..12u32).collect::<Vec<_>>()).prop_shuffle(),
         weights in prop::collection::vec(0..20u16, 12),
     ) {

@@ -20,7 +20,7 @@ fn world(services: usize) -> World {
 }
 
 #[test]
-fn one_endpoint_more_is_one_backend_one_table_one_frontend() {
+fn endpoint_added_writes_minimal_operations() {
     let mut world = world(20);
     let endpoints = (0..5).map(|e| endpoint(&format!("10.{e}.0.8"), ME)).collect();
     let plan = world.put(slice("e7", "s7", TCP, endpoints));
@@ -30,7 +30,7 @@ fn one_endpoint_more_is_one_backend_one_table_one_frontend() {
 }
 
 #[test]
-fn one_endpoint_less_is_retired_after_nobody_can_draw_it() {
+fn endpoint_removed_after_grace_period() {
     let mut world = world(3);
     let endpoints = (0..3).map(|e| endpoint(&format!("10.{e}.0.2"), ME)).collect();
     let plan = world.put(slice("e1", "s1", TCP, endpoints));
@@ -39,7 +39,7 @@ fn one_endpoint_less_is_retired_after_nobody_can_draw_it() {
 }
 
 #[test]
-fn flows_to_a_udp_endpoint_end_with_it_and_not_before_all_packets_meet_the_others() {
+fn udp_flows_end_after_table_update() {
     let mut world = World::new();
     world.put(service("dns", "10.96.0.10", &[("", 53, Protocol::Udp)]));
     world.put(slice("e", "dns", UDP, vec![endpoint("10.0.0.1", ME), endpoint("10.0.0.2", ME)]));
@@ -54,7 +54,7 @@ fn flows_to_a_udp_endpoint_end_with_it_and_not_before_all_packets_meet_the_other
 }
 
 #[test]
-fn a_udp_backend_that_falls_silent_gets_a_new_generation_and_a_tcp_one_does_not() {
+fn unready_udp_backend_gets_new_generation() {
     for (ports, protocol, new_generation) in [(UDP, Protocol::Udp, true), (TCP, Protocol::Tcp, false)] {
         let mut world = World::new();
         world.put(service("dns", "10.96.0.10", &[("", 53, protocol)]));
@@ -74,7 +74,7 @@ fn a_udp_backend_that_falls_silent_gets_a_new_generation_and_a_tcp_one_does_not(
 }
 
 #[test]
-fn a_change_of_nothing_that_matters_writes_nothing() {
+fn irrelevant_change_writes_nothing() {
     let mut world = world(2);
     let mut same = service("s1", "10.96.0.2", &[("", 80, Protocol::Tcp)]);
     same.meta.resource_version = "99".into();
@@ -84,7 +84,7 @@ fn a_change_of_nothing_that_matters_writes_nothing() {
 }
 
 #[test]
-fn equal_tables_are_one() {
+fn equal_backend_tables_are_shared() {
     let mut world = World::new();
     for i in 0..10 {
         let name = format!("s{i}");
@@ -95,7 +95,7 @@ fn equal_tables_are_one() {
 }
 
 #[test]
-fn a_backend_that_comes_back_is_not_mistaken_for_the_one_that_left() {
+fn returning_backend_has_new_generation() {
     let mut world = world(1);
     let gone = *world.kernel.backends.values().next().unwrap();
     let others = |world: &World| -> Vec<_> {

@@ -171,7 +171,7 @@ pub(crate) fn any_settings() -> impl Strategy<Value = Settings> {
 
 proptest! {
     #[test]
-    fn after_every_batch_the_maps_say_what_kubernetes_says(
+    fn service_maps_match_oracle_after_each_batch(
         settings in any_settings(),
         batches in prop::collection::vec((prop::collection::vec(any_change(), 1..4), any::<bool>()), 1..14),
     ) {
@@ -201,7 +201,7 @@ proptest! {
     }
 
     #[test]
-    fn a_restart_in_the_middle_of_a_plan_ends_where_the_plan_would_have(
+    fn restart_during_service_plan(
         before in prop::collection::vec(any_change(), 1..14),
         missed in prop::collection::vec(any_change(), 1..8),
         later in prop::collection::vec(any_change(), 1..8),
@@ -237,7 +237,7 @@ proptest! {
 }
 
 #[test]
-fn the_oracle_can_tell_worlds_apart() {
+fn oracle_distinguishes_states() {
     let mut world = World::new();
     world.put(service("s0", "10.96.0.1", &[("", 80, TCP)]));
     let empty = world.expected();

@@ -35,7 +35,7 @@ fn two_nodes() -> Vec<terway_core::objects::Endpoint> {
 }
 
 #[test]
-fn a_port_that_the_cluster_ip_does_not_have_is_rejected() {
+fn cluster_ip_with_unknown_port_is_rejected() {
     let mut world = World::new();
     world.put(service("s", "10.96.0.1", &[("", 80, TCP)]));
     assert_eq!(world.inside(FrontendKey::rest(ip("10.96.0.1"))), Answer::Reject);
@@ -46,7 +46,7 @@ fn a_port_that_the_cluster_ip_does_not_have_is_rejected() {
 }
 
 #[test]
-fn the_four_combinations_of_policies() {
+fn internal_and_external_traffic_policies() {
     for (internal, external, vip, from_outside) in [
         (TrafficPolicy::Cluster, TrafficPolicy::Cluster, 2, 2),
         (TrafficPolicy::Cluster, TrafficPolicy::Local, 2, 1),
@@ -68,7 +68,7 @@ fn the_four_combinations_of_policies() {
 }
 
 #[test]
-fn local_without_local_endpoints() {
+fn local_policy_without_local_endpoints() {
     let mut world = World::new();
     let mut s = service("s", "10.96.0.1", &[("", 80, TCP)]);
     (s.kind, s.internal_policy, s.external_policy) =
@@ -86,7 +86,7 @@ fn local_without_local_endpoints() {
 }
 
 #[test]
-fn balancers_that_are_proxies_and_those_that_send_to_pods() {
+fn load_balancer_ip_mode() {
     let mut world = World::new();
     let mut s = service("s", "10.96.0.1", &[("", 80, TCP)]);
     s.kind = ServiceType::LoadBalancer;
@@ -103,7 +103,7 @@ fn balancers_that_are_proxies_and_those_that_send_to_pods() {
 }
 
 #[test]
-fn without_in_cluster_loadbalance_pods_go_to_the_balancer() {
+fn in_cluster_loadbalance_off() {
     let mut world = World::with(Settings { in_cluster_loadbalance: false, ..Settings::default() });
     let mut s = service("s", "10.96.0.1", &[("", 80, TCP)]);
     s.kind = ServiceType::LoadBalancer;
@@ -115,7 +115,7 @@ fn without_in_cluster_loadbalance_pods_go_to_the_balancer() {
 }
 
 #[test]
-fn endpoints_on_their_way_out_serve_when_nobody_else_does() {
+fn terminating_endpoints_are_fallback() {
     let mut world = World::new();
     world.put(service("s", "10.96.0.1", &[("", 80, TCP)]));
     let mut leaving = endpoint("10.0.0.1", ME);
@@ -130,7 +130,7 @@ fn endpoints_on_their_way_out_serve_when_nobody_else_does() {
 }
 
 #[test]
-fn hints_count_only_if_all_have_them_and_one_is_ours() {
+fn topology_hints() {
     let mut world = World::new();
     world.put(service("s", "10.96.0.1", &[("", 80, TCP)]));
     let hinted = |address: &str, zones: &[&str], nodes: &[&str]| {
@@ -152,7 +152,7 @@ fn hints_count_only_if_all_have_them_and_one_is_ours() {
 }
 
 #[test]
-fn host_ports_lead_to_their_pod_and_yield_to_node_ports() {
+fn host_ports_and_node_ports() {
     let mut world = World::new();
     let mut p = pod("p", "10.0.0.9");
     let port = |port, host_port| terway_core::objects::PodPort {
@@ -182,7 +182,7 @@ fn host_ports_lead_to_their_pod_and_yield_to_node_ports() {
 }
 
 #[test]
-fn an_unknown_algorithm_is_told_and_not_obeyed() {
+fn unknown_load_balancing_algorithm() {
     let mut world = World::new();
     let mut s = service("s", "10.96.0.1", &[("", 80, TCP)]);
     s.meta.annotations = [(ALGORITHM, "fastest")].into_iter().collect();

@@ -296,7 +296,7 @@ mod tests {
     use crate::ipam::state::slot::{Call, CallKind};
 
     #[test]
-    fn units_of_a_lopsided_dual_stack_eni() {
+    fn dual_stack_units_of_unbalanced_eni() {
         let limits = InstanceLimits { adapters: 2, v4_per_adapter: 10, v6_per_adapter: 8 };
         let mut config = PoolConfig::new("i-1".into(), limits, "s");
         let mut eni = EniState::new("eni-1".into(), Mac([2; 6]), "vsw-1".into(), [10, 0, 0, 1].into(), Stage::InUse);

@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn never_used_addresses_go_first_then_the_least_recently_used() {
+    fn address_selection_is_least_recently_used() {
         let mut slots = Slots::default();
         for n in [3, 1, 2] {
             assert!(slots.enter(ip(n), SlotState::Idle));
@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_follow_every_change() {
+    fn slot_counts() {
         let mut slots = Slots::default();
         slots.enter(ip(1), SlotState::Idle);
         slots.enter(ip(2), SlotState::Bound);
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_fills_before_the_next_and_goes_only_when_all_of_it_is_free() {
+    fn prefix_is_filled_and_released_as_a_whole() {
         let mut slots = Slots::default();
         slots.enter([10, 0, 9, 9].into(), SlotState::Idle);
         let prefixes: [IpNetwork; 2] = ["10.0.0.0/28".parse().unwrap(), "10.0.0.16/28".parse().unwrap()];

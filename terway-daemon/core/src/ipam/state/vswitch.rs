@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn asks_for_less_then_rests_then_asks_for_all_again() {
+    fn refused_batch_is_halved_then_paused() {
         let until = Moment::ZERO.after(Duration::from_secs(600));
         let mut vswitches = of(&["a", "b"]);
         let a = VSwitchId::from("a");
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vswitch_of_an_earlier_configuration_gets_no_new_eni() {
+    fn removed_vswitch_gets_no_new_eni() {
         let mut vswitches = of(&[]);
         let old = VSwitchId::from("old");
         assert_eq!(vswitches.cap(&old, Moment::ZERO), u32::MAX);
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn most_goes_by_the_count_less_what_was_used_and_random_reaches_all() {
+    fn vswitch_selection_policies() {
         let mut vswitches = of(&["a", "b", "c"]);
         let most = |v: &VSwitches| v.choose(VSwitchSelection::Most, Moment::ZERO, 0).map(ToString::to_string);
         assert_eq!(most(&vswitches).as_deref(), Some("a"), "in the order of the list while nothing is known");
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fragmented_vswitch_gives_fewer_prefixes_then_none_and_single_addresses_all_along() {
+    fn fragmented_vswitch_falls_back_to_single_addresses() {
         let mut vswitches = of(&["a"]);
         let (a, until) = (VSwitchId::from("a"), Moment::from_nanos(9));
         for (asked, left) in [(8, 4), (4, 2), (2, 1), (1, 0)] {

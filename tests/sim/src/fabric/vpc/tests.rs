@@ -78,7 +78,7 @@ fn instances_reach_each_other_their_gateway_and_servers_of_the_vpc() {
 }
 
 #[test]
-fn prefixes_are_carried_like_single_addresses() {
+fn prefixes_in_fabric() {
     let Some((vpc, prefix)) = setup("p") else { return };
     let a = node(&vpc, &format!("{prefix}-a"), 1);
     let b = node(&vpc, &format!("{prefix}-b"), 2);
@@ -100,7 +100,7 @@ fn prefixes_are_carried_like_single_addresses() {
 }
 
 #[test]
-fn what_an_eni_must_not_send_is_dropped_and_counted() {
+fn eni_source_check_of_fabric() {
     let Some((vpc, prefix)) = setup("s") else { return };
     let a = node(&vpc, &format!("{prefix}-a"), 1);
     let b = node(&vpc, &format!("{prefix}-b"), 2);
