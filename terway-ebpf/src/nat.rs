@@ -116,8 +116,8 @@ mod tests {
         #[test]
         fn checksum_update_keeps_checksums_valid(rest in any::<u32>(), old in any::<[u32; 3]>(), new in any::<[u32; 3]>()) {
             let check = !sum(&[rest, old[0], old[1], old[2]]);
-            let grown = (0..3).fold(0, |sum, i| checksum_delta(old[i], new[i], sum));
-            let adjusted = update_checksum(check, grown);
+            let updated = (0..3).fold(0, |sum, i| checksum_delta(old[i], new[i], sum));
+            let adjusted = update_checksum(check, updated);
             // Both zeros of ones' complement are right.
             let total = sum(&[rest, new[0], new[1], new[2], u32::from(adjusted)]);
             prop_assert!(total == 0xffff || total == 0, "{total:x}");
@@ -136,9 +136,9 @@ mod tests {
             prop_assert_eq!(u64::from(both) % 0xffff, (u64::from(a) + u64::from(b)) % 0xffff);
             prop_assert_eq!(is_zero_sum(both), both.is_multiple_of(0xffff));
             prop_assert!(update_checksum(field, both) != field || is_zero_sum(both));
-            let grown = update_sum(field, a);
-            prop_assert_eq!(u64::from(grown) % 0xffff, (u64::from(field) + u64::from(a)) % 0xffff);
-            prop_assert!(grown != 0);
+            let updated = update_sum(field, a);
+            prop_assert_eq!(u64::from(updated) % 0xffff, (u64::from(field) + u64::from(a)) % 0xffff);
+            prop_assert!(updated != 0);
         }
 
         #[test]

@@ -131,8 +131,8 @@ impl Default for Claims {
 pub struct Deviation {
     /// `VERB version situation`, where `*` stands for any word.
     pub cells: &'static str,
-    /// What the complaint says, in part.
-    pub complaint: &'static str,
+    /// What the problem says, in part.
+    pub problem: &'static str,
     /// Why it is so.
     pub reason: &'static str,
     /// Whether it occurs in every run; one that is a race may not.
@@ -176,11 +176,11 @@ pub fn run(plugin: &dyn Plugin) -> Report {
     rows.sort_by(|one, other| one.name.cmp(&other.name));
     let deviations = plugin.deviations();
     let mut used = BTreeSet::new();
-    for row in rows.iter_mut().filter(|row| !row.complaints.is_empty()) {
+    for row in rows.iter_mut().filter(|row| !row.problems.is_empty()) {
         let excuses: Vec<Option<usize>> = row
-            .complaints
+            .problems
             .iter()
-            .map(|complaint| deviations.iter().position(|known| known.covers(&row.name, complaint)))
+            .map(|problem| deviations.iter().position(|known| known.covers(&row.name, problem)))
             .collect();
         if excuses.iter().all(Option::is_some) {
             row.excuse = excuses.iter().flatten().next().map(|index| deviations[*index].reason);
@@ -191,19 +191,19 @@ pub fn run(plugin: &dyn Plugin) -> Report {
         .iter()
         .enumerate()
         .filter(|(index, known)| known.always && !used.contains(index))
-        .map(|(_, known)| format!("{} ({})", known.cells, known.complaint))
+        .map(|(_, known)| format!("{} ({})", known.cells, known.problem))
         .collect();
     Report { rows, stale }
 }
 
 impl Deviation {
-    fn covers(&self, cell: &str, complaint: &str) -> bool {
+    fn covers(&self, cell: &str, problem: &str) -> bool {
         let words = |text: &'static str| text.split(' ').collect::<Vec<_>>();
         let cell: Vec<&str> = cell.split(' ').collect();
         let pattern = words(self.cells);
         pattern.len() == cell.len()
             && pattern.iter().zip(&cell).all(|(want, have)| *want == "*" || want == have)
-            && complaint.contains(self.complaint)
+            && problem.contains(self.problem)
     }
 }
 
@@ -213,7 +213,7 @@ pub struct Row {
     /// `VERB version situation`.
     pub name: String,
     /// What was wrong; empty when nothing was.
-    pub complaints: Vec<String>,
+    pub problems: Vec<String>,
     /// Why that is known.
     pub excuse: Option<&'static str>,
 }
@@ -230,7 +230,7 @@ pub struct Report {
 impl Report {
     /// Cells that failed without excuse.
     pub fn failures(&self) -> impl Iterator<Item = &Row> {
-        self.rows.iter().filter(|row| !row.complaints.is_empty() && row.excuse.is_none())
+        self.rows.iter().filter(|row| !row.problems.is_empty() && row.excuse.is_none())
     }
 
     /// Panics with the list if a cell failed without excuse or a deviation did not occur.
@@ -243,9 +243,9 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let known = self.rows.iter().filter(|row| row.excuse.is_some()).count();
         writeln!(f, "{} cells, {} failed, {known} known deviations", self.rows.len(), self.failures().count())?;
-        for row in self.rows.iter().filter(|row| !row.complaints.is_empty()) {
+        for row in self.rows.iter().filter(|row| !row.problems.is_empty()) {
             let mark = row.excuse.map_or_else(|| "FAIL".to_owned(), |reason| format!("known: {reason}"));
-            writeln!(f, "  {}: {} [{mark}]", row.name, row.complaints.join("; "))?;
+            writeln!(f, "  {}: {} [{mark}]", row.name, row.problems.join("; "))?;
         }
         for cells in &self.stale {
             writeln!(f, "  deviation did not occur: {cells}")?;
@@ -291,14 +291,14 @@ struct Stage<'a> {
     cell: Cell<'a>,
     containers: Vec<Container>,
     outcomes: Vec<Outcome>,
-    complaints: Vec<String>,
+    problems: Vec<String>,
 }
 
 impl Stage<'_> {
     /// Makes the calls, if the stage could be set.
     fn act(mut self) -> Self {
         let cell = &self.cell;
-        if !self.complaints.is_empty() {
+        if !self.problems.is_empty() {
             return self;
         }
         let mut calls: Vec<Call> = match &self.containers[..] {
@@ -314,13 +314,13 @@ impl Stage<'_> {
         if cell.situation == Situation::Repeated {
             let first = self.outcomes.remove(0);
             let good = if cell.verb == Verb::Add { Ending::Result } else { cell.expected.endings[0] };
-            if let Err(complaint) = cell.judge(&first, &[good]) {
-                self.complaints.push(format!("first call: {complaint}"));
+            if let Err(problem) = cell.judge(&first, &[good]) {
+                self.problems.push(format!("first call: {problem}"));
             }
             let second = call(cell.plugin, &calls[0]);
             if cell.verb == Verb::Add && cell.claims.add_is_idempotent && second.stdout != first.stdout {
                 let (one, other) = (first.stdout.trim(), second.stdout.trim());
-                self.complaints.push(format!("the second result differs: {one} and {other}"));
+                self.problems.push(format!("the second result differs: {one} and {other}"));
             }
             self.outcomes.push(second);
         }
@@ -331,34 +331,34 @@ impl Stage<'_> {
     fn finish(mut self) -> Row {
         let cell = &self.cell;
         for outcome in &self.outcomes {
-            if let Err(complaint) = cell.judge(outcome, &cell.expected.endings) {
-                self.complaints.push(complaint);
+            if let Err(problem) = cell.judge(outcome, &cell.expected.endings) {
+                self.problems.push(problem);
             }
         }
         if !self.outcomes.is_empty() {
-            cell.look(&self.containers, &self.outcomes, &mut self.complaints);
+            cell.look(&self.containers, &self.outcomes, &mut self.problems);
         }
         for container in &self.containers {
             let outcome = call(cell.plugin, &cell.call(Verb::Del, container));
             // Where the version is not spoken there is nothing to clear up.
             if cell.plugin.versions().contains(&cell.version)
-                && let Err(complaint) = outcome.judge(Ending::Silence, Some(cell.version))
+                && let Err(problem) = outcome.judge(Ending::Silence, Some(cell.version))
             {
-                self.complaints.push(format!("clearing up: DEL {complaint}"));
+                self.problems.push(format!("clearing up: DEL {problem}"));
             }
             if cell.plugin.daemon().is_some_and(|daemon| daemon.holds(&container.id)) {
-                self.complaints.push("the daemon still holds the container after DEL".to_owned());
+                self.problems.push("the daemon still holds the container after DEL".to_owned());
             }
         }
         let name = format!("{} {} {}", cell.verb.name(), cell.version, cell.situation.name());
-        Row { name, complaints: self.complaints, excuse: None }
+        Row { name, problems: self.problems, excuse: None }
     }
 }
 
 impl<'a> Cell<'a> {
     /// Makes the containers and, where the verb needs them, their attachments.
     fn stage(self) -> Stage<'a> {
-        let mut complaints = Vec::new();
+        let mut problems = Vec::new();
         let count = match self.situation {
             Situation::Concurrent => CROWD,
             Situation::Stale | Situation::Namesake => 2,
@@ -370,19 +370,19 @@ impl<'a> Cell<'a> {
                 let outcome = call(self.plugin, &self.call(Verb::Add, container));
                 container.result = serde_json::from_str(&outcome.stdout).ok().filter(|_| outcome.code == Some(0));
                 if container.result.is_none() {
-                    complaints.push(format!("setting up: ADD ended with {outcome}"));
+                    problems.push(format!("setting up: ADD ended with {outcome}"));
                 }
             }
         }
-        Stage { cell: self, containers, outcomes: Vec::new(), complaints }
+        Stage { cell: self, containers, outcomes: Vec::new(), problems }
     }
 
     /// What must hold after the call, besides how it ended.
-    fn look(&self, containers: &[Container], outcomes: &[Outcome], complaints: &mut Vec<String>) {
+    fn look(&self, containers: &[Container], outcomes: &[Outcome], problems: &mut Vec<String>) {
         if let (Verb::Add, Situation::Concurrent) = (self.verb, self.situation) {
             let addresses: Vec<String> = outcomes.iter().flat_map(Outcome::addresses).collect();
             if addresses.iter().collect::<BTreeSet<_>>().len() != addresses.len() {
-                complaints.push(format!("containers share addresses: {addresses:?}"));
+                problems.push(format!("containers share addresses: {addresses:?}"));
             }
         }
         let down = matches!(self.situation, Situation::DaemonDown | Situation::DaemonSlow);
@@ -393,7 +393,7 @@ impl<'a> Cell<'a> {
             let until = Instant::now() + self.claims.release_within;
             while containers.iter().any(|container| daemon.holds(&container.id)) {
                 if Instant::now() > until {
-                    complaints.push("a DEL without the daemon was lost".to_owned());
+                    problems.push("a DEL without the daemon was lost".to_owned());
                     break;
                 }
                 thread::sleep(Duration::from_millis(20));
@@ -403,7 +403,7 @@ impl<'a> Cell<'a> {
             for (container, kept) in [(keep, true), (stale, false)] {
                 let outcome = call(self.plugin, &self.call(Verb::Check, container));
                 if (outcome.code == Some(0)) != kept {
-                    complaints.push(format!(
+                    problems.push(format!(
                         "after GC, CHECK of {} ended with {outcome}",
                         if kept { "the kept" } else { "the stale" }
                     ));
@@ -415,8 +415,8 @@ impl<'a> Cell<'a> {
     fn judge(&self, outcome: &Outcome, endings: &[Ending]) -> Result<(), String> {
         let verdicts: Vec<Result<(), String>> =
             endings.iter().map(|ending| outcome.judge(*ending, self.version_answered())).collect();
-        if let Some(complaint) = verdicts.iter().all(Result::is_err).then(|| verdicts[0].clone().err()).flatten() {
-            return Err(complaint);
+        if let Some(problem) = verdicts.iter().all(Result::is_err).then(|| verdicts[0].clone().err()).flatten() {
+            return Err(problem);
         }
         if let Some(word) = self.expected.naming
             && !outcome.error()?["msg"].as_str().unwrap_or_default().to_lowercase().contains(&word.to_lowercase())

@@ -43,7 +43,7 @@ struct State {
     /// New connections and drops, each with its number in the order of all.
     recent: [VecDeque<(u64, Arc<v1::FlowEvent>)>; 2],
     told: u64,
-    /// `None` once the daemon stops: followers end then.
+    /// `None` once the daemon stops: subscribers end then.
     live: Option<broadcast::Sender<Arc<v1::FlowEvent>>>,
 }
 
@@ -203,10 +203,10 @@ fn name(
         v1::FlowEnd { address: address.map(|address| address.to_string()).unwrap_or_default(), port, pod }
     };
     let (source, destination) = (end(event.src, port(a, b)), end(event.dst, port(c, d)));
-    let judged = event.verdicts != [0; 2];
+    let is_policed = event.verdicts != [0; 2];
     // Of what answers, the connection's destination is who sends it.
     let elsewhere = event.policy_destination != event.dst && event.policy_destination != event.src;
-    let translated = judged && (event.service != 0 || elsewhere);
+    let translated = is_policed && (event.service != 0 || elsewhere);
     let [egress, ingress] = event.verdicts.map(|number| names.verdict(number).map(crate::grpc::policy::verdict));
     let mac = |mac: [u8; 6]| if dropped { Mac(mac).to_string() } else { String::new() };
     v1::FlowEvent {

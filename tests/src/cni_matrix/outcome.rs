@@ -42,7 +42,7 @@ pub(super) fn call(plugin: &dyn Plugin, call: &Call) -> Outcome {
     let reader = |mut pipe: Box<dyn std::io::Read + Send>| {
         thread::spawn(move || {
             let mut bytes = Vec::new();
-            // What was read before an error is judged.
+            // What was read before an error is checked.
             drop(pipe.read_to_end(&mut bytes));
             String::from_utf8_lossy(&bytes).into_owned()
         })

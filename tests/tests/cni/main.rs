@@ -151,8 +151,8 @@ impl Plugin for Reference {
 
     fn deviations(&self) -> Vec<Deviation> {
         let container = "pkg/skel of libcni 1.1 looks at the container before the verb";
-        let known = |cells, complaint, reason| Deviation { cells, complaint, reason, always: true };
-        let race = |cells, complaint, reason| Deviation { cells, complaint, reason, always: false };
+        let known = |cells, problem, reason| Deviation { cells, problem, reason, always: true };
+        let race = |cells, problem, reason| Deviation { cells, problem, reason, always: false };
         vec![
             known("* * *", "the error has no cniVersion", "libcni's pkg/skel writes errors without it"),
             known("DEL * false-netns", "unknown FS magic", "ptp forgives a netns that is gone, not one that is none"),

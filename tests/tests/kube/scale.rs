@@ -46,11 +46,11 @@ fn large_lists_are_read_in_bounded_memory_and_own_pods_do_not_wait() -> Result<(
     let all = begun.elapsed();
     rig.wait(|objects| objects.pods().len() == pods && objects.policies().len() == 1)?;
     ensure!(rig.objects().services().len() >= services && rig.objects().slices().len() >= services);
-    let grown = resident()?.saturating_sub(before);
-    println!("own pods after {own:?}, everything after {all:?}, {grown} KiB more");
+    let growth = resident()?.saturating_sub(before);
+    println!("own pods after {own:?}, everything after {all:?}, {growth} KiB more");
     // A pod is some 300 bytes in the store; twice the whole JSON would be 10 KiB for each.
     let bound = 20_000 + (pods + services * 2) as u64 * 4;
-    ensure!(grown < bound, "{grown} KiB for {pods} pods and {services} Services, bound {bound}");
+    ensure!(growth < bound, "{growth} KiB for {pods} pods and {services} Services, bound {bound}");
 
     // A change is delivered while pods are being created.
     let more: Vec<Value> = (0..pods / 10).map(|i| pod("load", &format!("q{i}"), Some("n2"))).collect();

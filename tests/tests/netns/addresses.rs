@@ -1,6 +1,6 @@
 //! What clouds, admins and recycled machines do to a node's addresses, and that it shows, heals and harms no running pod.
 //!
-//! Each test is a row of complaints as users of such networks tell them. The daemon's own waiting times (rests, grace, lag of lists) are
+//! Each test is a problem that users of such networks report. The daemon's own waiting times (cooling, grace periods, stale listings) are
 //! divided by 30 here (`--time-scale`), those with a key of their own are set by it.
 
 use std::net::IpAddr;

@@ -174,13 +174,13 @@ fn source_address_spoofing_is_dropped() -> Result<()> {
                 }
                 a.ns.ip(&format!("addr del {address}/{bits} dev lo\n"))?;
                 let after = drops(node)?;
-                let grown: Vec<&String> = after
+                let increased: Vec<&String> = after
                     .iter()
                     .filter(|(k, v)| **v > before.get(*k).copied().unwrap_or_default())
                     .map(|(k, _)| k)
                     .collect();
-                ensure!(!grown.is_empty(), "{address}: no drop was counted: {after:?}");
-                println!("{address}: {grown:?}");
+                ensure!(!increased.is_empty(), "{address}: no drop was counted: {after:?}");
+                println!("{address}: {increased:?}");
             }
             // A MAC that is not its own. Changing it makes the kernel forget the permanent neighbours.
             let before = drops(node)?;

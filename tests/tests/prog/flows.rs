@@ -150,8 +150,8 @@ fn host_prefix_and_endpoint_changes_invalidate_flows() {
     stage.datapath.endpoints().upsert(&moved).unwrap();
     dropped(&from_pod(&stage, &stage.a, &sent, &[("no_gateway", 1), ("flow_stale", 1)]));
     // An address that goes over to another endpoint leaves the first one without any.
-    let rival = Endpoint { addresses: Addresses { v4: stage.a.addresses.v4, v6: None }, ..stage.b };
-    stage.datapath.endpoints().upsert(&rival).unwrap();
-    assert_eq!(stage.datapath.endpoints().list(), [rival]);
+    let conflicting = Endpoint { addresses: Addresses { v4: stage.a.addresses.v4, v6: None }, ..stage.b };
+    stage.datapath.endpoints().upsert(&conflicting).unwrap();
+    assert_eq!(stage.datapath.endpoints().list(), [conflicting]);
     dropped(&from_pod(&stage, &stage.a, &sent, &[("unknown_endpoint", 1), ("flow_stale", 1)]));
 }

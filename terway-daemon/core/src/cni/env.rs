@@ -102,9 +102,9 @@ impl Request {
     /// # Errors
     /// `TW0002` (CNI code 4) naming every variable that is missing or malformed.
     pub fn parse(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Option<Self>, Error> {
-        let mut vars = Vars { lookup, complaints: Vec::new() };
+        let mut vars = Vars { lookup, problems: Vec::new() };
         let Some(command) = vars.text("CNI_COMMAND") else {
-            return if vars.complaints.is_empty() { Ok(None) } else { Err(vars.into_error()) };
+            return if vars.problems.is_empty() { Ok(None) } else { Err(vars.into_error()) };
         };
         let Some(verb) = Verb::ALL.into_iter().find(|verb| verb.as_str() == command) else {
             return Err(Error::new(
@@ -120,14 +120,14 @@ impl Request {
             Verb::Status => Self::Status,
             Verb::Version => Self::Version,
         };
-        if vars.complaints.is_empty() { Ok(Some(request)) } else { Err(vars.into_error()) }
+        if vars.problems.is_empty() { Ok(Some(request)) } else { Err(vars.into_error()) }
     }
 }
 
 /// The environment, and all that is wrong with it: a person who calls by hand wants the whole list at once.
 struct Vars<F> {
     lookup: F,
-    complaints: Vec<String>,
+    problems: Vec<String>,
 }
 
 impl<F: Fn(&str) -> Option<OsString>> Vars<F> {
@@ -136,24 +136,24 @@ impl<F: Fn(&str) -> Option<OsString>> Vars<F> {
         match (self.lookup)(name)?.into_string() {
             Ok(text) => Some(text).filter(|text| !text.is_empty()),
             Err(raw) => {
-                self.complaints.push(format!("{name} is not UTF-8: {raw:?}"));
+                self.problems.push(format!("{name} is not UTF-8: {raw:?}"));
                 None
             }
         }
     }
 
     fn required(&mut self, name: &str, fault: impl Fn(&str) -> Option<&'static str>) -> String {
-        let before = self.complaints.len();
+        let before = self.problems.len();
         match self.text(name) {
             Some(text) => {
                 if let Some(fault) = fault(&text) {
-                    self.complaints.push(format!("{name} {text:?} {fault}"));
+                    self.problems.push(format!("{name} {text:?} {fault}"));
                 }
                 text
             }
             None => {
-                if self.complaints.len() == before {
-                    self.complaints.push(format!("{name} is not set"));
+                if self.problems.len() == before {
+                    self.problems.push(format!("{name} is not set"));
                 }
                 String::new()
             }
@@ -173,15 +173,15 @@ impl<F: Fn(&str) -> Option<OsString>> Vars<F> {
         }
         let netns = self.required("CNI_NETNS", |path| (!path.starts_with('/')).then_some("is not an absolute path"));
         let args = self.text("CNI_ARGS").unwrap_or_default();
-        let pod = pod(&args).unwrap_or_else(|complaint| {
-            self.complaints.push(complaint);
+        let pod = pod(&args).unwrap_or_else(|problem| {
+            self.problems.push(problem);
             PodRef::default()
         });
         Target { container_id, netns, ifname, pod }
     }
 
     fn into_error(self) -> Error {
-        Error::new(CNI_ENV, format!("{}.", self.complaints.join("; ")))
+        Error::new(CNI_ENV, format!("{}.", self.problems.join("; ")))
     }
 }
 
@@ -259,7 +259,7 @@ mod tests {
         Request::parse(|name| vars.get(name).map(OsString::from))
     }
 
-    fn complaint(changes: &[(&str, &str)]) -> String {
+    fn problem(changes: &[(&str, &str)]) -> String {
         let error = parse(changes).unwrap_err();
         assert_eq!(error.code.cni, 4);
         error.detail
@@ -282,23 +282,23 @@ mod tests {
     #[test]
     fn missing_cni_variables_are_named() {
         for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"] {
-            assert_eq!(complaint(&[(name, "")]), format!("{name} is not set."));
+            assert_eq!(problem(&[(name, "")]), format!("{name} is not set."));
         }
-        let all = complaint(&[("CNI_CONTAINERID", ""), ("CNI_NETNS", ""), ("CNI_IFNAME", "")]);
+        let all = problem(&[("CNI_CONTAINERID", ""), ("CNI_NETNS", ""), ("CNI_IFNAME", "")]);
         assert_eq!(all.matches("is not set").count(), 3, "{all}");
-        assert!(complaint(&[("CNI_COMMAND", "add")]).starts_with("CNI_COMMAND is \"add\""));
+        assert!(problem(&[("CNI_COMMAND", "add")]).starts_with("CNI_COMMAND is \"add\""));
     }
 
     #[test]
     fn container_id_and_ifname_syntax() {
         for id in ["-a", ".a", "_a", "a b", "a/b", "ä", "a:b"] {
-            assert!(complaint(&[("CNI_CONTAINERID", id)]).contains("CNI_CONTAINERID"), "{id}");
+            assert!(problem(&[("CNI_CONTAINERID", id)]).contains("CNI_CONTAINERID"), "{id}");
         }
         for id in ["a", "k8s.io-ctrcni1", "0_.-"] {
             assert!(parse(&[("CNI_CONTAINERID", id)]).is_ok(), "{id}");
         }
         for name in [".", "..", "a/b", "a:b", "a b", "a\tb", "sixteen-letters!", "b\u{e0}"] {
-            assert!(complaint(&[("CNI_IFNAME", name)]).contains("CNI_IFNAME"), "{name}");
+            assert!(problem(&[("CNI_IFNAME", name)]).contains("CNI_IFNAME"), "{name}");
         }
         assert!(parse(&[("CNI_IFNAME", "fifteen-letters")]).is_ok());
     }
@@ -324,9 +324,9 @@ mod tests {
 
     #[test]
     fn cni_args_ignore_unknown() {
-        assert!(complaint(&[("CNI_ARGS", "FOO=1")]).contains("\"FOO\""));
-        assert!(complaint(&[("CNI_ARGS", "FOO=1;IgnoreUnknown=0")]).contains("\"FOO\""));
-        assert!(complaint(&[("CNI_ARGS", "FOO")]).contains("KEY=VALUE"));
+        assert!(problem(&[("CNI_ARGS", "FOO=1")]).contains("\"FOO\""));
+        assert!(problem(&[("CNI_ARGS", "FOO=1;IgnoreUnknown=0")]).contains("\"FOO\""));
+        assert!(problem(&[("CNI_ARGS", "FOO")]).contains("KEY=VALUE"));
         for fine in ["FOO=1;IgnoreUnknown=true", "IgnoreUnknown=1;FOO==;", ";;", "IP=10.0.0.1", "K8S_POD_NAME="] {
             assert!(parse(&[("CNI_ARGS", fine)]).is_ok(), "{fine}");
         }

@@ -26,5 +26,5 @@ pub const DEFAULT_SOCKET: &str = "/var/run/eni/terway.socket";
 
 /// Folder of the DELs that came while the daemon was away, unless `queue_dir` in the network configuration names another.
 ///
-/// On disk and not in /run, because a node that loses power between a DEL and the daemon's start still owes the release.
+/// On disk and not in /run, because the address must still be released when a node loses power between a DEL and the start of the daemon.
 pub const DEFAULT_QUEUE_DIR: &str = "/var/lib/cni/terway/del";

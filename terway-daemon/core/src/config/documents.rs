@@ -72,7 +72,7 @@ impl ConfigDocuments {
         let mut reader = Reader::new(layers);
         let beside = self.beside(&mut reader);
         if unread {
-            // What the document would have said is not known: only what stands beside it can be judged.
+            // What the document would have said is not known: only the keys beside it can be checked.
             bad.append(&mut reader.bad);
             return (Err(bad), reader.warnings);
         }

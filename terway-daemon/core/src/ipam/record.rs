@@ -15,8 +15,8 @@ use crate::ident::{AttachmentKey, EniId, Family, Mac, PodRef, SecurityGroupId, V
 
 /// The version of the encoding. A daemon refuses what a newer one wrote, rather than dropping what it does not know; it reads all older ones.
 ///
-/// 2: prefixes, security groups and tags of ENIs.
-pub const VERSION: u32 = 2;
+/// 2: prefixes, security groups and tags of ENIs. 3: `lease` and `quarantine`, which were `grant` and `hold`.
+pub const VERSION: u32 = 3;
 
 /// One write.
 #[expect(clippy::large_enum_variant, reason = "nearly all changes are puts, so boxing would save nothing")]
@@ -63,8 +63,8 @@ pub struct AttachmentRecord {
     /// What the engine gave with the Add.
     #[serde(default)]
     pub options: String,
-    /// What it holds.
-    #[serde(rename = "grant")]
+    /// Its addresses and their ENI.
+    #[serde(alias = "grant")]
     pub lease: Lease,
     /// How far it is.
     pub phase: Phase,
@@ -134,7 +134,7 @@ pub struct AddressRecord {
     /// The address.
     pub address: IpAddr,
     /// Why it must not be handed out.
-    #[serde(rename = "hold")]
+    #[serde(alias = "hold")]
     pub quarantine: Quarantine,
 }
 
@@ -146,7 +146,7 @@ pub struct PrefixRecord {
     /// The prefix.
     pub prefix: IpNetwork,
     /// Why it must not be handed out from.
-    #[serde(rename = "hold")]
+    #[serde(alias = "hold")]
     pub quarantine: Quarantine,
 }
 

@@ -40,7 +40,7 @@ impl Pool {
         for token in tokens {
             self.retry_creation(&token);
         }
-        // Filters and tags are judged by what the cloud says now.
+        // Filters are compared with the tags that the cloud lists now.
         self.take_inventory();
     }
 

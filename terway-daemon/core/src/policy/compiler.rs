@@ -49,7 +49,7 @@ pub enum Event {
         /// Its slot.
         slot: u32,
     },
-    /// The resident node's own addresses, all of them.
+    /// The local node's own addresses, all of them.
     NodeAddresses(Vec<IpAddr>),
     /// Whether policies are enforced (the opposite of `disable_network_policy`).
     Enforce(bool),

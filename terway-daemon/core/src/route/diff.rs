@@ -118,11 +118,11 @@ fn check(step: &Step, state: &KernelState, observed: &ObservedState) -> Vec<(Str
             one(!state.routes.iter().any(|found| found.is_equivalent(route)), format!("the {route} is missing"))
         }
         NetOp::AddRule(rule) => {
-            let rival = |found: &&Rule| {
+            let conflicting = |found: &&Rule| {
                 (found.priority, found.selector) == (rule.priority, rule.selector) && found.table != rule.table
             };
-            if let Some(rival) = state.rules.iter().find(rival) {
-                return vec![(format!("the {rival} stands beside {rule}"), Some(step.clone()))];
+            if let Some(conflicting) = state.rules.iter().find(conflicting) {
+                return vec![(format!("the {conflicting} stands beside {rule}"), Some(step.clone()))];
             }
             one(!state.rules.contains(rule), format!("the {rule} is missing"))
         }

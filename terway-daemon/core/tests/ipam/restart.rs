@@ -371,9 +371,26 @@ fn record_round_trip_and_versions() {
         assert_eq!(Record::decode(&record.encode().unwrap()).unwrap(), record);
         assert!(keys.insert(record.key().encode().unwrap()));
     }
-    assert!(matches!(Record::decode(br#"{"v":3,"kind":"?"}"#), Err(RecordError::Version { found: 3 })));
+    assert!(matches!(Record::decode(br#"{"v":4,"kind":"?"}"#), Err(RecordError::Version { found: 4 })));
     for bad in ["", "{}", "nonsense", r#"{"v":1}"#, r#"{"v":1,"kind":"?"}"#] {
         assert!(matches!(Record::decode(bad.as_bytes()), Err(RecordError::Malformed(_))), "{bad}");
+    }
+    // As version 2 wrote them.
+    for (old, member) in [
+        (
+            r#"{"v":2,"kind":"attachment","key":{"network":"n","container_id":"c","ifname":"eth0"},
+                "pod":{"namespace":"a","name":"b","uid":""},"netns":"/run/netns/x","options":"",
+                "grant":{"eni":"eni-1","mac":"00:16:3e:01:00:02","nic":NIC,"addresses":{"v4":"10.0.0.5","v6":null}},"phase":"ready"}"#,
+            "lease",
+        ),
+        (r#"{"v":2,"kind":"address","eni":"eni-1","address":"10.0.0.6","hold":"cooling"}"#, "quarantine"),
+        (r#"{"v":2,"kind":"prefix","eni":"eni-1","prefix":"10.0.0.16/28","hold":"releasing"}"#, "quarantine"),
+    ] {
+        let nic = serde_json::to_string(&world.leased(1).nic).unwrap();
+        let record = Record::decode(old.replace("NIC", &nic).as_bytes()).unwrap();
+        let written: serde_json::Value = serde_json::from_slice(&record.encode().unwrap()).unwrap();
+        assert!(written["v"] == 3 && written[member] != serde_json::Value::Null, "{written}");
+        assert_eq!(Record::decode(&record.encode().unwrap()).unwrap(), record);
     }
     assert_ne!(
         RecordKey::Eni("a".into()).encode().unwrap(),

@@ -137,7 +137,7 @@ fn pod_to_itself_and_node_to_pod() {
     let mut node = four();
     node.policy("x/p", json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}));
     assert!(node.tcp("x/a1", "x/a1", 80) && node.tcp6("x/a1", "x/a1", 80));
-    assert!(node.tcp("10.0.0.100", "x/a1", 80), "the resident node");
+    assert!(node.tcp("10.0.0.100", "x/a1", 80), "the local node");
     assert!(!node.tcp("10.0.0.101", "x/a1", 80), "another node");
     assert!(!node.tcp("x/a1", "10.0.0.100", 80), "to the node is not from the node");
     node.policy("x/q", json!({"podSelector": {}, "egress": [{"to": [{"ipBlock": {"cidr": "10.0.0.100/32"}}]}], "policyTypes": ["Egress"]}));

@@ -200,15 +200,15 @@ fn cheating(report: &mut Report, cluster: &Cluster, pods: &[RunningPod]) {
             ensure!(ping.code != 0, "a ping from {address} was answered: {}", ping.output);
         }
         let after = drops(cluster.node(1))?;
-        let grown: Vec<String> = after
+        let increased: Vec<String> = after
             .iter()
             .filter_map(|(reason, count)| {
                 let more = count - before.get(reason).copied().unwrap_or_default();
                 (more > 0).then(|| format!("{reason} {more}"))
             })
             .collect();
-        ensure!(!grown.is_empty(), "no drop was counted: {after:?}");
-        Ok(format!("dropped: {}", grown.join(", ")))
+        ensure!(!increased.is_empty(), "no drop was counted: {after:?}");
+        Ok(format!("dropped: {}", increased.join(", ")))
     });
 }
 

@@ -17,7 +17,7 @@ use terway_core::ident::{EniId, Mac, VSwitchId};
 use super::{Fabric, FabricEni};
 use crate::netns::{NetNs, feed};
 
-/// The rules of the VPC. What stays on the link is not judged: link-local and multicast, DAD probes from `::`, and neighbour discovery,
+/// The rules of the VPC. What stays on the link is not checked: link-local and multicast, DAD probes from `::`, and neighbour discovery,
 /// whose probes a node may still send from an address seconds after it was taken away.
 const RULES: &str = "table inet vpc {
   set macs { type ifname . ether_addr; }

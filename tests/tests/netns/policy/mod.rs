@@ -179,7 +179,7 @@ fn policy_behind_services() -> Result<()> {
         for vip in vips {
             ensure!(probe::udp(&stage.pods[6].1.ns, vip, 10).is_err(), "a stranger gets through the Service");
         }
-        // Changes of all kinds that leave the friends alone: each has every flow judged again, whoever speaks next.
+        // Changes of all kinds that do not affect the friends: each makes the policy verdict of every flow stale.
         for round in 0..20 {
             match round % 4 {
                 0 => objects.policy("x", "other", &json!({"podSelector": {}, "ingress": [{"ports": [{"port": 1}]}]})),
