@@ -34,8 +34,8 @@ fn port(view: &PortView, list: &ServiceList) -> v1::ServicePort {
             address: key.address.to_string(),
             port: key.port.into(),
             kind: frontend_kind(frontend.kind).to_owned(),
-            internal: Some(selection(frontend.inside, maps)),
-            external: Some(selection(frontend.outside, maps)),
+            internal: Some(selection(frontend.internal, maps)),
+            external: Some(selection(frontend.external, maps)),
             affinity_seconds: frontend.affinity_seconds,
             problem: list.frontend_problems.get(key).cloned().unwrap_or_default(),
         });

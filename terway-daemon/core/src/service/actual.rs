@@ -285,7 +285,7 @@ fn actual_of(op: &Op, replaced: &MapContents) -> Actual {
 
 fn tables_of(frontend: &Frontend) -> impl Iterator<Item = TableId> + use<> {
     let id = |selection| if let Selection::Table(id) = selection { Some(id) } else { None };
-    [frontend.inside, frontend.outside].into_iter().filter_map(id)
+    [frontend.internal, frontend.external].into_iter().filter_map(id)
 }
 
 /// The order of operations of different kinds; from 9 on they are for after a grace period.

@@ -43,8 +43,8 @@ pub(super) enum DesiredSelection {
 pub(super) struct DesiredFrontend {
     pub(super) key: FrontendKey,
     pub(super) kind: FrontendKind,
-    pub(super) inside: DesiredSelection,
-    pub(super) outside: DesiredSelection,
+    pub(super) internal: DesiredSelection,
+    pub(super) external: DesiredSelection,
     pub(super) masquerade: bool,
     pub(super) check_source: bool,
 }
@@ -65,7 +65,7 @@ impl DesiredPort {
     fn prune(&mut self) {
         let mut place = vec![None; self.tables.len()];
         let mut kept = Vec::new();
-        for selection in self.frontends.iter_mut().flat_map(|f| [&mut f.inside, &mut f.outside]) {
+        for selection in self.frontends.iter_mut().flat_map(|f| [&mut f.internal, &mut f.external]) {
             if let DesiredSelection::Table(at) = selection {
                 let new = *place[*at].get_or_insert_with(|| {
                     kept.push(self.tables[*at].clone());
@@ -165,8 +165,8 @@ pub(super) fn service(
 /// The backend selection under each traffic policy.
 struct Exits {
     cluster: DesiredSelection,
-    local_inside: DesiredSelection,
-    local_outside: DesiredSelection,
+    local_internal: DesiredSelection,
+    local_external: DesiredSelection,
 }
 
 impl Exits {
@@ -189,8 +189,8 @@ impl Exits {
         let local = if choice.local.is_empty() || !locally { None } else { Some(add(&choice.local)) };
         Self {
             cluster,
-            local_inside: local.unwrap_or(Reject),
-            local_outside: local.unwrap_or(if choice.any { Drop } else { Reject }),
+            local_internal: local.unwrap_or(Reject),
+            local_external: local.unwrap_or(if choice.any { Drop } else { Reject }),
         }
     }
 }
@@ -206,41 +206,41 @@ fn frontends(
     use DesiredSelection::{Pass, Reject};
     let ours = |address: &&IpAddr| Family::of(**address) == family;
     let at = |address: IpAddr, number: u16| FrontendKey::new(address, number, port.protocol);
-    let inside = match service.internal_policy {
+    let internal = match service.internal_policy {
         TrafficPolicy::Cluster => exits.cluster,
-        TrafficPolicy::Local => exits.local_inside,
+        TrafficPolicy::Local => exits.local_internal,
     };
-    let outside = match service.external_policy {
+    let external = match service.external_policy {
         TrafficPolicy::Cluster => exits.cluster,
-        TrafficPolicy::Local => exits.local_outside,
+        TrafficPolicy::Local => exits.local_external,
     };
     let masquerade = service.external_policy == TrafficPolicy::Cluster;
-    let cluster = |key, inside| DesiredFrontend {
+    let cluster = |key, internal| DesiredFrontend {
         key,
         kind: FrontendKind::ClusterIp,
-        inside,
-        outside: Pass,
+        internal,
+        external: Pass,
         masquerade: false,
         check_source: false,
     };
     for address in service.cluster_ips.iter().filter(ours) {
-        out.push(cluster(at(*address, port.port), inside));
+        out.push(cluster(at(*address, port.port), internal));
         if !out.iter().any(|f| f.key == FrontendKey::rest(*address)) {
             out.push(cluster(FrontendKey::rest(*address), Reject));
         }
     }
-    let external = |key, kind, inside, outside| DesiredFrontend {
+    let external_frontend = |key, kind, internal, external| DesiredFrontend {
         key,
         kind,
-        inside,
-        outside,
+        internal,
+        external,
         masquerade,
         check_source: kind == FrontendKind::LoadBalancer && !service.source_ranges.is_empty(),
     };
     let of_family = service.cluster_ips.iter().any(|address| Family::of(*address) == family);
     if of_family && port.node_port != 0 && matches!(service.kind, ServiceType::NodePort | ServiceType::LoadBalancer) {
         let key = FrontendKey::node(family, port.node_port, port.protocol);
-        out.push(external(key, FrontendKind::NodePort, exits.cluster, outside));
+        out.push(external_frontend(key, FrontendKind::NodePort, exits.cluster, external));
     }
     // Clients inside the cluster get any endpoint also under the external policy `Local`: their source address is preserved anyway.
     let short_cut = if settings.in_cluster_loadbalance { exits.cluster } else { Pass };
@@ -248,12 +248,12 @@ fn frontends(
     if service.kind == ServiceType::LoadBalancer {
         let served = service.ingress.iter().filter(|i| i.ip_mode == IpMode::VIP);
         for address in served.filter_map(|i| i.ip.as_ref()).filter(ours) {
-            let outside = if straight_to_pods { Pass } else { outside };
-            out.push(external(at(*address, port.port), FrontendKind::LoadBalancer, short_cut, outside));
+            let external = if straight_to_pods { Pass } else { external };
+            out.push(external_frontend(at(*address, port.port), FrontendKind::LoadBalancer, short_cut, external));
         }
     }
     for address in service.external_ips.iter().filter(ours) {
-        out.push(external(at(*address, port.port), FrontendKind::ExternalIp, short_cut, outside));
+        out.push(external_frontend(at(*address, port.port), FrontendKind::ExternalIp, short_cut, external));
     }
 }
 
@@ -333,8 +333,8 @@ pub(super) fn pod(pod: &Pod, node: &LocalNode) -> DesiredState {
             out.frontends.push(DesiredFrontend {
                 key,
                 kind: FrontendKind::HostPort,
-                inside: table,
-                outside: table,
+                internal: table,
+                external: table,
                 masquerade: false,
                 check_source: false,
             });

@@ -215,9 +215,9 @@ pub struct Frontend {
     /// Its kind.
     pub kind: FrontendKind,
     /// For clients on this node: pods and host processes.
-    pub inside: Selection,
+    pub internal: Selection,
     /// For external clients: their packets come in by the interfaces of the node.
-    pub outside: Selection,
+    pub external: Selection,
     /// Whether connections of external clients to a backend on another node are masqueraded (SNAT to this node).
     pub masquerade: bool,
     /// Whether external clients must be in one of the source ranges of the port; the others are dropped.

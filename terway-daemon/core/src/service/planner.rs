@@ -446,8 +446,8 @@ impl Planner {
                 let frontend = Frontend {
                     port: id,
                     kind: f.kind,
-                    inside: resolve(f.inside),
-                    outside: resolve(f.outside),
+                    internal: resolve(f.internal),
+                    external: resolve(f.external),
                     masquerade: f.masquerade,
                     check_source: f.check_source,
                     affinity_seconds: desired.affinity_seconds,

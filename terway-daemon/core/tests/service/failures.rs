@@ -141,7 +141,7 @@ fn two_services() -> World {
 }
 
 fn endpoints_of(world: &World, vip: &str) -> Vec<String> {
-    match oracle::resolve(&world.kernel, world.kernel.frontends[&FrontendKey::new(ip(vip), 80, TCP)].inside) {
+    match oracle::resolve(&world.kernel, world.kernel.frontends[&FrontendKey::new(ip(vip), 80, TCP)].internal) {
         Answer::Backends(_, shares) => shares.keys().map(|key| key.address.to_string()).collect(),
         other => vec![format!("{other:?}")],
     }

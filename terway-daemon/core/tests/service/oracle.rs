@@ -34,8 +34,8 @@ pub(crate) enum Answer {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Expected {
     pub(crate) kind: FrontendKind,
-    pub(crate) inside: Answer,
-    pub(crate) outside: Answer,
+    pub(crate) internal: Answer,
+    pub(crate) external: Answer,
     pub(crate) masquerade: bool,
     pub(crate) ranges: Option<Vec<ipnetwork::IpNetwork>>,
     pub(crate) affinity: u32,
@@ -210,11 +210,11 @@ pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings
                         answer(algorithm, &locals, if usable { Answer::Drop } else { Answer::Reject })
                     }
                 };
-                let mut add = |kind, address: IpAddr, number: u16, inside: &Answer, outside: &Answer| {
+                let mut add = |kind, address: IpAddr, number: u16, internal: &Answer, external: &Answer| {
                     if address.is_ipv6() != v6 {
                         return;
                     }
-                    let external = kind != FrontendKind::ClusterIp;
+                    let is_external = kind != FrontendKind::ClusterIp;
                     let ranges = (kind == FrontendKind::LoadBalancer && !service.source_ranges.is_empty())
                         .then(|| service.source_ranges.clone());
                     let key = if number == 0 {
@@ -224,9 +224,9 @@ pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings
                     };
                     let expected = Expected {
                         kind,
-                        inside: inside.clone(),
-                        outside: outside.clone(),
-                        masquerade: external && service.external_policy == TrafficPolicy::Cluster,
+                        internal: internal.clone(),
+                        external: external.clone(),
+                        masquerade: is_external && service.external_policy == TrafficPolicy::Cluster,
                         ranges,
                         affinity: service.affinity_seconds.unwrap_or(0),
                     };
@@ -245,9 +245,9 @@ pub(crate) fn expected(objects: &Objects, facts: &NodeFacts, settings: &Settings
                 if service.kind == ServiceType::LoadBalancer {
                     let eni = service.meta.annotations.get(BACKEND_TYPE) == Some("eni");
                     for ingress in service.ingress.iter().filter(|i| i.ip_mode != IpMode::Proxy) {
-                        let outside = if eni { &Answer::Pass } else { &from_outside };
+                        let external = if eni { &Answer::Pass } else { &from_outside };
                         if let Some(ip) = ingress.ip {
-                            add(FrontendKind::LoadBalancer, ip, port.port, &shortcut, outside);
+                            add(FrontendKind::LoadBalancer, ip, port.port, &shortcut, external);
                         }
                     }
                 }
@@ -300,8 +300,8 @@ fn host_ports(
                 let to_pod = Answer::Backends(Algorithm::Random, [(backend, 1)].into());
                 let expected = Expected {
                     kind: FrontendKind::HostPort,
-                    inside: to_pod.clone(),
-                    outside: to_pod,
+                    internal: to_pod.clone(),
+                    external: to_pod,
                     masquerade: false,
                     ranges: None,
                     affinity: 0,
@@ -345,8 +345,8 @@ pub(crate) fn seen(kernel: &MapContents) -> BTreeMap<FrontendKey, Expected> {
     let frontends = kernel.frontends.iter().map(|(key, f)| {
         let expected = Expected {
             kind: f.kind,
-            inside: resolve(kernel, f.inside),
-            outside: resolve(kernel, f.outside),
+            internal: resolve(kernel, f.internal),
+            external: resolve(kernel, f.external),
             masquerade: f.masquerade,
             ranges: f.check_source.then(|| ranges(f.port)),
             affinity: f.affinity_seconds,

@@ -244,5 +244,5 @@ fn oracle_distinguishes_states() {
     world.put(slice("e0", "s0", &[("", 8080, TCP)], vec![endpoint("10.0.0.1", ME)]));
     assert_ne!(world.expected(), empty);
     let key = terway_core::service::FrontendKey::new(ip("10.96.0.1"), 80, oracle::TCP);
-    assert!(matches!(world.expected().frontends[&key].inside, oracle::Answer::Backends(..)));
+    assert!(matches!(world.expected().frontends[&key].internal, oracle::Answer::Backends(..)));
 }

@@ -14,12 +14,12 @@ fn at(address: &str, port: u16) -> FrontendKey {
 }
 
 impl World {
-    fn inside(&self, key: FrontendKey) -> Answer {
-        resolve(&self.kernel, self.kernel.frontends[&key].inside)
+    fn internal(&self, key: FrontendKey) -> Answer {
+        resolve(&self.kernel, self.kernel.frontends[&key].internal)
     }
 
-    fn outside(&self, key: FrontendKey) -> Answer {
-        resolve(&self.kernel, self.kernel.frontends[&key].outside)
+    fn external(&self, key: FrontendKey) -> Answer {
+        resolve(&self.kernel, self.kernel.frontends[&key].external)
     }
 }
 
@@ -38,11 +38,11 @@ fn two_nodes() -> Vec<terway_core::objects::Endpoint> {
 fn cluster_ip_with_unknown_port_is_rejected() {
     let mut world = World::new();
     world.put(service("s", "10.96.0.1", &[("", 80, TCP)]));
-    assert_eq!(world.inside(FrontendKey::rest(ip("10.96.0.1"))), Answer::Reject);
-    assert_eq!(world.inside(at("10.96.0.1", 80)), Answer::Reject, "no endpoints");
+    assert_eq!(world.internal(FrontendKey::rest(ip("10.96.0.1"))), Answer::Reject);
+    assert_eq!(world.internal(at("10.96.0.1", 80)), Answer::Reject, "no endpoints");
     world.put(slice("e", "s", PORTS, two_nodes()));
-    assert_eq!(hosts(&world.inside(at("10.96.0.1", 80))), ["10.0.0.1", "10.0.0.2"]);
-    assert_eq!(world.outside(at("10.96.0.1", 80)), Answer::Pass, "a cluster address means nothing to those outside");
+    assert_eq!(hosts(&world.internal(at("10.96.0.1", 80))), ["10.0.0.1", "10.0.0.2"]);
+    assert_eq!(world.external(at("10.96.0.1", 80)), Answer::Pass, "a cluster address means nothing to those external");
 }
 
 #[test]
@@ -60,9 +60,9 @@ fn internal_and_external_traffic_policies() {
         world.put(s);
         world.put(slice("e", "s", PORTS, two_nodes()));
         let node_port = FrontendKey::node(Family::V4, 30_080, TCP);
-        assert_eq!(hosts(&world.inside(at("10.96.0.1", 80))).len(), vip);
-        assert_eq!(hosts(&world.outside(node_port)).len(), from_outside);
-        assert_eq!(hosts(&world.inside(node_port)).len(), 2, "inside the cluster, a node port leads to all");
+        assert_eq!(hosts(&world.internal(at("10.96.0.1", 80))).len(), vip);
+        assert_eq!(hosts(&world.external(node_port)).len(), from_outside);
+        assert_eq!(hosts(&world.internal(node_port)).len(), 2, "internal the cluster, a node port leads to all");
         assert_eq!(world.kernel.frontends[&node_port].masquerade, external == TrafficPolicy::Cluster);
     }
 }
@@ -78,9 +78,9 @@ fn local_policy_without_local_endpoints() {
     world.put(s);
     assert_eq!(world.health, [(31_000, 0)].into());
     world.put(slice("e", "s", PORTS, vec![endpoint("10.0.0.2", "other")]));
-    assert_eq!(world.inside(at("10.96.0.1", 80)), Answer::Reject, "as if there were no endpoint");
-    assert_eq!(world.outside(at("47.0.0.1", 80)), Answer::Drop, "the balancer will notice");
-    assert_eq!(hosts(&world.inside(at("47.0.0.1", 80))), ["10.0.0.2"]);
+    assert_eq!(world.internal(at("10.96.0.1", 80)), Answer::Reject, "as if there were no endpoint");
+    assert_eq!(world.external(at("47.0.0.1", 80)), Answer::Drop, "the balancer will notice");
+    assert_eq!(hosts(&world.internal(at("47.0.0.1", 80))), ["10.0.0.2"]);
     world.put(slice("e", "s", PORTS, two_nodes()));
     assert_eq!(world.health, [(31_000, 1)].into());
 }
@@ -98,8 +98,8 @@ fn load_balancer_ip_mode() {
     world.put(s);
     world.put(slice("e", "s", PORTS, two_nodes()));
     assert!(!world.kernel.frontends.contains_key(&at("47.0.0.1", 80)), "a proxy must see its traffic");
-    assert_eq!(hosts(&world.inside(at("47.0.0.2", 80))).len(), 2, "short-circuited");
-    assert_eq!(world.outside(at("47.0.0.2", 80)), Answer::Pass, "not the node's business");
+    assert_eq!(hosts(&world.internal(at("47.0.0.2", 80))).len(), 2, "short-circuited");
+    assert_eq!(world.external(at("47.0.0.2", 80)), Answer::Pass, "not the node's business");
 }
 
 #[test]
@@ -110,8 +110,8 @@ fn in_cluster_loadbalance_off() {
     s.ingress = vec![LoadBalancerIngress { ip: Some(ip("47.0.0.2")), ip_mode: IpMode::VIP }];
     world.put(s);
     world.put(slice("e", "s", PORTS, two_nodes()));
-    assert_eq!(world.inside(at("47.0.0.2", 80)), Answer::Pass);
-    assert_eq!(hosts(&world.outside(at("47.0.0.2", 80))).len(), 2);
+    assert_eq!(world.internal(at("47.0.0.2", 80)), Answer::Pass);
+    assert_eq!(hosts(&world.external(at("47.0.0.2", 80))).len(), 2);
 }
 
 #[test]
@@ -121,12 +121,12 @@ fn terminating_endpoints_are_fallback() {
     let mut leaving = endpoint("10.0.0.1", ME);
     (leaving.ready, leaving.terminating) = (false, true);
     world.put(slice("e", "s", PORTS, vec![leaving.clone(), endpoint("10.0.0.2", "other")]));
-    assert_eq!(hosts(&world.inside(at("10.96.0.1", 80))), ["10.0.0.2"]);
+    assert_eq!(hosts(&world.internal(at("10.96.0.1", 80))), ["10.0.0.2"]);
     world.put(slice("e", "s", PORTS, vec![leaving.clone()]));
-    assert_eq!(hosts(&world.inside(at("10.96.0.1", 80))), ["10.0.0.1"]);
+    assert_eq!(hosts(&world.internal(at("10.96.0.1", 80))), ["10.0.0.1"]);
     leaving.serving = false;
     world.put(slice("e", "s", PORTS, vec![leaving]));
-    assert_eq!(world.inside(at("10.96.0.1", 80)), Answer::Reject);
+    assert_eq!(world.internal(at("10.96.0.1", 80)), Answer::Reject);
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn topology_hints() {
     };
     let mut serve = |endpoints| {
         world.put(slice("e", "s", PORTS, endpoints));
-        hosts(&world.inside(at("10.96.0.1", 80)))
+        hosts(&world.internal(at("10.96.0.1", 80)))
     };
     let (near, far) = (hinted("10.0.0.1", &["z1"], &[]), hinted("10.0.0.2", &["z2"], &[]));
     assert_eq!(serve(vec![near.clone(), far.clone()]), ["10.0.0.1"]);
@@ -164,13 +164,13 @@ fn host_ports_and_node_ports() {
     };
     p.ports = Box::new([port(80, 8080), port(81, 30_081)]);
     world.put(p);
-    assert_eq!(hosts(&world.outside(FrontendKey::node(Family::V4, 8080, TCP))), ["10.0.0.9"]);
+    assert_eq!(hosts(&world.external(FrontendKey::node(Family::V4, 8080, TCP))), ["10.0.0.9"]);
     let mut s = service("s", "10.96.0.1", &[("", 80, TCP)]);
     s.kind = ServiceType::NodePort;
     s.ports[0].node_port = 30_081;
     let plan = world.put(s);
     assert_eq!(
-        world.outside(FrontendKey::node(Family::V4, 30_081, TCP)),
+        world.external(FrontendKey::node(Family::V4, 30_081, TCP)),
         Answer::Reject,
         "the Service has no endpoints, and the port"
     );

@@ -223,7 +223,7 @@ impl World {
             .kernel
             .frontends
             .values()
-            .flat_map(|f| [f.inside, f.outside])
+            .flat_map(|f| [f.internal, f.external])
             .filter_map(|s| match s {
                 terway_core::service::Selection::Table(id) => Some(id),
                 _ => None,

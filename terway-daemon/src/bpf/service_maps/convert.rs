@@ -76,8 +76,8 @@ pub(super) fn frontend_to_abi(
             BackendRange::default()
         }
     };
-    let internal = range(frontend.inside, frontend_flags::EXTERNAL_ONLY, 0);
-    let external = range(frontend.outside, frontend_flags::IN_CLUSTER_ONLY, frontend_flags::DROP_WITHOUT_REPLY);
+    let internal = range(frontend.internal, frontend_flags::EXTERNAL_ONLY, 0);
+    let external = range(frontend.external, frontend_flags::IN_CLUSTER_ONLY, frontend_flags::DROP_WITHOUT_REPLY);
     if frontend.check_source {
         flags |= frontend_flags::SOURCE_RANGES;
     }
@@ -91,11 +91,11 @@ pub(super) fn frontend_to_abi(
 pub(super) fn frontend_from_abi(
     key: FrontendKey,
     entry: &AbiFrontend,
-    inside: Selection,
-    outside: Selection,
+    internal: Selection,
+    external: Selection,
 ) -> Frontend {
     let is_local = entry.flags & frontend_flags::EXTERNAL_LOCAL != 0;
-    let kind = match outside {
+    let kind = match external {
         _ if key.is_node() => FrontendKind::NodePort,
         Selection::Pass if !is_local => FrontendKind::ClusterIp,
         _ => FrontendKind::LoadBalancer,
@@ -103,8 +103,8 @@ pub(super) fn frontend_from_abi(
     Frontend {
         port: PortId(entry.service),
         kind,
-        inside,
-        outside,
+        internal,
+        external,
         masquerade: kind != FrontendKind::ClusterIp && !is_local,
         check_source: entry.flags & frontend_flags::SOURCE_RANGES != 0,
         affinity_seconds: entry.affinity,

@@ -193,10 +193,10 @@ impl State {
                 tables.insert((range.first, range.count, algorithm), selection);
                 Ok(selection)
             };
-            let inside = selection(frontend.internal, frontend_flags::EXTERNAL_ONLY, false)?;
+            let internal = selection(frontend.internal, frontend_flags::EXTERNAL_ONLY, false)?;
             let drops = frontend.flags & frontend_flags::DROP_WITHOUT_REPLY != 0;
-            let outside = selection(frontend.external, frontend_flags::IN_CLUSTER_ONLY, drops)?;
-            contents.frontends.insert(*key, convert::frontend_from_abi(*key, frontend, inside, outside));
+            let external = selection(frontend.external, frontend_flags::IN_CLUSTER_ONLY, drops)?;
+            contents.frontends.insert(*key, convert::frontend_from_abi(*key, frontend, internal, external));
         }
         Ok(contents)
     }
@@ -251,7 +251,7 @@ impl State {
         let (mut failed, mut changed, mut places) = (Vec::new(), Vec::new(), Vec::new());
         for (place, op) in batch.iter().enumerate() {
             let Op::PutFrontend(key, frontend) = op else { continue };
-            let selections = [frontend.inside, frontend.outside];
+            let selections = [frontend.internal, frontend.external];
             let is_missing = |selection| matches!(selection, Selection::Table(id) if self.backends.table(id).is_none());
             if selections.into_iter().any(is_missing) {
                 failed.push((place, Arc::new(BpfError::Dependency("its backend table"))));

@@ -68,7 +68,7 @@ fn backends_round_trip() {
 fn frontends_round_trip_except_for_their_kind() {
     let place = |id: TableId| Some((BackendRange { first: id.0 * 10, count: 4 }, Algorithm::Maglev));
     let table = Selection::Table(TableId(3));
-    for (kind, inside, outside, masquerade) in [
+    for (kind, internal, external, masquerade) in [
         (FrontendKind::ClusterIp, table, Selection::Pass, false),
         (FrontendKind::LoadBalancer, table, Selection::Drop, false),
         (FrontendKind::LoadBalancer, Selection::Pass, table, true),
@@ -77,8 +77,8 @@ fn frontends_round_trip_except_for_their_kind() {
         let frontend = Frontend {
             port: PortId(9),
             kind,
-            inside,
-            outside,
+            internal,
+            external,
             masquerade,
             check_source: kind == FrontendKind::LoadBalancer,
             affinity_seconds: 600,
@@ -90,10 +90,10 @@ fn frontends_round_trip_except_for_their_kind() {
             0 => Selection::Reject,
             _ => Selection::Table(TableId(run.first / 10)),
         };
-        let inside = back(abi.internal, frontend_flags::EXTERNAL_ONLY, 0);
-        let outside = back(abi.external, frontend_flags::IN_CLUSTER_ONLY, frontend_flags::DROP_WITHOUT_REPLY);
+        let internal = back(abi.internal, frontend_flags::EXTERNAL_ONLY, 0);
+        let external = back(abi.external, frontend_flags::IN_CLUSTER_ONLY, frontend_flags::DROP_WITHOUT_REPLY);
         let key = FrontendKey::new(ip("47.0.0.1"), 80, Protocol::Tcp);
-        assert_eq!(frontend_from_abi(key, &abi, inside, outside), frontend);
+        assert_eq!(frontend_from_abi(key, &abi, internal, external), frontend);
     }
 }
 
@@ -327,9 +327,9 @@ fn full_frontend_map_refuses_one_frontend_and_serves_the_others() {
         let plan = planner.update(&objects, &applied);
         execute(&mut planner, &mut state, &plan);
     }
-    for (key, (_, _, inside, _)) in clients(&state).iter().filter(|(key, _)| key.protocol.is_some()) {
+    for (key, (_, _, internal, _)) in clients(&state).iter().filter(|(key, _)| key.protocol.is_some()) {
         assert_eq!(
-            inside.iter().map(|backend| backend.address.to_string()[..5].to_owned()).collect::<Vec<_>>(),
+            internal.iter().map(|backend| backend.address.to_string()[..5].to_owned()).collect::<Vec<_>>(),
             ["10.2."],
             "{key}"
         );
@@ -365,12 +365,12 @@ fn failed_operations_are_told_by_their_place() {
     let key = |n: u8| BackendKey { address: IpAddr::from([10, 0, 0, n]), port: 80, protocol: Protocol::Tcp };
     let backend = |n| Backend { key: key(n), state: BackendState::Ready, local: false, generation: 1 };
     let frontend = |n: u8, table| {
-        let (inside, outside) = (Selection::Table(TableId(table)), Selection::Pass);
+        let (internal, external) = (Selection::Table(TableId(table)), Selection::Pass);
         let kind = FrontendKind::ClusterIp;
         let key = FrontendKey::new(IpAddr::from([10, 96, 0, n]), 80, Protocol::Tcp);
         let port = PortId(n.into());
         let (masquerade, check_source, affinity_seconds) = (false, false, 0);
-        Op::PutFrontend(key, Frontend { port, kind, inside, outside, masquerade, check_source, affinity_seconds })
+        Op::PutFrontend(key, Frontend { port, kind, internal, external, masquerade, check_source, affinity_seconds })
     };
     let table = |id, slots| {
         let slots = vec![BackendRef { backend: BackendId(1), generation: 1 }; slots];
