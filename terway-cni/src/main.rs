@@ -5,16 +5,18 @@
 //! whatever the daemon was asked, it carries out or undoes by the attachment's key.
 
 mod client;
+mod loopback;
 mod netns;
 mod spool;
 mod verbs;
 
 use std::io::{IsTerminal as _, Read as _, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::Value;
-use terway_core::cni::{Failure, NetConf, Request, Version, version};
+use terway_core::cni::{ABOUT, Failure, NetConf, Request, Version, version};
 use terway_core::errors::{CNI_DECODE, CNI_IO, Error, INTERNAL};
 
 /// Most bytes of stdin that are read; a GC list of ten thousand attachments is about one MiB.
@@ -74,11 +76,16 @@ fn answer(request: &Request, stdin: &[u8], started: Instant) -> Answer {
         Ok(conf) => conf,
         Err(error) => return failed(error.into(), NetConf::version_of(stdin)),
     };
-    match conf.version.require(request.verb()).map_err(Failure::from).and_then(|()| verbs::run(request, &conf, started))
-    {
+    let run = || if is_loopback() { loopback::run(request, &conf) } else { verbs::run(request, &conf, started) };
+    match conf.version.require(request.verb()).map_err(Failure::from).and_then(|()| run()) {
         Ok(document) => Answer { document, failed: false },
         Err(failure) => failed(failure, Some(conf.version)),
     }
+}
+
+/// Whether the runtime called the plugin `loopback`, which is this binary under another name.
+fn is_loopback() -> bool {
+    std::env::args_os().next().is_some_and(|path| Path::new(&path).file_name() == Some(loopback::NAME.as_ref()))
 }
 
 fn failed(failure: Failure, version: Option<Version>) -> Answer {
@@ -104,7 +111,7 @@ fn print(document: &Value) -> bool {
 fn about() {
     let versions = Version::ALL.map(Version::as_str).join(", ");
     let text = format!(
-        "terway {}: CNI plugin for Kubernetes on Alibaba Cloud.\nCNI versions: {versions}. Called by the container runtime, with CNI_COMMAND set.\n",
+        "terway {}: {ABOUT}.\nCNI versions: {versions}. Called by the container runtime, with CNI_COMMAND set.\n",
         env!("CARGO_PKG_VERSION")
     );
     let _nobody_listens = std::io::stderr().write_all(text.as_bytes());

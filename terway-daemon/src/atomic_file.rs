@@ -23,6 +23,14 @@ pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     write_with(path, content, 0o600)
 }
 
+/// As [`write`], executable for all.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_executable(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_with(path, content, 0o755)
+}
+
 fn write_with(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let parent = path.parent().unwrap_or(Path::new("."));
     let mut name = path.file_name().unwrap_or_default().to_owned();
@@ -34,6 +42,10 @@ fn write_with(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
         _ => {}
     }
     let mut file = File::options().write(true).create_new(true).mode(mode).open(&temporary)?;
+    if mode & 0o111 != 0 {
+        // The umask must not decide who may execute it.
+        file.set_permissions(std::fs::Permissions::from_mode(mode))?;
+    }
     file.write_all(content)?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)?;

@@ -137,6 +137,8 @@ Connections go on. It lasts until it is switched off or the daemon restarts."
         #[arg(value_name = "on|off", value_parser = switch)]
         enabled: Option<bool>,
     },
+    /// Put the CNI plugin into the runtime's folder, as the DaemonSet's init container does; needs no daemon.
+    Install(install::Install),
     /// Check, explain and compare configurations (eni-config); needs no daemon.
     Config {
         #[command(subcommand)]
@@ -265,6 +267,10 @@ async fn run(cli: &Cli) -> Result<ExitCode> {
             });
             Ok(ExitCode::SUCCESS)
         }
+        Command::Install(arguments) => {
+            print(&install::run(arguments).map_err(Failure::Refused)?);
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Config { command } => config::run(command, style),
         Command::Explain { code } => {
             let unknown = || Failure::Usage(format!("{code} is no error code of this version"));
@@ -375,6 +381,7 @@ fn print(text: &str) {
 
 #[cfg(test)]
 mod help;
+mod install;
 
 #[cfg(test)]
 mod tests {

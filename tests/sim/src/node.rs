@@ -11,11 +11,12 @@ mod objects;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
 use serde_json::Value;
 use terway_proto::v1;
@@ -81,11 +82,11 @@ impl Node {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         mount(Some("bpf"), &work.join("bpf"), Some("bpf"), flags, Some("mode=0700"))
             .context("mount a BPF file system")?;
-        let plugin = options.bin_dir.join("terway");
-        std::os::unix::fs::symlink(&plugin, work.join("cni/terway"))?;
-        if Path::new("/usr/lib/cni/loopback").exists() {
-            std::os::unix::fs::symlink("/usr/lib/cni/loopback", work.join("cni/loopback"))?;
-        }
+        // As the init container of the DaemonSet does.
+        let mut install = Command::new(options.bin_dir.join("terway-cli"));
+        install.arg("install").arg("--plugin").arg(options.bin_dir.join("terway")).arg("--to").arg(work.join("cni"));
+        let installed = install.output().context("run terway-cli install")?;
+        ensure!(installed.status.success(), "terway-cli install: {}", String::from_utf8_lossy(&installed.stderr));
         let cgroup = Arc::new(Cgroup::create(&options.cgroups, netns, options.sockets)?);
         if options.sockets {
             ns.within(Arc::clone(&cgroup));

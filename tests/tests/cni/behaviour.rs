@@ -357,3 +357,51 @@ fn usage_on_terminal() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"), "{text}");
 }
+
+/// The same binary under the name `loopback`, as a runtime calls it for each pod, without a daemon.
+#[test]
+fn loopback_plugin_sets_lo_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let plugin = folder.path().join("loopback");
+    std::os::unix::fs::symlink(program(), &plugin).unwrap();
+    let pod = namespace();
+    pod.ip("link set lo down").unwrap();
+    let call = |verb: &str, netns: &str, more: Value| -> (bool, Value) {
+        let mut conf = json!({"cniVersion": "1.0.0", "name": "cni-loopback", "type": "loopback"});
+        conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let mut child = Command::new(&plugin)
+            .env_clear()
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", "c1")
+            .env("CNI_IFNAME", "lo")
+            .env("CNI_NETNS", netns)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(conf.to_string().as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        (output.status.success(), serde_json::from_slice(&output.stdout).unwrap_or_default())
+    };
+    let is_up = || pod.output("ip", &["-o", "link", "show", "lo"]).unwrap().contains("LOOPBACK,UP");
+    let path = pod.path().to_str().unwrap();
+    assert!(!is_up());
+    let (succeeds, error) = call("CHECK", path, json!({}));
+    assert!(!succeeds && error["msg"].is_string(), "{error}");
+    let (succeeds, result) = call("ADD", path, json!({}));
+    assert!(succeeds && is_up(), "{result}");
+    let addresses: Vec<_> = result["ips"].as_array().unwrap().iter().map(|ip| ip["address"].clone()).collect();
+    assert_eq!(addresses, ["127.0.0.1/8", "::1/128"]);
+    assert_eq!(
+        (result["interfaces"][0]["name"].clone(), result["interfaces"][0]["sandbox"].clone()),
+        (json!("lo"), json!(path))
+    );
+    // In a chain, the result of the plugins before it is passed on.
+    let (succeeds, passed) = call("ADD", path, json!({"prevResult": result.clone()}));
+    assert!(succeeds && passed == result, "{passed}");
+    assert!(call("CHECK", path, json!({"prevResult": result})).0);
+    assert!(call("DEL", path, json!({})).0 && is_up(), "lo goes with the namespace");
+    assert!(call("DEL", "/run/netns/gone", json!({})).0);
+    let (succeeds, error) = call("ADD", "/proc/self/ns/net", json!({}));
+    assert!(!succeeds && error["code"] == 8, "the node's own namespace is refused: {error}");
+}

@@ -21,6 +21,12 @@ pub use queue::QueuedDel;
 pub use result::CniResult;
 pub use version::Version;
 
+/// The file name of the plugin, which is also its `type` in a network configuration.
+pub const PLUGIN: &str = "terway";
+
+/// The text by which the plugin introduces itself to a human. The installer knows files of this project by it.
+pub const ABOUT: &str = "CNI plugin for Kubernetes on Alibaba Cloud";
+
 /// The daemon's unix socket, unless `daemon_socket` in the network configuration names another.
 pub const DEFAULT_SOCKET: &str = "/var/run/eni/terway.socket";
 
