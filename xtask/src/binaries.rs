@@ -16,7 +16,7 @@ use clap::ValueEnum;
 use crate::process;
 use crate::progress;
 use crate::setup::{self, Part};
-use crate::workspace::{Package, Workspace, is_root};
+use crate::workspace::{Package, Workspace, cargo_home, is_root};
 
 /// Tells suites, demonstration and benchmarks where the programs are.
 const BIN_DIR: &str = "TERWAY_BIN_DIR";
@@ -81,17 +81,44 @@ pub(crate) fn for_release(workspace: &Workspace, packages: &[Package], extra: &[
     Ok(dir)
 }
 
+/// Builds everything that the image holds, static and with optimisation, and returns its folder.
+///
+/// # Errors
+/// As [`for_tests`].
+pub(crate) fn for_image(workspace: &Workspace) -> Result<PathBuf> {
+    let dir = workspace.target.join("terway-bin-image");
+    let programs = ["terwayd", "terway-cli"];
+    let mut command = static_build(workspace, "release", "terway-daemon");
+    command.args(programs.iter().flat_map(|p| ["--bin", p]));
+    progress::build(&mut command, "building the static daemon with optimisation")?;
+    gather(&dir, &workspace.target.join(triple()).join("release"), &programs)?;
+    plugin(workspace, &dir)?;
+    Ok(dir)
+}
+
 /// The plugin: static, so that it starts without a loader and runs on any host.
 fn plugin(workspace: &Workspace, dir: &Path) -> Result<()> {
-    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", triple.to_uppercase().replace('-', "_"));
+    progress::build(&mut static_build(workspace, "cni", "terway-cni"), "building the plugin")?;
+    gather(dir, &workspace.target.join(triple()).join("cni"), &[PLUGIN])
+}
+
+fn triple() -> String {
+    format!("{}-unknown-linux-gnu", std::env::consts::ARCH)
+}
+
+/// A build of static programs that are the same whatever folders they are built in. glibc's resolver works statically since 2.34, which has
+/// `files` and `dns` of nsswitch.conf built in.
+fn static_build(workspace: &Workspace, profile: &str, package: &str) -> Command {
+    let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", triple().to_uppercase().replace('-', "_"));
+    let mut values = vec!["-Ctarget-feature=+crt-static".to_owned()];
+    values.push(format!("--remap-path-prefix={}=/src", workspace.root.display()));
+    values.extend(cargo_home().map(|home| format!("--remap-path-prefix={}=/cargo", home.display())));
     let mut command = workspace.cargo("build");
     command
-        .args(["--profile", "cni", "--package", "terway-cni", "--target", &triple])
+        .args(["--profile", profile, "--package", package, "--target", &triple()])
         // With --target these flags spare build scripts and macros, which cannot be static.
-        .env(flags, "-Ctarget-feature=+crt-static");
-    progress::build(&mut command, "building the plugin")?;
-    gather(dir, &workspace.target.join(triple).join("cni"), &[PLUGIN])
+        .env(flags, values.join(" "));
+    command
 }
 
 /// Puts programs into `dir`, each by one rename: a suite may be running the old one.

@@ -1,16 +1,22 @@
 //! `cargo xtask image`: the container image of the DaemonSet as an OCI archive (image-spec 1.1, image-layout.md), made
-//! without a container engine: one layer with the release build and the libraries it loads.
+//! without a container engine: one layer with three static programs, root certificates and the bill of materials; no shell, no libraries.
 //!
-//! `ctr -n k8s.io images import FILE` takes it. The same input gives the same digest.
+//! `ctr -n k8s.io images import FILE` takes it. The same sources and toolchain give the same digest, in whatever folder.
 
 mod archive;
+mod sbom;
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use object::Endianness;
+use object::elf::PT_INTERP;
+use object::read::elf::{ElfFile64, ProgramHeader as _};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -18,7 +24,6 @@ use self::archive::Archive;
 use crate::binaries;
 use crate::process;
 use crate::setup::{self, Part};
-use crate::vm::guest::{libraries, place};
 use crate::workspace::Workspace;
 
 /// Each program's place. The plugin lies where an init container copies it from.
@@ -27,35 +32,40 @@ const PROGRAMS: [(&str, &str); 3] =
 /// Root certificates: the daemon speaks TLS with the cloud.
 const CERTIFICATES: &str = "etc/ssl/certs/ca-certificates.crt";
 
+/// What the archive may take.
+const SIZE_LIMIT: u64 = 25 << 20;
+
 /// Builds the image and writes it to `output`, by default into cargo's build folder.
 ///
 /// # Errors
 /// The programs do not build, or a library or the root certificates are not on this machine.
 pub(crate) fn run(workspace: &Workspace, output: Option<PathBuf>, name: &str) -> Result<()> {
     setup::ensure(workspace, &[Part::Ebpf])?;
-    let packages = workspace.metadata()?;
-    let dir = binaries::for_release(workspace, &packages, &[])?;
+    let dir = binaries::for_image(workspace)?;
     let output = output.unwrap_or_else(|| workspace.target.join("terway-image.tar"));
+    let sbom = format!("{:#}\n", sbom::document(workspace, name)?);
     let work = tempfile::tempdir()?;
-    let layer = layer(&dir, work.path())?;
+    let layer = layer(&dir, work.path(), sbom.as_bytes())?;
     let file = File::create(&output).with_context(|| output.display().to_string())?;
     let digest = archive(BufWriter::new(file), &layer, name)?;
-    let size = fs::metadata(&output)?.len() >> 20;
-    println!("{}: {name}, {size} MiB, sha256:{digest}", output.display());
+    let beside = output.with_extension("spdx.json");
+    fs::write(&beside, &sbom).with_context(|| beside.display().to_string())?;
+    let size = fs::metadata(&output)?.len();
+    println!("{}: {name}, {:.1} MiB, sha256:{digest}", output.display(), size as f64 / f64::from(1 << 20));
+    println!("{}: its bill of materials, SPDX 2.3", beside.display());
+    ensure!(size <= SIZE_LIMIT, "the image is larger than {} MiB", SIZE_LIMIT >> 20);
     Ok(())
 }
 
 /// The one layer, uncompressed.
-fn layer(dir: &Path, work: &Path) -> Result<Vec<u8>> {
+fn layer(dir: &Path, work: &Path, sbom: &[u8]) -> Result<Vec<u8>> {
     let mut tar = Archive::new(Vec::new());
-    for name in ["bin", "lib", "lib64", "sbin"] {
-        tar.directory(&format!("usr/{name}"))?;
-        tar.link(name, &format!("usr/{name}"))?;
-    }
-    // Mount points of the DaemonSet.
-    for name in ["etc/eni", "proc", "run", "sys", "tmp", "var/lib/terway"] {
+    // Mount points: the root file system of the DaemonSet's containers is read-only.
+    for name in ["etc/cni/net.d", "etc/eni", "proc", "run/netns", "sys/fs/bpf", "tmp", "var/lib/cni/terway"] {
         tar.directory(name)?;
     }
+    tar.link("var/run", "../run")?;
+    tar.file("usr/share/doc/terway/sbom.spdx.json", 0o644, sbom)?;
     tar.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/usr/bin/terwayd\n")?;
     tar.file("etc/nsswitch.conf", 0o644, b"hosts: files dns\n")?;
     let certificates = fs::read(Path::new("/").join(CERTIFICATES))
@@ -65,12 +75,25 @@ fn layer(dir: &Path, work: &Path) -> Result<Vec<u8>> {
         let built = dir.join(program);
         let stripped = work.join(program);
         process::output(Command::new("strip").arg("-o").arg(&stripped).arg(&built))?;
-        tar.file(target, 0o755, &fs::read(&stripped)?)?;
-        for library in libraries(&built, None)? {
-            tar.file(&place(&library), 0o755, &fs::read(&library)?)?;
-        }
+        let content = fs::read(&stripped)?;
+        ensure!(is_static(&content)?, "{} loads libraries, and the image has none", built.display());
+        tar.file(target, 0o755, &content)?;
     }
     Ok(tar.finish()?)
+}
+
+/// Whether a program needs no loader (ELF: no segment of the type `PT_INTERP`).
+fn is_static(program: &[u8]) -> Result<bool> {
+    let elf = ElfFile64::<Endianness>::parse(program)?;
+    let endian = elf.endian();
+    Ok(!elf.elf_program_headers().iter().any(|header| header.p_type(endian) == PT_INTERP))
+}
+
+/// Compressed as registries store it: without the time and the name that gzip(1) adds.
+fn gzip(content: &[u8]) -> Result<Vec<u8>> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+    encoder.write_all(content)?;
+    Ok(encoder.finish()?)
 }
 
 /// Writes the layout around a layer; returns the digest of the manifest, by which the image is known.
@@ -86,12 +109,13 @@ fn archive(out: impl Write, layer: &[u8], name: &str) -> Result<String> {
             "size": content.len(),
         }))
     };
-    let layer = blob("layer.v1.tar", layer)?;
+    let diff_id = format!("sha256:{}", sha256(layer));
+    let layer = blob("layer.v1.tar+gzip", &gzip(layer)?)?;
     let config = json!({
         "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
         "os": "linux",
         "config": { "Entrypoint": ["/usr/bin/terwayd"], "Env": ["PATH=/usr/bin:/usr/sbin"], "WorkingDir": "/" },
-        "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
+        "rootfs": { "type": "layers", "diff_ids": [diff_id] },
     });
     let config = blob("config.v1+json", &serde_json::to_vec(&config)?)?;
     let manifest = json!({
@@ -99,6 +123,11 @@ fn archive(out: impl Write, layer: &[u8], name: &str) -> Result<String> {
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": config,
         "layers": [layer],
+        "annotations": {
+            "org.opencontainers.image.title": "terway",
+            "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
+            "org.opencontainers.image.licenses": env!("CARGO_PKG_LICENSE"),
+        },
     });
     let mut manifest = blob("manifest.v1+json", &serde_json::to_vec(&manifest)?)?;
     let digest = manifest["digest"].as_str().unwrap_or_default().trim_start_matches("sha256:").to_owned();
@@ -134,7 +163,7 @@ mod tests {
         let index = read(dir.path().join("index.json"));
         assert_eq!(index["manifests"][0]["digest"], format!("sha256:{digest}"));
         let manifest = read(dir.path().join("blobs/sha256").join(&digest));
-        assert_eq!(manifest["layers"][0]["digest"], format!("sha256:{}", sha256(b"layer")));
+        assert_eq!(manifest["layers"][0]["digest"], format!("sha256:{}", sha256(&gzip(b"layer").unwrap())));
         let again = archive(Vec::new(), b"layer", "localhost/terway:1").unwrap();
         assert_eq!(again, digest, "the same input gives the same image");
     }
