@@ -33,6 +33,9 @@ pub struct Options {
     /// Where the runtime looks for network configurations.
     #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
     pub cni_conf_dir: PathBuf,
+    /// Folder of the kernel's sysctls. That of a container is read-only: mount the node's /proc/sys/net as net in another folder.
+    #[arg(long, env = "TERWAY_SYSCTL_DIR", default_value = "/proc/sys", value_name = "DIR")]
+    pub sysctl_dir: PathBuf,
     /// Rename the files of other plugins that the runtime would take before terway's; without it they are only reported.
     #[arg(long)]
     pub cni_exclusive: bool,

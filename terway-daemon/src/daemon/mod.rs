@@ -15,6 +15,7 @@ use tracing::info;
 use crate::conflist::Conflist;
 use crate::memory;
 use crate::metrics;
+use crate::net;
 use crate::options::Options;
 use crate::reload;
 use crate::socket;
@@ -31,6 +32,7 @@ use self::state::Persistent;
 pub async fn run(options: Options) -> Result<(), Error> {
     let start = Instant::now();
     memory::map_large_tables();
+    net::set_sysctl_dir(options.sysctl_dir.clone());
     let (mut registry, metrics) = metrics::new_registry();
 
     let _lock = state::lock(&options)?;

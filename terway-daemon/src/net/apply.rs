@@ -2,7 +2,8 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use terway_core::route::{NetOp, Rule, Selector, Step, StepNetns};
 
@@ -193,6 +194,17 @@ fn already_done(op: &NetOp, errno: i32) -> bool {
     }
 }
 
+/// Where the kernel's sysctls are, unless [`set_sysctl_dir`] names another place.
+const PROC_SYS: &str = "/proc/sys";
+
+static SYSCTLS: OnceLock<PathBuf> = OnceLock::new();
+
+/// Sets the folder of sysctls of this process, once and before any is used. A container's own `/proc/sys` is read-only; the node's `/proc/sys/net`
+/// can be mounted elsewhere, and shows each thread the sysctls of its own network namespace (fs/proc/proc_sysctl.c, `net_ctl_header_lookup`).
+pub fn set_sysctl_dir(dir: PathBuf) {
+    let _set_before = SYSCTLS.set(dir);
+}
+
 /// Writes a sysctl in the calling thread's namespace, unless it already has the value.
 fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
     if read_sysctl(path).is_ok_and(|found| found == value) {
@@ -211,5 +223,5 @@ fn sysctl_path(path: &str) -> io::Result<std::path::PathBuf> {
     if path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not the path of a sysctl"));
     }
-    Ok(Path::new("/proc/sys").join(path))
+    Ok(SYSCTLS.get().map_or(Path::new(PROC_SYS), PathBuf::as_path).join(path))
 }

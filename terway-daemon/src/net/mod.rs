@@ -21,6 +21,7 @@ mod pod;
 mod sockdiag;
 pub(crate) mod socket;
 
+pub use apply::set_sysctl_dir;
 pub use cookie::netns_cookie;
 pub use error::NetError;
 pub use host::{ConnectTimings, Host, Links};
