@@ -29,6 +29,12 @@ mod programs {
     use terway_ebpf::kernel::verdict::Verdict;
     use terway_ebpf::parse::ethertype;
 
+    /// The licence that the kernel reads (`license_is_gpl_compatible`, include/linux/license.h): helpers that are for GPL-compatible programs
+    /// only are used. These crates may be taken under GPL-2.0-only as well as under Apache-2.0 (LICENSE.md).
+    #[unsafe(no_mangle)]
+    #[unsafe(link_section = "license")]
+    static LICENSE: [u8; 4] = *b"GPL\0";
+
     /// Ingress of the host end of a pod's veth: what the pod sends.
     #[classifier]
     #[inline(always)]
