@@ -18,7 +18,7 @@ use crate::process;
 use crate::workspace::Workspace;
 
 /// What stands at the top: the parts of the product, and what every Rust project has.
-const TOP: [&str; 23] = [
+const TOP: [&str; 25] = [
     ".cargo",
     ".ci",
     ".gitattributes",
@@ -28,8 +28,10 @@ const TOP: [&str; 23] = [
     "CONTRIBUTING.md",
     "Cargo.lock",
     "Cargo.toml",
-    "LICENSE",
+    "LICENSE.md",
+    "LICENSES",
     "README.md",
+    "SECURITY.md",
     "clippy.toml",
     "deny.toml",
     "docs",
@@ -44,7 +46,7 @@ const TOP: [&str; 23] = [
     "xtask",
 ];
 /// Of these, what may be missing.
-const OPTIONAL: [&str; 2] = [".gitattributes", "LICENSE"];
+const OPTIONAL: [&str; 1] = [".gitattributes"];
 /// Files of this size are data.
 const LARGEST_TEXT: u64 = 2 << 20;
 
