@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use terway_core::config::{ConfigDocuments, ConfigMapData, KeyLocation, by_name};
 use tracing::warn;
 
-use super::Outcome;
+use super::Reading;
 use crate::atomic_file;
 use crate::file_watch::SWAPPED;
 
@@ -39,7 +39,7 @@ impl Paths {
     ///
     /// # Errors
     /// One sentence that names the file.
-    pub fn read(&self) -> Outcome {
+    pub fn read(&self) -> Reading {
         Ok(ConfigDocuments {
             data: read_data(&self.config)?,
             overlay: self.overlay.as_ref().map(|path| read_data(path)).transpose()?,
@@ -47,7 +47,7 @@ impl Paths {
     }
 
     /// Keeps what was read. The file has the access key in it, as the ConfigMap has, and is for root alone.
-    pub(super) fn save_last_good(&self, read: &Outcome) {
+    pub(super) fn save_last_good(&self, read: &Reading) {
         let (Some(path), Ok(ConfigDocuments { data, overlay })) = (&self.kept, read) else { return };
         let document = json!({"data": data, "overlay": overlay}).to_string();
         if fs::read(path).is_ok_and(|old| old == document.as_bytes()) {

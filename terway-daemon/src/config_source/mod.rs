@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use parking_lot::{Mutex, MutexGuard};
-use terway_core::config::{Config, ConfigDocuments, LiveConfig, Warning};
+use terway_core::config::{Config, ConfigDocuments, ConfigOrigin, LiveConfig, Outcome, Warning};
 use terway_core::errors::{self, Error};
 use tokio::sync::watch::{Receiver, Sender};
 use tracing::{error, info, warn};
@@ -23,7 +23,7 @@ pub use self::status::{ConfigMetrics, ConfigStatus, Edit, Failure};
 const READ_EVERY: Duration = Duration::from_secs(60);
 
 /// What reading gave: the documents, or why not.
-type Outcome = Result<ConfigDocuments, String>;
+type Reading = Result<ConfigDocuments, String>;
 
 /// The configuration of this node, now and as it changes.
 #[derive(Debug)]
@@ -31,6 +31,7 @@ pub struct ConfigSource {
     paths: Paths,
     metrics: ConfigMetrics,
     published: Sender<Arc<Config>>,
+    outcome: Sender<Outcome>,
     state: Mutex<State>,
 }
 
@@ -38,7 +39,7 @@ pub struct ConfigSource {
 struct State {
     live: LiveConfig,
     /// What was read last, good or bad: the same again is no news.
-    read: Outcome,
+    read: Reading,
     status: ConfigStatus,
 }
 
@@ -74,7 +75,8 @@ impl ConfigSource {
         let live = LiveConfig::new(config);
         let status = ConfigStatus::start(&live, warnings, failure);
         let published = Sender::new(Arc::clone(live.effective()));
-        Ok(Self { paths, metrics, published, state: Mutex::new(State { live, read, status }) })
+        let outcome = Sender::new(status.outcome(ConfigOrigin::Files));
+        Ok(Self { paths, metrics, published, outcome, state: Mutex::new(State { live, read, status }) })
     }
 
     /// What is in force now.
@@ -87,6 +89,12 @@ impl ConfigSource {
     #[must_use]
     pub fn subscribe(&self) -> Receiver<Arc<Config>> {
         self.published.subscribe()
+    }
+
+    /// The outcome of the latest reading, now and later.
+    #[must_use]
+    pub fn outcomes(&self) -> Receiver<Outcome> {
+        self.outcome.subscribe()
     }
 
     /// What the last edits did.
@@ -151,10 +159,16 @@ impl ConfigSource {
             *held = effective;
             new
         });
+        let outcome = state.status.outcome(ConfigOrigin::Files);
+        self.outcome.send_if_modified(|held| {
+            let new = *held != outcome;
+            *held = outcome;
+            new
+        });
     }
 }
 
-fn validate(read: &Outcome) -> Result<(Config, Vec<Warning>), Box<Failure>> {
+fn validate(read: &Reading) -> Result<(Config, Vec<Warning>), Box<Failure>> {
     let failure =
         |code, result, detail| Box::new(Failure { at: SystemTime::now(), result, error: Error::new(code, detail) });
     let documents = read.as_ref().map_err(|reason| failure(errors::CONFIG_UNREADABLE, "unreadable", reason.clone()))?;

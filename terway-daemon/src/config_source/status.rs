@@ -8,7 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-use terway_core::config::{KeyChange, LiveConfig, Warning};
+use terway_core::config::{ConfigOrigin, KeyChange, LiveConfig, Outcome, Warning};
 use terway_core::errors::Error;
 
 /// How many edits are remembered.
@@ -62,6 +62,16 @@ impl ConfigStatus {
             pending_restart: Vec::new(),
             recent: VecDeque::new(),
             warnings,
+        }
+    }
+
+    /// What the cluster is told.
+    pub(super) fn outcome(&self, origin: ConfigOrigin) -> Outcome {
+        Outcome {
+            origin,
+            generation: self.generation,
+            refusal: self.failure.as_ref().map(|failure| failure.error.clone()),
+            warnings: self.warnings.clone(),
         }
     }
 

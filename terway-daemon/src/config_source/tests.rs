@@ -177,12 +177,16 @@ async fn a_bad_edit_keeps_what_is_in_force_and_says_why() {
     bench.until("refused", |c, s| c.max_idle == 6 && s.failure.as_ref().is_some_and(|f| f.result == "refused")).await;
     let detail = bench.source.status().failure.unwrap().error.detail;
     assert!(detail.contains("ip_stack") && detail.contains("vswitches") && !detail.contains("hush"), "{detail}");
+    let outcomes = bench.source.outcomes();
+    assert_eq!((outcomes.borrow().reason(), outcomes.borrow().generation), ("ConfigRefused", 2));
+    assert!(outcomes.borrow().message().contains("ip_stack"), "{}", outcomes.borrow().message());
 
     // Back to what is in force: no change, and no failure any more.
     fs::write(bench.path("eni_conf"), &whole).unwrap();
     bench.until_max_idle(6).await;
     let (text, status) = (bench.metrics(), bench.source.status());
     assert_eq!((status.generation, status.recent.len()), (2, 1));
+    assert!(outcomes.has_changed().unwrap() && outcomes.borrow().reason() == "ConfigAccepted");
     for line in [
         "terway_config_last_reload_successful 1",
         "terway_config_reload_total{result=\"applied\"} 3",

@@ -12,6 +12,7 @@ mod documents;
 mod keys;
 mod live;
 mod merge;
+mod outcome;
 mod raw;
 mod secret;
 mod units;
@@ -32,6 +33,7 @@ pub use self::documents::{ConfigDocuments, ConfigMapData};
 pub use self::keys::{KEYS, Key, KeyDefault, KeyLocation, Kind, REMOVED, TakesEffect, by_name, nearest};
 pub use self::live::LiveConfig;
 pub use self::merge::merge;
+pub use self::outcome::{ConfigOrigin, NODE_LABEL, Outcome};
 pub use self::secret::Secret;
 pub use self::units::Ratio;
 
