@@ -311,6 +311,18 @@ catalogue! {
     POLICY_INCOMPLETE = "TW0508", "policy-incomplete", 100,
         "Pods of this node are held back, because their labels are not known yet and a policy may restrict them.",
         "See that the source of objects (--objects) tells of the pods that the message names; they are let go as soon as it does.";
+    /// A write to the API server that fails.
+    KUBE_WRITE_FAILED = "TW0601", "kube-write-failed", 100,
+        "The API server does not take what the daemon writes: events, conditions, annotations or taints.",
+        "If it is forbidden, apply the role of manifests/base/rbac.yaml. The daemon tries again by itself; pods are not affected.";
+    /// The node's own condition `NetworkUnavailable` is True.
+    NETWORK_UNAVAILABLE = "TW0602", "network-unavailable", 100,
+        "The Node has the condition NetworkUnavailable=True, so that no pods are scheduled to it: a cloud controller waits for a route that this network does not need.",
+        "Run the cloud controller manager with --configure-cloud-routes=false, or terwayd with --clear-network-unavailable.";
+    /// kubelet's limit of pods is above the number of addresses.
+    MAX_PODS = "TW0603", "max-pods", 100,
+        "The kubelet of this node takes more pods than the instance can have addresses for: the last ones would wait in ContainerCreating.",
+        "Set maxPods of the kubelet to the number of addresses plus the number of pods in the host network, or use an instance type with more ENIs or addresses.";
 }
 
 /// An error on its way to a user: a code and the particulars.

@@ -11,6 +11,7 @@ pub mod conntrack;
 pub mod errors;
 pub mod ident;
 pub mod ipam;
+pub mod kube_writes;
 pub mod machine;
 pub mod objects;
 pub mod policy;

@@ -29,7 +29,7 @@ pub use cluster_policy::{
 };
 pub use meta::{Interner, Labels, ObjectMeta};
 pub use network_policy::{Direction, IpBlock, NetworkPolicy, Peer, PolicyPort, PolicyRule};
-pub use node::{AddressKind, Namespace, Node};
+pub use node::{AddressKind, Namespace, Node, NodeCondition, Taint};
 pub use pod::{Phase, Pod, PodPort};
 pub use pod_demand::{PodDemand, needs_all_pods};
 pub use selector::{BadSelector, LabelSelector, Operator, Requirement};

@@ -138,7 +138,7 @@ fn any_pod() -> impl Strategy<Value = Pod> {
 
 fn any_node() -> impl Strategy<Value = Node> {
     (any::<bool>(), prop::option::of(prop_oneof![Just("z1"), Just("z2")]), 1..3u8).prop_map(|(mine, zone, address)| {
-        let mut node = Node { meta: meta(if mine { ME } else { "other" }), addresses: Vec::new() };
+        let mut node = Node { meta: meta(if mine { ME } else { "other" }), addresses: Vec::new(), ..Node::default() };
         node.meta.object.namespace = "".into();
         node.meta.labels = zone.map(|z| ("topology.kubernetes.io/zone", z)).into_iter().collect();
         node.addresses.push((AddressKind::Internal, ip(&format!("192.168.0.{address}"))));
