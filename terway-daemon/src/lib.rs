@@ -20,6 +20,7 @@ mod grpc;
 pub mod http;
 pub mod identity;
 mod inotify;
+pub mod kube_writes;
 mod memory;
 pub mod metrics;
 pub mod net;

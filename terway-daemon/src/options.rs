@@ -3,12 +3,14 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{ArgAction, Parser};
 
 use crate::cloud::{EndpointNetwork, KEY_FOLDER, Scheme, SignatureMethod};
 use crate::config_source::Paths;
+use crate::kube_writes::EventLevel;
 use crate::objects::{NodeContext, Origin};
 use crate::services::CgroupAt;
+use terway_core::kube_writes::NodeSettings;
 use terway_core::service::SocketTermination;
 
 /// The node daemon of the terway container network.
@@ -46,6 +48,18 @@ pub struct Options {
     /// Address and port of an API server, tried before those that are learned from the cluster; may be repeated.
     #[arg(long, env = "TERWAY_API_SERVERS", value_delimiter = ',', value_name = "ADDRESS:PORT")]
     pub api_server: Vec<SocketAddr>,
+    /// Which Kubernetes events are written about pods and the node, with --objects kube.
+    #[arg(long, env = "TERWAY_EVENTS", value_enum, default_value_t, value_name = "WHICH")]
+    pub events: EventLevel,
+    /// Whether the condition SufficientIP and the annotation k8s.aliyun.com/max-available-ip of the own Node are written, with --objects kube.
+    #[arg(long, env = "TERWAY_NODE_STATUS", default_value_t = true, action = ArgAction::Set, value_name = "BOOL")]
+    pub node_status: bool,
+    /// Set the condition NetworkUnavailable of the own Node to False when a cloud controller has set it to True; without it that is only reported.
+    #[arg(long, env = "TERWAY_CLEAR_NETWORK_UNAVAILABLE")]
+    pub clear_network_unavailable: bool,
+    /// Key of a taint that is removed from the own Node when pods can start.
+    #[arg(long, env = "TERWAY_STARTUP_TAINT", value_name = "KEY")]
+    pub startup_taint: Option<String>,
     /// The cgroup (version 2) whose processes get Services translated at connect(): its folder, or none; default: the root cgroup.
     #[arg(long, env = "TERWAY_CGROUP", value_name = "PATH")]
     pub cgroup: Option<CgroupAt>,
@@ -145,6 +159,16 @@ impl Options {
             api_servers: self.api_server.clone(),
             api_servers_file: self.state_dir.join("api-servers"),
             time_scale: self.time_scale,
+        }
+    }
+
+    /// What is written to the own Node.
+    #[must_use]
+    pub fn node_settings(&self) -> NodeSettings {
+        NodeSettings {
+            has_status: self.node_status,
+            clears_network_unavailable: self.clear_network_unavailable,
+            startup_taint: self.startup_taint.clone(),
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use terway_core::config::KeyChange;
 use terway_core::errors::{self, Error};
 use terway_core::ident::{AttachmentKey, PodRef};
+use terway_core::kube_writes::Reason;
 use terway_proto::v1;
 use terway_proto::v1::node_network_server::{NodeNetwork, NodeNetworkServer};
 use tokio_stream::wrappers::BroadcastStream;
@@ -21,6 +22,7 @@ use crate::datapath_log::DatapathLog;
 use crate::engine::{AddRequest, Engine, Filter, RecentAndLive, dropped_packet};
 use crate::grpc::{self, attachment, error_detail};
 use crate::http;
+use crate::kube_writes::KubeWrites;
 use crate::metrics::{Metrics, Phase, Verb};
 use crate::objects::Feed;
 use crate::policy::Policies;
@@ -43,6 +45,7 @@ pub(crate) struct Service {
     pub(crate) conflist: Arc<Conflist>,
     pub(crate) datapath_log: Arc<DatapathLog>,
     pub(crate) metrics: Metrics,
+    pub(crate) kube_writes: Arc<KubeWrites>,
 }
 
 impl Service {
@@ -86,6 +89,48 @@ impl Service {
                 warn!(api, code = error.code.id, detail = error.detail, "call failed");
                 Err(status(&error))
             }
+        }
+    }
+}
+
+/// Tells the outcome of an ADD as an event on its pod, also when the runtime gives up before there is one.
+struct AddOutcome<'a> {
+    service: &'a Service,
+    pod: &'a PodRef,
+    start: Instant,
+    is_told: bool,
+}
+
+impl<'a> AddOutcome<'a> {
+    const fn new(service: &'a Service, pod: &'a PodRef, start: Instant) -> Self {
+        Self { service, pod, start, is_told: false }
+    }
+
+    fn tell(mut self, result: Result<v1::Network, Error>) -> Result<v1::Network, Error> {
+        self.is_told = true;
+        let writes = &self.service.kube_writes;
+        match &result {
+            Ok(network) => {
+                let addresses: Vec<&str> =
+                    network.addresses.iter().map(|a| a.cidr.split('/').next().unwrap_or_default()).collect();
+                let message = format!("Alloc IP {} took {:?}", addresses.join(","), self.start.elapsed());
+                writes.record_on_pod(self.pod, Reason::AllocIpSucceed, message);
+            }
+            Err(error) => {
+                writes.record_on_pod(self.pod, Reason::AllocIpFailed, format!("{error} {}", error.code.remedy));
+            }
+        }
+        result
+    }
+}
+
+impl Drop for AddOutcome<'_> {
+    fn drop(&mut self) {
+        if !self.is_told {
+            let error = self.service.engine.pool_state_view().1.into_iter().next();
+            let error = error.unwrap_or_else(|| Error::new(errors::DEADLINE, ""));
+            let message = format!("{error} {}", error.code.remedy);
+            self.service.kube_writes.record_on_pod(self.pod, Reason::AllocIpFailed, message);
         }
     }
 }
@@ -182,8 +227,12 @@ impl NodeNetwork for Service {
                 mtu: (request.mtu > 0).then_some(request.mtu),
             };
             let (key, pod) = (add.key.clone(), add.pod.clone());
-            self.services_synced().await?;
-            let network = self.engine.add(add).await?;
+            let outcome = AddOutcome::new(self, &pod, start);
+            let added = async {
+                self.services_synced().await?;
+                self.engine.add(add).await
+            };
+            let network = outcome.tell(added.await)?;
             let addresses: Vec<&str> = network.addresses.iter().map(|a| a.cidr.as_str()).collect();
             info!(%pod, container = key.container_id, eni = network.eni, ?addresses, took = ?start.elapsed(), "pod added");
             Ok(v1::AddPodResponse { network: Some(network) })
@@ -229,6 +278,7 @@ impl NodeNetwork for Service {
             status.configuration = Some(configuration);
             status.problems.extend(self.objects.problems().iter().map(error_detail));
             status.problems.extend(self.services.problems().iter().map(error_detail));
+            status.problems.extend(self.kube_writes.problems().iter().map(error_detail));
             status.problems.extend(self.conflist.problem().iter().map(error_detail));
             status.problems.extend(self.http.problem().iter().map(error_detail));
             status.problems.extend(supervise::problems().iter().map(error_detail));

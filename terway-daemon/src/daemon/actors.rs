@@ -23,6 +23,7 @@ use crate::config_source::ConfigSource;
 use crate::conntrack::{Conntrack, ConntrackMetrics};
 use crate::engine::{self, Engine, NodeInfo, Parts};
 use crate::identity::Node;
+use crate::kube_writes::{self, KubeWriteMetrics, KubeWrites};
 use crate::metrics::Metrics;
 use crate::net::Host;
 use crate::objects::{Feed, ObjectMetrics, ObjectStore, Subscriber, feed};
@@ -42,6 +43,7 @@ pub(super) struct Actors {
     pub(super) policies: Arc<Policies>,
     pub(super) conntrack: Arc<Conntrack>,
     pub(super) datapath: Arc<Datapath>,
+    pub(super) kube_writes: Arc<KubeWrites>,
 }
 
 impl Actors {
@@ -91,6 +93,18 @@ impl Actors {
             end_sockets: options.end_sockets,
             host: Arc::clone(&host),
         };
+        let context = options.node_context();
+        let api = options.objects.as_ref().and_then(|origin| origin.api_client(&context));
+        let kube_writes = KubeWrites::new(kube_writes::Setup {
+            api: api.clone(),
+            objects: Arc::clone(&objects),
+            node: info.node.clone(),
+            settings: options.node_settings(),
+            events: options.events,
+            config: source.subscribe(),
+            metrics: KubeWriteMetrics::new(registry),
+            time_scale: options.time_scale,
+        });
         let engine = Engine::new(Parts {
             pool,
             origin: Instant::now(),
@@ -109,12 +123,13 @@ impl Actors {
         let pods = Arc::clone(&engine);
         let services = Services::start(services, move || pods.pod_namespaces());
         let feed = Feed::start(feed::Setup {
-            open: feed::open(options.objects.clone(), options.node_context()),
+            open: feed::open(options.objects.clone(), context, api),
             store: objects,
             // The order of delivery: see the feed's contract.
             subscribers: vec![
                 Arc::clone(&policies) as Arc<dyn Subscriber>,
                 Arc::clone(&services) as Arc<dyn Subscriber>,
+                Arc::clone(&kube_writes) as Arc<dyn Subscriber>,
             ],
             metrics: ObjectMetrics::new(registry),
         });
@@ -124,7 +139,7 @@ impl Actors {
             ConntrackMetrics::new(registry),
             options.time_scale,
         );
-        Ok(Self { engine, feed, services, policies, conntrack, datapath })
+        Ok(Self { engine, feed, services, policies, conntrack, datapath, kube_writes })
     }
 }
 

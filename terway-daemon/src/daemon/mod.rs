@@ -4,6 +4,7 @@ mod actors;
 mod background;
 mod kernel;
 mod node;
+mod node_state;
 mod serve;
 mod state;
 

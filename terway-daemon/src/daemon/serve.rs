@@ -13,6 +13,7 @@ use super::actors::Actors;
 use super::background::Background;
 use crate::config_source::ConfigSource;
 use crate::conflist::Conflist;
+use crate::kube_writes::NodeState;
 use crate::metrics::Metrics;
 use crate::server::Service;
 use crate::socket;
@@ -45,6 +46,7 @@ pub(super) async fn until_stopped(
         conflist: Arc::clone(conflist),
         datapath_log: Arc::clone(&background.datapath_log),
         metrics: metrics.clone(),
+        kube_writes: Arc::clone(&actors.kube_writes),
     };
     let server = tonic::transport::Server::builder().add_service(service.into_server());
     let until_stopped = async {
@@ -57,6 +59,7 @@ pub(super) async fn until_stopped(
         let conflist = Arc::clone(conflist);
         move || Arc::clone(&conflist).run()
     });
+    actors.kube_writes.start(&(Arc::new(actors.node_state()) as Arc<dyn NodeState>));
     serving();
 
     let outcome = tokio::select! {

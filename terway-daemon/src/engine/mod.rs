@@ -66,6 +66,8 @@ pub struct Engine {
     durable: watch::Sender<u64>,
     /// When the pool wants its next tick.
     wake: watch::Sender<Option<Moment>>,
+    /// Changes with every step of the pool.
+    stepped: watch::Sender<()>,
     /// Set once, when the daemon must end.
     fatal: watch::Sender<Option<Error>>,
     origin: Instant,
@@ -117,6 +119,7 @@ impl Engine {
             let effects = state.pool.step(event, self.now());
             self.dispatch(state, effects);
         });
+        self.stepped.send_replace(());
     }
 
     /// Feeds a request and waits for its answer. When the caller goes away, the request is cancelled; work under way goes on.

@@ -88,6 +88,7 @@ impl Engine {
             pool_state: Mutex::new(pool_state),
             durable: watch::Sender::new(0),
             wake: watch::Sender::new(None),
+            stepped: watch::Sender::new(()),
             fatal: watch::Sender::new(None),
             origin,
             store,

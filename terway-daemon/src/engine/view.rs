@@ -9,10 +9,11 @@ use terway_abi::Drop;
 use terway_core::clock::Moment;
 use terway_core::cloud::{self, CloudError, EniKind};
 use terway_core::errors::{self, Error};
-use terway_core::ident::{AttachmentKey, EniId, VSwitchId};
+use terway_core::ident::{Addresses, AttachmentKey, EniId, PodRef, VSwitchId};
 use terway_core::ipam::{AddressView, EniPhase, EniView, Phase, Stats, VSwitchView};
 use terway_core::route::host_ifname;
 use terway_proto::v1;
+use tokio::sync::watch;
 
 use super::Engine;
 use super::pod::{PodOptions, net_error};
@@ -83,6 +84,26 @@ impl Engine {
             return Ok(());
         }
         state.pool.problems().into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// The pool in numbers, and what is wrong with it.
+    #[must_use]
+    pub fn pool_state_view(&self) -> (Stats, Vec<Error>) {
+        let state = self.pool_state();
+        (state.pool.stats(), state.pool.problems())
+    }
+
+    /// Pods whose network is complete, with their addresses.
+    #[must_use]
+    pub fn attached(&self) -> Vec<(PodRef, Addresses)> {
+        let all = self.pool_state().pool.list();
+        all.into_iter().filter(|view| view.phase == Phase::Ready).map(|view| (view.pod, view.lease.addresses)).collect()
+    }
+
+    /// Changes with every step of the pool.
+    #[must_use]
+    pub fn pool_changes(&self) -> watch::Receiver<()> {
+        self.stepped.subscribe()
     }
 
     /// Cloud calls that are being repeated.

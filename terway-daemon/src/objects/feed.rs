@@ -37,8 +37,8 @@ use tracing::{error, info};
 
 use super::store::StoreWriter;
 use super::{
-    Batch, EmptySource, NodeContext, ObjectChanges, ObjectMetrics, ObjectSource, ObjectStore, Origin, Problem, Scope,
-    SourceError,
+    ApiClient, Batch, EmptySource, NodeContext, ObjectChanges, ObjectMetrics, ObjectSource, ObjectStore, Origin,
+    Problem, Scope, SourceError,
 };
 use crate::actor::batch;
 use crate::supervise;
@@ -62,11 +62,11 @@ pub trait Subscriber: Send + Sync {
 /// Opens the object source; called again after each failure.
 pub type OpenSource = Box<dyn Fn() -> Result<Box<dyn ObjectSource>, SourceError> + Send + Sync>;
 
-/// Opens the source that `--objects` names, or an empty one.
+/// Opens the source that `--objects` names, or an empty one. The API server is read by `api`, if given.
 #[must_use]
-pub fn open(origin: Option<Origin>, context: NodeContext) -> OpenSource {
+pub fn open(origin: Option<Origin>, context: NodeContext, api: Option<Arc<ApiClient>>) -> OpenSource {
     Box::new(move || match &origin {
-        Some(origin) => origin.open(&context),
+        Some(origin) => origin.open(&context, api.as_ref()),
         None => Ok(Box::new(EmptySource)),
     })
 }

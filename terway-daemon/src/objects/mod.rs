@@ -14,7 +14,8 @@ mod tests;
 
 pub use dir::DirSource;
 pub use feed::{Feed, KindStatus, Subscriber};
-pub use kube::{Credentials, KubeSource};
+pub use kube::{ApiClient, Credentials, KubeSource};
+pub(crate) use kube::{ApiError, PatchType};
 pub use metrics::ObjectMetrics;
 pub use source::{Batch, EmptySource, NodeContext, ObjectSource, Origin, Problem, Scope, SourceError, Update};
 pub use store::{ObjectChanges, ObjectStore, Stored};

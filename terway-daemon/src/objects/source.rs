@@ -5,12 +5,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use terway_core::objects::{Change, Kind, Object, ObjectKey};
 use tokio::sync::mpsc;
 
-use super::{Credentials, DirSource, KubeSource};
+use super::kube::api_client;
+use super::{ApiClient, Credentials, DirSource, KubeSource};
 
 /// An update of the object store. Updates are applied in the order in which a source sends them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -159,10 +161,26 @@ impl Origin {
     ///
     /// # Errors
     /// When the source cannot be reached now; opening may be tried again.
-    pub fn open(&self, context: &NodeContext) -> Result<Box<dyn ObjectSource>, SourceError> {
+    pub fn open(
+        &self,
+        context: &NodeContext,
+        api: Option<&Arc<ApiClient>>,
+    ) -> Result<Box<dyn ObjectSource>, SourceError> {
         match self {
             Self::Dir(path) => Ok(Box::new(DirSource::new(path)?)),
-            Self::Kube(credentials) => Ok(Box::new(KubeSource::new(credentials.clone(), context.clone()))),
+            Self::Kube(credentials) => {
+                let api = api.map_or_else(|| api_client(credentials.clone(), context), Arc::clone);
+                Ok(Box::new(KubeSource::new(api, context.node.clone(), context.time_scale)))
+            }
+        }
+    }
+
+    /// Makes the client of the API server; none if the objects come from elsewhere.
+    #[must_use]
+    pub fn api_client(&self, context: &NodeContext) -> Option<Arc<ApiClient>> {
+        match self {
+            Self::Dir(_) => None,
+            Self::Kube(credentials) => Some(api_client(credentials.clone(), context)),
         }
     }
 }

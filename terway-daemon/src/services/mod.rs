@@ -146,6 +146,12 @@ impl Services {
         matches!(waited, Ok(Ok(_)))
     }
 
+    /// Whether the maps hold the Services.
+    #[must_use]
+    pub fn is_in_force(&self) -> bool {
+        *self.in_force.borrow()
+    }
+
     /// Status of the programs that resolve Services at the socket.
     pub async fn socket_path(&self) -> SocketPathStatus {
         self.sockets.status().await

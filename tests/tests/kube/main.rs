@@ -4,6 +4,7 @@ mod manifests;
 mod rbac;
 mod rig;
 mod scale;
+mod writes;
 
 use std::time::{Duration, Instant};
 

@@ -12,7 +12,8 @@ use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use terway_core::objects::{Applied, Kind, Objects};
 use terway_daemon::objects::{
-    Credentials, Feed, NodeContext, ObjectChanges, ObjectMetrics, ObjectStore, Origin, Stored, Subscriber, feed,
+    ApiClient, Credentials, Feed, NodeContext, ObjectChanges, ObjectMetrics, ObjectStore, Origin, Stored, Subscriber,
+    feed,
 };
 use terway_sim::apiserver::{ApiServer, DAEMON, Programs, User};
 use terway_sim::netns::NetNs;
@@ -80,7 +81,8 @@ impl Rig {
         let store = Arc::new(ObjectStore::default());
         let log = Arc::new(Log::default());
         // Replaced by `follow`; until then there is nothing to read.
-        let feed = feed_of(&runtime, &store, &log, feed::open(None, context(folder.path(), 1)))?;
+        let feed =
+            feed_of(&runtime, &store, vec![Arc::clone(&log) as _], feed::open(None, context(folder.path(), 1), None))?;
         let rig = Self { server, feed, store, log, runtime: Some(runtime), folder };
         rig.server.apply(&[
             json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": NODE }, "status": { "addresses": [{ "type": "InternalIP", "address": "10.0.0.1" }] } }),
@@ -101,13 +103,31 @@ impl Rig {
 
     /// Reads the API as a user.
     pub(crate) fn follow_as(&mut self, user: User<'_>, time_scale: u32) -> Result<()> {
+        self.follow_with(user, time_scale, |_, _| Vec::new())
+    }
+
+    /// Reads the API as a user, for further subscribers, which are made with the client and the store.
+    pub(crate) fn follow_with(
+        &mut self,
+        user: User<'_>,
+        time_scale: u32,
+        subscribers: impl FnOnce(Arc<ApiClient>, Arc<ObjectStore>) -> Vec<Arc<dyn Subscriber>>,
+    ) -> Result<()> {
         let origin = Origin::Kube(Credentials::Kubeconfig(self.server.kubeconfig(user)?));
         self.store = Arc::new(ObjectStore::default());
         self.log = Arc::new(Log::default());
-        let runtime = self.runtime.as_ref().context("a runtime")?;
-        let open = feed::open(Some(origin), context(self.folder.path(), time_scale));
-        self.feed = feed_of(runtime, &self.store, &self.log, open)?;
+        let context = context(self.folder.path(), time_scale);
+        let api = origin.api_client(&context).context("a client")?;
+        let mut all: Vec<Arc<dyn Subscriber>> = vec![Arc::clone(&self.log) as _];
+        all.extend(subscribers(Arc::clone(&api), Arc::clone(&self.store)));
+        let open = feed::open(Some(origin), context, Some(api));
+        self.feed = feed_of(self.runtime()?, &self.store, all, open)?;
         Ok(())
+    }
+
+    /// The runtime whose threads live in the server's namespace.
+    pub(crate) fn runtime(&self) -> Result<&Runtime> {
+        self.runtime.as_ref().context("a runtime")
     }
 
     pub(crate) fn objects(&self) -> impl Deref<Target = Stored> {
@@ -137,7 +157,7 @@ impl Rig {
         self.poll("no problem", || self.feed.problems().is_empty())
     }
 
-    fn poll(&self, what: &str, done: impl Fn() -> bool) -> Result<()> {
+    pub(crate) fn poll(&self, what: &str, done: impl Fn() -> bool) -> Result<()> {
         let deadline = Instant::now() + LIMIT;
         while !done() {
             if Instant::now() > deadline {
@@ -177,13 +197,18 @@ fn context(folder: &std::path::Path, time_scale: u32) -> NodeContext {
     }
 }
 
-fn feed_of(runtime: &Runtime, store: &Arc<ObjectStore>, log: &Arc<Log>, open: feed::OpenSource) -> Result<Arc<Feed>> {
-    let (store, log) = (Arc::clone(store), Arc::clone(log));
+fn feed_of(
+    runtime: &Runtime,
+    store: &Arc<ObjectStore>,
+    subscribers: Vec<Arc<dyn Subscriber>>,
+    open: feed::OpenSource,
+) -> Result<Arc<Feed>> {
+    let store = Arc::clone(store);
     let (sender, receiver) = mpsc::channel();
     // On a thread of the runtime: those live in the namespace.
     runtime.spawn(async move {
         let metrics = ObjectMetrics::new(&mut Registry::default());
-        let _sent = sender.send(Feed::start(feed::Setup { open, store, subscribers: vec![log], metrics }));
+        let _sent = sender.send(Feed::start(feed::Setup { open, store, subscribers, metrics }));
     });
     receiver.recv().context("the feed did not start")
 }

@@ -113,6 +113,7 @@ fn values() -> Vec<(&'static str, BoxedStrategy<Value>)> {
         ("conntrack_gc_interval", prop_oneof![period(), Just(json!("0s"))].boxed()),
         ("conntrack_gc_max_interval", (10..600u32).prop_map(|s| json!(format!("{s}s"))).boxed()),
         ("flow_events_one_in", upto(1000)),
+        ("enable_patch_pod_ips", any::<bool>().prop_map(Value::from).boxed()),
         ("degradation", one_of(&["", "l0", "l1"])),
     ]
 }

@@ -108,6 +108,7 @@ pub(super) fn check(reader: &mut Reader, extras: ConfigMapExtras) -> Config {
         degradation: reader.choice(keys::DEGRADATION, [Degradation::None, Degradation::L0, Degradation::L1]),
         policy_enabled: extras.policy_enabled,
         flow_events_one_in: reader.count(keys::FLOW_EVENTS_ONE_IN),
+        patch_pod_ips: reader.flag(keys::ENABLE_PATCH_POD_IPS),
         in_cluster_loadbalance: extras.in_cluster_loadbalance,
     };
     reader.rest();

@@ -123,6 +123,7 @@ impl Config {
             degradation,
             policy_enabled,
             flow_events_one_in,
+            patch_pod_ips,
             in_cluster_loadbalance,
         } = self;
         let (id, secret) = match access_key {
@@ -170,6 +171,7 @@ impl Config {
             (keys::DEGRADATION, word(keys::DEGRADATION, *degradation as usize)),
             (keys::DISABLE_NETWORK_POLICY, (!policy_enabled).into()),
             (keys::FLOW_EVENTS_ONE_IN, (*flow_events_one_in).into()),
+            (keys::ENABLE_PATCH_POD_IPS, (*patch_pod_ips).into()),
             (keys::IN_CLUSTER_LOADBALANCE, (*in_cluster_loadbalance).into()),
             (keys::CNI_CONF, mtu.map(|mtu| json!({"mtu": mtu})).into()),
         ];

@@ -316,6 +316,8 @@ keys! {
         "For emergencies: l0 makes no call of the cloud API at all and serves pods from what the node has; l1 makes none that releases something.";
     FLOW_EVENTS_ONE_IN = "flow_events_one_in", EniConf, Whole { least: 0, most: MOST_SAMPLED }, Literal("0"), "", Now,
         "New connections that terway-cli flows shows: 1 all, N one in N by chance, 0 none; fifty a second for each CPU at most. Dropped packets are shown in any case.";
+    ENABLE_PATCH_POD_IPS = "enable_patch_pod_ips", EniConf, Flag, Literal("true"), "", Now,
+        "Writes the addresses of a pod into its annotation k8s.aliyun.com/pod-ips; needs --objects kube.";
     DISABLE_NETWORK_POLICY = "disable_network_policy", ConfigMap, TextFlag, Literal("false"), "", Now,
         "Turns NetworkPolicy off. Every value but false, 0 and the empty string does.";
     IN_CLUSTER_LOADBALANCE = "in_cluster_loadbalance", ConfigMap, TextFlag, Literal("true"), "", Restart,
@@ -340,8 +342,6 @@ keys! {
         "Requests to the API server at most.";
     KUBE_CLIENT_BURST = "kube_client_burst", EniConf, Whole { least: 0, most: 100_000 }, Literal("0"), "requests", Unsupported,
         "Requests to the API server at once.";
-    ENABLE_PATCH_POD_IPS = "enable_patch_pod_ips", EniConf, Flag, Literal("false"), "", Unsupported,
-        "Writes the addresses of a pod into its annotation k8s.aliyun.com/pod-ips.";
     FELIX_RELAY_SERVICE = "felix_relay_service", ConfigMap, Text, Literal(""), "", Unsupported,
         "The relay of an external policy agent; policies are enforced by the daemon's own datapath.";
 }

@@ -164,6 +164,8 @@ pub struct Config {
     pub policy_enabled: bool,
     /// One in so many new connections is told to who asks for flows; 0 none (`flow_events_one_in`).
     pub flow_events_one_in: u32,
+    /// Whether pods are annotated with their addresses (`enable_patch_pod_ips`).
+    pub patch_pod_ips: bool,
     /// Whether pods' connections to external addresses of Services stay in the cluster (`in_cluster_loadbalance`).
     pub in_cluster_loadbalance: bool,
 }

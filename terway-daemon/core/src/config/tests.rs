@@ -38,7 +38,7 @@ fn examples() -> Value {
         "ipv6_prefix_count": 1, "service_cidr": "172.16.0.0/16", "host_stack_cidrs": ["169.254.20.10"], "flow_events_one_in": 10,
         "extra_routes": [{"dst": "192.168.0.0/16"}], "region_id": "cn-hangzhou", "access_key": "id", "access_secret": "hush",
         "credential_path": "/var/addon/token-config", "rate_limit": {"DescribeVSwitches": 10},
-        "backoff_override": {"eni_ops": {"Duration": "5s"}}, "degradation": "l1",
+        "backoff_override": {"eni_ops": {"Duration": "5s"}}, "degradation": "l1", "enable_patch_pod_ips": false,
     });
     let conntrack = json!({
         "bpf_ct_timeout_tcp": "1h", "bpf_ct_timeout_tcp_syn": "20s", "bpf_ct_timeout_tcp_fin": 5, "bpf_ct_timeout_udp": "2m",

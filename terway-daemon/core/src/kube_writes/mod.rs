@@ -7,6 +7,7 @@ mod event;
 mod node;
 mod pod;
 mod recorder;
+mod repeat;
 mod supply;
 mod token_bucket;
 
@@ -14,6 +15,7 @@ pub use event::{Event, EventTarget, EventType, Reason};
 pub use node::{MAX_AVAILABLE_IP, NodeFacts, NodeSettings, NodeWrite, network_unavailable, node_problems, node_writes};
 pub use pod::{POD_IPS, pod_ips};
 pub use recorder::{EventRecorder, EventWrite, Next, Recorded, Stamp, WriteOutcome};
+pub use repeat::RepeatLimiter;
 pub use supply::{AddressSupply, SupplyMonitor};
 
 /// The field manager of all writes (`metadata.managedFields`).

@@ -29,6 +29,9 @@ const WRITE_INTERVAL: Duration = Duration::from_millis(200);
 /// Records that may wait for being written; further ones are dropped.
 const WAITING: usize = 1000;
 
+/// Refused writes of an object in a row after which it is given up.
+const REFUSALS: u32 = 5;
+
 /// A moment on both clocks.
 #[derive(Clone, Copy, Debug)]
 pub struct Stamp {
@@ -90,8 +93,10 @@ pub enum WriteOutcome {
     Written,
     /// The object of an update is not there any more (events live for an hour), or its name is taken.
     Recreate,
-    /// The API server will never take it.
+    /// The API server refuses it. A server that is just starting forbids what it allows a moment later, so it is tried again some times.
     Refused,
+    /// Nobody needs it any more: its namespace is gone.
+    Obsolete,
     /// It may be tried again.
     Failed,
 }
@@ -119,6 +124,8 @@ struct Record {
     written: Option<u32>,
     first: SystemTime,
     last: SystemTime,
+    /// Refused writes in a row.
+    refusals: u32,
 }
 
 impl Record {
@@ -197,7 +204,7 @@ impl EventRecorder {
         self.next_record += 1;
         self.waiting += 1;
         let name = self.name(&key.similar.target, id);
-        let record = Record { id, name, message, count: 1, written: None, first: at.wall, last: at.wall };
+        let record = Record { id, name, message, count: 1, written: None, first: at.wall, last: at.wall, refusals: 0 };
         self.records.insert(key, record);
         Recorded::Waiting
     }
@@ -228,7 +235,7 @@ impl EventRecorder {
         match outcome {
             WriteOutcome::Written => {
                 let Some((_, record)) = self.records.get_index_mut(index) else { return };
-                record.written = Some(write.count);
+                (record.written, record.refusals) = (Some(write.count), 0);
                 if !record.is_dirty() {
                     self.waiting -= 1;
                 }
@@ -240,6 +247,16 @@ impl EventRecorder {
                 (record.name, record.written) = (name, None);
             }
             WriteOutcome::Refused => {
+                let Some((key, mut record)) = self.records.shift_remove_index(index) else { return };
+                record.refusals += 1;
+                if record.refusals < REFUSALS {
+                    // Behind the others, which may not be refused.
+                    self.records.insert(key, record);
+                } else {
+                    self.waiting -= 1;
+                }
+            }
+            WriteOutcome::Obsolete => {
                 self.records.shift_remove_index(index);
                 self.waiting -= 1;
             }
@@ -422,10 +439,15 @@ mod tests {
     }
 
     #[test]
-    fn refused_event_is_forgotten() {
+    fn refused_event_lets_others_go_first_and_is_given_up_in_the_end() {
         let mut recorder = recorder();
         recorder.record(of_pod("web", "x"), at(0));
+        recorder.record(of_pod("gone", "x"), at(0));
         write(&mut recorder, 0, WriteOutcome::Refused);
+        assert_eq!(write(&mut recorder, 0, WriteOutcome::Obsolete).target.name(), "gone");
+        for _ in 0..4 {
+            assert_eq!(write(&mut recorder, 0, WriteOutcome::Refused).target.name(), "web");
+        }
         assert_eq!((recorder.next(at(0).moment), recorder.waiting(), recorder.records.len()), (Next::Idle, 0, 0));
     }
 

@@ -33,6 +33,10 @@ const PING_WITHIN: Duration = Duration::from_secs(15);
 const HEAD_WITHIN: Duration = Duration::from_secs(60);
 /// The time for the next chunk of a list.
 const CHUNK_WITHIN: Duration = Duration::from_secs(30);
+/// The time for the answer to a write.
+const WRITE_WITHIN: Duration = Duration::from_secs(30);
+/// The largest reply to a write that is read: an object has at most 1.5 MiB in etcd.
+const WRITE_REPLY: usize = 8 << 20;
 /// The name that requests carry; the connector resolves every name to [`Servers::in_order`].
 const HOST: &str = "kubernetes.default.svc";
 /// The largest body of an error that is read.
@@ -49,7 +53,7 @@ pub enum Credentials {
 
 /// Why a request has failed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ApiError {
+pub(crate) enum ApiError {
     /// The credentials cannot be read or used.
     #[error("credentials: {0}")]
     Credentials(String),
@@ -73,7 +77,7 @@ pub(super) enum ApiError {
 
 impl ApiError {
     /// The HTTP status, if the server answered with an error.
-    pub(super) fn status(&self) -> Option<StatusCode> {
+    pub(crate) fn status(&self) -> Option<StatusCode> {
         match self {
             Self::Status { status, .. } => Some(*status),
             _ => None,
@@ -81,8 +85,33 @@ impl ApiError {
     }
 }
 
-/// A client of one cluster.
-pub(super) struct ApiClient {
+/// How the body of a PATCH request is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PatchType {
+    /// JSON Merge Patch (RFC 7396).
+    Merge,
+    /// Kubernetes' own, which merges lists by key.
+    Strategic,
+    /// JSON Patch (RFC 6902).
+    Json,
+    /// Server-side apply.
+    Apply,
+}
+
+impl PatchType {
+    const fn content_type(self) -> &'static str {
+        match self {
+            Self::Merge => "application/merge-patch+json",
+            Self::Strategic => "application/strategic-merge-patch+json",
+            Self::Json => "application/json-patch+json",
+            // JSON is YAML.
+            Self::Apply => "application/apply-patch+yaml",
+        }
+    }
+}
+
+/// A client of one cluster's API: everything that the daemon asks and writes shares its connection.
+pub struct ApiClient {
     credentials: Credentials,
     servers: Arc<Servers>,
     /// None until the first request, and after the server has refused the credentials.
@@ -100,11 +129,15 @@ impl ApiClient {
         Self { credentials, servers, current: Mutex::new(None) }
     }
 
+    /// The addresses of the cluster's servers.
+    pub(super) const fn servers(&self) -> &Arc<Servers> {
+        &self.servers
+    }
+
     /// Sends a GET request. A reply that is not a success is an error.
     ///
     /// `encoded` allows the server to compress the body; a watch must not, because each of its events is to be decoded at once.
     pub(super) async fn get(&self, path: &str, encoded: bool) -> Result<Response<Body>, ApiError> {
-        let client = self.client().await?;
         let mut request = Request::get(path)
             .header(header::ACCEPT, "application/json")
             .body(Body::empty())
@@ -112,13 +145,42 @@ impl ApiClient {
         if !encoded {
             request.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         }
-        let reply = match timeout(HEAD_WITHIN, client.send(request)).await {
+        self.send(request, HEAD_WITHIN).await
+    }
+
+    /// Creates an object by a POST request to the path of its collection.
+    pub(crate) async fn create(&self, path: &str, object: &serde_json::Value) -> Result<(), ApiError> {
+        self.write(Request::post(path).header(header::CONTENT_TYPE, "application/json"), object).await
+    }
+
+    /// Changes an object by a PATCH request to its path.
+    pub(crate) async fn patch(&self, path: &str, kind: PatchType, patch: &serde_json::Value) -> Result<(), ApiError> {
+        self.write(Request::patch(path).header(header::CONTENT_TYPE, kind.content_type()), patch).await
+    }
+
+    async fn write(&self, request: http::request::Builder, body: &serde_json::Value) -> Result<(), ApiError> {
+        let request = request
+            .header(header::ACCEPT, "application/json")
+            .body(Body::from(body.to_string().into_bytes()))
+            .map_err(|error| ApiError::Reply(error.to_string()))?;
+        let reply = self.send(request, WRITE_WITHIN).await?;
+        // Read to its end, so that the stream is closed in good order.
+        let body = http_body_util::Limited::new(reply.into_body(), WRITE_REPLY).collect();
+        // The write has happened, whatever becomes of its reply.
+        let _read = timeout(CHUNK_WITHIN, body).await;
+        Ok(())
+    }
+
+    /// Sends a request. A reply that is not a success is an error.
+    async fn send(&self, request: Request<Body>, within: Duration) -> Result<Response<Body>, ApiError> {
+        let client = self.client().await?;
+        let reply = match timeout(within, client.send(request)).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(error)) => return Err(ApiError::Connection(chain(&error))),
             Err(_) => {
                 // The connection may be dead without a word; the next request makes another one.
                 self.forget().await;
-                return Err(ApiError::Connection(format!("no answer within {} s", HEAD_WITHIN.as_secs())));
+                return Err(ApiError::Connection(format!("no answer within {} s", within.as_secs())));
             }
         };
         if let Some(info) = reply.extensions().get::<HttpInfo>() {

@@ -19,14 +19,14 @@ use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use terway_core::objects::Kind;
 use tokio::sync::{Semaphore, mpsc};
 
-use self::client::ApiClient;
 use self::list_watch::{ListWatch, Pacing, Resource};
 use self::merge::Merger;
 use self::servers::Servers;
 use super::{Batch, NodeContext, ObjectSource, SourceError};
 use crate::actor::sleep_until;
 
-pub use client::Credentials;
+pub use client::{ApiClient, Credentials};
+pub(crate) use client::{ApiError, PatchType};
 
 /// Batches of events that wait for the merger.
 const WAITING: usize = 64;
@@ -37,16 +37,25 @@ const NARROW_AFTER: Duration = Duration::from_secs(600);
 /// See the [module](self).
 #[derive(Debug)]
 pub struct KubeSource {
-    credentials: Credentials,
-    context: NodeContext,
+    api: Arc<ApiClient>,
+    node: String,
+    time_scale: u32,
 }
 
 impl KubeSource {
     /// Makes a source; it connects when it runs.
     #[must_use]
-    pub const fn new(credentials: Credentials, context: NodeContext) -> Self {
-        Self { credentials, context }
+    pub const fn new(api: Arc<ApiClient>, node: String, time_scale: u32) -> Self {
+        Self { api, node, time_scale }
     }
+}
+
+/// Makes the client of a cluster; it connects with its first request.
+#[must_use]
+pub(super) fn api_client(credentials: Credentials, context: &NodeContext) -> Arc<ApiClient> {
+    let servers = Arc::new(Servers::open(context.api_servers_file.clone()));
+    servers.add_configured(&context.api_servers);
+    Arc::new(ApiClient::new(credentials, servers))
 }
 
 /// The streams of the source. Their order is the order in which they are listed: first what an ADD waits for.
@@ -118,11 +127,7 @@ impl Stream {
 #[async_trait]
 impl ObjectSource for KubeSource {
     async fn run(self: Box<Self>, batches: mpsc::Sender<Batch>) -> Result<(), SourceError> {
-        let Self { credentials, context } = *self;
-        let NodeContext { node, api_servers, api_servers_file, time_scale } = context;
-        let servers = Arc::new(Servers::open(api_servers_file));
-        servers.add_configured(&api_servers);
-        let api = Arc::new(ApiClient::new(credentials, Arc::clone(&servers)));
+        let Self { api, node, time_scale } = *self;
         let turn = Arc::new(Semaphore::new(1));
         let (sender, mut events) = mpsc::channel(WAITING);
         let start = |stream: Stream| ListWatch {
@@ -141,7 +146,7 @@ impl ObjectSource for KubeSource {
         let mut others: Option<AbortHandle> = None;
         let mut unneeded_since: Option<Instant> = None;
         let narrow_after = NARROW_AFTER / time_scale.max(1);
-        let mut merger = Merger::new(servers);
+        let mut merger = Merger::new(Arc::clone(api.servers()));
         if batches.send(merger.begin()).await.is_err() {
             return Ok(());
         }
