@@ -12,8 +12,8 @@ mod objects;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -57,6 +57,8 @@ pub struct Node {
     options: DaemonOptions,
     cgroup: Arc<Cgroup>,
     configuration: configuration::Mounted,
+    /// The kubeconfig by which the daemon reads objects from an API server, instead of the folder of manifests.
+    api_server: Mutex<Option<PathBuf>>,
     /// Numbers the pods that tests make by hand.
     pods: AtomicU32,
 }
@@ -103,6 +105,7 @@ impl Node {
             containerd: None,
             options,
             cgroup,
+            api_server: Mutex::default(),
             pods: AtomicU32::new(0),
         })
     }
@@ -125,6 +128,11 @@ impl Node {
     #[must_use]
     pub const fn netns(&self) -> &Arc<NetNs> {
         &self.ns
+    }
+
+    /// From its next start on the daemon reads objects from an API server, and writes to it.
+    pub fn set_api_server(&self, kubeconfig: PathBuf) {
+        *self.api_server.lock().unwrap_or_else(PoisonError::into_inner) = Some(kubeconfig);
     }
 
     /// Its work folder.

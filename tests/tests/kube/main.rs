@@ -1,6 +1,7 @@
 //! The object source `kube` against a real kube-apiserver and etcd, in a network namespace without a way out.
 
 mod manifests;
+mod node;
 mod rbac;
 mod rig;
 mod scale;

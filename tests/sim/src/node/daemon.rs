@@ -177,7 +177,9 @@ impl Node {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        if self.options.objects {
+        if let Some(kubeconfig) = self.api_server.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            command.arg("--objects").arg(format!("kube:{}", kubeconfig.display()));
+        } else if self.options.objects {
             command.arg("--objects").arg(format!("dir:{}", self.objects_dir().display()));
         }
         if self.options.panics {
