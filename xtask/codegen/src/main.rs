@@ -1,10 +1,11 @@
-//! Files written from other files and committed: the gRPC code from `proto/**/*.proto`, `docs/errors.md` from the error catalogue, and
-//! `docs/configuration.md` from the table of configuration keys.
+//! Files written from other files and committed: the gRPC code from `proto/**/*.proto`, `docs/errors.md` from the error catalogue,
+//! `docs/configuration.md` from the table of configuration keys, and `docs/plan.md` from the capacity of the address pool.
 //!
 //! Committed, so that a build needs neither `protoc` nor these dependencies, and a review sees what changes for the callers. A program of its
 //! own, so that the other chores are built without terway-core: `cargo xtask codegen [--check]` runs it.
 
 mod configuration;
+mod plan;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -41,6 +42,7 @@ fn run(check: bool) -> anyhow::Result<()> {
     let root = Path::new(&manifest).ancestors().nth(2).context("this package lies inside the workspace")?;
     let files = [
         (root.join("proto/src/generated.rs"), rpc(&root.join("proto"))?),
+        (root.join("docs/plan.md"), plan::page()),
         (root.join("docs/errors.md"), errors(terway_core::errors::ALL)),
         (
             root.join("docs/configuration.md"),
