@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 
 use crate::codegen;
+use crate::manifests;
 use crate::process;
 use crate::progress;
 use crate::setup::{self, Part};
@@ -35,6 +36,13 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     steps.step("fmt", || process::check(workspace.cargo("fmt").args(["--all", "--check"])))?;
     steps.step("tidy", || if tidy::run(workspace, false)? { Ok(()) } else { bail!("see above") })?;
     steps.step("codegen", || codegen::run(workspace, true))?;
+    steps.step("manifests", || match setup::ensure(workspace, &[Part::Manifests]) {
+        Ok(()) => manifests::run(workspace),
+        Err(error) => {
+            println!("skipped: {error:#}");
+            Ok(())
+        }
+    })?;
     steps.step("deny", || deny(workspace))?;
     steps.step("clippy", || {
         let mut command = workspace.cargo("clippy");

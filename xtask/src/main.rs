@@ -6,6 +6,7 @@ mod binaries;
 mod ci;
 mod codegen;
 mod image;
+mod manifests;
 mod process;
 mod progress;
 mod setup;
@@ -79,6 +80,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Render kustomize folders and Helm chart, compare them, and check alerts and dashboards.
+    Manifests,
     /// Make the container image of the DaemonSet as an OCI archive.
     Image {
         /// Where to write it; by default into cargo's build folder.
@@ -121,6 +124,10 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Demo { json, keep } => binaries::demo(&workspace, json, keep),
         Verb::Bench { names, json } => binaries::bench(&workspace, &names, json),
+        Verb::Manifests => {
+            manifests::run(&workspace)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Image { output, name } => {
             image::run(&workspace, output, &name)?;
             Ok(ExitCode::SUCCESS)

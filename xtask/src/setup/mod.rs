@@ -6,6 +6,7 @@
 mod apt;
 mod ebpf;
 mod kube;
+mod manifests;
 mod private_apt;
 mod unpacked;
 
@@ -14,6 +15,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 
 pub(crate) use self::ebpf::compiler as bpf_compiler;
+pub(crate) use self::manifests::ManifestTools;
 pub(crate) use self::private_apt::PrivateApt;
 pub(crate) use self::unpacked::Unpacked;
 use crate::workspace::{Workspace, which};
@@ -29,13 +31,15 @@ pub(crate) enum Part {
     Cri,
     /// kube-apiserver, etcd and kubectl.
     Kube,
+    /// kustomize, Helm and promtool.
+    Manifests,
     /// QEMU and what a guest is made of.
     Vm,
 }
 
 impl Part {
     /// Every part, in the order of installation.
-    pub(crate) const ALL: [Self; 5] = [Self::Ebpf, Self::Net, Self::Cri, Self::Kube, Self::Vm];
+    pub(crate) const ALL: [Self; 6] = [Self::Ebpf, Self::Net, Self::Cri, Self::Kube, Self::Manifests, Self::Vm];
 
     fn name(self) -> &'static str {
         match self {
@@ -43,6 +47,7 @@ impl Part {
             Self::Net => "net",
             Self::Cri => "cri",
             Self::Kube => "kube",
+            Self::Manifests => "manifests",
             Self::Vm => "vm",
         }
     }
@@ -50,7 +55,7 @@ impl Part {
     /// Programs that are enough for this part, whatever they came from.
     fn programs(self) -> &'static [&'static str] {
         match self {
-            Self::Ebpf | Self::Kube => &[],
+            Self::Ebpf | Self::Kube | Self::Manifests => &[],
             Self::Net => &["ip", "iptables", "nft", "ping", "tc", "tcpdump"],
             // The reference plugins ptp and host-local are what the benchmark compares with.
             Self::Cri => &[
@@ -68,10 +73,10 @@ impl Part {
         }
     }
 
-    /// Debian packages of this part. Those of `Ebpf` and `Kube` are chosen there.
+    /// Debian packages of this part. Those of `Ebpf`, `Kube` and `Manifests` are chosen there.
     fn packages(self) -> &'static [&'static str] {
         match self {
-            Self::Ebpf | Self::Kube => &[],
+            Self::Ebpf | Self::Kube | Self::Manifests => &[],
             Self::Net => &["iproute2", "iptables", "iputils-ping", "nftables", "tcpdump"],
             // containernetworking-plugins: ptp and host-local, which the benchmark compares with; busybox: the pod's image.
             Self::Cri => &["busybox-static", "containerd", "containernetworking-plugins", "runc"],
@@ -117,6 +122,9 @@ fn steps(workspace: &Workspace, parts: &[Part], all: bool) -> Result<()> {
         let done = match part {
             Part::Ebpf => ebpf::ensure(workspace),
             Part::Kube => kube::ensure(workspace),
+            Part::Manifests => {
+                ManifestTools::ensure(workspace).map(|(_, is_new)| ("kubectl promtool helm".to_owned(), is_new))
+            }
             Part::Vm => unpacked::ensure(&vm_programs(workspace), part.programs(), part.packages())
                 .map(|fetched| (part.programs().join(" "), fetched)),
             Part::Net | Part::Cri if part.programs().iter().all(|program| which(program).is_some()) => {
