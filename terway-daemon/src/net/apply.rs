@@ -218,7 +218,7 @@ pub(super) fn read_sysctl(path: &str) -> io::Result<String> {
     std::fs::read_to_string(sysctl_path(path)?).map(|text| text.trim_end().to_owned())
 }
 
-fn sysctl_path(path: &str) -> io::Result<std::path::PathBuf> {
+fn sysctl_path(path: &str) -> io::Result<PathBuf> {
     // The path contains an interface name, which others choose.
     if path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not the path of a sysctl"));

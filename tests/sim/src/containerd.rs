@@ -106,6 +106,14 @@ impl Containerd {
         &self.cri
     }
 
+    /// Imports an OCI archive.
+    ///
+    /// # Errors
+    /// When the archive is none, or containerd refuses it.
+    pub fn import(&self, image: &Path) -> Result<()> {
+        import_image(&self.options, image)
+    }
+
     /// Ends it with everything that it left: pods, shims, mounts, cgroups and files outside its folder.
     ///
     /// # Errors
@@ -148,10 +156,14 @@ fn up(options: &Options, child: &mut Child, handle: &Handle, image: &Path) -> Re
             Err(_) => std::thread::sleep(Duration::from_millis(20)),
         }
     };
-    let mut import = Command::new(options.bin_dir.join("ctr"));
-    import.arg("-a").arg(&socket).args(["-n", "k8s.io", "images", "import"]).arg(image);
-    feed(&mut import, "").context("import the image")?;
+    import_image(options, image)?;
     Ok(cri)
+}
+
+fn import_image(options: &Options, image: &Path) -> Result<()> {
+    let mut import = Command::new(options.bin_dir.join("ctr"));
+    import.arg("-a").arg(options.work.join("c.sock")).args(["-n", "k8s.io", "images", "import"]).arg(image);
+    feed(&mut import, "").map(drop).context("import the image")
 }
 
 /// Removes what a containerd with these options left behind, also when it was killed.

@@ -84,16 +84,40 @@ messages! {
     }
     ListAnswer { items: Vec<ListedSandbox> = #[prost(message, repeated, tag = "1")] }
     ContainerMetadata { name: String = #[prost(string, tag = "1")] }
-    Capability { add: Vec<String> = #[prost(string, repeated, tag = "1")] }
+    Capability {
+        add: Vec<String> = #[prost(string, repeated, tag = "1")],
+        drop: Vec<String> = #[prost(string, repeated, tag = "2")],
+    }
+    SecurityProfile { kind: i32 = #[prost(int32, tag = "1")] }
+    KeyValue {
+        key: String = #[prost(string, tag = "1")],
+        value: String = #[prost(string, tag = "2")],
+    }
+    ContainerMount {
+        container_path: String = #[prost(string, tag = "1")],
+        host_path: String = #[prost(string, tag = "2")],
+        readonly: bool = #[prost(bool, tag = "3")],
+        propagation: i32 = #[prost(int32, tag = "5")],
+    }
+    ContainerState {
+        state: i32 = #[prost(int32, tag = "3")],
+        exit_code: i32 = #[prost(int32, tag = "7")],
+    }
+    ContainerStateAnswer { status: Option<ContainerState> = #[prost(message, optional, tag = "1")] }
     ContainerSecurity {
         capabilities: Option<Capability> = #[prost(message, optional, tag = "1")],
         namespaces: Option<NamespaceOption> = #[prost(message, optional, tag = "3")],
+        readonly_rootfs: bool = #[prost(bool, tag = "7")],
+        no_new_privs: bool = #[prost(bool, tag = "11")],
+        seccomp: Option<SecurityProfile> = #[prost(message, optional, tag = "15")],
     }
     ContainerLinux { security: Option<ContainerSecurity> = #[prost(message, optional, tag = "2")] }
     ContainerConfig {
         metadata: Option<ContainerMetadata> = #[prost(message, optional, tag = "1")],
         image: Option<Id> = #[prost(message, optional, tag = "2")],
         command: Vec<String> = #[prost(string, repeated, tag = "3")],
+        envs: Vec<KeyValue> = #[prost(message, repeated, tag = "6")],
+        mounts: Vec<ContainerMount> = #[prost(message, repeated, tag = "7")],
         log_path: String = #[prost(string, tag = "11")],
         linux: Option<ContainerLinux> = #[prost(message, optional, tag = "15")],
     }
@@ -125,6 +149,47 @@ messages! {
         name: String = #[prost(string, tag = "2")],
         version: String = #[prost(string, tag = "3")],
     }
+}
+
+/// `CONTAINER_EXITED`.
+const EXITED: i32 = 2;
+
+/// A bind mount of a container.
+#[derive(Clone, Debug, Default)]
+pub struct Mount {
+    /// Path of the node.
+    pub from: String,
+    /// Path in the container.
+    pub to: String,
+    /// It cannot be written to.
+    pub read_only: bool,
+    /// What is mounted on the node later appears in the container.
+    pub host_to_container: bool,
+}
+
+/// What a container is to be.
+#[derive(Clone, Debug, Default)]
+pub struct ContainerSpec {
+    /// Its name, unique in its pod.
+    pub name: String,
+    /// Its image.
+    pub image: String,
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Environment.
+    pub env: Vec<(String, String)>,
+    /// Bind mounts.
+    pub mounts: Vec<Mount>,
+    /// Capabilities beyond the runtime's default, without `CAP_`.
+    pub add_capabilities: Vec<String>,
+    /// Capabilities of the default that it does not have; `ALL` for all.
+    pub drop_capabilities: Vec<String>,
+    /// Its root file system is read-only.
+    pub read_only: bool,
+    /// `no_new_privs` is set.
+    pub no_new_privileges: bool,
+    /// It has the runtime's default seccomp profile; else none.
+    pub default_seccomp: bool,
 }
 
 /// What a pod is to be.
@@ -344,15 +409,49 @@ impl Cri {
     /// # Errors
     /// When a call fails.
     pub fn start_container(&self, pod: &str, spec: &PodSpec, name: &str, command: &[&str]) -> Result<String> {
+        self.start(
+            pod,
+            spec,
+            &ContainerSpec {
+                name: name.to_owned(),
+                image: image::NAME.to_owned(),
+                command: command.iter().map(|&word| word.to_owned()).collect(),
+                add_capabilities: vec!["NET_RAW".to_owned(), "NET_ADMIN".to_owned()],
+                ..ContainerSpec::default()
+            },
+        )
+    }
+
+    /// Creates and starts a container in a sandbox, as a kubelet does for what a pod's specification says.
+    ///
+    /// # Errors
+    /// When a call fails.
+    pub fn start(&self, pod: &str, spec: &PodSpec, container: &ContainerSpec) -> Result<String> {
         let security = ContainerSecurity {
-            capabilities: Some(Capability { add: vec!["NET_RAW".to_owned(), "NET_ADMIN".to_owned()] }),
+            capabilities: Some(Capability {
+                add: container.add_capabilities.clone(),
+                drop: container.drop_capabilities.clone(),
+            }),
             namespaces: Some(NamespaceOption { network: if spec.host_network { 2 } else { 0 }, pid: 1 }),
+            readonly_rootfs: container.read_only,
+            no_new_privs: container.no_new_privileges,
+            // Of the kind 0, the runtime's default.
+            seccomp: container.default_seccomp.then(SecurityProfile::default),
         };
+        let mounts = container.mounts.iter().map(|mount| ContainerMount {
+            container_path: mount.to.clone(),
+            host_path: mount.from.clone(),
+            readonly: mount.read_only,
+            propagation: i32::from(mount.host_to_container),
+        });
+        let envs = container.env.iter().map(|(key, value)| KeyValue { key: key.clone(), value: value.clone() });
         let config = ContainerConfig {
-            metadata: Some(ContainerMetadata { name: name.to_owned() }),
-            image: Some(Id { id: image::NAME.to_owned() }),
-            command: command.iter().map(|&word| word.to_owned()).collect(),
-            log_path: format!("{name}.log"),
+            metadata: Some(ContainerMetadata { name: container.name.clone() }),
+            image: Some(Id { id: container.image.clone() }),
+            command: container.command.clone(),
+            envs: envs.collect(),
+            mounts: mounts.collect(),
+            log_path: format!("{}.log", container.name),
             linux: Some(ContainerLinux { security: Some(security) }),
         };
         let request =
@@ -360,6 +459,16 @@ impl Cri {
         let container: Id = self.call("CreateContainer", request)?;
         self.call::<_, Nothing>("StartContainer", container.clone())?;
         Ok(container.id)
+    }
+
+    /// The exit code of a container; `None` while it runs.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub fn exit_code(&self, id: &str) -> Result<Option<i32>> {
+        let answer: ContainerStateAnswer = self.call("ContainerStatus", Id { id: id.to_owned() })?;
+        let status = answer.status.unwrap_or_default();
+        Ok((status.state == EXITED).then_some(status.exit_code))
     }
 
     /// Stops a container: TERM, and KILL two seconds later.

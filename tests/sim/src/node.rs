@@ -84,6 +84,9 @@ impl Node {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         mount(Some("bpf"), &work.join("bpf"), Some("bpf"), flags, Some("mode=0700"))
             .context("mount a BPF file system")?;
+        // As systemd has it, so that containers can take it with HostToContainer propagation.
+        let none = None::<&str>;
+        mount(none, &work.join("bpf"), none, MsFlags::MS_SHARED, none).context("share the BPF file system")?;
         // As the init container of the DaemonSet does.
         let mut install = Command::new(options.bin_dir.join("terway-cli"));
         install.arg("install").arg("--plugin").arg(options.bin_dir.join("terway")).arg("--to").arg(work.join("cni"));

@@ -148,10 +148,6 @@ impl Node {
         let mut command = self.ns.command(self.options.bin_dir.join("terwayd"));
         // The one place that knows the daemon's flags.
         command
-            .arg("--config")
-            .arg(self.configuration.folder())
-            .arg("--config-overlay")
-            .arg(self.configuration.overlay())
             .arg("--state-dir")
             .arg(self.work.join("state"))
             .arg("--socket")
@@ -162,14 +158,8 @@ impl Node {
             .arg(self.cni_conf_dir())
             .arg("--cgroup")
             .arg(self.cgroup())
-            .args(["--node", &self.name])
             .args(["--listen", "127.0.0.1:19099"])
-            .args(["--ecs-endpoint", &self.options.endpoint])
-            .args(["--vpc-endpoint", &self.options.endpoint])
-            .args(["--cooling", &self.options.cooling.to_string()])
-            .args(["--audit-interval", &self.options.audit.to_string()])
-            .args(["--time-scale", &self.options.time_scale.to_string()])
-            .args(["--log", &self.options.log])
+            .args(self.daemon_flags_of_the_laboratory())
             .current_dir(&self.work)
             .env("RUST_BACKTRACE", "1")
             // Ctrl-C at a terminal is for the scenario, which stops the daemon in its own time.
@@ -187,6 +177,25 @@ impl Node {
         }
         *slot = Some(command.spawn().context("start terwayd")?);
         Ok(())
+    }
+
+    /// The flags of the daemon that do not depend on the paths of the node: its configuration and name, where the cloud is, and how fast
+    /// time goes.
+    #[must_use]
+    pub fn daemon_flags_of_the_laboratory(&self) -> Vec<String> {
+        let options = &self.options;
+        let flags = [
+            ("--config", self.configuration.folder().display().to_string()),
+            ("--config-overlay", self.configuration.overlay().display().to_string()),
+            ("--node", self.name.clone()),
+            ("--ecs-endpoint", options.endpoint.clone()),
+            ("--vpc-endpoint", options.endpoint.clone()),
+            ("--cooling", options.cooling.to_string()),
+            ("--audit-interval", options.audit.to_string()),
+            ("--time-scale", options.time_scale.to_string()),
+            ("--log", options.log.clone()),
+        ];
+        flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
     }
 
     fn panic_dir(&self) -> PathBuf {

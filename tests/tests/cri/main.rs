@@ -1,5 +1,7 @@
 //! The cri rung: a real containerd calls our plugin. Debian's containerd 1.6, and 2.x, which speaks CNI 1.1.0 and calls STATUS.
 
+mod daemonset;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -179,6 +181,7 @@ fn containerd_of_debian() -> Result<()> {
     with_containerd("/usr/bin".into(), |cluster| {
         pods_live_and_die(cluster)?;
         containers_connect_at_the_socket(cluster)?;
+        daemonset::daemon_runs_in_its_container(cluster)?;
         without_the_daemon(cluster)
     })
 }
@@ -195,6 +198,7 @@ fn containerd_2() -> Result<()> {
     with_containerd(bin_dir, |cluster| {
         pods_live_and_die(cluster)?;
         containers_connect_at_the_socket(cluster)?;
+        daemonset::daemon_runs_in_its_container(cluster)?;
         without_the_daemon(cluster)?;
         // CNI 1.1.0: STATUS tells the kubelet through the runtime what the daemon knows.
         let node = cluster.node(1);
