@@ -174,7 +174,7 @@ pub(super) fn daemon_runs_in_its_container(cluster: &Cluster) -> Result<()> {
     with_programs(node, &mut daemon)?;
     // What is different in the laboratory: where the cloud and the objects are.
     let objects = node.objects_dir().display().to_string();
-    daemon.mounts.push(Mount { from: objects.clone(), to: "/objects".to_owned(), ..Mount::default() });
+    daemon.mounts.push(Mount { from: objects, to: "/objects".to_owned(), ..Mount::default() });
     let source =
         daemon.command.iter_mut().find(|word| *word == "kube").context("the DaemonSet has no --objects kube")?;
     "dir:/objects".clone_into(source);
