@@ -397,7 +397,7 @@ fn loopback_plugin_sets_lo_up() {
         (json!("lo"), json!(path))
     );
     // In a chain, the result of the plugins before it is passed on.
-    let (succeeds, passed) = call("ADD", path, json!({"prevResult": result.clone()}));
+    let (succeeds, passed) = call("ADD", path, json!({"prevResult": result}));
     assert!(succeeds && passed == result, "{passed}");
     assert!(call("CHECK", path, json!({"prevResult": result})).0);
     assert!(call("DEL", path, json!({})).0 && is_up(), "lo goes with the namespace");
