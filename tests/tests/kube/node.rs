@@ -78,7 +78,8 @@ fn tell_shortage(node: &Node, programs: Programs) -> Result<()> {
     wait("the condition", || condition("True", "SufficientIP"))?;
     let annotation = get(&["node", node.name()])?["metadata"]["annotations"]["k8s.aliyun.com/max-available-ip"].clone();
     let status = node.status()?;
-    ensure!(annotation == status.pool.context("a pool")?.capacity.to_string(), "{annotation}");
+    let capacity = status.pool.context("a pool")?.capacity.to_string();
+    ensure!(annotation.as_str() == Some(&*capacity), "{annotation}");
     wait("the warning of maxPods", || {
         node.status().is_ok_and(|status| status.problems.iter().any(|problem| problem.code == "TW0603"))
     })?;
