@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Parser};
 
 use crate::cloud::{EndpointNetwork, KEY_FOLDER, Scheme, SignatureMethod};
-use crate::config_source::Paths;
+use crate::config_source::{ConfigLocation, Paths};
 use crate::kube_writes::EventLevel;
 use crate::objects::{NodeContext, Origin};
 use crate::services::CgroupAt;
@@ -17,10 +17,11 @@ use terway_core::service::SocketTermination;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "terwayd", version)]
 pub struct Options {
-    /// The eni-config ConfigMap as mounted, or its `eni_conf` document alone; followed while the daemon runs.
-    #[arg(long, default_value = "/etc/eni", value_name = "PATH")]
-    pub config: PathBuf,
-    /// The node's own configuration, merged over the cluster's: a folder or an `eni_conf` document.
+    /// The configuration, followed while the daemon runs: the eni-config ConfigMap as mounted, or its `eni_conf` document alone; or, with --objects
+    /// kube, configmap:NAMESPACE/NAME, a ConfigMap of the API server, over which the one that the node's label terway-config names is merged.
+    #[arg(long, env = "TERWAY_CONFIG", default_value = "/etc/eni", value_name = "PATH|configmap:NAMESPACE/NAME")]
+    pub config: ConfigLocation,
+    /// The node's own configuration, merged over that of a mounted ConfigMap: a folder or an `eni_conf` document.
     #[arg(long, value_name = "PATH")]
     pub config_overlay: Option<PathBuf>,
     /// State that survives restarts: the store, the lock, queued DELs.
@@ -190,14 +191,16 @@ impl Options {
         self.state_dir.join("subnets.json")
     }
 
-    /// Where the configuration lies, and where the last good one is kept.
+    /// Where a mounted configuration lies, and where the last good one is kept.
     #[must_use]
-    pub fn config_paths(&self) -> Paths {
-        Paths {
-            config: self.config.clone(),
-            overlay: self.config_overlay.clone(),
-            kept: Some(self.state_dir.join("config.json")),
-        }
+    pub fn config_paths(&self, config: PathBuf) -> Paths {
+        Paths { config, overlay: self.config_overlay.clone(), kept: Some(self.kept_config_path()) }
+    }
+
+    /// The last good configuration.
+    #[must_use]
+    pub fn kept_config_path(&self) -> PathBuf {
+        self.state_dir.join("config.json")
     }
 
     /// Where the plugin leaves DELs that found no daemon.

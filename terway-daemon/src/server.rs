@@ -275,6 +275,7 @@ impl NodeNetwork for Service {
             let mut status = self.engine.status();
             let configuration = configuration(&self.source.status());
             status.problems.extend(configuration.failure.clone());
+            status.problems.extend(self.source.problem().iter().map(error_detail));
             status.configuration = Some(configuration);
             status.problems.extend(self.objects.problems().iter().map(error_detail));
             status.problems.extend(self.services.problems().iter().map(error_detail));

@@ -45,10 +45,16 @@ impl Paths {
             overlay: self.overlay.as_ref().map(|path| read_data(path)).transpose()?,
         })
     }
+}
 
+/// Where the last good configuration is kept, if anywhere.
+#[derive(Debug)]
+pub(super) struct LastGood<'a>(pub(super) Option<&'a Path>);
+
+impl LastGood<'_> {
     /// Keeps what was read. The file has the access key in it, as the ConfigMap has, and is for root alone.
-    pub(super) fn save_last_good(&self, read: &Reading) {
-        let (Some(path), Ok(ConfigDocuments { data, overlay })) = (&self.kept, read) else { return };
+    pub(super) fn save(&self, read: &Reading) {
+        let (Some(path), Ok(ConfigDocuments { data, overlay })) = (self.0, read) else { return };
         let document = json!({"data": data, "overlay": overlay}).to_string();
         if fs::read(path).is_ok_and(|old| old == document.as_bytes()) {
             return;
@@ -59,8 +65,8 @@ impl Paths {
     }
 
     /// What was kept, if it can be read.
-    pub(super) fn load_last_good(&self) -> Option<ConfigDocuments> {
-        let mut kept: Value = serde_json::from_slice(&fs::read(self.kept.as_ref()?).ok()?).ok()?;
+    pub(super) fn load(&self) -> Option<ConfigDocuments> {
+        let mut kept: Value = serde_json::from_slice(&fs::read(self.0?).ok()?).ok()?;
         let data = |value: Value| serde_json::from_value::<Option<ConfigMapData>>(value).ok();
         Some(ConfigDocuments { data: data(kept["data"].take())??, overlay: data(kept["overlay"].take())? })
     }

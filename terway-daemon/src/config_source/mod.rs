@@ -1,7 +1,8 @@
-//! The source of the configuration: a mounted ConfigMap or a file, watched. A valid edit is published; an invalid one is reported, and the
+//! The source of the configuration: a mounted ConfigMap or a file, or ConfigMaps of the API server, watched. A valid edit is published; an invalid one is reported, and the
 //! previous configuration stays in force.
 
 mod files;
+mod input;
 mod status;
 
 use std::sync::Arc;
@@ -13,10 +14,10 @@ use terway_core::errors::{self, Error};
 use tokio::sync::watch::{Receiver, Sender};
 use tracing::{error, info, warn};
 
-use crate::file_watch::Watch;
-
 pub use self::files::Paths;
 pub(crate) use self::files::read_data;
+use self::input::Read;
+pub use self::input::{ConfigLocation, Input};
 pub use self::status::{ConfigMetrics, ConfigStatus, Edit, Failure};
 
 /// How often the files are read although nothing was seen: not every file system tells.
@@ -28,7 +29,7 @@ type Reading = Result<ConfigDocuments, String>;
 /// The configuration of this node, now and as it changes.
 #[derive(Debug)]
 pub struct ConfigSource {
-    paths: Paths,
+    input: Input,
     metrics: ConfigMetrics,
     published: Sender<Arc<Config>>,
     outcome: Sender<Outcome>,
@@ -40,6 +41,10 @@ struct State {
     live: LiveConfig,
     /// What was read last, good or bad: the same again is no news.
     read: Reading,
+    /// Where it came from.
+    origin: ConfigOrigin,
+    /// Why it may be out of date.
+    stale: Option<String>,
     status: ConfigStatus,
 }
 
@@ -49,15 +54,16 @@ impl ConfigSource {
     ///
     /// # Errors
     /// [`errors::CONFIG_REFUSED`] with every refused value, or [`errors::CONFIG_UNREADABLE`], when there is no earlier one either.
-    pub fn open(paths: Paths, metrics: ConfigMetrics) -> Result<Self, Error> {
-        let read = paths.read();
-        let (config, warnings, failure) = match validate(&read) {
+    pub fn open(input: impl Into<Input>, metrics: ConfigMetrics) -> Result<Self, Error> {
+        let input = input.into();
+        let Read { documents: read, origin, stale } = input.read();
+        let (config, warnings, failure) = match validate(&read, &input) {
             Ok((config, warnings)) => {
-                paths.save_last_good(&read);
+                input.last_good().save(&read);
                 (config, warnings, None)
             }
             Err(failure) => {
-                let Some((config, warnings)) = paths.load_last_good().and_then(|kept| kept.check().ok()) else {
+                let Some((config, warnings)) = input.last_good().load().and_then(|kept| kept.check().ok()) else {
                     return Err(failure.error);
                 };
                 error!(
@@ -75,8 +81,8 @@ impl ConfigSource {
         let live = LiveConfig::new(config);
         let status = ConfigStatus::start(&live, warnings, failure);
         let published = Sender::new(Arc::clone(live.effective()));
-        let outcome = Sender::new(status.outcome(ConfigOrigin::Files));
-        Ok(Self { paths, metrics, published, outcome, state: Mutex::new(State { live, read, status }) })
+        let outcome = Sender::new(status.outcome(origin.clone()));
+        Ok(Self { input, metrics, published, outcome, state: Mutex::new(State { live, read, origin, stale, status }) })
     }
 
     /// What is in force now.
@@ -107,27 +113,31 @@ impl ConfigSource {
         self.state.lock()
     }
 
-    /// Follows the files as long as the daemon runs.
-    pub async fn run(self: Arc<Self>) {
-        loop {
-            // Watch first, read then: what happens in between is seen.
-            let watch = Watch::new(&self.paths.sources());
-            self.reload();
-            watch.changed(READ_EVERY).await;
-        }
+    /// Why the configuration in force may be out of date: a ConfigMap that cannot be read at the moment.
+    #[must_use]
+    pub fn problem(&self) -> Option<Error> {
+        let stale = self.state().stale.clone()?;
+        Some(Error::new(errors::CONFIG_UNREADABLE, format!("{stale}; what was read last stays in force.")))
     }
 
-    /// Reads the files once and takes what is new in them.
+    /// Follows files or ConfigMaps as long as the daemon runs.
+    pub async fn run(self: Arc<Self>) {
+        self.input.follow(|| self.reload()).await;
+    }
+
+    /// Reads them once and takes what is new in them.
     pub fn reload(&self) {
-        let read = self.paths.read();
+        let Read { documents: read, origin, stale } = self.input.read();
         let mut state = self.state();
-        if state.read == read {
+        state.stale = stale;
+        if state.read == read && state.origin == origin {
             return;
         }
-        match validate(&read) {
+        state.origin = origin;
+        match validate(&read, &self.input) {
             Ok((config, warnings)) => {
                 let changed = state.live.update(config);
-                self.paths.save_last_good(&read);
+                self.input.last_good().save(&read);
                 for warning in warnings.iter().filter(|w| !state.status.warnings.contains(w)) {
                     warn!(key = warning.key, "eni-config: {}", warning.message);
                 }
@@ -159,7 +169,7 @@ impl ConfigSource {
             *held = effective;
             new
         });
-        let outcome = state.status.outcome(ConfigOrigin::Files);
+        let outcome = state.status.outcome(state.origin.clone());
         self.outcome.send_if_modified(|held| {
             let new = *held != outcome;
             *held = outcome;
@@ -168,14 +178,24 @@ impl ConfigSource {
     }
 }
 
-fn validate(read: &Reading) -> Result<(Config, Vec<Warning>), Box<Failure>> {
+fn validate(read: &Reading, input: &Input) -> Result<(Config, Vec<Warning>), Box<Failure>> {
     let failure =
         |code, result, detail| Box::new(Failure { at: SystemTime::now(), result, error: Error::new(code, detail) });
     let documents = read.as_ref().map_err(|reason| failure(errors::CONFIG_UNREADABLE, "unreadable", reason.clone()))?;
-    documents.check().map_err(|bad| {
+    let (config, mut warnings) = documents.check().map_err(|bad| {
         let all: Vec<String> = bad.iter().map(ToString::to_string).collect();
         failure(errors::CONFIG_REFUSED, "refused", all.join("; "))
-    })
+    })?;
+    // kubelet never renews a subPath mount (kubernetes#50345).
+    warnings.extend(input.mounted_files().into_iter().map(|path| {
+        Warning {
+            key: path.display().to_string(),
+            message:
+                "is mounted by itself (subPath): edits of the ConfigMap do not reach it; mount the whole ConfigMap"
+                    .to_owned(),
+        }
+    }));
+    Ok((config, warnings))
 }
 
 #[cfg(test)]

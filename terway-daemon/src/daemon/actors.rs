@@ -26,7 +26,7 @@ use crate::identity::Node;
 use crate::kube_writes::{self, KubeWriteMetrics, KubeWrites};
 use crate::metrics::Metrics;
 use crate::net::Host;
-use crate::objects::{Feed, ObjectMetrics, ObjectStore, Subscriber, feed};
+use crate::objects::{ApiClient, Feed, ObjectMetrics, ObjectStore, Subscriber, feed};
 use crate::options::Options;
 use crate::policy::{self, Policies, PolicyMetrics};
 use crate::reload;
@@ -50,6 +50,7 @@ impl Actors {
     #[expect(clippy::too_many_arguments, reason = "each is the result of one phase")]
     pub(super) async fn start(
         options: &Options,
+        api: Option<Arc<ApiClient>>,
         source: &Arc<ConfigSource>,
         kernel: Kernel,
         identified: &Identified,
@@ -94,7 +95,6 @@ impl Actors {
             host: Arc::clone(&host),
         };
         let context = options.node_context();
-        let api = options.objects.as_ref().and_then(|origin| origin.api_client(&context));
         let kube_writes = KubeWrites::new(kube_writes::Setup {
             api: api.clone(),
             objects: Arc::clone(&objects),

@@ -37,7 +37,9 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let (mut registry, metrics) = metrics::new_registry();
 
     let _lock = state::lock(&options)?;
-    let source = state::open_configuration(&options, &mut registry)?;
+    let context = options.node_context();
+    let api = options.objects.as_ref().and_then(|origin| origin.api_client(&context));
+    let source = state::open_configuration(&options, api.as_ref(), &mut registry).await?;
     let config = source.config();
     let kernel = Kernel::open(&options, &config, &mut registry)?;
 
@@ -48,7 +50,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     reload::host_stack(&config, &kernel.monitor.addresses().borrow().clone(), &kernel.datapath)?;
     reload::flow_events(&config, &kernel.datapath)?;
 
-    let actors = Actors::start(&options, &source, kernel, &node, info, state, &metrics, &mut registry).await?;
+    let actors = Actors::start(&options, api, &source, kernel, &node, info, state, &metrics, &mut registry).await?;
 
     // Listening comes before reading the queue: see terway_core::cni::queue for why nothing falls in between.
     let listener = socket::bind(&options.socket)

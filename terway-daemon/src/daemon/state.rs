@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::registry::Registry;
 use terway_core::errors::{self, Error};
@@ -11,11 +12,16 @@ use terway_core::ipam::Record;
 use tracing::warn;
 
 use super::failed;
-use crate::config_source::{ConfigMetrics, ConfigSource};
+use crate::config_source::{ConfigLocation, ConfigMetrics, ConfigSource, Input};
+use crate::objects::{ApiClient, ConfigMapWatch};
 use crate::options::Options;
 use crate::queue;
 use crate::socket::InstanceLock;
 use crate::store::{self, Store};
+use crate::supervise;
+
+/// How long the start waits for the API server's configuration before it goes on with the last good one.
+const FIRST_READING_WITHIN: Duration = Duration::from_secs(2);
 
 /// Makes this process the only daemon on its state folder.
 pub(super) fn lock(options: &Options) -> Result<InstanceLock, Error> {
@@ -26,8 +32,45 @@ pub(super) fn lock(options: &Options) -> Result<InstanceLock, Error> {
     })
 }
 
-pub(super) fn open_configuration(options: &Options, registry: &mut Registry) -> Result<Arc<ConfigSource>, Error> {
-    ConfigSource::open(options.config_paths(), ConfigMetrics::new(registry)).map(Arc::new)
+/// Reads the configuration. ConfigMaps of an API server that does not answer are waited for, unless an earlier daemon has kept them.
+pub(super) async fn open_configuration(
+    options: &Options,
+    api: Option<&Arc<ApiClient>>,
+    registry: &mut Registry,
+) -> Result<Arc<ConfigSource>, Error> {
+    let metrics = ConfigMetrics::new(registry);
+    let cluster = match &options.config {
+        ConfigLocation::Path(path) => {
+            return ConfigSource::open(options.config_paths(path.clone()), metrics).map(Arc::new);
+        }
+        ConfigLocation::ConfigMap(name) => name.clone(),
+    };
+    let needs_api = || Error::new(errors::CONFIG_INVALID, format!("--config {} needs --objects kube", options.config));
+    let watch = ConfigMapWatch {
+        api: Arc::clone(api.ok_or_else(needs_api)?),
+        cluster: cluster.clone(),
+        node: options.node_name(),
+        time_scale: options.time_scale,
+    };
+    let (sender, mut views) = tokio::sync::watch::channel(None);
+    supervise::spawn_restarting("config-maps", move || watch.clone().run(sender.clone()));
+    drop(tokio::time::timeout(FIRST_READING_WITHIN, views.wait_for(Option::is_some)).await);
+    loop {
+        views.borrow_and_update();
+        let input = Input::ConfigMaps {
+            cluster: cluster.clone(),
+            views: views.clone(),
+            kept: Some(options.kept_config_path()),
+        };
+        match ConfigSource::open(input, metrics.clone()) {
+            Ok(source) => return Ok(Arc::new(source)),
+            // A node without any configuration cannot do anything else; the edit that mends it takes effect at once.
+            Err(error) => {
+                warn!(code = error.code.id, %error, remedy = error.code.remedy, "waiting for a usable configuration")
+            }
+        }
+        views.changed().await.map_err(|_ended| needs_api())?;
+    }
 }
 
 /// What earlier runs have left on disk.

@@ -14,7 +14,7 @@ mod tests;
 
 pub use dir::DirSource;
 pub use feed::{Feed, KindStatus, Subscriber};
-pub use kube::{ApiClient, Credentials, KubeSource};
+pub use kube::{ApiClient, ConfigMapWatch, Credentials, KubeSource};
 pub(crate) use kube::{ApiError, PatchType};
 pub use metrics::ObjectMetrics;
 pub use source::{Batch, EmptySource, NodeContext, ObjectSource, Origin, Problem, Scope, SourceError, Update};

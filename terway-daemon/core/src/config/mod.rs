@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod arbitrary;
 mod check;
+mod config_maps;
 mod conntrack;
 mod diff;
 mod documents;
@@ -27,6 +28,7 @@ use crate::ident::{IpStack, SecurityGroupId, VSwitchId};
 use crate::ipam::{Degradation, EniSelection, VSwitchSelection};
 
 pub use self::check::POOL_OPERATIONS;
+pub use self::config_maps::{ConfigMaps, ConfigView, Watched};
 pub use self::conntrack::Conntrack;
 pub use self::diff::{KeyChange, Setting};
 pub use self::documents::{ConfigDocuments, ConfigMapData};

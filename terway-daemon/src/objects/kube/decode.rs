@@ -35,6 +35,23 @@ impl Item {
     }
 }
 
+/// How the objects of a resource are decoded.
+pub(super) trait Decode: Copy + fmt::Display + Send + Sync + 'static {
+    /// A decoded object.
+    type Item: fmt::Debug + Send + 'static;
+
+    /// Decodes the text of one object. The error is the reason why not even its name can be read.
+    fn item(self, text: &RawValue) -> Result<Self::Item, String>;
+}
+
+impl Decode for Kind {
+    type Item = Item;
+
+    fn item(self, text: &RawValue) -> Result<Item, String> {
+        Item::read(self, text)
+    }
+}
+
 /// The name of an object of which nothing else can be used.
 pub(super) fn name(text: &RawValue) -> Option<ObjectName> {
     #[derive(Deserialize)]
@@ -190,11 +207,11 @@ impl Read for BodyReader {
 
 /// An event of a watch.
 #[derive(Debug)]
-pub(super) enum WatchEvent {
+pub(super) enum WatchEvent<I = Item> {
     /// An object was created or updated; its resource version.
-    Upsert(Item, String),
+    Upsert(I, String),
     /// An object was deleted; its last resource version.
-    Delete(ObjectKey, String),
+    Delete(ObjectName, String),
     /// Nothing has changed up to this resource version.
     Bookmark(String),
     /// The server ends the watch.
@@ -206,12 +223,12 @@ pub(super) enum WatchEvent {
     },
 }
 
-impl WatchEvent {
+impl<I> WatchEvent<I> {
     /// Decodes a line of a watch.
     ///
     /// # Errors
     /// What is wrong with the line as such; an object that cannot be decoded is an [`Item::Invalid`].
-    pub(super) fn read(kind: Kind, line: &[u8]) -> Result<Self, String> {
+    pub(super) fn read(decoder: impl Decode<Item = I>, line: &[u8]) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Line<'a> {
             #[serde(rename = "type")]
@@ -222,10 +239,10 @@ impl WatchEvent {
         let Line { event, object } =
             serde_json::from_slice(line).map_err(|error| format!("a line of the watch: {error}"))?;
         match event {
-            "ADDED" | "MODIFIED" => Ok(Self::Upsert(Item::read(kind, object)?, version(object))),
+            "ADDED" | "MODIFIED" => Ok(Self::Upsert(decoder.item(object)?, version(object))),
             "DELETED" => {
                 let name = name(object).ok_or("a deleted object without a name")?;
-                Ok(Self::Delete(ObjectKey { kind, name }, version(object)))
+                Ok(Self::Delete(name, version(object)))
             }
             "BOOKMARK" => Ok(Self::Bookmark(version(object))),
             "ERROR" => {
@@ -348,8 +365,8 @@ mod tests {
     fn watch_lines_are_decoded_by_type() {
         let line = |value: serde_json::Value| WatchEvent::read(Kind::Service, value.to_string().as_bytes());
         let service = json!({ "metadata": { "name": "s", "namespace": "n", "resourceVersion": "8" } });
-        assert!(matches!(line(json!({ "type": "DELETED", "object": service })), Ok(WatchEvent::Delete(key, version))
-            if key.to_string() == "Service n/s" && version == "8"));
+        assert!(matches!(line(json!({ "type": "DELETED", "object": service })), Ok(WatchEvent::Delete(name, version))
+            if name.to_string() == "n/s" && version == "8"));
         let bookmark = json!({ "type": "BOOKMARK", "object": { "metadata": { "resourceVersion": "9" } } });
         assert!(matches!(line(bookmark), Ok(WatchEvent::Bookmark(version)) if version == "9"));
         let gone = json!({ "type": "ERROR", "object": { "kind": "Status", "code": 410, "message": "too old resource version" } });

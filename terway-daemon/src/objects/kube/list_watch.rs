@@ -19,13 +19,13 @@ use backon::{BackoffBuilder as _, ExponentialBuilder};
 use bytes::{Buf as _, BytesMut};
 use http::StatusCode;
 use http_body_util::BodyExt as _;
-use terway_core::objects::{Kind, ObjectKey};
+use terway_core::objects::{Kind, ObjectName};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{debug, info};
 
 use super::client::{ApiClient, ApiError, chain, forward};
-use super::decode::{self, BodyReader, Item, WatchEvent};
+use super::decode::{self, BodyReader, Decode, Item, WatchEvent};
 use crate::supervise;
 
 /// Items of a list that are handed on together.
@@ -61,13 +61,20 @@ impl Pacing {
             watch_limit: Duration::from_secs(300),
         }
     }
+
+    /// The pauses after failures in a row.
+    fn pauses(self) -> impl Iterator<Item = Duration> {
+        let Self { first_pause, longest_pause, .. } = self;
+        let pauses = ExponentialBuilder::default().with_min_delay(first_pause).with_max_delay(longest_pause);
+        pauses.with_factor(2.0).with_jitter().without_max_times().build()
+    }
 }
 
 /// A resource of the API as it is listed and watched.
 #[derive(Clone, Debug)]
-pub(super) struct Resource {
+pub(super) struct Resource<D = Kind> {
     /// The kind of its objects.
-    pub(super) kind: Kind,
+    pub(super) kind: D,
     /// Its paths, the preferred version first; a server that answers 404 is asked for the next one.
     pub(super) paths: Vec<String>,
     /// A field selector, percent-encoded; empty selects all.
@@ -78,13 +85,13 @@ pub(super) struct Resource {
 
 /// What list and watch have found.
 #[derive(Debug)]
-pub(super) enum Event {
+pub(super) enum Event<I = Item> {
     /// A complete list begins.
     ListBegin,
     /// An object of the list, or one that was created or updated.
-    Item(Item),
+    Item(I),
     /// An object was deleted.
-    Delete(ObjectKey),
+    Delete(ObjectName),
     /// The list is complete.
     ListEnd,
     /// The resource cannot be read at the moment, and why; or it can.
@@ -103,17 +110,17 @@ pub(super) struct Failure {
 }
 
 /// Where events go: with the number of the stream.
-pub(super) type Events = mpsc::Sender<(usize, Vec<Event>)>;
+pub(super) type Events<I> = mpsc::Sender<(usize, Vec<Event<I>>)>;
 
 /// One list and watch.
-pub(super) struct ListWatch {
+pub(super) struct ListWatch<D: Decode = Kind> {
     pub(super) stream: usize,
     pub(super) api: Arc<ApiClient>,
-    pub(super) resource: Resource,
+    pub(super) resource: Resource<D>,
     pub(super) pacing: Pacing,
     /// Lists take turns.
     pub(super) turn: Arc<Semaphore>,
-    pub(super) events: Events,
+    pub(super) events: Events<D::Item>,
 }
 
 /// The end of one list or watch.
@@ -134,7 +141,7 @@ enum End {
 /// Nobody receives the events any more.
 struct Closed;
 
-impl ListWatch {
+impl<D: Decode> ListWatch<D> {
     /// Runs until the receiver of the events is gone.
     pub(super) async fn run(mut self) {
         let _closed = self.follow().await;
@@ -143,7 +150,7 @@ impl ListWatch {
     async fn follow(&mut self) -> Result<(), Closed> {
         let mut version: Option<String> = None;
         let mut relist = Relist::FromCache;
-        let mut pauses = self.pauses();
+        let mut pauses = self.pacing.pauses();
         let (mut failed_watches, mut path) = (0, 0);
         // The connection was lost: the server may come back with another etcd.
         let mut is_version_doubtful = false;
@@ -164,11 +171,11 @@ impl ListWatch {
             };
             // A watch that has lived for a while has worked.
             if begun.elapsed() > self.pacing.longest_pause {
-                (pauses, failed_watches) = (self.pauses(), 0);
+                (pauses, failed_watches) = (self.pacing.pauses(), 0);
             }
             match end {
                 End::Listed(listed) => {
-                    (pauses, failed_watches, is_version_doubtful) = (self.pauses(), 0, false);
+                    (pauses, failed_watches, is_version_doubtful) = (self.pacing.pauses(), 0, false);
                     version = Some(listed);
                 }
                 End::Ended => sleep(self.pacing.first_pause / 8).await,
@@ -220,12 +227,6 @@ impl ListWatch {
         }
     }
 
-    fn pauses(&self) -> impl Iterator<Item = Duration> + use<> {
-        let Pacing { first_pause, longest_pause, .. } = self.pacing;
-        let pauses = ExponentialBuilder::default().with_min_delay(first_pause).with_max_delay(longest_pause);
-        pauses.with_factor(2.0).with_jitter().without_max_times().build()
-    }
-
     fn pause_after(&self, error: &ApiError, pauses: &mut impl Iterator<Item = Duration>) -> Duration {
         let pause = pauses.next().unwrap_or(self.pacing.longest_pause);
         match error {
@@ -235,7 +236,7 @@ impl ListWatch {
         }
     }
 
-    async fn send(&self, events: Vec<Event>) -> Result<(), Closed> {
+    async fn send(&self, events: Vec<Event<D::Item>>) -> Result<(), Closed> {
         self.events.send((self.stream, events)).await.map_err(|_closed| Closed)
     }
 
@@ -330,7 +331,7 @@ impl ListWatch {
     }
 
     /// Takes the complete lines out of the buffer; a result ends the watch.
-    fn lines(&self, buffer: &mut BytesMut, version: &mut String, events: &mut Vec<Event>) -> Option<End> {
+    fn lines(&self, buffer: &mut BytesMut, version: &mut String, events: &mut Vec<Event<D::Item>>) -> Option<End> {
         while let Some(at) = buffer.iter().position(|byte| *byte == b'\n') {
             let line = buffer.split_to(at);
             buffer.advance(1);
@@ -395,10 +396,15 @@ impl Relist {
 }
 
 /// Reads a list and hands its items on in batches. Runs on a thread that may block.
-fn read_list(kind: Kind, from: BodyReader, stream: usize, events: &Events) -> serde_json::Result<decode::ListMeta> {
+fn read_list<D: Decode>(
+    kind: D,
+    from: BodyReader,
+    stream: usize,
+    events: &Events<D::Item>,
+) -> serde_json::Result<decode::ListMeta> {
     let mut batch = Vec::with_capacity(BATCH);
     let meta = decode::list(from, &mut |text| {
-        batch.push(Event::Item(Item::read(kind, text)?));
+        batch.push(Event::Item(kind.item(text)?));
         if batch.len() < BATCH {
             return Ok(());
         }

@@ -126,7 +126,8 @@ impl Merger {
                     update(Update::Keep(key.clone()));
                     self.invalid.insert(key, reason);
                 }
-                Event::Delete(key) => {
+                Event::Delete(name) => {
+                    let key = ObjectKey { kind: stream.kind(), name };
                     self.invalid.remove(&key);
                     let change = Change::Delete(key);
                     self.demand.apply(&change);
@@ -181,7 +182,8 @@ impl Merger {
                     }
                 }
             }
-            Event::Delete(key) => {
+            Event::Delete(name) => {
+                let key = ObjectKey { kind: Kind::Pod, name };
                 if self.streams.entry(stream).or_default().names.remove(&key.name) {
                     updates.push(delete(Kind::Pod, key.name.clone()));
                 }

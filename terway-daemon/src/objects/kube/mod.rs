@@ -5,6 +5,7 @@
 //! ([`PodDemand`](terway_core::objects::PodDemand)), and policies that need them are delivered behind them.
 
 mod client;
+mod config_maps;
 mod decode;
 mod list_watch;
 mod merge;
@@ -27,6 +28,7 @@ use crate::actor::sleep_until;
 
 pub use client::{ApiClient, Credentials};
 pub(crate) use client::{ApiError, PatchType};
+pub use config_maps::ConfigMapWatch;
 
 /// Batches of events that wait for the merger.
 const WAITING: usize = 64;

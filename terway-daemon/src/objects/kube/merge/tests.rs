@@ -77,8 +77,8 @@ fn policies_are_delivered_behind_the_pods_that_they_need() {
         ["end Pod", "begin NetworkPolicy", "upsert NetworkPolicy n/p", "end NetworkPolicy", "upsert NetworkPolicy n/q"];
     assert_eq!(shown(&end), expected);
     // The demand ends; the pods of other nodes go.
-    merger.merge(Stream::NetworkPolicies, vec![Event::Delete(key(Kind::NetworkPolicy, "p"))]);
-    merger.merge(Stream::NetworkPolicies, vec![Event::Delete(key(Kind::NetworkPolicy, "q"))]);
+    merger.merge(Stream::NetworkPolicies, vec![Event::Delete(ObjectName::new("n", "p"))]);
+    merger.merge(Stream::NetworkPolicies, vec![Event::Delete(ObjectName::new("n", "q"))]);
     assert!(!merger.needs_other_pods());
     assert_eq!(shown(&merger.narrow()), ["delete Pod n/b"]);
     assert!(shown(&merger.merge(Stream::OtherPods, vec![pod("late", "n2")])).is_empty());
@@ -93,8 +93,9 @@ fn pod_that_is_scheduled_to_this_node_moves_between_the_streams_without_a_gap() 
         merger.merge(Stream::OtherPods, list([pod("a", "")]));
         let mut updates = Vec::new();
         let own = |merger: &mut Merger| shown(&merger.merge(Stream::OwnPods, vec![pod("a", "n1")]));
-        let gone =
-            |merger: &mut Merger| shown(&merger.merge(Stream::OtherPods, vec![Event::Delete(key(Kind::Pod, "a"))]));
+        let gone = |merger: &mut Merger| {
+            shown(&merger.merge(Stream::OtherPods, vec![Event::Delete(ObjectName::new("n", "a"))]))
+        };
         if own_first {
             updates.extend(own(&mut merger));
             updates.extend(gone(&mut merger));
