@@ -55,7 +55,8 @@ fn kept(rig: &Rig) -> PathBuf {
 }
 
 fn source(rig: &mut Rig) -> Result<Arc<ConfigSource>> {
-    let source = Arc::new(ConfigSource::open(views(rig)?, ConfigMetrics::default()).map_err(|e| anyhow::anyhow!("{e}"))?);
+    let source =
+        Arc::new(ConfigSource::open(views(rig)?, ConfigMetrics::default()).map_err(|e| anyhow::anyhow!("{e}"))?);
     rig.runtime()?.spawn(Arc::clone(&source).run());
     Ok(source)
 }
@@ -127,13 +128,13 @@ fn each_verb_of_the_config_map_role_is_needed() -> Result<()> {
         })])?;
         let Input::ConfigMaps { views, .. } = views(&mut rig)? else { continue };
         // Kind, verb and subject are named.
-        let is_told = |text: &str| {
-            text.contains(&format!("cannot {verb} resource \"configmaps\"")) && text.contains(DAEMON.name)
-        };
+        let is_told =
+            |text: &str| text.contains(&format!("cannot {verb} resource \"configmaps\"")) && text.contains(DAEMON.name);
         rig.poll(&format!("the refusal of {verb}"), || {
             let view = views.borrow().clone();
             view.is_some_and(|view| {
-                view.documents.as_ref().err().is_some_and(|text| is_told(text)) || view.stale.as_deref().is_some_and(is_told)
+                view.documents.as_ref().err().is_some_and(|text| is_told(text))
+                    || view.stale.as_deref().is_some_and(is_told)
             })
         })?;
     }

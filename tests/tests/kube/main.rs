@@ -1,5 +1,6 @@
 //! The object source `kube` against a real kube-apiserver and etcd, in a network namespace without a way out.
 
+mod config;
 mod manifests;
 mod node;
 mod rbac;

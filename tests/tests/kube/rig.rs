@@ -125,6 +125,11 @@ impl Rig {
         Ok(())
     }
 
+    /// A folder of the test's own.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+
     /// The runtime whose threads live in the server's namespace.
     pub(crate) fn runtime(&self) -> Result<&Runtime> {
         self.runtime.as_ref().context("a runtime")
