@@ -66,7 +66,7 @@ pub(super) async fn open_configuration(
             Ok(source) => return Ok(Arc::new(source)),
             // A node without any configuration cannot do anything else; the edit that mends it takes effect at once.
             Err(error) => {
-                warn!(code = error.code.id, %error, remedy = error.code.remedy, "waiting for a usable configuration")
+                warn!(code = error.code.id, %error, remedy = error.code.remedy, "waiting for a usable configuration");
             }
         }
         views.changed().await.map_err(|_ended| needs_api())?;

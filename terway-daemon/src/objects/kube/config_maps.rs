@@ -34,6 +34,9 @@ pub struct ConfigMapWatch {
     pub time_scale: u32,
 }
 
+/// A ConfigMap as listed or changed; the text says why it cannot be read.
+type ConfigMapEvent = Event<Result<ConfigMapData, String>>;
+
 #[derive(Clone, Copy, Debug)]
 struct ConfigMapDecoder;
 
@@ -124,7 +127,7 @@ impl ConfigMapWatch {
         &self,
         stream: usize,
         name: &ObjectName,
-        events: mpsc::Sender<(usize, Vec<Event<Result<ConfigMapData, String>>>)>,
+        events: mpsc::Sender<(usize, Vec<ConfigMapEvent>)>,
     ) -> ListWatch<ConfigMapDecoder> {
         let encoded = |text: &str| form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>();
         ListWatch {
@@ -143,7 +146,7 @@ impl ConfigMapWatch {
     }
 }
 
-fn apply(map: &mut Watched<ConfigMapData>, events: Vec<Event<Result<ConfigMapData, String>>>) {
+fn apply(map: &mut Watched<ConfigMapData>, events: Vec<ConfigMapEvent>) {
     for event in events {
         match event {
             Event::ListBegin => map.list_begin(),
