@@ -12,7 +12,7 @@ mod objects;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -59,6 +59,7 @@ pub struct Node {
     configuration: configuration::Mounted,
     /// The kubeconfig by which the daemon reads objects from an API server, instead of the folder of manifests.
     api_server: Mutex<Option<PathBuf>>,
+    config_map: AtomicBool,
     /// Numbers the pods that tests make by hand.
     pods: AtomicU32,
 }
@@ -109,6 +110,7 @@ impl Node {
             options,
             cgroup,
             api_server: Mutex::default(),
+            config_map: AtomicBool::new(false),
             pods: AtomicU32::new(0),
         })
     }
@@ -136,6 +138,17 @@ impl Node {
     /// From its next start on the daemon reads objects from an API server, and writes to it.
     pub fn set_api_server(&self, kubeconfig: PathBuf) {
         *self.api_server.lock().unwrap_or_else(PoisonError::into_inner) = Some(kubeconfig);
+    }
+
+    /// From its next start on the daemon reads its configuration from the ConfigMap `kube-system/eni-config` of the API server.
+    pub fn read_config_map(&self) {
+        self.config_map.store(true, Ordering::Relaxed);
+    }
+
+    /// The `eni_conf` that it was made with.
+    #[must_use]
+    pub const fn eni_conf(&self) -> &Value {
+        &self.options.eni_conf
     }
 
     /// Its work folder.

@@ -110,3 +110,83 @@ fn tell_shortage(node: &Node, programs: Programs) -> Result<()> {
     }
     node.stop_daemon().map(drop)
 }
+
+/// What `kubectl edit configmap eni-config` and the node's label do, from the API server to the pool of the running daemon.
+#[test]
+fn edit_of_the_config_map_reaches_the_running_daemon() -> Result<()> {
+    let Some(programs) = Programs::find() else {
+        println!("SKIP: no kube-apiserver (cargo xtask setup, or KUBEBUILDER_ASSETS)");
+        return Ok(());
+    };
+    let options = Options { nodes: 1, time_scale: 30, ..Options::new()? };
+    if let Some(reason) = Cluster::obstacle(&options) {
+        println!("SKIP: {reason}");
+        return Ok(());
+    }
+    let cluster = Cluster::start(&options)?;
+    let outcome = follow_config_map(cluster.node(1), programs);
+    cluster.finish()?;
+    outcome
+}
+
+fn follow_config_map(node: &Node, programs: Programs) -> Result<()> {
+    node.stop_daemon()?;
+    node.netns().ip(&format!("addr add {ADDRESS}/32 dev lo\n"))?;
+    let mut server = ApiServer::start(Arc::clone(node.netns()), ADDRESS, programs, &node.work().join("server"))?;
+    server.kubectl(&["apply", "-f", "-"], include_str!("../../../manifests/base/rbac.yaml"))?;
+    let config_map = |name: &str, eni_conf: &Value| {
+        json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"namespace": "kube-system", "name": name},
+            "data": {"eni_conf": eni_conf.to_string()},
+        })
+    };
+    let node_object = |labels: Value| json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name(), "labels": labels}});
+    server.apply(&[config_map("eni-config", node.eni_conf()), node_object(json!({}))])?;
+    node.set_api_server(server.kubeconfig(DAEMON)?);
+    node.read_config_map();
+    // Its last good configuration is another, so that this one can only come from the API server.
+    std::fs::remove_file(node.work().join("state/config.json"))?;
+    node.start_daemon()?;
+    node.wait_ready(LIMIT)?;
+    let mut pod = node.new_pod("a")?;
+    node.add(&mut pod)?;
+
+    let generation = || {
+        node.status().ok().and_then(|status| status.configuration).map_or(0, |configuration| configuration.generation)
+    };
+    let known = generation();
+    let mut edited = node.eni_conf().clone();
+    edited["min_pool_size"] = json!(1);
+    server.apply(&[config_map("eni-config", &edited)])?;
+    let start = Instant::now();
+    wait("the edit", || generation() > known)?;
+    println!("the edit was in force {:?} after kubectl", start.elapsed());
+
+    // A bad edit is refused and told, and the daemon goes on with the last good one.
+    let mut bad = edited.clone();
+    bad["min_pool_size"] = json!("many");
+    server.apply(&[config_map("eni-config", &bad)])?;
+    let failure = || node.status().ok()?.configuration?.failure;
+    wait("the refusal", || failure().is_some_and(|failure| failure.detail.contains("min_pool_size")))?;
+    server.apply(&[config_map("eni-config", &edited)])?;
+    wait("the end of the refusal", || failure().is_none())?;
+
+    // The node's own ConfigMap, by its label; without the API server the daemon starts with what it had.
+    let known = generation();
+    server.apply(&[
+        config_map("special", &json!({"min_pool_size": 2})),
+        node_object(json!({"terway-config": "special"})),
+    ])?;
+    wait("the node's own configuration", || generation() > known)?;
+    server.kill()?;
+    node.stop_daemon()?;
+    node.start_daemon()?;
+    wait("a start without the API server", || node.status().is_ok_and(|status| status.ready))?;
+    let problems = node.status()?.problems;
+    ensure!(problems.iter().any(|problem| problem.code == "TW0403"), "the outage is told: {problems:?}");
+    node.check(&pod)?;
+    server.restart()?;
+    wait("the API server", || node.status().is_ok_and(|status| status.problems.is_empty()))?;
+    node.del(&pod)?;
+    node.stop_daemon()
+}

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -184,9 +184,15 @@ impl Node {
     #[must_use]
     pub fn daemon_flags_of_the_laboratory(&self) -> Vec<String> {
         let options = &self.options;
+        let configuration = if self.config_map.load(Ordering::Relaxed) {
+            vec![("--config", "configmap".to_owned())]
+        } else {
+            vec![
+                ("--config", self.configuration.folder().display().to_string()),
+                ("--config-overlay", self.configuration.overlay().display().to_string()),
+            ]
+        };
         let flags = [
-            ("--config", self.configuration.folder().display().to_string()),
-            ("--config-overlay", self.configuration.overlay().display().to_string()),
             ("--node", self.name.clone()),
             ("--ecs-endpoint", options.endpoint.clone()),
             ("--vpc-endpoint", options.endpoint.clone()),
@@ -195,7 +201,7 @@ impl Node {
             ("--time-scale", options.time_scale.to_string()),
             ("--log", options.log.clone()),
         ];
-        flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
+        configuration.into_iter().chain(flags).flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
     }
 
     fn panic_dir(&self) -> PathBuf {
