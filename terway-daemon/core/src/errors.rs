@@ -267,6 +267,14 @@ catalogue! {
     NET_DRIFT = "TW0304", "net-drift", 100,
         "Links, routes, rules or datapath entries of a running pod were changed or removed by something else on the node.",
         "The daemon repairs them every minute; find what else changes the node's network (NetworkManager, systemd-networkd, scripts) and exempt interfaces named cali*.";
+    /// The BPF file system is the container's own.
+    BPFFS_PRIVATE = "TW0305", "bpffs-private", 999,
+        "The folder of --bpffs is not on the node's BPF file system, so programs and maps would end with the daemon's container.",
+        "Mount the node's /sys/fs/bpf into the container by hostPath with mountPropagation HostToContainer, as manifests/base/daemonset.yaml does; on a node that has none there, mount -t bpf bpf /sys/fs/bpf.";
+    /// Namespaces that the runtime makes later do not appear in the container.
+    NETNS_UNPROPAGATED = "TW0306", "netns-unpropagated", 999,
+        "Network namespaces of pods that start from now on cannot be seen in the daemon's container.",
+        "Mount the node's /run/netns into the container by hostPath with mountPropagation HostToContainer, as manifests/base/daemonset.yaml does.";
     /// A configuration value is invalid.
     CONFIG_INVALID = "TW0401", "config-invalid", 7,
         "The eni-config configuration holds an invalid value.",

@@ -3,6 +3,7 @@
 mod actors;
 mod background;
 mod kernel;
+mod mounts;
 mod node;
 mod node_state;
 mod serve;
@@ -36,6 +37,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     net::set_sysctl_dir(options.sysctl_dir.clone());
     let (mut registry, metrics) = metrics::new_registry();
 
+    mounts::check(&options)?;
     let _lock = state::lock(&options)?;
     let context = options.node_context();
     let api = options.objects.as_ref().and_then(|origin| origin.api_client(&context));

@@ -356,19 +356,18 @@ impl Host {
             .await
     }
 
-    /// The node's addresses that are reachable from other hosts.
+    /// The node's addresses that are reachable from other hosts, without those of Services on `kube-ipvs0`.
     ///
     /// # Errors
     /// When they cannot be listed.
     pub async fn host_addresses(&self) -> Result<Vec<IpNetwork>, NetError> {
         self.pool
             .run(|worker| {
-                let all = observe::addresses(worker.host()?)?;
-                let mut nets: Vec<_> =
-                    all.into_iter().map(|(_, net)| net).filter(|net| observe::reachable(net.ip())).collect();
-                nets.sort_unstable();
-                nets.dedup();
-                Ok(nets)
+                let netlink = worker.host()?;
+                let links = observe::links(netlink)?;
+                let service_links = links.iter().filter(|found| observe::holds_service_addresses(found));
+                let service_links = service_links.map(|found| found.link.index).collect();
+                Ok(observe::node_addresses(&observe::addresses(netlink)?, &service_links))
             })
             .await
     }

@@ -162,7 +162,7 @@ impl NetMonitor {
         self.shared.deletions.subscribe()
     }
 
-    /// Subscribes to the node's addresses that are reachable from other hosts, sorted.
+    /// Subscribes to the node's addresses that are reachable from other hosts, sorted, without those of Services on `kube-ipvs0`.
     #[must_use]
     pub fn addresses(&self) -> watch::Receiver<Arc<Vec<IpNetwork>>> {
         self.shared.addresses.subscribe()
@@ -195,6 +195,8 @@ struct Listener {
     addresses: BTreeSet<(u32, IpNetwork)>,
     /// Indices of our links.
     own_links: BTreeSet<u32>,
+    /// Indices of links whose addresses are those of Services.
+    service_links: BTreeSet<u32>,
 }
 
 impl Listener {
@@ -207,8 +209,9 @@ impl Listener {
         for group in GROUPS {
             events.subscribe(group)?;
         }
-        let (dumps, addresses, own_links) = (NetlinkSocket::route()?, BTreeSet::new(), BTreeSet::new());
-        let mut listener = Self { events, dumps, shared, own_ports, addresses, own_links };
+        let (dumps, addresses) = (NetlinkSocket::route()?, BTreeSet::new());
+        let (own_links, service_links) = (BTreeSet::new(), BTreeSet::new());
+        let mut listener = Self { events, dumps, shared, own_ports, addresses, own_links, service_links };
         listener.resync()?;
         Ok(listener)
     }
@@ -263,11 +266,14 @@ impl Listener {
         let (mut addresses_changed, mut is_deletion) = (false, false);
         for message in events {
             if let Some(found) = decode::link(&message) {
+                // A rename moves the addresses of a link from one kind to the other.
+                addresses_changed |= self.update_service_link(&found);
                 self.update_nic(found);
                 continue;
             }
             if let Some(index) = decode::deleted_link(&message) {
                 self.own_links.remove(&index);
+                self.service_links.remove(&index);
                 self.remove_nic(index);
                 continue;
             }
@@ -307,13 +313,26 @@ impl Listener {
         let removed: Vec<u32> = self.shared.nics().keys().copied().filter(|index| !present.contains(index)).collect();
         removed.into_iter().for_each(|index| self.remove_nic(index));
         self.own_links.retain(|index| present.contains(index));
-        links.into_iter().for_each(|found| self.update_nic(found));
+        self.service_links.retain(|index| present.contains(index));
+        for found in links {
+            self.update_service_link(&found);
+            self.update_nic(found);
+        }
         self.publish_addresses();
         Ok(())
     }
 
     fn report_deletion(&self) {
         self.shared.deletions.send_modify(|deletions| *deletions = deletions.wrapping_add(1));
+    }
+
+    /// Notes whether the addresses of a link are those of Services; true if that is new.
+    fn update_service_link(&mut self, found: &NamedLink) -> bool {
+        if observe::holds_service_addresses(found) {
+            self.service_links.insert(found.link.index)
+        } else {
+            self.service_links.remove(&found.link.index)
+        }
     }
 
     fn update_nic(&mut self, found: NamedLink) {
@@ -350,10 +369,7 @@ impl Listener {
     }
 
     fn publish_addresses(&self) {
-        let mut nets: Vec<IpNetwork> =
-            self.addresses.iter().map(|(_, net)| *net).filter(|net| observe::reachable(net.ip())).collect();
-        nets.sort_unstable();
-        nets.dedup();
+        let nets = observe::node_addresses(&self.addresses, &self.service_links);
         self.shared.addresses.send_if_modified(|old| {
             let modified = **old != nets;
             if modified {

@@ -1,6 +1,6 @@
 //! Reads the state of one network namespace by netlink dumps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -100,6 +100,27 @@ pub(super) fn has_usable_link_local(netlink: &mut NetlinkSocket, index: u32) -> 
         }
         _ => false,
     }))
+}
+
+/// The dummy link on which kube-proxy's IPVS mode puts every ClusterIP (pkg/proxy/ipvs/proxier.go, `defaultDummyDevice`). It outlives kube-proxy.
+const IPVS_LINK: &str = "kube-ipvs0";
+
+/// Whether the addresses of a link are virtual addresses of Services, not the node's own.
+pub(super) fn holds_service_addresses(found: &NamedLink) -> bool {
+    found.name == IPVS_LINK
+}
+
+/// The node's own addresses that can be reached from elsewhere, sorted. `service_links` are the links that
+/// [`holds_service_addresses`].
+pub(super) fn node_addresses<'a>(
+    addresses: impl IntoIterator<Item = &'a (u32, IpNetwork)>,
+    service_links: &BTreeSet<u32>,
+) -> Vec<IpNetwork> {
+    let own = addresses.into_iter().filter(|(index, net)| !service_links.contains(index) && reachable(net.ip()));
+    let mut nets: Vec<_> = own.map(|(_, net)| *net).collect();
+    nets.sort_unstable();
+    nets.dedup();
+    nets
 }
 
 /// Whether an address can be reached from elsewhere: neither loopback nor IPv6 link-local. (IPv4 link-local addresses count: node-local DNS

@@ -186,6 +186,7 @@ pub(super) fn daemon_runs_in_its_container(cluster: &Cluster) -> Result<()> {
     }
     daemon.command.extend(["--state-dir".to_owned(), path_of(node, &netns, "/var/lib/cni/terway")?]);
     daemon.command.extend(["--socket".to_owned(), node.socket().display().to_string()]);
+    private_bpffs_is_refused(node, &sandbox, &spec, daemon.clone())?;
     let daemon_id = cri.start(&sandbox, &spec, &daemon)?;
     let ready = node.wait(Duration::from_secs(30), "the daemon in the container is ready", |node| {
         ensure!(cri.exit_code(&daemon_id)?.is_none(), "it ended");
@@ -223,6 +224,23 @@ pub(super) fn daemon_runs_in_its_container(cluster: &Cluster) -> Result<()> {
     }
     drop(shared);
     leftovers::wait_until_pods_removed(node, &baseline, SETTLE)
+}
+
+/// A daemon whose bpffs is mounted without propagation could have one of its own, which would end with it.
+fn private_bpffs_is_refused(node: &Node, sandbox: &str, pod: &PodSpec, mut daemon: ContainerSpec) -> Result<()> {
+    let cri = cri(node)?;
+    "private".clone_into(&mut daemon.name);
+    let bpffs = daemon.mounts.iter_mut().find(|mount| mount.to == "/sys/fs/bpf").context("no bpffs")?;
+    bpffs.host_to_container = false;
+    let started = cri.start(sandbox, pod, &daemon)?;
+    node.wait(SETTLE, "the daemon ends", |_| {
+        let code = cri.exit_code(&started)?;
+        ensure!(code != Some(0), "it took a private BPF file system");
+        Ok(code.is_some())
+    })?;
+    let log = log(node, pod, &daemon.name);
+    ensure!(log.contains("TW0305") && log.contains("/sys/fs/bpf was not propagated"), "{log}");
+    Ok(())
 }
 
 /// The end of a container's log.

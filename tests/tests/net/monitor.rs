@@ -122,6 +122,40 @@ fn host_addresses_follow_address_events() {
 }
 
 #[test]
+fn addresses_of_kube_ipvs0_are_not_the_nodes() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new(Stack::Dual);
+    let watch = node.host.monitor().unwrap();
+    let mut addresses = watch.addresses();
+    let mut known = |wanted: &[&str]| {
+        let is_wanted =
+            |all: &Arc<Vec<ipnetwork::IpNetwork>>| all.iter().map(ToString::to_string).eq(wanted.iter().copied());
+        let seen = async { tokio::time::timeout(EVENT, addresses.wait_for(is_wanted)).await.unwrap().map(drop) };
+        node.runtime.block_on(seen).unwrap();
+        let listed = node.runtime.block_on(node.host.host_addresses()).unwrap();
+        assert_eq!(listed.iter().map(ToString::to_string).collect::<Vec<_>>(), wanted);
+    };
+    // As kube-proxy's IPVS mode does, but for the type of the link, which not every kernel has; the last address says that the events before it have been read.
+    node.netns.ip("link add kube-ipvs0 type veth peer name other");
+    node.netns.ip("addr add 172.16.0.1/32 dev kube-ipvs0");
+    node.netns.ip("-6 addr add fd00:77::1/128 dev kube-ipvs0 nodad");
+    node.netns.ip("addr add 192.0.2.1/32 dev lo");
+    known(&["192.0.2.1/32"]);
+    // A link of another name, as of a node-local DNS cache, has addresses of the node.
+    node.netns.ip("link set kube-ipvs0 name nodelocaldns");
+    known(&["172.16.0.1/32", "192.0.2.1/32", "fd00:77::1/128"]);
+    node.netns.ip("link set nodelocaldns name kube-ipvs0");
+    known(&["192.0.2.1/32"]);
+    // A monitor that starts over the leftover sees the same.
+    assert_eq!(node.host.monitor().unwrap().addresses().borrow().len(), 1);
+    node.netns.ip("link del kube-ipvs0");
+    node.netns.ip("addr add 172.16.0.1/32 dev lo");
+    known(&["172.16.0.1/32", "192.0.2.1/32"]);
+}
+
+#[test]
 fn deletions_by_others_are_reported_and_our_own_are_not() {
     if skipped() {
         return;
